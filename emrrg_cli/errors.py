@@ -1,0 +1,40 @@
+"""Errors that are shown to people: what is wrong, where, and what to do about it."""
+
+from __future__ import annotations
+
+
+class EmrrgError(Exception):
+    """A failure with one clear message. The command line prints it without a traceback (`--debug` shows one).
+
+    Args:
+        message: What is wrong, in one sentence, naming the file, key or row.
+        hint: What the user can do next; printed on a line of its own.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message if self.hint is None else f"{self.message}\n{self.hint}"
+
+
+class RunError(EmrrgError):
+    """The request was fine, the run failed: exit code 1."""
+
+
+class UsageError(EmrrgError):
+    """Wrong usage or a wrong recipe: exit code 2."""
+
+    exit_code = 2
+
+
+class Interrupted(EmrrgError):
+    """Stopped by the user (Ctrl-C) or by the system after the work so far was put in safety: exit code 130 or 143."""
+
+    def __init__(self, message: str, *, hint: str | None = None, exit_code: int = 130) -> None:
+        super().__init__(message, hint=hint)
+        self.exit_code = exit_code

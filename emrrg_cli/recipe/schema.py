@@ -1,0 +1,323 @@
+"""What a recipe may say. One pydantic model a section; an unknown key or a wrong type is an error.
+
+Imports neither torch nor transformers, so that a recipe is checked in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Section = Literal["report", "findings", "impression", "both"]
+Cleaning = Literal["auto", "r2gen-iu", "r2gen-mimic", "none"]
+Protocol = Literal["published", "ours"]
+AdapterTarget = Literal[
+    "X", "Z", "dt", "B", "C", "in_proj", "x_proj", "dt_proj", "out_proj", "patch_embed", "mlp", "llm"
+]
+
+# Widths and depths of the published encoders (SPEC: ARM "v3").
+ENCODER_SIZES: dict[str, tuple[int, int]] = {"base": (768, 12), "large": (1024, 24), "huge": (1536, 24)}
+
+# Names that people bring from other toolkits; used to suggest ours, never accepted.
+SYNONYMS: dict[str, str] = {
+    "learning_rate": "lr",
+    "min_learning_rate": "min_lr",
+    "weight_decay_rate": "weight_decay",
+    "gradient_accumulation_steps": "micro_batch_size",
+    "accumulate_grad_batches": "micro_batch_size",
+    "max_epochs": "epochs",
+    "num_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "gradient_clip_val": "clip_norm",
+    "max_grad_norm": "clip_norm",
+    "mixed_precision": "precision",
+    "beam_size": "num_beams",
+    "min_length": "min_new_tokens",
+    "max_length": "max_new_tokens",
+    "lora_r": "rank",
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "targets",
+    "num_workers": "workers",
+    "path": "root",
+    "data_dir": "root",
+    "output_dir": "output",
+    "embed_dim": "d_model",
+    "num_layers": "depth",
+}
+
+
+class Settings(BaseModel):
+    """Base of every section: strict types, no unknown key."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True)
+
+
+class DataSettings(Settings):
+    root: str | None = Field(None, description="dataset directory written by `emrrg preprocess`")
+    section: Section = Field("report", description="which text is the report")
+    cleaning: Cleaning = Field("auto", description="R2Gen's rule; auto: the one R2Gen used for the data set's source")
+    max_report_tokens: int = Field(100, ge=1, description="training reports are cut to this many LLM tokens")
+    max_views: int | None = Field(None, ge=1, description="first views of a study that are used; null: all")
+    limit: int | None = Field(None, ge=1, description="first studies of each split that are used; null: all")
+    workers: int = Field(2, ge=0, description="processes that decode images")
+
+
+class EncoderSettings(Settings):
+    size: Literal["base", "large", "huge"] | None = "base"
+    d_model: int | None = Field(None, ge=16, description="width; only where size is null")
+    depth: int | None = Field(None, ge=1, description="blocks; only where size is null")
+    d_state: int = Field(16, ge=1, description="SSM state size n")
+    image_size: int = Field(224, ge=32, description="side of the square input, a multiple of 16")
+    drop_path: float = Field(0.1, ge=0, lt=1, description="largest stochastic depth rate")
+    weights: str | None = Field(None, description="pre-trained encoder (safetensors); null: random initialisation")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.size is None and (self.d_model is None or self.depth is None):
+            raise ValueError("size is null, so both d_model and depth must be given")
+        if self.size is not None and (self.d_model is not None or self.depth is not None):
+            raise ValueError(f"size: {self.size} already sets d_model and depth; set size: null to choose them")
+        if self.d_model is not None and self.d_model % 16:
+            raise ValueError(f"d_model must be a multiple of 16, got {self.d_model}")
+        if self.image_size % 16:
+            raise ValueError(f"image_size must be a multiple of 16, got {self.image_size}")
+        return self
+
+    @property
+    def width_and_depth(self) -> tuple[int, int]:
+        """`(d_model, depth)`, from `size` or as given."""
+        if self.size is not None:
+            return ENCODER_SIZES[self.size]
+        assert self.d_model is not None and self.depth is not None
+        return self.d_model, self.depth
+
+
+class AdapterSettings(Settings):
+    targets: list[AdapterTarget] | Literal["full", "none"] = Field(
+        default_factory=lambda: ["X"],
+        description="projections that get LoRA on a frozen encoder; full: train the encoder; none: freeze it",
+    )
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if isinstance(self.targets, list):
+            if not self.targets:
+                raise ValueError("targets is an empty list; write none to freeze the encoder without adapters")
+            if len(set(self.targets)) != len(self.targets):
+                raise ValueError("targets names a projection twice")
+            inside = {"dt", "B", "C", "x_proj", "dt_proj"} & set(self.targets)
+            if self.dropout > 0 and inside:
+                raise ValueError(
+                    f"dropout must be 0 with targets {sorted(inside)}: "
+                    "these projections are merged into the fused scan, which has no place for it"
+                )
+        return self
+
+
+class ScratchLLMSettings(Settings):
+    """A small Llama trained from nothing, with a BPE tokenizer trained on the training reports."""
+
+    hidden_size: int = Field(256, ge=16)
+    layers: int = Field(4, ge=1)
+    heads: int = Field(4, ge=1)
+    kv_heads: int = Field(2, ge=1)
+    vocab_size: int = Field(2000, ge=300)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.hidden_size % (2 * self.heads):
+            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 2 * heads ({2 * self.heads})")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads {self.heads} must be a multiple of kv_heads {self.kv_heads}")
+        return self
+
+
+class LLMSettings(Settings):
+    name: str = Field("scratch", description="hub name, local directory, or scratch")
+    revision: str | None = Field(None, description="hub revision; null: the default branch")
+    frozen: bool | None = Field(None, description="null: frozen, unless the LLM starts from scratch")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="dtype of the LLM's own weights; auto: that of train.precision if frozen, else fp32"
+    )
+    save: bool = Field(False, description="copy a hub LLM into the run directory")
+    scratch: ScratchLLMSettings = Field(default_factory=ScratchLLMSettings)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.name == "scratch" and self.frozen:
+            raise ValueError("name: scratch starts from random weights, so frozen must be false or null")
+        return self
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the LLM's own weights stay as they are."""
+        return self.name != "scratch" if self.frozen is None else self.frozen
+
+
+class HybridSettings(Settings):
+    every: int | None = Field(8, ge=1, description="every k-th decoder layer, from the first; null: none")
+
+
+class ModelSettings(Settings):
+    encoder: EncoderSettings = Field(default_factory=EncoderSettings)
+    adapter: AdapterSettings = Field(default_factory=AdapterSettings)
+    llm: LLMSettings = Field(default_factory=LLMSettings)
+    hybrid: HybridSettings = Field(default_factory=HybridSettings)
+    visual_prompt: Literal["full", "pooled"] = Field(
+        "full", description="full: every visual token in the prompt; pooled: 2x2 averages and the class token"
+    )
+    views: Literal["average", "concat"] = Field("average", description="how a study's views are joined")
+    scan: Literal["auto", "reference"] = Field("auto", description="engine of the selective scan")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        llm_adapted = isinstance(self.adapter.targets, list) and "llm" in self.adapter.targets
+        if llm_adapted and not self.llm.is_frozen:
+            raise ValueError("adapter.targets has llm, but the LLM is trained whole: choose one (llm.frozen: true)")
+        if self.visual_prompt == "pooled" and self.hybrid.every is None:
+            raise ValueError("visual_prompt: pooled needs hybrid layers (hybrid.every), which see the tokens left out")
+        return self
+
+
+class TrainSettings(Settings):
+    epochs: int = Field(10, ge=1)
+    max_steps: int | None = Field(None, ge=1, description="ends the schedule after this many optimizer steps")
+    stop_after_steps: int | None = Field(
+        None, ge=1, description="stops, with a checkpoint, after this many steps; the schedule is unchanged"
+    )
+    batch_size: int = Field(8, ge=1, description="studies an optimizer step, over all processes and micro-batches")
+    micro_batch_size: int | None = Field(None, ge=1, description="studies a forward pass on one device; null: all")
+    lr: float = Field(1e-4, gt=0)
+    min_lr: float = Field(0.0, ge=0)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule_unit: Literal["step", "epoch"] = Field("step", description="how often the learning rate moves")
+    warmup_epochs: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.01, ge=0, description="not applied to biases, norms and other vectors")
+    betas: list[float] = Field(default_factory=lambda: [0.9, 0.999], min_length=2, max_length=2)
+    clip_norm: float | None = Field(1.0, gt=0)
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto", description="auto: bf16 on a GPU that has it, else fp32"
+    )
+    gradient_checkpointing: bool = False
+    seed: int = Field(42, ge=0)
+    checkpoint_every_steps: int | None = Field(None, ge=1, description="null: at the end of each epoch")
+    validate_every_epochs: int = Field(1, ge=1)
+    validation_limit: int | None = Field(None, ge=1, description="studies that are generated in a validation")
+    select: Literal["score", "loss"] = Field("score", description="what the best checkpoint is chosen by")
+    score_weights: dict[str, float] = Field(default_factory=lambda: {"BLEU_4": 0.8, "CIDEr": 0.2})
+    patience: int | None = Field(None, ge=1, description="validations without a better result before stopping")
+    log_every: int = Field(10, ge=1, description="optimizer steps between log entries")
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(default_factory=lambda: ["tensorboard"])
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
+            raise ValueError(f"micro_batch_size {self.micro_batch_size} is larger than batch_size {self.batch_size}")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr} is larger than lr {self.lr}")
+        if any(not 0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
+        known = {"BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "ROUGE_L", "METEOR", "CIDEr"}
+        if unknown := sorted(set(self.score_weights) - known):
+            raise ValueError(f"score_weights names unknown scores {unknown}; known: {sorted(known)}")
+        return self
+
+
+class GenerationSettings(Settings):
+    batch_size: int = Field(8, ge=1, description="studies generated at a time on one device")
+    num_beams: int = Field(3, ge=1)
+    min_new_tokens: int = Field(0, ge=0)
+    max_new_tokens: int = Field(120, ge=1)
+    repetition_penalty: float = Field(1.0, gt=0)
+    length_penalty: float = 1.0
+    no_repeat_ngram_size: int = Field(0, ge=0)
+    do_sample: bool = False
+    temperature: float = Field(1.0, gt=0, description="with do_sample")
+    top_p: float = Field(1.0, gt=0, le=1, description="with do_sample")
+    top_k: int = Field(0, ge=0, description="with do_sample; 0: no limit")
+    seed: int = Field(0, ge=0, description="with do_sample")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens {self.min_new_tokens} is larger than max_new_tokens {self.max_new_tokens}"
+            )
+        if not self.do_sample and (self.temperature != 1.0 or self.top_p != 1.0 or self.top_k != 0):
+            raise ValueError("temperature, top_p and top_k act only with do_sample: true")
+        return self
+
+
+class EvaluationSettings(Settings):
+    references: Literal["whole", "clipped"] = Field(
+        "whole", description="clipped: references are cut to data.max_report_tokens, as the released code does"
+    )
+    tokenizer: Literal["whitespace", "ptb"] = Field("whitespace", description="ptb needs Java")
+
+
+class FinetuneRecipe(Settings):
+    """Stage 3: X-ray to report."""
+
+    stage: Literal["finetune"]
+    protocol: Protocol = "ours"
+    output: str | None = Field(None, description="run directory; null: runs/<recipe>")
+    data: DataSettings = Field(default_factory=DataSettings)
+    model: ModelSettings = Field(default_factory=ModelSettings)
+    train: TrainSettings = Field(default_factory=TrainSettings)
+    generation: GenerationSettings = Field(default_factory=GenerationSettings)
+    evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
+
+
+class PreprocessRecipe(Settings):
+    """Raw data to a dataset directory."""
+
+    stage: Literal["preprocess"]
+    size: int | Literal["original"] = Field(512, description="shorter side in pixels; smaller images are kept")
+    format: Literal["jpeg", "png"] = "jpeg"
+    quality: int = Field(95, ge=1, le=100, description="of JPEG")
+    max_pixels: int = Field(100_000_000, ge=1, description="larger images are refused before they are decoded")
+    workers: int | None = Field(None, ge=1, description="null: one a core")
+    studies_per_shard: int = Field(1000, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if isinstance(self.size, int) and self.size < 32:
+            raise ValueError(f"size must be 32 or more, got {self.size}")
+        return self
+
+
+# What `protocol` sets together. A preset is weaker than a key stated beside it, stronger than the layers below it.
+PROTOCOLS: dict[str, dict[str, Any]] = {
+    # The settings behind the published figures, as the released code ran them.
+    "published": {
+        "data": {"section": "report", "cleaning": "auto"},
+        "model": {"adapter": {"targets": "full"}},
+        "generation": {
+            "num_beams": 3,
+            "min_new_tokens": 80,
+            "max_new_tokens": 120,
+            "repetition_penalty": 2.0,
+            "length_penalty": 2.0,
+        },
+        "evaluation": {"references": "clipped", "tokenizer": "whitespace"},
+    },
+    # The paper's method, scored against whole references, with decoding that may end when the report ends.
+    "ours": {
+        "data": {"section": "report", "cleaning": "auto"},
+        "model": {"adapter": {"targets": ["X"]}},
+        "generation": {
+            "num_beams": 3,
+            "min_new_tokens": 0,
+            "max_new_tokens": 120,
+            "repetition_penalty": 1.0,
+            "length_penalty": 1.0,
+        },
+        "evaluation": {"references": "whole", "tokenizer": "whitespace"},
+    },
+}
