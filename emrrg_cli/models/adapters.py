@@ -1,0 +1,119 @@
+"""Which projections LoRA goes on, through PEFT: Partial LoRA is ordinary LoRA on a module name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from emrrg_cli.errors import RunError, UsageError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+_BLOCK = r"layers\.\d+\."
+
+# Recipe target -> pattern of module names inside `ArmEncoder` (matched whole, as PEFT does).
+ENCODER_TARGETS: dict[str, str] = {
+    "X": _BLOCK + r"mixer\.X",
+    "Z": _BLOCK + r"mixer\.Z",
+    "dt": _BLOCK + r"mixer\.directions\.\d+\.dt",
+    "B": _BLOCK + r"mixer\.directions\.\d+\.B",
+    "C": _BLOCK + r"mixer\.directions\.\d+\.C",
+    "in_proj": _BLOCK + r"mixer\.[XZ]",
+    "x_proj": _BLOCK + r"mixer\.directions\.\d+\.(dt|B|C)",
+    "dt_proj": _BLOCK + r"mixer\.directions\.\d+\.dt_proj",
+    "out_proj": _BLOCK + r"mixer\.out_proj",
+    "patch_embed": r"patch_embed",
+    "mlp": _BLOCK + r"mlp\.w[123]",
+}
+# As in the paper's Table 6: LoRA on the LLM goes on the query and value projections.
+LLM_TARGETS = ["q_proj", "v_proj"]
+
+
+def encoder_lora(targets: Iterable[str], rank: int, alpha: float, dropout: float = 0.0) -> LoraConfig | None:
+    """The PEFT configuration for the encoder's share of `targets`, or None when they name nothing in it.
+
+    Raises:
+        UsageError: for an unknown target.
+    """
+    from peft import LoraConfig
+
+    names = [target for target in targets if target != "llm"]
+    if unknown := [name for name in names if name not in ENCODER_TARGETS]:
+        raise UsageError(f"unknown adapter targets {unknown}", hint=f"Known: {', '.join([*ENCODER_TARGETS, 'llm'])}.")
+    if not names:
+        return None
+    pattern = "|".join(f"(?:{ENCODER_TARGETS[name]})" for name in names)
+    return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern)
+
+
+def llm_lora(targets: Iterable[str], rank: int, alpha: float, dropout: float = 0.0) -> LoraConfig | None:
+    """The PEFT configuration for the LLM, or None when `targets` does not name `llm`."""
+    from peft import LoraConfig
+
+    if "llm" not in targets:
+        return None
+    return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(LLM_TARGETS))
+
+
+def effective_weight(layer: nn.Module) -> Tensor:
+    """The weight of a Linear with its LoRA updates added, differentiable in both.
+
+    Args:
+        layer: `nn.Linear`, or PEFT's LoRA layer around one.
+
+    Returns:
+        `[out, in]`, in the dtype of the base weight.
+    """
+    base: Any = getattr(layer, "base_layer", layer)
+    weight: Tensor = base.weight
+    if base is layer or layer.disable_adapters or layer.merged:
+        return weight
+    with torch.autocast(weight.device.type, enabled=False):
+        for name in layer.active_adapters:  # type: ignore[union-attr]
+            if name in layer.lora_A:  # type: ignore[operator]
+                weight = weight + layer.get_delta_weight(name).to(weight.dtype)  # type: ignore[operator]
+    return weight
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether a tower carries adapters."""
+    from peft import PeftModel
+
+    return isinstance(module, PeftModel)
+
+
+def plain(module: nn.Module) -> Any:
+    """The tower under its adapters; itself when it has none."""
+    return module.get_base_model() if is_adapted(module) else module  # type: ignore[operator]
+
+
+def merge(module: nn.Module) -> nn.Module:
+    """Adds the adapters into the weights and drops them, for inference: same outputs, no extra products."""
+    if not is_adapted(module):
+        return module
+    merged: nn.Module = module.merge_and_unload()  # type: ignore[operator]
+    return merged
+
+
+def save_adapters(module: nn.Module, directory: Path) -> None:
+    """Writes a tower's adapters in PEFT's own format; `peft.PeftModel.from_pretrained(tower, directory)` reads them."""
+    module.save_pretrained(str(directory), save_embedding_layers=False)  # type: ignore[operator]
+
+
+def load_adapters(module: nn.Module, directory: Path) -> nn.Module:
+    """Puts saved adapters on a plain tower, frozen.
+
+    Raises:
+        RunError: when they do not fit the tower.
+    """
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(module, str(directory))  # type: ignore[no-any-return]
+    except (RuntimeError, ValueError, OSError) as error:
+        raise RunError(f"{directory}: these adapters do not fit the model: {error}") from error

@@ -1,0 +1,152 @@
+"""The Mamba mixer of ARM with `K` scan directions."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from emrrg_cli.models.adapters import effective_weight
+from emrrg_cli.models.scan import choose_engine, get_scan
+
+
+class Direction(nn.Module):
+    """The projections of one scan direction: `dt`, `B` and `C` from the tokens, `dt_proj` from rank `r` to width `d`.
+
+    The published `x_proj` is these three stacked (order dt, B, C). They are kept apart so that LoRA on one of them is
+    ordinary LoRA on a module name; the price is that LoRA on all three does not share its A matrix.
+    """
+
+    def __init__(self, d_model: int, d_state: int, dt_rank: int) -> None:
+        super().__init__()
+        self.dt = nn.Linear(d_model, dt_rank, bias=False)
+        self.B = nn.Linear(d_model, d_state, bias=False)
+        self.C = nn.Linear(d_model, d_state, bias=False)
+        self.dt_proj = nn.Linear(dt_rank, d_model, bias=True)
+        bound = dt_rank**-0.5
+        nn.init.uniform_(self.dt_proj.weight, -bound, bound)
+        # softplus(bias) is log-uniform in [1e-3, 1e-1]; the bias is the inverse of softplus.
+        dt = torch.exp(torch.empty(d_model).uniform_(math.log(1e-3), math.log(1e-1))).clamp(min=1e-4)
+        with torch.no_grad():
+            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+
+class Mixer(nn.Module):
+    """Selective state space mixer, expansion 1: `[b, l, d] -> [b, l, d]`.
+
+    Args:
+        d_model: `d`, the width.
+        d_state: `n`, the SSM state size.
+        directions: `K`; 4 in stages 2 and 3, 1 in stage 1.
+        depth: number of blocks of the encoder; `out_proj` starts divided by its square root.
+        d_conv: kernel of the causal convolution.
+        scan: engine of the scan (`emrrg_cli.models.scan`).
+
+    Source: EMRRG (arXiv 2510.16776) section 3; ARM (arXiv 2406.07537) section 3.2.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        directions: int = 4,
+        depth: int = 1,
+        d_conv: int = 4,
+        scan: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.engine = choose_engine(scan)
+        self.X = nn.Linear(d_model, d_model, bias=False)
+        self.Z = nn.Linear(d_model, d_model, bias=False)
+        conv = [nn.Conv1d(d_model, d_model, d_conv, groups=d_model) for _ in range(directions)]
+        self.conv_weight = nn.Parameter(torch.stack([c.weight.detach()[:, 0] for c in conv]))  # [K, d, w]
+        self.conv_bias = nn.Parameter(torch.stack([c.bias.detach() for c in conv if c.bias is not None]))  # [K, d]
+        self.directions = nn.ModuleList(
+            Direction(d_model, d_state, math.ceil(d_model / 16)) for _ in range(directions)
+        )
+        A = torch.arange(1, d_state + 1, dtype=torch.float32)
+        self.A_log = nn.Parameter(torch.log(A).expand(directions, d_model, -1).clone())  # [K, d, n]
+        self.D = nn.Parameter(torch.ones(directions, d_model))
+        self.out_proj = nn.Linear(d_model, d_model, bias=False)
+        nn.init.kaiming_uniform_(self.out_proj.weight, a=math.sqrt(5))
+        with torch.no_grad():
+            self.out_proj.weight /= math.sqrt(depth)
+
+    def _stacked(self, name: str) -> Tensor:
+        # Read as weights, adapters included, rather than called: the scan takes all directions in one piece.
+        return torch.stack([effective_weight(getattr(direction, name)) for direction in self.directions])
+
+    def forward(self, x: Tensor, order: Tensor) -> Tensor:
+        """Mixes tokens along every direction.
+
+        Args:
+            x: `[b, l, d]`, tokens in row order.
+            order: `[K, l]`, the token that each direction visits at each step.
+
+        Returns:
+            `[b, l, d]`.
+        """
+        dt_bias = torch.stack([_base(direction.dt_proj).bias for direction in self.directions])  # type: ignore[arg-type]
+        y = get_scan(self.engine)(
+            self.X(x),
+            self.Z(x),
+            order,
+            self.conv_weight,
+            self.conv_bias,
+            self._stacked("dt"),
+            self._stacked("B"),
+            self._stacked("C"),
+            self._stacked("dt_proj"),
+            dt_bias,
+            self.A_log,
+            self.D,
+        )
+        out: Tensor = self.out_proj(y)
+        return out
+
+
+def _base(layer: nn.Module) -> nn.Linear:
+    return getattr(layer, "base_layer", layer)  # type: ignore[return-value]
+
+
+class SwiGLU(nn.Module):
+    """`w3(silu(w1(x)) * w2(x))`: `[..., d] -> [..., d]`, hidden width `d * 4 * 2 // 3`."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        hidden = d_model * 4 * 2 // 3
+        self.w1 = nn.Linear(d_model, hidden)
+        self.w2 = nn.Linear(d_model, hidden)
+        self.w3 = nn.Linear(hidden, d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.w3(F.silu(self.w1(x)) * self.w2(x))
+        return out
+
+
+class Block(nn.Module):
+    """`x + mixer(norm1(x))`, then `x + mlp(norm2(x))`, each branch dropped for whole samples at rate `drop_path`."""
+
+    def __init__(
+        self, d_model: int, d_state: int, directions: int, depth: int, drop_path: float = 0.0, scan: str = "auto"
+    ) -> None:
+        super().__init__()
+        self.drop_path = drop_path
+        self.norm1 = nn.LayerNorm(d_model, eps=1e-5)
+        self.mixer = Mixer(d_model, d_state, directions, depth, scan=scan)
+        self.norm2 = nn.LayerNorm(d_model, eps=1e-5)
+        self.mlp = SwiGLU(d_model)
+
+    def forward(self, x: Tensor, order: Tensor) -> Tensor:
+        """`[b, l, d] -> [b, l, d]`; `order` as in `Mixer`."""
+        x = x + self._drop(self.mixer(self.norm1(x), order))
+        return x + self._drop(self.mlp(self.norm2(x)))
+
+    def _drop(self, branch: Tensor) -> Tensor:
+        if self.drop_path == 0 or not self.training:
+            return branch
+        keep = 1 - self.drop_path
+        mask = torch.rand(branch.shape[0], 1, 1, device=branch.device) < keep
+        return branch * mask / keep

@@ -1,0 +1,190 @@
+"""Hybrid decoder layers around any Hugging Face causal LM: self-attention joined by gated cross-attention to the image.
+
+Inside a hybrid layer the text queries also attend to keys and values projected from the visual tokens. A gate computed
+from the text scales that context, which is added to the self-attention before the output projection. The gate starts
+at zero, so a fresh hybrid LLM equals the plain one.
+
+The attention modules are extended in place and keep their parameter names: the LLM's weights and its LoRA adapters
+load and save as those of the plain LLM. Visual tokens travel as keyword arguments through the LLM's `forward` and
+`generate` (which expands them over beams), never as state on a layer, which would break under checkpointing.
+
+Source: EMRRG (arXiv 2510.16776) section 3.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from emrrg_cli.errors import UsageError
+
+VISUAL_ARGUMENTS = ("visual_tokens", "visual_mask")
+
+
+class CrossAttention(nn.Module):
+    """What a hybrid layer adds to its self-attention: key/value projection and gate.
+
+    Args:
+        hidden_size: width of the LLM.
+        heads: query heads of the layer.
+        kv_heads: key/value heads of the layer (grouped-query attention as in the layer).
+        head_dim: width of a head.
+    """
+
+    def __init__(self, hidden_size: int, heads: int, kv_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.kv_proj = nn.Linear(hidden_size, 2 * kv_heads * head_dim, bias=False)
+        self.gate = nn.Linear(hidden_size, 1)
+        self.warmup = nn.Parameter(torch.zeros(1))
+        nn.init.normal_(self.kv_proj.weight, std=hidden_size**-0.5)
+
+    def keys_and_values(self, visual: Tensor) -> tuple[Tensor, Tensor]:
+        """`[b, m, hidden] -> 2 x [b, kv_heads, m, head_dim]`; `visual` after the layer's input norm."""
+        kv = self.kv_proj(visual.to(self.kv_proj.weight.dtype))
+        kv = kv.view(*visual.shape[:2], 2, self.kv_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        return kv[0], kv[1]
+
+    def forward(self, hidden: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """The gated context, to be added before the output projection.
+
+        Args:
+            hidden: `[b, t, hidden]`, text states after the layer's input norm.
+            query: `[b, t, heads * head_dim]`, the layer's own queries of them, before rotary.
+            key, value: `[b, kv_heads, m, head_dim]`.
+            mask: `[b, m]`, true where a visual token is real; None: all are.
+
+        Returns:
+            `[b, t, heads * head_dim]`.
+        """
+        b, t, _ = query.shape
+        query = query.view(b, t, self.heads, self.head_dim).transpose(1, 2)
+        groups = self.heads // self.kv_heads
+        context = F.scaled_dot_product_attention(
+            query,
+            key.to(query.dtype).repeat_interleave(groups, dim=1),
+            value.to(query.dtype).repeat_interleave(groups, dim=1),
+            attn_mask=None if mask is None else mask[:, None, None, :].bool(),
+        )
+        gate = self.warmup * torch.tanh(self.gate(hidden.to(self.gate.weight.dtype)))  # [b, t, 1]
+        return gate.to(context.dtype) * context.transpose(1, 2).reshape(b, t, -1)
+
+
+class _HybridAttention(nn.Module):
+    """Mixed into the class of a decoder layer's own `self_attn`; `cross` and `visual_norm` are set by `add_hybrid_layers`."""
+
+    cross: CrossAttention
+    q_proj: nn.Module
+    o_proj: nn.Module
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        visual_tokens: Tensor | None = None,
+        visual_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        attended, *rest = super().forward(hidden_states, *args, **kwargs)
+        if visual_tokens is None:
+            return (attended, *rest)
+        key, value = self._visual_keys_and_values(visual_tokens, kwargs.get("past_key_values"))
+        query = self.q_proj(hidden_states)
+        if (q_norm := getattr(self, "q_norm", None)) is not None:  # Qwen3 norms each head's query
+            query = q_norm(query.unflatten(-1, (self.cross.heads, self.cross.head_dim))).flatten(-2)
+        context = self.o_proj(self.cross(hidden_states, query, key, value, visual_mask))
+        if (bias := getattr(self.o_proj, "bias", None)) is not None:
+            context = context - bias  # self-attention has added it already
+        return (attended + context.to(attended.dtype), *rest)
+
+    def _visual_keys_and_values(self, visual: Tensor, cache: Any) -> tuple[Tensor, Tensor]:
+        # In generation they are the same at every step; they live in the cache of this generation and die with it.
+        # Beam search reorders rows within a study only, where all rows are equal, so they need no reordering.
+        kept: dict[int, tuple[Tensor, Tensor]] = {}
+        if cache is not None and not torch.is_grad_enabled():
+            kept = cache.__dict__.setdefault("visual_keys_and_values", kept)
+        layer = id(self)
+        if layer not in kept or kept[layer][0].shape[0] != visual.shape[0]:
+            norm: nn.Module = self.__dict__["visual_norm"]
+            kept[layer] = self.cross.keys_and_values(norm(visual))
+        return kept[layer]
+
+
+class _HybridLLM:
+    """Mixed into the class of the LLM: `generate` then accepts the visual arguments, which go through `**kwargs`."""
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        others = {key: value for key, value in model_kwargs.items() if key not in VISUAL_ARGUMENTS}
+        super()._validate_model_kwargs(others)  # type: ignore[misc]
+
+
+def add_hybrid_layers(llm: Any, every: int) -> list[int]:
+    """Turns every `every`-th decoder layer of a causal LM, from the first, into a hybrid layer, in place.
+
+    Afterwards `llm(..., visual_tokens=[b, m, hidden], visual_mask=[b, m] or None)` and `llm.generate(...)` with the
+    same arguments attend to the image; without them the LLM is the plain one.
+
+    Returns:
+        The indices of the hybrid layers.
+
+    Raises:
+        UsageError: when the architecture lacks what a hybrid layer stands on (separate `q_proj` and `o_proj` under
+            `self_attn`, `input_layernorm` before it).
+    """
+    layers = decoder_layers(llm)
+    chosen = list(range(0, len(layers), every))
+    for index in chosen:
+        layer = layers[index]
+        attention, norm = layer.self_attn, getattr(layer, "input_layernorm", None)
+        missing = [name for name in ("q_proj", "o_proj") if not isinstance(getattr(attention, name, None), nn.Module)]
+        if norm is None:
+            missing.append("input_layernorm")
+        heads, kv_heads, head_dim = _head_shape(llm.config, attention)
+        if not missing and attention.q_proj.out_features != heads * head_dim:
+            missing.append("q_proj of heads * head_dim rows")
+        if missing:
+            raise UsageError(
+                f"hybrid layers do not fit {type(llm).__name__}: its decoder layer has no {', '.join(missing)}",
+                hint="Llama, Mistral, Qwen2 and Qwen3 fit. Or set model.hybrid.every=null for a plain LLM.",
+            )
+        attention.cross = CrossAttention(llm.config.hidden_size, heads, kv_heads, head_dim)
+        attention.__dict__["visual_norm"] = norm  # shared with the layer, so not a second entry in the state dict
+        _mix_in(attention, _HybridAttention)
+    _mix_in(llm, _HybridLLM)
+    return chosen
+
+
+def hybrid_parameters(llm: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names (inside the LLM) and parameters that hybrid layers added."""
+    for name, parameter in llm.named_parameters():
+        if ".cross." in name:
+            yield name, parameter
+
+
+def decoder_layers(llm: Any) -> nn.ModuleList:
+    """The decoder layers of a Hugging Face causal LM.
+
+    Raises:
+        UsageError: when they are not where decoder-only models keep them.
+    """
+    layers = getattr(llm.get_decoder() if hasattr(llm, "get_decoder") else llm, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not hasattr(layers[0], "self_attn"):
+        raise UsageError(f"{type(llm).__name__} is not a decoder-only LLM with layers that have self_attn")
+    return layers
+
+
+def _head_shape(config: Any, attention: Any) -> tuple[int, int, int]:
+    heads = config.num_attention_heads
+    head_dim = getattr(attention, "head_dim", config.hidden_size // heads)
+    return heads, getattr(config, "num_key_value_heads", None) or heads, head_dim
+
+
+def _mix_in(module: Any, mixin: type) -> None:
+    # The class keeps its name: `save_pretrained` writes it into config.json as the architecture.
+    cls = type(module)
+    if not issubclass(cls, mixin):
+        module.__class__ = type(cls.__name__, (mixin, cls), {"__module__": cls.__module__})
