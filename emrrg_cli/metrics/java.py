@@ -1,0 +1,213 @@
+"""The two scoring tools that need Java: METEOR 1.5 and the Penn Treebank tokenizer, from the jars in pycocoevalcap.
+
+pycocoevalcap's own wrappers keep METEOR's error pipe unread, so that it can fill and block, and write into
+site-packages to tokenize. Here every process has a time limit, is always reaped, and fails with a reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+# Whatever the locale of the machine is: UTF-8, and a decimal point, since METEOR reads numbers back by the locale.
+_LOCALE_OPTIONS = ("-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8", "-Duser.language=en", "-Duser.country=US")
+_METEOR_JAR = "meteor/meteor-1.5.jar"
+_METEOR_PARAPHRASES = "meteor/data/paraphrase-en.gz"
+_PTB_JAR = "tokenizer/stanford-corenlp-3.4.1.jar"
+# Start-up reads a 60 MB table (seconds); a report then takes milliseconds. Both limits leave a slow machine ample room.
+_START_LIMIT_S = 180.0
+_LIMIT_PER_TEXT_S = 0.25
+
+
+class JavaFailure(Exception):
+    """A Java tool is missing or did not answer; the message is the reason, in half a sentence."""
+
+
+def java_path() -> str | None:
+    """Path of the Java launcher: that of `JAVA_HOME` if set and present, else the one on `PATH`; None without Java."""
+    home = os.environ.get("JAVA_HOME")
+    if home and (found := shutil.which("java", path=str(Path(home) / "bin"))):
+        return found
+    return shutil.which("java")
+
+
+def meteor(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> float:
+    """METEOR 1.5 of a corpus, English, normalised text, as pycocoevalcap computes it.
+
+    Args:
+        references: At least one reference for each hypothesis.
+        hypotheses: One text for each item.
+
+    Raises:
+        JavaFailure: No Java, no jar, a crash, an answer that is no number, or the time limit.
+
+    Source: Denkowski and Lavie, "Meteor Universal" (2014).
+    """
+    jar = _bundled(_METEOR_JAR)
+    _bundled(_METEOR_PARAPHRASES)  # the jar looks for it beside itself, and scores differently without it
+    command = [
+        _java(),
+        *_LOCALE_OPTIONS,
+        "-XX:+UseSerialGC",
+        "-Xmx2G",
+        "-jar",
+        str(jar),
+        "-",
+        "-",
+        "-stdio",
+        "-l",
+        "en",
+        "-norm",
+    ]
+    with _conversation(command, cwd=jar.parent, limit_s=_limit(len(hypotheses))) as ask:
+        statistics = []
+        for texts, hypothesis in zip(references, hypotheses, strict=True):
+            line = " ||| ".join(["SCORE", *map(_one_field, texts), _one_field(hypothesis)])
+            statistics.append(" ".join(str(_number(value)) for value in ask(line, 1)[0].split()))
+        # One score for each item, then that of the corpus, which is no mean of the others.
+        return _number(ask(" ||| ".join(["EVAL", *statistics]), len(hypotheses) + 1)[-1])
+
+
+def ptb_tokenize(texts: Sequence[str]) -> list[str]:
+    """Texts as the Penn Treebank tokenizer splits them, lower-cased and without punctuation.
+
+    Brackets stay, as `-lrb-` and `-rrb-`: pycocoevalcap lists them in upper case only, and published scores have them.
+
+    Raises:
+        JavaFailure: No Java, no jar, a crash, or the time limit.
+    """
+    from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS
+
+    jar = _bundled(_PTB_JAR)
+    command = [_java(), *_LOCALE_OPTIONS, "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
+    command += ["-encoding", "UTF-8", "-preserveLines", "-lowerCase"]
+    lines = "".join(f"{' '.join(text.split())}\n" for text in texts)
+    try:
+        # `run` reads both pipes while it writes, and kills the process at the limit or on Ctrl-C.
+        done = subprocess.run(command, input=_encode(lines), capture_output=True, timeout=_limit(len(texts)))
+    except subprocess.TimeoutExpired:
+        raise JavaFailure(f"the PTB tokenizer gave no answer within {_limit(len(texts)):.0f} s") from None
+    except OSError as error:
+        raise JavaFailure(f"Java does not start ({error})") from error
+    if done.returncode:
+        raise JavaFailure(_reason(done.stderr, done.returncode))
+    answers = done.stdout.decode("utf-8", "replace").split("\n")[:-1]
+    if len(answers) != len(texts):
+        raise JavaFailure(f"the PTB tokenizer returned {len(answers)} lines for {len(texts)} texts")
+    punctuation = set(PUNCTUATIONS)
+    return [" ".join(word for word in line.split() if word not in punctuation) for line in answers]
+
+
+def _java() -> str:
+    java = java_path()
+    if java is None:
+        raise JavaFailure("no Java found on PATH or under JAVA_HOME")
+    return java
+
+
+def _bundled(name: str) -> Path:
+    """A file inside the installed pycocoevalcap package."""
+    spec = importlib.util.find_spec("pycocoevalcap")
+    if spec is None or not spec.submodule_search_locations:
+        raise JavaFailure("the package pycocoevalcap is not installed")
+    path = Path(spec.submodule_search_locations[0]) / name
+    if not path.is_file():
+        raise JavaFailure(f"{path} is missing; reinstall pycocoevalcap")
+    return path
+
+
+def _limit(texts: int) -> float:
+    return _START_LIMIT_S + _LIMIT_PER_TEXT_S * texts
+
+
+def _one_field(text: str) -> str:
+    """Text that METEOR reads as one field of one line: no line break of any kind, no field separator."""
+    return " ".join(re.sub(r"\|{3,}", " ", text).split())
+
+
+def _encode(text: str) -> bytes:
+    return text.encode("utf-8", "replace")
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise JavaFailure(f"METEOR answered {text[:80]!r} where a number was expected") from None
+    # Nothing to match on either side is 0 / 0 there; such an item counts as no match.
+    return 0.0 if value != value else value
+
+
+class _Ask:
+    """Sends one line to the process and waits for its answer, line by line, so that neither pipe can fill."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._input: IO[bytes] = process.stdin
+        self._output: IO[bytes] = process.stdout
+
+    def __call__(self, line: str, answers: int) -> list[str]:
+        self._input.write(_encode(line + "\n"))
+        self._input.flush()
+        lines = []
+        for _ in range(answers):
+            answer = self._output.readline()
+            if not answer:
+                raise EOFError
+            lines.append(answer.decode("utf-8", "replace").strip())
+        return lines
+
+
+@contextlib.contextmanager
+def _conversation(command: list[str], *, cwd: Path, limit_s: float) -> Iterator[_Ask]:
+    """Start a process that answers lines with lines; it is gone when the block ends, however it ends."""
+    # Errors go to a file: an unread pipe blocks the process once it is full.
+    with tempfile.TemporaryFile() as errors:
+        try:
+            process = subprocess.Popen(command, cwd=cwd, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
+        except OSError as error:
+            raise JavaFailure(f"Java does not start ({error})") from error
+        late = threading.Event()
+
+        def stop() -> None:
+            late.set()
+            process.kill()
+
+        timer = threading.Timer(limit_s, stop)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield _Ask(process)
+        except (EOFError, OSError):
+            if late.is_set():
+                raise JavaFailure(f"METEOR gave no answer within {limit_s:.0f} s and was stopped") from None
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=5)
+            errors.seek(0)
+            raise JavaFailure(_reason(errors.read(), process.poll())) from None
+        finally:
+            timer.cancel()
+            process.kill()
+            for pipe in (process.stdin, process.stdout):
+                with contextlib.suppress(OSError):  # closing flushes what a dead process never read
+                    if pipe is not None:
+                        pipe.close()
+            process.wait()
+
+
+def _reason(stderr: bytes, code: int | None) -> str:
+    """The first line of Java's complaint that says something, with the exit status."""
+    lines = (line.strip() for line in stderr.decode("utf-8", "replace").splitlines())
+    said = [line for line in lines if line and not line.startswith(("Picked up ", "at "))]
+    status = "Java stopped" if code is None else f"Java stopped with status {code}"
+    return f"{status}: {said[0][:200]}" if said else status
