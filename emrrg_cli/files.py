@@ -1,0 +1,257 @@
+"""Files that are whole or not there: written under a temporary name, brought to the disk, then renamed.
+
+Temporary names are `NAME.tmp-HOST-PID-RANDOM`, beside the final name and so on the same file system. Those that a
+dead process of this host left behind are removed by the next write to the same name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+
+from emrrg_cli.console import err
+from emrrg_cli.errors import RunError, UsageError
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write a text file (UTF-8, `\\n` line ends); a reader finds the old text or the new one, never a part.
+
+    Raises:
+        RunError: It cannot be written (no permission, disk full); the old file is as it was.
+    """
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def atomic_write_bytes(path: Path, data: bytes) -> None:
+    """Write a file; a reader finds the old content or the new one, never a part. Missing directories are made.
+
+    Raises:
+        RunError: It cannot be written (no permission, disk full); the old file is as it was.
+    """
+    path = _real(path)
+    with _told(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path)
+        temporary = _temporary(path)
+        try:
+            # Mode 0666 less the umask, like any new file; what `tempfile` makes is readable by its owner only.
+            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)  # noqa: PTH105
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_directory(final: Path) -> Iterator[Path]:
+    """Build a directory that replaces `final` at the end of the block, or leaves it alone if the block fails.
+
+    The order, each step on the disk before the next:
+
+    1. the block fills `final.tmp-*`
+    2. `final` is renamed to `final.previous`, if there is one
+    3. `final.tmp-*` is renamed to `final`
+    4. `final.previous` is removed
+
+    A crash before 2 leaves the old directory in place, one after 3 the new one. Between the two there is only
+    `final.previous`, which is whole: `recover_directory` puts it back, and whoever reads `final` after a crash calls
+    it first. One process writes to a name at a time.
+
+    Yields:
+        The temporary directory, empty.
+
+    Raises:
+        RunError: `final` is a file, or a step cannot be carried out.
+    """
+    final = _real(final)
+    recover_directory(final)
+    if final.exists() and not final.is_dir():
+        raise RunError(f"{final} is a file; a directory is to be written there", hint="Move it or choose another name.")
+    with _told(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(final)
+        temporary = _temporary(final)
+        temporary.mkdir()
+    try:
+        yield temporary
+        with _told(final):
+            _sync_tree(temporary)
+            previous = _previous(final)
+            try:
+                if final.exists():
+                    os.replace(final, previous)  # noqa: PTH105
+                    _sync_directory(final.parent)
+                os.replace(temporary, final)  # noqa: PTH105
+            except BaseException:
+                recover_directory(final)
+                raise
+            _sync_directory(final.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def recover_directory(final: Path) -> None:
+    """Undo a replacement of `final` that was cut off half-way: afterwards it is the last whole directory, if any was.
+
+    Raises:
+        RunError: It cannot be renamed.
+    """
+    final = _real(final)
+    previous = _previous(final)
+    if not previous.is_dir():
+        return
+    if final.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        return
+    with _told(final):
+        os.replace(previous, final)  # noqa: PTH105
+        _sync_directory(final.parent)
+
+
+def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
+    """Add one row to a JSON-lines file and hand it to the system at once. A cut last line is removed first.
+
+    Raises:
+        RunError: It cannot be written.
+    """
+    line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8")
+    with _told(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+") as file:
+            line = _mend(file) + line
+            file.write(line)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file. A last line that a crash cut off is left out, and this is said on stderr.
+
+    Raises:
+        UsageError: No such file, or a line that is no JSON object; the message names it.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):  # every whole line ends in a line break
+                err.print(f"[yellow]{escape(str(path))}:{number}: the last line was cut off and is left out[/]")
+                continue
+            raise UsageError(f"{path}:{number}: not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise UsageError(f"{path}:{number}: expected an object, found {type(row).__name__}")
+        rows.append(row)
+    return rows
+
+
+def _mend(file: Any) -> bytes:
+    """Bring the end of an open JSON-lines file in order: the bytes to write before the next row."""
+    end = file.seek(0, os.SEEK_END)
+    start, tail = end, b""
+    while start and b"\n" not in tail:
+        step = min(start, 4096)
+        start -= step
+        file.seek(start)
+        tail = file.read(step) + tail
+    last = tail.rpartition(b"\n")[2]
+    if not last:
+        return b""
+    try:
+        json.loads(last)
+    except ValueError:
+        file.truncate(end - len(last))
+        return b""
+    return b"\n"
+
+
+def _real(path: Path) -> Path:
+    """The path behind links: renaming onto a link would replace the link, not what it stands for."""
+    return Path(os.path.realpath(path))
+
+
+def _previous(final: Path) -> Path:
+    return final.with_name(f"{final.name}.previous")
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f"{path.name}.tmp-{_host()}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def _host() -> str:
+    return socket.gethostname().replace("/", "_") or "localhost"
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove temporary files and directories for `path` whose process, on this host, is gone."""
+    start = f"{path.name}.tmp-{_host()}-"
+    for entry in path.parent.iterdir():
+        pid, dash, _ = entry.name.removeprefix(start).partition("-")
+        if not (entry.name.startswith(start) and dash and pid.isdecimal()) or _alive(int(pid)):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    if pid == os.getpid() or os.name != "posix":  # elsewhere signal 0 is no question: it would end the process
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OverflowError, OSError):
+        return True
+    return True
+
+
+def _sync_tree(root: Path) -> None:
+    for directory, _, names in os.walk(root):
+        for name in names:
+            path = Path(directory) / name
+            if not path.is_symlink() and path.is_file():
+                # Windows syncs only what is open for writing; elsewhere a read-only copy must do.
+                with path.open("rb" if os.name == "posix" else "rb+") as file:
+                    os.fsync(file.fileno())
+        _sync_directory(Path(directory))
+
+
+def _sync_directory(path: Path) -> None:
+    """Bring a directory's entries to the disk, where the system can (not on Windows, not on every network share)."""
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Turn a system error into one that says which file could not be written."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
