@@ -91,13 +91,14 @@ class EncoderSettings(Settings):
         """`(d_model, depth)`, from `size` or as given."""
         if self.size is not None:
             return ENCODER_SIZES[self.size]
-        assert self.d_model is not None and self.depth is not None
+        assert self.d_model is not None
+        assert self.depth is not None
         return self.d_model, self.depth
 
 
 class AdapterSettings(Settings):
     targets: list[AdapterTarget] | Literal["full", "none"] = Field(
-        default_factory=lambda: ["X"],
+        ["X"],
         description="projections that get LoRA on a frozen encoder; full: train the encoder; none: freeze it",
     )
     rank: int = Field(16, ge=1)
@@ -213,7 +214,7 @@ class TrainSettings(Settings):
     score_weights: dict[str, float] = Field(default_factory=lambda: {"BLEU_4": 0.8, "CIDEr": 0.2})
     patience: int | None = Field(None, ge=1, description="validations without a better result before stopping")
     log_every: int = Field(10, ge=1, description="optimizer steps between log entries")
-    trackers: list[Literal["tensorboard", "wandb"]] = Field(default_factory=lambda: ["tensorboard"])
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(["tensorboard"])
 
     @model_validator(mode="after")
     def _check(self) -> Self:

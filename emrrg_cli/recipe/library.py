@@ -1,0 +1,123 @@
+"""Where recipes are: those shipped with the package by name (`iu_xray/finetune`), others by path (`my/recipe.yaml`)."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from emrrg_cli.errors import RunError, UsageError
+from emrrg_cli.recipe.layers import Layer
+from emrrg_cli.recipe.yaml12 import parse_layer
+
+_SUFFIXES = (".yaml", ".yml")
+
+
+def recipes_dir() -> Path:
+    """The directory of the shipped recipes: inside an installed package, beside an editable one.
+
+    Raises:
+        RunError: The installation has none.
+    """
+    package = Path(__file__).resolve().parent.parent
+    for candidate in (package / "recipes", package.parent / "recipes"):
+        if candidate.is_dir():
+            return candidate
+    raise RunError(f"no recipes found with the package in {package}", hint="Install emrrg again.")
+
+
+def recipe_names(pattern: str | None = None) -> list[str]:
+    """Sorted names of the shipped recipes, such as `iu_xray/finetune`.
+
+    Args:
+        pattern: Wildcards as in a shell (`*/finetune`); without one, any name that contains the text; None: all.
+    """
+    root = recipes_dir()
+    names = sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.glob("*/*.yaml"))
+    if pattern is None:
+        return names
+    if not any(mark in pattern for mark in "*?["):
+        pattern = f"*{pattern}*"
+    return [name for name in names if fnmatchcase(name, pattern)]
+
+
+def is_path(ref: str) -> bool:
+    """Whether a recipe reference is a path (it ends in .yaml) and no shipped name."""
+    return ref.endswith(_SUFFIXES)
+
+
+def find_recipe(ref: str, *, relative_to: Path | None = None) -> Path:
+    """The file of a recipe.
+
+    Args:
+        ref: A shipped name, or a path that ends in `.yaml`.
+        relative_to: Directory that relative paths start from; None: the working directory.
+
+    Raises:
+        UsageError: There is no such recipe; the hint has the nearest names.
+    """
+    names = recipe_names()
+    if is_path(ref):
+        path = (relative_to or Path()) / Path(ref).expanduser()
+        if path.is_file():
+            return path
+        bare = str(Path(ref).with_suffix(""))
+        hint = f"A shipped recipe is named without .yaml: {bare}" if bare in names else None
+        raise UsageError(f"recipe file {path} does not exist", hint=hint)
+    if ref in names:
+        return recipes_dir() / f"{ref}.yaml"
+    same_part = [name for name in names if ref in name.split("/")]
+    nearest = get_close_matches(ref, names, n=3, cutoff=0.5) or same_part[:3]
+    hint = f"Did you mean {' or '.join(nearest)}?" if nearest else "`emrrg recipe ls` lists them all."
+    raise UsageError(f"no shipped recipe is named {ref} (a path must end in .yaml)", hint=hint)
+
+
+def read_layers(path: Path) -> list[Layer]:
+    """The layers of a recipe file, weakest first: the recipe it `extends`, that one's own parent below, then itself.
+
+    Raises:
+        UsageError: A file that is missing, unreadable or no valid YAML, or recipes that extend each other in a circle.
+    """
+    layers: list[Layer] = []
+    seen: list[Path] = []
+    while True:
+        real = path.resolve()
+        if real in seen:
+            circle = " -> ".join(display_name(step) for step in [*seen, real])
+            raise UsageError(f"recipes extend each other in a circle: {circle}")
+        seen.append(real)
+        layer = read_layer(path)
+        parent = layer.values.pop("extends", None)
+        layers.insert(0, layer)
+        if parent is None:
+            return layers
+        where = layer.where(("extends",))
+        if not isinstance(parent, str):
+            raise UsageError(f"{where}: extends: expected one recipe name or path, got {parent!r}")
+        try:
+            path = find_recipe(parent, relative_to=path.parent)
+        except UsageError as error:
+            raise UsageError(f"{where}: extends: {error.message}", hint=error.hint) from error
+
+
+def read_layer(path: Path) -> Layer:
+    """One recipe file as it stands, without what it extends.
+
+    Raises:
+        UsageError: The file cannot be read or is no valid YAML.
+    """
+    name = display_name(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"cannot read recipe {name}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"recipe {name} is not UTF-8 text") from error
+    return parse_layer(text, name)
+
+
+def display_name(path: Path) -> str:
+    """A path as errors show it: from the working directory where it lies below, else whole."""
+    resolved = path.resolve()
+    here = Path.cwd()
+    return str(resolved.relative_to(here)) if resolved.is_relative_to(here) else str(resolved)

@@ -1,0 +1,180 @@
+"""From a recipe's name or path and `key=value` overrides to checked settings, and back to YAML.
+
+A recipe is a stack of layers, weakest first: schema defaults, the preset of the default protocol, the recipe it
+extends, itself, the command line. Where a layer states `protocol`, that preset stands just below the layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, cast, overload
+
+from pydantic import ValidationError
+
+from emrrg_cli.errors import UsageError
+from emrrg_cli.recipe.layers import Layer, merge, with_presets
+from emrrg_cli.recipe.library import find_recipe, read_layer, read_layers
+from emrrg_cli.recipe.overrides import parse_overrides
+from emrrg_cli.recipe.problems import Problem, find_problems, place_of
+from emrrg_cli.recipe.schema import PROTOCOLS, FinetuneRecipe, PreprocessRecipe, Settings
+from emrrg_cli.recipe.yaml12 import dump
+
+# A stage is one entry here.
+STAGES: dict[str, type[Settings]] = {"finetune": FinetuneRecipe, "preprocess": PreprocessRecipe}
+# Recipes that are laid over the recipe of a trained run.
+OVERLAYS = ("evaluate", "generate")
+# What the run has already settled, so that no overlay can change it.
+_SETTLED = ("output", "train")
+
+RUN_RECIPE = "recipe.yaml"
+
+
+@overload
+def load_recipe(ref: str, overrides: Sequence[str] = (), *, stage: Literal["finetune"]) -> FinetuneRecipe: ...
+@overload
+def load_recipe(ref: str, overrides: Sequence[str] = (), *, stage: Literal["preprocess"]) -> PreprocessRecipe: ...
+@overload
+def load_recipe(ref: str, overrides: Sequence[str] = (), *, stage: str | None = None) -> Settings: ...
+def load_recipe(ref: str, overrides: Sequence[str] = (), *, stage: str | None = None) -> Settings:
+    """The checked settings of a recipe.
+
+    Args:
+        ref: Name of a shipped recipe (`iu_xray/finetune`), or a path that ends in `.yaml`.
+        overrides: `key=value` strings, stronger than the recipe.
+        stage: The stage that the caller runs; None: any.
+
+    Raises:
+        UsageError: No such recipe, a recipe for another stage, a malformed override, or settings that are unknown, of
+            the wrong type or in conflict; all of these are listed together, each with its place.
+    """
+    layers = _read(ref, overrides)
+    found = _stage_of(ref, layers)
+    if stage is not None and found != stage:
+        hint = f"`emrrg recipe ls {stage}` lists fitting ones."
+        raise UsageError(f"recipe {ref} is for `{found}`, not `{stage}`", hint=hint)
+    if found in OVERLAYS:
+        raise UsageError(f"recipe {ref} is for `{found}`, which lays it over the recipe of a trained run")
+    return _validated(ref, STAGES[found], _with_presets(found, layers))
+
+
+def load_run_recipe(
+    run_dir: Path, recipe_ref: str | None, overrides: Sequence[str], stage: Literal["evaluate", "generate"]
+) -> FinetuneRecipe:
+    """The recipe of a trained run with the settings of an `evaluate` or `generate` recipe laid over it.
+
+    A `protocol` in the overlay brings its text, decoding and scoring, and leaves the model as it was trained.
+
+    Args:
+        run_dir: Directory that `finetune` wrote.
+        recipe_ref: The overlay; None: the shipped default of the stage.
+        overrides: `key=value` strings, stronger than the overlay.
+        stage: The stage that the caller runs.
+
+    Raises:
+        UsageError: `run_dir` is no run directory, or as in `load_recipe`.
+    """
+    file = run_dir / RUN_RECIPE
+    if not file.is_file():
+        hint = "Name the directory that `emrrg finetune` wrote."
+        raise UsageError(f"{run_dir} is not a run directory: it has no {RUN_RECIPE}", hint=hint)
+    run = read_layer(file)
+    run_stage = _stage_of(str(file), [run])
+    if run_stage != "finetune":
+        raise UsageError(f"{run_dir} holds a `{run_stage}` run; `{stage}` needs a `finetune` run")
+    ref = recipe_ref or f"default/{stage}"
+    overlay = _read(ref, overrides)
+    if (found := _stage_of(ref, overlay)) != stage:
+        hint = f"`default/{stage}` is one to start from."
+        raise UsageError(f"recipe {ref} is for `{found}`, not `{stage}`", hint=hint)
+    layers, problems = _overlay(stage, overlay)
+    recipe = _validated(ref, FinetuneRecipe, [run, *layers], problems)
+    return cast(FinetuneRecipe, recipe)
+
+
+def resolve_recipe(ref: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The checked settings of any recipe as a document: every setting, or for an overlay recipe those it states.
+
+    Raises:
+        UsageError: As in `load_recipe`.
+    """
+    layers = _read(ref, overrides)
+    stage = _stage_of(ref, layers)
+    if stage not in OVERLAYS:
+        return _validated(ref, STAGES[stage], _with_presets(stage, layers)).model_dump()
+    layers, problems = _overlay(stage, layers)
+    # Laid over defaults it may conflict with values that the run has otherwise, so conflicts wait for the run.
+    problems += [problem for problem in _problems(FinetuneRecipe, layers)[1] if not problem.conflict]
+    _refuse(ref, problems)
+    return {"stage": stage} | {key: value for key, value in merge(layers).items() if key != "stage"}
+
+
+def dump_recipe(recipe: Settings) -> str:
+    """The YAML text of a recipe with every setting. `load_recipe` reads an equal recipe back from it."""
+    return dump(recipe.model_dump())
+
+
+def _read(ref: str, overrides: Sequence[str]) -> list[Layer]:
+    layers = read_layers(find_recipe(ref))
+    return [*layers, parse_overrides(overrides)] if overrides else layers
+
+
+def _stage_of(ref: str, layers: Sequence[Layer]) -> str:
+    known = [*STAGES, *OVERLAYS]
+    where, _ = place_of(("stage",), layers)
+    if not where:
+        raise UsageError(f"{ref}: stage: must be given; one of {', '.join(known)}")
+    stage = merge(layers)["stage"]
+    if stage not in known:
+        close = get_close_matches(str(stage), known, n=1)
+        suggestion = f"; did you mean {close[0]}?" if close else ""
+        raise UsageError(f"{where}: stage: expected one of {', '.join(known)}, got {stage}{suggestion}")
+    return str(stage)
+
+
+def _with_presets(stage: str, layers: Sequence[Layer]) -> list[Layer]:
+    if stage != "finetune":
+        return list(layers)
+    return with_presets(layers, PROTOCOLS, default="ours", without=frozenset())
+
+
+def _overlay(stage: str, layers: Sequence[Layer]) -> tuple[list[Layer], list[Problem]]:
+    """Layers fit to lie over a run's recipe, and the settings among them that a run has already settled."""
+    fit, problems = [], []
+    for index, layer in enumerate(layers):
+        for key in _SETTLED:
+            if key in layer.values:
+                order = (index, layer.lines.get((key,), 0))
+                message = f"was settled when the run was trained; `{stage}` cannot change it"
+                problems.append(Problem(layer.where((key,)), (key,), message, order))
+        values = {key: value for key, value in layer.values.items() if key not in (*_SETTLED, "stage")}
+        fit.append(Layer(layer.name, values, layer.lines))
+    return with_presets(fit, PROTOCOLS, default=None, without=frozenset({"model"})), problems
+
+
+def _validated(ref: str, schema: type[Settings], layers: Sequence[Layer], problems: Sequence[Problem] = ()) -> Settings:
+    recipe, found = _problems(schema, layers)
+    _refuse(ref, [*problems, *found])
+    assert recipe is not None
+    return recipe
+
+
+def _problems(schema: type[Settings], layers: Sequence[Layer]) -> tuple[Settings | None, list[Problem]]:
+    values = merge(layers)
+    values.setdefault("stage", "finetune")  # an overlay alone
+    try:
+        return schema.model_validate(values), []
+    except ValidationError as error:
+        return None, find_problems(error, schema, values, layers)
+
+
+def _refuse(ref: str, problems: Sequence[Problem]) -> None:
+    if not problems:
+        return
+    lines = [str(problem) for problem in problems]
+    if len(lines) > 1:
+        lines.insert(0, f"{len(lines)} problems in recipe {ref}:")
+    unknown = any(problem.message == "unknown key" for problem in problems)
+    hint = "`emrrg recipe show NAME --resolved` prints every key there is, with its value." if unknown else None
+    raise UsageError("\n  ".join(lines), hint=hint)

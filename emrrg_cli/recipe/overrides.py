@@ -1,0 +1,56 @@
+"""`key=value` on the command line: `train.lr=5e-5 model.adapter.targets=[X,Z] model.encoder.weights=null`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from emrrg_cli.errors import UsageError
+from emrrg_cli.recipe.layers import COMMAND_LINE, Layer
+from emrrg_cli.recipe.yaml12 import parse_value
+
+_FORM = "An override is key=value with a YAML value, such as train.lr=5e-5, data.root=DIR or train.clip_norm=null."
+
+
+def parse_overrides(overrides: Sequence[str]) -> Layer:
+    """The layer of the command line. Later overrides win.
+
+    Raises:
+        UsageError: No `=`, an empty key or value, bad YAML, a key below a value that is no section, or `stage`, which
+            says what the recipe is and so cannot change.
+    """
+    values: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        keys = key.split(".")
+        if not equals:
+            raise UsageError(f"{COMMAND_LINE}: {override}: not of the form key=value", hint=_FORM)
+        if not all(part.strip() for part in keys):
+            raise UsageError(f"{COMMAND_LINE}: {override}: the key has an empty part", hint=_FORM)
+        if not text.strip():  # most often a shell variable that is not set
+            raise UsageError(f"{COMMAND_LINE}: {key}: no value after =", hint=f"To unset it, write {key}=null.")
+        if keys == ["stage"]:
+            raise UsageError(f"{COMMAND_LINE}: stage: cannot be overridden", hint="Name a recipe of that stage.")
+        _put(values, keys, _value(key, text))
+    return Layer(COMMAND_LINE, values)
+
+
+def _value(key: str, text: str) -> Any:
+    try:
+        return parse_value(text, COMMAND_LINE)
+    except UsageError as error:
+        # The line within one argument says nothing.
+        reason = error.message.removeprefix(f"{COMMAND_LINE}:1: ").removeprefix(f"{COMMAND_LINE}: ")
+        raise UsageError(
+            f"{COMMAND_LINE}: {key}: {reason}", hint=f"Quote text with special characters: {key}='\"...\"'."
+        ) from error
+
+
+def _put(values: dict[str, Any], keys: list[str], value: Any) -> None:
+    section = values
+    for depth, key in enumerate(keys[:-1], start=1):
+        section = section.setdefault(key, {})
+        if not isinstance(section, dict):
+            above = ".".join(keys[:depth])
+            raise UsageError(f"{COMMAND_LINE}: {'.'.join(keys)}: {above} was already given a value, it is no section")
+    section[keys[-1]] = value

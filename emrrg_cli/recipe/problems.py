@@ -1,0 +1,193 @@
+"""What is wrong with a recipe, in plain words, each problem with the place where it was written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from emrrg_cli.recipe.layers import KeyPath, Layer
+from emrrg_cli.recipe.suggest import annotation_at, is_literal, is_section, members, nearest_keys
+
+_LIMITS = {
+    "greater_than": "must be more than {gt:g}, got {got}",
+    "greater_than_equal": "must be {ge:g} or more, got {got}",
+    "less_than": "must be less than {lt:g}, got {got}",
+    "less_than_equal": "must be {le:g} or less, got {got}",
+    "too_short": "must have at least {min_length} items, got {actual_length}",
+    "too_long": "must have at most {max_length} items, got {actual_length}",
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing to mend. `conflict`: it lies between several settings, each fine alone."""
+
+    where: str
+    path: KeyPath
+    message: str
+    order: tuple[int, int]
+    conflict: bool = False
+
+    def __str__(self) -> str:
+        indices = (f"[{key}]" if key.isdigit() else f".{key}" for key in self.path)
+        place = "".join(indices).removeprefix(".")
+        return ": ".join(part for part in (self.where, place, self.message) if part)
+
+
+def find_problems(
+    error: ValidationError, schema: type[BaseModel], values: dict[str, Any], layers: Sequence[Layer]
+) -> list[Problem]:
+    """The problems of a validation, one a place, in the order in which they were written.
+
+    Args:
+        error: What pydantic found.
+        schema: The model that was validated against.
+        values: The document that was validated.
+        layers: The layers it was merged from, weakest first.
+    """
+    by_path: dict[KeyPath, Any] = {}
+    for entry in error.errors(include_url=False):
+        path = _path_in(values, entry["loc"], missing=entry["type"] == "missing")
+        # The branches of a union report one place each: a broken limit says more than "not of this type".
+        if path not in by_path or entry["type"] in _LIMITS:
+            by_path[path] = entry
+    innermost = [path for path in by_path if not any(other[: len(path)] == path for other in by_path if other != path)]
+    problems = [_problem(path, by_path[path], schema, values, layers) for path in innermost]
+    return sorted(problems, key=lambda problem: problem.order)
+
+
+def place_of(path: KeyPath, layers: Sequence[Layer]) -> tuple[str, tuple[int, int]]:
+    """`(where, order)` of the strongest layer that states `path`: the one whose value is in force."""
+    for index in range(len(layers) - 1, -1, -1):
+        if layers[index].states(path):
+            return layers[index].where(path), (index, layers[index].lines.get(path, 0))
+    return "", (-1, 0)
+
+
+def _path_in(values: dict[str, Any], loc: tuple[int | str, ...], *, missing: bool) -> KeyPath:
+    """The part of pydantic's location that is in the document: unions add the names of their branches."""
+    path: list[str] = []
+    current: Any = values
+    for position, key in enumerate(loc):
+        in_list = isinstance(current, list) and isinstance(key, int) and key < len(current)
+        if in_list or (isinstance(current, dict) and key in current):
+            current = current[key]
+            path.append(str(key))
+        elif missing and position == len(loc) - 1:
+            path.append(str(key))
+    return tuple(path)
+
+
+def _problem(
+    path: KeyPath, entry: Any, schema: type[BaseModel], values: dict[str, Any], layers: Sequence[Layer]
+) -> Problem:
+    kind = entry["type"]
+    where, order = place_of(path, layers)
+    if kind == "value_error":
+        message = str(entry["ctx"]["error"])
+        where, order = _place_of_conflict(path, message, layers)
+        return Problem(where, path, message, order, conflict=True)
+    if kind == "extra_forbidden":
+        return Problem(where, path, _unknown_key(schema, path), order)
+    if kind == "missing":
+        return Problem(where, path, "must be given", order)
+    if kind in _LIMITS:
+        return Problem(where, path, _LIMITS[kind].format(got=show(entry["input"]), **entry["ctx"]), order)
+    value: Any = values
+    for key in path:
+        value = value[int(key)] if isinstance(value, list) else value[key]
+    annotation = annotation_at(schema, path)
+    message = f"expected {describe(annotation)}, got {show(value)}{_nearest(annotation, value)}"
+    return Problem(where, path, message, order)
+
+
+def _unknown_key(schema: type[BaseModel], path: KeyPath) -> str:
+    if "." in path[-1]:
+        return "dotted keys are for the command line; in a file, nest the key in its section"
+    nearest = nearest_keys(schema, path)
+    return f"unknown key; did you mean {' or '.join(nearest)}?" if nearest else "unknown key"
+
+
+def _place_of_conflict(section: KeyPath, message: str, layers: Sequence[Layer]) -> tuple[str, tuple[int, int]]:
+    """The strongest statement about a key that the message names: most often the one that broke the peace."""
+    words = set(re.findall(r"[A-Za-z_0-9]+", message))
+    for index in range(len(layers) - 1, -1, -1):
+        layer = layers[index]
+        for path in _stated(layer.values):
+            if path[: len(section)] == section and len(path) > len(section) and path[-1] in words:
+                return layer.where(path), (index, layer.lines.get(path, 0))
+    return place_of(section, layers)
+
+
+def _stated(values: dict[str, Any], path: KeyPath = ()) -> list[KeyPath]:
+    found: list[KeyPath] = []
+    for key, value in values.items():
+        found += _stated(value, (*path, key)) if isinstance(value, dict) else [(*path, key)]
+    return found
+
+
+def show(value: Any) -> str:
+    """A value as it would stand in a recipe, containers by their kind."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case str():
+            return f'the text "{value}"'
+        case dict():
+            return "a mapping"
+        case list():
+            return "a list"
+    return str(value)
+
+
+_PLAIN: dict[Any, tuple[str, str]] = {
+    type(None): ("null", "nulls"),
+    bool: ("true or false", "true or false"),
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    str: ("text", "texts"),
+}
+
+
+def describe(annotation: Any) -> str:
+    """A type in plain words."""
+    options = []
+    for member in members(annotation):
+        if is_section(member):
+            options.append("a section of settings")
+        elif is_literal(member):
+            choices = [str(choice) for choice in get_args(member)]
+            options.append(choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}")
+        elif get_origin(member) is list:
+            options.append(f"a list of {_describe_many(get_args(member)[0])}")
+        elif get_origin(member) is dict:
+            options.append(f"a mapping of names to {_describe_many(get_args(member)[1])}")
+        else:
+            options.append(_PLAIN[member][0] if member in _PLAIN else "another kind of value")
+    return ", or ".join(options)
+
+
+def _describe_many(annotation: Any) -> str:
+    if is_literal(annotation):
+        return f"names from {', '.join(map(str, get_args(annotation)))}"
+    return _PLAIN[annotation][1] if annotation in _PLAIN else "values"
+
+
+def _nearest(annotation: Any, value: Any) -> str:
+    if not isinstance(value, str):
+        return ""
+    choices: dict[str, str] = {}
+    for member in members(annotation):
+        if is_literal(member):
+            choices |= {str(choice).lower(): str(choice) for choice in get_args(member)}
+        elif get_origin(member) is list and is_literal(get_args(member)[0]):
+            choices |= {str(choice).lower(): f"[{choice}]" for choice in get_args(get_args(member)[0])}
+    close = get_close_matches(value.lower(), choices, n=1, cutoff=0.6)
+    return f"; did you mean {choices[close[0]]}?" if close else ""

@@ -1,0 +1,84 @@
+"""The nearest valid key for one that a recipe does not have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from difflib import get_close_matches
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel
+
+from emrrg_cli.recipe.layers import KeyPath
+from emrrg_cli.recipe.schema import SYNONYMS
+
+
+def annotation_at(schema: type[BaseModel], path: KeyPath) -> Any:
+    """The type that the schema gives to the value at `path`; None where it has no such place."""
+    current: Any = schema
+    for key in path:
+        inner = [found for member in members(current) if (found := _child(member, key)) is not None]
+        if not inner:
+            return None
+        current = inner[0]
+    return current
+
+
+def members(annotation: Any) -> tuple[Any, ...]:
+    """The alternatives of a union; the type alone otherwise."""
+    plain = isinstance(annotation, type) or get_origin(annotation) in (list, dict) or not get_args(annotation)
+    return (annotation,) if plain or is_literal(annotation) else get_args(annotation)
+
+
+def is_literal(annotation: Any) -> bool:
+    """Whether a type is `Literal[...]`."""
+    return str(annotation).startswith("typing.Literal")
+
+
+def is_section(annotation: Any) -> bool:
+    """Whether a type is a section of settings."""
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def nearest_keys(schema: type[BaseModel], path: KeyPath) -> list[str]:
+    """Dotted keys that an unknown key at `path` was perhaps meant to be; best first, none where nothing is near.
+
+    Looks for names known from other toolkits and for the same name in other sections before it guesses at spelling:
+    a key that exists elsewhere is misplaced, not misspelt.
+    """
+    *section, key = path
+    places = list(_places(schema))
+    siblings = {place[-1]: place for place in places if place[:-1] == tuple(section)}
+    by_synonym = {name: siblings[ours] for name, ours in SYNONYMS.items() if ours in siblings}
+    name = key.lower().replace("-", "_")
+
+    if name in siblings or name in by_synonym:
+        return [_dotted(siblings.get(name) or by_synonym[name])]
+    elsewhere = [place for place in places if place[-1] in (name, SYNONYMS.get(name))]
+    if elsewhere:
+        return [_dotted(place) for place in elsewhere[:3]]
+    if close := get_close_matches(name, [*siblings, *by_synonym], n=1, cutoff=0.6):
+        return [_dotted(siblings.get(close[0]) or by_synonym[close[0]])]
+    if close := get_close_matches(name, [*SYNONYMS, *(place[-1] for place in places)], n=1, cutoff=0.8):
+        meant = SYNONYMS.get(close[0], close[0])
+        return [_dotted(place) for place in places if place[-1] == meant][:3]
+    return []
+
+
+def _child(annotation: Any, key: str) -> Any:
+    if is_section(annotation):
+        field = annotation.model_fields.get(key)
+        return None if field is None else field.annotation
+    if get_origin(annotation) in (list, dict):
+        return get_args(annotation)[-1]
+    return None
+
+
+def _places(schema: type[BaseModel], path: KeyPath = ()) -> Iterator[KeyPath]:
+    for name, field in schema.model_fields.items():
+        yield (*path, name)
+        if is_section(field.annotation):
+            yield from _places(field.annotation, (*path, name))  # type: ignore[arg-type]
+
+
+def _dotted(path: KeyPath) -> str:
+    return ".".join(path)

@@ -1,0 +1,177 @@
+"""YAML as recipes are written: the scalars of YAML 1.2, with the line of every key.
+
+PyYAML reads YAML 1.1, where `1e-4` is text and `no` is false. Here `1e-4` is a number and only `true` and `false` are
+booleans. Two things are stricter than YAML: a key may stand only once, and numbers are finite.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Hashable
+from typing import Any
+
+import yaml
+
+from emrrg_cli.errors import UsageError
+from emrrg_cli.recipe.layers import KeyPath, Layer
+
+_TAG = "tag:yaml.org,2002:"
+_SCALARS: list[tuple[str, str, str]] = [
+    ("null", r"~|null|Null|NULL|", "~nN"),
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    ("float", r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?", "-+.0123456789"),
+]
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012  (PyYAML's own protocol)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that either YAML version would read as something else, so that a dump reads back the same here."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def represent_list(self, data: Any) -> yaml.SequenceNode:
+        return self.represent_sequence(_TAG + "seq", data, flow_style=True)
+
+
+_Dumper.add_representer(list, _Dumper.represent_list)
+
+for _kind, _pattern, _first in _SCALARS:
+    _match = re.compile(rf"^(?:{_pattern})$")
+    _firsts = [*_first, ""] if _kind == "null" else list(_first)
+    _Loader.add_implicit_resolver(_TAG + _kind, _match, _firsts)
+    _Dumper.add_implicit_resolver(_TAG + _kind, _match, _firsts)
+
+
+def parse_layer(text: str, name: str) -> Layer:
+    """Reads one YAML document that must be a mapping.
+
+    Args:
+        text: The document.
+        name: The file, as errors should name it.
+
+    Raises:
+        UsageError: Bad syntax, a key that stands twice, or a top level that is no mapping; names file and line.
+    """
+    node = _compose(text, name)
+    reader = _Reader(name)
+    if node is None:
+        return Layer(name, {})
+    values = reader.read(node, ())
+    if not isinstance(values, dict):
+        raise UsageError(
+            f"{name}:{_line(node)}: a recipe is a mapping of keys to values, this is {_kind_of(values)}",
+            hint="A recipe looks like `stage: finetune` on one line and sections such as `train:` below it.",
+        )
+    if reader.problems:
+        raise UsageError("\n".join(reader.problems))
+    return Layer(name, values, reader.lines)
+
+
+def parse_value(text: str, name: str) -> Any:
+    """Reads one YAML value, as on the right of `key=value`.
+
+    Raises:
+        UsageError: Bad syntax; the message starts with `name`.
+    """
+    node = _compose(text, name)
+    if node is None:
+        return None
+    reader = _Reader(name)
+    value = reader.read(node, ())
+    if reader.problems:
+        raise UsageError("\n".join(reader.problems))
+    return value
+
+
+def dump(values: dict[str, Any]) -> str:
+    """The YAML text of a document, keys in their order. `parse_layer` reads the same values back."""
+    text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return text
+
+
+def _compose(text: str, name: str) -> yaml.Node | None:
+    try:
+        node: yaml.Node | None = yaml.compose(text, Loader=_Loader)
+        return node
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = name if mark is None else f"{name}:{mark.line + 1}"
+        reason = ", ".join(part for part in (error.context, error.problem) if part)
+        raise UsageError(f"{where}: not valid YAML: {reason}") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"{name}: not valid YAML: {error}") from error
+
+
+def _line(node: yaml.Node) -> int:
+    return int(node.start_mark.line) + 1
+
+
+def _kind_of(value: Any) -> str:
+    return "a list" if isinstance(value, list) else "a single value"
+
+
+class _Reader:
+    """Turns nodes into values and remembers the line of each key and list item."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.lines: dict[KeyPath, int] = {}
+        self.problems: list[str] = []
+        self._open: set[int] = set()
+
+    def read(self, node: yaml.Node, path: KeyPath) -> Any:
+        if isinstance(node, yaml.ScalarNode):
+            return self._scalar(node)
+        if id(node) in self._open:  # an alias to something that holds it
+            raise UsageError(f"{self.name}:{_line(node)}: this value contains itself")
+        self._open.add(id(node))
+        value = self._mapping(node, path) if isinstance(node, yaml.MappingNode) else self._sequence(node, path)
+        self._open.remove(id(node))
+        return value
+
+    def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[Hashable, Any]:
+        values: dict[Hashable, Any] = {}
+        for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise UsageError(f"{self.name}:{_line(key_node)}: a key must be a single word")
+            key = str(key_node.value)  # keys are text as written, also those that look like numbers
+            if key in values:
+                first = self.lines[(*path, key)]
+                full = ".".join((*path, key))
+                self.problems.append(f"{self.name}:{_line(key_node)}: {full}: given twice, first on line {first}")
+                continue
+            self.lines[(*path, key)] = _line(key_node)
+            values[key] = self.read(value_node, (*path, key))
+        return values
+
+    def _sequence(self, node: yaml.Node, path: KeyPath) -> list[Any]:
+        values = []
+        for index, item in enumerate(node.value):
+            self.lines[(*path, str(index))] = _line(item)
+            values.append(self.read(item, (*path, str(index))))
+        return values
+
+    def _scalar(self, node: yaml.ScalarNode) -> Any:
+        text = str(node.value)
+        kind = node.tag.removeprefix(_TAG)
+        try:
+            match kind:
+                case "str":
+                    return text
+                case "null":
+                    return None
+                case "bool":
+                    return {"true": True, "false": False}[text.lower()]
+                case "int":
+                    return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+                case "float" if math.isfinite(number := float(text)):
+                    return number
+        except (KeyError, ValueError):
+            pass
+        raise UsageError(f"{self.name}:{_line(node)}: cannot read {text!r} as {node.tag.replace(_TAG, '!!')}")
