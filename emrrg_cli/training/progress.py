@@ -156,7 +156,8 @@ class TrainingDisplay:
     def _show_figures(self, bar: _Bar) -> None:
         bar.figures = Text("  ".join(self._figures()), style="dim", overflow="ellipsis", no_wrap=True)
         if self._task is not None:
-            bar.update(self._task, left=self._left())
+            left = self._left()
+            bar.update(self._task, left=f"left {left}" if left else "")
 
     def _figures(self) -> list[str]:
         if self._step == self._start:

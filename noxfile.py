@@ -1,0 +1,45 @@
+"""Sessions for developers: `nox` runs tests and lint, `nox -s bench` the benchmarks.
+
+Arguments after `--` go to pytest: `nox -s tests -- tests/recipe -x`. `nox -r` uses the environments again.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nox
+
+# uv ignores pip's find-links, and so takes the multi-gigabyte CUDA build of torch where a CPU wheel is at hand.
+nox.options.default_venv_backend = "virtualenv"
+nox.options.sessions = ["tests", "lint"]
+
+# Nothing in the tests may reach for a model hub.
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Install the package as a user would, and run the tests."""
+    session.install(".[dev]")
+    session.run("python", "-m", "pytest", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style, format and types; mypy reads the types of the installed dependencies."""
+    session.install(".[dev]")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("mypy")
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Run every script in tests/benchmarks; each prints its own table."""
+    scripts = sorted(Path("tests/benchmarks").glob("*.py"))
+    if not scripts:
+        session.log("tests/benchmarks has no scripts yet")
+        return
+    session.install(".[dev]")
+    for script in scripts:
+        session.run("python", str(script), *session.posargs, env=OFFLINE)
