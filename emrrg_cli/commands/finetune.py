@@ -1,0 +1,44 @@
+"""`emrrg finetune`: trains a report generator from a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from emrrg_cli.commands.options import NumProcesses, Overrides
+
+
+def finetune(
+    recipe: Annotated[str, typer.Argument(help="Shipped recipe (`emrrg recipe ls`) or a path to one.")],
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Run directory; default runs/<recipe>.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the run's last checkpoint.")] = False,
+    num_processes: NumProcesses = None,
+    print_recipe: Annotated[bool, typer.Option("--print-recipe", help="Print the resolved recipe and stop.")] = False,
+) -> None:
+    """Stage 3: train vision Mamba, bridge and LLM to write reports."""
+    from emrrg_cli.commands.options import start_processes
+    from emrrg_cli.console import err, out
+    from emrrg_cli.recipe.load import dump_recipe, load_recipe
+    from emrrg_cli.training.launch import inside_launcher, processes_expected
+    from emrrg_cli.training.run_dir import check_run_dir, default_run_dir
+
+    settings = load_recipe(recipe, overrides or [], stage="finetune")
+    if print_recipe:
+        out.print(dump_recipe(settings), end="", markup=False, soft_wrap=True)
+        return
+    run_dir = output or (Path(settings.output) if settings.output else default_run_dir(recipe))
+    if not inside_launcher():
+        check_run_dir(run_dir, settings, resume=resume)
+        if start_processes(num_processes):
+            return
+    from emrrg_cli.training.finetune import run_finetune
+
+    summary = run_finetune(
+        settings, run_dir, resume=resume, expected_processes=processes_expected(num_processes)
+    )
+    if summary.is_main_process:
+        err.print(summary.table(run_dir))
+        err.print(f"Next:  emrrg evaluate --model {run_dir}\n       emrrg generate IMAGES --model {run_dir}", markup=False)

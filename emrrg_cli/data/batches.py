@@ -1,0 +1,187 @@
+"""From a dataset directory to the batches of a stage: examples, collation, and the order of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from emrrg_cli.data.images import read_image, resize_square
+from emrrg_cli.data.report_text import clean_report, cleaning_for, select_section
+from emrrg_cli.errors import RunError, UsageError
+from emrrg_cli.recipe.schema import DataSettings
+
+IGNORE = -100  # label of a position that carries no loss
+
+
+@dataclass(frozen=True)
+class Example:
+    """One study as the model sees it: `pixels` is uint8 `[views, size, size]`, grey."""
+
+    index: int
+    study_id: str
+    pixels: Tensor
+    report: str
+
+
+@dataclass
+class Batch:
+    """Several studies.
+
+    `pixels`: uint8 `[n, size, size]`, all views one after the other; `views`: int64 `[b]`, views of each study, summing
+    to `n`; `labels`: int64 `[b, t]`, report tokens, padded with `IGNORE` (None where reports are to be written).
+    """
+
+    indices: list[int]
+    study_ids: list[str]
+    pixels: Tensor
+    views: Tensor
+    reports: list[str]
+    labels: Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on `device`."""
+        moved = {
+            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in vars(self).items()
+        }
+        return Batch(**moved)
+
+    def pin_memory(self) -> Batch:
+        """Called by the DataLoader: page-locked tensors, so that the copy to a GPU overlaps with work."""
+        pinned = {
+            name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in vars(self).items()
+        }
+        return Batch(**pinned)
+
+
+class ReportDataset(Dataset[Example]):
+    """Studies of one split with their cleaned reports.
+
+    Args:
+        split: a `datasets.Dataset` with the columns of a dataset directory, images not decoded.
+        settings: section, cleaning, number of views, limit.
+        image_size: side in pixels that images are resized to.
+
+    Raises:
+        RunError: when no study of the split has the text that `settings.section` asks for.
+    """
+
+    def __init__(self, split: Any, settings: DataSettings, image_size: int) -> None:
+        self.split = split
+        self.image_size = image_size
+        self.max_views = settings.max_views
+        columns = ("findings", "impression", "report", "source")
+        texts = split.select_columns(list(columns))
+        self.rows: list[int] = []
+        self.reports: list[str] = []
+        for row, record in enumerate(texts):
+            text = select_section(record, settings.section)
+            if not text.strip():
+                continue
+            self.rows.append(row)
+            self.reports.append(clean_report(text, cleaning_for(record["source"] or "", settings.cleaning)))
+            if settings.limit is not None and len(self.rows) == settings.limit:
+                break
+        self.without_text = 0 if settings.limit is not None else len(split) - len(self.rows)
+        if not self.rows:
+            raise RunError(
+                f"no study of this split has text for data.section={settings.section}",
+                hint="Look at the columns of the dataset directory, or choose another section.",
+            )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def study_ids(self) -> list[str]:
+        """The ids of the studies, in order."""
+        column = self.split["study_id"]
+        return [column[row] for row in self.rows]
+
+    def __getitem__(self, index: int) -> Example:
+        record = self.split[self.rows[index]]
+        images = record["images"][: self.max_views]
+        pixels = [torch.from_numpy(resize_square(read_image(image["bytes"]), self.image_size)) for image in images]
+        return Example(index, record["study_id"], torch.stack(pixels), self.reports[index])
+
+
+def collate(examples: Sequence[Example], encode: Callable[[str], list[int]] | None = None) -> Batch:
+    """Joins examples into a batch; `encode` turns a report into label tokens, None leaves labels out."""
+    labels = None
+    if encode is not None:
+        tokens = [torch.tensor(encode(example.report)) for example in examples]
+        labels = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=IGNORE)
+    return Batch(
+        indices=[example.index for example in examples],
+        study_ids=[example.study_id for example in examples],
+        pixels=torch.cat([example.pixels for example in examples]),
+        views=torch.tensor([len(example.pixels) for example in examples]),
+        reports=[example.report for example in examples],
+        labels=labels,
+    )
+
+
+class EpochOrder:
+    """Which examples make up each micro-batch of this process, the same data whatever the number of processes.
+
+    An epoch is a permutation drawn from `(seed, epoch)`, cut into global batches; a tail too short for one is left
+    out. Process `r` of `w` takes every `w`-th example of a global batch, in micro-batches.
+
+    Args:
+        length: examples in the split.
+        batch_size: examples of an optimizer step, over all processes.
+        micro_batch_size: examples of one forward pass on one process; None: all of the process's share.
+
+    Raises:
+        UsageError: when the batch does not divide among the processes, or the split holds less than one batch.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        micro_batch_size: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+    ) -> None:
+        if batch_size % world_size:
+            raise UsageError(
+                f"train.batch_size={batch_size} does not divide among {world_size} processes",
+                hint="It counts the studies of an optimizer step over all processes.",
+            )
+        if length < batch_size:
+            raise UsageError(
+                f"the training split has {length} usable studies, fewer than train.batch_size={batch_size}",
+                hint="Lower train.batch_size.",
+            )
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        share = batch_size // world_size
+        self.micro_batch_size = min(micro_batch_size or share, share)
+        self.micro_batches_per_step = -(-share // self.micro_batch_size)
+        self.steps_per_epoch = length // batch_size
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[int]]:
+        """The micro-batches of an epoch in order, from optimizer step `first_step` of it on."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order = torch.randperm(self.length, generator=generator)
+        for step in range(first_step, self.steps_per_epoch):
+            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+            for micro_batch in batch[self.rank :: self.world_size].split(self.micro_batch_size):
+                yield micro_batch.tolist()
+
+
+def evaluation_batches(length: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:
+    """Batches of this process that together cover `range(length)` once; some may be empty.
+
+    Every process gets the same number of batches, so that they may meet after each.
+    """
+    mine = list(range(length))[rank::world_size]
+    count = -(-(-(-length // world_size)) // batch_size)
+    return [mine[i * batch_size : (i + 1) * batch_size] for i in range(count)]

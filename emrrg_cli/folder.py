@@ -1,0 +1,136 @@
+"""Reports for files and folders of images."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from emrrg_cli.data.images import ImageError
+from emrrg_cli.errors import UsageError
+from emrrg_cli.files import append_jsonl, atomic_write_text
+from emrrg_cli.generation import load_generator, study_pixels
+from emrrg_cli.recipe.schema import FinetuneRecipe
+from emrrg_cli.console import progress_bar
+
+
+@dataclass
+class Written:
+    """Outcome of `run_generation`: rows with `path`, `report`, `seconds`; skipped files with their reasons."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        skipped = [{"path": path, "reason": reason} for path, reason in self.skipped]
+        return {"reports": self.rows, "skipped": skipped, "seconds": round(self.seconds, 3)}
+
+
+def find_images(paths: Iterable[str]) -> list[Path]:
+    """The files to write reports for: files as named, and all files below folders, hidden ones left out, sorted.
+
+    What a file holds is not looked at here: one that is no image is reported when it is read.
+
+    Raises:
+        UsageError: for a path that does not exist, or when there is no file at all.
+    """
+    found: dict[Path, None] = {}
+    for name in paths:
+        path = Path(name)
+        if path.is_dir():
+            for directory, folders, files in os.walk(path):
+                folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
+                found |= dict.fromkeys(Path(directory) / file for file in sorted(files) if not file.startswith("."))
+        elif path.exists() or path.is_symlink():
+            found[path] = None
+        else:
+            raise UsageError(f"{name}: no such file or folder")
+    if not found:
+        raise UsageError(f"no files in {', '.join(map(str, paths))}")
+    return list(found)
+
+
+def run_generation(
+    files: list[Path],
+    run_dir: Path,
+    recipe: FinetuneRecipe,
+    output: Path,
+    *,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> Written:
+    """Writes a report for each readable image and leaves `reports.jsonl` and `reports.csv` in `output`.
+
+    Rows are put in safety batch by batch in `reports.jsonl.partial`, which becomes `reports.jsonl` at the end, also
+    when the run is interrupted.
+
+    Raises:
+        UsageError: when `output` already holds reports and `overwrite` is false.
+        RunError: when the model cannot be loaded.
+    """
+    if (output / "reports.jsonl").exists() and not overwrite:
+        raise UsageError(f"{output} already holds reports", hint="Give --overwrite, or another --output.")
+    generator = load_generator(run_dir, device=device, recipe=recipe)
+    partial = output / "reports.jsonl.partial"
+    partial.unlink(missing_ok=True)
+    result = Written()
+    began = time.perf_counter()
+    try:
+        with progress_bar("writing reports", len(files)) as advance:
+            for batch in _readable_batches(files, recipe, result, advance):
+                started = time.perf_counter()
+                reports = generator.generate_pixels([pixels for _, pixels in batch])
+                seconds = round((time.perf_counter() - started) / len(batch), 4)
+                for (path, _), report in zip(batch, reports, strict=True):
+                    row = {"path": str(path), "report": report, "seconds": seconds}
+                    append_jsonl(partial, row)
+                    result.rows.append(row)
+                advance(len(batch))
+    finally:
+        result.seconds = time.perf_counter() - began
+        _finish(output, partial, result)
+    return result
+
+
+def _readable_batches(
+    files: list[Path], recipe: FinetuneRecipe, result: Written, advance: Any
+) -> Iterable[list[tuple[Path, torch.Tensor]]]:
+    batch: list[tuple[Path, torch.Tensor]] = []
+    for file in files:
+        try:
+            batch.append((file, study_pixels(file, recipe.model.encoder.image_size)))
+        except ImageError as error:
+            result.skipped.append((str(file), ": ".join(filter(None, [error.reason, error.detail]))))
+            advance(1)
+            continue
+        if len(batch) == recipe.generation.batch_size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _finish(output: Path, partial: Path, result: Written) -> None:
+    if result.skipped:
+        lines = [json.dumps({"path": path, "reason": reason}, ensure_ascii=False) for path, reason in result.skipped]
+        atomic_write_text(output / "skipped.jsonl", "\n".join(lines) + "\n")
+    else:
+        (output / "skipped.jsonl").unlink(missing_ok=True)
+    if not result.rows:
+        return
+    table = io.StringIO()
+    writer = csv.DictWriter(table, ["path", "report", "seconds"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(result.rows)
+    atomic_write_text(output / "reports.csv", table.getvalue())
+    partial.replace(output / "reports.jsonl")

@@ -1,0 +1,182 @@
+"""Writing reports: for a split of a dataset directory, and for images from Python (`load_generator`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from emrrg_cli.data.batches import ReportDataset, collate, evaluation_batches
+from emrrg_cli.data.images import read_image, resize_square
+from emrrg_cli.errors import UsageError
+from emrrg_cli.models.report_generator import ReportGenerator, generation_config
+from emrrg_cli.recipe.schema import FinetuneRecipe, GenerationSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from PIL.Image import Image
+
+    Picture = Image | Path | str
+    Study = Picture | Sequence[Picture]
+
+
+def write_split(
+    model: ReportGenerator,
+    dataset: ReportDataset,
+    settings: GenerationSettings,
+    accelerator: Any,
+    *,
+    limit: int | None = None,
+    workers: int = 0,
+    advance: Callable[[int], None] = lambda n: None,
+) -> list[str]:
+    """Writes a report for each study of a dataset, shared among all processes.
+
+    Args:
+        limit: first studies only.
+        advance: called with the number of studies done after each batch.
+
+    Returns:
+        The reports in the order of the dataset, on every process, each study once.
+    """
+    length = len(dataset) if limit is None else min(limit, len(dataset))
+    batches = evaluation_batches(length, settings.batch_size, accelerator.process_index, accelerator.num_processes)
+    loader: DataLoader[Any] = DataLoader(
+        dataset, batch_sampler=[b for b in batches if b], collate_fn=collate, num_workers=workers
+    )
+    loader.generator = torch.Generator()  # leaves the generator of the training alone
+    make_config = generation_config(settings)
+    written: list[tuple[int, str]] = []
+    for number, batch in enumerate(loader):
+        if settings.do_sample:
+            torch.manual_seed(settings.seed + number * accelerator.num_processes + accelerator.process_index)
+        moved = batch.to(accelerator.device)
+        with accelerator.autocast():
+            reports = model.generate(moved.pixels, moved.views, make_config())
+        written += zip(batch.indices, reports, strict=True)
+        advance(len(reports) * accelerator.num_processes)
+    if accelerator.num_processes > 1:
+        from accelerate.utils import gather_object
+
+        written = gather_object(written)
+    by_index = dict(written)
+    return [by_index[index] for index in range(length)]
+
+
+class Generator:
+    """Writes reports for images with the model of a run. Made by `load_generator`."""
+
+    def __init__(self, model: ReportGenerator, recipe: FinetuneRecipe, device: torch.device, precision: str) -> None:
+        self.model = model.to(device)
+        self.recipe = recipe
+        self.device = device
+        self.precision = precision
+
+    def generate(self, studies: Sequence[Study]) -> list[str]:
+        """Writes a report for each study.
+
+        Args:
+            studies: each an image or a list of images (the views of one study), as paths or PIL images.
+
+        Returns:
+            One report a study, in order. Research output: not for diagnosis.
+
+        Raises:
+            ImageError: for an image that cannot be read, naming it.
+            UsageError: for a study without images.
+        """
+        size = self.recipe.model.encoder.image_size
+        reports: list[str] = []
+        batch_size = self.recipe.generation.batch_size
+        for start in range(0, len(studies), batch_size):
+            pixels = [study_pixels(study, size) for study in studies[start : start + batch_size]]
+            reports += self.generate_pixels(pixels)
+        return reports
+
+    def generate_pixels(self, studies: Sequence[torch.Tensor]) -> list[str]:
+        """Writes a report for each study of one batch; each is uint8 `[views, size, size]`."""
+        settings = self.recipe.generation
+        if settings.do_sample:
+            torch.manual_seed(settings.seed)
+        views = torch.tensor([len(study) for study in studies], device=self.device)
+        with self._autocast():
+            return self.model.generate(torch.cat(list(studies)).to(self.device), views, generation_config(settings)())
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.precision == "fp32":
+            return nullcontext()
+        from emrrg_cli.training.environment import DTYPES
+
+        return torch.autocast(self.device.type, DTYPES[self.precision])
+
+
+def study_pixels(study: Study, size: int) -> torch.Tensor:
+    """The views of a study as the model takes them: uint8 `[views, size, size]`.
+
+    Raises:
+        ImageError: for an image that cannot be read.
+        UsageError: for a study without images.
+    """
+    pictures = study if isinstance(study, Sequence) and not isinstance(study, str) else [study]
+    if not pictures:
+        raise UsageError("a study has no images")
+    return torch.stack([torch.from_numpy(resize_square(read_image(picture), size)) for picture in pictures])
+
+
+def load_generator(
+    run_dir: Path | str,
+    *,
+    device: str = "auto",
+    overrides: Sequence[str] = (),
+    recipe: FinetuneRecipe | None = None,
+) -> Generator:
+    """The model of a run directory, ready to write reports.
+
+    Args:
+        run_dir: what `emrrg finetune` wrote.
+        device: `auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1` or `mps`.
+        overrides: `key=value` changes to the run's recipe, such as `generation.num_beams=1`.
+        recipe: the run's recipe with such changes already made.
+
+    Raises:
+        UsageError: when this is no run directory, or an override is wrong.
+        RunError: when the run holds no trained model yet, or its LLM cannot be had.
+    """
+    from emrrg_cli.models.build import load_model
+    from emrrg_cli.recipe.load import load_run_recipe
+    from emrrg_cli.training.environment import choose_precision, llm_dtype
+
+    if recipe is None:
+        recipe = load_run_recipe(Path(run_dir), None, overrides, "generate")
+    chosen = choose_device(device)
+    precision = choose_precision(recipe.train.precision if chosen.type == "cuda" else "fp32", chosen.type)
+    dtype = llm_dtype(recipe.model.llm.dtype, precision)
+    model = load_model(Path(run_dir), recipe.model, dtype)
+    return Generator(model, recipe, chosen, precision)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a name; `auto` is a GPU where there is one.
+
+    Raises:
+        UsageError: for a device that is unknown or not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"unknown device {name!r}", hint="Use auto, cpu, cuda, cuda:1 or mps.") from None
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not present.get(device.type, False):
+        raise UsageError(f"there is no device {name!r} here")
+    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+        raise UsageError(f"there is no device {name!r} here: {torch.cuda.device_count()} GPUs")
+    return device
+
+

@@ -1,0 +1,200 @@
+"""Builds the stage 3 model from a recipe, writes it into a run directory and reads it back.
+
+A run directory holds what never changes at its top (`tokenizer/`, `llm.json` or `llm/`, and `encoder.safetensors` of a
+frozen encoder) and what is trained under `model/` (`bridge.safetensors`, `adapters/encoder`, `adapters/llm`,
+`encoder.safetensors` and `llm/` where these are trained whole). `model/` is replaced as a whole.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from emrrg_cli.errors import RunError, UsageError
+from emrrg_cli.files import atomic_directory, atomic_write_text
+from emrrg_cli.models import adapters
+from emrrg_cli.models.arm.encoder import ArmEncoder
+from emrrg_cli.models.hybrid_decoder import add_hybrid_layers, hybrid_parameters
+from emrrg_cli.models.llm import build_scratch_llm, llm_record, load_llm, load_tokenizer
+from emrrg_cli.models.report_generator import ReportGenerator
+from emrrg_cli.recipe.schema import EncoderSettings, ModelSettings
+
+
+def build_encoder(settings: EncoderSettings, scan: str = "auto") -> ArmEncoder:
+    """An encoder of the recipe's size with random weights."""
+    width, depth = settings.width_and_depth
+    return ArmEncoder(
+        width,
+        depth,
+        image_size=settings.image_size,
+        d_state=settings.d_state,
+        drop_path=settings.drop_path,
+        scan=scan,
+    )
+
+
+def load_weights(module: nn.Module, file: Path) -> None:
+    """Fills a module from a safetensors file, every tensor of both accounted for.
+
+    Raises:
+        RunError: for a missing or unreadable file, or a missing, unknown or misshapen tensor, which it names.
+    """
+    try:
+        tensors = load_file(file)
+    except Exception as error:  # safetensors raises its own error types, which it does not export in one place
+        raise RunError(f"{file}: not a readable safetensors file: {error}") from error
+    own = module.state_dict()
+    problems = [f"{name} is missing" for name in own if name not in tensors]
+    problems += [f"{name} is unknown" for name in tensors if name not in own]
+    problems += [
+        f"{name} is {list(tensors[name].shape)}, the model has {list(own[name].shape)}"
+        for name in own
+        if name in tensors and tensors[name].shape != own[name].shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise RunError(f"{file}: the weights do not fit the encoder of the recipe: {problems[0]}{more}")
+    module.load_state_dict(tensors)
+
+
+def assemble(settings: ModelSettings, encoder: ArmEncoder, llm: Any, tokenizer: Any) -> ReportGenerator:
+    """Joins the towers as the recipe says: hybrid layers, adapters, and what is trained.
+
+    Raises:
+        UsageError: where the recipe does not fit the LLM.
+    """
+    if settings.hybrid.every is not None:
+        add_hybrid_layers(llm, settings.hybrid.every)
+    targets = settings.adapter.targets
+    names = targets if isinstance(targets, list) else []
+    options = (settings.adapter.rank, settings.adapter.alpha, settings.adapter.dropout)
+    encoder_config = adapters.encoder_lora(names, *options)
+    llm_config = adapters.llm_lora(names, *options)
+    model = ReportGenerator(
+        _with_lora(encoder, encoder_config), _with_lora(llm, llm_config), tokenizer, settings.visual_prompt, settings.views
+    )
+    set_trainable(model, encoder=targets == "full", llm=not settings.llm.is_frozen)
+    return model
+
+
+def _with_lora(module: nn.Module, config: Any) -> nn.Module:
+    if config is None:
+        return module
+    from peft import get_peft_model
+
+    try:
+        return get_peft_model(module, config)  # type: ignore[no-any-return]
+    except ValueError as error:
+        raise UsageError(f"LoRA does not fit {type(module).__name__}: {error}") from error
+
+
+def set_trainable(model: ReportGenerator, *, encoder: bool, llm: bool) -> None:
+    """Freezes everything but bridge, hybrid layers and adapters; `encoder` and `llm` train these towers whole."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = ".lora_" in name
+    for _, parameter in model.bridge_parameters():
+        parameter.requires_grad = True
+    for tower, trained in ((model.encoder, encoder), (model.llm, llm)):
+        if trained:
+            for parameter in tower.parameters():
+                parameter.requires_grad = True
+
+
+def save_static(run_dir: Path, settings: ModelSettings, encoder: ArmEncoder, llm: Any, tokenizer: Any) -> None:
+    """Writes the parts that training does not change. Called before hybrid layers and adapters are put on."""
+    if not (run_dir / "tokenizer").exists():
+        with atomic_directory(run_dir / "tokenizer") as temporary:
+            tokenizer.save_pretrained(temporary)
+    if settings.adapter.targets != "full":
+        temporary_file = run_dir / "encoder.safetensors.tmp"
+        save_file(encoder.state_dict(), temporary_file)
+        temporary_file.replace(run_dir / "encoder.safetensors")
+    if settings.llm.is_frozen:
+        atomic_write_text(run_dir / "llm.json", json.dumps(llm_record(settings.llm, llm), indent=2) + "\n")
+        if settings.llm.save and not (run_dir / "llm").exists():
+            with atomic_directory(run_dir / "llm") as temporary:
+                llm.save_pretrained(temporary)
+
+
+def save_trained(run_dir: Path, settings: ModelSettings, model: ReportGenerator) -> None:
+    """Replaces `run_dir/model` by the trained parts of the model as they are now."""
+    with atomic_directory(run_dir / "model") as directory:
+        bridge = {name: p.detach().cpu().contiguous() for name, p in model.bridge_parameters()}
+        save_file(bridge, directory / "bridge.safetensors")
+        if settings.adapter.targets == "full":
+            state = {name: tensor.cpu().contiguous() for name, tensor in model.encoder.state_dict().items()}
+            save_file(state, directory / "encoder.safetensors")
+        for name, tower in (("encoder", model.encoder), ("llm", model.llm)):
+            if adapters.is_adapted(tower):
+                adapters.save_adapters(tower, directory / "adapters" / name)
+        if not settings.llm.is_frozen:
+            added = {name for name, _ in hybrid_parameters(model.llm)}
+            state = {name: tensor for name, tensor in model.llm.state_dict().items() if name not in added}
+            model.llm.save_pretrained(directory / "llm", state_dict=state)
+
+
+def load_model(run_dir: Path, settings: ModelSettings, dtype: torch.dtype, *, merge: bool = True) -> ReportGenerator:
+    """The model of a run, in evaluation mode, its adapters merged into the weights unless `merge` is false.
+
+    Args:
+        dtype: of a frozen LLM's weights.
+
+    Raises:
+        RunError: when the run holds no trained model yet, or its parts do not fit together.
+    """
+    trained = run_dir / "model"
+    if not (trained / "bridge.safetensors").is_file():
+        raise RunError(
+            f"{run_dir}: this run holds no trained model yet", hint="Let the training reach its first validation or end."
+        )
+    tokenizer = load_tokenizer(str(run_dir / "tokenizer"))
+    encoder = build_encoder(settings.encoder, settings.scan)
+    whole = trained / "encoder.safetensors"
+    load_weights(encoder, whole if whole.is_file() else run_dir / "encoder.safetensors")
+    llm = load_run_llm(run_dir, settings, dtype)
+    if settings.hybrid.every is not None:
+        add_hybrid_layers(llm, settings.hybrid.every)
+    towers: dict[str, Any] = {"encoder": encoder, "llm": llm}
+    for name in towers:
+        if (directory := trained / "adapters" / name).is_dir():
+            towers[name] = adapters.load_adapters(towers[name], directory)
+    model = ReportGenerator(towers["encoder"], towers["llm"], tokenizer, settings.visual_prompt, settings.views)
+    bridge = load_file(trained / "bridge.safetensors")
+    parameters = dict(model.bridge_parameters())
+    if set(bridge) != set(parameters):
+        raise RunError(f"{trained / 'bridge.safetensors'}: its tensors are not those of the run's recipe")
+    with torch.no_grad():
+        for name, tensor in bridge.items():
+            parameters[name].copy_(tensor)
+    if merge:
+        model.encoder, model.llm = adapters.merge(model.encoder), adapters.merge(model.llm)
+    return model.requires_grad_(False).eval()
+
+
+def load_run_llm(run_dir: Path, settings: ModelSettings, dtype: torch.dtype) -> Any:
+    """The LLM of a run: its own copy where it has one, else the one that the run names."""
+    for own in (run_dir / "model" / "llm", run_dir / "llm"):
+        if own.is_dir():
+            return load_llm(str(own), None, dtype if settings.llm.is_frozen else torch.float32)
+    record = json.loads((run_dir / "llm.json").read_text()) if (run_dir / "llm.json").is_file() else {}
+    llm = load_llm(settings.llm.name, record.get("commit") or settings.llm.revision, dtype)
+    found = llm_record(settings.llm, llm)
+    for key in ("weights_fingerprint", "config_sha256"):
+        if record.get(key) is not None and record[key] != found[key]:
+            raise RunError(
+                f"the LLM at {settings.llm.name} is not the one that {run_dir} was trained with ({key} differs)",
+                hint="Put back the LLM of the training, or train with model.llm.save=true to keep a copy in the run.",
+            )
+    return llm
+
+
+def fresh_llm(settings: ModelSettings, tokenizer: Any, dtype: torch.dtype) -> Any:
+    """The LLM that training starts from."""
+    if settings.llm.name == "scratch":
+        return build_scratch_llm(settings.llm.scratch, tokenizer)
+    return load_llm(settings.llm.name, settings.llm.revision, dtype if settings.llm.is_frozen else torch.float32)

@@ -1,0 +1,252 @@
+"""EMRRG: vision Mamba, bridge and LLM with hybrid decoder layers, from X-rays to report tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from emrrg_cli.data.batches import IGNORE, Batch
+from emrrg_cli.models.adapters import plain
+from emrrg_cli.models.hybrid_decoder import hybrid_parameters
+from emrrg_cli.models.llm import PROMPT_AFTER, PROMPT_BEFORE
+from emrrg_cli.training.stage import StageOutput
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Bridge(nn.Module):
+    """`Linear(d -> hidden)` and LayerNorm: encoder tokens `[..., d]` to visual tokens `[..., hidden]`."""
+
+    def __init__(self, d_model: int, hidden_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(d_model, hidden_size)
+        self.norm = nn.LayerNorm(hidden_size, eps=1e-5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.norm(self.proj(tokens))
+        return out
+
+
+class ReportGenerator(nn.Module):
+    """The stage 3 model; its forward pass is the training objective.
+
+    Args:
+        encoder: `ArmEncoder`, with or without PEFT adapters.
+        llm: Hugging Face causal LM, with or without hybrid layers (`add_hybrid_layers`) and adapters.
+        tokenizer: the LLM's.
+        visual_prompt: `full` puts every visual token into the prompt, `pooled` the class token and 2x2 averages of
+            the patches; hybrid layers attend to every token either way.
+        views: `average` takes the mean of a study's views token by token, `concat` puts them one after the other.
+
+    Source: EMRRG (arXiv 2510.16776) section 3.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        llm: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        visual_prompt: str = "full",
+        views: str = "average",
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.llm = llm
+        self.tokenizer = tokenizer
+        self.visual_prompt = visual_prompt
+        self.views = views
+        self.bridge = Bridge(plain(encoder).d_model, llm.config.hidden_size)
+        self.hybrid = any(True for _ in hybrid_parameters(llm))
+        begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        self.before = begin + tokenizer.encode(PROMPT_BEFORE, add_special_tokens=False)
+        self.after = tokenizer.encode(PROMPT_AFTER, add_special_tokens=False)
+        self.pad_token_id: int = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
+
+    # -- text ---------------------------------------------------------------------------------------------------
+
+    def encode_report(self, report: str, max_tokens: int | None = None) -> list[int]:
+        """Label tokens of a report. One that is cut ends without EOS: the report did not end there."""
+        tokens: list[int] = self.tokenizer.encode(report, add_special_tokens=False)
+        if max_tokens is not None and len(tokens) > max_tokens:
+            return tokens[:max_tokens]
+        return [*tokens, self.tokenizer.eos_token_id]
+
+    def decode(self, tokens: Sequence[int] | Tensor) -> str:
+        """The report that generated tokens spell, special tokens left out."""
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return " ".join(text.split())
+
+    # -- image --------------------------------------------------------------------------------------------------
+
+    def visual_tokens(self, pixels: Tensor, views: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Encodes studies.
+
+        Args:
+            pixels: uint8 `[n, size, size]`, the views of all studies one after the other.
+            views: int64 `[b]`, views of each study, summing to `n`.
+
+        Returns:
+            prompt tokens `[b, p, hidden]`, all visual tokens `[b, m, hidden]`, and for each a mask `[b, p]`, `[b, m]`
+            that is true on real tokens (None where all are).
+        """
+        images = (pixels[:, None].float() / 255 - self.mean) / self.std  # [n, 3, size, size]
+        tokens = self.encoder(images)  # [n, l + 1, d]
+        pooled = pool_patches(tokens) if self.visual_prompt == "pooled" else tokens
+        if self.views == "average":
+            prompt, every = self.bridge(average_views(pooled, views)), None
+            if pooled is not tokens:
+                every = self.bridge(average_views(tokens, views))
+            return prompt, prompt if every is None else every, None, None
+        prompt, prompt_mask = concatenate_views(self.bridge(pooled), views)
+        if pooled is tokens:
+            return prompt, prompt, prompt_mask, prompt_mask
+        every, every_mask = concatenate_views(self.bridge(tokens), views)
+        return prompt, every, prompt_mask, every_mask
+
+    def _prompt(self, pixels: Tensor, views: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
+        # -> embeddings [b, p, hidden], attention mask [b, p], visual arguments of the LLM
+        visual, every, visual_mask, every_mask = self.visual_tokens(pixels, views)
+        embed = self.llm.get_input_embeddings()
+        b = visual.shape[0]
+        before = embed(torch.tensor(self.before, device=visual.device)).expand(b, -1, -1)
+        after = embed(torch.tensor(self.after, device=visual.device)).expand(b, -1, -1)
+        embeddings = torch.cat([before, visual.to(before.dtype), after], dim=1)
+        mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=visual.device)
+        if visual_mask is not None:
+            mask[:, len(self.before) : len(self.before) + visual.shape[1]] = visual_mask.long()
+        arguments = {"visual_tokens": every, "visual_mask": every_mask} if self.hybrid else {}
+        return embeddings, mask, arguments
+
+    # -- objective and generation -------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch) -> StageOutput:
+        """Sum of the cross-entropy over the report tokens (EOS included); the prompt carries no loss."""
+        assert batch.labels is not None
+        prompt, prompt_mask, visual = self._prompt(batch.pixels, batch.views)
+        labels = batch.labels
+        real = labels != IGNORE
+        report = self.llm.get_input_embeddings()(labels.masked_fill(~real, self.pad_token_id))
+        mask = torch.cat([prompt_mask, real.long()], dim=1)
+        # Positions count real tokens, as generation does, so that a missing view leaves no hole.
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        logits = self.llm(
+            inputs_embeds=torch.cat([prompt, report.to(prompt.dtype)], dim=1),
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=False,
+            logits_to_keep=labels.shape[1] + 1,  # the last prompt token predicts the first of the report
+            **visual,
+        ).logits[:, :-1]
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+        return StageOutput(loss, real.sum())
+
+    @torch.no_grad()
+    def generate(self, pixels: Tensor, views: Tensor, config: GenerationConfig) -> list[str]:
+        """Writes a report for each study.
+
+        Args:
+            pixels: uint8 `[n, size, size]`; views: int64 `[b]`, as in `visual_tokens`.
+            config: decoding options; padding and end are set here.
+        """
+        prompt, mask, visual = self._prompt(pixels, views)
+        config.pad_token_id = self.pad_token_id
+        config.eos_token_id = self.tokenizer.eos_token_id
+        config.bos_token_id = self.tokenizer.bos_token_id
+        tokens = self.llm.generate(inputs_embeds=prompt, attention_mask=mask, generation_config=config, **visual)
+        return [self.decode(row) for row in tokens]
+
+    def train(self, mode: bool = True) -> ReportGenerator:
+        """A frozen encoder stays in evaluation mode: stochastic depth would only add noise to it."""
+        super().train(mode)
+        if not any(parameter.requires_grad for parameter in self.encoder.parameters()):
+            self.encoder.eval()
+        return self
+
+    # -- parameters ---------------------------------------------------------------------------------------------
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        """Trades time for memory: encoder blocks and decoder layers are computed again in the backward pass."""
+        plain(self.encoder).gradient_checkpointing = enabled
+        if enabled:
+            self.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            self.llm.gradient_checkpointing_disable()
+
+    def bridge_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What connects the towers and is trained in every run: bridge and hybrid layers.
+
+        The names are those without adapters, so that they do not depend on where LoRA was put.
+        """
+        yield from self.bridge.named_parameters(prefix="bridge")
+        for name, parameter in hybrid_parameters(plain(self.llm)):
+            yield f"llm.{name}", parameter
+
+
+def average_views(tokens: Tensor, views: Tensor) -> Tensor:
+    """Mean of each study's views: `[n, l, d] -> [b, l, d]`, `views` `[b]` summing to `n`."""
+    study = torch.repeat_interleave(torch.arange(len(views), device=views.device), views)  # [n]
+    weight = F.one_hot(study, len(views)).T.to(tokens.dtype) / views[:, None]  # [b, n]
+    # A product rather than index_add: the same order of summation on every run.
+    return torch.einsum("bn,nld->bld", weight.to(tokens.dtype), tokens)
+
+
+def concatenate_views(tokens: Tensor, views: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Views one after the other: `[n, l, d] -> [b, v * l, d]`, `v` the most views of a study, and a mask `[b, v * l]`.
+
+    Studies with fewer views are padded behind with zeros; the mask is None when none is.
+    """
+    n, length, d = tokens.shape
+    counts: list[int] = views.tolist()
+    most = max(counts)
+    if all(count == most for count in counts):
+        return tokens.reshape(len(counts), most * length, d), None
+    rows = [F.pad(group.reshape(-1, d), (0, 0, 0, most * length - group.shape[0] * length))
+            for group in tokens.split(counts)]
+    mask = torch.arange(most * length, device=tokens.device) < views[:, None] * length
+    return torch.stack(rows), mask
+
+
+def pool_patches(tokens: Tensor) -> Tensor:
+    """The class token and 2x2 averages of the patches, row-major: `[n, g*g + 1, d] -> [n, ceil(g/2)**2 + 1, d]`."""
+    patches = tokens.shape[1] - 1
+    grid = math.isqrt(patches)
+    middle = patches // 2
+    cls = tokens[:, middle : middle + 1]
+    rest = torch.cat([tokens[:, :middle], tokens[:, middle + 1 :]], dim=1)
+    rest = rest.transpose(1, 2).reshape(tokens.shape[0], -1, grid, grid)
+    rest = F.avg_pool2d(rest, 2, ceil_mode=True).flatten(2).transpose(1, 2)
+    half = rest.shape[1] // 2
+    return torch.cat([rest[:, :half], cls, rest[:, half:]], dim=1)
+
+
+def generation_config(settings: Any) -> Callable[[], GenerationConfig]:
+    """The decoding options of a recipe as a factory of `transformers.GenerationConfig`."""
+    from transformers import GenerationConfig
+
+    options: dict[str, Any] = {
+        "num_beams": settings.num_beams,
+        "min_new_tokens": settings.min_new_tokens or None,
+        "max_new_tokens": settings.max_new_tokens,
+        "repetition_penalty": settings.repetition_penalty,
+        "no_repeat_ngram_size": settings.no_repeat_ngram_size,
+        "do_sample": settings.do_sample,
+    }
+    if settings.num_beams > 1:
+        options["length_penalty"] = settings.length_penalty
+    if settings.do_sample:
+        options |= {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
+    return lambda: GenerationConfig(**options)

@@ -1,0 +1,192 @@
+"""Stage 3, `finetune`: X-ray to report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from emrrg_cli.data.batches import IGNORE, Batch, ReportDataset, collate, evaluation_batches
+from emrrg_cli.data.dataset_dir import open_dataset
+from emrrg_cli.errors import RunError, UsageError
+from emrrg_cli.evaluation import reference_reports
+from emrrg_cli.files import atomic_directory, atomic_write_text, read_jsonl
+from emrrg_cli.generation import write_split
+from emrrg_cli.metrics.nlg import score
+from emrrg_cli.models.build import (
+    assemble,
+    build_encoder,
+    fresh_llm,
+    load_weights,
+    save_static,
+    save_trained,
+)
+from emrrg_cli.models.llm import load_tokenizer, train_tokenizer
+from emrrg_cli.models.report_generator import ReportGenerator
+from emrrg_cli.models.scan import choose_engine
+from emrrg_cli.recipe.load import dump_recipe
+from emrrg_cli.recipe.schema import FinetuneRecipe
+from emrrg_cli.reporting.plots import plot_curves
+from emrrg_cli.training.environment import choose_precision, llm_dtype, make_accelerator, record_environment
+from emrrg_cli.training.loop import Summary, train
+from emrrg_cli.training.progress import TrainingDisplay
+
+
+@dataclass
+class FinetuneStage:
+    """The report generator with its objective, validation and export (`emrrg_cli.training.stage.Stage`)."""
+
+    model: ReportGenerator
+    recipe: FinetuneRecipe
+    validation: ReportDataset | None
+    run_dir: Path
+    accelerator: Any
+
+    def items(self, batch: Batch) -> int:
+        """Report tokens of a batch."""
+        assert batch.labels is not None
+        return int((batch.labels != IGNORE).sum())
+
+    def collate(self, examples: Any) -> Batch:
+        """Examples to a batch with labels."""
+        return collate(examples, partial(self.model.encode_report, max_tokens=self.recipe.data.max_report_tokens))
+
+    def validate(self, display: TrainingDisplay) -> dict[str, float]:
+        """Loss over the validation split; unless `train.select` is `loss`, also scores of generated reports."""
+        if self.validation is None:
+            return {}
+        figures = {"validation/loss": self._validation_loss(display)}
+        settings = self.recipe.train
+        if settings.select == "loss":
+            return figures
+        limit = settings.validation_limit
+        count = len(self.validation) if limit is None else min(limit, len(self.validation))
+        with display.phase("validation: writing reports", count) as advance:
+            hypotheses = write_split(
+                self.model,
+                self.validation,
+                self.recipe.generation,
+                self.accelerator,
+                limit=limit,
+                workers=self.recipe.data.workers,
+                advance=advance,
+            )
+        references = reference_reports(self.model, self.validation.reports[:count], self.recipe)
+        weights = settings.score_weights
+        scores = score(
+            references, hypotheses, tokenizer=self.recipe.evaluation.tokenizer, meteor="METEOR" in weights
+        )
+        figures |= {f"validation/{name}": value for name, value in scores.items() if value is not None}
+        figures["validation/score"] = sum(weight * (scores[name] or 0.0) for name, weight in weights.items())
+        return figures
+
+    @torch.no_grad()
+    def _validation_loss(self, display: TrainingDisplay) -> float:
+        assert self.validation is not None
+        accelerator, train_settings = self.accelerator, self.recipe.train
+        size = train_settings.micro_batch_size or train_settings.batch_size
+        batches = evaluation_batches(
+            len(self.validation), size, accelerator.process_index, accelerator.num_processes
+        )
+        loader: DataLoader[Batch] = DataLoader(
+            self.validation,
+            batch_sampler=[b for b in batches if b],
+            collate_fn=self.collate,
+            num_workers=self.recipe.data.workers,
+        )
+        loader.generator = torch.Generator()
+        total = torch.zeros(2, device=accelerator.device, dtype=torch.float32)
+        with display.phase("validation: loss", len(self.validation)) as advance:
+            for batch in loader:
+                with accelerator.autocast():
+                    loss_sum, items = self.model(batch.to(accelerator.device))
+                total += torch.stack([loss_sum.float(), items.float()])
+                advance(len(batch.study_ids) * accelerator.num_processes)
+        if accelerator.num_processes > 1:
+            total = accelerator.reduce(total, reduction="sum")
+        return float(total[0] / total[1])
+
+    def export(self) -> None:
+        """Replaces `model/` of the run directory."""
+        save_trained(self.run_dir, self.recipe.model, self.model)
+
+
+def run_finetune(recipe: FinetuneRecipe, run_dir: Path, *, resume: bool, expected_processes: int) -> Summary:
+    """Trains a report generator as the recipe says and leaves a run directory.
+
+    Raises:
+        UsageError: where the recipe does not fit the data, the LLM or the machine.
+        RunError: when a part cannot be had or training fails.
+        Interrupted: after Ctrl-C, with a checkpoint written.
+    """
+    if recipe.data.root is None:
+        raise UsageError(
+            "data.root is not set", hint="Name a dataset directory, as `emrrg preprocess` writes: data.root=DIR."
+        )
+    precision = choose_precision(recipe.train.precision)
+    scan = choose_engine(recipe.model.scan, "cuda" if torch.cuda.is_available() else "cpu")
+    splits = open_dataset(recipe.data.root)
+    if "train" not in splits:
+        raise RunError(f"{recipe.data.root}: this dataset directory has no split named train")
+    size = recipe.model.encoder.image_size
+    training = ReportDataset(splits["train"], recipe.data, size)
+    validation = ReportDataset(splits["validation"], recipe.data, size) if "validation" in splits else None
+
+    accelerator = make_accelerator(precision, expected_processes, run_dir, recipe.train.trackers)
+    if accelerator.is_main_process:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            atomic_write_text(run_dir / "recipe.yaml", dump_recipe(recipe))
+        record_environment(run_dir, accelerator, precision, scan)
+    accelerator.wait_for_everyone()
+
+    from accelerate.utils import set_seed
+
+    set_seed(recipe.train.seed)
+    tokenizer = _tokenizer(recipe, training, run_dir, accelerator)
+    encoder = build_encoder(recipe.model.encoder, scan)
+    frozen = run_dir / "encoder.safetensors"
+    if resume and frozen.is_file():
+        load_weights(encoder, frozen)
+    elif recipe.model.encoder.weights is not None:
+        load_weights(encoder, Path(recipe.model.encoder.weights))
+    llm = fresh_llm(recipe.model, tokenizer, llm_dtype(recipe.model.llm.dtype, precision))
+    if accelerator.is_main_process:
+        save_static(run_dir, recipe.model, encoder, llm, tokenizer)
+    model = assemble(recipe.model, encoder, llm, tokenizer)
+    model.set_gradient_checkpointing(recipe.train.gradient_checkpointing)
+    # Every process starts from the same weights, then draws its own noise.
+    set_seed(recipe.train.seed, device_specific=True)
+
+    stage = FinetuneStage(model, recipe, validation, run_dir, accelerator)
+    accelerator.init_trackers("tracking", config=None)
+    try:
+        return train(
+            stage,
+            training,
+            stage.collate,
+            recipe.train,
+            run_dir,
+            accelerator,
+            workers=recipe.data.workers,
+            resume=resume,
+        )
+    finally:
+        if accelerator.is_main_process and (run_dir / "history.jsonl").is_file():
+            plot_curves(read_jsonl(run_dir / "history.jsonl"), run_dir / "curve.png")
+        accelerator.end_training()
+
+
+def _tokenizer(recipe: FinetuneRecipe, training: ReportDataset, run_dir: Path, accelerator: Any) -> Any:
+    if recipe.model.llm.name != "scratch":
+        return load_tokenizer(recipe.model.llm.name, recipe.model.llm.revision)
+    target = run_dir / "tokenizer"
+    if accelerator.is_main_process and not target.exists():
+        with atomic_directory(target) as temporary:
+            train_tokenizer(training.reports, recipe.model.llm.scratch.vocab_size).save_pretrained(temporary)
+    accelerator.wait_for_everyone()
+    return load_tokenizer(str(target))

@@ -1,0 +1,366 @@
+"""The training loop of all three stages, on Accelerate."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from emrrg_cli.data.batches import EpochOrder
+from emrrg_cli.errors import Interrupted, RunError, UsageError
+from emrrg_cli.files import append_jsonl, atomic_write_text, read_jsonl
+from emrrg_cli.recipe.schema import TrainSettings
+from emrrg_cli.training.checkpoint import Progress, last_checkpoint, load_checkpoint, rng_state, save_checkpoint
+from emrrg_cli.training.progress import TrainingDisplay
+from emrrg_cli.training.schedule import build_optimizer, learning_rate
+from emrrg_cli.training.stage import Stage
+
+
+@dataclass
+class Summary:
+    """How a training run ended. `best` is what the result was selected by (None without validation)."""
+
+    steps: int
+    best: float | None
+    best_step: int | None
+    reason: str
+    samples_per_second: float | None
+    peak_memory_mib: float | None
+    is_main_process: bool
+
+    def table(self, run_dir: Path) -> Table:
+        """For the terminal."""
+        table = Table(show_header=False, title=f"run {run_dir}", title_justify="left")
+        best = "no validation" if self.best is None else f"{abs(self.best):.4f} at step {self.best_step}"
+        rows = {"steps": f"{self.steps} ({self.reason})", "best": best}
+        if self.samples_per_second is not None:
+            rows["samples a second"] = f"{self.samples_per_second:.2f}"
+        if self.peak_memory_mib is not None:
+            rows["peak GPU memory"] = f"{self.peak_memory_mib:,.0f} MiB"
+        for name, value in rows.items():
+            table.add_row(name, value)
+        return table
+
+
+def train(
+    stage: Stage,
+    dataset: Dataset[Any],
+    collate: Callable[[Sequence[Any]], Any],
+    settings: TrainSettings,
+    run_dir: Path,
+    accelerator: Any,
+    *,
+    workers: int = 0,
+    resume: bool = False,
+) -> Summary:
+    """Trains a stage until its schedule ends, patience runs out, or somebody stops it.
+
+    The loss of an optimizer step is the mean over the items of the whole batch (report tokens in stage 3), whatever
+    the number of processes and micro-batches. Every random choice depends on the seed and the place in the data, so
+    that a resumed run continues exactly.
+
+    Args:
+        collate: joins examples of `dataset` into a batch with a method `to(device)`.
+        run_dir: receives `history.jsonl` and `checkpoints/`.
+        accelerator: `accelerate.Accelerator`; the model is not yet prepared.
+        workers: processes that load data.
+        resume: continue from `run_dir`'s last checkpoint.
+
+    Raises:
+        RunError: when the loss is not finite, or there is nothing to resume from.
+        UsageError: when the batch does not fit the data or the processes.
+        Interrupted: after SIGINT or SIGTERM, once the checkpoint is written.
+    """
+    if accelerator.distributed_type.value not in ("NO", "MULTI_GPU", "MULTI_CPU"):
+        raise UsageError(
+            f"training under {accelerator.distributed_type.value} is not supported yet",
+            hint="Use one process a GPU (emrrg's --num-processes, torchrun, or accelerate without FSDP and DeepSpeed).",
+        )
+    loop = _Loop(stage, dataset, collate, settings, run_dir, accelerator, workers)
+    if resume:
+        loop.resume()
+    with _stop_signals() as stopping:
+        return loop.run(stopping)
+
+
+class _Loop:
+    def __init__(
+        self,
+        stage: Stage,
+        dataset: Dataset[Any],
+        collate: Callable[[Sequence[Any]], Any],
+        settings: TrainSettings,
+        run_dir: Path,
+        accelerator: Any,
+        workers: int,
+    ) -> None:
+        self.stage, self.dataset, self.collate, self.settings = stage, dataset, collate, settings
+        self.run_dir, self.accelerator, self.workers = run_dir, accelerator, workers
+        self.order = EpochOrder(
+            len(dataset),  # type: ignore[arg-type]
+            settings.batch_size,
+            settings.micro_batch_size,
+            accelerator.process_index,
+            accelerator.num_processes,
+            settings.seed,
+        )
+        self.total_steps = self.order.steps_per_epoch * settings.epochs
+        if settings.max_steps is not None:
+            self.total_steps = min(self.total_steps, settings.max_steps)
+        optimizer = build_optimizer(stage.model, settings)
+        self.module = stage.model  # as it is under DistributedDataParallel
+        self.model, self.optimizer = accelerator.prepare(stage.model, optimizer)
+        self.progress = Progress()
+        self.history = run_dir / "history.jsonl"
+        self.samples_per_second: float | None = None
+
+    # -- the loop -----------------------------------------------------------------------------------------------
+
+    def run(self, stopping: Callable[[], int]) -> Summary:
+        progress, settings, accelerator = self.progress, self.settings, self.accelerator
+        stop_at = self.total_steps
+        if settings.stop_after_steps is not None:
+            stop_at = min(stop_at, progress.step + settings.stop_after_steps)
+        reason = "schedule ended"
+        if accelerator.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(accelerator.device)
+        with TrainingDisplay(self.total_steps, progress.step, enabled=accelerator.is_main_process) as display:
+            self.display = display
+            while progress.step < self.total_steps and reason == "schedule ended":
+                for step_batches in self._epoch_batches():
+                    signal_number = self._optimizer_step(step_batches, stopping())
+                    at_end = progress.step == self.total_steps
+                    epoch_ended = progress.step_in_epoch == 0
+                    if at_end or (epoch_ended and progress.epoch % settings.validate_every_epochs == 0):
+                        self._validate()
+                    if settings.patience is not None and progress.validations_without_gain >= settings.patience:
+                        reason = f"no gain in {settings.patience} validations"
+                    stop_here = progress.step >= stop_at and not at_end
+                    every = settings.checkpoint_every_steps
+                    due = epoch_ended if every is None else progress.step % every == 0
+                    if due or at_end or stop_here or signal_number or reason != "schedule ended":
+                        self._save()
+                    if signal_number:
+                        raise Interrupted(
+                            f"stopped after step {progress.step} of {self.total_steps}; a checkpoint is in {self.run_dir}",
+                            hint="Continue with the same command and --resume.",
+                            exit_code=128 + signal_number,
+                        )
+                    if stop_here:
+                        reason = f"train.stop_after_steps={settings.stop_after_steps}"
+                    if at_end or reason != "schedule ended":
+                        break
+            self.samples_per_second = display.samples_per_second
+        if progress.best_step is None and accelerator.is_main_process:
+            self.stage.export()  # nothing was validated: the result is the model as it is
+        accelerator.wait_for_everyone()
+        return Summary(
+            progress.step,
+            progress.best,
+            progress.best_step,
+            reason,
+            self.samples_per_second,
+            self._peak_memory(),
+            accelerator.is_main_process,
+        )
+
+    def _epoch_batches(self) -> Iterator[list[Any]]:
+        # Lists of the micro-batches of one optimizer step, from the place in the epoch where the run stands.
+        progress = self.progress
+        loader: DataLoader[Any] = DataLoader(
+            self.dataset,
+            batch_sampler=_Listed(list(self.order.epoch(progress.epoch, progress.step_in_epoch))),
+            collate_fn=self.collate,
+            num_workers=self.workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+        # Workers seed themselves from torch's generator: give them one that is not part of the training state.
+        loader.generator = torch.Generator().manual_seed(progress.epoch)
+        batches = iter(loader)
+        while step_batches := list(islice(batches, self.order.micro_batches_per_step)):
+            yield step_batches
+
+    def _optimizer_step(self, batches: list[Any], stop_signal: int) -> int:
+        """One optimizer step; returns the signal that any process was stopped by, or 0."""
+        accelerator, settings, progress = self.accelerator, self.settings, self.progress
+        lr = learning_rate(progress.step, self.order.steps_per_epoch, self.total_steps, settings)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        items = sum(self.stage.items(batch) for batch in batches)
+        shared = torch.tensor([float(items), float(stop_signal)], dtype=torch.float64)
+        if accelerator.num_processes > 1:
+            every = accelerator.gather(shared.float().to(accelerator.device)[None]).double()
+            shared = torch.stack([every[:, 0].sum(), every[:, 1].max()])
+        total_items, stop_signal = shared[0], int(shared[1])
+        self.model.train()
+        loss_sum: Tensor = torch.zeros((), device=accelerator.device)
+        for i, batch in enumerate(batches):
+            last = i == len(batches) - 1
+            with nullcontext() if last else accelerator.no_sync(self.model):
+                output = self.model(batch.to(accelerator.device))
+                # DistributedDataParallel averages gradients over processes; the sum is wanted.
+                scale = accelerator.num_processes / total_items.to(accelerator.device)
+                accelerator.backward(output.loss_sum * scale.to(output.loss_sum.dtype))
+                loss_sum = loss_sum + output.loss_sum.detach().float()
+        norm = None
+        if settings.clip_norm is not None:
+            trainable = [p for p in self.model.parameters() if p.requires_grad]
+            norm = accelerator.clip_grad_norm_(trainable, settings.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+        progress.step += 1
+        progress.step_in_epoch += 1
+        if progress.step_in_epoch == self.order.steps_per_epoch:
+            progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
+        logged = progress.step % settings.log_every == 0 or progress.step in (1, self.total_steps)
+        if logged:
+            if accelerator.num_processes > 1:
+                loss_sum = accelerator.reduce(loss_sum, reduction="sum")
+            self._log_step(float(loss_sum / total_items.to(loss_sum.device)), lr, norm)
+        self.display.update(
+            step=progress.step,
+            epoch=(progress.step - 1) / self.order.steps_per_epoch,
+            loss=self.last_loss,
+            lr=lr,
+            samples=settings.batch_size,
+        )
+        return stop_signal
+
+    # -- records ------------------------------------------------------------------------------------------------
+
+    last_loss: float = float("nan")
+
+    def _log_step(self, loss: float, lr: float, norm: Any) -> None:
+        if not math.isfinite(loss):
+            raise RunError(
+                f"the training loss is {loss} at step {self.progress.step}; the last checkpoint is kept",
+                hint="Lower train.lr, or train with train.precision=bf16 or fp32.",
+            )
+        self.last_loss = loss
+        row = {"train/loss": loss, "train/lr": lr}
+        if norm is not None:
+            row["train/grad_norm"] = float(norm)
+        self._record(row)
+
+    def _record(self, row: dict[str, float]) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        epoch = self.progress.step / self.order.steps_per_epoch
+        append_jsonl(self.history, {"step": self.progress.step, "epoch": round(epoch, 6), **row})
+        self.accelerator.log(row, step=self.progress.step)
+
+    def _validate(self) -> None:
+        progress, settings = self.progress, self.settings
+        with _own_rng(self.accelerator.device):
+            self.model.eval()
+            figures = self.stage.validate(self.display)
+        if not figures:
+            return
+        by_score = settings.select == "score" and "validation/score" in figures
+        value = figures["validation/score"] if by_score else -figures["validation/loss"]
+        better = progress.best is None or value > progress.best
+        if better:
+            progress.best, progress.best_step, progress.validations_without_gain = value, progress.step, 0
+            if self.accelerator.is_main_process:
+                self.stage.export()
+        else:
+            progress.validations_without_gain += 1
+        self._record(figures)
+        shown = "  ".join(f"{key.removeprefix('validation/')} {number:.4f}" for key, number in figures.items())
+        self.display.message(f"step {progress.step}: validation {shown}{'  (best so far)' if better else ''}")
+
+    def _save(self) -> None:
+        states = [rng_state()]
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import gather_object
+
+            states = gather_object(states)
+        if self.accelerator.is_main_process:
+            save_checkpoint(
+                self.run_dir / "checkpoints",
+                self.module,
+                self.optimizer.optimizer,
+                self.accelerator.scaler,
+                self.progress,
+                states,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def resume(self) -> None:
+        """Puts the run where its last checkpoint left it."""
+        checkpoint = last_checkpoint(self.run_dir / "checkpoints")
+        if checkpoint is None:
+            raise RunError(f"{self.run_dir}: no checkpoint to resume from", hint="Start it without --resume.")
+        self.progress = load_checkpoint(
+            checkpoint,
+            self.module,
+            self.optimizer.optimizer,
+            self.accelerator.scaler,
+            self.accelerator.process_index,
+        )
+        if self.accelerator.is_main_process and self.history.exists():
+            # What was logged after the checkpoint is done again.
+            kept = [row for row in read_jsonl(self.history) if row["step"] <= self.progress.step]
+            atomic_write_text(self.history, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def _peak_memory(self) -> float | None:
+        if self.accelerator.device.type != "cuda":
+            return None
+        return torch.cuda.max_memory_allocated(self.accelerator.device) / 2**20
+
+
+class _Listed:
+    """A batch sampler over batches that are already listed."""
+
+    def __init__(self, batches: list[list[int]]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+@contextmanager
+def _own_rng(device: torch.device) -> Iterator[None]:
+    # Validation may sample; training must not notice that it ran.
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Callable[[], int]]:
+    """Turns the first SIGINT or SIGTERM into a number to be read between steps; the second acts at once."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: 0
+        return
+    watched = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in watched}
+
+    def note(number: int, frame: Any) -> None:
+        received.append(number)
+        for watched_number in watched:
+            signal.signal(watched_number, before[watched_number])
+
+    for number in watched:
+        signal.signal(number, note)
+    try:
+        yield lambda: received[0] if received else 0
+    finally:
+        for number in watched:
+            signal.signal(number, before[number])

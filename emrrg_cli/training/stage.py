@@ -1,0 +1,39 @@
+"""What the training loop asks of a stage."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from emrrg_cli.training.progress import TrainingDisplay
+
+
+class StageOutput(NamedTuple):
+    """Result of a stage's forward pass over one micro-batch.
+
+    `loss_sum` is the loss summed over its items (scalar, carries gradients) and `items` their number: report tokens in
+    stage 3. The loop divides the sums of all micro-batches by the items of the whole batch, so that the step is the
+    same however the batch is split.
+    """
+
+    loss_sum: Tensor
+    items: Tensor
+
+
+class Stage(Protocol):
+    """A training stage: the model with its objective, and what is done with it between steps."""
+
+    model: Any  # nn.Module whose forward takes a batch and returns StageOutput
+
+    def items(self, batch: Any) -> int:
+        """Items the loss of a batch is a mean over, known before the forward pass."""
+
+    def validate(self, display: TrainingDisplay) -> dict[str, float]:
+        """Validation figures: `validation/loss` and, where the stage has one, `validation/score` (higher is better).
+
+        Empty where there is nothing to validate on. All processes call it and get the same figures.
+        """
+
+    def export(self) -> None:
+        """Writes the model as it is now as the run's result. The main process alone calls it."""
