@@ -106,14 +106,21 @@ def read_layer(path: Path) -> Layer:
     Raises:
         UsageError: The file cannot be read or is no valid YAML.
     """
-    name = display_name(path)
+    return parse_layer(read_text(path), display_name(path))
+
+
+def read_text(path: Path) -> str:
+    """The text of a recipe file.
+
+    Raises:
+        UsageError: The file cannot be read or is not UTF-8.
+    """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise UsageError(f"cannot read recipe {name}: {error.strerror or error}") from error
+        raise UsageError(f"cannot read recipe {display_name(path)}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise UsageError(f"recipe {name} is not UTF-8 text") from error
-    return parse_layer(text, name)
+        raise UsageError(f"recipe {display_name(path)} is not UTF-8 text") from error
 
 
 def display_name(path: Path) -> str:

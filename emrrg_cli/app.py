@@ -1,0 +1,155 @@
+"""The command line: its commands, the global options, and the one place where errors become messages and exit codes.
+
+Nothing here imports torch, transformers or pydantic, and the commands do so inside their functions only, so that
+`emrrg --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+from typer.core import TyperGroup
+from typer.main import get_command
+
+from emrrg_cli.commands.doctor import doctor
+from emrrg_cli.commands.evaluate import evaluate
+from emrrg_cli.commands.finetune import finetune
+from emrrg_cli.commands.generate import generate
+from emrrg_cli.commands.preprocess import app as preprocess_app
+from emrrg_cli.commands.recipe import app as recipe_app
+from emrrg_cli.console import err
+from emrrg_cli.errors import EmrrgError, Interrupted
+
+# The order of the work, which is that of the help. Typer lists groups after commands by itself.
+ORDER = ("preprocess", "finetune", "evaluate", "generate", "recipe", "doctor")
+
+# Also what the processes that a command starts go by.
+DEBUG = "EMRRG_DEBUG"
+
+# Typer carries click inside or beside it, depending on its version; its own public exception leads to either one.
+_WrongCall: Any = typer.BadParameter.__mro__[1]
+_ClickError: Any = _WrongCall.__mro__[1]
+
+
+class _InOrder(TyperGroup):
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(self.commands, key=ORDER.index)
+
+
+app = typer.Typer(cls=_InOrder, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.add_typer(preprocess_app, name="preprocess")
+app.command("finetune", no_args_is_help=True)(finetune)
+app.command("evaluate", no_args_is_help=True)(evaluate)
+app.command("generate", no_args_is_help=True)(generate)
+app.add_typer(recipe_app, name="recipe")
+app.command("doctor")(doctor)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"emrrg {version('emrrg')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help=f"Show tracebacks of errors, anywhere in the line; or {DEBUG}=1.")
+    ] = False,
+) -> None:
+    """Chest X-ray report generation: a vision Mamba encoder, Partial LoRA and hybrid decoder layers."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0 done, 1 failed, 2 wrong usage or recipe, 130 interrupted.
+
+    Args:
+        arguments: What follows `emrrg`; None: those of the process.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if "--debug" in given[: given.index("--") if "--" in given else None]:
+        given.remove("--debug")
+        os.environ[DEBUG] = "1"
+    try:
+        code = _run(given)
+        sys.stdout.flush()  # a reader that is gone shows here, not after the last chance to be quiet about it
+        return code
+    except EmrrgError as error:
+        _show_traceback()
+        label = "" if isinstance(error, Interrupted) else "error: "
+        return _fail(error.message, error.hint, error.exit_code, label=label)
+    except KeyboardInterrupt:
+        _show_traceback()
+        return _fail("interrupted", None, 130, label="")
+    except SystemExit as error:
+        # Rich ends the program by itself when the reader of its output is gone.
+        if isinstance(error.__context__, BrokenPipeError):
+            return 141
+        raise
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            return 141
+        _show_traceback()
+        first_line = next(iter(str(error).strip().splitlines()), "")
+        what = f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
+        hint = None if _debugging() else "run again with --debug for the traceback"
+        return _fail(what, hint, 1, label="unexpected error: ")
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        command: Any = get_command(app)
+        with command.make_context("emrrg", arguments) as context:
+            command.invoke(context)
+    except typer.Exit as end:
+        return end.exit_code
+    except typer.Abort:  # Ctrl-C or end of input at a question
+        raise KeyboardInterrupt from None
+    except _ClickError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # the message is the help, which Typer prints as it makes it
+            return 2
+        command_path = error.ctx.command_path if isinstance(error, _WrongCall) and error.ctx else "emrrg"
+        return _fail(error.format_message(), f"`{command_path} --help` shows how to use it.", 2)
+    return 0
+
+
+def _fail(message: str, hint: str | None, code: int, *, label: str = "error: ") -> int:
+    # As Text, since messages hold brackets that rich would read as markup; unwrapped, so that paths stay whole.
+    err.print(Text.assemble((label, "bold red"), message), soft_wrap=True)
+    if hint:
+        err.print(Text(hint), soft_wrap=True)
+    return code
+
+
+def _debugging() -> bool:
+    return os.environ.get(DEBUG, "").lower() not in ("", "0", "false")
+
+
+def _show_traceback() -> None:
+    if _debugging():
+        traceback.print_exc()
+
+
+def _reader_is_gone() -> bool:
+    """Whether stdout is a pipe that nobody reads any more; a pipe to some other process may break as well."""
+    try:
+        output = sys.stdout.fileno()
+        watch = select.poll()
+        watch.register(output, select.POLLOUT)
+        gone = any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(0))
+        if gone:  # or the interpreter complains once more when it closes stdout
+            os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+        return gone
+    except (AttributeError, OSError, ValueError):  # no poll on Windows, no descriptor where stdout is replaced
+        return False

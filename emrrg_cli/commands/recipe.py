@@ -1,0 +1,117 @@
+"""`emrrg recipe ls|show|cp|validate`: the recipes that come with the package, and your own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from emrrg_cli.commands.options import Json, Overrides
+from emrrg_cli.errors import UsageError
+
+app = typer.Typer(help="List, read, copy and check recipes.", no_args_is_help=True)
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Shipped recipe, or path to a .yaml.", show_default=False)]
+
+
+@app.callback()
+def recipe() -> None:
+    """List, read, copy and check recipes."""
+
+
+@app.command("ls")
+def ls(
+    pattern: Annotated[
+        str | None, typer.Argument(help="Part of a name, or wildcards: 'iu_xray/*'.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the shipped recipes, each with the command that runs it.
+
+    Example: emrrg recipe ls finetune
+    """
+    from emrrg_cli.recipe.library import find_recipe, read_layers, recipe_names
+
+    names = recipe_names(pattern)
+    if not names:
+        raise UsageError(f"no shipped recipe matches {pattern}", hint="`emrrg recipe ls` lists them all.")
+    entries = []
+    for name in names:
+        path = find_recipe(name)
+        stage = [layer.values["stage"] for layer in read_layers(path) if "stage" in layer.values][-1]
+        entries.append({"name": name, "stage": stage, "command": _first_comment(path), "path": str(path)})
+    if as_json:
+        typer.echo(json.dumps(entries, indent=2))
+        return
+    width = max(map(len, names))
+    for entry in entries:
+        typer.echo(f"{entry['name']:<{width}}  {entry['command']}")
+
+
+@app.command("show", no_args_is_help=True)
+def show(
+    name: Name,
+    overrides: Overrides = None,
+    resolved: Annotated[bool, typer.Option("--resolved", help="Every setting with its value, as YAML.")] = False,
+) -> None:
+    """Print a recipe: its text, or with --resolved or key=value every setting that it comes to.
+
+    Example: emrrg recipe show iu_xray/finetune train.epochs=5
+    """
+    if resolved or overrides:
+        from emrrg_cli.recipe.load import resolve_recipe
+        from emrrg_cli.recipe.yaml12 import dump
+
+        typer.echo(dump(resolve_recipe(name, overrides or [])), nl=False)
+        return
+    from emrrg_cli.recipe.library import find_recipe, read_text
+
+    typer.echo(read_text(find_recipe(name)), nl=False)
+
+
+@app.command("cp", no_args_is_help=True)
+def cp(
+    name: Annotated[str, typer.Argument(help="Shipped recipe.", show_default=False)],
+    destination: Annotated[
+        Path, typer.Argument(metavar="DEST", help="The .yaml file to write, or a directory.", show_default=False)
+    ],
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+) -> None:
+    """Copy a shipped recipe, to be changed and run by its path.
+
+    Example: emrrg recipe cp iu_xray/finetune mine.yaml
+    """
+    from emrrg_cli.files import atomic_write_text
+    from emrrg_cli.recipe.library import find_recipe, is_path, read_text
+
+    if is_path(name):
+        raise UsageError(f"{name} is a path; `cp` copies shipped recipes by name", hint="Copy the file itself.")
+    source = find_recipe(name)
+    target = destination / source.name if destination.is_dir() else destination
+    if not is_path(target.name):
+        raise UsageError(f"{target} must end in .yaml, or be a directory that exists")
+    if target.exists() and not force:
+        raise UsageError(f"{target} exists", hint="Choose another name, or overwrite it with --force.")
+    atomic_write_text(target, read_text(source))
+    typer.echo(f"{target}: a copy of {name}")
+
+
+@app.command("validate", no_args_is_help=True)
+def validate(name: Name, overrides: Overrides = None) -> None:
+    """Check a recipe and list everything that is wrong with it (exit code 2).
+
+    Example: emrrg recipe validate mine.yaml train.lr=5e-5
+    """
+    from emrrg_cli.recipe.load import resolve_recipe
+
+    document = resolve_recipe(name, overrides or [])
+    protocol = f", protocol {document['protocol']}" if "protocol" in document else ""
+    typer.echo(f"{name}: ok (stage {document['stage']}{protocol})")
+
+
+def _first_comment(path: Path) -> str:
+    from emrrg_cli.recipe.library import read_text
+
+    return read_text(path).partition("\n")[0].lstrip("# ")

@@ -1,0 +1,144 @@
+"""What this machine offers: versions, devices, scan engines, Java, disk. A check that fails is an entry too."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+# Names of distributions. The versions come from their metadata: importing mamba-ssm without a GPU fails.
+PACKAGES = (
+    "emrrg",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "triton",
+    "mamba-ssm",
+    "causal-conv1d",
+)
+_GIB = 2**30
+
+
+def diagnose() -> dict[str, Any]:
+    """Everything that `emrrg doctor` shows, by topic; a topic that cannot be found out holds `{"problem": reason}`."""
+    checks: dict[str, Callable[[], dict[str, Any]]] = {
+        "versions": versions,
+        "devices": devices,
+        "scan": scan,
+        "java": java,
+        "disk": disk,
+        "hub": hub,
+    }
+    return {topic: _checked(check) for topic, check in checks.items()}
+
+
+def versions() -> dict[str, Any]:
+    """Version of Python and of each package; None where a package is not installed."""
+    found: dict[str, Any] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def devices() -> dict[str, Any]:
+    """GPUs (name, memory in GiB, whether bf16 is native), what torch was built for, cores and RAM in GiB.
+
+    `bf16` is what `train.precision: auto` goes by: every GPU has it; None without a GPU.
+    """
+    import torch
+
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        with torch.cuda.device(index):
+            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        gpus.append({"name": properties.name, "memory_gib": round(properties.total_memory / _GIB, 1), "bf16": bf16})
+    build = (
+        f"CUDA {torch.version.cuda}"
+        if torch.version.cuda
+        else f"ROCm {torch.version.hip}"
+        if torch.version.hip
+        else "CPU"
+    )
+    return {
+        "gpus": gpus,
+        "bf16": all(gpu["bf16"] for gpu in gpus) if gpus else None,
+        "torch_build": build,
+        "cpu_cores": _usable_cores(),
+        "ram_gib": _ram_gib(),
+    }
+
+
+def scan() -> dict[str, Any]:
+    """Every engine of the selective scan with `ok` or why it cannot run, and the one that `model.scan: auto` takes."""
+    import torch
+
+    from emrrg_cli.models.scan import available_engines, choose_engine
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {"engines": available_engines(), "chosen": choose_engine("auto", device)}
+
+
+def java() -> dict[str, Any]:
+    """Path and version of Java, which METEOR and the PTB tokenizer need; None where there is none."""
+    from emrrg_cli.metrics.java import java_path
+
+    path = java_path()
+    if path is None:
+        return {"path": None, "version": None}
+    # A launcher may be there without a Java behind it, as on a fresh macOS.
+    done = subprocess.run([path, "-version"], capture_output=True, text=True, timeout=20)
+    lines = (done.stderr or done.stdout).strip().splitlines()
+    if done.returncode != 0:
+        return {"path": path, "version": None, "problem": lines[0] if lines else f"exit code {done.returncode}"}
+    return {"path": path, "version": lines[0] if lines else "unknown"}
+
+
+def disk() -> dict[str, Any]:
+    """Free space in GiB at the Hugging Face cache and in the working directory."""
+    from huggingface_hub.constants import HF_HOME
+
+    places = {"hf_cache": Path(HF_HOME), "working_directory": Path.cwd()}
+    return {name: {"path": str(path), "free_gib": _free_gib(path)} for name, path in places.items()}
+
+
+def hub() -> dict[str, Any]:
+    """Whether the Hugging Face libraries may use the network."""
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    return {"offline": bool(HF_HUB_OFFLINE)}
+
+
+def _checked(check: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return check()
+    except Exception as error:  # whatever is broken on a machine is what people run this for
+        return {"problem": f"{type(error).__name__}: {error}"}
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # Linux: those this process may run on, fewer than there are in a batch job
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _ram_gib() -> float | None:
+    try:
+        return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / _GIB, 1)
+    except (AttributeError, ValueError, OSError):  # no such call on Windows
+        return None
+
+
+def _free_gib(path: Path) -> float:
+    existing = next(place for place in (path, *path.absolute().parents) if place.exists())
+    return round(shutil.disk_usage(existing).free / _GIB, 1)

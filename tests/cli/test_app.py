@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from emrrg_cli import app as app_module
+from emrrg_cli.app import ORDER, main
+from emrrg_cli.errors import Interrupted, RunError, UsageError
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "emrrg_cli", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def raises(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes `emrrg doctor` raise what it is given."""
+    monkeypatch.setenv("EMRRG_DEBUG", "")  # so that what main sets is taken back
+
+    def _raises(failure: BaseException) -> None:
+        def diagnose() -> NoReturn:
+            raise failure
+
+        monkeypatch.setattr("emrrg_cli.diagnosis.diagnose", diagnose)
+
+    return _raises
+
+
+HEAVY = {"torch", "transformers", "datasets", "peft", "accelerate", "numpy", "matplotlib", "PIL"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "absent"),
+    [
+        (["--help"], HEAVY | {"pydantic", "yaml"}),
+        (["--version"], HEAVY | {"pydantic", "yaml"}),
+        (["recipe", "--help"], HEAVY),
+        (["finetune", "--help"], HEAVY),  # some versions of Typer import pydantic themselves for list arguments
+        (["recipe", "ls"], HEAVY),
+        (["recipe", "validate", "tiny/finetune"], HEAVY),
+    ],
+)
+def test_help_and_recipes_import_nothing_heavy(arguments: list[str], absent: set[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "emrrg_cli", *arguments], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0
+    packages = {line.rsplit("|", 1)[1].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
+    assert "typer" in packages
+    assert packages & absent == set()
+
+
+def test_help_lists_the_commands_in_the_order_of_the_work() -> None:
+    lines = run("--help", COLUMNS="120").stdout.splitlines()
+    listed = [word for line in lines if len(line.split()) > 1 and (word := line.split()[1]) in ORDER]
+    assert listed == list(ORDER)
+
+
+def test_version_is_that_of_the_package() -> None:
+    from importlib.metadata import version
+
+    assert run("--version").stdout == f"emrrg {version('emrrg')}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["doctr"], "Did you mean 'doctor'?"),
+        (["doctor", "--nope"], "No such option: --nope"),
+        (["doctor", "extra"], "`emrrg doctor --help` shows how to use it."),
+        (["recipe", "show", "nope"], "error: no shipped recipe is named nope"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2_on_stderr(arguments: list[str], said: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    captured = capsys.readouterr()
+    assert "finetune" in captured.out + captured.err
+    assert "error" not in captured.err
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "printed"),
+    [
+        (UsageError("no [bold] such key", hint="look here"), 2, "error: no [bold] such key\nlook here\n"),
+        (RunError("disk full"), 1, "error: disk full\n"),
+        (Interrupted("stopped; saved"), 130, "stopped; saved\n"),
+        (Interrupted("terminated", exit_code=143), 143, "terminated\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (
+            ValueError("odd\nsecond line"),
+            1,
+            "unexpected error: ValueError: odd\nrun again with --debug for the traceback\n",
+        ),
+        (AssertionError(), 1, "unexpected error: AssertionError\nrun again with --debug for the traceback\n"),
+    ],
+)
+def test_an_error_is_one_message_and_an_exit_code(
+    failure: BaseException, code: int, printed: str, raises: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raises(failure)
+    assert main(["doctor"]) == code
+    captured = capsys.readouterr()
+    assert captured.err == printed
+    assert captured.out == ""
+
+
+def test_long_messages_keep_their_paths_whole(raises: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    path = "/".join(["directory"] * 40)
+    raises(RunError(f"{path} is missing"))
+    main(["doctor"])
+    assert path in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--debug", "doctor"], ["doctor", "--debug"]])
+@pytest.mark.parametrize("failure", [ValueError("odd"), RunError("odd"), KeyboardInterrupt()])
+def test_debug_shows_the_traceback(
+    arguments: list[str], failure: BaseException, raises: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raises(failure)
+    assert main(arguments) in (1, 130)
+    text = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in text
+    assert type(failure).__name__ in text
+    assert "run again with --debug" not in text
+    assert os.environ["EMRRG_DEBUG"] == "1"  # processes that a command starts show theirs
+
+
+@pytest.mark.parametrize(("value", "shown"), [("1", True), ("0", False), ("", False)])
+def test_debug_is_also_taken_from_the_environment(
+    value: str, shown: bool, raises: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raises(RunError("odd"))
+    monkeypatch.setenv("EMRRG_DEBUG", value)
+    assert main(["doctor"]) == 1
+    assert ("Traceback" in capsys.readouterr().err) is shown
+
+
+def test_ctrl_c_at_a_question_is_an_interruption(raises: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    import typer
+
+    raises(typer.Abort())
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_broken_pipe_that_is_not_stdout_is_no_quiet_end(raises: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    raises(BrokenPipeError(errno.EPIPE, "Broken pipe"))
+    assert main(["doctor"]) == 1
+    assert "unexpected error: BrokenPipeError" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX pipes")
+@pytest.mark.parametrize("arguments", [["recipe", "show", "tiny/finetune", "--resolved"], ["--help"]])
+def test_a_reader_that_is_gone_ends_quietly(arguments: list[str]) -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "emrrg_cli", *arguments], stdout=write_end, stderr=subprocess.PIPE, timeout=120
+        )
+    finally:
+        os.close(write_end)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_every_command_has_its_place_in_the_help() -> None:
+    group: Any = app_module.get_command(app_module.app)
+    assert set(group.commands) == set(ORDER)
+
+
+def test_the_shell_command_is_this_main() -> None:
+    from importlib.metadata import entry_points
+
+    (script,) = entry_points(group="console_scripts", name="emrrg")
+    assert script.load() is main
+    assert Path(app_module.__file__).name == "app.py"
