@@ -102,6 +102,8 @@ def _problem(
     for key in path:
         value = value[int(key)] if isinstance(value, list) else value[key]
     annotation = annotation_at(schema, path)
+    if value is None and is_section(annotation):  # most often each of its settings is commented out
+        return Problem(where, path, "a section without settings; leave it out", order)
     message = f"expected {describe(annotation)}, got {show(value)}{_nearest(annotation, value)}"
     return Problem(where, path, message, order)
 

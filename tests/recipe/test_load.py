@@ -301,7 +301,7 @@ def test_every_problem_is_listed_in_order_with_its_line(write: Any) -> None:
         ("generation.top_p=1.5", "generation.top_p: must be 1 or less, got 1.5"),
         ("train.lr=0", "train.lr: must be more than 0, got 0"),
         ("train.lr.x=0", "train.lr: expected a number, got a mapping"),
-        ("train=null", "train: expected a section of settings, got null"),
+        ("train=null", "train: a section without settings; leave it out"),
         (
             "train.schedule=Cosin",
             'train.schedule: expected one of cosine, constant, got the text "Cosin"; did you mean cosine?',
