@@ -1,0 +1,107 @@
+"""Which text of a study is its report, and how it is cleaned before it is learned or scored.
+
+Published scores compare cleaned strings, so the cleaning is part of the measurement: it follows R2Gen to the letter,
+oddities included (an enumeration's "1. " is deleted wherever it stands, also in "11. "; empty sentences stay).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, cast, get_args
+
+from emrrg_cli.errors import UsageError
+
+CleaningStyle = Literal["r2gen-iu", "r2gen-mimic", "none"]
+ReportSection = Literal["report", "findings", "impression", "both"]
+
+STYLES: tuple[str, ...] = get_args(CleaningStyle)
+SECTIONS: tuple[str, ...] = get_args(ReportSection)
+
+# (old, new, times): one replacement over the whole text, made `times` over, each on the result before.
+_ENUMERATION: tuple[tuple[str, str, int], ...] = (
+    ("1. ", "", 1),
+    *((f". {n}. ", ". ", 1) for n in (2, 3, 4, 5)),
+    *((f" {n}. ", ". ", 1) for n in (2, 3, 4, 5)),
+)
+_REPLACEMENTS: dict[str, tuple[tuple[str, str, int], ...]] = {
+    "r2gen-iu": (("..", ".", 3), *_ENUMERATION),
+    "r2gen-mimic": (
+        ("\n", " ", 1),
+        ("__", "_", 7),
+        ("  ", " ", 6),
+        ("..", ".", 8),
+        *_ENUMERATION,
+        (":", " :", 1),
+    ),
+}
+
+# A sentence is stripped between these two deletions: `" a` becomes `a`, but `? a` keeps its space.
+_QUOTES = str.maketrans("", "", "\"/\\'")
+_PUNCTUATION = {
+    "r2gen-iu": str.maketrans("", "", ".,?;*!%^&_+()[]{}:<=>@"),
+    "r2gen-mimic": str.maketrans("", "", ".,?;*!%^&_+()[]{}"),
+}
+
+
+def clean_report(text: str, style: CleaningStyle | str) -> str:
+    """The report as it is learned and scored.
+
+    Args:
+        text: Raw report.
+        style: `r2gen-iu` (R2Gen's rule for IU X-Ray), `r2gen-mimic` (its rule for MIMIC-CXR, used for every other
+            data set too), or `none` (the text as it is, without white space at its ends).
+
+    Returns:
+        Lower-case sentences joined by " . " and ended by " .". An empty report becomes " .".
+
+    Raises:
+        UsageError: `style` is none of the three.
+
+    Source: R2Gen (Chen et al., EMNLP 2020), whose cleaned reports the published figures are computed on.
+    """
+    if style == "none":
+        return text.strip()
+    if style not in _REPLACEMENTS:
+        raise UsageError(f"unknown cleaning style {style!r}", hint=f"Choose one of: {', '.join(STYLES)}.")
+    for old, new, times in _REPLACEMENTS[style]:
+        for _ in range(times):
+            text = text.replace(old, new)
+    sentences = text.strip().lower().split(". ")
+    punctuation = _PUNCTUATION[style]
+    return " . ".join(sentence.translate(_QUOTES).strip().translate(punctuation) for sentence in sentences) + " ."
+
+
+def cleaning_for(source: str, cleaning: CleaningStyle | Literal["auto"] | str) -> CleaningStyle:
+    """The cleaning style of a data set: `cleaning` itself, or for `auto` the one R2Gen used for `source`.
+
+    Args:
+        source: Name in the dataset's `source` column, such as `iu_xray`.
+        cleaning: `auto` or a style of `clean_report`.
+
+    Raises:
+        UsageError: `cleaning` is neither.
+    """
+    if cleaning == "auto":
+        return "r2gen-iu" if source == "iu_xray" else "r2gen-mimic"
+    if cleaning not in STYLES:
+        raise UsageError(f"unknown cleaning {cleaning!r}", hint=f"Choose one of: auto, {', '.join(STYLES)}.")
+    return cast(CleaningStyle, cleaning)
+
+
+def select_section(row: Mapping[str, Any], section: ReportSection | str) -> str:
+    """The raw text of one section of a study.
+
+    Args:
+        row: A dataset row with any of the keys `report`, `findings`, `impression` (a string or None).
+        section: One of those, or `both`: findings, then impression, joined by a space.
+
+    Returns:
+        The text; "" where the study has none.
+
+    Raises:
+        UsageError: `section` is unknown.
+    """
+    if section not in SECTIONS:
+        raise UsageError(f"unknown section {section!r}", hint=f"Choose one of: {', '.join(SECTIONS)}.")
+    names = ("findings", "impression") if section == "both" else (section,)
+    return " ".join(text for name in names if (text := row.get(name) or "").strip())

@@ -1,0 +1,91 @@
+"""Shared fixtures: invented chest X-ray studies in R2Gen's layout, and where real data stands when it is there."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw, ImageFilter
+
+# Before `datasets` is imported: tests run offline and leave no Arrow copies in the user's cache.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "HF_DATASETS_CACHE" not in os.environ:
+    os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="emrrg-tests-")
+    atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+
+_LAYOUT = {"train": 16, "val": 4, "test": 4}
+_FINDINGS = (
+    ("The heart is enlarged.", "cardiomegaly"),
+    ("There is a left pleural effusion.", "effusion"),
+    ("A nodule is seen in the right upper lobe.", "nodule"),
+    ("The lungs are clear.", None),
+)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real radiographs and reports, used in development only; tests that ask for it skip without it."""
+    beside = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+    folder = Path(os.environ.get("EMRRG_SHARED_DATA", beside))
+    if not folder.is_dir():
+        pytest.skip(f"no shared data at {folder} (set EMRRG_SHARED_DATA)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_r2gen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """R2Gen's layout with 24 invented studies, 16/4/4, one or two grey images (160 x 140) each. Not to be changed."""
+    root = tmp_path_factory.mktemp("tiny_r2gen")
+    rng = np.random.default_rng(0)
+    annotation: dict[str, list[dict[str, object]]] = {}
+    number = 0
+    for split, count in _LAYOUT.items():
+        annotation[split] = []
+        for _ in range(count):
+            study_id = f"study{number:02d}"
+            (root / "images" / study_id).mkdir(parents=True)
+            sentence, finding = _FINDINGS[number % len(_FINDINGS)]
+            paths = []
+            for view in range(1 + number % 2):
+                path = f"{study_id}/{view}.png"
+                _draw_chest(rng, finding).save(root / "images" / path)
+                paths.append(path)
+            report = f"Study of the chest. {sentence} No pneumothorax."
+            annotation[split].append({"id": study_id, "report": report, "image_path": paths, "split": split})
+            number += 1
+    (root / "annotation.json").write_text(json.dumps(annotation))
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tiny_r2gen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_r2gen` as a dataset directory: 16/4/4 studies, source `r2gen`. Not to be changed."""
+    from emrrg_cli.data.preprocess import preprocess
+    from emrrg_cli.data.sources.r2gen import R2GenSource
+    from emrrg_cli.recipe.schema import PreprocessRecipe
+
+    out = tmp_path_factory.mktemp("tiny_dataset") / "dataset"
+    preprocess(R2GenSource(tiny_r2gen), out, PreprocessRecipe(stage="preprocess", workers=1))
+    return out
+
+
+def _draw_chest(rng: np.random.Generator, finding: str | None) -> Image.Image:
+    """Two dark lungs, a bright heart, one finding; blurred noise over all of it."""
+    image = Image.new("L", (160, 140), 150)
+    draw = ImageDraw.Draw(image)
+    for left, right in ((20, 72), (88, 140)):
+        draw.ellipse((left, 15, right, 125), fill=60)
+    half = 34 if finding == "cardiomegaly" else 20
+    draw.ellipse((85 - half, 70, 85 + half, 120), fill=190)
+    if finding == "effusion":
+        draw.rectangle((90, 95, 140, 125), fill=200)
+    if finding == "nodule":
+        draw.ellipse((40, 35, 54, 49), fill=180)
+    noise = Image.fromarray(rng.integers(0, 256, (140, 160), dtype=np.uint8)).filter(ImageFilter.GaussianBlur(1))
+    return Image.blend(image.filter(ImageFilter.GaussianBlur(2)), noise, 0.15)
