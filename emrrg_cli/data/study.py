@@ -1,0 +1,133 @@
+"""What a source hands to the dataset writer: studies, and why some of them cannot be used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+UNKNOWN_VIEW = "unknown"
+IMAGE_DROPPED = "image dropped"
+
+
+@dataclass(frozen=True)
+class ImageProblem:
+    """An image that cannot be used: `reason` is one of a few fixed phrases (counted), `detail` is about this file."""
+
+    path: str
+    reason: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Study:
+    """One examination as its source describes it; nothing is decoded yet.
+
+    Attributes:
+        image_paths: Files of the views, resolved, inside the source's root.
+        views: Projection of each image (`PA`, `AP`, `LATERAL`, ..., or `unknown`); as long as `image_paths`.
+        report: The text by the source's own rule; `findings` and `impression` where the source tells them apart.
+        problems: Images that the source lists and that are already known to be unusable.
+    """
+
+    study_id: str
+    patient_id: str | None
+    split: Split
+    image_paths: tuple[Path, ...]
+    views: tuple[str, ...]
+    findings: str | None
+    impression: str | None
+    report: str | None
+    source: str
+    problems: tuple[ImageProblem, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.views) != len(self.image_paths):
+            raise ValueError(f"{len(self.views)} views for {len(self.image_paths)} images")
+
+
+def printable(text: str) -> str:
+    """`text` with what no terminal or UTF-8 file can hold written as escapes: control characters, lone surrogates."""
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+@dataclass
+class Skipped:
+    """One reason: how often it was met, and its first examples."""
+
+    unit: Literal["study", "image"]
+    count: int = 0
+    examples: list[dict[str, str]] = field(default_factory=list)
+
+    def counted(self) -> str:
+        """`3 images`, `1 study`, `2,955 studies`."""
+        plural = {"study": "studies", "image": "images"}[self.unit]
+        return f"{self.count:,} {self.unit if self.count == 1 else plural}"
+
+
+@dataclass
+class Account:
+    """Everything that was read and not used. Its memory does not grow with the number of studies.
+
+    Every study is written or counted here once, under its first problem; an image that a written study lost is counted
+    under `image dropped`.
+    """
+
+    max_examples: int = 5
+    read: int = 0
+    skipped: dict[str, Skipped] = field(default_factory=dict)
+
+    def skip_study(self, reason: str, study_id: str, *, path: str = "", detail: str = "") -> None:
+        """Counts a study that is left out."""
+        self._add("study", reason, study_id, path, detail)
+
+    def drop_image(self, study_id: str, problem: ImageProblem) -> None:
+        """Counts an image that its study does without."""
+        detail = f"{problem.reason}: {problem.detail}" if problem.detail else problem.reason
+        self._add("image", IMAGE_DROPPED, study_id, problem.path, detail)
+
+    def _add(self, unit: Literal["study", "image"], reason: str, study_id: str, path: str, detail: str) -> None:
+        entry = self.skipped.setdefault(reason, Skipped(unit))
+        entry.count += 1
+        if len(entry.examples) < self.max_examples:
+            example = {"id": study_id, "path": path, "detail": detail}
+            entry.examples.append({key: printable(value) for key, value in example.items() if value})
+
+    @property
+    def studies_skipped(self) -> int:
+        """Studies left out, for all reasons together."""
+        return sum(entry.count for entry in self.skipped.values() if entry.unit == "study")
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the manifest: `{reason: {"unit", "count", "examples": [{"id", "path", "detail"}]}}`."""
+        return {
+            reason: {"unit": entry.unit, "count": entry.count, "examples": entry.examples}
+            for reason, entry in self.skipped.items()
+        }
+
+
+class StudySource(Protocol):
+    """A raw data set: an importer gives one, the dataset writer consumes it."""
+
+    @property
+    def name(self) -> str:
+        """Written to the `source` column; the cleaning rule `auto` goes by it."""
+
+    @property
+    def root(self) -> Path:
+        """Resolved folder under which every image lies."""
+
+    @property
+    def image_folders(self) -> tuple[Path, ...]:
+        """Folders in which image paths are looked up, first match first."""
+
+    def __len__(self) -> int:
+        """Studies that `studies` reads, the skipped ones included."""
+
+    def studies(self, account: Account) -> Iterator[Study]:
+        """Reads the studies, always in the same order; what cannot be used goes to `account` instead."""
