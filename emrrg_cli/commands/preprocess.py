@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from emrrg_cli.commands.options import Json, Overrides
 from emrrg_cli.console import out as console
 
 if TYPE_CHECKING:
@@ -18,10 +18,6 @@ app = typer.Typer(help="Turn raw data into a dataset directory that the other co
 # Shared by every source.
 Root = Annotated[Path, typer.Argument(metavar="ROOT", help="Folder of the raw data.", show_default=False)]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Dataset directory to write.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the recipe's: size=1024 format=png."),
-]
 RecipeOption = Annotated[str, typer.Option("--recipe", metavar="NAME|PATH", help="Image size, format and shards.")]
 SourceOption = Annotated[
     str | None,
@@ -30,7 +26,6 @@ SourceOption = Annotated[
 Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Processes that decode; default one a core.")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Only the first studies of each split.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the dataset directory at OUT.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the manifest.")]
 
 
 @app.callback()
@@ -71,7 +66,7 @@ def r2gen(
         options={"layout": "r2gen", "recipe": recipe, "source": source, "limit": limit},
     )
     if as_json:
-        typer.echo(json.dumps(manifest, indent=2, ensure_ascii=False))
+        console.print_json(data=manifest)
         return
     console.print(_summary(manifest))
     if manifest["skipped"]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
+import signal
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -12,16 +15,17 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import joblib
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from emrrg_cli.console import err
 from emrrg_cli.data.dataset_dir import EncodedImage, new_dataset
 from emrrg_cli.data.images import ImageError, encode, fit_shorter_side, is_plain_jpeg, load_image, to_grey
 from emrrg_cli.data.study import Account, ImageProblem, Study, StudySource, printable
-from emrrg_cli.errors import RunError
+from emrrg_cli.errors import Interrupted, RunError
 from emrrg_cli.recipe.schema import PreprocessRecipe
 
 # joblib hands results over in order but goes on dispatching while they wait, so the studies in flight are bounded by
@@ -68,17 +72,19 @@ def preprocess(
     Raises:
         UsageError: `out` cannot be used.
         RunError: No study is usable (nothing is written), the disk refuses, or a worker process died.
+        Interrupted: SIGTERM.
     """
     started = time.monotonic()
     account = Account()
     workers = _workers(recipe.workers, len(source))
     with (
+        _ended_by_sigterm(),
         new_dataset(
             out, studies_per_shard=recipe.studies_per_shard, overwrite=overwrite, protect=source.root
         ) as writer,
         _progress() as progress,
     ):
-        task = progress.add_task("preprocess", total=len(source), images=0, skipped=0, rate=0.0)
+        task = progress.add_task("preprocess", total=len(source), skipped=0, rate=0.0)
         images = 0
         for prepared in _prepare_all(source.studies(account), source.root, recipe, workers):
             if prepared.images:
@@ -91,7 +97,6 @@ def preprocess(
             progress.update(
                 task,
                 completed=writer.studies + account.studies_skipped,
-                images=images,
                 skipped=account.studies_skipped,
                 rate=images / (time.monotonic() - started),
             )
@@ -171,6 +176,23 @@ def _prepare_all(
                 ) from None
 
 
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM (a scheduler's stop) cleans up as Ctrl-C does: no half-written directory, no process left behind."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Interrupted("terminated; nothing was written", exit_code=128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # where Python takes no signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
 def _workers(asked: int | None, studies: int) -> int:
     """Processes to use. A process takes about half a second to start, so a handful of studies gets one."""
     return max(1, min(asked or joblib.cpu_count(), studies // 32))
@@ -196,11 +218,10 @@ def _nothing_usable(source: StudySource, account: Account) -> RunError:
 
 def _progress() -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("studies, {task.fields[images]:,} images, {task.fields[rate]:.0f} images/s"),
-        TextColumn("{task.fields[skipped]:,} skipped"),
+        TextColumn("{task.completed:,}/{task.total:,} studies"),
+        BarColumn(bar_width=16),
+        TextColumn("{task.fields[rate]:.0f} images/s, {task.fields[skipped]:,} skipped,"),
         TimeRemainingColumn(),
+        TextColumn("left"),
         console=err,
     )

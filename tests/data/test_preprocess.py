@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from emrrg_cli.data.dataset_dir import open_dataset, read_manifest
 from emrrg_cli.data.images import read_image
 from emrrg_cli.data.preprocess import preprocess
 from emrrg_cli.data.sources.r2gen import R2GenSource
-from emrrg_cli.errors import RunError, UsageError
+from emrrg_cli.errors import Interrupted, RunError, UsageError
 from emrrg_cli.recipe.schema import PreprocessRecipe
 
 
@@ -182,6 +184,20 @@ def test_a_file_that_vanishes_is_counted(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(module, "load_image", gone)
     with pytest.raises(RunError, match=r"cannot be opened: 1 study, first: x, ok\.png, Stale file handle"):
         _run(root, tmp_path / "out")
+
+
+def test_sigterm_cleans_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from emrrg_cli.data import preprocess as module
+
+    root = _annotate(tmp_path / "raw", {"x": ["ok.png"], "y": ["ok.png"]})
+    _noise(60, 60).save(root / "ok.png")
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(module, "load_image", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Interrupted) as error:
+        _run(root, tmp_path / "out")
+    assert error.value.exit_code == 143
+    assert list(tmp_path.iterdir()) == [root]
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_real_data(shared_data: Path, tmp_path: Path) -> None:
