@@ -17,6 +17,7 @@ from emrrg_cli.generation import write_split
 from emrrg_cli.metrics.nlg import score
 from emrrg_cli.models.build import load_model
 from emrrg_cli.models.report_generator import ReportGenerator
+from emrrg_cli.quiet import quiet_libraries
 from emrrg_cli.recipe.schema import FinetuneRecipe
 from emrrg_cli.training.environment import choose_precision, llm_dtype, make_accelerator
 from emrrg_cli.console import progress_bar
@@ -47,6 +48,7 @@ def run_evaluation(
     """
     if recipe.data.root is None:
         raise UsageError("no data: give --data DIR", hint="A dataset directory, as `emrrg preprocess` writes it.")
+    quiet_libraries()
     splits = open_dataset(recipe.data.root)
     if split not in splits:
         raise UsageError(f"{recipe.data.root}: no split {split!r}", hint=f"There are: {', '.join(splits)}.")

@@ -18,6 +18,7 @@ from emrrg_cli.data.images import ImageError
 from emrrg_cli.errors import UsageError
 from emrrg_cli.files import append_jsonl, atomic_write_text
 from emrrg_cli.generation import load_generator, study_pixels
+from emrrg_cli.quiet import quiet_libraries
 from emrrg_cli.recipe.schema import FinetuneRecipe
 from emrrg_cli.console import progress_bar
 
@@ -80,6 +81,7 @@ def run_generation(
     """
     if (output / "reports.jsonl").exists() and not overwrite:
         raise UsageError(f"{output} already holds reports", hint="Give --overwrite, or another --output.")
+    quiet_libraries()
     generator = load_generator(run_dir, device=device, recipe=recipe)
     partial = output / "reports.jsonl.partial"
     partial.unlink(missing_ok=True)

@@ -34,7 +34,7 @@ def generate(
     settings = load_run_recipe(model, recipe, overrides, "generate")
 
     from emrrg_cli.folder import find_images, run_generation
-    from emrrg_cli.reporting.tables import DISCLAIMER, reports_table
+    from emrrg_cli.reporting.tables import reports_table
 
     files = find_images(images)
     result = run_generation(files, model, settings, output, device=device, overwrite=overwrite)
@@ -48,8 +48,7 @@ def generate(
         err.print(f"... and {len(result.skipped) - 10} more, listed in {output / 'skipped.jsonl'}", markup=False)
     rate = len(result.rows) / result.seconds if result.seconds else 0.0
     err.print(
-        f"{len(result.rows)} reports, {len(result.skipped)} files skipped, {rate:.2f} reports a second, in {output}\n"
-        f"{DISCLAIMER}",
+        f"{len(result.rows)} reports, {len(result.skipped)} files skipped, {rate:.2f} reports a second, in {output}",
         markup=False,
         soft_wrap=True,
     )

@@ -9,7 +9,7 @@ import typer
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe, such as train.lr=5e-5.", show_default=False),
+    typer.Argument(metavar="KEY=VALUE", help="Changes to the recipe, such as train.lr=5e-5.", show_default=False),
 ]
 NumProcesses = Annotated[
     int | None,

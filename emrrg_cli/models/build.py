@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from emrrg_cli.errors import RunError, UsageError
-from emrrg_cli.files import atomic_directory, atomic_write_text
+from emrrg_cli.files import atomic_directory, atomic_write_text, recover_directory
 from emrrg_cli.models import adapters
 from emrrg_cli.models.arm.encoder import ArmEncoder
 from emrrg_cli.models.hybrid_decoder import add_hybrid_layers, hybrid_parameters
@@ -148,6 +148,7 @@ def load_model(run_dir: Path, settings: ModelSettings, dtype: torch.dtype, *, me
         RunError: when the run holds no trained model yet, or its parts do not fit together.
     """
     trained = run_dir / "model"
+    recover_directory(trained)
     if not (trained / "bridge.safetensors").is_file():
         raise RunError(
             f"{run_dir}: this run holds no trained model yet", hint="Let the training reach its first validation or end."

@@ -181,10 +181,12 @@ class ReportGenerator(nn.Module):
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Trades time for memory: encoder blocks and decoder layers are computed again in the backward pass."""
         plain(self.encoder).gradient_checkpointing = enabled
+        llm = plain(self.llm)
         if enabled:
-            self.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        else:
-            self.llm.gradient_checkpointing_disable()
+            # Reentrant checkpointing would give the visual tokens, a keyword argument, no gradient.
+            llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        elif llm.is_gradient_checkpointing:
+            llm.gradient_checkpointing_disable()
 
     def bridge_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What connects the towers and is trained in every run: bridge and hybrid layers.

@@ -174,7 +174,7 @@ class ModelSettings(Settings):
         "full", description="full: every visual token in the prompt; pooled: 2x2 averages and the class token"
     )
     views: Literal["average", "concat"] = Field("average", description="how a study's views are joined")
-    scan: Literal["auto", "reference"] = Field("auto", description="engine of the selective scan")
+    scan: Literal["auto", "reference", "recompute"] = Field("auto", description="engine of the selective scan")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

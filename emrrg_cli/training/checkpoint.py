@@ -28,7 +28,7 @@ class Progress:
     step: int = 0
     epoch: int = 0
     step_in_epoch: int = 0
-    best: float | None = None
+    best: list[float] | None = None  # score, negative loss
     best_step: int | None = None
     validations_without_gain: int = 0
 

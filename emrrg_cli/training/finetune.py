@@ -28,6 +28,7 @@ from emrrg_cli.models.build import (
 from emrrg_cli.models.llm import load_tokenizer, train_tokenizer
 from emrrg_cli.models.report_generator import ReportGenerator
 from emrrg_cli.models.scan import choose_engine
+from emrrg_cli.quiet import quiet_libraries
 from emrrg_cli.recipe.load import dump_recipe
 from emrrg_cli.recipe.schema import FinetuneRecipe
 from emrrg_cli.reporting.plots import plot_curves
@@ -127,6 +128,7 @@ def run_finetune(recipe: FinetuneRecipe, run_dir: Path, *, resume: bool, expecte
         raise UsageError(
             "data.root is not set", hint="Name a dataset directory, as `emrrg preprocess` writes: data.root=DIR."
         )
+    quiet_libraries()
     precision = choose_precision(recipe.train.precision)
     scan = choose_engine(recipe.model.scan, "cuda" if torch.cuda.is_available() else "cpu")
     splits = open_dataset(recipe.data.root)

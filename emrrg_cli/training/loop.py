@@ -30,10 +30,10 @@ from emrrg_cli.training.stage import Stage
 
 @dataclass
 class Summary:
-    """How a training run ended. `best` is what the result was selected by (None without validation)."""
+    """How a training run ended. `best` holds score and negative loss of the selected step (None: no validation)."""
 
     steps: int
-    best: float | None
+    best: list[float] | None
     best_step: int | None
     reason: str
     samples_per_second: float | None
@@ -43,8 +43,11 @@ class Summary:
     def table(self, run_dir: Path) -> Table:
         """For the terminal."""
         table = Table(show_header=False, title=f"run {run_dir}", title_justify="left")
-        best = "no validation" if self.best is None else f"{abs(self.best):.4f} at step {self.best_step}"
-        rows = {"steps": f"{self.steps} ({self.reason})", "best": best}
+        rows = {"steps": f"{self.steps} ({self.reason})"}
+        if self.best is not None:
+            score, negative_loss = self.best
+            shown = f"score {score:.4f}, " if score else ""
+            rows["best validation"] = f"{shown}loss {-negative_loss:.4f}, step {self.best_step}"
         if self.samples_per_second is not None:
             rows["samples a second"] = f"{self.samples_per_second:.2f}"
         if self.peak_memory_mib is not None:
@@ -264,25 +267,31 @@ class _Loop:
 
     def _validate(self) -> None:
         progress, settings = self.progress, self.settings
-        with _own_rng(self.accelerator.device):
+        with self.display.paused(), _own_rng(self.accelerator.device):
             self.model.eval()
             figures = self.stage.validate(self.display)
-        if not figures:
-            return
-        by_score = settings.select == "score" and "validation/score" in figures
-        value = figures["validation/score"] if by_score else -figures["validation/loss"]
-        better = progress.best is None or value > progress.best
-        if better:
-            progress.best, progress.best_step, progress.validations_without_gain = value, progress.step, 0
-            if self.accelerator.is_main_process:
-                self.stage.export()
-        else:
-            progress.validations_without_gain += 1
+            if not figures:
+                return
+            by_score = settings.select == "score" and "validation/score" in figures
+            loss = figures["validation/loss"]
+            # The loss decides between equal scores: early reports often have no 4-gram in common with any reference.
+            value = [figures["validation/score"] if by_score else 0.0, -loss]
+            better = progress.best is None or value > progress.best
+            if better:
+                progress.best, progress.best_step, progress.validations_without_gain = value, progress.step, 0
+                if self.accelerator.is_main_process:
+                    self.stage.export()
+            else:
+                progress.validations_without_gain += 1
         self._record(figures)
         shown = "  ".join(f"{key.removeprefix('validation/')} {number:.4f}" for key, number in figures.items())
         self.display.message(f"step {progress.step}: validation {shown}{'  (best so far)' if better else ''}")
 
     def _save(self) -> None:
+        with self.display.paused():
+            self._write_checkpoint()
+
+    def _write_checkpoint(self) -> None:
         states = [rng_state()]
         if self.accelerator.num_processes > 1:
             from accelerate.utils import gather_object

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,6 +22,7 @@ def directional_scan_reference(
     dt_bias: Tensor,
     A_log: Tensor,
     D: Tensor,
+    recurrence: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """Scans the tokens in `K` orders, brings each result back to row order, averages them and applies the gate.
 
@@ -40,6 +43,7 @@ def directional_scan_reference(
         dt_bias: `[K, d]`.
         A_log: `[K, d, n]`.
         D: `[K, d]`.
+        recurrence: what runs the recurrence; `selective_scan_loop`, or a function of the same signature.
 
     Returns:
         `[b, l, d]`: `silu(z) * mean over directions`.
@@ -58,7 +62,7 @@ def directional_scan_reference(
     low, B, C = torch.einsum("bkld,kjd->bklj", u, torch.cat([w_dt, w_B, w_C], dim=1)).split([rank, n, n], dim=-1)
     dt = torch.einsum("bklr,kdr->bkld", low, dt_weight)
 
-    y = selective_scan_loop(u, dt, dt_bias, A_log, B, C, D)  # fp32 [b, K, l, d]
+    y = (recurrence or selective_scan_loop)(u, dt, dt_bias, A_log, B, C, D)  # fp32 [b, K, l, d]
     back = order.argsort(dim=1)
     y = y.gather(2, back[None, :, :, None].expand(b, -1, -1, d)).mean(dim=1)
     return (y * F.silu(z.float())).to(x.dtype)
