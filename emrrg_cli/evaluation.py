@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from emrrg_cli.console import progress_bar
 from emrrg_cli.data.batches import ReportDataset
 from emrrg_cli.data.dataset_dir import open_dataset
 from emrrg_cli.errors import UsageError
@@ -20,7 +21,6 @@ from emrrg_cli.models.report_generator import ReportGenerator
 from emrrg_cli.quiet import quiet_libraries
 from emrrg_cli.recipe.schema import FinetuneRecipe
 from emrrg_cli.training.environment import choose_precision, llm_dtype, make_accelerator
-from emrrg_cli.console import progress_bar
 
 
 def run_evaluation(
@@ -121,9 +121,7 @@ def describe_protocol(recipe: FinetuneRecipe) -> str:
 def _target(run_dir: Path, split: str, output: Path | None, overwrite: bool) -> Path:
     if output is not None:
         if (output / "scores.json").exists() and not overwrite:
-            raise UsageError(
-                f"{output} already holds an evaluation", hint="Give --overwrite, or another --output."
-            )
+            raise UsageError(f"{output} already holds an evaluation", hint="Give --overwrite, or another --output.")
         return output
     base = run_dir / "evaluation" / split
     target, number = base, 2

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
+from emrrg_cli.console import progress_bar
 from emrrg_cli.data.images import ImageError
 from emrrg_cli.errors import UsageError
 from emrrg_cli.files import append_jsonl, atomic_write_text
 from emrrg_cli.generation import load_generator, study_pixels
 from emrrg_cli.quiet import quiet_libraries
 from emrrg_cli.recipe.schema import FinetuneRecipe
-from emrrg_cli.console import progress_bar
 
 
 @dataclass

@@ -178,5 +178,3 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
         raise UsageError(f"there is no device {name!r} here: {torch.cuda.device_count()} GPUs")
     return device
-
-

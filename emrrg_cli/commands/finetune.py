@@ -36,9 +36,9 @@ def finetune(
             return
     from emrrg_cli.training.finetune import run_finetune
 
-    summary = run_finetune(
-        settings, run_dir, resume=resume, expected_processes=processes_expected(num_processes)
-    )
+    summary = run_finetune(settings, run_dir, resume=resume, expected_processes=processes_expected(num_processes))
     if summary.is_main_process:
         err.print(summary.table(run_dir))
-        err.print(f"Next:  emrrg evaluate --model {run_dir}\n       emrrg generate IMAGES --model {run_dir}", markup=False)
+        err.print(
+            f"Next:  emrrg evaluate --model {run_dir}\n       emrrg generate IMAGES --model {run_dir}", markup=False
+        )

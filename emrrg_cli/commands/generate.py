@@ -14,7 +14,8 @@ def generate(
     paths: Annotated[
         list[str],
         typer.Argument(
-            metavar="PATHS... [KEY=VALUE]...", help="Images and folders of images; changes such as generation.num_beams=1."
+            metavar="PATHS... [KEY=VALUE]...",
+            help="Images and folders of images; changes such as generation.num_beams=1.",
         ),
     ],
     model: Annotated[Path, typer.Option("--model", "-m", help="Run directory of `emrrg finetune`.")],

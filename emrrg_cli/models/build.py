@@ -76,7 +76,11 @@ def assemble(settings: ModelSettings, encoder: ArmEncoder, llm: Any, tokenizer: 
     encoder_config = adapters.encoder_lora(names, *options)
     llm_config = adapters.llm_lora(names, *options)
     model = ReportGenerator(
-        _with_lora(encoder, encoder_config), _with_lora(llm, llm_config), tokenizer, settings.visual_prompt, settings.views
+        _with_lora(encoder, encoder_config),
+        _with_lora(llm, llm_config),
+        tokenizer,
+        settings.visual_prompt,
+        settings.views,
     )
     set_trainable(model, encoder=targets == "full", llm=not settings.llm.is_frozen)
     return model
@@ -151,7 +155,8 @@ def load_model(run_dir: Path, settings: ModelSettings, dtype: torch.dtype, *, me
     recover_directory(trained)
     if not (trained / "bridge.safetensors").is_file():
         raise RunError(
-            f"{run_dir}: this run holds no trained model yet", hint="Let the training reach its first validation or end."
+            f"{run_dir}: this run holds no trained model yet",
+            hint="Let the training reach its first validation or end.",
         )
     tokenizer = load_tokenizer(str(run_dir / "tokenizer"))
     encoder = build_encoder(settings.encoder, settings.scan)

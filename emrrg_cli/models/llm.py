@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 
 # The two halves of the published prompt; the visual tokens stand between them.
 PROMPT_BEFORE = "Human: <Img>"
-PROMPT_AFTER = (
-    "</Img> Generate a comprehensive and detailed diagnosis report for this chest xray image. \nAssistant:"
-)
+PROMPT_AFTER = "</Img> Generate a comprehensive and detailed diagnosis report for this chest xray image. \nAssistant:"
 
 
 def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:

@@ -216,8 +216,10 @@ def concatenate_views(tokens: Tensor, views: Tensor) -> tuple[Tensor, Tensor | N
     most = max(counts)
     if all(count == most for count in counts):
         return tokens.reshape(len(counts), most * length, d), None
-    rows = [F.pad(group.reshape(-1, d), (0, 0, 0, most * length - group.shape[0] * length))
-            for group in tokens.split(counts)]
+    rows = [
+        F.pad(group.reshape(-1, d), (0, 0, 0, most * length - group.shape[0] * length))
+        for group in tokens.split(counts)
+    ]
     mask = torch.arange(most * length, device=tokens.device) < views[:, None] * length
     return torch.stack(rows), mask
 

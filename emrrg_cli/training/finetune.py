@@ -78,9 +78,7 @@ class FinetuneStage:
             )
         references = reference_reports(self.model, self.validation.reports[:count], self.recipe)
         weights = settings.score_weights
-        scores = score(
-            references, hypotheses, tokenizer=self.recipe.evaluation.tokenizer, meteor="METEOR" in weights
-        )
+        scores = score(references, hypotheses, tokenizer=self.recipe.evaluation.tokenizer, meteor="METEOR" in weights)
         figures |= {f"validation/{name}": value for name, value in scores.items() if value is not None}
         figures["validation/score"] = sum(weight * (scores[name] or 0.0) for name, weight in weights.items())
         return figures
@@ -90,9 +88,7 @@ class FinetuneStage:
         assert self.validation is not None
         accelerator, train_settings = self.accelerator, self.recipe.train
         size = train_settings.micro_batch_size or train_settings.batch_size
-        batches = evaluation_batches(
-            len(self.validation), size, accelerator.process_index, accelerator.num_processes
-        )
+        batches = evaluation_batches(len(self.validation), size, accelerator.process_index, accelerator.num_processes)
         loader: DataLoader[Batch] = DataLoader(
             self.validation,
             batch_sampler=[b for b in batches if b],

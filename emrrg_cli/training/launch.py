@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 
-from emrrg_cli.errors import EmrrgError, UsageError
+from emrrg_cli.errors import EmrrgError, Interrupted, UsageError
 
 _EXPECTED = "EMRRG_NUM_PROCESSES"
 
@@ -45,6 +45,7 @@ def launch(arguments: list[str], processes: int) -> None:
     Raises:
         EmrrgError: when one fails, with its exit code; it has printed its own message.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -62,6 +63,8 @@ def launch(arguments: list[str], processes: int) -> None:
     )
     try:
         elastic_launch(config, sys.executable)("-m", "emrrg_cli", *arguments)
+    except SignalException as error:
+        raise Interrupted("stopped; each process has put its work in safety", exit_code=128 + error.sigval) from None
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode

@@ -23,6 +23,7 @@ from emrrg_cli.errors import Interrupted, RunError, UsageError
 from emrrg_cli.files import append_jsonl, atomic_write_text, read_jsonl
 from emrrg_cli.recipe.schema import TrainSettings
 from emrrg_cli.training.checkpoint import Progress, last_checkpoint, load_checkpoint, rng_state, save_checkpoint
+from emrrg_cli.training.launch import inside_launcher
 from emrrg_cli.training.progress import TrainingDisplay
 from emrrg_cli.training.schedule import build_optimizer, learning_rate
 from emrrg_cli.training.stage import Stage
@@ -188,6 +189,7 @@ class _Loop:
             collate_fn=self.collate,
             num_workers=self.workers,
             pin_memory=self.accelerator.device.type == "cuda",
+            worker_init_fn=leave_signals_to_parent,
         )
         # Workers seed themselves from torch's generator: give them one that is not part of the training state.
         loader.generator = torch.Generator().manual_seed(progress.epoch)
@@ -344,6 +346,12 @@ class _Listed:
         return len(self.batches)
 
 
+def leave_signals_to_parent(worker: int) -> None:
+    """A terminal sends Ctrl-C to the loading processes too; the training must outlive it to write its checkpoint."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 @contextmanager
 def _own_rng(device: torch.device) -> Iterator[None]:
     # Validation may sample; training must not notice that it ran.
@@ -353,7 +361,11 @@ def _own_rng(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _stop_signals() -> Iterator[Callable[[], int]]:
-    """Turns the first SIGINT or SIGTERM into a number to be read between steps; the second acts at once."""
+    """Turns the first SIGINT or SIGTERM into a number to be read between steps; the second acts at once.
+
+    Under a launcher the second does nothing: the same Ctrl-C arrives from the terminal and from the launcher, which
+    ends processes that take too long.
+    """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield lambda: 0
@@ -363,6 +375,8 @@ def _stop_signals() -> Iterator[Callable[[], int]]:
 
     def note(number: int, frame: Any) -> None:
         received.append(number)
+        if inside_launcher():
+            return
         for watched_number in watched:
             signal.signal(watched_number, before[watched_number])
 

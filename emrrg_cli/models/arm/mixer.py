@@ -63,9 +63,7 @@ class Mixer(nn.Module):
         conv = [nn.Conv1d(d_model, d_model, d_conv, groups=d_model) for _ in range(directions)]
         self.conv_weight = nn.Parameter(torch.stack([c.weight.detach()[:, 0] for c in conv]))  # [K, d, w]
         self.conv_bias = nn.Parameter(torch.stack([c.bias.detach() for c in conv if c.bias is not None]))  # [K, d]
-        self.directions = nn.ModuleList(
-            Direction(d_model, d_state, math.ceil(d_model / 16)) for _ in range(directions)
-        )
+        self.directions = nn.ModuleList(Direction(d_model, d_state, math.ceil(d_model / 16)) for _ in range(directions))
         A = torch.arange(1, d_state + 1, dtype=torch.float32)
         self.A_log = nn.Parameter(torch.log(A).expand(directions, d_model, -1).clone())  # [K, d, n]
         self.D = nn.Parameter(torch.ones(directions, d_model))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-
 from functools import partial
 
 from torch import Tensor

@@ -1,7 +1,7 @@
 """The scan loop with its gradient written out: the states are computed again in the backward pass instead of kept.
 
-Autograd through the reference loop keeps several `[b, K, d, n]` tensors a token; this keeps the inputs alone, and its
-loops run in place. Values and gradients are those of the reference (tested).
+Autograd through the reference loop keeps several `[b, K, d, n]` tensors a token; this keeps one every few tokens and
+computes the others again. Values and gradients are those of the reference (tested).
 """
 
 from __future__ import annotations
@@ -12,53 +12,69 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Tokens whose states are formed at a time: enough that little is left for the loop, few enough for little memory.
+_CHUNK = 16
+
 
 class _Recurrence(torch.autograd.Function):
-    """`h_t = exp(dt_t A) h_(t-1) + du_t B_t`, `y_t = C_t h_t`.
+    """`h_t = exp(dt_t A) h_(t-1) + du_t B_t`, `y_t = C_t h_t`, tokens first.
 
-    `dt`, `du`: `[b, K, l, d]`; `A`: `[K, d, n]`; `B`, `C`: `[b, K, l, n]`; all of one dtype, fp32 or fp64.
+    `dt`, `du`: `[l, b, K, d]`; `A`: `[K, d, n]`; `B`, `C`: `[l, b, K, n]`; all contiguous, of one dtype, fp32 or fp64.
+    Returns `y` `[l, b, K, d]`. Of the states only those before each chunk are kept.
     """
 
     @staticmethod
-    def forward(ctx: Any, dt: Tensor, du: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-        ctx.save_for_backward(dt, du, A, B, C)
-        h = dt.new_zeros(*dt.shape[:2], dt.shape[3], A.shape[-1])
-        decay = torch.empty_like(h)
+    def forward(ctx: Any, dt: Tensor, du: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk: int) -> Tensor:
+        h = dt.new_zeros(*dt.shape[1:], A.shape[-1])  # [b, K, d, n]
+        before = []
         y = torch.empty_like(du)
-        for t in range(dt.shape[2]):
-            torch.mul(dt[:, :, t, :, None], A, out=decay)
-            h.mul_(decay.exp_()).addcmul_(du[:, :, t, :, None], B[:, :, t, None, :])
-            y[:, :, t] = (h @ C[:, :, t, :, None]).squeeze(-1)
+        for at in _chunks(dt.shape[0], chunk):
+            before.append(h)
+            _, states = _states(dt[at], du[at], A, B[at], h)
+            torch.matmul(states, C[at].unsqueeze(-1), out=y[at].unsqueeze(-1))
+            h = states[-1].clone()  # a view would keep the whole chunk
+        ctx.save_for_backward(dt, du, A, B, C, *before)
+        ctx.chunk = chunk
         return y
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> Any:
-        dt, du, A, B, C = ctx.saved_tensors
-        length = dt.shape[2]
-        states = dt.new_empty(length, *dt.shape[:2], dt.shape[3], A.shape[-1])  # [l, b, K, d, n]
-        h = torch.zeros_like(states[0])
-        decay = torch.empty_like(h)
-        for t in range(length):
-            torch.mul(dt[:, :, t, :, None], A, out=decay)
-            torch.mul(h, decay.exp_(), out=states[t])
-            h = states[t].addcmul_(du[:, :, t, :, None], B[:, :, t, None, :])
+        dt, du, A, B, C, *before = ctx.saved_tensors
+        gy = gy.contiguous()
         gdt, gdu, gB, gC = (torch.empty_like(tensor) for tensor in (dt, du, B, C))
         gA = torch.zeros_like(A)
-        gh = torch.zeros_like(h)
-        for t in reversed(range(length)):
-            gC[:, :, t] = (gy[:, :, t, None, :] @ states[t]).squeeze(-2)
-            gh.addcmul_(gy[:, :, t, :, None], C[:, :, t, None, :])  # gradient of h_t
-            gdu[:, :, t] = (gh @ B[:, :, t, :, None]).squeeze(-1)
-            gB[:, :, t] = (du[:, :, t, None, :] @ gh).squeeze(-2)
-            torch.mul(dt[:, :, t, :, None], A, out=decay)
-            gh.mul_(decay.exp_())  # now what flows on to h_(t-1)
-            if t == 0:
-                gdt[:, :, t] = 0  # the state before the first token is zero: its decay acts on nothing
-                break
-            exponent = gh * states[t - 1]  # gradient of dt_t A, [b, K, d, n]
-            gdt[:, :, t] = (exponent * A).sum(-1)
-            gA += (exponent * dt[:, :, t, :, None]).sum(0)
-        return gdt, gdu, gA, gB, gC
+        carry: Tensor | None = None  # gradient of the state before the chunk behind
+        for at, h in reversed(list(zip(_chunks(dt.shape[0], ctx.chunk), before, strict=True))):
+            decay, states = _states(dt[at], du[at], A, B[at], h)
+            gh = gy[at].unsqueeze(-1) * C[at].unsqueeze(-2)  # becomes the gradient of each state
+            if carry is not None:
+                gh[-1] += carry
+            gradients, factors = gh.unbind(), decay.unbind()
+            for t in range(len(gh) - 2, -1, -1):
+                gradients[t].addcmul_(gradients[t + 1], factors[t + 1])
+            torch.matmul(gy[at].unsqueeze(-2), states, out=gC[at].unsqueeze(-2))
+            torch.matmul(du[at].unsqueeze(-2), gh, out=gB[at].unsqueeze(-2))
+            torch.matmul(gh, B[at].unsqueeze(-1), out=gdu[at].unsqueeze(-1))
+            flow = gh.mul_(decay)  # gradient of each state as it reaches the state before
+            carry = flow[0].clone()
+            flow[1:] *= states[:-1]
+            flow[0] *= h  # now the gradient of dt_t A
+            torch.sum(flow * A, dim=-1, out=gdt[at])
+            gA += (flow * dt[at].unsqueeze(-1)).sum((0, 1))
+        return gdt, gdu, gA, gB, gC, None
+
+
+def _chunks(length: int, chunk: int) -> list[slice]:
+    return [slice(start, min(start + chunk, length)) for start in range(0, length, chunk)]
+
+
+def _states(dt: Tensor, du: Tensor, A: Tensor, B: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+    # decay and state of each token of a chunk, [c, b, K, d, n]
+    decay = (dt.unsqueeze(-1) * A).exp_()
+    states = du.unsqueeze(-1) * B.unsqueeze(-2)
+    for state, factor in zip(states.unbind(), decay.unbind(), strict=True):
+        before = state.addcmul_(factor, before)
+    return decay, states
 
 
 def selective_scan_recompute(
@@ -78,5 +94,6 @@ def selective_scan_recompute(
         u, dt, B, C = u.to(dtype), dt.to(dtype), B.to(dtype), C.to(dtype)
         dt = F.softplus(dt + dt_bias.to(dtype)[:, None])
         A = -torch.exp(A_log.to(dtype))
-        y: Tensor = _Recurrence.apply(dt, dt * u, A, B.contiguous(), C.contiguous())  # type: ignore[no-untyped-call]
-        return y + D.to(dtype)[:, None] * u
+        first = [tensor.permute(2, 0, 1, 3).contiguous() for tensor in (dt, dt * u, B, C)]
+        y: Tensor = _Recurrence.apply(first[0], first[1], A, first[2], first[3], _CHUNK)  # type: ignore[no-untyped-call]
+        return y.permute(1, 2, 0, 3) + D.to(dtype)[:, None] * u
