@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,18 +46,15 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
-        moved = {
-            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-            for name, value in vars(self).items()
-        }
-        return Batch(**moved)
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """Called by the DataLoader: page-locked tensors, so that the copy to a GPU overlaps with work."""
-        pinned = {
-            name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in vars(self).items()
-        }
-        return Batch(**pinned)
+        return self._mapped(Tensor.pin_memory)
+
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        labels = None if self.labels is None else function(self.labels)
+        return replace(self, pixels=function(self.pixels), views=function(self.views), labels=labels)
 
 
 class ReportDataset(Dataset[Example]):
@@ -164,7 +162,7 @@ class EpochOrder:
         self.rank, self.world_size = rank, world_size
         share = batch_size // world_size
         self.micro_batch_size = min(micro_batch_size or share, share)
-        self.micro_batches_per_step = -(-share // self.micro_batch_size)
+        self.micro_batches_per_step = math.ceil(share / self.micro_batch_size)
         self.steps_per_epoch = length // batch_size
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[int]]:
@@ -173,8 +171,9 @@ class EpochOrder:
         order = torch.randperm(self.length, generator=generator)
         for step in range(first_step, self.steps_per_epoch):
             batch = order[step * self.batch_size : (step + 1) * self.batch_size]
-            for micro_batch in batch[self.rank :: self.world_size].split(self.micro_batch_size):
-                yield micro_batch.tolist()
+            share = batch[self.rank :: self.world_size].tolist()
+            for start in range(0, len(share), self.micro_batch_size):
+                yield share[start : start + self.micro_batch_size]
 
 
 def evaluation_batches(length: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:
@@ -183,5 +182,5 @@ def evaluation_batches(length: int, batch_size: int, rank: int = 0, world_size: 
     Every process gets the same number of batches, so that they may meet after each.
     """
     mine = list(range(length))[rank::world_size]
-    count = -(-(-(-length // world_size)) // batch_size)
+    count = math.ceil(math.ceil(length / world_size) / batch_size)
     return [mine[i * batch_size : (i + 1) * batch_size] for i in range(count)]

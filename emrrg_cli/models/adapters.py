@@ -60,6 +60,11 @@ def llm_lora(targets: Iterable[str], rank: int, alpha: float, dropout: float = 0
     return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(LLM_TARGETS))
 
 
+def base_layer(layer: Any) -> Any:
+    """The layer under PEFT's adapters; itself when it has none."""
+    return getattr(layer, "base_layer", layer)
+
+
 def effective_weight(layer: nn.Module) -> Tensor:
     """The weight of a Linear with its LoRA updates added, differentiable in both.
 
@@ -69,7 +74,7 @@ def effective_weight(layer: nn.Module) -> Tensor:
     Returns:
         `[out, in]`, in the dtype of the base weight.
     """
-    base: Any = getattr(layer, "base_layer", layer)
+    base = base_layer(layer)
     weight: Tensor = base.weight
     if base is layer or layer.disable_adapters or layer.merged:
         return weight

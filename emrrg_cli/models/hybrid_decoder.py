@@ -75,7 +75,7 @@ class CrossAttention(nn.Module):
 
 
 class _HybridAttention(nn.Module):
-    """Mixed into the class of a decoder layer's own `self_attn`; `cross` and `visual_norm` are set by `add_hybrid_layers`."""
+    """Mixed into the class of a decoder layer's `self_attn`; `add_hybrid_layers` sets `cross` and `visual_norm`."""
 
     cross: CrossAttention
     q_proj: nn.Module
@@ -138,7 +138,7 @@ def add_hybrid_layers(llm: Any, every: int) -> list[int]:
     layers = decoder_layers(llm)
     chosen = list(range(0, len(layers), every))
     for index in chosen:
-        layer = layers[index]
+        layer: Any = layers[index]
         attention, norm = layer.self_attn, getattr(layer, "input_layernorm", None)
         missing = [name for name in ("q_proj", "o_proj") if not isinstance(getattr(attention, name, None), nn.Module)]
         if norm is None:
@@ -187,4 +187,5 @@ def _mix_in(module: Any, mixin: type) -> None:
     # The class keeps its name: `save_pretrained` writes it into config.json as the architecture.
     cls = type(module)
     if not issubclass(cls, mixin):
-        module.__class__ = type(cls.__name__, (mixin, cls), {"__module__": cls.__module__})
+        mixed: Any = type(cls.__name__, (mixin, cls), {"__module__": cls.__module__})
+        module.__class__ = mixed

@@ -34,7 +34,7 @@ def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokeni
         raise _unavailable(source, error) from error
     if tokenizer.eos_token_id is None:
         raise RunError(f"{source}: this tokenizer has no end-of-sequence token, so a report could never end")
-    return tokenizer  # type: ignore[no-any-return]
+    return tokenizer
 
 
 def load_llm(source: str, revision: str | None, dtype: torch.dtype) -> PreTrainedModel:
@@ -95,9 +95,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         show_progress=False,
     )
     bpe.train_from_iterator([PROMPT_BEFORE, PROMPT_AFTER, *texts], trainer)
-    return PreTrainedTokenizerFast(  # type: ignore[no-any-return]
-        tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
 def with_plain_decoding(llm: Any) -> Any:

@@ -211,14 +211,14 @@ def concatenate_views(tokens: Tensor, views: Tensor) -> tuple[Tensor, Tensor | N
 
     Studies with fewer views are padded behind with zeros; the mask is None when none is.
     """
-    n, length, d = tokens.shape
+    length, d = tokens.shape[1:]
     counts: list[int] = views.tolist()
     most = max(counts)
     if all(count == most for count in counts):
         return tokens.reshape(len(counts), most * length, d), None
     rows = [
         F.pad(group.reshape(-1, d), (0, 0, 0, most * length - group.shape[0] * length))
-        for group in tokens.split(counts)
+        for group in torch.split(tokens, counts)
     ]
     mask = torch.arange(most * length, device=tokens.device) < views[:, None] * length
     return torch.stack(rows), mask

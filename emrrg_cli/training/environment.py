@@ -79,7 +79,7 @@ def make_accelerator(precision: str, expected_processes: int, run_dir: Path | No
 
 def record_environment(run_dir: Path, accelerator: Any, precision: str, scan: str) -> None:
     """Writes `environment.json`: versions, git revision, device, processes, command."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)

@@ -89,7 +89,7 @@ class FinetuneStage:
         accelerator, train_settings = self.accelerator, self.recipe.train
         size = train_settings.micro_batch_size or train_settings.batch_size
         batches = evaluation_batches(len(self.validation), size, accelerator.process_index, accelerator.num_processes)
-        loader: DataLoader[Batch] = DataLoader(
+        loader: DataLoader[Any] = DataLoader(
             self.validation,
             batch_sampler=[b for b in batches if b],
             collate_fn=self.collate,

@@ -158,7 +158,7 @@ class _Loop:
                         self._save()
                     if signal_number:
                         raise Interrupted(
-                            f"stopped after step {progress.step} of {self.total_steps}; a checkpoint is in {self.run_dir}",
+                            f"stopped at step {progress.step} of {self.total_steps}; a checkpoint is in {self.run_dir}",
                             hint="Continue with the same command and --resume.",
                             exit_code=128 + signal_number,
                         )

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from emrrg_cli.models.adapters import effective_weight
+from emrrg_cli.models.adapters import base_layer, effective_weight
 from emrrg_cli.models.scan import choose_engine, get_scan
 
 
@@ -86,7 +86,7 @@ class Mixer(nn.Module):
         Returns:
             `[b, l, d]`.
         """
-        dt_bias = torch.stack([_base(direction.dt_proj).bias for direction in self.directions])  # type: ignore[arg-type]
+        dt_bias = torch.stack([base_layer(direction.dt_proj).bias for direction in self.directions])
         y = get_scan(self.engine)(
             self.X(x),
             self.Z(x),
@@ -103,10 +103,6 @@ class Mixer(nn.Module):
         )
         out: Tensor = self.out_proj(y)
         return out
-
-
-def _base(layer: nn.Module) -> nn.Linear:
-    return getattr(layer, "base_layer", layer)  # type: ignore[return-value]
 
 
 class SwiGLU(nn.Module):

@@ -50,16 +50,17 @@ def directional_scan_reference(
 
     Source: Mamba (arXiv 2312.00752) section 3; ARM (arXiv 2406.07537) for the four directions.
     """
-    b, l, d = x.shape
+    b, length, d = x.shape
     k, _, width = conv_weight.shape
     rank, n = w_dt.shape[1], w_B.shape[1]
 
     u = x[:, order]  # [b, K, l, d]
-    u = u.permute(0, 1, 3, 2).reshape(b, k * d, l)
+    u = u.permute(0, 1, 3, 2).reshape(b, k * d, length)
     u = F.conv1d(u, conv_weight.reshape(k * d, 1, width), conv_bias.reshape(k * d), padding=width - 1, groups=k * d)
-    u = F.silu(u[..., :l]).view(b, k, d, l).transpose(2, 3)  # [b, K, l, d]
+    u = F.silu(u[..., :length]).view(b, k, d, length).transpose(2, 3)  # [b, K, l, d]
 
-    low, B, C = torch.einsum("bkld,kjd->bklj", u, torch.cat([w_dt, w_B, w_C], dim=1)).split([rank, n, n], dim=-1)
+    projected = torch.einsum("bkld,kjd->bklj", u, torch.cat([w_dt, w_B, w_C], dim=1))
+    low, B, C = projected[..., :rank], projected[..., rank : rank + n], projected[..., rank + n :]
     dt = torch.einsum("bklr,kdr->bkld", low, dt_weight)
 
     y = (recurrence or selective_scan_loop)(u, dt, dt_bias, A_log, B, C, D)  # fp32 [b, K, l, d]
