@@ -66,7 +66,7 @@ def directional_scan_reference(
     y = (recurrence or selective_scan_loop)(u, dt, dt_bias, A_log, B, C, D)  # fp32 [b, K, l, d]
     back = order.argsort(dim=1)
     y = y.gather(2, back[None, :, :, None].expand(b, -1, -1, d)).mean(dim=1)
-    return (y * F.silu(z.float())).to(x.dtype)
+    return (y * F.silu(z.to(y.dtype))).to(x.dtype)
 
 
 def selective_scan_loop(
