@@ -65,7 +65,7 @@ class ArmEncoder(nn.Module):
         self.patch_embed = nn.Conv2d(3, d_model, PATCH_SIZE, stride=PATCH_SIZE)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, d_model))
         self.pos_embed = nn.Parameter(torch.zeros(1, patches + 1, d_model))
-        rates = [0.0, *torch.linspace(0, drop_path, depth).tolist()]
+        rates = [0.0, *torch.linspace(0, drop_path, depth, device="cpu").tolist()]
         self.layers = nn.ModuleList(
             Block(d_model, d_state, directions=4, depth=depth, drop_path=rates[i], scan=scan) for i in range(depth)
         )
