@@ -116,9 +116,20 @@ def load_adapters(module: nn.Module, directory: Path) -> nn.Module:
     Raises:
         RunError: when they do not fit the tower.
     """
+    import warnings
+
     from peft import PeftModel
+    from safetensors.torch import load_file
 
     try:
-        return PeftModel.from_pretrained(module, str(directory))  # type: ignore[no-any-return]
-    except (RuntimeError, ValueError, OSError) as error:
+        saved = set(load_file(directory / "adapter_model.safetensors"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT only warns of tensors that are missing; they are named below
+            adapted: nn.Module = PeftModel.from_pretrained(module, str(directory))
+    except Exception as error:  # PEFT and safetensors raise whatever they met
         raise RunError(f"{directory}: these adapters do not fit the model: {error}") from error
+    own = {name.replace(".default.", ".") for name, _ in adapted.named_parameters() if ".lora_" in name}
+    if different := sorted(own ^ saved):
+        state = "missing" if different[0] in own else "unknown"
+        raise RunError(f"{directory}: these adapters do not fit the model: {different[0]} is {state}")
+    return adapted
