@@ -182,5 +182,7 @@ def evaluation_batches(length: int, batch_size: int, rank: int = 0, world_size: 
     Every process gets the same number of batches, so that they may meet after each.
     """
     mine = list(range(length))[rank::world_size]
-    count = math.ceil(math.ceil(length / world_size) / batch_size)
-    return [mine[i * batch_size : (i + 1) * batch_size] for i in range(count)]
+    share = math.ceil(length / world_size)
+    count = math.ceil(share / batch_size)
+    even = math.ceil(share / max(1, count))  # 33 in batches of 17 and 16, not of 32 and 1
+    return [mine[i * even : (i + 1) * even] for i in range(count)]
