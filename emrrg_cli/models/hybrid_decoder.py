@@ -94,8 +94,8 @@ class _HybridAttention(nn.Module):
             return (attended, *rest)
         key, value = self._visual_keys_and_values(visual_tokens, kwargs.get("past_key_values"))
         query = self.q_proj(hidden_states)
-        if (q_norm := getattr(self, "q_norm", None)) is not None:  # Qwen3 norms each head's query
-            query = q_norm(query.unflatten(-1, (self.cross.heads, self.cross.head_dim))).flatten(-2)
+        if (q_norm := getattr(self, "q_norm", None)) is not None:  # Qwen3 norms each head's query, OLMoE all together
+            query = q_norm(query.unflatten(-1, (-1, q_norm.weight.shape[-1]))).flatten(-2)
         context = self.o_proj(self.cross(hidden_states, query, key, value, visual_mask))
         if (bias := getattr(self.o_proj, "bias", None)) is not None:
             context = context - bias  # self-attention has added it already
@@ -139,7 +139,7 @@ def add_hybrid_layers(llm: Any, every: int) -> list[int]:
     chosen = list(range(0, len(layers), every))
     for index in chosen:
         layer: Any = layers[index]
-        attention, norm = layer.self_attn, getattr(layer, "input_layernorm", None)
+        attention, norm = getattr(layer, "self_attn", None), getattr(layer, "input_layernorm", None)
         missing = [name for name in ("q_proj", "o_proj") if not isinstance(getattr(attention, name, None), nn.Module)]
         if norm is None:
             missing.append("input_layernorm")
