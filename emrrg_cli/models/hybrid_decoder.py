@@ -139,7 +139,8 @@ def add_hybrid_layers(llm: Any, every: int) -> list[int]:
     chosen = list(range(0, len(layers), every))
     for index in chosen:
         layer: Any = layers[index]
-        attention, norm = getattr(layer, "self_attn", None), getattr(layer, "input_layernorm", None)
+        attention: Any = getattr(layer, "self_attn", None)
+        norm = getattr(layer, "input_layernorm", None)
         missing = [name for name in ("q_proj", "o_proj") if not isinstance(getattr(attention, name, None), nn.Module)]
         if norm is None:
             missing.append("input_layernorm")
