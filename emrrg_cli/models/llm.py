@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from emrrg_cli.recipe.schema import LLMSettings, ScratchLLMSettings
 
+_SAMPLE_BYTES = 1 << 16
+
 # The two halves of the published prompt; the visual tokens stand between them.
 PROMPT_BEFORE = "Human: <Img>"
 PROMPT_AFTER = "</Img> Generate a comprehensive and detailed diagnosis report for this chest xray image. \nAssistant:"
@@ -30,8 +32,8 @@ def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokeni
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main")
-    except (OSError, ValueError) as error:
-        raise _unavailable(source, error) from error
+    except Exception as error:  # a broken file raises whatever its reader met
+        raise _unavailable(source, "tokenizer", error) from error
     if tokenizer.eos_token_id is None:
         raise RunError(f"{source}: this tokenizer has no end-of-sequence token, so a report could never end")
     return tokenizer
@@ -41,16 +43,19 @@ def load_llm(source: str, revision: str | None, dtype: torch.dtype) -> PreTraine
     """A causal LM with its weights, from the hub, the local cache or a directory.
 
     Raises:
-        RunError: when it cannot be had.
+        RunError: when it cannot be had, or lacks weights that transformers would fill with noise.
     """
     from transformers import AutoModelForCausalLM
 
     try:
-        llm = AutoModelForCausalLM.from_pretrained(
-            source, revision=revision or "main", dtype=dtype, attn_implementation="sdpa"
+        llm, loaded = AutoModelForCausalLM.from_pretrained(
+            source, revision=revision or "main", dtype=dtype, attn_implementation="sdpa", output_loading_info=True
         )
-    except (OSError, ValueError) as error:
-        raise _unavailable(source, error) from error
+    except Exception as error:  # a broken file raises whatever its reader met
+        raise _unavailable(source, "LLM", error) from error
+    if missing := sorted(loaded["missing_keys"]):
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise RunError(f"{source}: this is no whole {type(llm).__name__}: {missing[0]} is missing{more}")
     return with_plain_decoding(llm)
 
 
@@ -107,10 +112,14 @@ def with_plain_decoding(llm: Any) -> Any:
 
 
 def llm_record(settings: LLMSettings, llm: PreTrainedModel) -> dict[str, Any]:
-    """How a run names an LLM that it does not hold: id, revision, commit, and a hash of its configuration."""
-    import hashlib
+    """How a run names an LLM that it does not hold: id, revision, commit, and a hash of its configuration.
 
-    config = llm.config.to_json_string(use_diff=False).encode()
+    The same LLM has the same hash in another precision, under another name and with another transformers.
+    """
+    import hashlib
+    import json
+
+    config = json.dumps(_identity(llm.config.to_diff_dict()), sort_keys=True).encode()
     return {
         "name": settings.name,
         "revision": settings.revision,
@@ -120,11 +129,20 @@ def llm_record(settings: LLMSettings, llm: PreTrainedModel) -> dict[str, Any]:
     }
 
 
+def _identity(config: dict[str, Any]) -> dict[str, Any]:
+    passing = ("dtype", "torch_dtype", "_name_or_path", "transformers_version")
+    return {
+        key: _identity(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in passing
+    }
+
+
 def _weights_fingerprint(source: str) -> str | None:
-    """A hash over size, first and last MiB of each weight file of a directory; None for a hub name.
+    """A hash over the size and 64 samples of each weight file of a directory; None for a hub name.
 
     A hub model is pinned by its commit. Of local files the whole would take half a minute for a 7B model, at every
-    start; header and both ends tell apart any two models and any cut file.
+    start; samples all over a file tell apart models that share embeddings or norms, and find a cut file.
     """
     import hashlib
 
@@ -136,17 +154,19 @@ def _weights_fingerprint(source: str) -> str | None:
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())
         with file.open("rb") as stream:
-            digest.update(stream.read(1 << 20))
-            stream.seek(max(0, size - (1 << 20)))
-            digest.update(stream.read(1 << 20))
+            for i in range(64):
+                stream.seek(max(0, size - _SAMPLE_BYTES) * i // 63)
+                digest.update(stream.read(_SAMPLE_BYTES))
     return digest.hexdigest()
 
 
-def _unavailable(source: str, error: Exception) -> RunError:
+def _unavailable(source: str, what: str, error: Exception) -> RunError:
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if Path(source).exists() or source.startswith((".", "/", "~")):
-        return RunError(f"{source}: no LLM could be loaded from this directory: {first}")
+    if Path(source).exists():
+        return RunError(f"{source}: no {what} could be loaded from this directory: {first}")
+    if source.startswith((".", "/", "~")):
+        return RunError(f"{source}: no such directory", hint="It is to hold the LLM (model.llm.name).")
     return RunError(
-        f"the LLM {source!r} is neither a directory here nor could it be had from the hub: {first}",
+        f"the {what} {source!r} is neither a directory here nor could it be had from the hub: {first}",
         hint="Give a directory that holds it (model.llm.name=PATH), or check the name, the network and your access.",
     )
