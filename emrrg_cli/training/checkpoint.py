@@ -1,11 +1,13 @@
 """Checkpoints that hold all that an exact continuation needs.
 
 A run keeps `checkpoints/step-<n>/`, complete once it has that name, and a text file `checkpoints/last` that names the
-newest. Only what is trained is in it: frozen weights are those of the start.
+newest. Only what is trained is in it: frozen weights are those of the start. `progress.json` is replaced once the
+validation of its step is done, which changes nothing else.
 """
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from dataclasses import asdict, dataclass
@@ -18,12 +20,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from emrrg_cli.errors import RunError
-from emrrg_cli.files import atomic_directory, atomic_write_text
+from emrrg_cli.files import atomic_directory, atomic_write_text, recover_directory
 
 
 @dataclass
 class Progress:
-    """Where a training run stands. `step` counts optimizer steps; `epoch` and `step_in_epoch` name the next one."""
+    """Where a training run stands.
+
+    `step` counts optimizer steps; `epoch` and `step_in_epoch` name the next one. With `validation_due` the model as it
+    is has yet to be validated.
+    """
 
     step: int = 0
     epoch: int = 0
@@ -31,6 +37,7 @@ class Progress:
     best: list[float] | None = None  # score, negative loss
     best_step: int | None = None
     validations_without_gain: int = 0
+    validation_due: bool = False
 
 
 def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -80,22 +87,34 @@ def save_checkpoint(
     Args:
         rng_states: one a process, in rank order.
     """
-    target = directory / f"step-{progress.step:08d}"
-    if not target.exists():
-        with atomic_directory(target) as temporary:
-            save_file(trainable_state(model), temporary / "trainable.safetensors")
-            state = {
-                "optimizer": optimizer.state_dict(),
-                "scaler": None if scaler is None else scaler.state_dict(),
-                "progress": asdict(progress),
-                "rng": rng_states,
-            }
-            torch.save(state, temporary / "state.pt")
+    target = _place(directory, progress)
+    with atomic_directory(target) as temporary:
+        save_file(trainable_state(model), temporary / "trainable.safetensors")
+        state = {
+            "optimizer": optimizer.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "rng": rng_states,
+        }
+        torch.save(state, temporary / "state.pt")
+        (temporary / "progress.json").write_text(_as_json(progress))
     atomic_write_text(directory / "last", target.name + "\n")
     for other in directory.glob("step-*"):
         if other.name != target.name:
             shutil.rmtree(other, ignore_errors=True)
     return target
+
+
+def save_progress(directory: Path, progress: Progress) -> None:
+    """Brings the checkpoint of `progress.step` up to date after its validation."""
+    atomic_write_text(_place(directory, progress) / "progress.json", _as_json(progress))
+
+
+def _place(directory: Path, progress: Progress) -> Path:
+    return directory / f"step-{progress.step:08d}"
+
+
+def _as_json(progress: Progress) -> str:
+    return json.dumps(asdict(progress), indent=2) + "\n"
 
 
 def last_checkpoint(directory: Path) -> Path | None:
@@ -104,6 +123,7 @@ def last_checkpoint(directory: Path) -> Path | None:
     if not pointer.is_file():
         return None
     target = directory / pointer.read_text().strip()
+    recover_directory(target)
     return target if (target / "state.pt").is_file() else None
 
 
@@ -113,9 +133,16 @@ def load_checkpoint(
     """Puts a checkpoint back into model, optimizer, gradient scaler and random number generators.
 
     Raises:
-        RunError: when its trainable parameters are not those of the model.
+        RunError: when it cannot be read, or its trainable parameters are not those of the model.
     """
-    tensors = load_file(checkpoint / "trainable.safetensors")
+    try:
+        tensors = load_file(checkpoint / "trainable.safetensors")
+        state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+        progress = Progress(**json.loads((checkpoint / "progress.json").read_text()))
+    except Exception as error:  # each of the formats has its own errors
+        raise RunError(
+            f"{checkpoint}: this checkpoint cannot be read: {next(iter(str(error).splitlines()), '')}"
+        ) from error
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if different := sorted(set(tensors) ^ set(parameters)):
         raise RunError(
@@ -128,10 +155,9 @@ def load_checkpoint(
                     f"{checkpoint}: {name} is {list(tensor.shape)}, the model has {list(parameters[name].shape)}"
                 )
             parameters[name].copy_(tensor)
-    state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
     optimizer.load_state_dict(state["optimizer"])
     if scaler is not None and state["scaler"] is not None:
         scaler.load_state_dict(state["scaler"])
     if rank < len(state["rng"]):
         set_rng_state(state["rng"][rank])
-    return Progress(**state["progress"])
+    return progress

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,14 @@ from emrrg_cli.data.batches import EpochOrder
 from emrrg_cli.errors import Interrupted, RunError, UsageError
 from emrrg_cli.files import append_jsonl, atomic_write_text, read_jsonl
 from emrrg_cli.recipe.schema import TrainSettings
-from emrrg_cli.training.checkpoint import Progress, last_checkpoint, load_checkpoint, rng_state, save_checkpoint
+from emrrg_cli.training.checkpoint import (
+    Progress,
+    last_checkpoint,
+    load_checkpoint,
+    rng_state,
+    save_checkpoint,
+    save_progress,
+)
 from emrrg_cli.training.launch import inside_launcher
 from emrrg_cli.training.progress import TrainingDisplay
 from emrrg_cli.training.schedule import build_optimizer, learning_rate
@@ -80,10 +86,10 @@ def train(
         run_dir: receives `history.jsonl` and `checkpoints/`.
         accelerator: `accelerate.Accelerator`; the model is not yet prepared.
         workers: processes that load data.
-        resume: continue from `run_dir`'s last checkpoint.
+        resume: continue from `run_dir`'s last checkpoint; from the start where there is none.
 
     Raises:
-        RunError: when the loss is not finite, or there is nothing to resume from.
+        RunError: when the loss is not finite, or the checkpoint does not fit.
         UsageError: when the batch does not fit the data or the processes.
         Interrupted: after SIGINT or SIGTERM, once the checkpoint is written.
     """
@@ -95,8 +101,8 @@ def train(
     loop = _Loop(stage, dataset, collate, settings, run_dir, accelerator, workers)
     if resume:
         loop.resume()
-    with _stop_signals() as stopping:
-        return loop.run(stopping)
+    with _stop_signals() as stop:
+        return loop.run(stop)
 
 
 class _Loop:
@@ -129,42 +135,40 @@ class _Loop:
         self.progress = Progress()
         self.history = run_dir / "history.jsonl"
         self.samples_per_second: float | None = None
+        # First step with a loss or gradient that is not finite; 0: none. Read now and then: reading waits for the GPU.
+        self.broken_at = torch.zeros((), device=accelerator.device)
 
     # -- the loop -----------------------------------------------------------------------------------------------
 
-    def run(self, stopping: Callable[[], int]) -> Summary:
+    def run(self, stop: _Stop) -> Summary:
         progress, settings, accelerator = self.progress, self.settings, self.accelerator
-        stop_at = self.total_steps
+        self.stop = stop
+        self.stop_at = self.total_steps
         if settings.stop_after_steps is not None:
-            stop_at = min(stop_at, progress.step + settings.stop_after_steps)
-        reason = "schedule ended"
+            self.stop_at = min(self.total_steps, progress.step + settings.stop_after_steps)
         if accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(accelerator.device)
         with TrainingDisplay(self.total_steps, progress.step, enabled=accelerator.is_main_process) as display:
             self.display = display
-            while progress.step < self.total_steps and reason == "schedule ended":
+            if progress.validation_due:
+                self._validate()
+            while self._reason_to_end() is None:
                 for step_batches in self._epoch_batches():
-                    signal_number = self._optimizer_step(step_batches, stopping())
-                    at_end = progress.step == self.total_steps
+                    signal_number = self._optimizer_step(step_batches, stop.number)
                     epoch_ended = progress.step_in_epoch == 0
-                    if at_end or (epoch_ended and progress.epoch % settings.validate_every_epochs == 0):
-                        self._validate()
-                    if settings.patience is not None and progress.validations_without_gain >= settings.patience:
-                        reason = f"no gain in {settings.patience} validations"
-                    stop_here = progress.step >= stop_at and not at_end
+                    progress.validation_due = progress.step == self.total_steps or (
+                        epoch_ended and progress.epoch % settings.validate_every_epochs == 0
+                    )
                     every = settings.checkpoint_every_steps
                     due = epoch_ended if every is None else progress.step % every == 0
-                    if due or at_end or stop_here or signal_number or reason != "schedule ended":
+                    # Before the validation, which takes long: whatever happens there, the training is in safety.
+                    if due or progress.validation_due or signal_number or self._reason_to_end():
                         self._save()
                     if signal_number:
-                        raise Interrupted(
-                            f"stopped at step {progress.step} of {self.total_steps}; a checkpoint is in {self.run_dir}",
-                            hint="Continue with the same command and --resume.",
-                            exit_code=128 + signal_number,
-                        )
-                    if stop_here:
-                        reason = f"train.stop_after_steps={settings.stop_after_steps}"
-                    if at_end or reason != "schedule ended":
+                        raise self._interrupted(signal_number)
+                    if progress.validation_due:
+                        self._validate()
+                    if self._reason_to_end():
                         break
             self.samples_per_second = display.samples_per_second
         if progress.best_step is None and accelerator.is_main_process:
@@ -174,10 +178,27 @@ class _Loop:
             progress.step,
             progress.best,
             progress.best_step,
-            reason,
+            self._reason_to_end() or "",
             self.samples_per_second,
             self._peak_memory(),
             accelerator.is_main_process,
+        )
+
+    def _reason_to_end(self) -> str | None:
+        settings, progress = self.settings, self.progress
+        if progress.step >= self.total_steps:
+            return "schedule ended"
+        if settings.patience is not None and progress.validations_without_gain >= settings.patience:
+            return f"no gain in {settings.patience} validations"
+        if progress.step >= self.stop_at:
+            return f"train.stop_after_steps={settings.stop_after_steps}"
+        return None
+
+    def _interrupted(self, signal_number: int) -> Interrupted:
+        return Interrupted(
+            f"stopped at step {self.progress.step} of {self.total_steps}; a checkpoint is in {self.run_dir}",
+            hint="Continue with the same command and --resume.",
+            exit_code=128 + signal_number,
         )
 
     def _epoch_batches(self) -> Iterator[list[Any]]:
@@ -227,11 +248,16 @@ class _Loop:
         self.optimizer.zero_grad(set_to_none=True)
 
         progress.step += 1
+        finite = loss_sum.isfinite()
+        if norm is not None and accelerator.scaler is None:  # with a scaler, such steps are left out
+            finite = finite & torch.as_tensor(norm).isfinite()
+        self.broken_at = torch.where(finite | (self.broken_at > 0), self.broken_at, float(progress.step))
         progress.step_in_epoch += 1
         if progress.step_in_epoch == self.order.steps_per_epoch:
             progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
         logged = progress.step % settings.log_every == 0 or progress.step in (1, self.total_steps)
         if logged:
+            self._require_finite()
             if accelerator.num_processes > 1:
                 loss_sum = accelerator.reduce(loss_sum, reduction="sum")
             self._log_step(float(loss_sum / total_items.to(loss_sum.device)), lr, norm)
@@ -249,16 +275,22 @@ class _Loop:
     last_loss: float = float("nan")
 
     def _log_step(self, loss: float, lr: float, norm: Any) -> None:
-        if not math.isfinite(loss):
-            raise RunError(
-                f"the training loss is {loss} at step {self.progress.step}; the last checkpoint is kept",
-                hint="Lower train.lr, or train with train.precision=bf16 or fp32.",
-            )
         self.last_loss = loss
         row = {"train/loss": loss, "train/lr": lr}
         if norm is not None:
             row["train/grad_norm"] = float(norm)
         self._record(row)
+
+    def _require_finite(self) -> None:
+        """Called by all processes before anything is kept, so that no checkpoint holds broken weights."""
+        broken_at = self.broken_at
+        if self.accelerator.num_processes > 1:
+            broken_at = self.accelerator.gather(broken_at[None]).max()
+        if step := int(broken_at):
+            raise RunError(
+                f"the training loss or its gradient is not finite at step {step}; the last checkpoint is kept",
+                hint="Lower train.lr, or train with train.precision=bf16 or fp32.",
+            )
 
     def _record(self, row: dict[str, float]) -> None:
         if not self.accelerator.is_main_process:
@@ -268,32 +300,45 @@ class _Loop:
         self.accelerator.log(row, step=self.progress.step)
 
     def _validate(self) -> None:
-        progress, settings = self.progress, self.settings
+        progress = self.progress
         with self.display.paused(), _own_rng(self.accelerator.device):
             self.model.eval()
-            figures = self.stage.validate(self.display)
-            if not figures:
-                return
-            by_score = settings.select == "score" and "validation/score" in figures
-            loss = figures["validation/loss"]
-            # The loss decides between equal scores: early reports often have no 4-gram in common with any reference.
-            value = [figures["validation/score"] if by_score else 0.0, -loss]
-            better = progress.best is None or value > progress.best
-            if better:
-                progress.best, progress.best_step, progress.validations_without_gain = value, progress.step, 0
-                if self.accelerator.is_main_process:
-                    self.stage.export()
-            else:
-                progress.validations_without_gain += 1
+            with self.stop.at_once(self._interrupted):
+                figures = self.stage.validate(self.display)
+            better = bool(figures) and self._is_better(figures)
+            if better and self.accelerator.is_main_process:
+                self.stage.export()
+        progress.validation_due = False
+        if not figures:
+            return
+        if better:
+            progress.best_step, progress.validations_without_gain = progress.step, 0
+        else:
+            progress.validations_without_gain += 1
         self._record(figures)
+        if self.accelerator.is_main_process:
+            save_progress(self.run_dir / "checkpoints", progress)
+        self.accelerator.wait_for_everyone()
         shown = "  ".join(f"{key.removeprefix('validation/')} {number:.4f}" for key, number in figures.items())
         self.display.message(f"step {progress.step}: validation {shown}{'  (best so far)' if better else ''}")
+
+    def _is_better(self, figures: dict[str, float]) -> bool:
+        by_score = self.settings.select == "score" and "validation/score" in figures
+        # The loss decides between scores that are equal as they are shown: early reports often have no 4-gram in common
+        # with any reference, and what BLEU adds to avoid a division by zero is no difference.
+        score = round(figures["validation/score"], 4) if by_score else 0.0
+        value = [score, -figures["validation/loss"]]
+        if self.progress.best is not None and value <= self.progress.best:
+            return False
+        self.progress.best = value
+        return True
 
     def _save(self) -> None:
         with self.display.paused():
             self._write_checkpoint()
 
     def _write_checkpoint(self) -> None:
+        self._require_finite()
         states = [rng_state()]
         if self.accelerator.num_processes > 1:
             from accelerate.utils import gather_object
@@ -311,21 +356,26 @@ class _Loop:
         self.accelerator.wait_for_everyone()
 
     def resume(self) -> None:
-        """Puts the run where its last checkpoint left it."""
+        """Puts the run where its last checkpoint left it; at its start where it was stopped before the first one."""
         checkpoint = last_checkpoint(self.run_dir / "checkpoints")
-        if checkpoint is None:
-            raise RunError(f"{self.run_dir}: no checkpoint to resume from", hint="Start it without --resume.")
-        self.progress = load_checkpoint(
-            checkpoint,
-            self.module,
-            self.optimizer.optimizer,
-            self.accelerator.scaler,
-            self.accelerator.process_index,
-        )
+        if checkpoint is not None:
+            self.progress = load_checkpoint(
+                checkpoint,
+                self.module,
+                self.optimizer.optimizer,
+                self.accelerator.scaler,
+                self.accelerator.process_index,
+            )
         if self.accelerator.is_main_process and self.history.exists():
             # What was logged after the checkpoint is done again.
-            kept = [row for row in read_jsonl(self.history) if row["step"] <= self.progress.step]
-            atomic_write_text(self.history, "".join(json.dumps(row) + "\n" for row in kept))
+            kept = [json.dumps(row) + "\n" for row in read_jsonl(self.history) if self._is_done(row)]
+            atomic_write_text(self.history, "".join(kept))
+
+    def _is_done(self, row: dict[str, Any]) -> bool:
+        progress = self.progress
+        if row["step"] == progress.step and progress.validation_due:
+            return "validation/loss" not in row
+        return bool(row["step"] <= progress.step)
 
     def _peak_memory(self) -> float | None:
         if self.accelerator.device.type != "cuda":
@@ -359,31 +409,55 @@ def _own_rng(device: torch.device) -> Iterator[None]:
         yield
 
 
+class _Stop:
+    """Whether somebody asked the training to stop: `number` is the signal that came, 0 before."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._at_once: Callable[[int], Exception] | None = None
+
+    def receive(self, number: int) -> None:
+        """Called by the signal handler."""
+        self.number = self.number or number
+        if self._at_once is not None:
+            raise self._at_once(self.number)
+
+    @contextmanager
+    def at_once(self, error: Callable[[int], Exception]) -> Iterator[None]:
+        """In the block, which must have nothing to lose, the signal raises `error(number)` where it arrives."""
+        self._at_once = error
+        try:
+            if self.number:
+                raise error(self.number)
+            yield
+        finally:
+            self._at_once = None
+
+
 @contextmanager
-def _stop_signals() -> Iterator[Callable[[], int]]:
-    """Turns the first SIGINT or SIGTERM into a number to be read between steps; the second acts at once.
+def _stop_signals() -> Iterator[_Stop]:
+    """Notes the first SIGINT or SIGTERM, to be seen between steps; the second acts at once.
 
     Under a launcher the second does nothing: the same Ctrl-C arrives from the terminal and from the launcher, which
     ends processes that take too long.
     """
-    received: list[int] = []
+    stop = _Stop()
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: 0
+        yield stop
         return
     watched = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.getsignal(number) for number in watched}
 
     def note(number: int, frame: Any) -> None:
-        received.append(number)
-        if inside_launcher():
-            return
-        for watched_number in watched:
-            signal.signal(watched_number, before[watched_number])
+        if not inside_launcher():
+            for watched_number in watched:
+                signal.signal(watched_number, before[watched_number])
+        stop.receive(number)
 
     for number in watched:
         signal.signal(number, note)
     try:
-        yield lambda: received[0] if received else 0
+        yield stop
     finally:
         for number in watched:
             signal.signal(number, before[number])
