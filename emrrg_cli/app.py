@@ -27,6 +27,7 @@ from emrrg_cli.commands.preprocess import app as preprocess_app
 from emrrg_cli.commands.recipe import app as recipe_app
 from emrrg_cli.console import err
 from emrrg_cli.errors import EmrrgError, Interrupted
+from emrrg_cli.training.launch import tell_launcher
 
 # The order of the work, which is that of the help. Typer lists groups after commands by itself.
 ORDER = ("preprocess", "finetune", "evaluate", "generate", "recipe", "doctor")
@@ -87,6 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except EmrrgError as error:
         _show_traceback()
+        if tell_launcher(error):
+            return error.exit_code
         label = "" if isinstance(error, Interrupted) else "error: "
         return _fail(error.message, error.hint, error.exit_code, label=label)
     except KeyboardInterrupt:
@@ -110,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     try:
         command: Any = get_command(app)
-        with command.make_context("emrrg", arguments) as context:
+        with command.make_context("emrrg", list(arguments), obj=tuple(arguments)) as context:
             command.invoke(context)
     except typer.Exit as end:
         return end.exit_code

@@ -11,6 +11,7 @@ from emrrg_cli.commands.options import Json, NumProcesses, Overrides
 
 
 def evaluate(
+    context: typer.Context,
     model: Annotated[Path, typer.Option("--model", "-m", help="Run directory of `emrrg finetune`.")],
     overrides: Overrides = None,
     data: Annotated[Path | None, typer.Option("--data", "-d", help="Dataset directory; default: the run's.")] = None,
@@ -32,7 +33,7 @@ def evaluate(
     settings = load_run_recipe(model, recipe, overrides or [], "evaluate")
     if data is not None:
         settings.data.root = str(data)
-    if not inside_launcher() and start_processes(num_processes):
+    if not inside_launcher() and start_processes(context, num_processes):
         return
     from emrrg_cli.evaluation import describe_protocol, run_evaluation
     from emrrg_cli.reporting.tables import DISCLAIMER, score_table

@@ -11,6 +11,7 @@ from emrrg_cli.commands.options import NumProcesses, Overrides
 
 
 def finetune(
+    context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="Shipped recipe (`emrrg recipe ls`) or a path to one.")],
     overrides: Overrides = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Run directory; default runs/<recipe>.")] = None,
@@ -22,7 +23,7 @@ def finetune(
     from emrrg_cli.commands.options import start_processes
     from emrrg_cli.console import err, out
     from emrrg_cli.recipe.load import dump_recipe, load_recipe
-    from emrrg_cli.training.launch import inside_launcher, processes_expected
+    from emrrg_cli.training.launch import inside_launcher, is_first_process, processes_expected
     from emrrg_cli.training.run_dir import check_run_dir, default_run_dir
 
     settings = load_recipe(recipe, overrides or [], stage="finetune")
@@ -30,10 +31,10 @@ def finetune(
         out.print(dump_recipe(settings), end="", markup=False, soft_wrap=True)
         return
     run_dir = output or (Path(settings.output) if settings.output else default_run_dir(recipe))
-    if not inside_launcher():
+    if is_first_process():
         check_run_dir(run_dir, settings, resume=resume)
-        if start_processes(num_processes):
-            return
+    if not inside_launcher() and start_processes(context, num_processes):
+        return
     from emrrg_cli.training.finetune import run_finetune
 
     summary = run_finetune(settings, run_dir, resume=resume, expected_processes=processes_expected(num_processes))

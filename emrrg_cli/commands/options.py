@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
@@ -18,12 +17,12 @@ NumProcesses = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
-def start_processes(requested: int | None) -> bool:
-    """Starts the same command in several processes where several are wanted; false when this one is enough."""
+def start_processes(context: typer.Context, requested: int | None) -> bool:
+    """Runs the same command in several processes where several are wanted; false when this one is enough."""
     from emrrg_cli.training.launch import launch, processes_wanted
 
     processes = processes_wanted(requested)
     if processes == 1:
         return False
-    launch(sys.argv[1:], processes)
+    launch(context.obj, processes)  # what follows `emrrg`
     return True

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +24,7 @@ from emrrg_cli.models.build import (
     assemble,
     build_encoder,
     fresh_llm,
+    load_run_llm,
     load_weights,
     save_static,
     save_trained,
@@ -135,8 +139,21 @@ def run_finetune(recipe: FinetuneRecipe, run_dir: Path, *, resume: bool, expecte
     validation = ReportDataset(splits["validation"], recipe.data, size) if "validation" in splits else None
 
     accelerator = make_accelerator(precision, expected_processes, run_dir, recipe.train.trackers)
+    with _no_false_start(run_dir, accelerator.is_main_process):
+        return _train(recipe, training, validation, run_dir, accelerator, precision, scan, resume)
+
+
+def _train(
+    recipe: FinetuneRecipe,
+    training: ReportDataset,
+    validation: ReportDataset | None,
+    run_dir: Path,
+    accelerator: Any,
+    precision: str,
+    scan: str,
+    resume: bool,
+) -> Summary:
     if accelerator.is_main_process:
-        run_dir.mkdir(parents=True, exist_ok=True)
         if not resume:
             atomic_write_text(run_dir / "recipe.yaml", dump_recipe(recipe))
         record_environment(run_dir, accelerator, precision, scan)
@@ -152,7 +169,11 @@ def run_finetune(recipe: FinetuneRecipe, run_dir: Path, *, resume: bool, expecte
         load_weights(encoder, frozen)
     elif recipe.model.encoder.weights is not None:
         load_weights(encoder, Path(recipe.model.encoder.weights))
-    llm = fresh_llm(recipe.model, tokenizer, llm_dtype(recipe.model.llm.dtype, precision))
+    dtype = llm_dtype(recipe.model.llm.dtype, precision)
+    if resume and (run_dir / "llm.json").is_file():
+        llm = load_run_llm(run_dir, recipe.model, dtype)  # the one that training began with, or an error
+    else:
+        llm = fresh_llm(recipe.model, tokenizer, dtype)
     if accelerator.is_main_process:
         save_static(run_dir, recipe.model, encoder, llm, tokenizer)
     model = assemble(recipe.model, encoder, llm, tokenizer)
@@ -177,6 +198,23 @@ def run_finetune(recipe: FinetuneRecipe, run_dir: Path, *, resume: bool, expecte
         if accelerator.is_main_process and (run_dir / "history.jsonl").is_file():
             plot_curves(read_jsonl(run_dir / "history.jsonl"), run_dir / "curve.png")
         accelerator.end_training()
+
+
+@contextmanager
+def _no_false_start(run_dir: Path, is_main_process: bool) -> Iterator[None]:
+    """Takes away what a run wrote that failed before its first step, so that the next try finds the place free."""
+    try:
+        yield
+    except BaseException:
+        started = any((run_dir / name).exists() for name in ("history.jsonl", "checkpoints", "model"))
+        if is_main_process and not started:
+            for name in ("recipe.yaml", "environment.json", "encoder.safetensors", "llm.json"):
+                (run_dir / name).unlink(missing_ok=True)
+            for name in ("tokenizer", "llm", "tracking"):
+                shutil.rmtree(run_dir / name, ignore_errors=True)
+            with suppress(OSError):  # not there, or not empty
+                run_dir.rmdir()
+        raise
 
 
 def _tokenizer(recipe: FinetuneRecipe, training: ReportDataset, run_dir: Path, accelerator: Any) -> Any:

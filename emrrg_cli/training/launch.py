@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
 
-from emrrg_cli.errors import EmrrgError, Interrupted, UsageError
+from emrrg_cli.errors import EmrrgError, Interrupted, RunError, UsageError
 
 _EXPECTED = "EMRRG_NUM_PROCESSES"
 
@@ -16,17 +20,30 @@ def inside_launcher() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def is_first_process() -> bool:
+    """Whether this is the only process, or the one of rank 0."""
+    return not inside_launcher() or os.environ["RANK"] == "0"
+
+
 def processes_wanted(requested: int | None) -> int:
-    """The number of processes to start: as asked for, or every GPU, or one on a CPU.
+    """The number of processes to start: as asked for, or every GPU, or one on a CPU and under `accelerate launch`.
 
     Raises:
         UsageError: for more processes than GPUs.
+        RunError: when `accelerate launch` was asked for several processes and started one, as it does on a CPU.
     """
     import torch
 
     gpus = torch.cuda.device_count()
     if requested is None:
-        return max(1, gpus)
+        if "ACCELERATE_MIXED_PRECISION" not in os.environ:
+            return max(1, gpus)
+        if "MASTER_ADDR" in os.environ:
+            raise RunError(
+                "`accelerate launch` was asked for several processes and has started only this one",
+                hint="Use emrrg's own --num-processes, or torchrun.",
+            )
+        return 1
     if requested < 1:
         raise UsageError(f"--num-processes must be 1 or more, got {requested}")
     if gpus and requested > gpus:
@@ -39,19 +56,23 @@ def processes_expected(requested: int | None) -> int:
     return requested or int(os.environ.get(_EXPECTED, "0"))
 
 
-def launch(arguments: list[str], processes: int) -> None:
+def launch(arguments: Sequence[str], processes: int) -> None:
     """Runs `emrrg <arguments>` in `processes` processes of this machine and waits for them.
 
     Raises:
-        EmrrgError: when one fails, with its exit code; it has printed its own message.
+        EmrrgError: when one fails: its own message and exit code.
+        Interrupted: when a signal ended them.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # Its warnings and tracebacks speak of the launcher; the failing process prints what went wrong itself.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # Its warnings and tracebacks speak of the launcher.
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ[_EXPECTED] = str(processes)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // processes)))
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -64,10 +85,39 @@ def launch(arguments: list[str], processes: int) -> None:
     try:
         elastic_launch(config, sys.executable)("-m", "emrrg_cli", *arguments)
     except SignalException as error:
-        raise Interrupted("stopped; each process has put its work in safety", exit_code=128 + error.sigval) from None
+        raise Interrupted("all processes have ended", exit_code=128 + error.sigval) from None
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-        failed = EmrrgError(f"process {rank} of {processes} failed with exit code {code}; its message is above")
+        told = failure.error_file_data.get("message")
+        if isinstance(told, dict) and "emrrg" in told:
+            failed = EmrrgError(told["message"], hint=told["emrrg"]["hint"])
+        else:
+            ended = f"failed with exit code {code}" if failure.exitcode > 0 else f"was ended by signal {code - 128}"
+            failed = EmrrgError(f"process {rank} of {processes} {ended}")
         failed.exit_code = code
         raise failed from None
+
+
+def tell_launcher(error: EmrrgError) -> bool:
+    """Hands the error to `launch` in the parent process, which shows it once for all processes.
+
+    Returns:
+        Whether there is nothing left to show here.
+    """
+    if not inside_launcher():
+        return False
+    if isinstance(error, Interrupted):  # all of them are, by the same signal
+        return not is_first_process()
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if _EXPECTED not in os.environ or file is None:
+        return False
+    # The format is torch's; it looks for the time to find the process that failed first.
+    extra = {"timestamp": str(int(time.time()))}
+    message = {"message": error.message, "extraInfo": extra, "emrrg": {"hint": error.hint}}
+    Path(file).write_text(json.dumps({"message": message}))
+    return True
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

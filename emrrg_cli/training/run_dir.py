@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,11 @@ def check_run_dir(run_dir: Path, settings: Settings, *, resume: bool) -> None:
         if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
             hint = "Give --resume to continue it, or another --output." if saved.is_file() else "Give another --output."
             raise UsageError(f"{run_dir} already exists and is not empty", hint=hint)
+        check_writable(run_dir)
         return
     if not saved.is_file():
         raise UsageError(f"{run_dir}: there is no run to resume here", hint="Start it without --resume.")
+    check_writable(run_dir)
     before = load_recipe(str(saved), [], stage=getattr(settings, "stage", None)).model_dump()
     changed = [key for key in _differences(before, settings.model_dump()) if key not in _FREE]
     if changed:
@@ -52,6 +55,19 @@ def check_run_dir(run_dir: Path, settings: Settings, *, resume: bool) -> None:
             f"{run_dir} was started with another recipe: {shown} {'differs' if len(changed) == 1 else 'differ'}",
             hint=f"Resume with the same recipe (it is in {saved}), or start a new run with another --output.",
         )
+
+
+def check_writable(directory: Path) -> None:
+    """Makes sure, before hours of work, that the directory is or can be made and written to. Makes nothing.
+
+    Raises:
+        UsageError: when it, or one above it, is a file or may not be written.
+    """
+    nearest = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise UsageError(f"{directory} cannot be written: {nearest} is a file", hint="Give another --output.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UsageError(f"{directory} cannot be written: no permission in {nearest}", hint="Give another --output.")
 
 
 def _differences(a: dict[str, Any], b: dict[str, Any], prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
