@@ -21,6 +21,7 @@ from emrrg_cli.models.report_generator import ReportGenerator
 from emrrg_cli.quiet import quiet_libraries
 from emrrg_cli.recipe.schema import FinetuneRecipe
 from emrrg_cli.training.environment import choose_precision, llm_dtype, make_accelerator
+from emrrg_cli.training.run_dir import check_writable
 
 
 def run_evaluation(
@@ -65,6 +66,7 @@ def run_evaluation(
             model, dataset, recipe.generation, accelerator, workers=recipe.data.workers, advance=advance
         )
     seconds = time.perf_counter() - began
+    accelerator.end_training()  # what follows is the main process's alone
     if not accelerator.is_main_process:
         return None
     references = reference_reports(model, dataset.reports, recipe)
@@ -119,6 +121,7 @@ def describe_protocol(recipe: FinetuneRecipe) -> str:
 
 
 def _target(run_dir: Path, split: str, output: Path | None, overwrite: bool) -> Path:
+    check_writable(output or run_dir / "evaluation")
     if output is not None:
         if (output / "scores.json").exists() and not overwrite:
             raise UsageError(f"{output} already holds an evaluation", hint="Give --overwrite, or another --output.")

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import signal
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -16,11 +17,14 @@ import torch
 
 from emrrg_cli.console import progress_bar
 from emrrg_cli.data.images import ImageError
+from emrrg_cli.data.study import printable
 from emrrg_cli.errors import UsageError
 from emrrg_cli.files import append_jsonl, atomic_write_text
 from emrrg_cli.generation import load_generator, study_pixels
 from emrrg_cli.quiet import quiet_libraries
 from emrrg_cli.recipe.schema import FinetuneRecipe
+from emrrg_cli.signals import interrupted_by
+from emrrg_cli.training.run_dir import check_writable
 
 
 @dataclass
@@ -55,9 +59,9 @@ def find_images(paths: Iterable[str]) -> list[Path]:
         elif path.exists() or path.is_symlink():
             found[path] = None
         else:
-            raise UsageError(f"{name}: no such file or folder")
+            raise UsageError(f"{printable(name)}: no such file or folder")
     if not found:
-        raise UsageError(f"no files in {', '.join(map(str, paths))}")
+        raise UsageError(f"no files in {printable(', '.join(paths))}")
     return list(found)
 
 
@@ -76,9 +80,11 @@ def run_generation(
     when the run is interrupted.
 
     Raises:
-        UsageError: when `output` already holds reports and `overwrite` is false.
+        UsageError: when `output` already holds reports and `overwrite` is false, or cannot be written.
         RunError: when the model cannot be loaded.
+        Interrupted: after SIGINT or SIGTERM; what was written so far is kept.
     """
+    check_writable(output)
     if (output / "reports.jsonl").exists() and not overwrite:
         raise UsageError(f"{output} already holds reports", hint="Give --overwrite, or another --output.")
     quiet_libraries()
@@ -87,14 +93,22 @@ def run_generation(
     partial.unlink(missing_ok=True)
     result = Written()
     began = time.perf_counter()
+
+    def stopped() -> str:
+        done = len(result.rows) + len(result.skipped)
+        return f"stopped after {done} of {len(files)} files; {len(result.rows)} reports are in {output}"
+
     try:
-        with progress_bar("writing reports", len(files)) as advance:
+        with (
+            interrupted_by(signal.SIGINT, signal.SIGTERM, message=stopped),
+            progress_bar("writing reports", len(files)) as advance,
+        ):
             for batch in _readable_batches(files, recipe, result, advance):
                 started = time.perf_counter()
                 reports = generator.generate_pixels([pixels for _, pixels in batch])
                 seconds = round((time.perf_counter() - started) / len(batch), 4)
                 for (path, _), report in zip(batch, reports, strict=True):
-                    row = {"path": str(path), "report": report, "seconds": seconds}
+                    row = {"path": _name(path), "report": report, "seconds": seconds}
                     append_jsonl(partial, row)
                     result.rows.append(row)
                 advance(len(batch))
@@ -112,7 +126,7 @@ def _readable_batches(
         try:
             batch.append((file, study_pixels(file, recipe.model.encoder.image_size)))
         except ImageError as error:
-            result.skipped.append((str(file), ": ".join(filter(None, [error.reason, error.detail]))))
+            result.skipped.append((_name(file), ": ".join(filter(None, [error.reason, error.detail]))))
             advance(1)
             continue
         if len(batch) == recipe.generation.batch_size:
@@ -120,6 +134,11 @@ def _readable_batches(
             batch = []
     if batch:
         yield batch
+
+
+def _name(path: Path) -> str:
+    # Bytes of a file name that are no UTF-8 fit into no JSON file.
+    return str(path).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _finish(output: Path, partial: Path, result: Written) -> None:

@@ -34,6 +34,7 @@ def generate(
     images, overrides = split_arguments(paths)
     settings = load_run_recipe(model, recipe, overrides, "generate")
 
+    from emrrg_cli.data.study import printable
     from emrrg_cli.folder import find_images, run_generation
     from emrrg_cli.reporting.tables import reports_table
 
@@ -41,10 +42,10 @@ def generate(
     result = run_generation(files, model, settings, output, device=device, overwrite=overwrite)
     if as_json:
         out.print_json(data=result.as_dict())
-    else:
+    elif result.rows:
         out.print(reports_table(result.rows))
     for path, reason in result.skipped[:10]:
-        err.print(f"skipped {path}: {reason}", markup=False, soft_wrap=True)
+        err.print(f"skipped {printable(path)}: {printable(reason)}", markup=False, soft_wrap=True)
     if len(result.skipped) > 10:
         err.print(f"... and {len(result.skipped) - 10} more, listed in {output / 'skipped.jsonl'}", markup=False)
     rate = len(result.rows) / result.seconds if result.seconds else 0.0
