@@ -23,6 +23,7 @@ from emrrg_cli.commands.doctor import doctor
 from emrrg_cli.commands.evaluate import evaluate
 from emrrg_cli.commands.finetune import finetune
 from emrrg_cli.commands.generate import generate
+from emrrg_cli.commands.plan import plan
 from emrrg_cli.commands.preprocess import app as preprocess_app
 from emrrg_cli.commands.recipe import app as recipe_app
 from emrrg_cli.console import err
@@ -30,7 +31,7 @@ from emrrg_cli.errors import EmrrgError, Interrupted
 from emrrg_cli.training.launch import tell_launcher
 
 # The order of the work, which is that of the help. Typer lists groups after commands by itself.
-ORDER = ("preprocess", "finetune", "evaluate", "generate", "recipe", "doctor")
+ORDER = ("preprocess", "finetune", "evaluate", "generate", "plan", "recipe", "doctor")
 
 # Also what the processes that a command starts go by.
 DEBUG = "EMRRG_DEBUG"
@@ -50,6 +51,7 @@ app.add_typer(preprocess_app, name="preprocess")
 app.command("finetune", no_args_is_help=True)(finetune)
 app.command("evaluate", no_args_is_help=True)(evaluate)
 app.command("generate", no_args_is_help=True)(generate)
+app.command("plan", no_args_is_help=True)(plan)
 app.add_typer(recipe_app, name="recipe")
 app.command("doctor")(doctor)
 

@@ -14,7 +14,7 @@ def generate(
     paths: Annotated[
         list[str],
         typer.Argument(
-            metavar="PATHS... [KEY=VALUE]...",
+            metavar="PATH|KEY=VALUE",
             help="Images and folders of images; changes such as generation.num_beams=1.",
         ),
     ],

@@ -1,0 +1,110 @@
+"""`emrrg plan`: says what a training run will need before it is started."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from emrrg_cli.commands.options import Json, Overrides
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from emrrg_cli.planning import Plan
+
+
+def plan(
+    recipe: Annotated[str, typer.Argument(help="Shipped recipe (`emrrg recipe ls`) or a path to one.")],
+    overrides: Overrides = None,
+    studies: Annotated[
+        int | None, typer.Option("--studies", min=1, help="Training studies; default: data.root's.")
+    ] = None,
+    views: Annotated[
+        int | None, typer.Option("--views", min=1, help="Images a study; default: data.root's, or 1.")
+    ] = None,
+    num_processes: Annotated[int, typer.Option("--num-processes", min=1, help="Processes that share a batch.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Predict parameters, memory, time and disk of a training run on this machine. Needs no weights and loads none."""
+    from emrrg_cli.console import err, out
+    from emrrg_cli.recipe.load import load_recipe
+
+    settings = load_recipe(recipe, overrides or [], stage="finetune")
+
+    from emrrg_cli.planning import plan as predict
+    from emrrg_cli.quiet import quiet_libraries
+
+    quiet_libraries()
+    if settings.data.root is not None:
+        from emrrg_cli.data.dataset_dir import read_manifest
+
+        train = read_manifest(settings.data.root)["splits"]["train"]
+        studies = studies or train["studies"]
+        views = views or round(train["images"] / train["studies"])
+    with err.status("planning") as status:
+        result = predict(
+            settings,
+            studies=studies,
+            views=min(views or 1, settings.data.max_views or views or 1),
+            processes=num_processes,
+            report=lambda text: status.update(f"planning: {text}"),
+        )
+    if as_json:
+        out.print_json(data=result.as_dict())
+        return
+    out.print(_parameters(result), _memory(result))
+    out.print(_time(result), markup=False, soft_wrap=True)
+    disk = sum(result.disk.values())
+    out.print(f"disk    {_gib(disk)} for the run directory at its fullest, {_gib(result.disk_free)} free", markup=False)
+    if result.fits:
+        out.print(f"fits    {_gib(result.peak)} of {_gib(result.available)}", markup=False)
+        return
+    out.print(f"does not fit: {_gib(result.peak)} needed, {_gib(result.available)} there. Try:", markup=False)
+    for proposal in result.proposals:
+        out.print(f"  {proposal}", markup=False, soft_wrap=True)
+
+
+def _parameters(result: Plan) -> Table:
+    from rich.table import Table
+
+    table = Table("part", "parameters", "trained", title="parameters", title_justify="left")
+    table.columns[1].justify = table.columns[2].justify = "right"
+    for part, count in result.parameters.items():
+        if count:
+            table.add_row(part, f"{count:,}", f"{result.trainable[part]:,}")
+    table.add_section()
+    table.add_row("total", f"{sum(result.parameters.values()):,}", f"{sum(result.trainable.values()):,}")
+    return table
+
+
+def _memory(result: Plan) -> Table:
+    from rich.table import Table
+
+    title = f"memory: {result.device}, {result.precision}, {result.micro_batch_size} studies at a time"
+    table = Table("part", "predicted", title=title, title_justify="left", min_width=len(title))
+    table.columns[1].justify = "right"
+    for part, size in result.memory.items():
+        table.add_row(part, _gib(size))
+    table.add_section()
+    table.add_row("peak", _gib(result.peak))
+    return table
+
+
+def _time(result: Plan) -> str:
+    text = f"time    {result.seconds_per_step:.3g} s a step"
+    if result.steps_per_epoch is None:
+        return text + " (give --studies N or data.root=DIR for the time of an epoch)"
+    epoch = result.seconds_per_step * result.steps_per_epoch
+    whole = epoch * result.epochs
+    return f"{text}, {_hours(epoch)} an epoch of {result.steps_per_epoch:,} steps, {_hours(whole)} for {result.epochs}"
+
+
+def _hours(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
