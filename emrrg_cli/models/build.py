@@ -8,12 +8,13 @@ frozen encoder) and what is trained under `model/` (`bridge.safetensors`, `adapt
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.files import atomic_directory, atomic_write_text, recover_directory
@@ -44,11 +45,15 @@ def load_weights(module: nn.Module, file: Path) -> None:
     Raises:
         RunError: for a missing or unreadable file, or a missing, unknown or misshapen tensor, which it names.
     """
+    module.load_state_dict(_fitting_tensors(module.state_dict(), file))
+
+
+def _fitting_tensors(own: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
+    # The tensors of a file, after making sure that they are those of `own` by name and shape.
     try:
-        tensors = load_file(file)
+        tensors: dict[str, Tensor] = load_file(file)
     except Exception as error:  # safetensors raises its own error types, which it does not export in one place
         raise RunError(f"{file}: not a readable safetensors file: {error}") from error
-    own = module.state_dict()
     problems = [f"{name} is missing" for name in own if name not in tensors]
     problems += [f"{name} is unknown" for name in tensors if name not in own]
     problems += [
@@ -58,8 +63,8 @@ def load_weights(module: nn.Module, file: Path) -> None:
     ]
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise RunError(f"{file}: the weights do not fit the encoder of the recipe: {problems[0]}{more}")
-    module.load_state_dict(tensors)
+        raise RunError(f"{file}: the weights do not fit the model of the recipe: {problems[0]}{more}")
+    return tensors
 
 
 def assemble(settings: ModelSettings, encoder: ArmEncoder, llm: Any, tokenizer: Any) -> ReportGenerator:
@@ -84,6 +89,11 @@ def assemble(settings: ModelSettings, encoder: ArmEncoder, llm: Any, tokenizer: 
     )
     set_trainable(model, encoder=targets == "full", llm=not settings.llm.is_frozen)
     return model
+
+
+def _adapted_towers(settings: ModelSettings) -> set[str]:
+    targets = settings.adapter.targets
+    return {"llm" if target == "llm" else "encoder" for target in targets} if isinstance(targets, list) else set()
 
 
 def _with_lora(module: nn.Module, config: Any) -> nn.Module:
@@ -169,13 +179,12 @@ def load_model(run_dir: Path, settings: ModelSettings, dtype: torch.dtype, *, me
     for name in towers:
         if (directory := trained / "adapters" / name).is_dir():
             towers[name] = adapters.load_adapters(towers[name], directory)
+        elif name in _adapted_towers(settings):
+            raise RunError(f"{directory}: the adapters of this run are missing")
     model = ReportGenerator(towers["encoder"], towers["llm"], tokenizer, settings.visual_prompt, settings.views)
-    bridge = load_file(trained / "bridge.safetensors")
     parameters = dict(model.bridge_parameters())
-    if set(bridge) != set(parameters):
-        raise RunError(f"{trained / 'bridge.safetensors'}: its tensors are not those of the run's recipe")
     with torch.no_grad():
-        for name, tensor in bridge.items():
+        for name, tensor in _fitting_tensors(parameters, trained / "bridge.safetensors").items():
             parameters[name].copy_(tensor)
     if merge:
         model.encoder, model.llm = adapters.merge(model.encoder), adapters.merge(model.llm)
@@ -187,6 +196,8 @@ def load_run_llm(run_dir: Path, settings: ModelSettings, dtype: torch.dtype) -> 
     for own in (run_dir / "model" / "llm", run_dir / "llm"):
         if own.is_dir():
             return load_llm(str(own), None, dtype if settings.llm.is_frozen else torch.float32)
+    if not settings.llm.is_frozen:
+        raise RunError(f"{run_dir / 'model' / 'llm'}: the trained LLM of this run is missing")
     record = json.loads((run_dir / "llm.json").read_text()) if (run_dir / "llm.json").is_file() else {}
     llm = load_llm(settings.llm.name, record.get("commit") or settings.llm.revision, dtype)
     found = llm_record(settings.llm, llm)

@@ -1,0 +1,557 @@
+"""The stage 3 model: prompt, views, loss and generation, each against a literal computation for one study at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import get_peft_model
+from torch import Tensor
+
+from emrrg_cli.data.batches import IGNORE, Batch, Example, collate
+from emrrg_cli.models import adapters
+from emrrg_cli.models.arm.encoder import ArmEncoder
+from emrrg_cli.models.hybrid_decoder import add_hybrid_layers, hybrid_parameters
+from emrrg_cli.models.report_generator import (
+    Bridge,
+    ReportGenerator,
+    average_views,
+    concatenate_views,
+    generation_config,
+    pool_patches,
+)
+from emrrg_cli.recipe.schema import GenerationSettings
+
+MakeModel = Callable[..., ReportGenerator]
+VIEWS = [2, 1, 3]
+
+
+@pytest.fixture
+def make_model(make_encoder: Callable[..., ArmEncoder], make_llm: Callable[..., Any], tokenizer: Any) -> MakeModel:
+    """Makes a report generator with open gates whose reports depend on the image."""
+
+    def make(
+        visual_prompt: str = "full",
+        views: str = "average",
+        *,
+        hybrid: bool = True,
+        kind: str = "llama",
+        image_size: int = 64,
+        use_tokenizer: Any = None,
+    ) -> ReportGenerator:
+        encoder, llm = make_encoder(image_size=image_size), make_llm(kind)
+        if hybrid:
+            add_hybrid_layers(llm, 2)
+        torch.manual_seed(1)
+        model = ReportGenerator(encoder, llm, use_tokenizer or tokenizer, visual_prompt, views)
+        with torch.no_grad():
+            for name, parameter in hybrid_parameters(llm):
+                if name.endswith("warmup"):
+                    parameter.fill_(2.0)
+                if name.endswith("gate.bias"):
+                    parameter.fill_(0.5)
+        return model.eval()
+
+    return make
+
+
+def _examples(texts: list[str], views: list[int] = VIEWS, size: int = 64) -> list[Example]:
+    generator = torch.Generator().manual_seed(4)
+    pixels = [torch.randint(0, 256, (count, size, size), dtype=torch.uint8, generator=generator) for count in views]
+    return [Example(i, f"s{i}", image, texts[i % len(texts)]) for i, image in enumerate(pixels)]
+
+
+def _batch(model: ReportGenerator, examples: list[Example], max_tokens: int | None = None) -> Batch:
+    return collate(examples, partial(model.encode_report, max_tokens=max_tokens))
+
+
+# -- a study alone, spelled out -------------------------------------------------------------------------------------
+
+
+def _literal_pool(tokens: Tensor) -> Tensor:
+    patches = [token for index, token in enumerate(tokens) if index != (len(tokens) - 1) // 2]
+    grid = round(len(patches) ** 0.5)
+    pooled = []
+    for row in range(0, grid, 2):
+        for column in range(0, grid, 2):
+            cells = [
+                patches[r * grid + c]
+                for r in range(row, min(row + 2, grid))
+                for c in range(column, min(column + 2, grid))
+            ]
+            pooled.append(torch.stack(cells).mean(0))
+    pooled.insert(len(pooled) // 2, tokens[(len(tokens) - 1) // 2])
+    return torch.stack(pooled)
+
+
+def _literal_visual(model: ReportGenerator, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Prompt tokens and all tokens of one study, `[p, hidden]` and `[m, hidden]`."""
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    every, prompt = [], []
+    for view in pixels:
+        image = torch.stack([(view.float() / 255 - mean[c]) / std[c] for c in range(3)])
+        tokens = model.encoder(image[None])[0]
+        every.append(tokens)
+        prompt.append(_literal_pool(tokens) if model.visual_prompt == "pooled" else tokens)
+    if model.views == "average":
+        every, prompt = [torch.stack(every).mean(0)], [torch.stack(prompt).mean(0)]
+    bridge = model.bridge
+
+    def through(tokens: Tensor) -> Tensor:
+        hidden = tokens @ bridge.proj.weight.T + bridge.proj.bias
+        return F.layer_norm(hidden, hidden.shape[-1:], bridge.norm.weight, bridge.norm.bias, eps=1e-5)
+
+    return through(torch.cat(prompt)), through(torch.cat(every))
+
+
+def _literal_prompt(model: ReportGenerator, pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    tokenizer, embed = model.tokenizer, model.llm.get_input_embeddings()
+    prompt, every = _literal_visual(model, pixels)
+    before = tokenizer.encode("Human: <Img>", add_special_tokens=False)
+    if tokenizer.bos_token_id is not None:
+        before = [tokenizer.bos_token_id, *before]
+    question = "</Img> Generate a comprehensive and detailed diagnosis report for this chest xray image. \nAssistant:"
+    after = tokenizer.encode(question, add_special_tokens=False)
+    embeddings = torch.cat([embed(torch.tensor(before)), prompt, embed(torch.tensor(after))])
+    return embeddings, {"visual_tokens": every[None]} if model.hybrid else {}
+
+
+def _literal_loss(model: ReportGenerator, example: Example, max_tokens: int | None = None) -> Tensor:
+    embeddings, visual = _literal_prompt(model, example.pixels)
+    tokens = model.tokenizer.encode(example.report, add_special_tokens=False)
+    cut = max_tokens is not None and len(tokens) > max_tokens
+    tokens = tokens[:max_tokens] if cut else [*tokens, model.tokenizer.eos_token_id]
+    sequence = torch.cat([embeddings, model.llm.get_input_embeddings()(torch.tensor(tokens))])
+    logits = model.llm(inputs_embeds=sequence[None], **visual).logits[0]
+    labels = torch.tensor([IGNORE] * len(embeddings) + tokens)
+    return F.cross_entropy(logits[:-1], labels[1:], ignore_index=IGNORE, reduction="sum")
+
+
+CASES = [
+    pytest.param({}, id="average"),
+    pytest.param({"views": "concat"}, id="concat"),
+    pytest.param({"visual_prompt": "pooled"}, id="average-pooled"),
+    pytest.param({"views": "concat", "visual_prompt": "pooled"}, id="concat-pooled"),
+    pytest.param({"hybrid": False}, id="plain"),
+    pytest.param({"hybrid": False, "views": "concat"}, id="plain-concat"),
+    pytest.param({"views": "concat", "kind": "qwen3"}, id="qwen3-concat"),
+    pytest.param({"views": "concat", "kind": "mistral"}, id="mistral-concat"),
+    pytest.param({"image_size": 48, "views": "concat", "visual_prompt": "pooled"}, id="odd-grid"),
+]
+
+
+# -- loss -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_loss_of_a_padded_batch_is_the_sum_of_literal_losses(
+    case: dict[str, Any], make_model: MakeModel, texts: list[str]
+) -> None:
+    model = make_model(**case)
+    examples = _examples(texts, size=case.get("image_size", 64))
+    batch = _batch(model, examples)
+    assert batch.labels is not None
+    assert bool((batch.labels == IGNORE).any())  # reports of different length
+    with torch.no_grad():
+        loss, items = model(batch)
+        literal = [_literal_loss(model, example) for example in examples]
+    torch.testing.assert_close(loss, torch.stack(literal).sum(), rtol=1e-5, atol=1e-4)
+    lengths = [len(model.tokenizer.encode(e.report, add_special_tokens=False)) + 1 for e in examples]
+    assert int(items) == sum(lengths)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_of_a_padded_batch_are_the_sum_over_studies(
+    case: dict[str, Any], make_model: MakeModel, texts: list[str]
+) -> None:
+    model = make_model(**case)
+    examples = _examples(texts, size=case.get("image_size", 64))
+    parameters = [*model.bridge_parameters(), ("patches", model.encoder.patch_embed.weight)]
+    tensors = [parameter for _, parameter in parameters]
+    whole = torch.autograd.grad(model(_batch(model, examples)).loss_sum, tensors)
+    alone = [torch.autograd.grad(model(_batch(model, [example])).loss_sum, tensors) for example in examples]
+    for (name, _), gradient, *singles in zip(parameters, whole, *alone, strict=True):
+        total = sum(singles)
+        assert float(gradient.abs().max()) > 0, name
+        assert float((gradient - total).norm() / gradient.norm()) < 1e-4, name
+
+
+@pytest.mark.parametrize("views", ["average", "concat"])
+def test_loss_does_not_depend_on_padding(views: str, make_model: MakeModel, texts: list[str]) -> None:
+    model = make_model(views=views)
+    batch = _batch(model, _examples(texts))
+    assert batch.labels is not None
+    with torch.no_grad():
+        before = model(batch)
+        batch.labels = F.pad(batch.labels, (0, 9), value=IGNORE)
+        after = model(batch)
+    torch.testing.assert_close(after.loss_sum, before.loss_sum, rtol=1e-5, atol=1e-4)
+    assert after.items == before.items
+
+
+def test_loss_of_cut_reports(make_model: MakeModel, texts: list[str]) -> None:
+    model = make_model()
+    examples = _examples(texts)
+    lengths = [len(model.tokenizer.encode(example.report)) for example in examples]
+    limit = sorted(lengths)[1]  # one is shorter, one fits exactly, one is cut
+    with torch.no_grad():
+        loss, items = model(_batch(model, examples, limit))
+        literal = sum(_literal_loss(model, example, limit) for example in examples)
+    torch.testing.assert_close(loss, literal, rtol=1e-5, atol=1e-4)
+    assert int(items) == sum(n + 1 if n <= limit else limit for n in lengths)
+
+
+def test_the_loss_sees_the_image_through_prompt_and_hybrid_layers(make_model: MakeModel, texts: list[str]) -> None:
+    model = make_model()
+    examples = _examples(texts, [1])
+    other = [Example(0, "s", 255 - examples[0].pixels, examples[0].report)]
+    with torch.no_grad():
+        assert abs(float(model(_batch(model, examples)).loss_sum - model(_batch(model, other)).loss_sum)) > 1e-2
+
+
+def test_a_half_precision_llm(make_model: MakeModel, texts: list[str]) -> None:
+    model = make_model(views="concat", visual_prompt="pooled")
+    examples = _examples(texts)
+    with torch.no_grad():
+        exact = model(_batch(model, examples)).loss_sum
+    hybrid = {name for name, _ in hybrid_parameters(model.llm)}
+    for name, parameter in model.llm.named_parameters():
+        if name not in hybrid:
+            parameter.data = parameter.data.bfloat16()
+    loss = model(_batch(model, examples)).loss_sum
+    assert loss.dtype == torch.float32
+    assert float((loss.detach() - exact).abs() / exact) < 0.05
+    loss.backward()
+    assert all(bool(p.grad is not None and p.grad.any()) for _, p in model.bridge_parameters())
+    assert all(model.generate(_batch(model, examples).pixels, torch.tensor(VIEWS), _config()))
+
+
+def test_bf16_autocast(make_model: MakeModel, texts: list[str]) -> None:
+    model = make_model(views="concat")
+    batch = _batch(model, _examples(texts))
+    with torch.no_grad():
+        exact = model(batch).loss_sum
+        with torch.autocast("cpu", torch.bfloat16):
+            ours = model(batch).loss_sum
+    assert ours.dtype == torch.float32
+    assert 0 < float((ours - exact).abs() / exact) < 0.05
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_checkpointing_changes_no_gradient(
+    lora: bool, make_model: MakeModel, make_encoder: Callable[..., ArmEncoder], texts: list[str]
+) -> None:
+    model = make_model(views="concat")
+    model.encoder = make_encoder(drop_path=0.3)
+    if lora:
+        model.encoder = get_peft_model(model.encoder, adapters.encoder_lora(["X", "dt"], 2, 2.0))
+        model.llm = get_peft_model(model.llm, adapters.llm_lora(["llm"], 2, 2.0))
+        for _, parameter in model.bridge_parameters():
+            parameter.requires_grad_(True)
+    model.train()
+    batch = _batch(model, _examples(texts))
+    calls: list[str] = []
+    adapters.plain(model.encoder).layers[1].mlp.register_forward_pre_hook(lambda *args: calls.append("encoder"))
+    adapters.plain(model.llm).model.layers[1].mlp.register_forward_pre_hook(lambda *args: calls.append("llm"))
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        torch.manual_seed(0)
+        model(batch).loss_sum.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    plain = gradients()
+    assert sorted(calls) == ["encoder", "llm"]
+    model.set_gradient_checkpointing(True)
+    calls.clear()
+    checkpointed = gradients()
+    assert sorted(calls) == ["encoder", "encoder", "llm", "llm"]
+    assert set(plain) == set(checkpointed)
+    assert any("cross.kv_proj" in name for name in plain)
+    for name, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-5, atol=1e-6)
+    model.set_gradient_checkpointing(False)
+    calls.clear()
+    gradients()
+    assert sorted(calls) == ["encoder", "llm"]
+
+
+# -- text -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_prompt(make_model: MakeModel, tokenizer: Any, qwen_tokenizer: Any) -> None:
+    model = make_model()
+    assert model.before[0] == tokenizer.bos_token_id
+    assert tokenizer.decode(model.before[1:]) == "Human: <Img>"
+    assert tokenizer.decode(model.after) == (
+        "</Img> Generate a comprehensive and detailed diagnosis report for this chest xray image. \nAssistant:"
+    )
+    assert model.pad_token_id == tokenizer.pad_token_id == 0
+    without = make_model(use_tokenizer=qwen_tokenizer)
+    assert without.before == model.before[1:]
+    assert without.after == model.after
+    assert without.pad_token_id == qwen_tokenizer.eos_token_id == 2  # it has no padding token of its own
+
+
+def test_prompt_embeddings_in_order(make_model: MakeModel, texts: list[str]) -> None:
+    model = make_model(views="concat", visual_prompt="pooled")
+    batch = _batch(model, _examples(texts))
+    with torch.no_grad():
+        embeddings, mask, visual = model._prompt(batch.pixels, batch.views)
+        for row, example in enumerate(_examples(texts)):
+            literal, arguments = _literal_prompt(model, example.pixels)
+            real = mask[row].bool()
+            torch.testing.assert_close(embeddings[row][real], literal, rtol=1e-4, atol=1e-4)
+            assert visual["visual_tokens"] is not None
+            assert visual["visual_mask"] is not None
+            tokens = visual["visual_tokens"][row][visual["visual_mask"][row]]
+            torch.testing.assert_close(tokens, arguments["visual_tokens"][0], rtol=1e-4, atol=1e-4)
+
+
+def test_without_hybrid_layers_the_llm_gets_no_visual_arguments(make_model: MakeModel, texts: list[str]) -> None:
+    model = make_model(hybrid=False)
+    batch = _batch(model, _examples(texts))
+    assert model._prompt(batch.pixels, batch.views)[2] == {}
+
+
+@pytest.mark.parametrize("case", [{}, {"views": "concat"}], ids=str)
+def test_a_tokenizer_without_bos_and_padding(
+    case: dict[str, Any], make_model: MakeModel, qwen_tokenizer: Any, texts: list[str]
+) -> None:
+    model = make_model(kind="qwen2", use_tokenizer=qwen_tokenizer, **case)
+    examples = _examples(texts)
+    batch = _batch(model, examples)
+    with torch.no_grad():
+        literal = sum(_literal_loss(model, example) for example in examples)
+        torch.testing.assert_close(model(batch).loss_sum, literal, rtol=1e-5, atol=1e-4)
+    written = model.generate(batch.pixels, batch.views, _config())
+    alone = [model.generate(e.pixels, torch.tensor([len(e.pixels)]), _config())[0] for e in examples]
+    assert written == alone
+
+
+def test_reports_end_with_eos_unless_they_are_cut(make_model: MakeModel, texts: list[str]) -> None:
+    model = make_model()
+    tokens = model.tokenizer.encode(texts[0], add_special_tokens=False)
+    eos = model.tokenizer.eos_token_id
+    assert model.encode_report(texts[0]) == [*tokens, eos]
+    assert model.encode_report(texts[0], len(tokens) + 1) == [*tokens, eos]
+    assert model.encode_report(texts[0], len(tokens)) == [*tokens, eos]
+    assert model.encode_report(texts[0], len(tokens) - 1) == tokens[:-1]
+    assert model.encode_report(texts[0], 1) == tokens[:1]
+    assert model.encode_report("", 5) == [eos]
+
+
+def test_decoding_leaves_special_tokens_out(make_model: MakeModel, texts: list[str]) -> None:
+    model = make_model()
+    for text in texts:
+        assert model.decode(torch.tensor([*model.encode_report(text), 0, 0])) == text
+    assert model.decode(model.tokenizer.encode("  a\n b ", add_special_tokens=False)) == "a b"
+    assert model.decode([2, 0]) == ""
+
+
+# -- image ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_pooled_prompt_of_the_published_size_has_50_tokens() -> None:
+    tokens = torch.randn(2, 14 * 14 + 1, 8)
+    pooled = pool_patches(tokens)
+    assert pooled.shape == (2, 49 + 1, 8)
+    torch.testing.assert_close(pooled, torch.stack([_literal_pool(one) for one in tokens]))
+    assert torch.equal(pooled[:, 24], tokens[:, 98])  # the class token
+
+
+@pytest.mark.parametrize("grid", [1, 2, 3, 4, 5, 21])
+def test_pooling_any_grid(grid: int) -> None:
+    tokens = torch.randn(3, grid * grid + 1, 4)
+    pooled = pool_patches(tokens)
+    assert pooled.shape == (3, ((grid + 1) // 2) ** 2 + 1, 4)
+    torch.testing.assert_close(pooled, torch.stack([_literal_pool(one) for one in tokens]))
+
+
+def test_averaging_views() -> None:
+    tokens, views = torch.randn(6, 5, 4), torch.tensor([2, 1, 3])
+    expected = torch.stack([tokens[:2].mean(0), tokens[2], tokens[3:].mean(0)])
+    torch.testing.assert_close(average_views(tokens, views), expected)
+    assert torch.equal(average_views(tokens, torch.ones(6, dtype=torch.long)), tokens)
+
+
+def test_concatenating_views() -> None:
+    tokens = torch.randn(6, 5, 4)
+    joined, mask = concatenate_views(tokens, torch.tensor([2, 1, 3]))
+    assert joined.shape == (3, 15, 4)
+    assert mask is not None
+    assert mask.sum(1).tolist() == [10, 5, 15]
+    assert torch.equal(joined[0, :10], tokens[:2].flatten(0, 1))
+    assert torch.equal(joined[1, :5], tokens[2])
+    assert torch.equal(joined[2], tokens[3:].flatten(0, 1))
+    assert torch.equal(mask, joined.abs().sum(-1) > 0)
+    joined, mask = concatenate_views(tokens, torch.tensor([2, 2, 2]))
+    assert mask is None
+    assert torch.equal(joined, tokens.reshape(3, 10, 4))
+
+
+def test_hybrid_layers_see_every_token_of_a_pooled_prompt(make_model: MakeModel, texts: list[str]) -> None:
+    model = make_model(visual_prompt="pooled", image_size=224)
+    batch = _batch(model, _examples(texts, [1], size=224))
+    with torch.no_grad():
+        prompt, every, *masks = model.visual_tokens(batch.pixels, batch.views)
+        full = make_model(image_size=224).visual_tokens(batch.pixels, batch.views)
+    assert prompt.shape == (1, 50, 32)
+    assert every.shape == (1, 197, 32)
+    assert masks == [None, None]
+    torch.testing.assert_close(every, full[0])
+    assert full[0] is full[1]
+
+
+def test_the_bridge_is_linear_and_norm() -> None:
+    bridge = Bridge(6, 8)
+    assert {name: tuple(p.shape) for name, p in bridge.named_parameters()} == {
+        "proj.weight": (8, 6),
+        "proj.bias": (8,),
+        "norm.weight": (8,),
+        "norm.bias": (8,),
+    }
+    assert bridge.norm.eps == 1e-5
+
+
+# -- generation -----------------------------------------------------------------------------------------------------
+
+
+def _config(**options: Any) -> Any:
+    return generation_config(GenerationSettings(**({"num_beams": 1, "max_new_tokens": 10} | options)))()
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("case", CASES)
+def test_generating_a_batch_equals_each_study_alone(
+    case: dict[str, Any], beams: int, make_model: MakeModel, texts: list[str]
+) -> None:
+    model = make_model(**case)
+    examples = _examples(texts, size=case.get("image_size", 64))
+    pixels = torch.cat([example.pixels for example in examples])
+    written = model.generate(pixels, torch.tensor(VIEWS), _config(num_beams=beams))
+    alone = [model.generate(e.pixels, torch.tensor([len(e.pixels)]), _config(num_beams=beams))[0] for e in examples]
+    assert written == alone
+    assert len(set(written)) == 3
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_greedy_reports_equal_a_literal_loop(case: dict[str, Any], make_model: MakeModel, texts: list[str]) -> None:
+    model = make_model(**case)
+    examples = _examples(texts, size=case.get("image_size", 64))
+    pixels = torch.cat([example.pixels for example in examples])
+    written = model.generate(pixels, torch.tensor(VIEWS), _config(min_new_tokens=10))
+    for example, report in zip(examples, written, strict=True):
+        with torch.no_grad():
+            sequence, visual = _literal_prompt(model, example.pixels)
+            tokens: list[int] = []
+            for _ in range(10):
+                logits = model.llm(inputs_embeds=sequence[None], **visual).logits[0, -1]
+                logits[model.tokenizer.eos_token_id] = -torch.inf
+                tokens.append(int(logits.argmax()))
+                sequence = torch.cat([sequence, model.llm.get_input_embeddings()(torch.tensor(tokens[-1:]))])
+        assert report == model.decode(tokens)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_lengths_are_kept(beams: int, make_model: MakeModel, texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    rows: list[Tensor] = []
+    monkeypatch.setattr(model, "decode", lambda row: rows.append(row) or "")
+    pixels = torch.cat([example.pixels for example in _examples(texts)])
+    with torch.no_grad():
+        model.llm.lm_head.weight[2] = 3 * model.llm.lm_head.weight.mean(0)  # an end that is likely now and then
+    model.generate(pixels, torch.tensor(VIEWS), _config(num_beams=beams, min_new_tokens=7, max_new_tokens=9))
+    assert len(rows) == 3
+    assert all(7 <= int(((row != 2) & (row != 0)).sum()) <= 9 for row in rows)
+    assert all(len(row) <= 9 for row in rows)
+
+
+def test_generation_stops_at_eos(make_model: MakeModel, texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    rows: list[Tensor] = []
+    monkeypatch.setattr(model, "decode", lambda row: rows.append(row) or "")
+    calls: list[int] = []
+
+    def end_at_fourth(module: Any, arguments: Any, logits: Tensor) -> Tensor:
+        calls.append(1)
+        return logits.index_fill(-1, torch.tensor(2), 1e4 if len(calls) == 4 else -1e4)
+
+    model.llm.lm_head.register_forward_hook(end_at_fourth)
+    pixels = torch.cat([example.pixels for example in _examples(texts)])
+    model.generate(pixels, torch.tensor(VIEWS), _config())
+    assert [row.tolist()[3:] for row in rows] == [[2]] * 3
+
+
+def test_sampling_follows_the_seed(make_model: MakeModel, texts: list[str]) -> None:
+    model = make_model()
+    pixels = torch.cat([example.pixels for example in _examples(texts)])
+    config = partial(_config, do_sample=True, temperature=2.0)
+    torch.manual_seed(0)
+    one = model.generate(pixels, torch.tensor(VIEWS), config())
+    other = model.generate(pixels, torch.tensor(VIEWS), config())
+    torch.manual_seed(0)
+    assert model.generate(pixels, torch.tensor(VIEWS), config()) == one != other
+
+
+def test_decoding_options() -> None:
+    settings = GenerationSettings(
+        num_beams=4,
+        min_new_tokens=5,
+        max_new_tokens=50,
+        repetition_penalty=1.5,
+        length_penalty=2.0,
+        no_repeat_ngram_size=3,
+    )
+    make = generation_config(settings)
+    config = make()
+    assert make() is not config
+    found = (config.num_beams, config.min_new_tokens, config.max_new_tokens, config.do_sample)
+    assert found == (4, 5, 50, False)
+    assert (config.repetition_penalty, config.length_penalty, config.no_repeat_ngram_size) == (1.5, 2.0, 3)
+    sampled = generation_config(GenerationSettings(num_beams=1, do_sample=True, temperature=0.7, top_p=0.8, top_k=20))()
+    assert (sampled.do_sample, sampled.temperature, sampled.top_p, sampled.top_k) == (True, 0.7, 0.8, 20)
+    assert generation_config(GenerationSettings(num_beams=1, do_sample=True))().top_k == 0  # not the library's 50
+
+
+# -- what is trained ------------------------------------------------------------------------------------------------
+
+
+def test_a_frozen_encoder_stays_in_evaluation(make_model: MakeModel) -> None:
+    model = make_model()
+    model.encoder.requires_grad_(False)
+    assert model.train() is model
+    assert (model.training, model.encoder.training, model.llm.training) == (True, False, True)
+    assert not model.encoder.layers[0].training
+    next(model.encoder.parameters()).requires_grad_(True)
+    model.train()
+    assert model.encoder.training
+    model.eval()
+    assert not any(module.training for module in model.modules())
+
+
+def test_a_frozen_encoder_adds_no_noise_to_the_loss(
+    make_model: MakeModel, make_encoder: Callable[..., ArmEncoder], texts: list[str]
+) -> None:
+    model = make_model()
+    model.encoder = make_encoder(drop_path=0.5)
+    batch = _batch(model, _examples(texts))
+    assert model.train()(batch).loss_sum != model(batch).loss_sum
+    model.encoder.requires_grad_(False)
+    assert torch.equal(model.train()(batch).loss_sum, model(batch).loss_sum)
+
+
+def test_names_of_the_bridge_do_not_depend_on_adapters(make_model: MakeModel) -> None:
+    model = make_model()
+    before = dict(model.bridge_parameters())
+    assert {"bridge.proj.weight", "llm.model.layers.0.self_attn.cross.warmup"} < set(before)
+    assert len(before) == 4 + 2 * 4
+    model.llm = get_peft_model(model.llm, adapters.llm_lora(["llm"], 2, 2.0))
+    model.encoder = get_peft_model(model.encoder, adapters.encoder_lora(["X"], 2, 2.0))
+    after = dict(model.bridge_parameters())
+    assert list(before) == list(after)
+    assert all(before[name] is after[name] for name in before)
