@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from emrrg_cli.data.images import read_image, resize_square
+from emrrg_cli.data.images import ImageError, read_image, resize_square
 from emrrg_cli.data.report_text import clean_report, cleaning_for, select_section
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.recipe.schema import DataSettings
@@ -66,7 +66,8 @@ class ReportDataset(Dataset[Example]):
         image_size: side in pixels that images are resized to.
 
     Raises:
-        RunError: when no study of the split has the text that `settings.section` asks for.
+        RunError: when no study of the split has the text that `settings.section` asks for; on access to a study, when
+            it has no images or one that cannot be read.
     """
 
     def __init__(self, split: Any, settings: DataSettings, image_size: int) -> None:
@@ -104,7 +105,13 @@ class ReportDataset(Dataset[Example]):
     def __getitem__(self, index: int) -> Example:
         record = self.split[self.rows[index]]
         images = record["images"][: self.max_views]
-        pixels = [torch.from_numpy(resize_square(read_image(image["bytes"]), self.image_size)) for image in images]
+        if not images:
+            raise RunError(f"study {record['study_id']} has no images")
+        try:
+            views = [read_image(image["bytes"] or image["path"]) for image in images]
+        except ImageError as error:
+            raise RunError(f"study {record['study_id']}: {error}") from error
+        pixels = [torch.from_numpy(resize_square(view, self.image_size)) for view in views]
         return Example(index, record["study_id"], torch.stack(pixels), self.reports[index])
 
 
