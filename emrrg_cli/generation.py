@@ -88,8 +88,10 @@ class Generator:
 
         Raises:
             ImageError: for an image that cannot be read, naming it.
-            UsageError: for a study without images.
+            UsageError: for a study without images, or one study where a list of them belongs.
         """
+        if isinstance(studies, str) or not isinstance(studies, Sequence):
+            raise UsageError("generate takes a list of studies", hint="For one image: generate([image]).")
         size = self.recipe.model.encoder.image_size
         reports: list[str] = []
         batch_size = self.recipe.generation.batch_size
