@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import stat
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Literal
 
@@ -13,10 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from emrrg_cli.data.image_notes import add_notes
+from emrrg_cli.data.jpeg import MAX_MENDED, mend
 from emrrg_cli.errors import RunError
 
 MAX_PIXELS = 100_000_000
 ImageFormat = Literal["jpeg", "png"]
+DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
+
+NOT_AN_IMAGE = "not an image"
+TRUNCATED = "truncated image"
 
 # An allow-list: Pillow also opens formats that run programs (EPS calls Ghostscript) or that hold no radiographs.
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "DIB", "WEBP", "GIF", "PPM", "JPEG2000")
@@ -59,9 +67,14 @@ def read_image(source: Path | str | bytes | Image.Image, max_pixels: int = MAX_P
 
     The rules, in this order:
 
-    - PNG, JPEG, JPEG 2000, TIFF, BMP, WebP, GIF and PGM/PPM are read, by content, whatever the file is called.
+    - PNG, JPEG, JPEG 2000, TIFF, BMP, WebP, GIF, PGM/PPM and DICOM are read, by content, whatever the file is called.
+      A DICOM file without its preamble is known by its name (`.dcm`, `.dicom`, `.ima`).
     - Width times height above `max_pixels` is refused from the header, before a pixel is decoded.
-    - Of a file with several frames or pages the first is read.
+    - DICOM has rules of its own: `read_dicom` and `dicom_grey`. MONOCHROME1 is inverted, windows are applied, several
+      frames are refused.
+    - Of any other file with several frames or pages the first is read.
+    - A JPEG that lacks its last bytes is read if 95 percent of its rows are there (`mend` says how that is known); the
+      others have the last brightness before the cut.
     - The EXIF orientation is applied.
     - More than 8 bits of grey (integer or float) are stretched linearly: the smallest finite value becomes 0, the
       largest 255. Files do not say how many of their 16 bits the detector used, so the range of the type would turn a
@@ -75,11 +88,12 @@ def read_image(source: Path | str | bytes | Image.Image, max_pixels: int = MAX_P
         max_pixels: Largest width times height that is decoded.
 
     Returns:
-        A new image of mode `L`, `[h, w]`, 0 black to 255 white.
+        A new image of mode `L`, `[h, w]`, 0 black to 255 white. What should be said about it is in `image_notes`.
 
     Raises:
         ImageError: With a short reason: missing image, image path is a folder, not a regular file, no permission to
-            read, cannot be opened, empty file, not an image, too many pixels, truncated image, broken image.
+            read, cannot be opened, empty file, not an image, too many pixels, truncated image, broken image; of DICOM
+            also file too large, no pixel data, multi-frame DICOM, DICOM compression not supported.
     """
     return to_grey(load_image(source, max_pixels))
 
@@ -93,12 +107,10 @@ def load_image(source: Path | str | bytes | Image.Image, max_pixels: int = MAX_P
     if isinstance(source, Image.Image):
         return _decode(source, "<image>", max_pixels)
     if isinstance(source, bytes):
-        where = "<bytes>"
-        return _decode(_open_header(io.BytesIO(source), where, size=len(source)), where, max_pixels)
+        return _load(io.BytesIO(source), "<bytes>", len(source), max_pixels)
     where = str(source)
-    with _open_file(Path(source), where) as stream:
-        image = _open_header(stream, where, size=os.fstat(stream.fileno()).st_size)
-        return _decode(image, where, max_pixels)
+    with open_stream(Path(source), where) as (stream, size):
+        return _load(stream, where, size, max_pixels, named_dicom=where.lower().endswith(DICOM_SUFFIXES))
 
 
 def to_grey(image: Image.Image) -> Image.Image:
@@ -177,7 +189,13 @@ def encode(image: Image.Image, format: ImageFormat, quality: int = 95) -> bytes:
     return buffer.getvalue()
 
 
-def _open_file(path: Path, where: str) -> IO[bytes]:
+@contextlib.contextmanager
+def open_stream(path: Path, where: str) -> Iterator[tuple[IO[bytes], int]]:
+    """A regular file, open, and its size in bytes.
+
+    Raises:
+        ImageError: missing image, image path is a folder, not a regular file, no permission to read, cannot be opened.
+    """
     try:
         # Looked at first: opening a pipe would wait for ever.
         mode = path.stat().st_mode
@@ -185,25 +203,66 @@ def _open_file(path: Path, where: str) -> IO[bytes]:
             raise ImageError(where, "image path is a folder")
         if not stat.S_ISREG(mode):
             raise ImageError(where, "not a regular file")
-        return path.open("rb")
+        stream = path.open("rb")
     except (FileNotFoundError, NotADirectoryError):
         raise ImageError(where, "missing image") from None
     except PermissionError:
         raise ImageError(where, "no permission to read") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise ImageError(where, "cannot be opened", getattr(error, "strerror", None) or str(error)) from None
+    with stream:
+        yield stream, os.fstat(stream.fileno()).st_size
 
 
-def _open_header(stream: IO[bytes], where: str, *, size: int) -> Image.Image:
-    """Reads the header alone. Formats that Pillow does not know would branch off here, by their first bytes."""
+def _load(stream: IO[bytes], where: str, size: int, max_pixels: int, *, named_dicom: bool = False) -> Image.Image:
+    """Chooses the reader by the first bytes; a name counts only where they say nothing."""
     if size == 0:
         raise ImageError(where, "empty file", "0 bytes")
+    if is_dicom(stream):
+        return _load_dicom(stream, where, size, max_pixels)
+    try:
+        image = _open_header(stream, where)
+    except ImageError as error:
+        if not named_dicom or error.reason != NOT_AN_IMAGE:
+            raise
+        stream.seek(0)
+        return _load_dicom(stream, where, size, max_pixels)
+    try:
+        return _decode(image, where, max_pixels)
+    except ImageError as error:
+        if image.format != "JPEG" or error.reason != TRUNCATED:
+            raise
+        stream.seek(0)
+        if (mended := mend(stream.read(MAX_MENDED + 1))) is None:
+            raise
+        # A copy has no format: its file must not be taken for one that can be kept as it is.
+        image = _decode(_open_header(io.BytesIO(mended.data), where), where, max_pixels).copy()
+        add_notes(image, mended.note)
+        return image
+
+
+def is_dicom(stream: IO[bytes]) -> bool:
+    """Whether a stream begins with DICOM's preamble. It is left at its start."""
+    head = stream.read(132)
+    stream.seek(0)
+    return head[128:] == b"DICM"
+
+
+def _load_dicom(stream: IO[bytes], where: str, size: int, max_pixels: int) -> Image.Image:
+    # Imported where it is needed: the workers of a training read nothing but JPEG and PNG.
+    from emrrg_cli.data.dicom import read_dicom
+
+    return read_dicom(stream, where, size, max_pixels)
+
+
+def _open_header(stream: IO[bytes], where: str) -> Image.Image:
+    """Reads the header alone."""
     with _header_lock:
         pillow_limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
             return Image.open(stream, formats=_FORMATS)
         except UnidentifiedImageError:
-            raise ImageError(where, "not an image") from None
+            raise ImageError(where, NOT_AN_IMAGE) from None
         except Exception as error:  # a broken header raises whatever its plug-in met
             raise ImageError(where, "broken image", _short(error)) from None
         finally:
@@ -221,7 +280,7 @@ def _decode(image: Image.Image, where: str, max_pixels: int) -> Image.Image:
         image.load()
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error, ...
         detail = _short(error)
-        reason = "truncated image" if "truncated" in detail.lower() else "broken image"
+        reason = TRUNCATED if "truncated" in detail.lower() else "broken image"
         raise ImageError(where, reason, detail) from None
     return image
 

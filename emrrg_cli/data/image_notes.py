@@ -1,0 +1,60 @@
+"""What should be said about an image beside its pixels. Notes are flags for people: nothing is changed by them.
+
+They travel in `Image.info`, under a key that no file format writes, so that reading an image stays one function with
+one result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+_KEY = "emrrg_notes"
+
+INVERTED = "looks inverted: lungs brighter than the mediastinum"
+
+# In units of the standard deviation of the image. Of 1,700 public frontal films 2 go beyond it as they are, 9 in 10 do
+# so inverted; films with white lungs (oedema, consolidation on both sides) lie between.
+_BRIGHTER = 0.5
+
+
+@dataclass(frozen=True)
+class _Remarks:
+    notes: tuple[str, ...] = ()
+    frontal_chest: bool = True
+
+
+def add_notes(image: Image.Image, *notes: str, frontal_chest: bool | None = None) -> None:
+    """Attaches notes to an image; `frontal_chest=False` says that it is known to show something else."""
+    before = _remarks(image.info)
+    frontal = before.frontal_chest if frontal_chest is None else frontal_chest
+    image.info[_KEY] = _Remarks(before.notes + notes, frontal)
+
+
+def image_notes(image: Image.Image) -> tuple[str, ...]:
+    """The notes about an image that `read_image`, or `load_image` and `to_grey`, returned.
+
+    Beside those that reading left, a frontal film whose lungs are bright is noted: it was stored or tagged inverted.
+    """
+    remarks = _remarks(image.info)
+    inverted = remarks.frontal_chest and looks_inverted(image)
+    return (*remarks.notes, INVERTED) if inverted else remarks.notes
+
+
+def looks_inverted(image: Image.Image) -> bool:
+    """Whether both lung fields of a frontal chest film are brighter than the mediastinum between them.
+
+    Medians over fixed parts of the image are compared, so this holds for films that fill the frame.
+    """
+    small = np.asarray(image.convert("L").resize((64, 64), Image.Resampling.BOX), dtype=np.float64)
+    mediastinum = np.median(small[22:48, 28:36])
+    darker_lung = min(np.median(small[20:42, 12:24]), np.median(small[20:42, 40:52]))
+    return bool(darker_lung - mediastinum > _BRIGHTER * small.std() > 0)
+
+
+def _remarks(info: dict[Any, Any]) -> _Remarks:
+    found = info.get(_KEY)
+    return found if isinstance(found, _Remarks) else _Remarks()
