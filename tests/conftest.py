@@ -15,6 +15,8 @@ from PIL import Image, ImageDraw, ImageFilter
 
 # Before `datasets` is imported: tests run offline and leave no Arrow copies in the user's cache.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Before torch is: on tensors this small threads cost more than they bring, twenty times so when the machine is busy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 if "HF_DATASETS_CACHE" not in os.environ:
     os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="emrrg-tests-")
     atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
@@ -73,6 +75,24 @@ def tiny_dataset(tiny_r2gen: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     out = tmp_path_factory.mktemp("tiny_dataset") / "dataset"
     preprocess(R2GenSource(tiny_r2gen), out, PreprocessRecipe(stage="preprocess", workers=1))
     return out
+
+
+@pytest.fixture(scope="session")
+def tiny_overrides(tiny_dataset: Path) -> tuple[str, ...]:
+    """Changes to the recipe `tiny/finetune` that make it train on `tiny_dataset` at milliseconds a step."""
+    model = "model.encoder={d_model: 16, depth: 2, image_size: 32, d_state: 4, drop_path: 0.0}"
+    llm = "model.llm.scratch={hidden_size: 32, layers: 2, heads: 2, kv_heads: 1, vocab_size: 320}"
+    return (f"data.root={tiny_dataset}", model, llm, "train.log_every=1", "generation.max_new_tokens=8")
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_overrides: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory trained for four steps. Not to be changed."""
+    from emrrg_cli.app import main
+
+    run = tmp_path_factory.mktemp("tiny_run") / "run"
+    assert main(["finetune", "tiny/finetune", *tiny_overrides, "--output", str(run)]) == 0
+    return run
 
 
 def _draw_chest(rng: np.random.Generator, finding: str | None) -> Image.Image:

@@ -1,0 +1,80 @@
+"""Short real runs of `finetune`, and what they leave behind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@dataclass
+class Run:
+    """A run directory, read as it is now; `summary` is None after a run in another process."""
+
+    directory: Path
+    summary: Any = None
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        return [json.loads(line) for line in (self.directory / "history.jsonl").read_text().splitlines()]
+
+    def series(self, key: str) -> list[float]:
+        return [row[key] for row in self.history if key in row]
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.directory / "checkpoints" / (self.directory / "checkpoints" / "last").read_text().strip()
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        """Trained parameters at the last checkpoint."""
+        from safetensors.torch import load_file
+
+        return load_file(self.checkpoint / "trainable.safetensors")
+
+    @property
+    def exported(self) -> dict[str, Any]:
+        """Every tensor under `model/`, by file and name."""
+        from safetensors.torch import load_file
+
+        files = sorted((self.directory / "model").rglob("*.safetensors"))
+        return {f"{file.name}:{name}": t for file in files for name, t in load_file(file).items()}
+
+    def last_step(self) -> int:
+        return int(self.checkpoint.name.removeprefix("step-"))
+
+
+@pytest.fixture
+def finetune(tiny_overrides: tuple[str, ...], tmp_path: Path) -> Callable[..., Run]:
+    """Runs `finetune` in this process; `train.select` is `loss` unless said otherwise, so that nothing is generated."""
+    from emrrg_cli.recipe.load import load_recipe
+    from emrrg_cli.training.finetune import run_finetune
+
+    def run(name: str, *overrides: str, resume: bool = False) -> Run:
+        changes = [*tiny_overrides, "train.trackers=[]", "train.select=loss", *overrides]
+        recipe = load_recipe("tiny/finetune", changes, stage="finetune")
+        summary = run_finetune(recipe, tmp_path / name, resume=resume, expected_processes=0)
+        return Run(tmp_path / name, summary)
+
+    return run
+
+
+@pytest.fixture
+def run_of() -> type[Run]:
+    """`Run`, for directories that other processes made."""
+    return Run
+
+
+def largest_difference(a: dict[str, Any], b: dict[str, Any]) -> float:
+    """Over all tensors of two models with the same names."""
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+@pytest.fixture
+def difference() -> Callable[[dict[str, Any], dict[str, Any]], float]:
+    return largest_difference

@@ -1,0 +1,174 @@
+"""Checkpoints: whole or not there, and all that an exact continuation needs."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from emrrg_cli.errors import RunError
+from emrrg_cli.training import checkpoint as checkpoints
+from emrrg_cli.training.checkpoint import (
+    Progress,
+    last_checkpoint,
+    load_checkpoint,
+    rng_state,
+    save_checkpoint,
+    save_progress,
+    set_rng_state,
+)
+
+
+def _trained(steps: int = 3, width: int = 4) -> tuple[nn.Module, torch.optim.AdamW]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, width), nn.Linear(width, 2))
+    model[1].bias.requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(steps):
+        model(torch.ones(1, 3)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def _save(directory: Path, step: int = 3, **progress: Any) -> tuple[nn.Module, torch.optim.AdamW, Path]:
+    model, optimizer = _trained(step)
+    saved = save_checkpoint(directory, model, optimizer, None, Progress(step=step, **progress), [rng_state()])
+    return model, optimizer, saved
+
+
+def test_a_checkpoint_brings_back_weights_optimizer_random_numbers_and_place(tmp_path: Path) -> None:
+    progress = Progress(3, 1, 1, [0.25, -1.5], 2, 1, True)
+    model, optimizer = _trained()
+    saved = save_checkpoint(tmp_path, model, optimizer, None, progress, [rng_state()])
+    drawn = (random.random(), np.random.rand(), torch.rand(2), torch.randn(1), np.random.randn(), random.gauss(0, 1))
+    other, other_optimizer = _trained(steps=1)
+    assert load_checkpoint(saved, other, other_optimizer, None, 0) == progress
+    again = (random.random(), np.random.rand(), torch.rand(2), torch.randn(1), np.random.randn(), random.gauss(0, 1))
+    for a, b in zip(drawn, again, strict=True):
+        assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
+    for model_, optimizer_ in ((model, optimizer), (other, other_optimizer)):
+        model_(torch.ones(1, 3)).square().sum().backward()
+        optimizer_.step()
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_random_numbers_between_two_gaussians_are_part_of_the_state() -> None:
+    np.random.seed(1)
+    random.seed(1)
+    np.random.randn()
+    random.gauss(0, 1)
+    state = rng_state()
+    first = (np.random.randn(), random.gauss(0, 1))  # the second of a pair
+    set_rng_state(state)
+    assert (np.random.randn(), random.gauss(0, 1)) == first
+
+
+def test_each_process_gets_its_own_random_numbers(tmp_path: Path) -> None:
+    model, optimizer = _trained()
+    states = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        states.append(rng_state())
+    saved = save_checkpoint(tmp_path, model, optimizer, None, Progress(3), states)
+    load_checkpoint(saved, model, optimizer, None, 1)
+    assert torch.equal(torch.get_rng_state(), states[1]["torch"])
+    assert not torch.equal(states[0]["torch"], states[1]["torch"])
+
+
+def test_only_what_is_trained_is_saved_and_no_code_is_run_when_it_is_read(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    _, _, saved = _save(tmp_path)
+    assert set(load_file(saved / "trainable.safetensors")) == {"0.weight", "0.bias", "1.weight"}
+    state = torch.load(saved / "state.pt", weights_only=True)
+    assert set(state) == {"optimizer", "scaler", "rng"}
+
+
+def test_the_newest_is_kept_and_named(tmp_path: Path) -> None:
+    _save(tmp_path, 3)
+    _, _, newest = _save(tmp_path, 5)
+    assert last_checkpoint(tmp_path) == newest == tmp_path / "step-00000005"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["last", "step-00000005"]
+
+
+def test_no_checkpoint_is_none(tmp_path: Path) -> None:
+    assert last_checkpoint(tmp_path) is None
+    (tmp_path / "last").write_text("step-00000005\n")
+    assert last_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize("breaks", ["save_file", "torch.save", "atomic_write_text"])
+def test_a_crash_while_writing_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, breaks: str
+) -> None:
+    _, _, before = _save(tmp_path, 3, epoch=1)
+
+    def crash(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, breaks, crash) if "." not in breaks else patch.setattr(torch, "save", crash)
+        with pytest.raises(KeyboardInterrupt):
+            _save(tmp_path, 5)
+    assert last_checkpoint(tmp_path) == before
+    model, optimizer = _trained(1)
+    assert load_checkpoint(before, model, optimizer, None, 0).epoch == 1
+    # And the next one is written as if nothing had been.
+    _, _, saved = _save(tmp_path, 5)
+    assert last_checkpoint(tmp_path) == saved
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["last", "step-00000005"]
+
+
+def test_one_cut_off_while_it_was_replaced_is_found(tmp_path: Path) -> None:
+    _, _, saved = _save(tmp_path)
+    saved.rename(saved.with_name(saved.name + ".previous"))
+    assert last_checkpoint(tmp_path) == saved
+    assert (saved / "state.pt").is_file()
+
+
+def test_a_checkpoint_of_the_same_step_is_written_anew(tmp_path: Path) -> None:
+    _save(tmp_path, 3)
+    model, optimizer = _trained(7)
+    saved = save_checkpoint(tmp_path, model, optimizer, None, Progress(step=3), [rng_state()])
+    other, other_optimizer = _trained(1)
+    load_checkpoint(saved, other, other_optimizer, None, 0)
+    assert torch.equal(other[0].weight, model[0].weight)
+
+
+def test_the_end_of_a_validation_changes_the_progress_alone(tmp_path: Path) -> None:
+    _, _, saved = _save(tmp_path, 3, validation_due=True)
+    before = (saved / "state.pt").read_bytes()
+    save_progress(tmp_path, Progress(step=3, best=[0.5, -1.0], best_step=3))
+    model, optimizer = _trained(1)
+    assert load_checkpoint(saved, model, optimizer, None, 0) == Progress(step=3, best=[0.5, -1.0], best_step=3)
+    assert (saved / "state.pt").read_bytes() == before
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    _, _, saved = _save(tmp_path)
+    wider, optimizer = _trained(1, width=5)
+    with pytest.raises(RunError, match=r"0\.(weight|bias) is \[4.*, the model has \[5"):
+        load_checkpoint(saved, wider, optimizer, None, 0)
+    more = nn.Sequential(*wider, nn.Linear(2, 2))
+    with pytest.raises(RunError, match=r"trainable parameters are not those of the recipe, starting with 2\.bias"):
+        load_checkpoint(saved, more, optimizer, None, 0)
+
+
+@pytest.mark.parametrize("file", ["trainable.safetensors", "state.pt", "progress.json"])
+def test_a_broken_checkpoint_is_named(tmp_path: Path, file: str) -> None:
+    _, _, saved = _save(tmp_path)
+    (saved / file).write_bytes((saved / file).read_bytes()[:20])
+    model, optimizer = _trained(1)
+    before = model[0].weight.detach().clone()
+    with pytest.raises(RunError, match="step-00000003: this checkpoint cannot be read"):
+        load_checkpoint(saved, model, optimizer, None, 0)
+    assert torch.equal(model[0].weight, before)

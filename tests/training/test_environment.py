@@ -1,0 +1,89 @@
+"""Precision, processes and the record of the machine."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+
+from emrrg_cli.errors import RunError, UsageError
+from emrrg_cli.training.environment import (
+    choose_precision,
+    git_revision,
+    llm_dtype,
+    make_accelerator,
+    record_environment,
+)
+
+
+def test_auto_is_bf16_on_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_precision("auto", "cpu") == "fp32"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    assert choose_precision("auto", "cuda") == "bf16"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    assert choose_precision("auto", "cuda") == "fp32"
+    assert choose_precision("bf16", "cpu") == "bf16"
+    assert choose_precision("fp16", "cuda") == "fp16"
+
+
+def test_fp16_needs_a_gpu() -> None:
+    with pytest.raises(UsageError, match="fp16 needs a GPU"):
+        choose_precision("fp16", "cpu")
+
+
+def test_a_frozen_llm_has_the_dtype_of_the_training_unless_said_otherwise() -> None:
+    assert llm_dtype("auto", "bf16") is torch.bfloat16
+    assert llm_dtype("auto", "fp32") is torch.float32
+    assert llm_dtype("fp16", "fp32") is torch.float16
+
+
+def test_a_tracker_that_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    known = metadata.version
+
+    def version(name: str) -> str:
+        if name == "wandb":
+            raise metadata.PackageNotFoundError
+        return known(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    with pytest.raises(UsageError, match=r"train\.trackers names wandb, which is not installed"):
+        make_accelerator("fp32", 0, tmp_path, ["wandb"])
+
+
+def test_the_number_of_processes_is_checked() -> None:
+    assert make_accelerator("fp32", 1).num_processes == make_accelerator("fp32", 0).num_processes == 1
+    with pytest.raises(RunError, match="3 processes were asked for, 1 are there"):
+        make_accelerator("fp32", 3)
+
+
+def test_the_record_names_versions_device_and_command(tmp_path: Path) -> None:
+    record_environment(tmp_path, make_accelerator("fp32", 0), "fp32", "reference")
+    record = json.loads((tmp_path / "environment.json").read_text())
+    assert record["versions"]["torch"] == metadata.version("torch")
+    assert record["command"] == sys.argv
+    assert (record["processes"], record["precision"], record["scan"]) == (1, "fp32", "reference")
+    assert set(record) >= {"started", "python", "platform", "git_revision", "device"}
+
+
+def test_the_revision_is_that_of_the_checkout_or_none(tmp_path: Path) -> None:
+    assert git_revision(tmp_path) is None
+    assert git_revision(tmp_path / "none") is None
+
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=x", "-c", "user.email=x@x"]
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "--quiet")
+    (tmp_path / "file").write_text("a")
+    git("add", "file")
+    git("commit", "--quiet", "-m", "first")
+    git("tag", "v1")
+    assert git_revision(tmp_path) == git("rev-parse", "HEAD")
+    (tmp_path / "file").write_text("b")
+    assert git_revision(tmp_path) == git("rev-parse", "HEAD") + "-dirty"

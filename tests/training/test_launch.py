@@ -1,0 +1,189 @@
+"""One process or several: the same training, the same predictions, and one message when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from emrrg_cli.app import main
+from emrrg_cli.errors import Interrupted, RunError, UsageError
+from emrrg_cli.training import launch
+from emrrg_cli.training.launch import processes_expected, processes_wanted, tell_launcher
+
+# No tracker, no noise, three epochs of two steps, a validation with generation in each.
+OPTIONS = ("train.trackers=[]", "train.epochs=3", "generation.batch_size=3")
+
+
+def emrrg(*arguments: str, by: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *(by or ("-m", "emrrg_cli")), *arguments]
+    env = {**os.environ, **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def one(tiny_overrides: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of a single process, with the same global batch."""
+    run = tmp_path_factory.mktemp("one") / "run"
+    assert main(["finetune", "tiny/finetune", *tiny_overrides, *OPTIONS, "--output", str(run)]) == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def two(tiny_overrides: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of `emrrg finetune --num-processes 2`."""
+    run = tmp_path_factory.mktemp("two") / "run"
+    arguments = ["finetune", "tiny/finetune", *tiny_overrides, *OPTIONS, "--output", str(run)]
+    done = emrrg(*arguments, "--num-processes", "2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.count("schedule ended") == 1  # one process speaks
+    assert "Warning" not in done.stderr
+    return run
+
+
+def test_two_processes_train_as_one(one: Path, two: Path, run_of: Any, difference: Any) -> None:
+    alone, both = run_of(one), run_of(two)
+    assert len(alone.series("train/loss")) == 6
+    for key in ("train/loss", "validation/loss"):
+        assert both.series(key) == pytest.approx(alone.series(key), rel=1e-6)
+    assert both.series("train/grad_norm") == pytest.approx(alone.series("train/grad_norm"), rel=1e-5)
+    assert both.series("validation/score") == pytest.approx(alone.series("validation/score"), abs=1e-9)
+    assert difference(both.exported, alone.exported) < 1e-5
+    assert json.loads((two / "environment.json").read_text())["processes"] == 2
+    state = torch.load(both.checkpoint / "state.pt", weights_only=True)
+    assert len(state["rng"]) == 2
+    assert not torch.equal(state["rng"][0]["torch"], state["rng"][1]["torch"])  # each has its own noise
+
+
+def test_torchrun_does_the_same(two: Path, tiny_overrides: tuple[str, ...], tmp_path: Path, run_of: Any) -> None:
+    by = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "emrrg_cli")
+    done = emrrg("finetune", "tiny/finetune", *tiny_overrides, *OPTIONS, "--output", str(tmp_path / "run"), by=by)
+    assert done.returncode == 0, done.stderr
+    run, both = run_of(tmp_path / "run"), run_of(two)
+    assert run.series("train/loss") == pytest.approx(both.series("train/loss"), rel=1e-6)
+    assert len(torch.load(run.checkpoint / "state.pt", weights_only=True)["rng"]) == 2
+
+
+def test_accelerate_launch_does_the_same(
+    one: Path, tiny_overrides: tuple[str, ...], tmp_path: Path, run_of: Any
+) -> None:
+    by = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "emrrg_cli")
+    done = emrrg("finetune", "tiny/finetune", *tiny_overrides, *OPTIONS, "--output", str(tmp_path / "run"), by=by)
+    assert done.returncode == 0, done.stderr
+    assert run_of(tmp_path / "run").series("train/loss") == pytest.approx(run_of(one).series("train/loss"), rel=1e-6)
+
+
+def test_two_processes_evaluate_each_study_once_as_one_does(
+    two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PATH", "JAVA_HOME"):  # METEOR takes its time
+        monkeypatch.setenv(name, str(tmp_path))
+    arguments = ["evaluate", "--model", str(two), "--split", "train", "data.limit=15", "generation.batch_size=4"]
+    done = emrrg(*arguments, "--output", str(tmp_path / "both"), "--json", "--num-processes", "2")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["studies"] == 15  # an odd number: one process has a study less
+    assert main([*arguments, "--output", str(tmp_path / "alone")]) == 0
+    both, alone = ((tmp_path / name / "predictions.jsonl").read_text() for name in ("both", "alone"))
+    assert both == alone
+    ids = [json.loads(line)["study_id"] for line in both.splitlines()]
+    assert len(ids) == len(set(ids)) == 15
+    assert result["scores"] == json.loads((tmp_path / "alone" / "scores.json").read_text())["scores"]
+
+
+def test_an_error_in_all_processes_is_said_once(tiny_overrides: tuple[str, ...], tmp_path: Path) -> None:
+    arguments = ["finetune", "tiny/finetune", *tiny_overrides, "train.batch_size=5", "--output", str(tmp_path / "run")]
+    done = emrrg(*arguments, "--num-processes", "2")
+    assert done.returncode == 2
+    said = "error: train.batch_size=5 does not divide among 2 processes\nIt counts the studies of an optimizer step"
+    assert done.stderr.count(said) == done.stderr.count("error") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_number_of_processes_than_asked_for_is_refused(
+    tiny_overrides: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("RANK", "0")  # as the launcher that started one process of two leaves it
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    arguments = ["finetune", "tiny/finetune", *tiny_overrides, "--output", str(tmp_path / "run")]
+    assert main([*arguments, "--num-processes", "2"]) == 1
+    assert capsys.readouterr().err.startswith("error: 2 processes were asked for, 1 are there\n")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_launcher_from_outside_overwrites_no_run(
+    one: Path, tiny_overrides: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    before = (one / "recipe.yaml").stat().st_mtime_ns
+    assert main(["finetune", "tiny/finetune", *tiny_overrides, "--output", str(one)]) == 2
+    assert "already exists and is not empty" in capsys.readouterr().err
+    assert (one / "recipe.yaml").stat().st_mtime_ns == before
+
+
+def test_the_started_processes_get_the_arguments_of_this_command(
+    tiny_overrides: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+    monkeypatch.setattr(launch, "launch", lambda arguments, processes: started.append((list(arguments), processes)))
+    arguments = ["finetune", "tiny/finetune", *tiny_overrides, "--output", str(tmp_path / "run"), "--num-processes=2"]
+    assert main(arguments) == 0
+    assert started == [(arguments, 2)]
+    assert not (tmp_path / "run").exists()
+
+
+def test_how_many_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert (processes_wanted(None), processes_wanted(3)) == (1, 3)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert (processes_wanted(None), processes_wanted(2)) == (4, 2)
+    with pytest.raises(UsageError, match="--num-processes 5: there are 4 GPUs here"):
+        processes_wanted(5)
+    with pytest.raises(UsageError, match="must be 1 or more, got 0"):
+        processes_wanted(0)
+    # `accelerate launch` with one process on a machine of four GPUs.
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert (processes_wanted(None), processes_wanted(2)) == (1, 2)
+    # On a CPU it starts one process whatever it was asked for.
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(RunError, match="asked for several processes and has started only this one"):
+        processes_wanted(None)
+
+
+def test_what_the_world_size_is_checked_against(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("EMRRG_NUM_PROCESSES", raising=False)
+    assert (processes_expected(None), processes_expected(3)) == (0, 3)
+    monkeypatch.setenv("EMRRG_NUM_PROCESSES", "2")
+    assert processes_expected(None) == 2
+
+
+def test_errors_go_to_the_launching_process_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "error.json"
+    for name in ("RANK", "WORLD_SIZE", "EMRRG_NUM_PROCESSES", "TORCHELASTIC_ERROR_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    assert not tell_launcher(RunError("x"))
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    assert not tell_launcher(RunError("x"))  # torchrun shows no messages
+    assert tell_launcher(Interrupted("x"))  # rank 0 says it
+    monkeypatch.setenv("EMRRG_NUM_PROCESSES", "2")
+    assert tell_launcher(RunError("disk full", hint="make room"))
+    told = json.loads(file.read_text())["message"]
+    assert (told["message"], told["emrrg"]["hint"]) == ("disk full", "make room")
+    assert int(told["extraInfo"]["timestamp"]) > 0
+    monkeypatch.setenv("RANK", "0")
+    assert not tell_launcher(Interrupted("x"))

@@ -1,0 +1,482 @@
+"""The training loop: exact accumulation, exact continuation, selection, and how a run ends."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from emrrg_cli.errors import Interrupted, RunError, UsageError
+from emrrg_cli.recipe.schema import TrainSettings
+from emrrg_cli.training import loop
+from emrrg_cli.training.environment import make_accelerator
+from emrrg_cli.training.loop import train
+from emrrg_cli.training.stage import StageOutput
+
+# Two steps an epoch. The rate of the first two blocks is 0 by the paper's formula, that of the third is half of this.
+NOISY = ("model.encoder.depth=3", "model.encoder.drop_path=0.9", "train.epochs=3")
+
+
+def _untimed(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{key: value for key, value in row.items() if "second" not in key} for row in rows]
+
+
+# -- a small stage of its own ------------------------------------------------------------------------------------
+
+
+class Batch(list[int]):
+    def to(self, device: torch.device) -> Batch:
+        return self
+
+
+class Line(nn.Module):
+    """One weight; the gradient of each example is 1, so that SGD-like changes can be read off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.broken_from = 10**9
+        self.seen: list[list[int]] = []
+
+    def forward(self, batch: Batch) -> StageOutput:
+        if self.training:
+            self.seen.append(list(batch))
+        loss = (self.weight - 1.0).square().sum() * len(batch)
+        if len(self.seen) >= self.broken_from:
+            loss = loss * math.nan
+        return StageOutput(loss, torch.tensor(len(batch)))
+
+
+class Stage:
+    """Validates to given figures, and keeps the weight of each export."""
+
+    def __init__(self, figures: list[dict[str, float]] | None = None) -> None:
+        self.model = Line()
+        self.figures = figures
+        self.validations = 0
+        self.exports: list[float] = []
+        self.during: Callable[[], None] = lambda: None
+
+    def items(self, batch: Batch) -> int:
+        return len(batch)
+
+    def validate(self, display: Any) -> dict[str, float]:
+        if self.figures is None:
+            return {}
+        self.during()
+        self.validations += 1
+        return dict(self.figures[self.validations - 1])
+
+    def export(self) -> None:
+        self.exports.append(self.model.weight.item())
+
+
+@pytest.fixture
+def fit(tmp_path: Path) -> Callable[..., Any]:
+    def run(stage: Stage, examples: int = 8, *, resume: bool = False, **settings: Any) -> Any:
+        train_settings = TrainSettings(**{"batch_size": 4, "epochs": 3, "lr": 0.1, "trackers": []} | settings)
+        accelerator = make_accelerator("fp32", 0)
+        return train(stage, range(examples), Batch, train_settings, tmp_path, accelerator, resume=resume)
+
+    return run
+
+
+def _figures(*pairs: tuple[float, float]) -> list[dict[str, float]]:
+    return [{"validation/score": score, "validation/loss": loss} for score, loss in pairs]
+
+
+# -- accumulation ------------------------------------------------------------------------------------------------
+
+
+def test_four_micro_batches_of_two_are_one_batch_of_eight(finetune: Any, difference: Any) -> None:
+    options = ("train.epochs=4", "train.validate_every_epochs=4")
+    whole = finetune("whole", *options)
+    for size in (2, 3):  # 3 does not divide 8
+        split = finetune(
+            f"by{size}", "train.epochs=4", "train.validate_every_epochs=4", f"train.micro_batch_size={size}"
+        )
+        assert split.series("train/loss") == pytest.approx(whole.series("train/loss"), rel=1e-6)
+        assert split.series("train/grad_norm") == pytest.approx(whole.series("train/grad_norm"), rel=1e-5)
+        assert difference(split.weights, whole.weights) < 5e-6
+    assert len(whole.series("train/loss")) == 8
+    assert difference(whole.weights, finetune("other", *options, "train.seed=1").weights) > 1e-3
+
+
+def test_the_loss_is_a_mean_over_tokens_not_over_reports(finetune: Any, tiny_dataset: Path) -> None:
+    from emrrg_cli.data.batches import ReportDataset
+    from emrrg_cli.data.dataset_dir import open_dataset
+    from emrrg_cli.recipe.schema import DataSettings
+
+    reports = ReportDataset(open_dataset(tiny_dataset)["train"], DataSettings(), 32).reports
+    assert len({len(report) for report in reports}) > 2  # so that the two means differ
+    run = finetune("run", "train.max_steps=1", "train.batch_size=16")
+    # Before the first step, computed report by report.
+    from safetensors.torch import load_file
+
+    from emrrg_cli.data.batches import collate
+    from emrrg_cli.models.build import load_model
+    from emrrg_cli.recipe.load import load_recipe
+
+    recipe = load_recipe(str(run.directory / "recipe.yaml"), stage="finetune")
+    fresh = finetune("fresh", "train.max_steps=1", "train.batch_size=16", "train.lr=1e-30", "train.min_lr=0")
+    model = load_model(fresh.directory, recipe.model, torch.float32)
+    data = ReportDataset(open_dataset(tiny_dataset)["train"], recipe.data, 32)
+    sums, tokens = 0.0, 0
+    for index in range(len(data)):
+        output = model(collate([data[index]], model.encode_report))
+        sums, tokens = sums + float(output.loss_sum), tokens + int(output.items)
+    assert run.series("train/loss") == pytest.approx([sums / tokens], rel=1e-5)
+    assert load_file(fresh.checkpoint / "trainable.safetensors").keys() == run.weights.keys()
+
+
+def test_every_example_is_seen_once_an_epoch_in_the_order_of_the_seed(fit: Any) -> None:
+    stage, other = Stage(), Stage()
+    fit(stage, 8, epochs=2, micro_batch_size=1)
+    fit(other, 8, epochs=2, seed=7)
+    seen = [example for batch in stage.model.seen for example in batch]
+    assert sorted(seen[:8]) == sorted(seen[8:]) == list(range(8))
+    assert seen[:8] != seen[8:]
+    assert seen != [example for batch in other.model.seen for example in batch]
+
+
+def test_a_tail_too_short_for_a_batch_is_left_out(fit: Any) -> None:
+    stage = Stage()
+    assert fit(stage, 7, epochs=2).steps == 2
+    assert [len(batch) for batch in stage.model.seen] == [4, 4]
+
+
+def test_a_batch_larger_than_the_split_is_refused(fit: Any) -> None:
+    with pytest.raises(UsageError, match=r"3 usable studies, fewer than train\.batch_size=4"):
+        fit(Stage(), 3)
+
+
+def test_one_study_is_enough_for_a_batch_of_one(fit: Any) -> None:
+    assert fit(Stage(), 1, batch_size=1, epochs=2).steps == 2
+
+
+def test_gradients_are_clipped_or_left_alone(fit: Any, tmp_path: Path) -> None:
+    from emrrg_cli.files import read_jsonl
+
+    fit(Stage(), epochs=1, log_every=1, clip_norm=0.5)
+    # d/dw mean (w - 1)^2 = -2 at w = 0: the norm is told as it was before clipping.
+    assert read_jsonl(tmp_path / "history.jsonl")[0]["train/grad_norm"] == pytest.approx(2.0)
+    fit(Stage(), epochs=1, log_every=1, clip_norm=None)
+    assert "train/grad_norm" not in read_jsonl(tmp_path / "history.jsonl")[-1]
+
+
+# -- continuation ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_overrides: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three epochs of two steps with stochastic depth, in one go."""
+    from emrrg_cli.recipe.load import load_recipe
+    from emrrg_cli.training.finetune import run_finetune
+
+    directory = tmp_path_factory.mktemp("uninterrupted") / "run"
+    recipe = load_recipe(
+        "tiny/finetune", [*tiny_overrides, "train.trackers=[]", "train.select=loss", *NOISY], stage="finetune"
+    )
+    run_finetune(recipe, directory, resume=False, expected_processes=0)
+    return directory
+
+
+def test_noise_matters_in_these_runs(uninterrupted: Path, run_of: Any, finetune: Any, difference: Any) -> None:
+    quiet = finetune("quiet", *NOISY, "model.encoder.drop_path=0.0")
+    assert difference(quiet.weights, run_of(uninterrupted).weights) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("stops", "every"),
+    [
+        ((3,), "null"),  # in the middle of the second epoch
+        ((2,), "null"),  # between epochs
+        ((1, 1, 2), "2"),  # twice and again, within epochs
+    ],
+)
+def test_a_run_stopped_and_resumed_is_the_uninterrupted_one(
+    uninterrupted: Path, run_of: Any, finetune: Any, stops: tuple[int, ...], every: str
+) -> None:
+    whole = run_of(uninterrupted)
+    done = 0
+    for number, steps in enumerate(stops):
+        options = (*NOISY, f"train.checkpoint_every_steps={every}", f"train.stop_after_steps={steps}")
+        part = finetune("part", *options, resume=number > 0)
+        done += steps
+        assert (part.last_step(), part.summary.reason) == (done, f"train.stop_after_steps={steps}")
+        torch.manual_seed(99)  # what the process drew meanwhile is of no importance
+        torch.rand(10)
+    resumed = finetune("part", *NOISY, resume=True)
+    assert resumed.summary.reason == "schedule ended"
+    assert resumed.weights.keys() == whole.weights.keys()
+    for name, tensor in whole.weights.items():
+        assert torch.equal(resumed.weights[name], tensor), name
+    for name, tensor in whole.exported.items():
+        assert torch.equal(resumed.exported[name], tensor), name
+    assert _untimed(resumed.history) == _untimed(whole.history)
+
+
+def test_resuming_a_finished_run_changes_nothing(finetune: Any, run_of: Any) -> None:
+    first = finetune("run", "train.epochs=1")
+    history, weights = first.history, first.weights
+    again = finetune("run", "train.epochs=1", resume=True)
+    assert (again.summary.steps, again.summary.reason, again.summary.best_step) == (2, "schedule ended", 2)
+    assert again.history == history
+    assert all(torch.equal(again.weights[name], weights[name]) for name in weights)
+
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_over(fit: Any, tmp_path: Path) -> None:
+    from emrrg_cli.files import append_jsonl, read_jsonl
+
+    append_jsonl(tmp_path / "history.jsonl", {"step": 1, "train/loss": 9.0})
+    summary = fit(Stage(), epochs=1, log_every=1, resume=True)
+    assert summary.steps == 2
+    assert [(row["step"], row["train/loss"] < 9) for row in read_jsonl(tmp_path / "history.jsonl")] == [
+        (1, True),
+        (2, True),
+    ]
+
+
+def test_rows_after_the_checkpoint_are_written_once(fit: Any, tmp_path: Path) -> None:
+    from emrrg_cli.files import append_jsonl, read_jsonl
+
+    fit(Stage(_figures((0, 1), (0, 1))), epochs=2, log_every=1, stop_after_steps=3)
+    append_jsonl(tmp_path / "history.jsonl", {"step": 4, "train/loss": 9.0})
+    append_jsonl(tmp_path / "history.jsonl", {"step": 4, "validation/loss": 9.0})
+    with (tmp_path / "history.jsonl").open("a") as file:
+        file.write('{"step": 5, "tr')  # cut off
+    fit(Stage(_figures((0, 1), (0, 1))), epochs=2, log_every=1, resume=True)
+    rows = read_jsonl(tmp_path / "history.jsonl")
+    assert [(row["step"], "train/loss" in row) for row in rows] == [
+        (1, True),
+        (2, True),
+        (2, False),
+        (3, True),
+        (4, True),
+        (4, False),
+    ]
+    assert 9.0 not in [value for row in rows for value in row.values()]
+
+
+# -- signals -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(
+    fit: Any, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    stage = Stage()
+    handlers = [signal.getsignal(watched) for watched in (signal.SIGINT, signal.SIGTERM)]
+    forward = stage.model.forward
+
+    def press(batch: Batch) -> StageOutput:
+        if len(stage.model.seen) == 2:
+            os.kill(os.getpid(), number)
+        return forward(batch)
+
+    stage.model.forward = press  # type: ignore[method-assign]
+    with pytest.raises(Interrupted, match=r"stopped at step [34] of 6") as caught:
+        fit(stage)
+    assert caught.value.exit_code == code
+    steps = len(stage.model.seen)
+    assert (tmp_path / "checkpoints" / "last").read_text() == f"step-{steps:08d}\n"
+    assert [signal.getsignal(watched) for watched in (signal.SIGINT, signal.SIGTERM)] == handlers
+    rest = Stage()
+    assert fit(rest, resume=True).steps == 6
+    assert len(rest.model.seen) == 6 - steps
+
+
+def test_the_second_ctrl_c_acts_at_once(fit: Any) -> None:
+    stage = Stage()
+    forward = stage.model.forward
+
+    def press(batch: Batch) -> StageOutput:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        return forward(batch)
+
+    stage.model.forward = press  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        fit(stage)
+    assert stage.model.seen == []
+
+
+def test_a_signal_in_a_validation_acts_at_once_and_the_validation_is_made_up_for(fit: Any, tmp_path: Path) -> None:
+    from emrrg_cli.files import read_jsonl
+
+    stage = Stage(_figures((0.5, 1.0)))
+    reached = []
+
+    def press() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.sigtimedwait([], 0)  # the handler runs before the next instruction of Python
+        reached.append(1)
+
+    stage.during = press
+    with pytest.raises(Interrupted, match="stopped at step 2 of 6"):
+        fit(stage, log_every=1)
+    assert reached == []
+    assert [row["step"] for row in read_jsonl(tmp_path / "history.jsonl")] == [1, 2]
+    rest = Stage(_figures((0.5, 1.0), (0.4, 0.9), (0.3, 0.8)))
+    summary = fit(rest, log_every=1, resume=True)
+    assert (summary.best_step, rest.validations) == (2, 3)
+    rows = read_jsonl(tmp_path / "history.jsonl")
+    assert [row["step"] for row in rows if "validation/loss" in row] == [2, 4, 6]
+    assert [row["step"] for row in rows if "train/loss" in row] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_validation_that_fails_loses_no_training(fit: Any, tmp_path: Path) -> None:
+    stage = Stage(_figures((0.5, 1.0)))
+
+    def fail() -> None:
+        raise RuntimeError("out of memory")
+
+    stage.during = fail
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fit(stage)
+    rest = Stage(_figures(*[(0.5, 1.0)] * 3))
+    fit(rest, resume=True)
+    assert (len(rest.model.seen), rest.validations) == (4, 3)
+
+
+# -- validation and selection ------------------------------------------------------------------------------------
+
+
+def test_the_best_by_score_is_exported_not_the_last(fit: Any) -> None:
+    stage = Stage(_figures((0.1, 3.0), (0.3, 2.0), (0.2, 1.0)))
+    summary = fit(stage)
+    assert (summary.best, summary.best_step, summary.steps) == ([0.3, -2.0], 4, 6)
+    assert len(stage.exports) == 2
+    assert stage.exports[-1] < stage.model.weight.item()  # the weight grows towards 1 with each step
+
+
+def test_the_loss_decides_between_equal_scores_and_the_first_of_equals_stays(fit: Any) -> None:
+    # The epsilons are those of BLEU where no n-gram is found.
+    stage = Stage(_figures((3e-15, 3.0), (1e-15, 2.0), (9e-15, 2.0)))
+    assert fit(stage).best_step == 4
+    stage = Stage(_figures((0.5, 1.0), (0.5, 1.0), (0.5, 1.0)))
+    assert fit(stage).best_step == 2
+
+
+def test_selection_by_loss_ignores_the_score(fit: Any) -> None:
+    stage = Stage(_figures((0.9, 3.0), (0.1, 1.0), (0.5, 2.0)))
+    summary = fit(stage, select="loss")
+    assert (summary.best, summary.best_step) == ([0.0, -1.0], 4)
+
+
+def test_a_stage_without_scores_is_selected_by_loss(fit: Any) -> None:
+    stage = Stage([{"validation/loss": loss} for loss in (3.0, 1.0, 2.0)])
+    assert fit(stage).best_step == 4
+
+
+def test_patience_ends_the_run_and_resuming_it_trains_no_further(fit: Any) -> None:
+    figures = _figures((0.5, 1.0), *[(0.1, 1.0)] * 8)
+    stage = Stage(figures)
+    summary = fit(stage, epochs=9, patience=2)
+    assert (summary.steps, summary.best_step, summary.reason) == (6, 2, "no gain in 2 validations")
+    again = Stage(figures)
+    assert fit(again, epochs=9, patience=2, resume=True).steps == 6
+    assert again.model.seen == []
+    more = Stage(figures)
+    assert fit(more, epochs=9, patience=4, resume=True).steps == 10  # patience may be changed
+
+
+def test_validation_every_other_epoch_and_always_at_the_end(fit: Any) -> None:
+    stage = Stage(_figures(*[(0.0, 1.0)] * 9))
+    fit(stage, epochs=5, validate_every_epochs=2)
+    assert stage.validations == 3
+    stage = Stage(_figures(*[(0.0, 1.0)] * 9))
+    assert fit(stage, epochs=5, max_steps=3).steps == 3
+    assert stage.validations == 2
+
+
+def test_without_validation_the_last_model_is_exported(fit: Any) -> None:
+    stage = Stage()
+    summary = fit(stage)
+    assert (summary.best, summary.best_step) == (None, None)
+    assert stage.exports == [stage.model.weight.item()]
+
+
+def test_validation_draws_no_random_numbers_of_the_training(fit: Any) -> None:
+    drawn = []
+    for figures in (None, _figures(*[(0.0, 1.0)] * 3)):
+        stage = Stage(figures)
+        stage.during = lambda: torch.rand(5)  # type: ignore[assignment, return-value]
+        torch.manual_seed(5)
+        fit(stage)
+        drawn.append(float(torch.rand(1)))
+    assert drawn[0] == drawn[1]
+
+
+def test_the_model_is_in_training_mode_after_a_validation(fit: Any) -> None:
+    stage = Stage(_figures(*[(0.0, 1.0)] * 3))
+    fit(stage)
+    assert len(stage.model.seen) == 6  # noted in training mode only
+
+
+# -- failure -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_a_loss_that_is_not_finite_ends_the_run_before_anything_is_kept_of_it(
+    fit: Any, tmp_path: Path, log_every: int
+) -> None:
+    stage = Stage()
+    stage.model.broken_from = 4  # between two logged steps and before a checkpoint, where log_every is 100
+    with pytest.raises(RunError, match="not finite at step 4; the last checkpoint is kept"):
+        fit(stage, examples=24, log_every=log_every)
+    assert not (tmp_path / "checkpoints").exists()
+    stage = Stage()
+    stage.model.broken_from = 4
+    with pytest.raises(RunError, match="not finite at step 4"):
+        fit(stage, examples=24, log_every=log_every, checkpoint_every_steps=3)
+    assert (tmp_path / "checkpoints" / "last").read_text() == "step-00000003\n"
+    rest = Stage()
+    assert fit(rest, examples=24, resume=True).steps == 18
+    assert math.isfinite(rest.model.weight.item())
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_too(fit: Any) -> None:
+    class Root(Line):
+        def forward(self, batch: Batch) -> StageOutput:
+            self.seen.append(list(batch))
+            return StageOutput(self.weight.abs().sqrt().sum(), torch.tensor(len(batch)))  # slope at 0: infinite
+
+    stage = Stage()
+    stage.model = Root()
+    with pytest.raises(RunError, match="gradient is not finite at step 1"):
+        fit(stage, examples=24)
+
+
+def test_what_accelerate_would_shard_is_refused(tmp_path: Path) -> None:
+    class Sharded:
+        class distributed_type:
+            value = "FSDP"
+
+    with pytest.raises(UsageError, match="training under FSDP is not supported yet"):
+        train(Stage(), range(8), Batch, TrainSettings(), tmp_path, Sharded())
+
+
+# -- loading -----------------------------------------------------------------------------------------------------
+
+
+def test_loading_processes_change_nothing(finetune: Any, difference: Any, uninterrupted: Path, run_of: Any) -> None:
+    run = finetune("workers", *NOISY, "data.workers=1")
+    assert difference(run.weights, run_of(uninterrupted).weights) == 0
+
+
+def test_loading_processes_leave_signals_alone() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        loop.leave_signals_to_parent(0)
+        assert signal.getsignal(signal.SIGINT) is signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+            signal.signal(number, handler)

@@ -1,0 +1,112 @@
+"""Which directory a run goes to, and whether it may."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from emrrg_cli.errors import UsageError
+from emrrg_cli.recipe.load import dump_recipe, load_recipe
+from emrrg_cli.recipe.schema import FinetuneRecipe
+from emrrg_cli.training.run_dir import check_run_dir, check_writable, default_run_dir
+
+
+def _recipe(*overrides: str) -> FinetuneRecipe:
+    return load_recipe("tiny/finetune", overrides, stage="finetune")
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Path:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text(dump_recipe(_recipe("data.root=a")))
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "directory"),
+    [
+        ("iu_xray/finetune", "runs/iu_xray-finetune"),
+        ("my/recipes/long.yaml", "runs/recipes-long"),
+        ("long.yml", "runs/long"),
+        ("/a/b.yaml", "runs/a-b"),
+    ],
+)
+def test_the_default_is_named_after_the_recipe(recipe: str, directory: str) -> None:
+    assert default_run_dir(recipe) == Path(directory)
+
+
+def test_a_new_run_takes_a_free_or_an_empty_directory(tmp_path: Path) -> None:
+    check_run_dir(tmp_path / "new" / "run", _recipe(), resume=False)
+    check_run_dir(tmp_path, _recipe(), resume=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_new_run_overwrites_nothing(started: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="already exists and is not empty") as caught:
+        check_run_dir(started, _recipe("data.root=a"), resume=False)
+    assert "--resume" in str(caught.value.hint)
+    with pytest.raises(UsageError, match="not empty") as caught:
+        check_run_dir(tmp_path, _recipe(), resume=False)
+    assert caught.value.hint == "Give another --output."
+    with pytest.raises(UsageError, match=r"recipe\.yaml already exists"):
+        check_run_dir(started / "recipe.yaml", _recipe(), resume=False)
+
+
+def test_there_must_be_a_run_to_resume(tmp_path: Path) -> None:
+    for directory in (tmp_path, tmp_path / "none"):
+        with pytest.raises(UsageError, match="there is no run to resume here"):
+            check_run_dir(directory, _recipe(), resume=True)
+
+
+@pytest.mark.parametrize(
+    "free",
+    [
+        "output=elsewhere",
+        "data.workers=3",
+        "train.stop_after_steps=4",
+        "train.checkpoint_every_steps=7",
+        "train.log_every=3",
+        "train.micro_batch_size=2",
+        "train.patience=3",
+        "train.trackers=[]",
+        "generation.batch_size=2",
+    ],
+)
+def test_a_run_is_resumed_with_its_recipe_but_for_what_changes_no_result(started: Path, free: str) -> None:
+    check_run_dir(started, _recipe("data.root=a", free), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        (["train.lr=1e-5"], "train.lr differs"),
+        (["train.epochs=5"], "train.epochs differs"),
+        (["data.root=b"], "data.root differs"),
+        (["train.score_weights={CIDEr: 1.0}"], "train.score_weights differs"),
+        (["model.adapter.targets=[X]", "train.seed=1"], "model.adapter.targets, train.seed differ"),
+    ],
+)
+def test_another_recipe_is_refused_and_the_difference_named(started: Path, changed: list[str], told: str) -> None:
+    with pytest.raises(UsageError, match="started with another recipe") as caught:
+        check_run_dir(started, _recipe("data.root=a", *changed), resume=True)
+    assert caught.value.message.endswith(told)
+    assert str(started / "recipe.yaml") in str(caught.value.hint)
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(
+    tmp_path: Path, started: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    for directory in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UsageError, match="file is a file"):
+            check_writable(directory)
+    check_writable(tmp_path / "a" / "b" / "c")
+    monkeypatch.chdir(tmp_path)
+    check_writable(Path("a/b"))
+    assert not (tmp_path / "a").exists()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    for resume, directory in ((False, tmp_path / "new"), (True, started)):
+        with pytest.raises(UsageError, match="no permission in"):
+            check_run_dir(directory, _recipe("data.root=a"), resume=resume)
