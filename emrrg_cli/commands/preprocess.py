@@ -65,12 +65,99 @@ def r2gen(
         overwrite=overwrite,
         options={"layout": "r2gen", "recipe": recipe, "source": source, "limit": limit},
     )
+    _show(manifest, out, as_json)
+
+
+Column = Annotated[str | None, typer.Option(metavar="NAME", show_default=False)]
+
+
+@app.command("folder", no_args_is_help=True)
+def folder(
+    root: Root,
+    out: Out,
+    overrides: Overrides = None,
+    recipe: RecipeOption = "default/preprocess",
+    table: Annotated[
+        Path | None,
+        typer.Option("--table", metavar="FILE", help="CSV, TSV or JSON lines with paths, texts and more."),
+    ] = None,
+    image_column: Annotated[str, typer.Option(metavar="NAME", help="Paths below ROOT or ROOT/images.")] = "image",
+    report_column: Column = None,
+    findings_column: Column = None,
+    impression_column: Column = None,
+    split_column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="train, validation or test.", show_default=False)
+    ] = None,
+    patient_column: Column = None,
+    study_column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Rows of one study are its views.", show_default=False)
+    ] = None,
+    view_column: Column = None,
+    labels_column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A JSON list, or names divided by | or ;.", show_default=False)
+    ] = None,
+    split: Annotated[
+        str, typer.Option(metavar="PARTS", help="Parts of train, validation, test, drawn by patient.")
+    ] = "0.8,0.1,0.1",
+    seed: Annotated[int, typer.Option(help="Of the split.")] = 0,
+    source: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the data set.")] = None,
+    workers: Workers = None,
+    limit: Limit = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Any folder of images and DICOM files, with or without a table.
+
+    Without a table, DICOM files are grouped into studies and every other image is one, without a report. With one, its
+    rows name the images. Files that cannot be used are counted and explained; the rest goes on.
+
+    Example: emrrg preprocess folder films/ data/mine --table films.csv --report-column text --patient-column patient
+    """
+    from emrrg_cli.data.preprocess import preprocess as run
+    from emrrg_cli.data.sources.folder import Columns, FolderSource
+    from emrrg_cli.data.sources.splits import parse_fractions
+    from emrrg_cli.errors import UsageError
+    from emrrg_cli.recipe.load import load_recipe
+
+    columns = Columns(
+        image=image_column, report=report_column, findings=findings_column, impression=impression_column,
+        split=split_column, patient=patient_column, study=study_column, view=view_column, labels=labels_column,
+    )  # fmt: skip
+    if table is None and columns != Columns():
+        raise UsageError("columns are named but no table is given", hint="Name the file with --table.")
+    fractions = parse_fractions(split)
+    extra = [] if workers is None else [f"workers={workers}"]
+    settings = load_recipe(recipe, [*(overrides or []), *extra], stage="preprocess")
+    manifest = run(
+        FolderSource(root, table=table, columns=columns, fractions=fractions, seed=seed, source=source, limit=limit),
+        out,
+        settings,
+        overwrite=overwrite,
+        options={
+            "layout": "folder",
+            "recipe": recipe,
+            "source": source,
+            "limit": limit,
+            "table": None if table is None else str(table),
+            "columns": columns.named() if table else {},
+            "split": split,
+            "seed": seed,
+        },
+    )
+    _show(manifest, out, as_json)
+
+
+def _show(manifest: dict[str, Any], out: Path, as_json: bool) -> None:
     if as_json:
         console.print_json(data=manifest)
         return
     console.print(_summary(manifest))
     if manifest["skipped"]:
-        console.print(_skipped(manifest))
+        console.print(_reasons(manifest["skipped"], f"{manifest['studies_skipped']:,} studies skipped"))
+    if manifest["notes"]:
+        console.print(_reasons(manifest["notes"], "written, but look at"))
+    for remark in manifest["remarks"]:
+        console.print(remark, markup=False, soft_wrap=True)
     console.print(f"Written to {out} in {manifest['seconds']:.1f} s.", markup=False, soft_wrap=True)
 
 
@@ -90,15 +177,15 @@ def _summary(manifest: dict[str, Any]) -> Table:
     return table
 
 
-def _skipped(manifest: dict[str, Any]) -> Table:
+def _reasons(entries: dict[str, Any], title: str) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=f"{manifest['studies_skipped']:,} studies skipped", title_justify="left")
+    table = Table(title=title, title_justify="left")
     table.add_column("reason")
     table.add_column("count", justify="right")
     table.add_column("first", overflow="fold")
-    for reason, entry in manifest["skipped"].items():
-        first = Text(", ".join(entry["examples"][0].values()))
+    for reason, entry in entries.items():
+        first = Text(", ".join(dict.fromkeys(entry["examples"][0].values())))  # an id is often the path
         table.add_row(reason, f"{entry['count']:,} {entry['unit']}", first)
     return table

@@ -100,15 +100,15 @@ class DicomFacts:
         """What people should know before they trust a report for this image."""
         notes = []
         if not self.is_chest:
-            notes.append(f"body part {self.body_part}, not chest")
+            notes.append(f"not chest: body part {self.body_part}")
         if self.modality not in _RADIOGRAPHS:
-            notes.append(f"modality {self.modality}, not a radiograph")
+            notes.append(f"not a radiograph: modality {self.modality}")
         if self.burned_in:
             notes.append("annotation burned into the pixels")
         row, _, column = self.orientation.partition("\\")
         # A chest film hangs with the patient's left to the right of the reader, feet down.
         if self.is_chest and column and (not column.startswith("F") or (row.startswith("R") and not self.is_lateral)):
-            notes.append(f"patient orientation {self.orientation}: the image may be turned or mirrored")
+            notes.append(f"may be turned or mirrored: patient orientation {self.orientation}")
         return tuple(printable(note) for note in notes)
 
 
@@ -239,7 +239,7 @@ def _decode(
         syntax = {(True, True): ImplicitVRLittleEndian, (False, False): ExplicitVRBigEndian}.get(
             encoded, ExplicitVRLittleEndian
         )
-        notes.append(f"no transfer syntax, read as {syntax.name}")
+        notes.append(f"no transfer syntax: read as {syntax.name}")
     if syntax is None or (plugin := _PLUGINS.get(syntax)) is None:
         name = syntax.name if syntax else "compressed, without a transfer syntax"
         raise ImageError(where, UNSUPPORTED, printable(name))
@@ -321,7 +321,7 @@ def _to_image(values: NDArray[Any], header: Dataset, layout: Dataset, notes: lis
     if values.ndim != 2 or values.dtype.kind not in "iu":
         raise ValueError(f"unexpected pixels: {values.dtype} of shape {values.shape}")
     if not text(header, "PhotometricInterpretation"):
-        notes.append("no photometric interpretation, taken as MONOCHROME2")
+        notes.append("no photometric interpretation: taken as MONOCHROME2")
     shown, more = grey(values, header, stored, bool(layout.PixelRepresentation))
     notes += more
     return Image.fromarray(shown)

@@ -56,7 +56,7 @@ def grey(values: NDArray[Any], header: Dataset, bits: int, signed: bool) -> tupl
     """
     padding = _padding(values, header)
     if padding is not None and padding.all():
-        return np.zeros(values.shape, np.uint8), ["all pixels are padding"]
+        return np.zeros(values.shape, np.uint8), ["black: all pixels are padding"]
     histogram = _histogram(values, padding)
     modality = _modality(histogram.values, header)
     shown, notes = _values_of_interest(modality, histogram.counts, header)
@@ -134,7 +134,7 @@ def _values_of_interest(values: Levels, counts: NDArray[np.int64], header: Datas
     pixels = counts.sum()
     at_one_end = max(counts[shown <= 0.002].sum(), counts[shown >= 0.998].sum())
     if len(values) > 1 and at_one_end >= _USELESS * pixels:
-        return None, [f"{what} shows nothing of the image and is ignored"]
+        return None, [f"{what} ignored: it shows nothing of the image"]
     return shown, []
 
 

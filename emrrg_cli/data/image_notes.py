@@ -1,5 +1,7 @@
 """What should be said about an image beside its pixels. Notes are flags for people: nothing is changed by them.
 
+A note is one of a few phrases, followed by a colon and what is particular to this image.
+
 They travel in `Image.info`, under a key that no file format writes, so that reading an image stays one function with
 one result.
 """

@@ -23,6 +23,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from emrrg_cli.console import err
 from emrrg_cli.data.dataset_dir import EncodedImage, new_dataset
+from emrrg_cli.data.image_notes import INVERTED, image_notes
 from emrrg_cli.data.images import ImageError, encode, fit_shorter_side, is_plain_jpeg, load_image, to_grey
 from emrrg_cli.data.study import Account, ImageProblem, Study, StudySource, printable
 from emrrg_cli.errors import Interrupted, RunError
@@ -32,18 +33,25 @@ from emrrg_cli.recipe.schema import PreprocessRecipe
 # feeding it blocks: at most this many studies for each worker are held in memory.
 _STUDIES_PER_WORKER = 32
 
+# Views in which bright lungs are no sign of an inverted film.
+SIDEWAYS = ("LATERAL", "L", "LL", "RL")
+
 # A file is kept as it is only while it is not much larger than its raw pixels (it may carry anything beside them).
 _KEPT_OVERHEAD = 16 * 1024
 
 
 @dataclass(frozen=True)
 class PreparedStudy:
-    """A study whose images were tried: `images` and `views` are those that can be used, `problems` the others."""
+    """A study whose images were tried: `images` and `views` are those that can be used, `problems` the others.
+
+    `notes` are pairs of an image's name and what should be said about it.
+    """
 
     study: Study
     images: tuple[EncodedImage, ...]
     views: tuple[str, ...]
     problems: tuple[ImageProblem, ...]
+    notes: tuple[tuple[str, str], ...] = ()
 
 
 def preprocess(
@@ -91,6 +99,8 @@ def preprocess(
                 writer.add(prepared.study, prepared.images, prepared.views)
                 for problem in prepared.problems:
                     account.drop_image(prepared.study.study_id, problem)
+                for name, note in prepared.notes:
+                    account.note_image(prepared.study.study_id, name, note)
             else:
                 _skip(prepared, account)
             images += len(prepared.images)
@@ -116,6 +126,8 @@ def preprocess(
                 "studies_written": writer.studies,
                 "studies_skipped": account.studies_skipped,
                 "skipped": account.as_dict(),
+                "notes": account.notes_as_dict(),
+                "remarks": account.remarks,
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
                 "seconds": round(time.monotonic() - started, 2),
             }
@@ -131,32 +143,37 @@ def prepare_study(study: Study, root: Path, recipe: PreprocessRecipe) -> Prepare
     images: list[EncodedImage] = []
     views: list[str] = []
     problems = list(study.problems)
+    notes: list[tuple[str, str]] = []
     for path, view in zip(study.image_paths, study.views, strict=True):
         name = printable(path.relative_to(root).as_posix())
         try:
             with warnings.catch_warnings():
                 # Pillow warns about odd metadata; an image either decodes or is reported.
                 warnings.simplefilter("ignore")
-                images.append(EncodedImage(name, _encoded(path, recipe)))
+                data, about = _encoded(path, recipe)
         except ImageError as error:
             problems.append(ImageProblem(name, error.reason, error.detail))
         except OSError as error:  # a network share that comes and goes
             problems.append(ImageProblem(name, "cannot be opened", error.strerror or str(error)))
         else:
+            images.append(EncodedImage(name, data))
             views.append(view)
-    return PreparedStudy(study, tuple(images), tuple(views), tuple(problems))
+            notes += [(name, note) for note in about if note != INVERTED or view not in SIDEWAYS]
+    return PreparedStudy(study, tuple(images), tuple(views), tuple(problems), tuple(notes))
 
 
-def _encoded(path: Path, recipe: PreprocessRecipe) -> bytes:
+def _encoded(path: Path, recipe: PreprocessRecipe) -> tuple[bytes, tuple[str, ...]]:
+    """The bytes to write, and notes about the image."""
     image = load_image(path, recipe.max_pixels)
     fits = recipe.size == "original" or min(image.size) <= recipe.size
     small = path.stat().st_size <= image.width * image.height + _KEPT_OVERHEAD
     if recipe.format == "jpeg" and fits and small and is_plain_jpeg(image):
-        return path.read_bytes()
+        return path.read_bytes(), image_notes(image)
     grey = to_grey(image)
+    notes = image_notes(grey)
     if recipe.size != "original":
         grey = fit_shorter_side(grey, recipe.size)
-    return encode(grey, recipe.format, recipe.quality)
+    return encode(grey, recipe.format, recipe.quality), notes
 
 
 def _prepare_all(

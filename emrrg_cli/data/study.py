@@ -72,27 +72,46 @@ class Skipped:
 
 @dataclass
 class Account:
-    """Everything that was read and not used. Its memory does not grow with the number of studies.
+    """Everything that was read and not used, or used with a reservation. Its memory does not grow with the studies.
 
     Every study is written or counted here once, under its first problem; an image that a written study lost is counted
     under `image dropped`.
+
+    Attributes:
+        notes: Flags of images that were written, such as `not chest`.
+        remarks: About the data set as a whole, each a sentence.
     """
 
     max_examples: int = 5
     read: int = 0
     skipped: dict[str, Skipped] = field(default_factory=dict)
+    notes: dict[str, Skipped] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
 
     def skip_study(self, reason: str, study_id: str, *, path: str = "", detail: str = "") -> None:
         """Counts a study that is left out."""
-        self._add("study", reason, study_id, path, detail)
+        self._add(self.skipped, "study", reason, study_id, path, detail)
 
     def drop_image(self, study_id: str, problem: ImageProblem) -> None:
         """Counts an image that its study does without."""
         detail = f"{problem.reason}: {problem.detail}" if problem.detail else problem.reason
-        self._add("image", IMAGE_DROPPED, study_id, problem.path, detail)
+        self._add(self.skipped, "image", IMAGE_DROPPED, study_id, problem.path, detail)
 
-    def _add(self, unit: Literal["study", "image"], reason: str, study_id: str, path: str, detail: str) -> None:
-        entry = self.skipped.setdefault(reason, Skipped(unit))
+    def note_image(self, study_id: str, path: str, note: str) -> None:
+        """Counts a flag of an image that is written as it is, by what stands before its colon."""
+        reason, _, detail = note.partition(": ")
+        self._add(self.notes, "image", reason, study_id, path, detail)
+
+    def _add(
+        self,
+        entries: dict[str, Skipped],
+        unit: Literal["study", "image"],
+        reason: str,
+        study_id: str,
+        path: str,
+        detail: str,
+    ) -> None:
+        entry = entries.setdefault(reason, Skipped(unit))
         entry.count += 1
         if len(entry.examples) < self.max_examples:
             example = {"id": study_id, "path": path, "detail": detail}
@@ -105,10 +124,18 @@ class Account:
 
     def as_dict(self) -> dict[str, Any]:
         """For the manifest: `{reason: {"unit", "count", "examples": [{"id", "path", "detail"}]}}`."""
-        return {
-            reason: {"unit": entry.unit, "count": entry.count, "examples": entry.examples}
-            for reason, entry in self.skipped.items()
-        }
+        return _counted(self.skipped)
+
+    def notes_as_dict(self) -> dict[str, Any]:
+        """For the manifest, as `as_dict`."""
+        return _counted(self.notes)
+
+
+def _counted(entries: dict[str, Skipped]) -> dict[str, Any]:
+    return {
+        reason: {"unit": entry.unit, "count": entry.count, "examples": entry.examples}
+        for reason, entry in entries.items()
+    }
 
 
 class StudySource(Protocol):

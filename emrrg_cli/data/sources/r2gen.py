@@ -10,11 +10,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from emrrg_cli.data.sources.locate import locate
 from emrrg_cli.data.study import UNKNOWN_VIEW, Account, ImageProblem, Split, Study, printable
 from emrrg_cli.errors import RunError, UsageError
-
-OUTSIDE = "path outside the data folder"
-MISSING = "missing image"
 
 _SPLIT_KEYS: dict[str, Split] = {"train": "train", "val": "validation", "test": "test"}
 # R2Gen's ids of IU X-Ray: patient, then study. One of its 2,955 ids has one more number in the middle: CXR1_1_IM-0001.
@@ -84,7 +82,7 @@ class R2GenSource:
             yield self._study(row)
 
     def _study(self, row: _Row) -> Study:
-        found = [_locate(path, self.root, self.image_folders) for path in row.image_paths]
+        found = [locate(path, self.root, self.image_folders) for path in row.image_paths]
         images = tuple(image for image in found if isinstance(image, Path))
         return Study(
             study_id=row.study_id,
@@ -102,26 +100,6 @@ class R2GenSource:
     def _patient(self, study_id: str) -> str | None:
         match = _IU_ID.fullmatch(study_id) if self.name == "iu_xray" else None
         return match[1] if match else None
-
-
-def _locate(path: str, root: Path, folders: tuple[Path, ...]) -> Path | ImageProblem:
-    """The file `path` names, resolved and inside `root`, or why there is none."""
-    outside = False
-    present: Path | None = None
-    for folder in folders:
-        try:
-            resolved = (folder / path).resolve()
-            if not resolved.is_relative_to(root):
-                outside = True
-            elif resolved.is_file():
-                return resolved
-            elif resolved.exists():  # a folder: the decoder says so, unless a later place has a file
-                present = present or resolved
-        except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL inside, a circle of links
-            return ImageProblem(path, "cannot be opened", str(error))
-    if present is not None:
-        return present
-    return ImageProblem(path, OUTSIDE) if outside else ImageProblem(path, MISSING)
 
 
 def _find_annotation(root: Path) -> Path:

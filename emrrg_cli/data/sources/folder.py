@@ -1,0 +1,300 @@
+"""Any folder of images and DICOM files, with or without a table of texts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from emrrg_cli.data.dicom import DicomFacts, read_dicom_facts
+from emrrg_cli.data.images import DICOM_SUFFIXES, ImageError, is_dicom, open_stream
+from emrrg_cli.data.sources.locate import locate
+from emrrg_cli.data.sources.splits import draw_splits
+from emrrg_cli.data.sources.table import Table, cell_list, cell_text, read_table
+from emrrg_cli.data.study import SPLITS, UNKNOWN_VIEW, Account, ImageProblem, Split, Study, printable
+from emrrg_cli.errors import RunError, UsageError
+
+_SPLIT_NAMES: dict[str, Split] = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validate", "validation", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+_LATERAL = ("LL", "RL", "L", "LAT")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of a table's columns; None: the table does not have it."""
+
+    image: str = "image"
+    report: str | None = None
+    findings: str | None = None
+    impression: str | None = None
+    split: str | None = None
+    patient: str | None = None
+    study: str | None = None
+    view: str | None = None
+    labels: str | None = None
+
+    def named(self) -> dict[str, str]:
+        """Option and column, of those that are given."""
+        return {f"--{kind}-column": name for kind, name in vars(self).items() if name is not None}
+
+
+@dataclass
+class _Draft:
+    """A study while its rows are gathered."""
+
+    study_id: str
+    patient_id: str | None = None
+    split: Split | None = None
+    images: dict[Path, str] = field(default_factory=dict)
+    problems: list[ImageProblem] = field(default_factory=list)
+    texts: dict[str, str] = field(default_factory=dict)
+    labels: list[str] = field(default_factory=list)
+
+
+class FolderSource:
+    """Images and DICOM files below a folder, as studies.
+
+    Without a table every file that does not begin with a dot is tried: DICOM files are grouped by Study Instance UID,
+    any other file is a study of its own, named by its path; there are no reports. With a table its rows say which
+    images there are; rows of the same `study` are one study. The patient and the view of a DICOM file come from its
+    header where no column says them.
+
+    Texts: `report` is the column of that name, else findings and impression, one after the other.
+
+    Args:
+        root: The folder. Every image must lie inside it, links followed.
+        table: CSV, TSV or JSON lines; image paths are relative to `root` or to `images/` in it.
+        columns: Of the table.
+        fractions: Parts of train, validation and test, drawn by patient, where there is no split column.
+        seed: Of that draw.
+        source: Name of the data set.
+        limit: First studies of each split that are read; None: all.
+
+    Raises:
+        UsageError: No such folder or table, an empty folder, a column that is not there.
+        RunError: The table cannot be read, or puts a patient into two splits.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        table: Path | None = None,
+        columns: Columns | None = None,
+        fractions: tuple[float, ...] = (0.8, 0.1, 0.1),
+        seed: int = 0,
+        source: str | None = None,
+        limit: int | None = None,
+    ) -> None:
+        if source is not None and not source.strip():
+            raise UsageError("--source is empty", hint="Give the data set a name, or leave the option out.")
+        if not root.is_dir():
+            raise UsageError(f"{root} is not a folder" if root.exists() else f"no such folder: {root}")
+        self.name = source or "folder"
+        self.root = root.resolve()
+        self.image_folders = (self.root, self.root / "images")
+        self.remarks: list[str] = []
+        self._skipped: list[dict[str, str]] = []
+        self._facts: dict[Path, DicomFacts | None] = {}
+        drafts = self._from_files() if table is None else self._from_table(read_table(table), columns or Columns())
+        self._split(drafts, fractions, seed, drawn=table is None or columns is None or columns.split is None)
+        self._drafts = [draft for name in SPLITS for draft in [d for d in drafts if d.split == name][:limit]]
+
+    def __len__(self) -> int:
+        return len(self._drafts) + len(self._skipped)
+
+    def studies(self, account: Account) -> Iterator[Study]:
+        """Yields train, validation, test, each in the order of the table or the paths.
+
+        Left out and counted in `account`: rows that cannot be used, studies whose text is empty. Images that are
+        missing or outside the folder travel with their study as problems.
+        """
+        account.remarks += self.remarks
+        for row in self._skipped:
+            account.read += 1
+            account.skip_study(**row)
+        for draft in self._drafts:
+            account.read += 1
+            if draft.texts and not any(draft.texts.values()):
+                account.skip_study("empty report", draft.study_id)
+                continue
+            yield self._study(draft)
+
+    def _study(self, draft: _Draft) -> Study:
+        findings, impression = draft.texts.get("findings"), draft.texts.get("impression")
+        report = draft.texts.get("report") or "\n".join(filter(None, (findings, impression)))
+        return Study(
+            study_id=draft.study_id,
+            patient_id=draft.patient_id,
+            split=draft.split or "train",
+            image_paths=tuple(draft.images),
+            views=tuple(draft.images.values()),
+            findings=findings or None,
+            impression=impression or None,
+            report=report or None,
+            source=self.name,
+            problems=tuple(draft.problems),
+        )
+
+    # Without a table.
+
+    def _from_files(self) -> list[_Draft]:
+        drafts: dict[str, _Draft] = {}
+        for path in self._walk():
+            name = printable(path.relative_to(self.root).as_posix())
+            found = locate(str(path), self.root, (self.root,))
+            if isinstance(found, ImageProblem):
+                drafts[name] = _Draft(name, problems=[replace(found, path=name)])
+                continue
+            facts = self._dicom_facts(found)
+            study_id = printable(facts.study_uid) if facts and facts.study_uid else name
+            draft = drafts.setdefault(study_id, _Draft(study_id, patient_id=_patient(facts)))
+            draft.images[found] = _view(facts.view if facts else "")
+        if not drafts and not self._skipped:
+            raise UsageError(f"no files in {self.root}")
+        self.remarks.append("Without a table there are no reports: this dataset serves stages that need images only.")
+        return list(drafts.values())
+
+    def _walk(self) -> Iterator[Path]:
+        """All files, sorted, without hidden ones; folders that cannot be read are counted."""
+
+        def unreadable(error: OSError) -> None:
+            path = printable(os.path.relpath(error.filename or self.root, self.root))
+            self._skip("folder cannot be read", path, detail=error.strerror or "")
+
+        for directory, folders, files in os.walk(self.root, onerror=unreadable):
+            folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
+            yield from (Path(directory, file) for file in sorted(files) if not file.startswith("."))
+
+    # With a table.
+
+    def _from_table(self, table: Table, columns: Columns) -> list[_Draft]:
+        table.check_columns(columns.named())
+        if table.encoding == "cp1252":
+            self.remarks.append(f"{table.path.name} is not UTF-8: it was read as Windows-1252.")
+        texts = {kind: name for kind in ("report", "findings", "impression") if (name := getattr(columns, kind))}
+        if not texts:
+            self.remarks.append("No column with text was named: this dataset serves stages that need images only.")
+        drafts: dict[str, _Draft] = {}
+        for number, row in table.rows:
+            where = f"{table.path.name}:{number}"
+            if row is None:
+                self._skip("row of another length than the header", where)
+                continue
+            draft = self._draft(row, where, columns, texts)
+            if draft is not None:
+                self._add(draft, drafts, where, merge=columns.study is not None)
+        return list(drafts.values())
+
+    def _draft(self, row: dict[str, Any], where: str, columns: Columns, texts: dict[str, str]) -> _Draft | None:
+        """One row as a study, or None where it cannot be one."""
+
+        def cell(column: str | None) -> str:
+            return cell_text(row.get(column)) if column else ""
+
+        image = row.get(columns.image)
+        paths = [cell_text(path) for path in (image if isinstance(image, list) else [image])]
+        paths = [path for path in paths if path]
+        study_id = cell(columns.study) if columns.study else (paths[0] if paths else "")
+        if not study_id:
+            self._skip("no study id" if columns.study else "no image listed", where)
+            return None
+        split = _SPLIT_NAMES.get(cell(columns.split).lower()) if columns.split else None
+        if columns.split and split is None:
+            self._skip("unknown split", study_id, detail=f"{where}: {cell(columns.split) or 'empty'}")
+            return None
+        draft = _Draft(study_id, cell(columns.patient) or None, split)
+        draft.texts = {kind: cell(name) for kind, name in texts.items()}
+        draft.labels = cell_list(row.get(columns.labels)) if columns.labels else []
+        for path in paths:
+            found = self._locate(path)
+            if isinstance(found, ImageProblem):
+                draft.problems.append(found)
+                continue
+            facts = self._dicom_facts(found) if found.suffix.lower() in DICOM_SUFFIXES else None
+            draft.images[found] = _view(cell(columns.view) or (facts.view if facts else ""))
+            draft.patient_id = draft.patient_id or (None if columns.patient else _patient(facts))
+        return draft
+
+    def _locate(self, path: str) -> Path | ImageProblem:
+        found = locate(path, self.root, self.image_folders)
+        if isinstance(found, ImageProblem) and "\\" in path:  # a table that was written on Windows
+            other = locate(path.replace("\\", "/"), self.root, self.image_folders)
+            return found if isinstance(other, ImageProblem) else other
+        return found
+
+    def _add(self, draft: _Draft, drafts: dict[str, _Draft], where: str, *, merge: bool) -> None:
+        first = drafts.setdefault(draft.study_id, draft)
+        if first is draft:
+            return
+        if not merge:
+            self._skip("id seen before", draft.study_id, detail=where)
+            return
+        for kind in ("patient_id", "split", "texts"):
+            if getattr(first, kind) != getattr(draft, kind):
+                what = {"patient_id": "patient", "split": "split", "texts": "text"}[kind]
+                self._skip("row differs from its study", draft.study_id, detail=f"{where}: another {what}")
+                return
+        for path, view in draft.images.items():
+            if path in first.images:
+                first.problems.append(ImageProblem(printable(path.name), "listed twice", where))
+            else:
+                first.images[path] = view
+        first.problems += draft.problems
+        first.labels += [label for label in draft.labels if label not in first.labels]
+
+    # Either way.
+
+    def _skip(self, reason: str, study_id: str, detail: str = "") -> None:
+        self._skipped.append({"reason": reason, "study_id": study_id, "detail": detail})
+
+    def _dicom_facts(self, path: Path) -> DicomFacts | None:
+        """The facts of a DICOM file; None for others, and for one that cannot be read: decoding it will say why."""
+        if path not in self._facts:
+            try:
+                with open_stream(path, str(path)) as (stream, _):
+                    candidate = is_dicom(stream) or path.suffix.lower() in DICOM_SUFFIXES
+                self._facts[path] = read_dicom_facts(path) if candidate else None
+            except (ImageError, OSError):
+                self._facts[path] = None
+        return self._facts[path]
+
+    def _split(self, drafts: Iterable[_Draft], fractions: tuple[float, ...], seed: int, *, drawn: bool) -> None:
+        if drawn:
+            splits = draw_splits((_unit(draft) for draft in drafts), fractions, seed)
+            for draft in drafts:
+                draft.split = splits[_unit(draft)]
+            alone = sum(draft.patient_id is None for draft in drafts)
+            without = f"; studies without a patient ({alone:,}) count as patients of their own" if alone else ""
+            parts = ", ".join(f"{100 * part:g}" for part in fractions)
+            self.remarks.append(f"Split drawn by patient with seed {seed}: {parts} percent{without}.")
+            return
+        seen: dict[str, Split] = {}
+        for draft in drafts:
+            if draft.patient_id is None or draft.split is None:
+                continue
+            before = seen.setdefault(draft.patient_id, draft.split)
+            if before != draft.split:
+                raise RunError(
+                    f"patient {printable(draft.patient_id)} is in two splits, {before} and {draft.split}",
+                    hint="Correct the split column, or leave --split-column out: a split is then drawn by patient.",
+                )
+
+
+def _unit(draft: _Draft) -> str:
+    """What stays together in a split. The letters keep the names of patients and studies apart."""
+    return f"p{draft.patient_id}" if draft.patient_id else f"s{draft.study_id}"
+
+
+def _patient(facts: DicomFacts | None) -> str | None:
+    return printable(facts.patient_id) if facts and facts.patient_id else None
+
+
+def _view(text: str) -> str:
+    view = printable(text).upper()
+    return "LATERAL" if view in _LATERAL or view.startswith("LATERAL") else view or UNKNOWN_VIEW

@@ -1,0 +1,36 @@
+"""Image paths of a raw data set, kept inside its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from emrrg_cli.data.study import ImageProblem
+
+OUTSIDE = "path outside the data folder"
+MISSING = "missing image"
+
+
+def locate(path: str, root: Path, folders: tuple[Path, ...]) -> Path | ImageProblem:
+    """The file `path` names, resolved and inside `root`, or why there is none.
+
+    Args:
+        path: As the data set writes it; every `..` and symbolic link in it is followed.
+        root: Resolved folder of the data set.
+        folders: Where `path` is looked up, first match first.
+    """
+    outside = False
+    present: Path | None = None
+    for folder in folders:
+        try:
+            resolved = (folder / path).resolve()
+            if not resolved.is_relative_to(root):
+                outside = True
+            elif resolved.is_file():
+                return resolved
+            elif resolved.exists():  # a folder: the decoder says so, unless a later place has a file
+                present = present or resolved
+        except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL inside, a circle of links
+            return ImageProblem(path, "cannot be opened", str(error))
+    if present is not None:
+        return present
+    return ImageProblem(path, OUTSIDE) if outside else ImageProblem(path, MISSING)

@@ -1,0 +1,160 @@
+"""Tables that people keep beside their images: CSV, TSV and JSON lines."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from emrrg_cli.data.study import printable
+from emrrg_cli.errors import RunError, UsageError
+
+SUFFIXES = (".csv", ".tsv", ".jsonl")
+
+# What spreadsheets and data frames write where there is nothing.
+_EMPTY = {"", "nan", "na", "n/a", "null", "none", "<na>"}
+
+_BYTE_ORDER_MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+_MAX_CELL = 10_000_000
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table, read whole.
+
+    Attributes:
+        columns: Their names, in order.
+        rows: Line number in the file and cells by column; a row that does not fit the header has None for cells.
+        encoding: That it was read by.
+    """
+
+    path: Path
+    columns: tuple[str, ...]
+    rows: tuple[tuple[int, dict[str, Any] | None], ...]
+    encoding: str
+
+    def check_columns(self, wanted: dict[str, str]) -> None:
+        """Makes sure that columns are there, once each.
+
+        Args:
+            wanted: Option and the name it gave.
+
+        Raises:
+            UsageError: One is not; names those there are.
+        """
+        there = ", ".join(printable(column) for column in self.columns) or "none"
+        for option, column in wanted.items():
+            if column not in self.columns:
+                raise UsageError(
+                    f"{self.path} has no column {column!r} ({option}); its columns: {there}",
+                    hint=f"Name the column with {option}.",
+                )
+            if self.columns.count(column) > 1:
+                raise UsageError(f"{self.path} has several columns named {column!r}; its columns: {there}")
+
+
+def read_table(path: Path) -> Table:
+    """Reads a table by the ending of its name.
+
+    UTF-8 is expected, with or without a byte order mark, and UTF-16 with one; anything else is read as Windows-1252.
+    Commas, semicolons or tabs separate the cells of a `.csv`, whichever the header has most of.
+
+    Raises:
+        UsageError: It does not exist, or its name ends in something else.
+        RunError: It cannot be read, is empty, or is not what its name says; names the line.
+    """
+    if not path.exists():
+        raise UsageError(f"no such table: {path}")
+    if path.suffix.lower() not in SUFFIXES or not path.is_file():
+        raise UsageError(f"{path} is not a table", hint=f"Tables end in {', '.join(SUFFIXES)}.")
+    try:
+        encoding = _encoding(path)
+        with path.open(encoding=encoding, errors="replace", newline="") as lines:
+            columns, rows = (_read_json if path.suffix.lower() == ".jsonl" else _read_csv)(path, lines)
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror or error}") from None
+    if not columns:
+        raise RunError(f"{path} is empty")
+    if not rows:
+        raise RunError(f"{path} has no rows")
+    return Table(path, tuple(columns), tuple(rows), encoding)
+
+
+def cell_text(value: Any) -> str:
+    """A cell as text without white space at its ends; `nan`, `NA`, `null`, `None` and the like are empty."""
+    text = "" if value is None else str(value).strip()
+    if text.lower() in _EMPTY:
+        return ""
+    # JSON can spell half a character (a lone surrogate), which no UTF-8 file holds.
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", "")
+
+
+def cell_list(value: Any) -> list[str]:
+    """A cell as a list of texts: a JSON list, or text divided by `|` or `;`; empty ones are left out."""
+    parts = value if isinstance(value, list) else cell_text(value).replace(";", "|").split("|")
+    return [text for part in parts if (text := cell_text(part))]
+
+
+def _encoding(path: Path) -> str:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with path.open("rb") as file:
+        start = file.read(4)
+        for mark, encoding in _BYTE_ORDER_MARKS:
+            if start.startswith(mark):
+                return encoding
+        file.seek(0)
+        try:
+            while block := file.read(2**20):
+                decoder.decode(block)
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError:
+            return "cp1252"
+    return "utf-8"
+
+
+def _read_csv(path: Path, lines: Any) -> tuple[list[str], list[tuple[int, dict[str, Any] | None]]]:
+    header = lines.readline()
+    lines.seek(0)
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=header.count)
+    before = csv.field_size_limit(_MAX_CELL)
+    # Strict: a quote that is never closed would otherwise swallow the rest of the file.
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    rows: list[tuple[int, dict[str, Any] | None]] = []
+    try:
+        columns = [name.strip() for name in next(reader, [])]
+        for cells in reader:
+            if not any(cell.strip() for cell in cells):
+                continue
+            fits = len(cells) == len(columns)
+            rows.append((reader.line_num, dict(zip(columns, cells, strict=True)) if fits else None))
+    except csv.Error as error:
+        raise RunError(
+            f"{path}:{reader.line_num}: not valid CSV: {error}",
+            hint="A cell with a comma, a line break or a quote in it stands between quotes, its own quotes doubled.",
+        ) from None
+    finally:
+        csv.field_size_limit(before)
+    return columns, rows
+
+
+def _read_json(path: Path, lines: Iterator[str]) -> tuple[list[str], list[tuple[int, dict[str, Any] | None]]]:
+    columns: dict[str, None] = {}
+    rows: list[tuple[int, dict[str, Any] | None]] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except RecursionError:
+            raise RunError(f"{path}:{number}: nested too deeply") from None
+        except ValueError as error:
+            raise RunError(f"{path}:{number}: not valid JSON: {error}", hint="Each line is an object.") from None
+        if not isinstance(row, dict):
+            raise RunError(f"{path}:{number}: not a JSON object", hint="Each line is an object.")
+        columns |= dict.fromkeys(row)
+        rows.append((number, row))
+    return list(columns), rows
