@@ -8,7 +8,8 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from typing import Any
 import torch
 
 from emrrg_cli.console import progress_bar
-from emrrg_cli.data.images import ImageError
+from emrrg_cli.data.image_notes import image_notes
+from emrrg_cli.data.images import ImageError, read_image
 from emrrg_cli.data.study import printable
 from emrrg_cli.errors import UsageError
 from emrrg_cli.files import append_jsonl, atomic_write_text
@@ -29,7 +31,7 @@ from emrrg_cli.training.run_dir import check_writable
 
 @dataclass
 class Written:
-    """Outcome of `run_generation`: rows with `path`, `report`, `seconds`; skipped files with their reasons."""
+    """Outcome of `run_generation`: rows with `path`, `report`, `seconds`, `notes`; skipped files with their reasons."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
@@ -44,7 +46,8 @@ class Written:
 def find_images(paths: Iterable[str]) -> list[Path]:
     """The files to write reports for: files as named, and all files below folders, hidden ones left out, sorted.
 
-    What a file holds is not looked at here: one that is no image is reported when it is read.
+    What a file holds is not looked at here: one that is no image is reported when it is read. So is a folder below
+    the named ones that cannot be read.
 
     Raises:
         UsageError: for a path that does not exist, or when there is no file at all.
@@ -52,17 +55,28 @@ def find_images(paths: Iterable[str]) -> list[Path]:
     found: dict[Path, None] = {}
     for name in paths:
         path = Path(name)
-        if path.is_dir():
-            for directory, folders, files in os.walk(path):
-                folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
-                found |= dict.fromkeys(Path(directory) / file for file in sorted(files) if not file.startswith("."))
-        elif path.exists() or path.is_symlink():
+        try:
+            is_folder, exists = path.is_dir(), path.exists() or path.is_symlink()
+        except OSError as error:  # such as a name that is too long
+            raise UsageError(f"{printable(name)}: {error.strerror or error}") from None
+        if is_folder:
+            found |= dict.fromkeys(_files_below(path))
+        elif exists:
             found[path] = None
         else:
             raise UsageError(f"{printable(name)}: no such file or folder")
     if not found:
         raise UsageError(f"no files in {printable(', '.join(paths))}")
     return list(found)
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Files, sorted, hidden ones left out; and folders that cannot be listed, for the reader to say so."""
+    unreadable: list[Path] = []
+    for directory, folders, files in os.walk(folder, onerror=lambda error: unreadable.append(Path(error.filename))):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(directory) / name for name in sorted(files) if not name.startswith("."))
+    yield from unreadable
 
 
 def run_generation(
@@ -105,10 +119,10 @@ def run_generation(
         ):
             for batch in _readable_batches(files, recipe, result, advance):
                 started = time.perf_counter()
-                reports = generator.generate_pixels([pixels for _, pixels in batch])
+                reports = generator.generate_pixels([pixels for _, pixels, _ in batch])
                 seconds = round((time.perf_counter() - started) / len(batch), 4)
-                for (path, _), report in zip(batch, reports, strict=True):
-                    row = {"path": _name(path), "report": report, "seconds": seconds}
+                for (path, _, notes), report in zip(batch, reports, strict=True):
+                    row = {"path": _name(path), "report": report, "seconds": seconds, "notes": list(notes)}
                     append_jsonl(partial, row)
                     result.rows.append(row)
                 advance(len(batch))
@@ -120,11 +134,16 @@ def run_generation(
 
 def _readable_batches(
     files: list[Path], recipe: FinetuneRecipe, result: Written, advance: Any
-) -> Iterable[list[tuple[Path, torch.Tensor]]]:
-    batch: list[tuple[Path, torch.Tensor]] = []
+) -> Iterable[list[tuple[Path, torch.Tensor, tuple[str, ...]]]]:
+    """Batches of a file, its pixels and what should be said about it."""
+    batch: list[tuple[Path, torch.Tensor, tuple[str, ...]]] = []
     for file in files:
         try:
-            batch.append((file, study_pixels(file, recipe.model.encoder.image_size)))
+            with warnings.catch_warnings():
+                # Pillow warns about odd metadata; an image either decodes or is reported.
+                warnings.simplefilter("ignore")
+                image = read_image(file)
+            batch.append((file, study_pixels(image, recipe.model.encoder.image_size), image_notes(image)))
         except ImageError as error:
             result.skipped.append((_name(file), ": ".join(filter(None, [error.reason, error.detail]))))
             advance(1)
@@ -150,8 +169,8 @@ def _finish(output: Path, partial: Path, result: Written) -> None:
     if not result.rows:
         return
     table = io.StringIO()
-    writer = csv.DictWriter(table, ["path", "report", "seconds"], lineterminator="\n")
+    writer = csv.DictWriter(table, ["path", "report", "seconds", "notes"], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(result.rows)
+    writer.writerows(row | {"notes": "; ".join(row["notes"])} for row in result.rows)
     atomic_write_text(output / "reports.csv", table.getvalue())
     partial.replace(output / "reports.jsonl")

@@ -48,6 +48,11 @@ def generate(
         err.print(f"skipped {printable(path)}: {printable(reason)}", markup=False, soft_wrap=True)
     if len(result.skipped) > 10:
         err.print(f"... and {len(result.skipped) - 10} more, listed in {output / 'skipped.jsonl'}", markup=False)
+    noted = [(row["path"], "; ".join(row["notes"])) for row in result.rows if row["notes"]]
+    for path, note in noted[:10]:
+        err.print(f"note on {printable(path)}: {note}", markup=False, soft_wrap=True)
+    if len(noted) > 10:
+        err.print(f"... and notes on {len(noted) - 10} more, in {output / 'reports.jsonl'}", markup=False)
     rate = len(result.rows) / result.seconds if result.seconds else 0.0
     err.print(
         f"{len(result.rows)} reports, {len(result.skipped)} files skipped, {rate:.2f} reports a second, in {output}",

@@ -200,7 +200,8 @@ def open_stream(path: Path, where: str) -> Iterator[tuple[IO[bytes], int]]:
         # Looked at first: opening a pipe would wait for ever.
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
-            raise ImageError(where, "image path is a folder")
+            readable = os.access(path, os.R_OK | os.X_OK)
+            raise ImageError(where, "image path is a folder" if readable else "no permission to read")
         if not stat.S_ISREG(mode):
             raise ImageError(where, "not a regular file")
         stream = path.open("rb")
@@ -211,7 +212,10 @@ def open_stream(path: Path, where: str) -> Iterator[tuple[IO[bytes], int]]:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise ImageError(where, "cannot be opened", getattr(error, "strerror", None) or str(error)) from None
     with stream:
-        yield stream, os.fstat(stream.fileno()).st_size
+        try:
+            yield stream, os.fstat(stream.fileno()).st_size
+        except OSError as error:  # a network share that comes and goes
+            raise ImageError(where, "cannot be opened", error.strerror or str(error)) from None
 
 
 def _load(stream: IO[bytes], where: str, size: int, max_pixels: int, *, named_dicom: bool = False) -> Image.Image:
