@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from emrrg_cli.errors import RunError
+from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.models import llm as llm_module
 from emrrg_cli.models.llm import (
     PROMPT_AFTER,
@@ -226,3 +226,9 @@ def test_the_fingerprint_looks_all_over_a_file(tmp_path: Path) -> None:
     file.rename(tmp_path / "renamed.safetensors")
     (tmp_path / "notes.txt").write_text("anything")
     assert llm_module._weights_fingerprint(str(tmp_path)) not in found
+
+
+def test_quantization_without_bitsandbytes_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="4bit needs bitsandbytes"):
+        load_llm(str(tmp_path), None, torch.float32, "4bit")

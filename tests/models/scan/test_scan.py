@@ -139,6 +139,16 @@ def test_directions_are_averaged(engine: str) -> None:
     torch.testing.assert_close(get_scan(engine)(*four), get_scan(engine)(*inputs))
 
 
+@pytest.mark.parametrize("engine", ["reference", "recompute"])
+def test_an_order_is_undone_by_its_inverse(engine: str) -> None:
+    """Any order at all; the encoder's own four are their own inverses and would not show the difference."""
+    x, z, order, *rest = _full_inputs(2, 1, 7, 4, 8, dtype=torch.float64)
+    assert not torch.equal(order, order.argsort(dim=1))
+    expected = torch.empty_like(x)
+    expected[:, order[0]] = get_scan(engine)(x[:, order[0]], z[:, order[0]], torch.arange(7)[None], *rest)
+    torch.testing.assert_close(get_scan(engine)(x, z, order, *rest), expected)
+
+
 def _recurrence_inputs(b: int, k: int, length: int, d: int, n: int) -> list[Tensor]:
     torch.manual_seed(0)
     return [
