@@ -249,7 +249,7 @@ def _decode(
         if file.length is None:
             raise ImageError(where, "broken image", f"compressed pixels under {syntax.name}")
         _add_native(stream, where, size, file, layout)
-        return _stored_bits(pixel_array(layout), layout)
+        return _native_values(layout)
     frame = _add_compressed(stream, where, size, file, layout, notes)
     if syntax == _EXTENDED and frame is not None and frame.bits > 8:
         # GDCM goes by the data; pydicom keeps it from them under this name only.
@@ -297,9 +297,12 @@ def _add_compressed(
     return frame
 
 
-def _stored_bits(values: NDArray[Any], layout: Dataset) -> NDArray[Any]:
+def _native_values(layout: Dataset) -> NDArray[Any]:
     """Uncompressed values without what stands beside them in their words (overlays of old files, most often)."""
     allocated, stored, shift = layout.BitsAllocated, layout.BitsStored, layout.HighBit + 1 - layout.BitsStored
+    layout.BitsStored = allocated  # pydicom would take the lowest bits, wherever the highest is
+    values = pixel_array(layout)
+    layout.BitsStored = stored
     if allocated == 1 or values.ndim == 3 or stored == allocated:
         return values
     native = values.astype(values.dtype.newbyteorder("="), copy=False)
