@@ -19,7 +19,7 @@ _J2K_SIZE = b"\xff\x4f\xff\x51"
 
 MAX_MENDED = 256 * 2**20
 _ROWS_NEEDED = 0.95
-_ROWS_NEEDED_REFINED = 0.5
+_ROWS_NEEDED_REFINED = 0.7
 
 
 class Frame(NamedTuple):
@@ -82,7 +82,7 @@ def mend(data: bytes) -> Mended | None:
     The decoder fills what is missing with the last brightness it knew. How much is missing shows by decoding twice,
     once with an end and once with noise put to the data: the rows before the cut are the same in both. 95 percent of
     them are asked for. Where only the last refinement of a progressive image was cut, the rows below the cut lack
-    nothing but the last bit of their coefficients, and half of the rows are enough.
+    nothing but the last bit of their coefficients, and 70 percent are enough.
 
     Args:
         data: The bytes of the file; its size in pixels has been checked.

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
+from emrrg_cli.data.image_notes import image_notes
 from emrrg_cli.data.images import (
     ImageError,
     encode,
@@ -152,11 +153,68 @@ def test_exif_orientation_is_applied(orientation: int, bits: int) -> None:
     np.testing.assert_array_equal(np.asarray(read_image(data)), upright)
 
 
+def test_interlaced_png_and_compressed_tiff() -> None:
+    # Adam7, as written by hand: one pass holds one pixel, the second is empty for a 1 x 1 image.
+    header = struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 1)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(b"\0\x4d")), (b"IEND", b""))
+    png = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
+    assert read_image(png).getpixel((0, 0)) == 0x4D
+    for compression in ("tiff_lzw", "tiff_adobe_deflate", "packbits"):
+        data = _bytes(Image.fromarray(RAMP), "TIFF", compression=compression)
+        np.testing.assert_array_equal(np.asarray(read_image(data)), RAMP)
+    wide = Image.fromarray(RAMP.astype(np.uint16) * 16)
+    np.testing.assert_array_equal(np.asarray(read_image(_bytes(wide, "TIFF", compression="tiff_lzw"))), RAMP)
+
+
 def test_first_frame_of_several() -> None:
     frames = [Image.fromarray(RAMP), Image.fromarray(255 - RAMP)]
     for format in ("TIFF", "GIF"):
         data = _bytes(frames[0], format, save_all=True, append_images=frames[1:])
         np.testing.assert_array_equal(np.asarray(read_image(data)), RAMP)
+
+
+def _film() -> np.ndarray:
+    """An invented film, uint8 `[400, 320]`: smooth, noisy, with a black border."""
+    y, x = np.mgrid[:400, :320]
+    noise = np.random.default_rng(0).normal(0, 6, (400, 320))
+    film = np.clip(128 + 60 * np.sin(x / 23) * np.cos(y / 31) + noise, 0, 255).astype(np.uint8)
+    film[:, :40] = 0
+    return film
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"optimize": True, "restart_marker_rows": 2}])
+def test_a_jpeg_that_lost_its_last_bytes(mode: str, options: dict[str, object], tmp_path: Path) -> None:
+    data = _bytes(Image.fromarray(_film()).convert(mode), "JPEG", quality=90, **options)
+    whole = np.asarray(read_image(data)).astype(int)
+    path = tmp_path / "x.jpg"
+    for cut in (1, 2, 3, 12, 40):
+        path.write_bytes(data[:-cut])
+        for image in (read_image(path), read_image(data[:-cut])):
+            read = np.asarray(image).astype(int)
+            # 95 percent of the rows are exact; of a progressive image no row is far off.
+            assert read.shape == whole.shape
+            if "progressive" in options:
+                assert np.abs(read - whole).mean() < 3
+            else:
+                np.testing.assert_array_equal(read[:380], whole[:380])
+            # Without the end marker alone some are whole for the decoder, and nothing is to be said.
+            assert all(note.startswith("truncated: ") for note in image_notes(image))
+            assert image_notes(image) or cut <= 3
+        assert cut <= 3 or not is_plain_jpeg(load_image(path))  # or a dataset would keep its bytes
+    for part in (2, 3) if "progressive" in options else (2, 3, 10):
+        with pytest.raises(ImageError, match="truncated image"):
+            read_image(data[: -len(data) // part])
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+def test_jpegs_cut_anywhere_are_read_or_refused() -> None:
+    data = _bytes(Image.fromarray(_film()), "JPEG", progressive=True)
+    for length in range(2, len(data), 211):
+        with contextlib.suppress(ImageError):
+            read_image(data[:length])
 
 
 def _case(name: str, folder: Path) -> Path | str | bytes:
