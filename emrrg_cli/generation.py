@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,10 +53,9 @@ def write_split(
     make_config = generation_config(settings)
     written: list[tuple[int, str]] = []
     for number, batch in enumerate(loader):
-        if settings.do_sample:
-            torch.manual_seed(settings.seed + number * accelerator.num_processes + accelerator.process_index)
+        seed = settings.seed + number * accelerator.num_processes + accelerator.process_index
         moved = batch.to(accelerator.device)
-        with accelerator.autocast():
+        with accelerator.autocast(), _sampling(settings, seed, accelerator.device):
             reports = model.generate(moved.pixels, moved.views, make_config())
         written += zip(batch.indices, reports, strict=True)
         advance(len(reports) * accelerator.num_processes)
@@ -103,10 +102,8 @@ class Generator:
     def generate_pixels(self, studies: Sequence[torch.Tensor]) -> list[str]:
         """Writes a report for each study of one batch; each is uint8 `[views, size, size]`."""
         settings = self.recipe.generation
-        if settings.do_sample:
-            torch.manual_seed(settings.seed)
         views = torch.tensor([len(study) for study in studies], device=self.device)
-        with self._autocast():
+        with self._autocast(), _sampling(settings, settings.seed, self.device):
             return self.model.generate(torch.cat(list(studies)).to(self.device), views, generation_config(settings)())
 
     def _autocast(self) -> AbstractContextManager[Any]:
@@ -115,6 +112,17 @@ class Generator:
         from emrrg_cli.training.environment import DTYPES
 
         return torch.autocast(self.device.type, DTYPES[self.precision])
+
+
+@contextmanager
+def _sampling(settings: GenerationSettings, seed: int, device: torch.device) -> Iterator[None]:
+    # Draws from `seed` and leaves the caller's generators as they were.
+    if not settings.do_sample:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def study_pixels(study: Study, size: int) -> torch.Tensor:

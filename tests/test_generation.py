@@ -133,7 +133,10 @@ def test_overrides_act(run_dir: Path, images: list[Path]) -> None:
 def test_sampling_is_repeatable(run_dir: Path, images: list[Path]) -> None:
     options = ["generation.do_sample=true", "generation.num_beams=1", "generation.temperature=3.0"]
     one = load_generator(run_dir, device="cpu", overrides=options)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
     assert one.generate(images) == one.generate(images)
+    assert torch.equal(torch.get_rng_state(), before)  # the caller's own draws go on as if nothing had happened
     other = load_generator(run_dir, device="cpu", overrides=[*options, "generation.seed=1"])
     assert other.generate(images) != one.generate(images)
 
@@ -243,6 +246,8 @@ def test_sampling_a_split_follows_the_seed(generator: Generator, tiny_dataset: P
     settings = _settings(do_sample=True, temperature=3.0)
     one = write_split(generator.model, dataset, settings, accelerator)
     torch.manual_seed(123)
+    before = torch.get_rng_state()
     assert write_split(generator.model, dataset, settings, accelerator) == one
+    assert torch.equal(torch.get_rng_state(), before)
     other = _settings(do_sample=True, temperature=3.0, seed=1)
     assert write_split(generator.model, dataset, other, accelerator) != one
