@@ -257,6 +257,9 @@ def test_a_half_precision_llm_takes_fp32_visual_tokens(make_llm: MakeLLM) -> Non
     logits.float().sum().backward()
     assert visual.grad is not None
     assert bool(visual.grad.any())
+    with torch.no_grad():  # and an fp32 LLM takes half-precision visual tokens
+        logits = exact(input_ids=IDS, visual_tokens=_visual().bfloat16()).logits
+    assert float((logits - expected).norm() / expected.norm()) < 0.1
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -213,7 +213,8 @@ def test_the_loss_sees_the_image_through_prompt_and_hybrid_layers(make_model: Ma
         assert abs(float(model(_batch(model, examples)).loss_sum - model(_batch(model, other)).loss_sum)) > 1e-2
 
 
-def test_a_half_precision_llm(make_model: MakeModel, texts: list[str]) -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_half_precision_llm(autocast: bool, make_model: MakeModel, texts: list[str]) -> None:
     model = make_model(views="concat", visual_prompt="pooled")
     examples = _examples(texts)
     with torch.no_grad():
@@ -222,7 +223,9 @@ def test_a_half_precision_llm(make_model: MakeModel, texts: list[str]) -> None:
     for name, parameter in model.llm.named_parameters():
         if name not in hybrid:
             parameter.data = parameter.data.bfloat16()
-    loss = model(_batch(model, examples)).loss_sum
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = model(_batch(model, examples)).loss_sum
+        assert all(model.generate(_batch(model, examples).pixels, torch.tensor(VIEWS), _config()))
     assert loss.dtype == torch.float32
     assert float((loss.detach() - exact).abs() / exact) < 0.05
     loss.backward()
