@@ -1,0 +1,361 @@
+"""`finetune` as a whole: what a run directory holds, validation, failure, stops and kills, and that it learns."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from emrrg_cli.app import main
+from emrrg_cli.errors import RunError, UsageError
+from emrrg_cli.recipe.load import load_recipe
+from emrrg_cli.training import finetune as stage3
+from emrrg_cli.training.finetune import run_finetune
+
+# What `kill` needs: a process that ends itself in the middle of an optimizer step, by a signal that is a real one.
+_ENDED_IN_STEP = """
+import os, sys
+from emrrg_cli.training import loop
+step = loop._Loop._optimizer_step
+def ended(self, *arguments):
+    if self.progress.step + 1 == {step}:
+        os.kill(os.getpid(), {signal})
+    return step(self, *arguments)
+loop._Loop._optimizer_step = ended
+from emrrg_cli.app import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def ended_in_step(step: int, number: signal.Signals, *arguments: str) -> subprocess.CompletedProcess[str]:
+    code = _ENDED_IN_STEP.format(step=step, signal=int(number))
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=300, env=dict(os.environ)
+    )
+
+
+@pytest.fixture
+def without_split(tiny_dataset: Path, tmp_path: Path) -> Callable[[str], str]:
+    """The override that trains on a copy of `tiny_dataset` that lacks a split."""
+
+    def copy(split: str) -> str:
+        root = tmp_path / f"without_{split}"
+        shutil.copytree(tiny_dataset, root, ignore=shutil.ignore_patterns(f"{split}-*"))
+        return f"data.root={root}"
+
+    return copy
+
+
+# -- the run directory -------------------------------------------------------------------------------------------
+
+
+def test_a_run_directory_explains_itself(tiny_run: Path, tiny_overrides: tuple[str, ...]) -> None:
+    names = {entry.name for entry in tiny_run.iterdir()}
+    assert names >= {"recipe.yaml", "environment.json", "history.jsonl", "curve.png", "tokenizer", "model"}
+    assert not [entry for entry in tiny_run.rglob("*") if ".tmp" in entry.name or ".previous" in entry.name]
+    assert load_recipe(str(tiny_run / "recipe.yaml")) == load_recipe("tiny/finetune", tiny_overrides)
+    assert json.loads((tiny_run / "environment.json").read_text())["precision"] == "fp32"
+    with Image.open(tiny_run / "curve.png") as curve:
+        curve.load()
+        assert curve.width > 300
+    (events,) = (tiny_run / "tracking").rglob("events.out.tfevents.*")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = EventAccumulator(str(events))
+    log.Reload()
+    assert [event.step for event in log.Scalars("train/loss")] == [1, 2, 3, 4]
+    assert [event.step for event in log.Scalars("validation/loss")] == [2, 4]
+
+
+def test_the_history_has_a_row_a_logged_step_and_one_a_validation(tiny_run: Path, run_of: Any) -> None:
+    rows = run_of(tiny_run).history
+    assert [(row["step"], row["epoch"], "train/loss" in row) for row in rows] == [
+        (1, 0.5, True),
+        (2, 1.0, True),
+        (2, 1.0, False),
+        (3, 1.5, True),
+        (4, 2.0, True),
+        (4, 2.0, False),
+    ]
+    assert set(rows[0]) == {"step", "epoch", "train/loss", "train/lr", "train/grad_norm"}
+    scores = {f"validation/{name}" for name in ("BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "ROUGE_L", "CIDEr")}
+    assert set(rows[2]) == {"step", "epoch", "validation/loss", "validation/score"} | scores
+    weighted = 0.8 * rows[2]["validation/BLEU_4"] + 0.2 * rows[2]["validation/CIDEr"]
+    assert rows[2]["validation/score"] == pytest.approx(weighted)
+    assert rows[0]["train/lr"] == pytest.approx(1e-3)
+
+
+def test_only_some_steps_are_logged_the_first_and_the_last_among_them(finetune: Any) -> None:
+    run = finetune("run", "train.log_every=3", "train.epochs=2")
+    assert [row["step"] for row in run.history if "train/loss" in row] == [1, 3, 4]
+
+
+# -- validation --------------------------------------------------------------------------------------------------
+
+
+def test_selection_by_loss_generates_nothing(finetune: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write_split(*arguments: Any, **options: Any) -> list[str]:
+        raise AssertionError("reports were generated")
+
+    monkeypatch.setattr(stage3, "write_split", write_split)
+    run = finetune("run", "train.epochs=1")
+    assert set(run.history[-1]) == {"step", "epoch", "validation/loss"}
+    with pytest.raises(AssertionError, match="reports were generated"):
+        finetune("score", "train.epochs=1", "train.select=score")
+
+
+def test_the_validation_limit_is_for_generation_alone(finetune: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    written, scored = [], []
+    write, score = stage3.write_split, stage3.score
+
+    def write_split(*arguments: Any, **options: Any) -> list[str]:
+        written.append(write(*arguments, **options))
+        return written[-1]
+
+    def scores(references: list[str], hypotheses: list[str], **options: Any) -> dict[str, float | None]:
+        scored.append((references, options["meteor"]))
+        return score(references, hypotheses, **options)
+
+    monkeypatch.setattr(stage3, "write_split", write_split)
+    monkeypatch.setattr(stage3, "score", scores)
+    limited = finetune("limited", "train.epochs=1", "train.select=score", "train.validation_limit=3")
+    assert [len(reports) for reports in written] == [3]
+    assert len(scored[0][0]) == 3
+    assert scored[0][1] is False  # METEOR is not in the score: Java is not started
+    assert scored[0][0][0].startswith("study of the chest . the heart is enlarged")
+    whole = finetune("whole", "train.epochs=1")
+    assert limited.series("validation/loss") == whole.series("validation/loss")
+
+
+def test_the_validation_loss_does_not_depend_on_the_batch(finetune: Any) -> None:
+    losses = [
+        finetune(f"by{size}", "train.max_steps=1", f"train.micro_batch_size={size}").series("validation/loss")
+        for size in (1, 3, 8)
+    ]
+    assert losses[0] == pytest.approx(losses[2], rel=1e-5)
+    assert losses[1] == pytest.approx(losses[2], rel=1e-5)
+
+
+def test_without_a_validation_split_the_last_model_is_the_result(
+    finetune: Any, without_split: Any, difference: Any
+) -> None:
+    run = finetune("run", without_split("validation"), "train.epochs=1", "train.select=score")
+    assert run.summary.best_step is None
+    assert not run.series("validation/loss")
+    assert not torch.equal(
+        run.exported["bridge.safetensors:bridge.proj.weight"],
+        finetune("more", "train.epochs=2").exported["bridge.safetensors:bridge.proj.weight"],
+    )
+    assert torch.equal(run.exported["bridge.safetensors:bridge.proj.weight"], run.weights["bridge.proj.weight"])
+
+
+def test_the_exported_model_is_that_of_the_best_step(finetune: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([2.0, 1.0, 3.0])
+    monkeypatch.setattr(stage3.FinetuneStage, "_validation_loss", lambda self, display: next(losses))
+    run = finetune("run", "train.epochs=3")
+    assert (run.summary.best_step, run.last_step()) == (4, 6)
+    exported = run.exported["bridge.safetensors:bridge.proj.weight"]
+    assert not torch.equal(exported, run.weights["bridge.proj.weight"])
+    monkeypatch.undo()
+    until = finetune("until", "train.epochs=3", "train.stop_after_steps=4")
+    assert torch.equal(exported, until.weights["bridge.proj.weight"])
+
+
+# -- what a run starts from --------------------------------------------------------------------------------------
+
+
+def test_lora_on_a_frozen_random_encoder_resumes_with_the_same_encoder(finetune: Any, difference: Any) -> None:
+    options = ("model.adapter={targets: [X], rank: 2, alpha: 2.0}", "train.epochs=2")
+    whole = finetune("whole", *options)
+    assert {name.split(".")[0] for name in whole.weights} == {"encoder", "bridge", "llm"}
+    assert all(".lora_" in name for name in whole.weights if name.startswith("encoder."))
+    finetune("part", *options, "train.stop_after_steps=3")
+    part = finetune("part", *options, resume=True)
+    assert difference(part.weights, whole.weights) == difference(part.exported, whole.exported) == 0
+    frozen = [(run.directory / "encoder.safetensors").read_bytes() for run in (part, whole)]
+    assert frozen[0] == frozen[1]
+
+
+@pytest.fixture
+def local_llm(tmp_path: Path) -> Path:
+    """A small causal LM with its tokenizer, as a directory."""
+    from emrrg_cli.models.llm import build_scratch_llm, train_tokenizer
+    from emrrg_cli.recipe.schema import ScratchLLMSettings
+
+    tokenizer = train_tokenizer(["the heart is enlarged ."], 300)
+    settings = ScratchLLMSettings(hidden_size=32, layers=2, heads=2, kv_heads=1, vocab_size=300)
+    directory = tmp_path / "llm"
+    tokenizer.save_pretrained(directory)
+    build_scratch_llm(settings, tokenizer).save_pretrained(directory)
+    return directory
+
+
+def test_a_run_is_not_resumed_with_another_llm(finetune: Any, local_llm: Path, difference: Any) -> None:
+    from safetensors.torch import load_file, save_file
+
+    options = (f"model.llm.name={local_llm}", "train.epochs=2")
+    whole = finetune("whole", *options)
+    assert not [name for name in whole.weights if "embed_tokens" in name]  # frozen
+    finetune("part", *options, "train.stop_after_steps=3")
+    part = finetune("part", *options, resume=True)
+    assert difference(part.weights, whole.weights) == 0
+    finetune("other", *options, "train.stop_after_steps=3")
+    tensors = load_file(local_llm / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, local_llm / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RunError, match=r"is not the one that .* was trained with"):
+        finetune("other", *options, resume=True)
+
+
+# -- failure -----------------------------------------------------------------------------------------------------
+
+
+def test_no_training_split_is_said(finetune: Any, without_split: Any, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="this dataset directory has no split named train"):
+        finetune("run", without_split("train"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_data_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"data\.root is not set"):
+        run_finetune(load_recipe("tiny/finetune", stage="finetune"), tmp_path, resume=False, expected_processes=0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ("train.batch_size=17", "16 usable studies, fewer than"),
+        ("model.llm.name=./nowhere", "nowhere"),
+        ("model.encoder.weights=nowhere.safetensors", "nowhere"),
+    ],
+)
+def test_a_start_that_fails_leaves_the_place_free(finetune: Any, tmp_path: Path, wrong: str, told: str) -> None:
+    with pytest.raises((UsageError, RunError), match=told):
+        finetune("run", wrong)
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    with pytest.raises((UsageError, RunError), match=told):
+        finetune("run", wrong)
+    assert finetune("run", "train.epochs=1").summary.steps == 2
+
+
+def test_a_failing_start_removes_nothing_that_it_did_not_write(finetune: Any, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError):
+        finetune("run", "train.batch_size=17")
+    assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+def test_a_run_that_fails_later_keeps_what_it_has(finetune: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from emrrg_cli.models.report_generator import ReportGenerator
+
+    forward = ReportGenerator.forward
+    steps = []
+
+    def fails(self: Any, batch: Any) -> Any:
+        if self.training:
+            steps.append(1)
+        output = forward(self, batch)
+        return output._replace(loss_sum=output.loss_sum * float("nan")) if len(steps) > 3 else output
+
+    monkeypatch.setattr(ReportGenerator, "forward", fails)
+    with pytest.raises(RunError, match="not finite at step 4; the last checkpoint is kept"):
+        finetune("run", "train.epochs=3", "train.log_every=100")
+    monkeypatch.undo()
+    whole = finetune("whole", "train.epochs=3")
+    resumed = finetune("run", "train.epochs=3", resume=True)
+    for name, tensor in whole.weights.items():
+        assert torch.equal(resumed.weights[name], tensor)
+    assert (resumed.directory / "curve.png").is_file()
+
+
+# -- stops and kills ---------------------------------------------------------------------------------------------
+
+
+def test_killed_then_interrupted_then_resumed_is_the_uninterrupted_run(
+    finetune: Any, tiny_overrides: tuple[str, ...], tmp_path: Path, run_of: Any
+) -> None:
+    noise = ("model.encoder.depth=3", "model.encoder.drop_path=0.9")
+    schedule = ("train.batch_size=4", "train.epochs=3", "train.checkpoint_every_steps=3")  # 4 steps an epoch
+    options = (*tiny_overrides, "train.trackers=[]", "train.select=loss", *noise, *schedule)
+    arguments = ("finetune", "tiny/finetune", *options, "--output", str(tmp_path / "run"))
+    killed = ended_in_step(8, signal.SIGKILL, *arguments)
+    assert killed.returncode == -signal.SIGKILL
+    run = run_of(tmp_path / "run")
+    assert (run.last_step(), run.history[-1]["step"]) == (6, 7)
+    interrupted = ended_in_step(9, signal.SIGINT, *arguments, "--resume")
+    assert interrupted.returncode == 130
+    assert interrupted.stdout == ""
+    told = f"stopped at step 10 of 12; a checkpoint is in {run.directory}"
+    assert interrupted.stderr.endswith(f"{told}\nContinue with the same command and --resume.\n")
+    assert "Traceback" not in interrupted.stderr
+    assert run.last_step() == 10
+    resumed, whole = finetune("run", *options, resume=True), finetune("whole", *options)
+    for name, tensor in whole.weights.items():
+        assert torch.equal(resumed.weights[name], tensor), name
+    for name, tensor in whole.exported.items():
+        assert torch.equal(resumed.exported[name], tensor), name
+    assert resumed.history == whole.history
+
+
+# -- learning ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bright_or_dark(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Studies whose report says whether the upper half of the image is bright."""
+    root, out = tmp_path_factory.mktemp("halves"), tmp_path_factory.mktemp("dataset") / "halves"
+    rng = np.random.default_rng(3)
+    annotation: dict[str, list[dict[str, Any]]] = {}
+    (root / "images").mkdir()
+    for split, count in (("train", 24), ("val", 8), ("test", 8)):
+        annotation[split] = []
+        for number in range(count):
+            name, bright = f"{split}{number}", number % 2 == 0
+            pixels = rng.integers(0, 60, (40, 40)) + (150 if bright else 0) * (np.arange(40)[:, None] < 20)
+            Image.fromarray(pixels.astype(np.uint8)).save(root / "images" / f"{name}.png")
+            report = "The lungs are clear." if bright else "There is a large effusion."
+            annotation[split].append({"id": name, "report": report, "image_path": [f"{name}.png"]})
+    (root / "annotation.json").write_text(json.dumps(annotation))
+    assert main(["preprocess", "r2gen", str(root), str(out), "format=png", "--workers", "1"]) == 0
+    return out
+
+
+@pytest.mark.parametrize("targets", ["full", "[X]"])
+def test_it_learns_to_tell_images_apart(
+    finetune: Any,
+    bright_or_dark: Path,
+    targets: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = finetune(
+        "run",
+        f"data.root={bright_or_dark}",
+        f"model.adapter.targets={targets}",
+        "train.batch_size=4",
+        "train.epochs=20",
+        "train.lr=1e-2",
+        "train.validate_every_epochs=20",
+        "generation.max_new_tokens=16",
+    )
+    losses = run.series("train/loss")
+    assert losses[0] > 4
+    # Without the image one bit is left to guess in a report of about seven tokens: a loss of some 0.1.
+    assert losses[-1] < 0.03
+    for name in ("PATH", "JAVA_HOME"):  # METEOR takes its time
+        monkeypatch.setenv(name, str(run.directory))
+    assert main(["evaluate", "--model", str(run.directory), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["scores"]["BLEU_4"] > 0.99
