@@ -1,0 +1,96 @@
+"""`emrrg evaluate` from the command line: what is printed where, and what is said when it cannot."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from emrrg_cli.app import main
+
+
+@pytest.fixture(autouse=True)
+def no_java(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """METEOR takes seconds to start."""
+    for name in ("PATH", "JAVA_HOME"):
+        monkeypatch.setenv(name, str(tmp_path))
+
+
+@pytest.fixture
+def run(tiny_run: Path, tmp_path: Path) -> Path:
+    """A copy of `tiny_run`, free to be evaluated in."""
+    shutil.copytree(tiny_run, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_scores_and_protocol_are_printed_and_a_second_time_overwrites_nothing(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", "--model", str(run)]) == 0
+    printed = capsys.readouterr()
+    told = " ".join(printed.out.split())
+    for name in ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "METEOR │ needs Java", "CIDEr"):
+        assert name in told
+    assert "protocol ours: section report, cleaning auto, references whole, tokenizer whitespace" in printed.out
+    assert "METEOR was left out: it needs Java" in printed.err
+    assert "not for diagnosis" in printed.err
+    assert f"Scores and predictions: {run}/evaluation/test" in printed.err
+    first = (run / "evaluation" / "test" / "scores.json").read_text()
+    assert main(["evaluate", "--model", str(run), "generation.max_new_tokens=3"]) == 0
+    assert (run / "evaluation" / "test" / "scores.json").read_text() == first
+    second = json.loads((run / "evaluation" / "test-2" / "scores.json").read_text())
+    assert second["settings"]["generation"]["max_new_tokens"] == 3
+
+
+def test_json_is_all_that_stdout_holds(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["evaluate", "-m", str(run), "--split", "validation", "-o", str(tmp_path / "out"), "--json"]
+    assert main(arguments) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result == json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert (result["split"], result["scores"]["METEOR"]) == ("validation", None)
+    assert main(arguments) == 2
+    assert "already holds an evaluation" in capsys.readouterr().err
+    assert main([*arguments, "--overwrite"]) == 0
+
+
+def test_data_may_be_elsewhere(
+    run: Path, tiny_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny_dataset, tmp_path / "moved data")
+    assert main(["evaluate", "-m", str(run), "--data", str(tmp_path / "moved data"), "data.limit=1", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["data"], result["studies"]) == (str(tmp_path / "moved data"), 1)
+
+
+@pytest.mark.parametrize(
+    ("extra", "code", "told"),
+    [
+        (["--split", "dev"], 2, "no split 'dev'\nThere are: train, validation, test."),
+        (["--data", "nowhere"], 2, "no such dataset directory: nowhere"),
+        (["test"], 2, "test: not of the form key=value"),
+        (["train.lr=1"], 2, "was settled when the run was trained"),
+        (["generation.num_beans=2"], 2, "did you mean generation.num_beams?"),
+        (["--recipe", "tiny/finetune"], 2, "for `finetune`, not `evaluate`"),
+        (["--num-processes", "0"], 2, "--num-processes must be 1 or more"),
+        (["data.section=findings"], 1, "data.section=findings"),
+        (["evaluation.tokenizer=ptb"], 1, "the ptb tokenizer needs Java"),
+    ],
+)
+def test_what_cannot_be_is_one_message(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], extra: list[str], code: int, told: str
+) -> None:
+    assert main(["evaluate", "--model", str(tiny_run), "-o", str(tmp_path / "out"), *extra]) == code
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert told in printed.err
+    assert printed.err.count("error: ") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_run(tmp_path: Path, tiny_dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for directory in (tmp_path / "none", tiny_dataset):
+        assert main(["evaluate", "--model", str(directory)]) == 2
+        assert "is not a run directory" in capsys.readouterr().err
+    assert main(["evaluate"]) == 2

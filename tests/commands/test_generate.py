@@ -1,0 +1,121 @@
+"""`emrrg generate` from the command line: paths and settings apart, results, skipped files and exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from emrrg_cli.app import main
+from emrrg_cli.commands.generate import split_arguments
+from emrrg_cli.errors import UsageError
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Two images in a folder within a folder, and a text file."""
+    for name in ("a b.png", "deeper/[bold]ü.png"):
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (30, 20), 90).save(tmp_path / "images" / name)
+    (tmp_path / "images" / "notes.txt").write_text("no image")
+    return tmp_path / "images"
+
+
+def test_reports_are_shown_and_the_skipped_named(
+    tiny_run: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(images)
+    assert main(["generate", ".", "--model", str(tiny_run), "--output", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr()
+    for text in ("a b.png", "[bold]ü.png", "not for diagnosis"):
+        assert text in printed.out
+    assert "skipped notes.txt: not an image" in printed.err
+    assert "2 reports, 1 files skipped" in printed.err
+    assert len((tmp_path / "out" / "reports.jsonl").read_text().splitlines()) == 2
+
+
+def test_json_is_all_that_stdout_holds(
+    tiny_run: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["generate", str(images), "--model", str(tiny_run), "-o", str(tmp_path / "out"), "--json"]
+    assert main([*arguments, "generation.num_beams=2"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    lines = (tmp_path / "out" / "reports.jsonl").read_text().splitlines()
+    assert result["reports"] == [json.loads(line) for line in lines]
+    assert result["skipped"] == [{"path": str(images / "notes.txt"), "reason": "not an image"}]
+    assert main(arguments) == 2
+    assert "already holds reports" in capsys.readouterr().err
+    assert main([*arguments, "--overwrite"]) == 0
+
+
+def test_no_image_among_the_files_is_exit_code_1(
+    tiny_run: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", str(images / "notes.txt"), "-m", str(tiny_run), "-o", str(tmp_path / "out")]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "0 reports, 1 files skipped" in printed.err
+
+
+def test_many_skipped_files_are_counted(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "texts").mkdir()
+    for number in range(13):
+        (tmp_path / "texts" / f"{number:02}.txt").write_text("no image")
+    assert main(["generate", str(tmp_path / "texts"), "-m", str(tiny_run), "-o", str(tmp_path / "out")]) == 1
+    told = capsys.readouterr().err
+    assert told.count("not an image") == 10
+    assert "... and 3 more, listed in" in told
+    assert len((tmp_path / "out" / "skipped.jsonl").read_text().splitlines()) == 13
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["none.png"], "none.png: no such file or folder"),
+        (["empty"], "no files in empty"),
+        (["generation.num_beams=2"], "no images: name at least one image or folder"),
+        (["a.png", "generation.num_beans=2"], "did you mean generation.num_beams?"),
+        (["a.png", "train.lr=1"], "was settled when the run was trained"),
+        (["a.png", "--device", "abacus"], "unknown device 'abacus'"),
+        (["a.png", "--recipe", "default/evaluate"], "for `evaluate`, not `generate`"),
+        (["a.png", "--output", "a.png"], "a.png is a file"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2(
+    tiny_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    told: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    Image.new("L", (30, 20)).save("a.png")
+    assert main(["generate", "--model", str(tiny_run), *arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert told in printed.err
+    assert not (tmp_path / "reports").exists()
+
+
+def test_what_is_no_run(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(images), "--model", str(images), "-o", str(tmp_path / "out")]) == 2
+    assert "is not a run directory" in capsys.readouterr().err
+    assert main(["generate", str(images)]) == 2
+    assert main(["generate", "--model", str(images)]) == 2
+
+
+def test_an_argument_that_exists_is_a_path_whatever_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scan=1.png").touch()
+    (tmp_path / "id=3").mkdir()
+    (tmp_path / "id=3" / "x.png").touch()
+    arguments = ["scan=1.png", "generation.num_beams=2", "id=3/x.png", "./scan=2.png", "A=1.png", "none.png", "seed=1"]
+    paths, overrides = split_arguments(arguments)
+    assert paths == ["scan=1.png", "id=3/x.png", "./scan=2.png", "A=1.png", "none.png"]
+    assert overrides == ["generation.num_beams=2", "seed=1"]
+    with pytest.raises(UsageError, match="no images"):
+        split_arguments(["seed=1"])
