@@ -16,4 +16,6 @@ def quiet_libraries() -> None:
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
+    # The penalty cannot see the image; that it leaves the prompt out is how the paper's decoding works too.
+    warnings.filterwarnings("ignore", message="Passing `repetition_penalty`")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch")

@@ -187,7 +187,9 @@ def load_model(run_dir: Path, settings: ModelSettings, dtype: torch.dtype, *, me
         for name, tensor in _fitting_tensors(parameters, trained / "bridge.safetensors").items():
             parameters[name].copy_(tensor)
     if merge:
-        model.encoder, model.llm = adapters.merge(model.encoder), adapters.merge(model.llm)
+        model.encoder = adapters.merge(model.encoder)
+        if settings.llm.quantization == "none":  # added into quantised weights, an update would be rounded away
+            model.llm = adapters.merge(model.llm)
     return model.requires_grad_(False).eval()
 
 
@@ -199,7 +201,8 @@ def load_run_llm(run_dir: Path, settings: ModelSettings, dtype: torch.dtype) -> 
     if not settings.llm.is_frozen:
         raise RunError(f"{run_dir / 'model' / 'llm'}: the trained LLM of this run is missing")
     record = json.loads((run_dir / "llm.json").read_text()) if (run_dir / "llm.json").is_file() else {}
-    llm = load_llm(settings.llm.name, record.get("commit") or settings.llm.revision, dtype)
+    revision = record.get("commit") or settings.llm.revision
+    llm = load_llm(settings.llm.name, revision, dtype, settings.llm.quantization)
     found = llm_record(settings.llm, llm)
     for key in ("weights_fingerprint", "config_sha256"):
         if record.get(key) is not None and record[key] != found[key]:
@@ -214,4 +217,5 @@ def fresh_llm(settings: ModelSettings, tokenizer: Any, dtype: torch.dtype) -> An
     """The LLM that training starts from."""
     if settings.llm.name == "scratch":
         return build_scratch_llm(settings.llm.scratch, tokenizer)
-    return load_llm(settings.llm.name, settings.llm.revision, dtype if settings.llm.is_frozen else torch.float32)
+    own = dtype if settings.llm.is_frozen else torch.float32
+    return load_llm(settings.llm.name, settings.llm.revision, own, settings.llm.quantization)

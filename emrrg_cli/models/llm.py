@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from emrrg_cli.errors import RunError
+from emrrg_cli.errors import RunError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,17 +39,30 @@ def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokeni
     return tokenizer
 
 
-def load_llm(source: str, revision: str | None, dtype: torch.dtype) -> PreTrainedModel:
+def load_llm(source: str, revision: str | None, dtype: torch.dtype, quantization: str = "none") -> PreTrainedModel:
     """A causal LM with its weights, from the hub, the local cache or a directory.
+
+    Args:
+        dtype: of the weights, or of the arithmetic on quantised ones.
+        quantization: `none`, `8bit` or `4bit` (NF4, QLoRA arXiv 2305.14314), through bitsandbytes.
 
     Raises:
         RunError: when it cannot be had, or lacks weights that transformers would fill with noise.
+        UsageError: when it is to be quantised and bitsandbytes is not there.
     """
     from transformers import AutoModelForCausalLM
 
+    options: dict[str, Any] = {}
+    if quantization != "none":
+        options = {"quantization_config": _quantization(quantization, dtype), "device_map": {"": _own_device()}}
     try:
         llm, loaded = AutoModelForCausalLM.from_pretrained(
-            source, revision=revision or "main", dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+            source,
+            revision=revision or "main",
+            dtype=dtype,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+            **options,
         )
     except Exception as error:  # a broken file raises whatever its reader met
         raise _unavailable(source, "LLM", error) from error
@@ -57,6 +70,31 @@ def load_llm(source: str, revision: str | None, dtype: torch.dtype) -> PreTraine
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise RunError(f"{source}: this is no whole {type(llm).__name__}: {missing[0]} is missing{more}")
     return with_plain_decoding(llm)
+
+
+def _quantization(name: str, dtype: torch.dtype) -> Any:
+    from importlib.util import find_spec
+
+    from transformers import BitsAndBytesConfig
+
+    if find_spec("bitsandbytes") is None:
+        raise UsageError(
+            f"model.llm.quantization={name} needs bitsandbytes, which is not installed",
+            hint="pip install bitsandbytes, or set model.llm.quantization=none.",
+        )
+    if name == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _own_device() -> torch.device:
+    # Weights are quantised where they are put, so they go to this process's device at once.
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def build_scratch_llm(settings: ScratchLLMSettings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

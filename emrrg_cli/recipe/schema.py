@@ -146,6 +146,9 @@ class LLMSettings(Settings):
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="dtype of the LLM's own weights; auto: that of train.precision if frozen, else fp32"
     )
+    quantization: Literal["none", "8bit", "4bit"] = Field(
+        "none", description="of a frozen LLM's weights, through bitsandbytes; LoRA on it is then QLoRA"
+    )
     save: bool = Field(False, description="copy a hub LLM into the run directory")
     scratch: ScratchLLMSettings = Field(default_factory=ScratchLLMSettings)
 
@@ -153,6 +156,10 @@ class LLMSettings(Settings):
     def _check(self) -> Self:
         if self.name == "scratch" and self.frozen:
             raise ValueError("name: scratch starts from random weights, so frozen must be false or null")
+        if self.quantization != "none" and not self.is_frozen:
+            raise ValueError(f"quantization: {self.quantization} needs a frozen LLM; its weights could not be trained")
+        if self.quantization != "none" and self.save:
+            raise ValueError("save: true copies the LLM as it was published, so quantization must be none")
         return self
 
     @property

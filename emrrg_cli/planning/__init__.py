@@ -1,0 +1,247 @@
+"""What a recipe will need on this machine: parameters, memory, time, disk, from meta tensors and a short trial.
+
+Parameters are counted on a model of meta tensors, which has no weights. Time and activations come from real training
+steps of a model with one or two encoder blocks and decoder layers, of the recipe's widths and batch, with random
+weights: what a further block or layer adds is measured, and the rest is multiplication.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from emrrg_cli.errors import RunError
+from emrrg_cli.models.adapters import plain
+from emrrg_cli.models.build import assemble, build_encoder
+from emrrg_cli.models.hybrid_decoder import hybrid_parameters
+from emrrg_cli.models.report_generator import ReportGenerator
+from emrrg_cli.planning.llms import PlanTokenizer, llm_config
+from emrrg_cli.planning.trial import Trials
+from emrrg_cli.recipe.schema import FinetuneRecipe, ModelSettings
+from emrrg_cli.training.environment import choose_precision, llm_dtype
+
+
+@dataclass
+class Plan:
+    """Prediction for one device; bytes and seconds."""
+
+    parameters: dict[str, int]
+    trainable: dict[str, int]
+    memory: dict[str, int]
+    available: int
+    device: str
+    precision: str
+    micro_batch_size: int
+    seconds_per_step: float
+    steps_per_epoch: int | None
+    epochs: int
+    disk: dict[str, int]
+    disk_free: int
+    proposals: list[str] = field(default_factory=list)
+
+    @property
+    def peak(self) -> int:
+        """Predicted peak memory of the device."""
+        return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether memory and disk suffice; a twentieth of the memory is left for what is not counted."""
+        return self.peak <= 0.95 * self.available and sum(self.disk.values()) <= self.disk_free
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        seconds = None if self.steps_per_epoch is None else self.seconds_per_step * self.steps_per_epoch
+        return {**asdict(self), "peak": self.peak, "fits": self.fits, "seconds_per_epoch": seconds}
+
+
+def plan(
+    recipe: FinetuneRecipe,
+    *,
+    studies: int | None = None,
+    views: int = 1,
+    processes: int = 1,
+    report: Callable[[str], None] = lambda text: None,
+) -> Plan:
+    """Predicts what training with a recipe needs, by meta tensors and a trial of a few seconds to minutes.
+
+    Args:
+        studies: training studies, for the time of an epoch; None: unknown.
+        views: images a study.
+        processes: processes that share `train.batch_size`.
+        report: is told what is being measured.
+
+    Raises:
+        RunError: when the LLM's configuration cannot be had, or not even one block fits.
+    """
+    import emrrg_cli.training.finetune  # noqa: F401  (the program's own memory is that of a training process)
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = choose_precision(recipe.train.precision, device.type)
+    config = llm_config(recipe.model)
+    share = math.ceil(recipe.train.batch_size / processes)
+    micro = min(recipe.train.micro_batch_size or share, share)
+
+    report("counting parameters")
+    whole = _meta_model(recipe.model, config)
+    parameters, trainable = _count(whole)
+    before = _resident_bytes() if device.type == "cpu" else 600 * 2**20  # CUDA context and kernels, as seen on an H100
+    small = Trials(recipe, config, device, precision, views, report)
+    trials_micro = micro
+    while True:
+        try:
+            step = small.extrapolate(trials_micro)
+            break
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            if trials_micro == 1:
+                raise RunError("not even one encoder block and one decoder layer fit on this GPU") from None
+            trials_micro //= 2
+    scale = micro / trials_micro
+    weights = _weight_bytes(whole, recipe, precision)
+    llm_weights = weights - 4 * (sum(parameters.values()) - parameters["LLM"])
+    trained = sum(trainable.values())
+    logits = micro * (recipe.data.max_report_tokens + 2) * config.vocab_size * 4 * 2  # fp32 copy and its gradient
+    activations = int(step.saved * scale)
+    if recipe.train.gradient_checkpointing:
+        activations = int(step.checkpointed * scale)
+    memory = {
+        "program": before,
+        "LLM weights": llm_weights,
+        "other weights": weights - llm_weights,
+        "optimizer": 8 * trained,
+        "activations": activations + logits,
+        "gradients": 4 * trained if recipe.train.micro_batch_size not in (None, share) else 0,
+    }
+    # Gradients fill up while activations are freed: without accumulation only the larger of the two counts.
+    memory["gradients"] = max(memory["gradients"], 4 * trained - memory["activations"], 0)
+    steps = None if studies is None else max(1, studies // recipe.train.batch_size)
+    result = Plan(
+        parameters=parameters,
+        trainable=trainable,
+        memory=memory,
+        available=_available_bytes(device),
+        device=torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
+        precision=precision,
+        micro_batch_size=micro,
+        seconds_per_step=step.seconds * scale * math.ceil(share / micro),
+        steps_per_epoch=steps,
+        epochs=recipe.train.epochs,
+        disk=_disk(recipe, parameters, trained, llm_weights),
+        disk_free=_disk_free(recipe),
+    )
+    result.proposals = _proposals(result, recipe, int(step.checkpointed * scale), share)
+    return result
+
+
+def _meta_model(settings: ModelSettings, config: Any) -> ReportGenerator:
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        llm = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        return assemble(settings, build_encoder(settings.encoder, settings.scan), llm, PlanTokenizer())
+
+
+def _count(model: ReportGenerator) -> tuple[dict[str, int], dict[str, int]]:
+    added = {name for name, _ in hybrid_parameters(plain(model.llm))}
+    parts = {"encoder": 0, "bridge": 0, "hybrid layers": 0, "LLM": 0, "LoRA": 0}
+    trained = dict.fromkeys(parts, 0)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            part = "LoRA"
+        elif name.startswith("bridge."):
+            part = "bridge"
+        elif name.startswith("encoder."):
+            part = "encoder"
+        else:
+            part = "hybrid layers" if any(name.endswith(key) for key in added) else "LLM"
+        parts[part] += parameter.numel()
+        trained[part] += parameter.numel() * parameter.requires_grad
+    return parts, trained
+
+
+def _weight_bytes(model: ReportGenerator, recipe: FinetuneRecipe, precision: str) -> int:
+    # Everything is fp32 but a frozen LLM, whose inner projections may be quantised.
+    own = llm_dtype(recipe.model.llm.dtype, precision).itemsize if recipe.model.llm.is_frozen else 4
+    inner = {"none": own, "8bit": 1.0, "4bit": 0.516}[recipe.model.llm.quantization]
+    total = 0.0
+    for name, parameter in model.named_parameters():
+        in_llm = name.startswith("llm.") and ".cross." not in name and ".lora_" not in name
+        outer = parameter.ndim < 2 or "embed" in name or "lm_head" in name
+        total += parameter.numel() * ((own if outer else inner) if in_llm else 4)
+    return int(total)
+
+
+def _disk(recipe: FinetuneRecipe, parameters: dict[str, int], trained: int, llm_weights: int) -> dict[str, int]:
+    frozen_encoder = recipe.model.adapter.targets != "full"
+    disk = {
+        "encoder": 4 * parameters["encoder"] if frozen_encoder else 0,
+        # Export and checkpoint are each written beside the one they replace.
+        "model": 2 * 4 * trained,
+        "checkpoints": 2 * 12 * trained,
+    }
+    if recipe.model.llm.save and recipe.model.llm.is_frozen:
+        disk["LLM copy"] = llm_weights
+    return {name: size for name, size in disk.items() if size}
+
+
+def _disk_free(recipe: FinetuneRecipe) -> int:
+    place = Path(recipe.output or ".").absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def _available_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info()[0] + 600 * 2**20
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024 + _resident_bytes()
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _resident_bytes() -> int:
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 700 * 2**20
+
+
+def _proposals(result: Plan, recipe: FinetuneRecipe, checkpointed: int, share: int) -> list[str]:
+    """Changes, gentlest first, until the memory suffices; each as `key=value`."""
+    if result.fits:
+        return []
+    proposals: list[str] = []
+    budget = 0.95 * result.available
+    if sum(result.disk.values()) > result.disk_free:
+        proposals.append("output=DIR on a disk with more room")
+    fixed = result.peak - result.memory["activations"]
+    activations, micro = result.memory["activations"], result.micro_batch_size
+    whole_llm = result.precision == "fp32" and recipe.model.llm.is_frozen and recipe.model.llm.dtype == "auto"
+    if fixed + activations > budget and whole_llm:
+        proposals.append("model.llm.dtype=bf16")
+        fixed -= result.memory["LLM weights"] // 2
+    while fixed + activations > budget and micro > 1:
+        activations, micro = activations * (micro // 2) // micro, micro // 2
+    if micro != result.micro_batch_size:
+        proposals.append(f"train.micro_batch_size={micro} ({math.ceil(share / micro)} micro-batches a step)")
+    if fixed + activations > budget and recipe.model.llm.is_frozen and recipe.model.llm.quantization == "none":
+        proposals.append("model.llm.quantization=4bit (needs bitsandbytes)")
+        fixed -= int(result.memory["LLM weights"] * 0.7)
+    if fixed + activations > budget and not recipe.train.gradient_checkpointing:
+        proposals.append("train.gradient_checkpointing=true")
+        activations = min(activations, checkpointed * micro // result.micro_batch_size)
+    if fixed + activations > budget:
+        if recipe.model.adapter.targets == "full":
+            proposals.append("model.adapter.targets=[X] (the encoder stays frozen)")
+        proposals.append("a smaller LLM (model.llm.name), or a device with more memory")
+    return proposals

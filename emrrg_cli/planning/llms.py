@@ -1,0 +1,83 @@
+"""Configurations of LLMs, without their weights."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from emrrg_cli.errors import RunError
+from emrrg_cli.recipe.schema import ModelSettings
+
+# The LLMs of the shipped recipes, so that planning needs no network. From their published config.json.
+KNOWN_LLMS: dict[str, dict[str, Any]] = {
+    "meta-llama/Llama-2-7b-chat-hf": {
+        "model_type": "llama",
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+    },
+    "Qwen/Qwen1.5-1.8B-Chat": {
+        "model_type": "qwen2",
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 5504,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+    },
+    "HuggingFaceTB/SmolLM2-135M-Instruct": {
+        "model_type": "llama",
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+class PlanTokenizer:
+    """Stands in for a tokenizer: only the length of the prompt matters, about four characters a token."""
+
+    bos_token_id, eos_token_id, pad_token_id = 1, 2, 0
+
+    def __len__(self) -> int:
+        return 3
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        return [3] * math.ceil(len(text) / 4)
+
+
+def llm_config(settings: ModelSettings) -> Any:
+    """The LLM's configuration, without weights: known, local, cached or from the hub.
+
+    Raises:
+        RunError: when it cannot be had.
+    """
+    from transformers import AutoConfig
+
+    from emrrg_cli.models.llm import build_scratch_llm
+
+    if settings.llm.name == "scratch":
+        tokenizer: Any = PlanTokenizer()
+        with torch.device("meta"):
+            config = build_scratch_llm(settings.llm.scratch, tokenizer).config
+        config.vocab_size = settings.llm.scratch.vocab_size
+        return config
+    known = KNOWN_LLMS.get(settings.llm.name)
+    if known is not None:
+        return AutoConfig.for_model(**known)
+    try:
+        return AutoConfig.from_pretrained(settings.llm.name, revision=settings.llm.revision or "main")
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"the configuration of the LLM {settings.llm.name!r} cannot be had: {str(error).splitlines()[0]}",
+            hint="Planning needs its config.json only: name a directory that holds one, or connect to the hub.",
+        ) from error
