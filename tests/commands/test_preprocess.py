@@ -104,3 +104,63 @@ def test_the_data_side_imports_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split("\n")[:2] == ["[]", "False"]
+
+
+def _films(root: Path) -> Path:
+    from PIL import Image
+
+    root.mkdir()
+    for name in "abcd":
+        Image.new("L", (8, 8), ord(name)).save(root / f"{name}.png")
+    (root / "table.csv").write_text(
+        "file,text,who\n" + "".join(f"{name}.png,Report {name}.,{name}\n" for name in "abc")
+    )
+    return root
+
+
+def test_folder_with_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = _films(tmp_path / "films")
+    arguments = ["preprocess", "folder", str(root), str(tmp_path / "out"), "--table", str(root / "table.csv")]
+    options = ["--image-column", "file", "--report-column", "text", "--patient-column", "who", "--split", "0.4,0.3,0.3"]
+    assert main([*arguments, *options, "--seed", "3", "--json"]) == 0
+    manifest = json.loads(capsys.readouterr().out)
+    assert {split: count["studies"] for split, count in manifest["splits"].items()} == {
+        "train": 1,
+        "validation": 1,
+        "test": 1,
+    }
+    assert manifest["options"]["columns"] == {
+        "--image-column": "file",
+        "--report-column": "text",
+        "--patient-column": "who",
+    }
+    assert (manifest["options"]["split"], manifest["options"]["seed"]) == ("0.4,0.3,0.3", 3)
+
+
+def test_folder_without_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = _films(tmp_path / "films")
+    assert main(["preprocess", "folder", str(root), str(tmp_path / "out")]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "folder: 5 studies read" in printed
+    assert "not an image │ 1 study │ table.csv │" in printed
+    assert "Without a table there are no reports" in printed
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--table", "none.csv"], "no such table"),
+        (["--report-column", "text"], "no table is given"),
+        (["--split", "1,1"], "--split"),
+        (["--table", "TABLE"], "its columns: file, text, who"),
+        (["--table", "TABLE", "--image-column", "file", "--view-column", "v"], "--view-column"),
+    ],
+)
+def test_wrong_use_of_folder_is_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], extra: list[str], message: str
+) -> None:
+    root = _films(tmp_path / "films")
+    extra = [str(root / "table.csv") if part == "TABLE" else part for part in extra]
+    assert main(["preprocess", "folder", str(root), str(tmp_path / "out"), *extra]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
