@@ -13,7 +13,7 @@ import glob
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from datasets import Features, List, Value
 from datasets import Image as ImageFeature
 
 from emrrg_cli.console import err
-from emrrg_cli.data.study import SPLITS, Split, Study
+from emrrg_cli.data.study import SPLITS, Column, Split, Study
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.files import atomic_directory, recover_directory
 
@@ -67,6 +67,7 @@ class _SplitWriter:
     folder: Path
     split: Split
     studies_per_shard: int
+    features: Features
     studies: int = 0
     images: int = 0
     shards: list[Path] = field(default_factory=list)
@@ -85,6 +86,7 @@ class _SplitWriter:
             "impression": study.impression,
             "report": study.report,
             "source": study.source,
+            **study.extra,
         }
         self._rows.append(text | {"images": [{"bytes": image.data, "path": image.name} for image in images]})
         self.digest.update(json.dumps([text, [(image.name, len(image.data)) for image in images]]).encode())
@@ -104,8 +106,8 @@ class _SplitWriter:
             return
         if self._writer is None:
             self.shards.append(self.folder / f"{self.split}-{len(self.shards):05d}.parquet")
-            self._writer = pq.ParquetWriter(self.shards[-1], FEATURES.arrow_schema, use_dictionary=False)
-        self._writer.write_table(pa.Table.from_pylist(self._rows, schema=FEATURES.arrow_schema))
+            self._writer = pq.ParquetWriter(self.shards[-1], self.features.arrow_schema, use_dictionary=False)
+        self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self.features.arrow_schema))
         self._rows, self._bytes = [], 0
 
     def _end_shard(self) -> None:
@@ -130,10 +132,18 @@ class _SplitWriter:
 class DatasetWriter:
     """Fills the directory of a dataset; made by `new_dataset`."""
 
-    def __init__(self, folder: Path, studies_per_shard: int) -> None:
-        self._folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        studies_per_shard: int,
+        columns: Mapping[str, Column] | None = None,
+        about: str | None = None,
+    ) -> None:
+        self._folder, self._columns, self._about = folder, columns or {}, about
         (folder / "data").mkdir()
-        self._splits = {split: _SplitWriter(folder / "data", split, studies_per_shard) for split in SPLITS}
+        kinds = {"text": Value("string"), "texts": List(Value("string"))}
+        features = Features({**FEATURES, **{name: kinds[column.kind] for name, column in self._columns.items()}})
+        self._splits = {split: _SplitWriter(folder / "data", split, studies_per_shard, features) for split in SPLITS}
         self.finished = False
 
     @property
@@ -169,7 +179,7 @@ class DatasetWriter:
         }
         text = json.dumps(manifest, indent=2, ensure_ascii=False)
         (self._folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
-        (self._folder / CARD).write_text(_card(manifest), encoding="utf-8")
+        (self._folder / CARD).write_text(_card(manifest, self._columns, self._about), encoding="utf-8")
         self.finished = True
         return manifest
 
@@ -182,7 +192,13 @@ class DatasetWriter:
 
 @contextlib.contextmanager
 def new_dataset(
-    out: Path, *, studies_per_shard: int, overwrite: bool = False, protect: Path | None = None
+    out: Path,
+    *,
+    studies_per_shard: int,
+    overwrite: bool = False,
+    protect: Path | None = None,
+    columns: Mapping[str, Column] | None = None,
+    about: str | None = None,
 ) -> Iterator[DatasetWriter]:
     """A dataset directory that stands at `out` when the block ends, whole; if the block fails, nothing has changed.
 
@@ -191,6 +207,8 @@ def new_dataset(
         studies_per_shard: Studies in one Parquet file.
         overwrite: Replace a dataset directory that stands at `out`, once the new one is complete.
         protect: A path (the raw data) that must not lie inside a directory that is replaced.
+        columns: Those beside `FEATURES`; every study's `extra` fills them.
+        about: A paragraph for the dataset card; None: that the terms of the source apply.
 
     Yields:
         The writer, whose `finish` ends the block.
@@ -203,7 +221,7 @@ def new_dataset(
     _check_target(out, overwrite, protect)
     try:
         with atomic_directory(out) as folder:
-            writer = DatasetWriter(folder, studies_per_shard)
+            writer = DatasetWriter(folder, studies_per_shard, columns, about)
             try:
                 yield writer
             finally:
@@ -235,7 +253,7 @@ def _check_target(out: Path, overwrite: bool, protect: Path | None) -> None:
         )
 
 
-def _card(manifest: dict[str, Any]) -> str:
+def _card(manifest: dict[str, Any], columns: Mapping[str, Column], about: str | None) -> str:
     """The dataset card. Its YAML header tells `datasets` which files make which split.
 
     `load_dataset(directory)` keys its Arrow copy by the directory's last name and this header alone: without the
@@ -243,6 +261,7 @@ def _card(manifest: dict[str, Any]) -> str:
     """
     counts: dict[str, dict[str, int]] = manifest["splits"]
     files = "\n".join(f"  - split: {split}\n    path: data/{split}-*.parquet" for split in counts)
+    extra = "".join(f"\n| `{name}` | {column.content} |" for name, column in columns.items())
     table = "\n".join(f"| {split} | {count['studies']:,} | {count['images']:,} |" for split, count in counts.items())
     return f"""---
 configs:
@@ -272,9 +291,9 @@ studies = load_dataset("path/to/this/directory")
 | `images` | the views of the study, 8-bit grey |
 | `views` | projection of each image, `unknown` where the source does not say |
 | `findings`, `impression`, `report` | raw text, null where absent; cleaned when read, by the recipe's rule |
-| `source` | data set |
+| `source` | data set |{extra}
 
-The terms of the source apply to these images and reports.
+{about or "The terms of the source apply to these images and reports."}
 """
 
 

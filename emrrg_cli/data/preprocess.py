@@ -25,7 +25,7 @@ from emrrg_cli.console import err
 from emrrg_cli.data.dataset_dir import EncodedImage, new_dataset
 from emrrg_cli.data.image_notes import INVERTED, image_notes
 from emrrg_cli.data.images import ImageError, encode, fit_shorter_side, is_plain_jpeg, load_image, to_grey
-from emrrg_cli.data.study import Account, ImageProblem, Study, StudySource, printable
+from emrrg_cli.data.study import Account, HasColumns, ImageProblem, RenderedImage, Study, StudySource, printable
 from emrrg_cli.errors import Interrupted, RunError
 from emrrg_cli.recipe.schema import PreprocessRecipe
 
@@ -84,11 +84,17 @@ def preprocess(
     """
     started = time.monotonic()
     account = Account()
+    described = source if isinstance(source, HasColumns) else None
     workers = _workers(recipe.workers, len(source))
     with (
         _ended_by_sigterm(),
         new_dataset(
-            out, studies_per_shard=recipe.studies_per_shard, overwrite=overwrite, protect=source.root
+            out,
+            studies_per_shard=recipe.studies_per_shard,
+            overwrite=overwrite,
+            protect=source.root,
+            columns=described.columns if described else None,
+            about=described.about if described else None,
         ) as writer,
         _progress() as progress,
     ):
@@ -119,7 +125,7 @@ def preprocess(
                 "python": platform.python_version(),
                 "libraries": {name: version(name) for name in ("datasets", "pyarrow", "pillow", "numpy", "joblib")},
                 "source": source.name,
-                "root": printable(str(source.root)),
+                "root": None if source.root is None else printable(str(source.root)),
                 "recipe": recipe.model_dump(),
                 "options": options or {},
                 "studies_read": account.read,
@@ -134,8 +140,8 @@ def preprocess(
         )
 
 
-def prepare_study(study: Study, root: Path, recipe: PreprocessRecipe) -> PreparedStudy:
-    """Decodes and encodes the images of one study. Runs in a worker process.
+def prepare_study(study: Study, root: Path | None, recipe: PreprocessRecipe) -> PreparedStudy:
+    """Decodes (or renders) and encodes the images of one study. Runs in a worker process.
 
     An image that is already what would be written (a grey baseline JPEG, upright, not above the size, and JPEG is asked
     for) keeps its bytes, so that it is not compressed twice; it is decoded all the same, to know that it can be.
@@ -144,13 +150,14 @@ def prepare_study(study: Study, root: Path, recipe: PreprocessRecipe) -> Prepare
     views: list[str] = []
     problems = list(study.problems)
     notes: list[tuple[str, str]] = []
-    for path, view in zip(study.image_paths, study.views, strict=True):
-        name = printable(path.relative_to(root).as_posix())
+    sources: tuple[Path | RenderedImage, ...] = (*study.image_paths, *study.rendered)
+    for image, view in zip(sources, study.views, strict=True):
+        name = _name(image, root)
         try:
             with warnings.catch_warnings():
                 # Pillow warns about odd metadata; an image either decodes or is reported.
                 warnings.simplefilter("ignore")
-                data, about = _encoded(path, recipe)
+                data, about = _encoded(image, recipe) if isinstance(image, Path) else (_rendered(image, recipe), ())
         except ImageError as error:
             problems.append(ImageProblem(name, error.reason, error.detail))
         except OSError as error:  # a network share that comes and goes
@@ -160,6 +167,18 @@ def prepare_study(study: Study, root: Path, recipe: PreprocessRecipe) -> Prepare
             views.append(view)
             notes += [(name, note) for note in about if note != INVERTED or view not in SIDEWAYS]
     return PreparedStudy(study, tuple(images), tuple(views), tuple(problems), tuple(notes))
+
+
+def _name(image: Path | RenderedImage, root: Path | None) -> str:
+    if not isinstance(image, Path):
+        return image.name
+    return printable((image if root is None else image.relative_to(root)).as_posix())
+
+
+def _rendered(image: RenderedImage, recipe: PreprocessRecipe) -> bytes:
+    if recipe.size == "original":
+        raise ValueError("a rendered image has no original size")
+    return encode(image.render(recipe.size), recipe.format, recipe.quality)
 
 
 def _encoded(path: Path, recipe: PreprocessRecipe) -> tuple[bytes, tuple[str, ...]]:
@@ -177,7 +196,7 @@ def _encoded(path: Path, recipe: PreprocessRecipe) -> tuple[bytes, tuple[str, ..
 
 
 def _prepare_all(
-    studies: Iterator[Study], root: Path, recipe: PreprocessRecipe, workers: int
+    studies: Iterator[Study], root: Path | None, recipe: PreprocessRecipe, workers: int
 ) -> Iterator[PreparedStudy]:
     """`prepare_study` over all studies, in their order, in `workers` processes (joblib's backend of the moment)."""
     task = joblib.delayed(prepare_study)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -23,15 +26,28 @@ class ImageProblem:
     detail: str = ""
 
 
+class RenderedImage(Protocol):
+    """An image that is made where it is needed, in a worker process, instead of read from a file."""
+
+    @property
+    def name(self) -> str:
+        """As a file name, for the dataset."""
+
+    def render(self, size: int) -> Image:
+        """The image, mode `L`, `size` pixels at its shorter side."""
+
+
 @dataclass(frozen=True)
 class Study:
     """One examination as its source describes it; nothing is decoded yet.
 
     Attributes:
         image_paths: Files of the views, resolved, inside the source's root.
-        views: Projection of each image (`PA`, `AP`, `LATERAL`, ..., or `unknown`); as long as `image_paths`.
+        views: Projection of each image (`PA`, `AP`, `LATERAL`, ..., or `unknown`): files first, then `rendered`.
         report: The text by the source's own rule; `findings` and `impression` where the source tells them apart.
         problems: Images that the source lists and that are already known to be unusable.
+        rendered: Images that are made, not read.
+        extra: Values of the columns that only this source has; see `HasColumns`.
     """
 
     study_id: str
@@ -44,10 +60,12 @@ class Study:
     report: str | None
     source: str
     problems: tuple[ImageProblem, ...] = ()
+    rendered: tuple[RenderedImage, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if len(self.views) != len(self.image_paths):
-            raise ValueError(f"{len(self.views)} views for {len(self.image_paths)} images")
+        if len(self.views) != (images := len(self.image_paths) + len(self.rendered)):
+            raise ValueError(f"{len(self.views)} views for {images} images")
 
 
 def printable(text: str) -> str:
@@ -146,8 +164,8 @@ class StudySource(Protocol):
         """Written to the `source` column; the cleaning rule `auto` goes by it."""
 
     @property
-    def root(self) -> Path:
-        """Resolved folder under which every image lies."""
+    def root(self) -> Path | None:
+        """Resolved folder under which every image lies; None where images are rendered."""
 
     @property
     def image_folders(self) -> tuple[Path, ...]:
@@ -158,3 +176,24 @@ class StudySource(Protocol):
 
     def studies(self, account: Account) -> Iterator[Study]:
         """Reads the studies, always in the same order; what cannot be used goes to `account` instead."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column beside those of every dataset directory: one text, or a list of texts, and what it holds."""
+
+    kind: Literal["text", "texts"]
+    content: str
+
+
+@runtime_checkable
+class HasColumns(Protocol):
+    """A source whose studies carry more than image and text (`Study.extra`), and that the dataset card says more of."""
+
+    @property
+    def columns(self) -> Mapping[str, Column]:
+        """By name; every study's `extra` has exactly these."""
+
+    @property
+    def about(self) -> str:
+        """A paragraph for the dataset card."""
