@@ -1,4 +1,4 @@
-"""`emrrg preprocess SOURCE ROOT OUT`: raw data to a dataset directory."""
+"""`emrrg preprocess SOURCE ROOT OUT`: raw data, or synthetic studies, to a dataset directory."""
 
 from __future__ import annotations
 
@@ -147,11 +147,55 @@ def folder(
     _show(manifest, out, as_json)
 
 
-def _show(manifest: dict[str, Any], out: Path, as_json: bool) -> None:
+@app.command("phantom", no_args_is_help=True)
+def phantom(
+    out: Out,
+    overrides: Overrides = None,
+    count: Annotated[int, typer.Option("--count", min=1, help="Studies to make.")] = 1000,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same studies.")] = 0,
+    size: Annotated[
+        int | None, typer.Option("--size", help="Side of the images; default: the recipe's.", show_default=False)
+    ] = None,
+    split: Annotated[
+        str, typer.Option(metavar="PARTS", help="Parts of train, validation, test, by the study's number.")
+    ] = "0.8,0.1,0.1",
+    recipe: RecipeOption = "phantom/preprocess",
+    workers: Annotated[int | None, typer.Option("--workers", min=1, help="Processes; default one a core.")] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Synthetic chest radiographs with reports: no data, no licence, known labels.
+
+    A program draws them from random parameters. They show no patient; results on them say nothing about clinical use.
+
+    Example: emrrg preprocess phantom data/phantom --count 2000 --seed 1
+    """
+    from emrrg_cli.data.phantom.source import PhantomSource
+    from emrrg_cli.data.preprocess import preprocess as run
+    from emrrg_cli.data.sources.splits import parse_fractions
+    from emrrg_cli.errors import UsageError
+    from emrrg_cli.recipe.load import load_recipe
+
+    given = {"size": size, "workers": workers}
+    extra = [f"{key}={value}" for key, value in given.items() if value is not None]
+    settings = load_recipe(recipe, [*(overrides or []), *extra], stage="preprocess")
+    if settings.size == "original":
+        raise UsageError("a synthetic image has no original size", hint="Set size to a number of pixels.")
+    manifest = run(
+        PhantomSource(count, seed=seed, fractions=parse_fractions(split)),
+        out,
+        settings,
+        overwrite=overwrite,
+        options={"layout": "phantom", "recipe": recipe, "count": count, "seed": seed, "split": split},
+    )
+    _show(manifest, out, as_json, title=f"{count:,} synthetic studies, seed {seed}")
+
+
+def _show(manifest: dict[str, Any], out: Path, as_json: bool, title: str | None = None) -> None:
     if as_json:
         console.print_json(data=manifest)
         return
-    console.print(_summary(manifest))
+    console.print(_summary(manifest, title or f"{manifest['source']}: {manifest['studies_read']:,} studies read"))
     if manifest["skipped"]:
         console.print(_reasons(manifest["skipped"], f"{manifest['studies_skipped']:,} studies skipped"))
     if manifest["notes"]:
@@ -162,12 +206,11 @@ def _show(manifest: dict[str, Any], out: Path, as_json: bool) -> None:
 
 
 # Names go in as Text: they may hold what rich reads as markup.
-def _summary(manifest: dict[str, Any]) -> Table:
+def _summary(manifest: dict[str, Any], title: str) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    title = Text(f"{manifest['source']}: {manifest['studies_read']:,} studies read")
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")
     for name in ("split", "studies", "images"):
         table.add_column(name, justify="left" if name == "split" else "right")
     for split, count in manifest["splits"].items():

@@ -39,7 +39,10 @@ def test_ls_refuses_a_pattern_that_matches_nothing(capsys: pytest.CaptureFixture
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_opens_with_its_command_and_an_example(name: str) -> None:
     first, second = (recipes_dir() / f"{name}.yaml").read_text().splitlines()[:2]
-    command = {"preprocess": "preprocess r2gen"}.get(name.split("/")[1], name.split("/")[1].split("-")[0])
+    folder, file = name.split("/")
+    command = file.split("-")[0]
+    if command == "preprocess":
+        command += " phantom" if folder == "phantom" else " r2gen"
     assert first.startswith(f"# emrrg {command} ")
     assert name.startswith("default/") or f" {name} " in first
     assert f"  emrrg {command} " in second

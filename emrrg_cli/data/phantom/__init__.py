@@ -1,0 +1,20 @@
+"""Synthetic chest radiographs ("phantoms") with reports: made from random parameters, without data or licence.
+
+They exist so that the toolkit can be shown, tested and timed by anyone. They are synthetic images of no patient and say
+nothing about clinical performance.
+
+    parameters.py   what a phantom is made from: anatomy, findings, film
+    sampling.py     draws parameters, with the co-occurrence of findings
+    grid.py         coordinates, smooth curves, noise
+    anatomy.py      shape of the thorax: lungs, heart, mediastinum, diaphragm, body
+    bones.py        ribs, spine, clavicles, shoulders
+    ink.py          thin tubes: vessels, lines, wires
+    vessels.py      pulmonary vessels
+    disease.py      what findings do to the lungs
+    devices.py      tubes, catheters, pacemakers
+    film.py         from attenuation to grey: scatter, noise, exposure, borders
+    render.py       all of it, in order
+    report.py       findings and impression from the same parameters
+    reader.py       labels back from a text
+    source.py       phantoms as a source of studies
+"""

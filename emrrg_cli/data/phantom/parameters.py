@@ -1,0 +1,193 @@
+"""What a synthetic study is made from. Lengths in cm unless the name says mm; sides are the patient's."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Side = Literal["right", "left"]
+SIDES: tuple[Side, ...] = ("right", "left")
+Zone = Literal["upper", "mid", "lower"]
+ZONES: tuple[Zone, ...] = ("upper", "mid", "lower")
+View = Literal["PA", "AP"]
+Amount = Literal["small", "moderate", "large"]
+Severity = Literal["mild", "moderate", "severe"]
+DeviceKind = Literal["endotracheal tube", "central line", "pacemaker", "nasogastric tube"]
+
+LABELS: tuple[str, ...] = (
+    "atelectasis",
+    "cardiomegaly",
+    "consolidation",
+    "edema",
+    "nodule",
+    "pleural_effusion",
+    "pneumothorax",
+    "support_device",
+)
+
+# Cardiothoracic ratio above which a heart is called enlarged. AP films magnify it. `sampling` keeps clear of the limit,
+# so that a label never hangs on the third decimal.
+CTR_LIMIT: dict[View, float] = {"PA": 0.52, "AP": 0.56}
+
+
+def sign(side: Side) -> float:
+    """Direction of a side in image coordinates: the patient's right is at the left of the film (-1)."""
+    return -1.0 if side == "right" else 1.0
+
+
+@dataclass(frozen=True)
+class Effusion:
+    """Pleural fluid. `level` grows from 0 (blunted angle) to 1 (fluid to the upper chest)."""
+
+    side: Side
+    amount: Amount
+    level: float
+    subtle: bool
+
+
+@dataclass(frozen=True)
+class Pneumothorax:
+    """Air in the pleural space. `gap` is the distance of the pleural line from the lateral chest wall."""
+
+    side: Side
+    amount: Amount
+    gap: float
+    subtle: bool
+
+
+@dataclass(frozen=True)
+class Consolidation:
+    """Airspace opacity; `radius` of the area, `density` 0 to 1 (1: no air is left)."""
+
+    side: Side
+    zone: Zone
+    radius: float
+    density: float
+    subtle: bool
+
+
+@dataclass(frozen=True)
+class Nodule:
+    """A ball of soft tissue at (`across`, `along`): fractions of the zone's width and height."""
+
+    side: Side
+    zone: Zone
+    diameter_mm: int
+    across: float
+    along: float
+    subtle: bool
+
+
+@dataclass(frozen=True)
+class Edema:
+    """Fluid in both lungs, from the hila outwards. `strength` 0 to 1."""
+
+    severity: Severity
+    strength: float
+    subtle: bool
+
+
+@dataclass(frozen=True)
+class Atelectasis:
+    """Collapsed lung at a base: a plate (`linear`) or a broader band that pulls the diaphragm up."""
+
+    side: Side
+    shape: Literal["linear", "band"]
+    strength: float
+    subtle: bool
+
+
+@dataclass(frozen=True)
+class Device:
+    """`side` is where a central line or a pacemaker enters; None for tubes in the midline."""
+
+    kind: DeviceKind
+    side: Side | None
+    wander: float
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Everything that a report of the study has to mention."""
+
+    ctr: float
+    cardiomegaly: Severity | None = None
+    effusions: tuple[Effusion, ...] = ()
+    pneumothorax: Pneumothorax | None = None
+    consolidations: tuple[Consolidation, ...] = ()
+    nodule: Nodule | None = None
+    edema: Edema | None = None
+    atelectases: tuple[Atelectasis, ...] = ()
+    devices: tuple[Device, ...] = ()
+
+    def labels(self) -> set[str]:
+        """Those of `LABELS` that are present; empty for a normal study without devices."""
+        present: dict[str, object] = {
+            "atelectasis": self.atelectases,
+            "cardiomegaly": self.cardiomegaly,
+            "consolidation": self.consolidations,
+            "edema": self.edema,
+            "nodule": self.nodule,
+            "pleural_effusion": self.effusions,
+            "pneumothorax": self.pneumothorax,
+            "support_device": self.devices,
+        }
+        return {label for label, value in present.items() if value}
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A healthy thorax as it stands before the detector."""
+
+    thorax_half_width: float  # inner, at the widest
+    lung_height: float  # apex to costophrenic angle
+    apex: float  # y of the lung apex
+    dome: dict[Side, float]  # y of the top of each hemidiaphragm
+    depth: float  # of the trunk, front to back
+    body_half_width: float
+    tilt: float  # radians, in the plane of the film
+    rotation: float  # shift of the mediastinum against the chest wall
+    bend: float  # curve of the spine
+    heart_slope: float  # 0 upright to 1 lying
+    knob: float  # radius of the aortic arch
+    unfolded: float  # widening of the upper mediastinum
+    lung_density: float  # against soft tissue
+    rib_phase: float
+    rib_spacing: float
+    rib_density: float
+    breast: float  # thickness; 0: none
+    scapula_over_lung: float
+    clavicle_rise: float
+    bubble: float  # radius of the gastric air bubble; 0: none
+    vessels: float  # prominence
+
+
+@dataclass(frozen=True)
+class Film:
+    """How the exposure was made."""
+
+    view: View
+    field: float  # side of the square film
+    shift_x: float
+    shift_y: float
+    lung_grey: float  # 0 to 1
+    mediastinum_grey: float
+    scatter: float
+    noise: float
+    blur: float  # mm
+    collimation: tuple[float, float, float, float]  # border at left, top, right, bottom, fraction of the side
+    marker: bool
+
+
+@dataclass(frozen=True)
+class Case:
+    """One synthetic study: who, what, and how it was taken."""
+
+    anatomy: Anatomy
+    film: Film
+    findings: Findings
+    texture_seed: int = field(default=0)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
