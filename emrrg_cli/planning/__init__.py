@@ -95,7 +95,8 @@ def plan(
     parameters, trainable = _count(whole)
     before = _resident_bytes() if device.type == "cpu" else 600 * 2**20  # CUDA context and kernels, as seen on an H100
     small = Trials(recipe, config, device, precision, views, report)
-    trials_micro = micro
+    # A CPU's time grows with the batch, so one study tells; a GPU is filled only by the whole.
+    trials_micro = 1 if device.type == "cpu" else micro
     while True:
         try:
             step = small.extrapolate(trials_micro)

@@ -79,10 +79,10 @@ class Trials:
         try:
             optimizer = build_optimizer(model, self.recipe.train)
             batch = self._batch(micro)
-            seconds = []
-            saved = self._one(model, optimizer, batch, count=True)[1]  # also warms up
-            for _ in range(3):
-                seconds.append(self._one(model, optimizer, batch)[0])
+            warm_up, saved = self._one(model, optimizer, batch, count=True)
+            # Where one step takes long, its start-up cost is nothing beside it.
+            repeats = 3 if warm_up < 2 else 1 if warm_up < 10 else 0
+            seconds = [self._one(model, optimizer, batch)[0] for _ in range(repeats)] or [warm_up]
             return Step(min(seconds), saved)
         finally:
             del model
