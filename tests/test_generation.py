@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -239,6 +240,34 @@ def _config() -> Any:
     from emrrg_cli.models.report_generator import generation_config
 
     return generation_config(_settings())()
+
+
+def test_a_split_is_shared_among_processes(
+    generator: Generator, tiny_dataset: Path, accelerator: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes one after the other; what they gather comes in the order of the processes."""
+    dataset = ReportDataset(open_dataset(tiny_dataset)["train"], generator.recipe.data, 48)
+    expected = write_split(generator.model, dataset, _settings(), accelerator, limit=7)
+    parts: list[list[Any]] = []
+
+    def gather(written: list[Any]) -> list[Any]:
+        parts.append(written)
+        if len(parts) == 1:
+            raise InterruptedError
+        return [pair for part in parts for pair in part]
+
+    monkeypatch.setattr("accelerate.utils.gather_object", gather)
+
+    def run(rank: int) -> list[str]:
+        process = SimpleNamespace(
+            process_index=rank, num_processes=2, device=torch.device("cpu"), autocast=accelerator.autocast
+        )
+        return write_split(generator.model, dataset, _settings(), process, limit=7)
+
+    with pytest.raises(InterruptedError):
+        run(0)
+    assert run(1) == expected
+    assert [len(part) for part in parts] == [4, 3]
 
 
 def test_sampling_a_split_follows_the_seed(generator: Generator, tiny_dataset: Path, accelerator: Any) -> None:
