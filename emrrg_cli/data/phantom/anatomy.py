@@ -154,8 +154,9 @@ def _heart(case: Case, grid: Grid, shift: float, dome: dict[Side, float]) -> tup
 def _great_vessels(case: Case, grid: Grid, shift: float) -> F32:
     """Aortic arch and pulmonary trunk, where they stand out into the left lung, cm."""
     a = case.anatomy
-    knob = 2 * a.knob * ball(grid, 1.35 + shift + a.unfolded, -0.4, a.knob * 1.05, a.knob)
-    trunk = 3.4 * ball(grid, 1.7 + shift, 3.0, 2.0, 2.1)
+    # The arch runs from front to back, so it is deep where it is seen end on.
+    knob = 4.2 * a.knob * ball(grid, 1.55 + shift + a.unfolded, -0.4, a.knob * 1.05, a.knob)
+    trunk = 5.0 * ball(grid, 1.7 + shift, 3.0, 2.0, 2.1)
     ascending = 3.2 * ball(grid, -0.6 + shift - 0.5 * a.unfolded, 2.6, 2.5, 4.2)
     result: F32 = np.maximum(np.maximum(knob, trunk), ascending)
     return result

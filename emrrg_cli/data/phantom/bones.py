@@ -73,15 +73,18 @@ def spine(thorax: Thorax) -> F32:
     place = number - np.floor(number)
     body = ramp(np.minimum(place, 1 - place), 0.05, 0.14)
     plate = np.maximum(1 - np.abs(np.minimum(place, 1 - place) - 0.14) * 12, 0)
-    across = grid.x / half
+    # It stands in a narrow band of columns.
+    at = grid.window(-5.0, 5.0, float(grid.rows[0, 0]), float(grid.rows[-1, 0]))[1]
+    across = grid.x[:, at] / half
     chord = root(1 - across * across)
     edge = np.maximum(1 - np.abs(np.abs(across) - 0.94) * 9, 0)
     vertebrae = chord * (0.6 + 0.32 * body + 0.3 * plate) + edge * body * 0.22
     pedicle = _spots(np.abs(across) - 0.62, place - 0.36, 0.17, 0.2)
     process = _spots(across, place - 0.8, 0.12, 0.24)
     transverse = ramp(1.9 - np.abs(across), 0, 0.3) * np.maximum(1 - np.abs(place - 0.36) * 6, 0)
-    result: F32 = (vertebrae * 0.62 + pedicle * 0.3 + process * 0.34 + transverse * 0.16) * 0.62
-    return result
+    bone = np.zeros(grid.shape, np.float32)
+    bone[:, at] = (vertebrae * 0.62 + pedicle * 0.3 + process * 0.34 + transverse * 0.16) * 0.62
+    return bone
 
 
 def _spots(x: F32, y: F32, rx: float, ry: float) -> F32:
@@ -92,15 +95,18 @@ def clavicles(thorax: Thorax) -> F32:
     """Two S-shaped tubes with a cortical shell, from the sternum up to the shoulders."""
     a, grid = thorax.case.anatomy, thorax.grid
     inner, outer = 1.9, a.body_half_width + 0.6
-    along = (thorax.outwards - inner) * (1 / (outer - inner))
     start = a.apex + 4.6
-    height = start - a.clavicle_rise * along**1.0 - 0.75 * np.sin(along * (2 * np.pi))
+    at = grid.window(-outer, outer, start - a.clavicle_rise - 2.5, start + 2.5)
+    along = (thorax.outwards[at] - inner) * (1 / (outer - inner))
+    height = start - a.clavicle_rise * along - 0.75 * np.sin(along * (2 * np.pi))
     # A rotated patient shows it by the clavicles: one inner end nearer to the spine.
-    shown = ramp(along + (thorax.is_left - 0.5) * (0.08 * a.rotation), 0, 0.03) * ramp(1 - along, 0, 0.03)
+    shown = ramp(along + (thorax.is_left[at] - 0.5) * (0.08 * a.rotation), 0, 0.03) * ramp(1 - along, 0, 0.03)
     radius = 0.62 + 0.3 * np.maximum(0.16 - along, 0) * 5
-    away = np.abs(grid.y - height) * 0.93
+    away = np.abs(grid.y[at] - height) * 0.93
     chord = 2 * (root(radius**2 - away**2) - 0.72 * root((radius - 0.2) ** 2 - away**2))
-    return chord * shown * (1.15 * _CORTEX)
+    bone = np.zeros(grid.shape, np.float32)
+    bone[at] = chord * shown * (1.15 * _CORTEX)
+    return bone
 
 
 def shoulders(thorax: Thorax, ink: Ink) -> F32:

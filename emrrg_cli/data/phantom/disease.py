@@ -9,7 +9,16 @@ import numpy as np
 from emrrg_cli.data.phantom.anatomy import Thorax
 from emrrg_cli.data.phantom.grid import F32, ball, curve, noise, ramp, root
 from emrrg_cli.data.phantom.ink import Ink
-from emrrg_cli.data.phantom.parameters import Atelectasis, Consolidation, Effusion, Nodule, Pneumothorax, Zone, sign
+from emrrg_cli.data.phantom.parameters import (
+    SIDES,
+    Atelectasis,
+    Consolidation,
+    Effusion,
+    Nodule,
+    Pneumothorax,
+    Zone,
+    sign,
+)
 from emrrg_cli.data.phantom.vessels import hilum
 
 # Height of the zones' centres: 0 at the apex, 1 at the dome of the diaphragm.
@@ -71,7 +80,7 @@ def _edema(lungs: Lungs, thorax: Thorax, strength: float, rng: np.random.Generat
     """Haze around the hila, blurred and crowded vessels, septal lines at the bases."""
     case, grid = thorax.case, thorax.grid
     haze = np.zeros(grid.shape, np.float32)
-    for side in ("right", "left"):
+    for side in SIDES:
         x, y = hilum(case, side)
         away = ((grid.x - (x + sign(side) * 1.6)) * (1 / 6.2)) ** 2 + ((grid.y - (y + 2.5)) * (1 / 8.0)) ** 2
         haze = np.maximum(haze, np.exp(-away))

@@ -55,7 +55,8 @@ def attenuation(thorax: Thorax, rng: np.random.Generator) -> F32:
     """Exponent of Beer and Lambert's law along every ray, `[h, w]`."""
     a = thorax.case.anatomy
     lungs = diseased(thorax, rng)
-    shown = np.minimum(thorax.air * (1 / (0.5 * a.depth)), 1) ** 0.7
+    # What is inside the lungs shows where there is enough of them.
+    shown = np.sqrt(np.minimum(thorax.air * (1 / (0.6 * a.depth)), 1))
     tree = vessels(thorax, rng) * (2.2 * a.vessels) * lungs.vessels
     grid = thorax.grid
     texture = 1 + noise(rng, grid, (10, 0.022), (40, 0.02), (110, 0.022))
@@ -78,11 +79,11 @@ def healthy(thorax: Thorax) -> F32:
 def _airways(thorax: Thorax, ink: Ink) -> F32:
     """Trachea and main bronchi, cm of air."""
     grid, shift = thorax.grid, thorax.case.anatomy.rotation
-    trachea = root(1 - ((grid.x - (0.8 * shift)) * (1 / 0.88)) ** 2) * ramp(0.4 - grid.rows, 0, 1.2)
+    trachea = root(1 - ((grid.x - 0.8 * shift) / 0.88) ** 2) * ramp(0.4 - grid.rows, 0, 1.2)
     trachea = trachea * 2.4 * ramp(grid.rows, thorax.case.anatomy.apex - 9, thorax.case.anatomy.apex - 6)
     t = np.linspace(0, 1, 10, dtype=np.float32)
-    ink.line((0.8 * shift - 0.3) - t * 2.6, (-0.2) + t * 2.6, 0.55, -SOFT)
-    ink.line((0.8 * shift + 0.3) + t * 3.4, (-0.2) + t * 2.4, 0.48, -SOFT)
+    ink.line(0.8 * shift - 0.3 - t * 2.6, t * 2.6 - 0.2, 0.55, -SOFT)
+    ink.line(0.8 * shift + 0.3 + t * 3.4, t * 2.4 - 0.2, 0.48, -SOFT)
     return trachea
 
 

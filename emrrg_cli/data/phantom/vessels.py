@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 from emrrg_cli.data.phantom.anatomy import Thorax
 from emrrg_cli.data.phantom.grid import F32, Grid, ball
 from emrrg_cli.data.phantom.ink import Ink
-from emrrg_cli.data.phantom.parameters import Case, Side, sign
+from emrrg_cli.data.phantom.parameters import SIDES, Case, Side, sign
 
 
 @dataclass(frozen=True)
@@ -32,20 +32,19 @@ def hilum(case: Case, side: Side) -> tuple[float, float]:
 
 def vessels(thorax: Thorax, rng: np.random.Generator) -> F32:
     """Thickness of the vessels, cm, `[h, w]`; they are drawn everywhere, the lungs decide where they show."""
-    ink = Ink(thorax.grid)
-    for side in ("right", "left"):
-        x, y = hilum(thorax.case, side)
-        order = _trunks(rng, x, y, sign(side), thorax.case.anatomy.thorax_half_width / 13.9)
+    ink, size = Ink(thorax.grid), thorax.case.anatomy.thorax_half_width / 13.9
+    sides = [_trunks(rng, *hilum(thorax.case, side), sign(side), size) for side in SIDES]
+    order = _Branches(*(np.concatenate([getattr(side, f.name) for side in sides]) for f in fields(_Branches)))
+    _draw(order, ink, thorax.grid)
+    for children, reach in ((5, 0.55), (4, 0.5)):
+        order = _split(order, rng, children, reach)
         _draw(order, ink, thorax.grid)
-        for children, reach, thin in ((5, 0.55, 0.62), (4, 0.5, 0.62)):
-            order = _split(order, rng, children, reach, thin)
-            _draw(order, ink, thorax.grid)
     return ink.total() + _hila(thorax)
 
 
 def _hila(thorax: Thorax) -> F32:
     total = np.zeros(thorax.grid.shape, np.float32)
-    for side in ("right", "left"):
+    for side in SIDES:
         s = sign(side)
         x, y = hilum(thorax.case, side)
         # Squared: a bundle of vessels has no sharp edge of its own.
@@ -72,7 +71,7 @@ def _trunks(rng: np.random.Generator, x: float, y: float, s: float, size: float)
     )
 
 
-def _split(order: _Branches, rng: np.random.Generator, children: int, reach: float, thin: float) -> _Branches:
+def _split(order: _Branches, rng: np.random.Generator, children: int, reach: float) -> _Branches:
     """The next order: `children` from each vessel, to both sides of it."""
     n = len(order.x)
     at = _f32((np.arange(children) + rng.uniform(0.2, 1.0, (n, children))) / (children + 0.5) * 0.85 + 0.1)
@@ -86,7 +85,7 @@ def _split(order: _Branches, rng: np.random.Generator, children: int, reach: flo
         y=y.ravel(),
         angle=(heading + _f32(turn_off)).ravel(),
         length=(order.length[:, None] * rest * _f32(reach * rng.uniform(0.6, 1.2, (n, children)))).ravel(),
-        radius=(order.radius[:, None] * (1 - 0.6 * at) * thin).ravel(),
+        radius=(order.radius[:, None] * (1 - 0.6 * at) * 0.62).ravel(),
         turn=_f32(-0.5 * turn_off + rng.normal(0, 0.2, (n, children))).ravel(),
         wave=_f32(rng.uniform(-0.35, 0.35, n * children)),
     )
