@@ -1,0 +1,56 @@
+"""`emrrg preprocess phantom` from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from emrrg_cli.app import main
+from emrrg_cli.data.dataset_dir import open_dataset, read_manifest
+
+
+def test_writes_and_says_synthetic(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(["preprocess", "phantom", str(out), "--count", "20", "--seed", "2", "--size", "64"]) == 0
+    printed = capsys.readouterr().out
+    assert "20 synthetic studies, seed 2" in printed
+    assert "written │ 20 │ 20" in " ".join(printed.split())
+    assert {split: len(rows) for split, rows in open_dataset(out).items()} == {"train": 16, "validation": 2, "test": 2}
+    assert main(["preprocess", "phantom", str(out), "--count", "10", "--size", "64"]) == 2
+    assert main(["preprocess", "phantom", str(out), "--count", "10", "--size", "64", "--overwrite"]) == 0
+    assert read_manifest(out)["studies_written"] == 10
+
+
+def test_settings_and_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["preprocess", "phantom", str(tmp_path / "out"), "--count", "10", "--split", "0.5,0.5,0"]
+    assert main([*arguments, "size=32", "format=png", "--json"]) == 0
+    manifest = json.loads(capsys.readouterr().out)
+    assert manifest == read_manifest(tmp_path / "out")
+    assert (manifest["recipe"]["size"], manifest["recipe"]["format"]) == (32, "png")
+    assert {split: entry["studies"] for split, entry in manifest["splits"].items()} == {"train": 5, "validation": 5}
+    assert manifest["options"] == {
+        "layout": "phantom",
+        "recipe": "phantom/preprocess",
+        "count": 10,
+        "seed": 0,
+        "split": "0.5,0.5,0",
+    }
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--count", "0"], "--count"),
+        (["--seed", "-1"], "--seed"),
+        (["--size", "8"], "size must be 32 or more"),
+        (["size=original"], "no original size"),
+        (["--split", "0.5,0.6,0"], "must sum to 1"),
+        (["--recipe", "iu_xray/finetune"], "finetune"),
+    ],
+)
+def test_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str], extra: list[str], message: str) -> None:
+    assert main(["preprocess", "phantom", str(tmp_path / "out"), *extra]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
