@@ -97,8 +97,9 @@ def folder(
         str | None, typer.Option(metavar="NAME", help="A JSON list, or names divided by | or ;.", show_default=False)
     ] = None,
     split: Annotated[
-        str, typer.Option(metavar="PARTS", help="Parts of train, validation, test, drawn by patient.")
-    ] = "0.8,0.1,0.1",
+        str | None,
+        typer.Option(metavar="PARTS", help="Parts drawn by patient; default 0.8,0.1,0.1.", show_default=False),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the split.")] = 0,
     source: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the data set.")] = None,
     workers: Workers = None,
@@ -115,7 +116,7 @@ def folder(
     """
     from emrrg_cli.data.preprocess import preprocess as run
     from emrrg_cli.data.sources.folder import Columns, FolderSource
-    from emrrg_cli.data.sources.splits import parse_fractions
+    from emrrg_cli.data.sources.splits import DEFAULT, parse_fractions
     from emrrg_cli.errors import UsageError
     from emrrg_cli.recipe.load import load_recipe
 
@@ -125,7 +126,9 @@ def folder(
     )  # fmt: skip
     if table is None and columns != Columns():
         raise UsageError("columns are named but no table is given", hint="Name the file with --table.")
-    fractions = parse_fractions(split)
+    if split is not None and split_column is not None:
+        raise UsageError("--split and --split-column exclude each other")
+    fractions = parse_fractions(split or DEFAULT)
     extra = [] if workers is None else [f"workers={workers}"]
     settings = load_recipe(recipe, [*(overrides or []), *extra], stage="preprocess")
     manifest = run(
@@ -140,7 +143,7 @@ def folder(
             "limit": limit,
             "table": None if table is None else str(table),
             "columns": columns.named() if table else {},
-            "split": split,
+            "split": None if split_column else split or DEFAULT,
             "seed": seed,
         },
     )
@@ -172,7 +175,7 @@ def phantom(
     """
     from emrrg_cli.data.phantom.source import PhantomSource
     from emrrg_cli.data.preprocess import preprocess as run
-    from emrrg_cli.data.sources.splits import parse_fractions
+    from emrrg_cli.data.sources.splits import DEFAULT, parse_fractions
     from emrrg_cli.errors import UsageError
     from emrrg_cli.recipe.load import load_recipe
 

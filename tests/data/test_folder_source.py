@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from emrrg_cli.data.dataset_dir import open_dataset
 from emrrg_cli.data.preprocess import preprocess
 from emrrg_cli.data.sources.folder import Columns, FolderSource
 from emrrg_cli.data.sources.splits import draw_splits, parse_fractions
@@ -144,6 +145,7 @@ def test_all_columns(films: Path) -> None:
     assert (first.report, first.findings, first.impression) == ("Whole.", "Clear, both.", "None.")
     assert (second.split, second.report) == ("validation", "Large heart.\nCardiomegaly.")
     assert (third.report, third.findings, third.views) == ("Normal.", None, ("unknown",))
+    assert [study.extra for study in studies] == [{"labels": ["x", "y", "z"]}, {"labels": []}, {"labels": []}]
 
 
 @pytest.mark.parametrize(
@@ -322,6 +324,16 @@ def test_written_with_notes_and_remarks(films: Path, make_dicom: MakeDicom, tmp_
     }
     assert len(manifest["remarks"]) == 2
     json.dumps(manifest)
+
+
+def test_labels_are_a_column(films: Path, tmp_path: Path) -> None:
+    table = _table(films, "image,text,tags\na.png,Clear.,\nb.png,Large heart.,cardiomegaly|oedema\n")
+    recipe = PreprocessRecipe(stage="preprocess", workers=1)
+    source = FolderSource(films, table=table, columns=Columns(report="text", labels="tags"), fractions=(1, 0, 0))
+    preprocess(source, tmp_path / "out", recipe)
+    rows = open_dataset(tmp_path / "out")["train"]
+    assert rows["labels"][:] == [[], ["cardiomegaly", "oedema"]]
+    assert "labels of the table" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_real_folder(shared_data: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from emrrg_cli.data.images import DICOM_SUFFIXES, ImageError, is_dicom, open_str
 from emrrg_cli.data.sources.locate import locate
 from emrrg_cli.data.sources.splits import draw_splits
 from emrrg_cli.data.sources.table import Table, cell_list, cell_text, read_table
-from emrrg_cli.data.study import SPLITS, UNKNOWN_VIEW, Account, ImageProblem, Split, Study, printable
+from emrrg_cli.data.study import SPLITS, UNKNOWN_VIEW, Account, Column, ImageProblem, Split, Study, printable
 from emrrg_cli.errors import RunError, UsageError
 
 _SPLIT_NAMES: dict[str, Split] = {
@@ -21,6 +21,7 @@ _SPLIT_NAMES: dict[str, Split] = {
     **dict.fromkeys(("val", "valid", "validate", "validation", "dev"), "validation"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
+_LABELS = "labels of the table, as it writes them"
 _LATERAL = ("LL", "RL", "L", "LAT")
 
 
@@ -64,7 +65,8 @@ class FolderSource:
     images there are; rows of the same `study` are one study. The patient and the view of a DICOM file come from its
     header where no column says them.
 
-    Texts: `report` is the column of that name, else findings and impression, one after the other.
+    Texts: `report` is the column of that name, else findings and impression, one after the other. Labels become the
+    column `labels` of the dataset.
 
     Args:
         root: The folder. Every image must lie inside it, links followed.
@@ -98,6 +100,8 @@ class FolderSource:
         self.name = source or "folder"
         self.root = root.resolve()
         self.image_folders = (self.root, self.root / "images")
+        self.columns = {"labels": Column("texts", _LABELS)} if columns and columns.labels else {}
+        self.about = ""
         self.remarks: list[str] = []
         self._skipped: list[dict[str, str]] = []
         self._facts: dict[Path, DicomFacts | None] = {}
@@ -139,6 +143,7 @@ class FolderSource:
             report=report or None,
             source=self.name,
             problems=tuple(draft.problems),
+            extra={"labels": draft.labels} if self.columns else {},
         )
 
     # Without a table.
