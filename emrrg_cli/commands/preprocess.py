@@ -175,7 +175,7 @@ def phantom(
     """
     from emrrg_cli.data.phantom.source import PhantomSource
     from emrrg_cli.data.preprocess import preprocess as run
-    from emrrg_cli.data.sources.splits import DEFAULT, parse_fractions
+    from emrrg_cli.data.sources.splits import parse_fractions
     from emrrg_cli.errors import UsageError
     from emrrg_cli.recipe.load import load_recipe
 
