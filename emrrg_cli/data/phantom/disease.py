@@ -191,7 +191,7 @@ def _pneumothorax(lungs: Lungs, thorax: Thorax, p: Pneumothorax) -> None:
     shifted = np.interp(grid.rows[:, 0] - (top - a.apex), grid.rows[:, 0], thorax.half_width[:, 0])
     border = abs(thorax.heart_span[0 if p.side == "right" else 1])
     least = 3.6 + ramp(grid.rows, 1, 8) * max(border - 3.0, 0)
-    crown = root((grid.rows - top) * (1 / 2.6)) * 5.2
+    crown = root((grid.rows - top) / (2.2 + 0.6 * p.gap)) * 5.2
     edge = np.minimum(np.maximum(shifted.astype(np.float32)[:, None] - gap, least), crown)
     edge = np.where(grid.rows > top + 9, np.maximum(edge, least), edge).astype(np.float32)
     steep = np.gradient(edge[:, 0], grid.pixel).astype(np.float32)[:, None]
