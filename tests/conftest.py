@@ -95,6 +95,25 @@ def tiny_run(tiny_overrides: tuple[str, ...], tmp_path_factory: pytest.TempPathF
     return run
 
 
+@pytest.fixture(scope="session")
+def varied_run(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_run` with weights so large that most images get a text of their own. Not to be changed."""
+    from safetensors.torch import load_file, save_file
+
+    run = tmp_path_factory.mktemp("varied_run") / "run"
+    shutil.copytree(tiny_run, run)
+    for name, factor in (("encoder", 30), ("llm/model", 50), ("bridge", 50)):
+        file = run / "model" / f"{name}.safetensors"
+        tensors = load_file(file)
+        for key, tensor in tensors.items():
+            if "proj" in key or key == "patch_embed.weight":
+                tensor *= factor
+            elif key.endswith("warmup"):  # opens the gates of the hybrid layers
+                tensor.fill_(1.0)
+        save_file(tensors, file, {"format": "pt"})
+    return run
+
+
 def _draw_chest(rng: np.random.Generator, finding: str | None) -> Image.Image:
     """Two dark lungs, a bright heart, one finding; blurred noise over all of it."""
     image = Image.new("L", (160, 140), 150)

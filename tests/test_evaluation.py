@@ -23,12 +23,12 @@ def no_java(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def evaluate(tiny_run: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """Evaluates `tiny_run` with changes; the result with the predictions beside it."""
+def evaluate(varied_run: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Evaluates `varied_run` with changes; the result with the predictions beside it."""
 
     def run(*overrides: str, split: str = "test", name: str = "out") -> dict[str, Any]:
-        recipe = load_run_recipe(tiny_run, None, overrides, "evaluate")
-        result = run_evaluation(recipe, tiny_run, split, tmp_path / name)
+        recipe = load_run_recipe(varied_run, None, overrides, "evaluate")
+        result = run_evaluation(recipe, varied_run, split, tmp_path / name)
         assert result is not None
         lines = (tmp_path / name / "predictions.jsonl").read_text().splitlines()
         assert json.loads((tmp_path / name / "scores.json").read_text()) == result
@@ -49,11 +49,11 @@ def test_each_study_of_the_split_once_with_its_whole_reference(evaluate: Any) ->
     assert (result["studies"], result["split"]) == (4, "test")
 
 
-def test_references_are_cut_to_the_training_length_on_request_alone(evaluate: Any, tiny_run: Path) -> None:
+def test_references_are_cut_to_the_training_length_on_request_alone(evaluate: Any, varied_run: Path) -> None:
     from emrrg_cli.models.llm import load_tokenizer
 
     result = evaluate("data.max_report_tokens=12", "evaluation.references=clipped")
-    tokenizer = load_tokenizer(str(tiny_run / "tokenizer"))
+    tokenizer = load_tokenizer(str(varied_run / "tokenizer"))
     whole = evaluate(name="whole")["predictions"]
     for row, uncut in zip(result["predictions"], whole, strict=True):
         assert row["reference"] == " ".join(tokenizer.decode(tokenizer.encode(uncut["reference"])[:12]).split())
@@ -79,12 +79,11 @@ def test_predictions_do_not_depend_on_the_batch(evaluate: Any) -> None:
 
 
 def test_decoding_is_that_of_the_overrides(evaluate: Any) -> None:
-    result = evaluate("generation.max_new_tokens=2", "generation.num_beams=2")
-    assert result["settings"]["generation"]["num_beams"] == 2
-    longer = evaluate(name="longer")
-    for short, long in zip(result["predictions"], longer["predictions"], strict=True):
-        assert len(short["hypothesis"]) <= len(long["hypothesis"])
-    assert result["predictions"] != longer["predictions"]
+    longer, shorter = evaluate(name="longer"), evaluate("generation.max_new_tokens=1", name="shorter")
+    assert shorter["settings"]["generation"]["max_new_tokens"] == 1
+    for short, long in zip(shorter["predictions"], longer["predictions"], strict=True):
+        assert long["hypothesis"].startswith(short["hypothesis"])
+        assert long["hypothesis"] != short["hypothesis"]
 
 
 def test_sampling_is_the_same_twice(evaluate: Any) -> None:
@@ -101,14 +100,14 @@ def test_a_split_that_is_not_there_is_refused_with_those_that_are(evaluate: Any,
     assert not (tmp_path / "out").exists()
 
 
-def test_no_data_and_wrong_data_are_refused(tiny_run: Path, tmp_path: Path) -> None:
-    recipe = load_run_recipe(tiny_run, None, (), "evaluate")
+def test_no_data_and_wrong_data_are_refused(varied_run: Path, tmp_path: Path) -> None:
+    recipe = load_run_recipe(varied_run, None, (), "evaluate")
     recipe.data.root = None
     with pytest.raises(UsageError, match="no data: give --data DIR"):
-        run_evaluation(recipe, tiny_run, "test", tmp_path / "out")
+        run_evaluation(recipe, varied_run, "test", tmp_path / "out")
     recipe.data.root = str(tmp_path / "none")
     with pytest.raises(UsageError, match="no such dataset directory"):
-        run_evaluation(recipe, tiny_run, "test", tmp_path / "out")
+        run_evaluation(recipe, varied_run, "test", tmp_path / "out")
 
 
 def test_no_study_with_the_text_asked_for_is_said(evaluate: Any) -> None:
@@ -116,15 +115,15 @@ def test_no_study_with_the_text_asked_for_is_said(evaluate: Any) -> None:
         evaluate("data.section=findings")
 
 
-def test_a_run_without_a_model_yet_is_said(tiny_run: Path, tmp_path: Path) -> None:
+def test_a_run_without_a_model_yet_is_said(varied_run: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "recipe.yaml").write_bytes((tiny_run / "recipe.yaml").read_bytes())
+    (tmp_path / "run" / "recipe.yaml").write_bytes((varied_run / "recipe.yaml").read_bytes())
     recipe = load_run_recipe(tmp_path / "run", None, (), "evaluate")
     with pytest.raises(RunError, match="holds no trained model yet"):
         run_evaluation(recipe, tmp_path / "run", "test", None)
 
 
-def test_an_evaluation_overwrites_nothing(tiny_run: Path, tmp_path: Path) -> None:
+def test_an_evaluation_overwrites_nothing(varied_run: Path, tmp_path: Path) -> None:
     target = evaluation._target
     assert target(tmp_path, "test", None, False) == tmp_path / "evaluation" / "test"
     for name in ("test", "test-2"):
@@ -139,7 +138,7 @@ def test_an_evaluation_overwrites_nothing(tiny_run: Path, tmp_path: Path) -> Non
 
 
 def test_an_output_that_cannot_be_is_refused_before_the_model_is_loaded(
-    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    varied_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def load(*arguments: Any) -> None:
         raise AssertionError("the model was loaded")
@@ -147,12 +146,12 @@ def test_an_output_that_cannot_be_is_refused_before_the_model_is_loaded(
     monkeypatch.setattr(evaluation, "load_model", load)
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="file is a file"):
-        run_evaluation(load_run_recipe(tiny_run, None, (), "evaluate"), tiny_run, "test", tmp_path / "file")
+        run_evaluation(load_run_recipe(varied_run, None, (), "evaluate"), varied_run, "test", tmp_path / "file")
 
 
-def test_the_protocol_is_one_line_with_all_that_a_score_depends_on(tiny_run: Path) -> None:
+def test_the_protocol_is_one_line_with_all_that_a_score_depends_on(varied_run: Path) -> None:
     def described(*overrides: str) -> str:
-        return describe_protocol(load_run_recipe(tiny_run, None, overrides, "evaluate"))
+        return describe_protocol(load_run_recipe(varied_run, None, overrides, "evaluate"))
 
     line = described()
     assert "\n" not in line
@@ -168,7 +167,7 @@ def test_the_protocol_is_one_line_with_all_that_a_score_depends_on(tiny_run: Pat
 
 
 @pytest.mark.parametrize(("targets", "told"), [(["X", "Z"], "frozen with LoRA on X, Z"), ("none", "backbone frozen;")])
-def test_the_protocol_says_what_was_trained(tiny_run: Path, targets: Any, told: str) -> None:
-    recipe = load_run_recipe(tiny_run, None, (), "evaluate")
+def test_the_protocol_says_what_was_trained(varied_run: Path, targets: Any, told: str) -> None:
+    recipe = load_run_recipe(varied_run, None, (), "evaluate")
     recipe.model.adapter.targets = targets
     assert told in describe_protocol(recipe)

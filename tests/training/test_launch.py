@@ -81,11 +81,11 @@ def test_accelerate_launch_does_the_same(
 
 
 def test_two_processes_evaluate_each_study_once_as_one_does(
-    two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    varied_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("PATH", "JAVA_HOME"):  # METEOR takes its time
         monkeypatch.setenv(name, str(tmp_path))
-    arguments = ["evaluate", "--model", str(two), "--split", "train", "data.limit=15", "generation.batch_size=4"]
+    arguments = ["evaluate", "--model", str(varied_run), "--split", "train", "data.limit=15", "generation.batch_size=4"]
     done = emrrg(*arguments, "--output", str(tmp_path / "both"), "--json", "--num-processes", "2")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
@@ -93,8 +93,9 @@ def test_two_processes_evaluate_each_study_once_as_one_does(
     assert main([*arguments, "--output", str(tmp_path / "alone")]) == 0
     both, alone = ((tmp_path / name / "predictions.jsonl").read_text() for name in ("both", "alone"))
     assert both == alone
-    ids = [json.loads(line)["study_id"] for line in both.splitlines()]
-    assert len(ids) == len(set(ids)) == 15
+    rows = [json.loads(line) for line in both.splitlines()]
+    assert len({row["study_id"] for row in rows}) == len(rows) == 15
+    assert len({row["hypothesis"] for row in rows}) >= 5
     assert result["scores"] == json.loads((tmp_path / "alone" / "scores.json").read_text())["scores"]
 
 

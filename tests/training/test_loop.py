@@ -332,7 +332,8 @@ def test_a_signal_in_a_validation_acts_at_once_and_the_validation_is_made_up_for
     assert [row["step"] for row in rows if "train/loss" in row] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_validation_that_fails_loses_no_training(fit: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("every", [None, 100])
+def test_a_validation_that_fails_loses_no_training(fit: Any, tmp_path: Path, every: int | None) -> None:
     stage = Stage(_figures((0.5, 1.0)))
 
     def fail() -> None:
@@ -340,10 +341,27 @@ def test_a_validation_that_fails_loses_no_training(fit: Any, tmp_path: Path) -> 
 
     stage.during = fail
     with pytest.raises(RuntimeError, match="out of memory"):
-        fit(stage)
+        fit(stage, checkpoint_every_steps=every)
     rest = Stage(_figures(*[(0.5, 1.0)] * 3))
-    fit(rest, resume=True)
+    fit(rest, resume=True, checkpoint_every_steps=every)
     assert (len(rest.model.seen), rest.validations) == (4, 3)
+
+
+def test_a_crash_after_a_validation_repeats_it_and_its_row_stands_once(
+    fit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from emrrg_cli.files import read_jsonl
+
+    def crash(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_progress", crash)
+        with pytest.raises(KeyboardInterrupt):
+            fit(Stage(_figures((0.5, 1.0))), epochs=2)
+    fit(Stage(_figures((0.5, 1.0), (0.4, 1.0))), epochs=2, resume=True)
+    rows = [row["step"] for row in read_jsonl(tmp_path / "history.jsonl") if "validation/loss" in row]
+    assert rows == [2, 4]
 
 
 # -- validation and selection ------------------------------------------------------------------------------------
