@@ -168,7 +168,7 @@ def llm_record(settings: LLMSettings, llm: PreTrainedModel) -> dict[str, Any]:
 
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:
-    passing = ("dtype", "torch_dtype", "_name_or_path", "transformers_version")
+    passing = ("dtype", "torch_dtype", "_name_or_path", "transformers_version", "quantization_config")
     return {
         key: _identity(value) if isinstance(value, dict) else value
         for key, value in config.items()
