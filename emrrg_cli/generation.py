@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import DataLoader
 
 from emrrg_cli.data.batches import ReportDataset, collate, evaluation_batches
 from emrrg_cli.data.images import read_image, resize_square
+from emrrg_cli.data.loading import load_batches
 from emrrg_cli.errors import UsageError
 from emrrg_cli.models.report_generator import ReportGenerator, generation_config
 from emrrg_cli.recipe.schema import FinetuneRecipe, GenerationSettings
@@ -46,13 +46,9 @@ def write_split(
     """
     length = len(dataset) if limit is None else min(limit, len(dataset))
     batches = evaluation_batches(length, settings.batch_size, accelerator.process_index, accelerator.num_processes)
-    loader: DataLoader[Any] = DataLoader(
-        dataset, batch_sampler=[b for b in batches if b], collate_fn=collate, num_workers=workers
-    )
-    loader.generator = torch.Generator()  # leaves the generator of the training alone
     make_config = generation_config(settings)
     written: list[tuple[int, str]] = []
-    for number, batch in enumerate(loader):
+    for number, batch in enumerate(load_batches(dataset, batches, collate, workers=workers)):
         seed = settings.seed + number * accelerator.num_processes + accelerator.process_index
         moved = batch.to(accelerator.device)
         with accelerator.autocast(), _sampling(settings, seed, accelerator.device):

@@ -79,11 +79,8 @@ class ReportGenerator(nn.Module):
     # -- text ---------------------------------------------------------------------------------------------------
 
     def encode_report(self, report: str, max_tokens: int | None = None) -> list[int]:
-        """Label tokens of a report. One that is cut ends without EOS: the report did not end there."""
-        tokens: list[int] = self.tokenizer.encode(report, add_special_tokens=False)
-        if max_tokens is not None and len(tokens) > max_tokens:
-            return tokens[:max_tokens]
-        return [*tokens, self.tokenizer.eos_token_id]
+        """Label tokens of a report; see `encode_report`."""
+        return encode_report(self.tokenizer, report, max_tokens)
 
     def decode(self, tokens: Sequence[int] | Tensor) -> str:
         """The report that generated tokens spell, special tokens left out."""
@@ -196,6 +193,14 @@ class ReportGenerator(nn.Module):
         yield from self.bridge.named_parameters(prefix="bridge")
         for name, parameter in hybrid_parameters(plain(self.llm)):
             yield f"llm.{name}", parameter
+
+
+def encode_report(tokenizer: PreTrainedTokenizerBase, report: str, max_tokens: int | None = None) -> list[int]:
+    """Label tokens of a report. One that is cut ends without EOS: the report did not end there."""
+    tokens: list[int] = tokenizer.encode(report, add_special_tokens=False)
+    if max_tokens is not None and len(tokens) > max_tokens:
+        return tokens[:max_tokens]
+    return [*tokens, tokenizer.eos_token_id]
 
 
 def average_views(tokens: Tensor, views: Tensor) -> Tensor:

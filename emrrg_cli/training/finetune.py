@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
-from emrrg_cli.data.batches import IGNORE, Batch, ReportDataset, collate, evaluation_batches
+from emrrg_cli.data.batches import IGNORE, Batch, Example, ReportDataset, collate, evaluation_batches
 from emrrg_cli.data.dataset_dir import open_dataset
+from emrrg_cli.data.loading import load_batches
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.evaluation import reference_reports
 from emrrg_cli.files import atomic_directory, atomic_write_text, read_jsonl
@@ -30,7 +30,7 @@ from emrrg_cli.models.build import (
     save_trained,
 )
 from emrrg_cli.models.llm import load_tokenizer, train_tokenizer
-from emrrg_cli.models.report_generator import ReportGenerator
+from emrrg_cli.models.report_generator import ReportGenerator, encode_report
 from emrrg_cli.models.scan import choose_engine
 from emrrg_cli.quiet import quiet_libraries
 from emrrg_cli.recipe.load import dump_recipe
@@ -56,9 +56,11 @@ class FinetuneStage:
         assert batch.labels is not None
         return int((batch.labels != IGNORE).sum())
 
-    def collate(self, examples: Any) -> Batch:
-        """Examples to a batch with labels."""
-        return collate(examples, partial(self.model.encode_report, max_tokens=self.recipe.data.max_report_tokens))
+    @property
+    def collate(self) -> Callable[[Sequence[Example]], Batch]:
+        """Examples to a batch with labels; carries the tokenizer alone to the processes that load."""
+        limit = self.recipe.data.max_report_tokens
+        return partial(collate, encode=partial(encode_report, self.model.tokenizer, max_tokens=limit))
 
     def validate(self, display: TrainingDisplay) -> dict[str, float]:
         """Loss over the validation split; unless `train.select` is `loss`, also scores of generated reports."""
@@ -93,13 +95,7 @@ class FinetuneStage:
         accelerator, train_settings = self.accelerator, self.recipe.train
         size = train_settings.micro_batch_size or train_settings.batch_size
         batches = evaluation_batches(len(self.validation), size, accelerator.process_index, accelerator.num_processes)
-        loader: DataLoader[Any] = DataLoader(
-            self.validation,
-            batch_sampler=[b for b in batches if b],
-            collate_fn=self.collate,
-            num_workers=self.recipe.data.workers,
-        )
-        loader.generator = torch.Generator()
+        loader = load_batches(self.validation, batches, self.collate, workers=self.recipe.data.workers)
         total = torch.zeros(2, device=accelerator.device, dtype=torch.float32)
         with display.phase("validation: loss", len(self.validation)) as advance:
             for batch in loader:

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from emrrg_cli.data.batches import EpochOrder
+from emrrg_cli.data.loading import load_batches
 from emrrg_cli.errors import Interrupted, RunError, UsageError
 from emrrg_cli.files import append_jsonl, atomic_write_text, read_jsonl
 from emrrg_cli.recipe.schema import TrainSettings
@@ -204,17 +205,13 @@ class _Loop:
     def _epoch_batches(self) -> Iterator[list[Any]]:
         # Lists of the micro-batches of one optimizer step, from the place in the epoch where the run stands.
         progress = self.progress
-        loader: DataLoader[Any] = DataLoader(
+        batches = load_batches(
             self.dataset,
-            batch_sampler=_Listed(list(self.order.epoch(progress.epoch, progress.step_in_epoch))),
-            collate_fn=self.collate,
-            num_workers=self.workers,
+            list(self.order.epoch(progress.epoch, progress.step_in_epoch)),
+            self.collate,
+            workers=self.workers,
             pin_memory=self.accelerator.device.type == "cuda",
-            worker_init_fn=leave_signals_to_parent,
         )
-        # Workers seed themselves from torch's generator: give them one that is not part of the training state.
-        loader.generator = torch.Generator().manual_seed(progress.epoch)
-        batches = iter(loader)
         while step_batches := list(islice(batches, self.order.micro_batches_per_step)):
             yield step_batches
 
@@ -381,25 +378,6 @@ class _Loop:
         if self.accelerator.device.type != "cuda":
             return None
         return torch.cuda.max_memory_allocated(self.accelerator.device) / 2**20
-
-
-class _Listed:
-    """A batch sampler over batches that are already listed."""
-
-    def __init__(self, batches: list[list[int]]) -> None:
-        self.batches = batches
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-
-def leave_signals_to_parent(worker: int) -> None:
-    """A terminal sends Ctrl-C to the loading processes too; the training must outlive it to write its checkpoint."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @contextmanager
