@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL.Image import Image
 
 from emrrg_cli.console import progress_bar
 from emrrg_cli.data.image_notes import image_notes
@@ -25,8 +26,11 @@ from emrrg_cli.files import append_jsonl, atomic_write_text
 from emrrg_cli.generation import load_generator, study_pixels
 from emrrg_cli.quiet import quiet_libraries
 from emrrg_cli.recipe.schema import FinetuneRecipe
+from emrrg_cli.reporting.page import Card, Page, write_page
 from emrrg_cli.signals import interrupted_by
 from emrrg_cli.training.run_dir import check_writable
+
+PAGE_LIMIT = 60  # films shown on the page
 
 
 @dataclass
@@ -36,6 +40,7 @@ class Written:
     rows: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     seconds: float = 0.0
+    pictures: dict[str, Image] = field(default_factory=dict)  # small, of the first files, for the page
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`."""
@@ -88,7 +93,7 @@ def run_generation(
     device: str = "auto",
     overwrite: bool = False,
 ) -> Written:
-    """Writes a report for each readable image and leaves `reports.jsonl` and `reports.csv` in `output`.
+    """Writes a report for each readable image and leaves `reports.jsonl`, `reports.csv` and `page.html` in `output`.
 
     Rows are put in safety batch by batch in `reports.jsonl.partial`, which becomes `reports.jsonl` at the end, also
     when the run is interrupted.
@@ -143,6 +148,10 @@ def _readable_batches(
                 # Pillow warns about odd metadata; an image either decodes or is reported.
                 warnings.simplefilter("ignore")
                 image = read_image(file)
+            if len(result.pictures) < PAGE_LIMIT:
+                small = image.copy()
+                small.thumbnail((480, 480))
+                result.pictures[_name(file)] = small
             batch.append((file, study_pixels(image, recipe.model.encoder.image_size), image_notes(image)))
         except ImageError as error:
             result.skipped.append((_name(file), ": ".join(filter(None, [error.reason, error.detail]))))
@@ -174,3 +183,10 @@ def _finish(output: Path, partial: Path, result: Written) -> None:
     writer.writerows(row | {"notes": "; ".join(row["notes"])} for row in result.rows)
     atomic_write_text(output / "reports.csv", table.getvalue())
     partial.replace(output / "reports.jsonl")
+    cards = [
+        Card(row["path"], [result.pictures[row["path"]]], row["report"], notes="; ".join(row["notes"]))
+        for row in result.rows
+        if row["path"] in result.pictures
+    ]
+    intro = f"{len(result.rows)} reports; the first {len(cards)} are shown. All are in reports.jsonl and reports.csv."
+    write_page(output / "page.html", Page("Generated reports", intro, cards))

@@ -114,6 +114,7 @@ def test_reports_go_to_json_lines_and_csv_and_the_rest_is_listed_with_its_reason
     assert skipped["fake.png"] == "not an image"
     assert skipped["gone.png"].startswith("missing image")
     assert sorted(entry.name for entry in (tmp_path / "out").iterdir()) == [
+        "page.html",
         "reports.csv",
         "reports.jsonl",
         "skipped.jsonl",
