@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if tell_launcher(error):
             return error.exit_code
         label = "" if isinstance(error, Interrupted) else "error: "
-        return _fail(_own_words(error), error.hint, error.exit_code, label=label)
+        return _fail(error.message, error.hint, error.exit_code, label=label)
     except KeyboardInterrupt:
         _show_traceback()
         return _fail("interrupted", None, 130, label="")
@@ -137,13 +137,6 @@ def _fail(message: str, hint: str | None, code: int, *, label: str = "error: ") 
     if hint:
         err.print(Text(hint), soft_wrap=True)
     return code
-
-
-def _own_words(error: EmrrgError) -> str:
-    """The message, without the traceback that a DataLoader wraps around the error of one of its processes."""
-    if not error.message.startswith("Caught ") or "DataLoader worker" not in error.message:
-        return error.message
-    return error.message.rpartition(f"{type(error).__name__}: ")[2].strip()
 
 
 def _debugging() -> bool:

@@ -49,7 +49,7 @@ def load_batches(
                 raise batch
             yield batch
     finally:
-        # An error holds on to its traceback, that to the iterator, and the program would wait for its processes forever.
+        # An error holds its traceback, that the iterator, and at its end the program would wait for these processes.
         shut_down = getattr(iterator, "_shutdown_workers", None)
         if shut_down is not None:
             shut_down()

@@ -194,21 +194,3 @@ def test_the_shell_command_is_this_main() -> None:
     (script,) = entry_points(group="console_scripts", name="emrrg")
     assert script.load() is main
     assert Path(app_module.__file__).name == "app.py"
-
-
-def test_an_error_in_a_loading_process_is_told_in_its_own_words(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from torch.utils.data import DataLoader
-
-    class Broken(list[int]):
-        def __getitem__(self, index: Any) -> Any:
-            raise RunError("study s1: image 1 is broken")
-
-    def load(*arguments: Any, **options: Any) -> None:
-        list(DataLoader(Broken([1, 2]), num_workers=1))
-
-    monkeypatch.setattr("emrrg_cli.app._run", load)
-    monkeypatch.delenv("EMRRG_DEBUG", raising=False)
-    assert main(["doctor"]) == 1
-    assert capsys.readouterr().err.strip() == "error: study s1: image 1 is broken"

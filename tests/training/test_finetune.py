@@ -228,6 +228,31 @@ def test_a_run_is_not_resumed_with_another_llm(finetune: Any, local_llm: Path, d
         finetune("other", *options, resume=True)
 
 
+def test_loading_processes_get_the_tokenizer_and_not_the_model(tiny_run: Path) -> None:
+    import pickle
+
+    from emrrg_cli.data.batches import IGNORE, Example
+    from emrrg_cli.models.llm import load_tokenizer
+
+    class Model:
+        tokenizer = load_tokenizer(str(tiny_run / "tokenizer"))
+
+        def __reduce__(self) -> Any:
+            raise AssertionError("the model was pickled")  # as it would be for each process on macOS and Windows
+
+    recipe = load_recipe("tiny/finetune", ["data.max_report_tokens=4"], stage="finetune")
+    stage: Any = stage3.FinetuneStage(Model(), recipe, None, tiny_run, None)  # type: ignore[arg-type]
+    collate = pickle.loads(pickle.dumps(stage.collate))
+    pixels = torch.zeros(1, 32, 32, dtype=torch.uint8)
+    batch = collate(
+        [Example(0, "a", pixels, "no pneumothorax . the heart is enlarged ."), Example(1, "b", pixels, ".")]
+    )
+    end = Model.tokenizer.eos_token_id
+    assert batch.labels.shape == (2, 4)
+    assert end not in batch.labels[0].tolist()  # cut, so that the report does not end here
+    assert batch.labels[1].tolist()[1:] == [end, IGNORE, IGNORE]
+
+
 # -- failure -----------------------------------------------------------------------------------------------------
 
 

@@ -488,13 +488,3 @@ def test_what_accelerate_would_shard_is_refused(tmp_path: Path) -> None:
 def test_loading_processes_change_nothing(finetune: Any, difference: Any, uninterrupted: Path, run_of: Any) -> None:
     run = finetune("workers", *NOISY, "data.workers=1")
     assert difference(run.weights, run_of(uninterrupted).weights) == 0
-
-
-def test_loading_processes_leave_signals_alone() -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    try:
-        loop.leave_signals_to_parent(0)
-        assert signal.getsignal(signal.SIGINT) is signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
-    finally:
-        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
-            signal.signal(number, handler)
