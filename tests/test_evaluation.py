@@ -111,7 +111,7 @@ def test_no_data_and_wrong_data_are_refused(varied_run: Path, tmp_path: Path) ->
 
 
 def test_no_study_with_the_text_asked_for_is_said(evaluate: Any) -> None:
-    with pytest.raises(RunError, match=r"data\.section=findings"):
+    with pytest.raises(RunError, match=r"no study of the test split has text for data\.section=findings"):
         evaluate("data.section=findings")
 
 

@@ -89,7 +89,7 @@ class ReportDataset(Dataset[Example]):
         self.without_text = 0 if settings.limit is not None else len(split) - len(self.rows)
         if not self.rows:
             raise RunError(
-                f"no study of this split has text for data.section={settings.section}",
+                f"no study of the {split.split} split has text for data.section={settings.section}",
                 hint="Look at the columns of the dataset directory, or choose another section.",
             )
 

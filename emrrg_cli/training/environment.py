@@ -52,6 +52,7 @@ def make_accelerator(precision: str, expected_processes: int, run_dir: Path | No
         RunError: when the number of processes is not the one asked for.
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
     for tracker in trackers:
         package = {"tensorboard": "tensorboard", "wandb": "wandb"}[tracker]
@@ -62,8 +63,11 @@ def make_accelerator(precision: str, expected_processes: int, run_dir: Path | No
                 f"train.trackers names {tracker}, which is not installed",
                 hint=f"pip install {package}, or take it out of train.trackers.",
             ) from None
+    wanted = "no" if precision == "fp32" else precision
+    if AcceleratorState._shared_state.get("_mixed_precision", wanted) != wanted:
+        AcceleratorState._reset_state()  # an earlier command of this process; Accelerate itself refuses to change
     accelerator = Accelerator(
-        mixed_precision="no" if precision == "fp32" else precision,
+        mixed_precision=wanted,
         cpu=not torch.cuda.is_available(),
         log_with=list(trackers) or None,
         project_dir=None if run_dir is None else str(run_dir),

@@ -61,6 +61,14 @@ def test_the_number_of_processes_is_checked() -> None:
         make_accelerator("fp32", 3)
 
 
+def test_the_precision_may_change_from_one_command_to_the_next() -> None:
+    assert [make_accelerator(precision, 0).mixed_precision for precision in ("fp32", "bf16", "fp32")] == [
+        "no",
+        "bf16",
+        "no",
+    ]
+
+
 def test_the_record_names_versions_device_and_command(tmp_path: Path) -> None:
     record_environment(tmp_path, make_accelerator("fp32", 0), "fp32", "reference")
     record = json.loads((tmp_path / "environment.json").read_text())
