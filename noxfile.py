@@ -34,6 +34,13 @@ def lint(session: nox.Session) -> None:
 
 
 @nox.session
+def demo(session: nox.Session) -> None:
+    """The README's first command, in an environment that has nothing else."""
+    session.install(".")
+    session.run("emrrg", "demo", *session.posargs, env=OFFLINE)
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Run every script in tests/benchmarks; each prints its own table."""
     scripts = sorted(Path("tests/benchmarks").glob("*.py"))
