@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -42,7 +43,8 @@ def load_batches(
     )
     # Workers seed themselves from torch's generator: give them one that is not part of the training state.
     loader.generator = torch.Generator()
-    iterator = iter(loader)
+    with _signals_held():  # until the new processes have told that they do not want them
+        iterator = iter(loader)
     try:
         for batch in iterator:
             if isinstance(batch, EmrrgError):
@@ -53,6 +55,18 @@ def load_batches(
         shut_down = getattr(iterator, "_shutdown_workers", None)
         if shut_down is not None:
             shut_down()
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Told(Dataset[Any]):

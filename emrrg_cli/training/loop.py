@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from emrrg_cli.console import err
 from emrrg_cli.data.batches import EpochOrder
 from emrrg_cli.data.loading import load_batches
 from emrrg_cli.errors import Interrupted, RunError, UsageError
@@ -149,7 +150,12 @@ class _Loop:
             self.stop_at = min(self.total_steps, progress.step + settings.stop_after_steps)
         if accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(accelerator.device)
-        with TrainingDisplay(self.total_steps, progress.step, enabled=accelerator.is_main_process) as display:
+        with TrainingDisplay(
+            self.total_steps,
+            progress.step,
+            enabled=accelerator.is_main_process,
+            after_batch=self._stop_validation_if_asked,
+        ) as display:
             self.display = display
             if progress.validation_due:
                 self._validate()
@@ -300,8 +306,8 @@ class _Loop:
         progress = self.progress
         with self.display.paused(), _own_rng(self.accelerator.device):
             self.model.eval()
-            with self.stop.at_once(self._interrupted):
-                figures = self.stage.validate(self.display)
+            self._stop_validation_if_asked()
+            figures = self.stage.validate(self.display)
             better = bool(figures) and self._is_better(figures)
             if better and self.accelerator.is_main_process:
                 self.stage.export()
@@ -318,6 +324,11 @@ class _Loop:
         self.accelerator.wait_for_everyone()
         shown = "  ".join(f"{key.removeprefix('validation/')} {number:.4f}" for key, number in figures.items())
         self.display.message(f"step {progress.step}: validation {shown}{'  (best so far)' if better else ''}")
+
+    def _stop_validation_if_asked(self) -> None:
+        # Its checkpoint is written, so that nothing is lost. One process of several must not leave the others alone.
+        if self.stop.number and self.accelerator.num_processes == 1:
+            raise self._interrupted(self.stop.number)
 
     def _is_better(self, figures: dict[str, float]) -> bool:
         by_score = self.settings.select == "score" and "validation/score" in figures
@@ -387,34 +398,16 @@ def _own_rng(device: torch.device) -> Iterator[None]:
         yield
 
 
+@dataclass
 class _Stop:
-    """Whether somebody asked the training to stop: `number` is the signal that came, 0 before."""
+    """Whether somebody asked the training to stop: the number of the first signal that came, 0 before."""
 
-    def __init__(self) -> None:
-        self.number = 0
-        self._at_once: Callable[[int], Exception] | None = None
-
-    def receive(self, number: int) -> None:
-        """Called by the signal handler."""
-        self.number = self.number or number
-        if self._at_once is not None:
-            raise self._at_once(self.number)
-
-    @contextmanager
-    def at_once(self, error: Callable[[int], Exception]) -> Iterator[None]:
-        """In the block, which must have nothing to lose, the signal raises `error(number)` where it arrives."""
-        self._at_once = error
-        try:
-            if self.number:
-                raise error(self.number)
-            yield
-        finally:
-            self._at_once = None
+    number: int = 0
 
 
 @contextmanager
 def _stop_signals() -> Iterator[_Stop]:
-    """Notes the first SIGINT or SIGTERM, to be seen between steps; the second acts at once.
+    """Notes the first SIGINT or SIGTERM, to be seen between steps and batches; the second acts at once.
 
     Under a launcher the second does nothing: the same Ctrl-C arrives from the terminal and from the launcher, which
     ends processes that take too long.
@@ -430,7 +423,8 @@ def _stop_signals() -> Iterator[_Stop]:
         if not inside_launcher():
             for watched_number in watched:
                 signal.signal(watched_number, before[watched_number])
-        stop.receive(number)
+            err.print("stopping as soon as the work so far is in safety; again to stop at once")
+        stop.number = stop.number or number
 
     for number in watched:
         signal.signal(number, note)

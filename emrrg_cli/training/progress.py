@@ -38,15 +38,23 @@ class TrainingDisplay:
         start_step: Steps already done, in a run that is resumed.
         enabled: False shows nothing, for the processes other than the first. The rate is kept all the same.
         console: Where to show it; by default the program's stderr.
+        after_batch: Called whenever a phase reports progress; what it raises ends the phase.
     """
 
     def __init__(
-        self, total_steps: int, start_step: int = 0, enabled: bool = True, *, console: Console | None = None
+        self,
+        total_steps: int,
+        start_step: int = 0,
+        enabled: bool = True,
+        *,
+        console: Console | None = None,
+        after_batch: Callable[[], None] = lambda: None,
     ) -> None:
         self._total = total_steps
         self._start = self._step = start_step
         self._console = console or err
         self._enabled = enabled
+        self._after_batch = after_batch
         self._rate = _Rate()
         self._loss = _Smoothed()
         self._epoch = self._lr = 0.0
@@ -126,12 +134,12 @@ class TrainingDisplay:
                 self._tell()
                 yield from self._phase_lines(description, total)
             else:
-                yield lambda count: None
+                yield lambda count: self._after_batch()
 
     def _phase_bar(self, bar: _Bar, description: str, total: int) -> Iterator[Callable[[int], None]]:
         task = bar.add_task(description, total=total, left="")
         try:
-            yield _counter(total, lambda done: bar.update(task, completed=done))
+            yield _counter(total, lambda done: bar.update(task, completed=done), self._after_batch)
         finally:
             bar.remove_task(task)
 
@@ -142,7 +150,7 @@ class TrainingDisplay:
                 self._told_at = now
                 self.message(f"{description} {done:,}/{total:,}")
 
-        yield _counter(total, show)
+        yield _counter(total, show, self._after_batch)
 
     def _tell(self) -> None:
         """The plain line, unless it would say what the last one said."""
@@ -267,7 +275,7 @@ class _Bar(Progress):
             yield self.figures
 
 
-def _counter(total: int, show: Callable[[int], None]) -> Callable[[int], None]:
+def _counter(total: int, show: Callable[[int], None], after: Callable[[], None]) -> Callable[[int], None]:
     """Add up reported counts; processes that pad their last batch may report more than there is."""
     done = 0
 
@@ -275,6 +283,7 @@ def _counter(total: int, show: Callable[[int], None]) -> Callable[[int], None]:
         nonlocal done
         done = min(total, done + count)
         show(done)
+        after()
 
     return advance
 

@@ -270,7 +270,7 @@ def test_rows_after_the_checkpoint_are_written_once(fit: Any, tmp_path: Path) ->
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(
-    fit: Any, tmp_path: Path, number: signal.Signals, code: int
+    fit: Any, tmp_path: Path, number: signal.Signals, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stage = Stage()
     handlers = [signal.getsignal(watched) for watched in (signal.SIGINT, signal.SIGTERM)]
@@ -285,6 +285,7 @@ def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(
     with pytest.raises(Interrupted, match=r"stopped at step [34] of 6") as caught:
         fit(stage)
     assert caught.value.exit_code == code
+    assert "stopping as soon as the work so far is in safety; again to stop at once" in capsys.readouterr().err
     steps = len(stage.model.seen)
     assert (tmp_path / "checkpoints" / "last").read_text() == f"step-{steps:08d}\n"
     assert [signal.getsignal(watched) for watched in (signal.SIGINT, signal.SIGTERM)] == handlers
@@ -308,21 +309,25 @@ def test_the_second_ctrl_c_acts_at_once(fit: Any) -> None:
     assert stage.model.seen == []
 
 
-def test_a_signal_in_a_validation_acts_at_once_and_the_validation_is_made_up_for(fit: Any, tmp_path: Path) -> None:
+def test_a_signal_in_a_validation_acts_after_the_batch_and_it_is_made_up_for(fit: Any, tmp_path: Path) -> None:
     from emrrg_cli.files import read_jsonl
 
     stage = Stage(_figures((0.5, 1.0)))
-    reached = []
+    batches = []
 
-    def press() -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        signal.sigtimedwait([], 0)  # the handler runs before the next instruction of Python
-        reached.append(1)
+    def validate(display: Any) -> dict[str, float]:
+        with display.phase("validation", 9) as advance:
+            for batch in range(9):
+                if batch == 4:
+                    os.kill(os.getpid(), signal.SIGINT)
+                batches.append(batch)
+                advance(1)
+        raise AssertionError("the validation went on")
 
-    stage.during = press
+    stage.validate = validate  # type: ignore[method-assign]
     with pytest.raises(Interrupted, match="stopped at step 2 of 6"):
         fit(stage, log_every=1)
-    assert reached == []
+    assert batches == [0, 1, 2, 3, 4]
     assert [row["step"] for row in read_jsonl(tmp_path / "history.jsonl")] == [1, 2]
     rest = Stage(_figures((0.5, 1.0), (0.4, 0.9), (0.3, 0.8)))
     summary = fit(rest, log_every=1, resume=True)

@@ -99,6 +99,19 @@ def test_a_run_that_fails_gives_the_terminal_back(clock: Clock) -> None:
     assert stream.getvalue().rstrip("\n").endswith("\x1b[?25h")  # the cursor is shown again
 
 
+@pytest.mark.parametrize(("terminal", "enabled"), [(False, True), (True, True), (False, False)])
+def test_a_look_is_had_after_each_batch_of_a_phase(clock: Clock, terminal: bool, enabled: bool) -> None:
+    console, _ = _terminal() if terminal else _file()
+    looks: list[int] = []
+    with TrainingDisplay(2, enabled=enabled, console=console, after_batch=lambda: looks.append(1)) as display:
+        with display.phase("validation", 2) as advance:
+            assert looks == []
+            advance(1)
+            advance(1)
+        _train(display, clock, range(1, 3))
+    assert looks == [1, 1]
+
+
 @pytest.mark.parametrize("terminal", [False, True])
 def test_other_processes_show_nothing_and_know_their_rate(clock: Clock, terminal: bool) -> None:
     console, stream = _terminal() if terminal else _file()
