@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 
@@ -16,6 +17,7 @@ def quiet_libraries() -> None:
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it; it advises on kernels for each CPU
     # The penalty cannot see the image; that it leaves the prompt out is how the paper's decoding works too.
     warnings.filterwarnings("ignore", message="Passing `repetition_penalty`")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch")
