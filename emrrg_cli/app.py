@@ -111,6 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         first_line = next(iter(str(error).strip().splitlines()), "")
         what = f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
         hint = None if _debugging() else "run again with --debug for the traceback"
+        if tell_launcher(EmrrgError(f"unexpected: {what}", hint=hint), expected=False):
+            return 1
         return _fail(what, hint, 1, label="unexpected error: ")
 
 

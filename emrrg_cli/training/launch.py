@@ -6,13 +6,16 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from emrrg_cli.errors import EmrrgError, Interrupted, RunError, UsageError
 
 _EXPECTED = "EMRRG_NUM_PROCESSES"
+_TOLD = "EMRRG_ERRORS"  # folder that the processes leave their errors in
 
 
 def inside_launcher() -> bool:
@@ -71,8 +74,6 @@ def launch(arguments: Sequence[str], processes: int) -> None:
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-    os.environ[_EXPECTED] = str(processes)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // processes)))
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -82,25 +83,27 @@ def launch(arguments: Sequence[str], processes: int) -> None:
         run_id=f"emrrg-{os.getpid()}",
         max_restarts=0,
     )
-    try:
-        elastic_launch(config, sys.executable)("-m", "emrrg_cli", *arguments)
-    except SignalException as error:
-        raise Interrupted("all processes have ended", exit_code=128 + error.sigval) from None
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-        told = failure.error_file_data.get("message")
-        if isinstance(told, dict) and "emrrg" in told:
-            failed = EmrrgError(told["message"], hint=told["emrrg"]["hint"])
-        else:
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, _cores() // processes)))
+    with tempfile.TemporaryDirectory(prefix="emrrg-") as told:
+        try:
+            with _environment({_EXPECTED: str(processes), _TOLD: told, "OMP_NUM_THREADS": threads}):
+                elastic_launch(config, sys.executable)("-m", "emrrg_cli", *arguments)
+        except SignalException as error:
+            raise Interrupted("all processes have ended", exit_code=128 + error.sigval) from None
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
             ended = f"failed with exit code {code}" if failure.exitcode > 0 else f"was ended by signal {code - 128}"
-            failed = EmrrgError(f"process {rank} of {processes} {ended}")
-        failed.exit_code = code
-        raise failed from None
+            failed = _first_told(Path(told)) or EmrrgError(f"process {rank} of {processes} {ended}")
+            failed.exit_code = code
+            raise failed from None
 
 
-def tell_launcher(error: EmrrgError) -> bool:
-    """Hands the error to `launch` in the parent process, which shows it once for all processes.
+def tell_launcher(error: EmrrgError, *, expected: bool = True) -> bool:
+    """Hands the error to `launch` in the parent process, which shows one for all processes.
+
+    Args:
+        expected: False for what may only follow from the error of another process, such as a lost connection.
 
     Returns:
         Whether there is nothing left to show here.
@@ -109,14 +112,36 @@ def tell_launcher(error: EmrrgError) -> bool:
         return False
     if isinstance(error, Interrupted):  # all of them are, by the same signal
         return not is_first_process()
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if _EXPECTED not in os.environ or file is None:
+    if _TOLD not in os.environ:
         return False
-    # The format is torch's; it looks for the time to find the process that failed first.
-    extra = {"timestamp": str(int(time.time()))}
-    message = {"message": error.message, "extraInfo": extra, "emrrg": {"hint": error.hint}}
-    Path(file).write_text(json.dumps({"message": message}))
+    row = {"expected": expected, "time": time.time(), "message": error.message, "hint": error.hint}
+    try:
+        (Path(os.environ[_TOLD]) / f"{os.environ['RANK']}.json").write_text(json.dumps(row))
+    except OSError:  # the disk is full, perhaps the very error
+        return False
     return True
+
+
+def _first_told(folder: Path) -> EmrrgError | None:
+    rows = [json.loads(file.read_text()) for file in folder.glob("*.json")]
+    if not rows:
+        return None
+    first = min(rows, key=lambda row: (not row["expected"], row["time"]))
+    return EmrrgError(first["message"], hint=first["hint"])
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _cores() -> int:

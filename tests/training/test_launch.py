@@ -172,19 +172,53 @@ def test_what_the_world_size_is_checked_against(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_errors_go_to_the_launching_process_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "error.json"
-    for name in ("RANK", "WORLD_SIZE", "EMRRG_NUM_PROCESSES", "TORCHELASTIC_ERROR_FILE"):
+    for name in ("RANK", "WORLD_SIZE", "EMRRG_ERRORS"):
         monkeypatch.delenv(name, raising=False)
     assert not tell_launcher(RunError("x"))
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
     assert not tell_launcher(RunError("x"))  # torchrun shows no messages
     assert tell_launcher(Interrupted("x"))  # rank 0 says it
-    monkeypatch.setenv("EMRRG_NUM_PROCESSES", "2")
-    assert tell_launcher(RunError("disk full", hint="make room"))
-    told = json.loads(file.read_text())["message"]
-    assert (told["message"], told["emrrg"]["hint"]) == ("disk full", "make room")
-    assert int(told["extraInfo"]["timestamp"]) > 0
+    monkeypatch.setenv("EMRRG_ERRORS", str(tmp_path))
+    assert launch._first_told(tmp_path) is None
+    assert tell_launcher(RunError("lost the connection"), expected=False)
     monkeypatch.setenv("RANK", "0")
+    assert tell_launcher(RunError("disk full", hint="make room"))
     assert not tell_launcher(Interrupted("x"))
+    told = launch._first_told(tmp_path)
+    assert told is not None
+    assert (told.message, told.hint) == ("disk full", "make room")
+    monkeypatch.setenv("EMRRG_ERRORS", str(tmp_path / "gone"))
+    assert not tell_launcher(RunError("x"))
+
+
+def test_the_error_of_one_process_is_told_and_not_what_follows_from_it_in_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def diagnose() -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr("emrrg_cli.diagnosis.diagnose", diagnose)
+    monkeypatch.setenv("EMRRG_DEBUG", "")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("EMRRG_ERRORS", str(tmp_path))
+    assert main(["doctor"]) == 1
+    assert capsys.readouterr().err == ""
+    told = launch._first_told(tmp_path)
+    assert told is not None
+    assert told.message == "unexpected: RuntimeError: Connection closed by peer"
+    monkeypatch.setenv("RANK", "1")
+    tell_launcher(RunError("study s1: broken image"))
+    told = launch._first_told(tmp_path)
+    assert told is not None
+    assert told.message == "study s1: broken image"
+
+
+def test_the_environment_of_the_launching_process_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("EMRRG_NUM_PROCESSES", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    with launch._environment({"EMRRG_NUM_PROCESSES": "2", "OMP_NUM_THREADS": "1"}):
+        assert (os.environ["EMRRG_NUM_PROCESSES"], os.environ["OMP_NUM_THREADS"]) == ("2", "1")
+    assert "EMRRG_NUM_PROCESSES" not in os.environ
+    assert os.environ["OMP_NUM_THREADS"] == "3"
