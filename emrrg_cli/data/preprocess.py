@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import platform
 import signal
-import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -15,7 +13,6 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import joblib
@@ -26,8 +23,9 @@ from emrrg_cli.data.dataset_dir import EncodedImage, new_dataset
 from emrrg_cli.data.image_notes import INVERTED, image_notes
 from emrrg_cli.data.images import ImageError, encode, fit_shorter_side, is_plain_jpeg, load_image, to_grey
 from emrrg_cli.data.study import Account, HasColumns, ImageProblem, RenderedImage, Study, StudySource, printable
-from emrrg_cli.errors import Interrupted, RunError
+from emrrg_cli.errors import RunError
 from emrrg_cli.recipe.schema import PreprocessRecipe
+from emrrg_cli.signals import interrupted_by
 
 # joblib hands results over in order but goes on dispatching while they wait, so the studies in flight are bounded by
 # feeding it blocks: at most this many studies for each worker are held in memory.
@@ -87,7 +85,8 @@ def preprocess(
     described = source if isinstance(source, HasColumns) else None
     workers = _workers(recipe.workers, len(source))
     with (
-        _ended_by_sigterm(),
+        # Of a scheduler, for example: it cleans up as Ctrl-C does, and leaves no process behind.
+        interrupted_by(signal.SIGTERM, message=lambda: "terminated; nothing was written"),
         new_dataset(
             out,
             studies_per_shard=recipe.studies_per_shard,
@@ -210,23 +209,6 @@ def _prepare_all(
                     "a decoding process was ended by the system, most often for want of memory",
                     hint="Use fewer processes (--workers 1) or a lower max_pixels.",
                 ) from None
-
-
-@contextlib.contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM (a scheduler's stop) cleans up as Ctrl-C does: no half-written directory, no process left behind."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Interrupted("terminated; nothing was written", exit_code=128 + number)
-
-    if threading.current_thread() is not threading.main_thread():  # where Python takes no signals
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _workers(asked: int | None, studies: int) -> int:
