@@ -36,6 +36,7 @@ from emrrg_cli.quiet import quiet_libraries
 from emrrg_cli.recipe.load import dump_recipe
 from emrrg_cli.recipe.schema import FinetuneRecipe
 from emrrg_cli.reporting.plots import plot_curves
+from emrrg_cli.training.checkpoint import writing
 from emrrg_cli.training.environment import choose_precision, llm_dtype, make_accelerator, record_environment
 from emrrg_cli.training.loop import Summary, train
 from emrrg_cli.training.progress import TrainingDisplay
@@ -109,7 +110,8 @@ class FinetuneStage:
 
     def export(self) -> None:
         """Replaces `model/` of the run directory."""
-        save_trained(self.run_dir, self.recipe.model, self.model)
+        with writing(self.run_dir / "model"):
+            save_trained(self.run_dir, self.recipe.model, self.model)
 
 
 def run_finetune(recipe: FinetuneRecipe, run_dir: Path, *, resume: bool, expected_processes: int) -> Summary:
@@ -171,7 +173,8 @@ def _train(
     else:
         llm = fresh_llm(recipe.model, tokenizer, dtype)
     if accelerator.is_main_process:
-        save_static(run_dir, recipe.model, encoder, llm, tokenizer)
+        with writing(run_dir):
+            save_static(run_dir, recipe.model, encoder, llm, tokenizer)
     model = assemble(recipe.model, encoder, llm, tokenizer)
     model.set_gradient_checkpointing(recipe.train.gradient_checkpointing)
     # Every process starts from the same weights, then draws its own noise.

@@ -128,6 +128,24 @@ def test_a_crash_while_writing_leaves_the_one_before(
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["last", "step-00000005"]
 
 
+@pytest.mark.parametrize("full", ["save_file", "torch.save"])
+def test_a_full_disk_is_said_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str) -> None:
+    from safetensors import SafetensorError
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        if full == "save_file":
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 143744 vs 143636\nand more")
+
+    _, _, before = _save(tmp_path, 3)
+    monkeypatch.setattr(*((checkpoints, full) if full == "save_file" else (torch, "save")), fail)
+    with pytest.raises(RunError, match=r"cannot write .*step-00000005: (Error while|\[enforce)") as caught:
+        _save(tmp_path, 5)
+    assert "\n" not in caught.value.message
+    assert "MiB are free there" in str(caught.value.hint)
+    assert last_checkpoint(tmp_path) == before
+
+
 def test_one_cut_off_while_it_was_replaced_is_found(tmp_path: Path) -> None:
     _, _, saved = _save(tmp_path)
     saved.rename(saved.with_name(saved.name + ".previous"))
