@@ -30,7 +30,7 @@ def finetune(
     if print_recipe:
         out.print(dump_recipe(settings), end="", markup=False, soft_wrap=True)
         return
-    run_dir = output or (Path(settings.output) if settings.output else default_run_dir(recipe))
+    run_dir = output or (Path(settings.output) if settings.output else default_run_dir(recipe, resume=resume))
     if is_first_process():
         check_run_dir(run_dir, settings, resume=resume)
     if not inside_launcher() and start_processes(context, num_processes):

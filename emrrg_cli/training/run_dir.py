@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from emrrg_cli.errors import UsageError
-from emrrg_cli.recipe.load import load_recipe
+from emrrg_cli.recipe.load import RUN_RECIPE, load_recipe
 from emrrg_cli.recipe.schema import Settings
 
 # Settings that may differ when a run is continued: they change where it stops and what is shown, not what it computes.
@@ -24,9 +24,11 @@ _FREE = {
 }
 
 
-def default_run_dir(recipe: str) -> Path:
-    """`runs/<recipe>`: `iu_xray/finetune` goes to `runs/iu_xray-finetune`."""
+def default_run_dir(recipe: str, *, resume: bool = False) -> Path:
+    """`runs/<recipe>`: `iu_xray/finetune` goes to `runs/iu_xray-finetune`. To resume, a run's own recipe names it."""
     path = Path(recipe)
+    if resume and path.name == RUN_RECIPE and path.is_file():
+        return path.parent
     parts = [path.parent.name, path.stem] if path.suffix in (".yaml", ".yml") else list(path.parts)
     return Path("runs") / "-".join(part for part in parts if part)
 
@@ -37,7 +39,7 @@ def check_run_dir(run_dir: Path, settings: Settings, *, resume: bool) -> None:
     Raises:
         UsageError: when the directory is taken, when there is nothing to resume, or when the recipe has changed.
     """
-    saved = run_dir / "recipe.yaml"
+    saved = run_dir / RUN_RECIPE
     if not resume:
         if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
             hint = "Give --resume to continue it, or another --output." if saved.is_file() else "Give another --output."

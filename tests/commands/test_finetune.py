@@ -106,5 +106,5 @@ def test_a_run_is_not_resumed_with_another_recipe(
     assert main([*arguments, "train.lr=1e-5"]) == 2
     assert "train.lr differs" in capsys.readouterr().err
     assert main(arguments) == 0
-    assert main(["finetune", str(tiny_run / "recipe.yaml"), "-o", str(tiny_run), "--resume"]) == 0
-    assert [call["resume"] for call in started] == [True, True]
+    assert main(["finetune", str(tiny_run / "recipe.yaml"), "--resume"]) == 0
+    assert [(call["run_dir"], call["resume"]) for call in started] == [(tiny_run, True)] * 2

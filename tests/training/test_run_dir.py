@@ -37,6 +37,12 @@ def test_the_default_is_named_after_the_recipe(recipe: str, directory: str) -> N
     assert default_run_dir(recipe) == Path(directory)
 
 
+def test_a_run_is_resumed_by_its_own_recipe(started: Path) -> None:
+    assert default_run_dir(str(started / "recipe.yaml"), resume=True) == started
+    assert default_run_dir(str(started / "recipe.yaml")) == Path("runs/run-recipe")
+    assert default_run_dir("none/recipe.yaml", resume=True) == Path("runs/none-recipe")
+
+
 def test_a_new_run_takes_a_free_or_an_empty_directory(tmp_path: Path) -> None:
     check_run_dir(tmp_path / "new" / "run", _recipe(), resume=False)
     check_run_dir(tmp_path, _recipe(), resume=False)
