@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import Cache
 
 from emrrg_cli.errors import UsageError
 
@@ -92,7 +93,9 @@ class _HybridAttention(nn.Module):
         attended, *rest = super().forward(hidden_states, *args, **kwargs)
         if visual_tokens is None:
             return (attended, *rest)
-        key, value = self._visual_keys_and_values(visual_tokens, kwargs.get("past_key_values"))
+        # Found by its type: transformers 5.24 renamed the argument from `past_key_values` to `cache`.
+        cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
+        key, value = self._visual_keys_and_values(visual_tokens, cache)
         query = self.q_proj(hidden_states)
         if (q_norm := getattr(self, "q_norm", None)) is not None:  # Qwen3 norms each head's query, OLMoE all together
             query = q_norm(query.unflatten(-1, (-1, q_norm.weight.shape[-1]))).flatten(-2)
