@@ -20,7 +20,7 @@ from emrrg_cli.models.build import load_model
 from emrrg_cli.models.report_generator import ReportGenerator
 from emrrg_cli.quiet import quiet_libraries
 from emrrg_cli.recipe.schema import FinetuneRecipe
-from emrrg_cli.training.environment import choose_precision, llm_dtype, make_accelerator
+from emrrg_cli.training.environment import inference_precision, llm_dtype, make_accelerator
 from emrrg_cli.training.run_dir import check_writable
 
 
@@ -55,7 +55,7 @@ def run_evaluation(
         raise UsageError(f"{recipe.data.root}: no split {split!r}", hint=f"There are: {', '.join(splits)}.")
     target = _target(run_dir, split, output, overwrite)
     dataset = ReportDataset(splits[split], recipe.data, recipe.model.encoder.image_size)
-    precision = choose_precision(recipe.train.precision if torch.cuda.is_available() else "fp32")
+    precision = inference_precision(recipe.train.precision, "cuda" if torch.cuda.is_available() else "cpu")
     accelerator = make_accelerator(precision, expected_processes)
     model = load_model(run_dir, recipe.model, llm_dtype(recipe.model.llm.dtype, precision))
     model.to(accelerator.device)

@@ -155,12 +155,12 @@ def load_generator(
     """
     from emrrg_cli.models.build import load_model
     from emrrg_cli.recipe.load import load_run_recipe
-    from emrrg_cli.training.environment import choose_precision, llm_dtype
+    from emrrg_cli.training.environment import inference_precision, llm_dtype
 
     if recipe is None:
         recipe = load_run_recipe(Path(run_dir), None, overrides, "generate")
     chosen = choose_device(device)
-    precision = choose_precision(recipe.train.precision if chosen.type == "cuda" else "fp32", chosen.type)
+    precision = inference_precision(recipe.train.precision, chosen.type)
     dtype = llm_dtype(recipe.model.llm.dtype, precision)
     model = load_model(Path(run_dir), recipe.model, dtype)
     return Generator(model, recipe, chosen, precision)

@@ -124,7 +124,9 @@ def save_static(run_dir: Path, settings: ModelSettings, encoder: ArmEncoder, llm
     if not (run_dir / "tokenizer").exists():
         with atomic_directory(run_dir / "tokenizer") as temporary:
             tokenizer.save_pretrained(temporary)
-    if settings.adapter.targets != "full":
+    if (
+        settings.adapter.targets != "full" and not (run_dir / "encoder.safetensors").exists()
+    ):  # resumed: it came from there
         temporary_file = run_dir / "encoder.safetensors.tmp"
         save_file(encoder.state_dict(), temporary_file)
         temporary_file.replace(run_dir / "encoder.safetensors")

@@ -27,6 +27,7 @@ from emrrg_cli.planning.llms import PlanTokenizer, llm_config
 from emrrg_cli.planning.trial import Trials
 from emrrg_cli.recipe.schema import FinetuneRecipe, ModelSettings
 from emrrg_cli.training.environment import choose_precision, llm_dtype
+from emrrg_cli.training.progress import resident_bytes
 
 
 @dataclass
@@ -93,7 +94,8 @@ def plan(
     report("counting parameters")
     whole = _meta_model(recipe.model, config)
     parameters, trainable = _count(whole)
-    before = _resident_bytes() if device.type == "cpu" else 600 * 2**20  # CUDA context and kernels, as seen on an H100
+    # On a GPU: the context and kernels of CUDA, as seen on an H100.
+    before = (resident_bytes() or 700 * 2**20) if device.type == "cpu" else 600 * 2**20
     small = Trials(recipe, config, device, precision, views, report)
     # A CPU's time grows with the batch, so one study tells; a GPU is filled only by the whole.
     trials_micro = 1 if device.type == "cpu" else micro
@@ -114,16 +116,17 @@ def plan(
     activations = int(step.saved * scale)
     if recipe.train.gradient_checkpointing:
         activations = int(step.checkpointed * scale)
+    activations += logits
+    # Gradients fill up while activations are freed: only where micro-batches add up are they there all the time.
+    accumulates = micro < share
     memory = {
         "program": before,
         "LLM weights": llm_weights,
         "other weights": weights - llm_weights,
         "optimizer": 8 * trained,
-        "activations": activations + logits,
-        "gradients": 4 * trained if recipe.train.micro_batch_size not in (None, share) else 0,
+        "activations": activations,
+        "gradients": 4 * trained if accumulates else max(0, 4 * trained - activations),
     }
-    # Gradients fill up while activations are freed: without accumulation only the larger of the two counts.
-    memory["gradients"] = max(memory["gradients"], 4 * trained - memory["activations"], 0)
     steps = None if studies is None else max(1, studies // recipe.train.batch_size)
     result = Plan(
         parameters=parameters,
@@ -208,13 +211,8 @@ def _available_bytes(device: torch.device) -> int:
     if meminfo.exists():
         for line in meminfo.read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024 + _resident_bytes()
+                return int(line.split()[1]) * 1024 + (resident_bytes() or 0)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _resident_bytes() -> int:
-    statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 700 * 2**20
 
 
 def _proposals(result: Plan, recipe: FinetuneRecipe, checkpointed: int, share: int) -> list[str]:

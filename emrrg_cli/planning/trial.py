@@ -122,8 +122,7 @@ class Trials:
             drop_path=0.0,
         )
         hybrid = settings.hybrid.model_copy(update={"every": every})
-        prompt = settings.visual_prompt
-        small = settings.model_copy(update={"encoder": encoder_settings, "hybrid": hybrid, "visual_prompt": prompt})
+        small = settings.model_copy(update={"encoder": encoder_settings, "hybrid": hybrid})
         config = copy.deepcopy(self.config)
         config.num_hidden_layers = layers
         if getattr(config, "layer_types", None):

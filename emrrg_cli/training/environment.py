@@ -35,6 +35,11 @@ def choose_precision(requested: str, device_type: str | None = None) -> str:
     return requested
 
 
+def inference_precision(requested: str, device_type: str) -> str:
+    """The precision to write reports in: that of the training on a GPU, fp32 elsewhere, where half is slower."""
+    return choose_precision(requested, device_type) if device_type == "cuda" else "fp32"
+
+
 def llm_dtype(requested: str, precision: str) -> torch.dtype:
     """The dtype of a frozen LLM's weights: as requested, or that of the precision."""
     return DTYPES[precision if requested == "auto" else requested]

@@ -298,11 +298,12 @@ def _memory() -> str:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         return f"GPU {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-    resident = _resident_bytes()
+    resident = resident_bytes()
     return "" if resident is None else f"RAM {resident / 2**30:.1f} GiB"
 
 
-def _resident_bytes() -> int | None:
+def resident_bytes() -> int | None:
+    """Memory of this process; its peak where the system tells no more, None where it tells nothing."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         import resource
 

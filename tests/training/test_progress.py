@@ -165,7 +165,7 @@ def test_the_loss_is_smoothed_and_an_unknown_one_is_left_out() -> None:
 
 
 def test_memory_of_this_process_is_plausible() -> None:
-    assert 10 * 2**20 < (progress._resident_bytes() or 0) < 2**40
+    assert 10 * 2**20 < (progress.resident_bytes() or 0) < 2**40
 
 
 def test_memory_without_proc_comes_from_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,4 +173,4 @@ def test_memory_without_proc_comes_from_the_system(monkeypatch: pytest.MonkeyPat
         raise FileNotFoundError
 
     monkeypatch.setattr(Path, "read_text", absent)
-    assert 10 * 2**20 < (progress._resident_bytes() or 0) < 2**40
+    assert 10 * 2**20 < (progress.resident_bytes() or 0) < 2**40

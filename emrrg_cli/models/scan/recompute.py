@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from emrrg_cli.models.scan.reference import full_precision
 
 # Tokens whose states are formed at a time: enough that little is left for the loop, few enough for little memory.
 _CHUNK = 16
@@ -90,10 +91,7 @@ def selective_scan_recompute(
         `[b, K, l, d]` in fp32 (fp64 for fp64 inputs).
     """
     with torch.autocast(u.device.type, enabled=False):
-        dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
-        u, dt, B, C = u.to(dtype), dt.to(dtype), B.to(dtype), C.to(dtype)
-        dt = F.softplus(dt + dt_bias.to(dtype)[:, None])
-        A = -torch.exp(A_log.to(dtype))
+        u, dt, A, B, C, D = full_precision(u, dt, dt_bias, A_log, B, C, D)
         first = [tensor.permute(2, 0, 1, 3).contiguous() for tensor in (dt, dt * u, B, C)]
         y: Tensor = _Recurrence.apply(first[0], first[1], A, first[2], first[3], _CHUNK)  # type: ignore[no-untyped-call]
-        return y.permute(1, 2, 0, 3) + D.to(dtype)[:, None] * u
+        return y.permute(1, 2, 0, 3) + D[:, None] * u

@@ -85,10 +85,7 @@ def selective_scan_loop(
         `[b, K, l, d]` in fp32 (fp64 for fp64 inputs).
     """
     with torch.autocast(u.device.type, enabled=False):
-        dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
-        u, dt, B, C = u.to(dtype), dt.to(dtype), B.to(dtype), C.to(dtype)
-        dt = F.softplus(dt + dt_bias.to(dtype)[:, None])
-        A = -torch.exp(A_log.to(dtype))
+        u, dt, A, B, C, D = full_precision(u, dt, dt_bias, A_log, B, C, D)
         du = dt * u
         h = u.new_zeros(u.shape[0], u.shape[1], u.shape[3], A.shape[-1])  # [b, K, d, n]
         ys = []
@@ -96,4 +93,16 @@ def selective_scan_loop(
             decay = torch.exp(dt[:, :, t, :, None] * A)
             h = decay * h + du[:, :, t, :, None] * B[:, :, t, None, :]
             ys.append((h @ C[:, :, t, :, None]).squeeze(-1))
-        return torch.stack(ys, dim=2) + D.to(dtype)[:, None] * u
+        return torch.stack(ys, dim=2) + D[:, None] * u
+
+
+def full_precision(
+    u: Tensor, dt: Tensor, dt_bias: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What a recurrence starts from: `u`, `dt` after bias and softplus, `A`, `B`, `C`, `D`, in fp32 (or all in fp64).
+
+    Shapes as in `selective_scan_loop`. Call it where autocast is off.
+    """
+    dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+    dt = F.softplus(dt.to(dtype) + dt_bias.to(dtype)[:, None])
+    return u.to(dtype), dt, -torch.exp(A_log.to(dtype)), B.to(dtype), C.to(dtype), D.to(dtype)
