@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -9,6 +11,59 @@ from torch.utils.checkpoint import checkpoint
 from emrrg_cli.models.arm.mixer import Block
 
 PATCH_SIZE = 16
+CLUSTER = 4  # patches on a side of a cluster of stage 1
+
+
+def sincos_position_embedding(d_model: int, grid: int) -> Tensor:
+    """Fixed 2-D sine and cosine embedding of a square grid of patches, row-major.
+
+    The first half of the channels encodes the column, the second half the row, as in MAE. Each half holds
+    `sin(position * 10000**(-i / q))` for `i = 0..q - 1`, then the cosines of the same, with `q = d_model / 4`.
+
+    Args:
+        d_model: `d`, a multiple of 4.
+        grid: patches on a side.
+
+    Returns:
+        `[1, grid**2, d]`, fp32.
+
+    Raises:
+        ValueError: for a width that does not divide by 4.
+
+    Source: MAE (arXiv 2111.06377), appendix A.1; Attention is all you need (arXiv 1706.03762), section 3.5.
+    """
+    if d_model % 4:
+        raise ValueError(f"a 2-D sine and cosine embedding needs a width that is a multiple of 4, got {d_model}")
+    positions = torch.arange(grid, dtype=torch.float64)
+    quarter = d_model // 4
+    frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    angles = positions[:, None] * frequencies
+    line = torch.cat([angles.sin(), angles.cos()], dim=1)  # [grid, d / 2]
+    columns = line[None].expand(grid, -1, -1)
+    rows = line[:, None].expand(-1, grid, -1)
+    return torch.cat([columns, rows], dim=2).reshape(1, grid * grid, d_model).float()
+
+
+def cluster_order(grid: int) -> Tensor:
+    """The order in which stage 1 visits the patches: cluster by cluster of 4 x 4, row-major in and among clusters.
+
+    Args:
+        grid: patches on a side, a multiple of 4.
+
+    Returns:
+        `[grid**2]`, int64: entry `t` is the row-major index of the patch visited at step `t`.
+
+    Raises:
+        ValueError: for a grid that has no whole number of clusters.
+
+    Source: ARM (arXiv 2406.07537) section 3.1.
+    """
+    if grid % CLUSTER:
+        side = CLUSTER * PATCH_SIZE
+        raise ValueError(f"image_size must be a multiple of {side} for clusters, got {grid * PATCH_SIZE}")
+    side = grid // CLUSTER
+    patches = torch.arange(grid * grid).view(side, CLUSTER, side, CLUSTER)
+    return patches.transpose(1, 2).flatten()
 
 
 def direction_orders(grid: int) -> Tensor:
@@ -34,13 +89,23 @@ def direction_orders(grid: int) -> Tensor:
 class ArmEncoder(nn.Module):
     """ARM encoder, "v3": `[b, 3, h, w] -> [b, l + 1, d]`, class token included, in the middle.
 
+    With `directions=1, class_token=False, final_norm=False` it is the encoder of stage 1: `[b, 3, h, w] -> [b, l, d]`,
+    scanned in cluster order, `pos_embed` a fixed buffer, without `cls_token` and `norm_f`.
+
     Args:
         d_model: `d`, the width (base 768, large 1024, huge 1536).
         depth: number of blocks (12, 24, 24).
-        image_size: side of the square input in pixels, a multiple of 16.
+        image_size: side of the square input in pixels, a multiple of 16; of 64 with one direction.
         d_state: `n`, the SSM state size.
         drop_path: the largest stochastic depth rate; block `i` takes entry `i` of `[0] + linspace(0, rate, depth)`.
         scan: engine of the scan (`emrrg_cli.models.scan`).
+        directions: 4 (stages 2 and 3: rows, columns, and both reversed), or 1 (stage 1: cluster order).
+        class_token: a class token in the middle, and learned position embeddings; else fixed sine and cosine ones.
+            It goes with four directions.
+        final_norm: LayerNorm after the last block.
+
+    Raises:
+        ValueError: for a size or a combination that there is none of.
 
     Source: ARM (arXiv 2406.07537) section 3; MambaXray-VL (arXiv 2410.00379) section 3.
     """
@@ -53,26 +118,42 @@ class ArmEncoder(nn.Module):
         d_state: int = 16,
         drop_path: float = 0.1,
         scan: str = "auto",
+        *,
+        directions: int = 4,
+        class_token: bool = True,
+        final_norm: bool = True,
     ) -> None:
         super().__init__()
         if image_size % PATCH_SIZE:
             raise ValueError(f"image_size must be a multiple of {PATCH_SIZE}, got {image_size}")
+        if (directions, class_token) not in ((4, True), (1, False)):
+            raise ValueError(
+                f"four directions go with a class token, one goes without: got {directions=}, {class_token=}"
+            )
         self.d_model = d_model
         self.image_size = image_size
         self.grid = image_size // PATCH_SIZE
+        self.order: Tensor
         self.gradient_checkpointing = False
         patches = self.grid**2
         self.patch_embed = nn.Conv2d(3, d_model, PATCH_SIZE, stride=PATCH_SIZE)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, d_model))
-        self.pos_embed = nn.Parameter(torch.zeros(1, patches + 1, d_model))
+        self.cls_token: nn.Parameter | None = None
+        if class_token:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, d_model))
+            self.pos_embed: Tensor = nn.Parameter(torch.zeros(1, patches + 1, d_model))
+            order = direction_orders(self.grid)
+        else:
+            self.register_buffer("pos_embed", sincos_position_embedding(d_model, self.grid))
+            order = cluster_order(self.grid)[None]
         rates = [0.0, *torch.linspace(0, drop_path, depth, device="cpu").tolist()]
         self.layers = nn.ModuleList(
-            Block(d_model, d_state, directions=4, depth=depth, drop_path=rates[i], scan=scan) for i in range(depth)
+            Block(d_model, d_state, directions, depth=depth, drop_path=rates[i], scan=scan) for i in range(depth)
         )
-        self.norm_f = nn.LayerNorm(d_model, eps=1e-5)
-        self.register_buffer("order", direction_orders(self.grid), persistent=False)
-        nn.init.trunc_normal_(self.cls_token, std=0.02)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self.norm_f = nn.LayerNorm(d_model, eps=1e-5) if final_norm else nn.Identity()
+        self.register_buffer("order", order, persistent=False)
+        if self.cls_token is not None:
+            nn.init.trunc_normal_(self.cls_token, std=0.02)
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def forward(self, images: Tensor) -> Tensor:
         """Encodes normalised images.
@@ -81,22 +162,45 @@ class ArmEncoder(nn.Module):
             images: `[b, 3, h, w]`, `h = w = image_size`.
 
         Returns:
-            `[b, l + 1, d]`, `l = (h / 16)**2`; the class token is token `l // 2`.
+            `[b, l + 1, d]`, `l = (h / 16)**2`; the class token is token `l // 2`. Without a class token `[b, l, d]`.
+            The patches are row-major.
 
         Raises:
             ValueError: for images of another size.
         """
+        (last,) = self.blocks(self.embed(images), self.order, taps=[len(self.layers)])
+        out: Tensor = self.norm_f(last)
+        return out
+
+    def embed(self, images: Tensor) -> Tensor:
+        """What enters the first block: patches with class token and position embedding; shapes as in `forward`."""
         if images.shape[1:] != (3, self.image_size, self.image_size):
             expected = [3, self.image_size, self.image_size]
             raise ValueError(f"images must be [b, {', '.join(map(str, expected))}], got {list(images.shape)}")
-        x = self.patch_embed(images).flatten(2).transpose(1, 2)  # [b, l, d]
-        middle = x.shape[1] // 2
-        cls = self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype)
-        x = torch.cat([x[:, :middle], cls, x[:, middle:]], dim=1) + self.pos_embed
-        for layer in self.layers:
+        x: Tensor = self.patch_embed(images).flatten(2).transpose(1, 2)  # [b, l, d]
+        if self.cls_token is not None:
+            middle = x.shape[1] // 2
+            cls = self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype)
+            x = torch.cat([x[:, :middle], cls, x[:, middle:]], dim=1)
+        return x + self.pos_embed
+
+    def blocks(self, x: Tensor, order: Tensor, taps: Collection[int]) -> list[Tensor]:
+        """Runs the blocks over any sequence of tokens.
+
+        Args:
+            x: `[b, t, d]`.
+            order: `[K, t]`, the tokens that each direction visits.
+            taps: blocks, counted from 1, whose output is wanted.
+
+        Returns:
+            The output `[b, t, d]` of each block of `taps`, in the order of the blocks, before the final norm.
+        """
+        found = []
+        for number, layer in enumerate(self.layers, start=1):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, self.order, use_reentrant=False)
+                x = checkpoint(layer, x, order, use_reentrant=False)
             else:
-                x = layer(x, self.order)
-        out: Tensor = self.norm_f(x)
-        return out
+                x = layer(x, order)
+            if number in taps:
+                found.append(x)
+        return found

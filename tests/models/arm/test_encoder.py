@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
-from emrrg_cli.models.arm.encoder import ArmEncoder, direction_orders
+from emrrg_cli.models.arm.encoder import ArmEncoder, cluster_order, direction_orders, sincos_position_embedding
 from emrrg_cli.models.build import build_encoder
 from emrrg_cli.recipe.schema import EncoderSettings
 
@@ -215,3 +217,81 @@ def test_engines_agree() -> None:
 def test_state_dict_holds_parameters_alone() -> None:
     encoder = _encoder()
     assert set(encoder.state_dict()) == {name for name, _ in encoder.named_parameters()}
+
+
+# -- stage 1 -----------------------------------------------------------------------------------------------------
+
+
+def _first_stage(image_size: int = 128, depth: int = 3, scan: str = "auto") -> ArmEncoder:
+    torch.manual_seed(0)
+    return ArmEncoder(
+        32,
+        depth,
+        image_size=image_size,
+        d_state=4,
+        drop_path=0.0,
+        scan=scan,
+        directions=1,
+        class_token=False,
+        final_norm=False,
+    )
+
+
+def test_sincos_embedding_counts_columns_first() -> None:
+    table = sincos_position_embedding(16, 3)
+    assert table.shape == (1, 9, 16)
+    assert table.dtype == torch.float32
+    for row in range(3):
+        for column in range(3):
+            expected = []
+            for position in (column, row):
+                angles = [position / 10000 ** (i / 4) for i in range(4)]
+                expected += [math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles]
+            assert table[0, 3 * row + column].tolist() == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(ValueError, match="multiple of 4, got 18"):
+        sincos_position_embedding(18, 3)
+
+
+@pytest.mark.parametrize("grid", [4, 8, 12, 16])
+def test_cluster_order(grid: int) -> None:
+    expected = []
+    for cluster_row in range(grid // 4):
+        for cluster_column in range(grid // 4):
+            for row in range(4):
+                for column in range(4):
+                    expected.append((4 * cluster_row + row) * grid + 4 * cluster_column + column)
+    assert cluster_order(grid).tolist() == expected
+
+
+def test_the_encoder_of_stage_1_scans_clusters_and_returns_rows() -> None:
+    encoder = _first_stage().eval()
+    names = {name.partition(".")[0] for name in encoder.state_dict()}
+    assert names == {"patch_embed", "pos_embed", "layers"}
+    assert not isinstance(encoder.pos_embed, torch.nn.Parameter)
+    assert all(parameter.shape[0] == 1 for name, parameter in encoder.named_parameters() if name.endswith("A_log"))
+    images = torch.randn(2, 3, 128, 128)
+    out = encoder(images)
+    assert out.shape == (2, 64, 32)
+    order = cluster_order(8)
+    (gathered,) = encoder.blocks(encoder.embed(images)[:, order], torch.arange(64)[None], taps=[3])
+    torch.testing.assert_close(out[:, order], gathered, rtol=1e-5, atol=1e-5)
+
+
+def test_taps_are_outputs_of_the_blocks_counted_from_1() -> None:
+    encoder = _first_stage().eval()
+    outputs: list[Tensor] = []
+    for layer in encoder.layers:
+        layer.register_forward_hook(lambda module, args, out: outputs.append(out))
+    first, last = encoder.blocks(torch.randn(1, 16, 32), torch.arange(16)[None], taps=[1, 3])
+    assert len(outputs) == 3
+    assert torch.equal(first, outputs[0])
+    assert torch.equal(last, outputs[2])
+
+
+def test_combinations_that_there_are_none_of_are_refused() -> None:
+    with pytest.raises(ValueError, match="four directions go with a class token"):
+        ArmEncoder(32, 1, image_size=64, directions=1)
+    with pytest.raises(ValueError, match="four directions go with a class token"):
+        ArmEncoder(32, 1, image_size=64, class_token=False)
+    with pytest.raises(ValueError, match="image_size must be a multiple of 64 for clusters, got 96"):
+        _first_stage(96)
