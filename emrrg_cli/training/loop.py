@@ -34,7 +34,7 @@ from emrrg_cli.training.checkpoint import (
 from emrrg_cli.training.launch import inside_launcher
 from emrrg_cli.training.progress import TrainingDisplay
 from emrrg_cli.training.schedule import build_optimizer, learning_rate
-from emrrg_cli.training.stage import Stage
+from emrrg_cli.training.stage import PreparesStep, Stage
 
 
 @dataclass
@@ -234,6 +234,8 @@ class _Loop:
             shared = torch.stack([every[:, 0].sum(), every[:, 1].max()])
         total_items, stop_signal = shared[0], int(shared[1])
         self.model.train()
+        if isinstance(self.stage, PreparesStep):
+            batches = self.stage.prepare_step(batches)
         loss_sum: Tensor = torch.zeros((), device=accelerator.device)
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1

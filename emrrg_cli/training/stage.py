@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -37,3 +37,15 @@ class Stage(Protocol):
 
     def export(self) -> None:
         """Writes the model as it is now as the run's result. The main process alone calls it."""
+
+
+@runtime_checkable
+class PreparesStep(Protocol):
+    """A stage whose loss ties the examples of a batch to each other, so that no micro-batch has a loss of its own."""
+
+    def prepare_step(self, batches: list[Any]) -> list[Any]:
+        """The micro-batches of one optimizer step as the model is to see them, from all those of this process.
+
+        Called in training mode before the first of them goes through the model. Contrast over a batch larger than the
+        memory computes here what each micro-batch needs to know of the others.
+        """
