@@ -158,11 +158,11 @@ class EpochOrder:
         if batch_size % world_size:
             raise UsageError(
                 f"train.batch_size={batch_size} does not divide among {world_size} processes",
-                hint="It counts the studies of an optimizer step over all processes.",
+                hint="It counts the examples of an optimizer step over all processes.",
             )
         if length < batch_size:
             raise UsageError(
-                f"the training split has {length} usable studies, fewer than train.batch_size={batch_size}",
+                f"the training split has {length} usable examples, fewer than train.batch_size={batch_size}",
                 hint="Lower train.batch_size.",
             )
         self.length, self.batch_size, self.seed = length, batch_size, seed

@@ -22,6 +22,8 @@ ENCODER_SIZES: dict[str, tuple[int, int]] = {"base": (768, 12), "large": (1024, 
 # Names that people bring from other toolkits; used to suggest ours, never accepted.
 SYNONYMS: dict[str, str] = {
     "learning_rate": "lr",
+    "base_lr": "lr",
+    "blr": "lr",
     "min_learning_rate": "min_lr",
     "weight_decay_rate": "weight_decay",
     "gradient_accumulation_steps": "micro_batch_size",
@@ -193,15 +195,20 @@ class ModelSettings(Settings):
         return self
 
 
-class TrainSettings(Settings):
+class LoopSettings(Settings):
+    """What the training of every stage has."""
+
     epochs: int = Field(10, ge=1)
     max_steps: int | None = Field(None, ge=1, description="ends the schedule after this many optimizer steps")
     stop_after_steps: int | None = Field(
         None, ge=1, description="stops, with a checkpoint, after this many steps; the schedule is unchanged"
     )
-    batch_size: int = Field(8, ge=1, description="studies an optimizer step, over all processes and micro-batches")
-    micro_batch_size: int | None = Field(None, ge=1, description="studies a forward pass on one device; null: all")
+    batch_size: int = Field(8, ge=1, description="examples an optimizer step, over all processes and micro-batches")
+    micro_batch_size: int | None = Field(None, ge=1, description="examples a forward pass on one device; null: all")
     lr: float = Field(1e-4, gt=0)
+    lr_batch_size: int | None = Field(
+        None, ge=1, description="lr is for this batch size and grows in proportion to batch_size; null: lr as it is"
+    )
     min_lr: float = Field(0.0, ge=0)
     schedule: Literal["cosine", "constant"] = "cosine"
     schedule_unit: Literal["step", "epoch"] = Field("step", description="how often the learning rate moves")
@@ -216,21 +223,35 @@ class TrainSettings(Settings):
     seed: int = Field(42, ge=0)
     checkpoint_every_steps: int | None = Field(None, ge=1, description="null: at the end of each epoch")
     validate_every_epochs: int = Field(1, ge=1)
-    validation_limit: int | None = Field(None, ge=1, description="studies that are generated in a validation")
-    select: Literal["score", "loss"] = Field("score", description="what the best checkpoint is chosen by")
-    score_weights: dict[str, float] = Field(default_factory=lambda: {"BLEU_4": 0.8, "CIDEr": 0.2})
     patience: int | None = Field(None, ge=1, description="validations without a better result before stopping")
     log_every: int = Field(10, ge=1, description="optimizer steps between log entries")
     trackers: list[Literal["tensorboard", "wandb"]] = Field(["tensorboard"])
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check_loop(self) -> Self:
         if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
             raise ValueError(f"micro_batch_size {self.micro_batch_size} is larger than batch_size {self.batch_size}")
-        if self.min_lr > self.lr:
-            raise ValueError(f"min_lr {self.min_lr} is larger than lr {self.lr}")
+        if self.min_lr > self.peak_lr:
+            raise ValueError(f"min_lr {self.min_lr} is larger than lr {self.peak_lr}")
         if any(not 0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
+        return self
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate after the warm-up."""
+        return self.lr if self.lr_batch_size is None else self.lr * self.batch_size / self.lr_batch_size
+
+
+class TrainSettings(LoopSettings):
+    """Training of stage 3, whose validation also writes and scores reports."""
+
+    validation_limit: int | None = Field(None, ge=1, description="studies that are generated in a validation")
+    select: Literal["score", "loss"] = Field("score", description="what the best checkpoint is chosen by")
+    score_weights: dict[str, float] = Field(default_factory=lambda: {"BLEU_4": 0.8, "CIDEr": 0.2})
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
         known = {"BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "ROUGE_L", "METEOR", "CIDEr"}
         if unknown := sorted(set(self.score_weights) - known):
             raise ValueError(f"score_weights names unknown scores {unknown}; known: {sorted(known)}")

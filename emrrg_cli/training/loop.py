@@ -22,7 +22,7 @@ from emrrg_cli.data.batches import EpochOrder
 from emrrg_cli.data.loading import load_batches
 from emrrg_cli.errors import Interrupted, RunError, UsageError
 from emrrg_cli.files import append_jsonl, atomic_write_text, read_jsonl
-from emrrg_cli.recipe.schema import TrainSettings
+from emrrg_cli.recipe.schema import LoopSettings
 from emrrg_cli.training.checkpoint import (
     Progress,
     last_checkpoint,
@@ -70,7 +70,7 @@ def train(
     stage: Stage,
     dataset: Dataset[Any],
     collate: Callable[[Sequence[Any]], Any],
-    settings: TrainSettings,
+    settings: LoopSettings,
     run_dir: Path,
     accelerator: Any,
     *,
@@ -113,7 +113,7 @@ class _Loop:
         stage: Stage,
         dataset: Dataset[Any],
         collate: Callable[[Sequence[Any]], Any],
-        settings: TrainSettings,
+        settings: LoopSettings,
         run_dir: Path,
         accelerator: Any,
         workers: int,
@@ -333,10 +333,9 @@ class _Loop:
             raise self._interrupted(self.stop.number)
 
     def _is_better(self, figures: dict[str, float]) -> bool:
-        by_score = self.settings.select == "score" and "validation/score" in figures
         # The loss decides between scores that are equal as they are shown: early reports often have no 4-gram in common
         # with any reference, and what BLEU adds to avoid a division by zero is no difference.
-        score = round(figures["validation/score"], 4) if by_score else 0.0
+        score = round(figures.get("validation/score", 0.0), 4)
         value = [score, -figures["validation/loss"]]
         if self.progress.best is not None and value <= self.progress.best:
             return False

@@ -7,11 +7,11 @@ import math
 import torch
 from torch import nn
 
-from emrrg_cli.recipe.schema import TrainSettings
+from emrrg_cli.recipe.schema import LoopSettings
 
 
-def build_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; vectors (biases, norms, gates) and `A_log` carry no weight decay.
+def build_optimizer(model: nn.Module, settings: LoopSettings) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; vectors (biases, norms, gates, tokens) and `A_log` carry no weight decay.
 
     Raises:
         ValueError: when nothing is trainable.
@@ -20,15 +20,15 @@ def build_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Ad
     plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_plain = parameter.ndim < 2 or name.endswith(("bias", "A_log", ".D", "cls_token", "pos_embed"))
+            is_plain = parameter.ndim < 2 or name.endswith(("bias", "A_log", ".D", "_token", "pos_embed"))
             (plain if is_plain else decay).append(parameter)
     if not decay and not plain:
         raise ValueError("the model has no trainable parameter")
     groups = [{"params": decay, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr, betas=tuple(settings.betas))  # type: ignore[arg-type]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.peak_lr, betas=tuple(settings.betas))  # type: ignore[arg-type]
 
 
-def learning_rate(step: int, steps_per_epoch: int, total_steps: int, settings: TrainSettings) -> float:
+def learning_rate(step: int, steps_per_epoch: int, total_steps: int, settings: LoopSettings) -> float:
     """The learning rate of optimizer step `step`, counted from 0: a pure function, so that resuming needs no state.
 
     Linear warm-up over `warmup_epochs`, then the schedule down to `min_lr` at `total_steps`. With `schedule_unit`
@@ -39,12 +39,12 @@ def learning_rate(step: int, steps_per_epoch: int, total_steps: int, settings: T
         epochs_done = step // steps_per_epoch
         position = float(epochs_done * steps_per_epoch)
         if epochs_done < settings.warmup_epochs:
-            return settings.lr * min(1.0, (epochs_done + 1) / settings.warmup_epochs)
+            return settings.peak_lr * min(1.0, (epochs_done + 1) / settings.warmup_epochs)
     else:
         position = float(step)
         if step < warmup:
-            return settings.lr * min(1.0, (step + 1) / warmup)
+            return settings.peak_lr * min(1.0, (step + 1) / warmup)
     if settings.schedule == "constant":
-        return settings.lr
+        return settings.peak_lr
     progress = min(1.0, (position - warmup) / max(1.0, total_steps - warmup))
-    return settings.min_lr + 0.5 * (settings.lr - settings.min_lr) * (1 + math.cos(math.pi * progress))
+    return settings.min_lr + 0.5 * (settings.peak_lr - settings.min_lr) * (1 + math.cos(math.pi * progress))

@@ -256,7 +256,7 @@ def test_epochs_and_seeds_shuffle_anew() -> None:
 def test_batches_that_do_not_fit_are_refused() -> None:
     with pytest.raises(UsageError, match=r"train\.batch_size=6 does not divide among 4 processes"):
         EpochOrder(100, 6, world_size=4)
-    with pytest.raises(UsageError, match=r"has 5 usable studies, fewer than train\.batch_size=6"):
+    with pytest.raises(UsageError, match=r"has 5 usable examples, fewer than train\.batch_size=6"):
         EpochOrder(5, 6)
 
 

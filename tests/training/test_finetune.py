@@ -270,7 +270,7 @@ def test_no_data_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        ("train.batch_size=17", "16 usable studies, fewer than"),
+        ("train.batch_size=17", "16 usable examples, fewer than"),
         ("model.llm.name=./nowhere", "nowhere"),
         ("model.encoder.weights=nowhere.safetensors", "nowhere"),
     ],

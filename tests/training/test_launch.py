@@ -103,7 +103,7 @@ def test_an_error_in_all_processes_is_said_once(tiny_overrides: tuple[str, ...],
     arguments = ["finetune", "tiny/finetune", *tiny_overrides, "train.batch_size=5", "--output", str(tmp_path / "run")]
     done = emrrg(*arguments, "--num-processes", "2")
     assert done.returncode == 2
-    said = "error: train.batch_size=5 does not divide among 2 processes\nIt counts the studies of an optimizer step"
+    said = "error: train.batch_size=5 does not divide among 2 processes\nIt counts the examples of an optimizer step"
     assert done.stderr.count(said) == done.stderr.count("error") == 1
     assert not (tmp_path / "run").exists()
 

@@ -153,7 +153,7 @@ def test_a_tail_too_short_for_a_batch_is_left_out(fit: Any) -> None:
 
 
 def test_a_batch_larger_than_the_split_is_refused(fit: Any) -> None:
-    with pytest.raises(UsageError, match=r"3 usable studies, fewer than train\.batch_size=4"):
+    with pytest.raises(UsageError, match=r"3 usable examples, fewer than train\.batch_size=4"):
         fit(Stage(), 3)
 
 
@@ -386,12 +386,6 @@ def test_the_loss_decides_between_equal_scores_and_the_first_of_equals_stays(fit
     assert fit(stage).best_step == 4
     stage = Stage(_figures((0.5, 1.0), (0.5, 1.0), (0.5, 1.0)))
     assert fit(stage).best_step == 2
-
-
-def test_selection_by_loss_ignores_the_score(fit: Any) -> None:
-    stage = Stage(_figures((0.9, 3.0), (0.1, 1.0), (0.5, 2.0)))
-    summary = fit(stage, select="loss")
-    assert (summary.best, summary.best_step) == ([0.0, -1.0], 4)
 
 
 def test_a_stage_without_scores_is_selected_by_loss(fit: Any) -> None:

@@ -9,13 +9,22 @@ import pytest
 import torch
 from torch import nn
 
-from emrrg_cli.recipe.schema import TrainSettings
+from emrrg_cli.recipe.schema import LoopSettings, TrainSettings
 from emrrg_cli.training.schedule import build_optimizer, learning_rate
 
 
 def _rates(steps: int, per_epoch: int, total: int | None = None, **settings: Any) -> list[float]:
     train = TrainSettings(**settings)
     return [learning_rate(step, per_epoch, total or steps, train) for step in range(steps)]
+
+
+def test_the_rate_may_be_stated_for_another_batch() -> None:
+    settings = LoopSettings(lr=1.5e-4, lr_batch_size=256, batch_size=64, warmup_epochs=2.0)
+    assert settings.peak_lr == pytest.approx(1.5e-4 / 4)
+    assert learning_rate(20, 10, 100, settings) == pytest.approx(1.5e-4 / 4)
+    assert learning_rate(9, 10, 100, settings) == pytest.approx(1.5e-4 / 8)
+    with pytest.raises(ValueError, match=r"min_lr 0\.0001 is larger than lr 3\.75e-05"):
+        LoopSettings(lr=1.5e-4, lr_batch_size=256, batch_size=64, min_lr=1e-4)
 
 
 def test_cosine_by_epoch_is_that_of_the_paper() -> None:
