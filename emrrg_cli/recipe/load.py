@@ -6,7 +6,7 @@ extends, itself, the command line. Where a layer states `protocol`, that preset 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, cast, overload
@@ -14,19 +14,22 @@ from typing import Any, Literal, cast, overload
 from pydantic import ValidationError
 
 from emrrg_cli.errors import UsageError
-from emrrg_cli.recipe.layers import Layer, merge, with_presets
+from emrrg_cli.recipe.layers import KeyPath, Layer, merge, with_presets
 from emrrg_cli.recipe.library import find_recipe, read_layer, read_layers
 from emrrg_cli.recipe.overrides import parse_overrides
 from emrrg_cli.recipe.problems import Problem, find_problems, place_of
 from emrrg_cli.recipe.schema import PROTOCOLS, FinetuneRecipe, PreprocessRecipe, Settings
+from emrrg_cli.recipe.suggest import annotation_at
 from emrrg_cli.recipe.yaml12 import dump
 
 # A stage is one entry here.
 STAGES: dict[str, type[Settings]] = {"finetune": FinetuneRecipe, "preprocess": PreprocessRecipe}
 # Recipes that are laid over the recipe of a trained run.
 OVERLAYS = ("evaluate", "generate")
-# What the run has already settled, so that no overlay can change it.
-_SETTLED = ("output", "train")
+# What the run has already settled, so that no overlay can change it,
+_SETTLED = ("output", "train", "model")
+# but for where the LLM is found, and how the model is computed.
+_UNSETTLED = (("model", "llm", "name"), ("model", "llm", "dtype"), ("model", "scan"))
 
 RUN_RECIPE = "recipe.yaml"
 
@@ -142,15 +145,31 @@ def _with_presets(stage: str, layers: Sequence[Layer]) -> list[Layer]:
 def _overlay(stage: str, layers: Sequence[Layer]) -> tuple[list[Layer], list[Problem]]:
     """Layers fit to lie over a run's recipe, and the settings among them that a run has already settled."""
     fit, problems = [], []
+    message = f"was settled when the run was trained; `{stage}` cannot change it"
     for index, layer in enumerate(layers):
-        for key in _SETTLED:
-            if key in layer.values:
-                order = (index, layer.lines.get((key,), 0))
-                message = f"was settled when the run was trained; `{stage}` cannot change it"
-                problems.append(Problem(layer.where((key,)), (key,), message, order))
-        values = {key: value for key, value in layer.values.items() if key not in (*_SETTLED, "stage")}
+        values, settled = _divide(layer.values)
+        for path in settled:
+            problems.append(Problem(layer.where(path), path, message, (index, layer.lines.get(path, 0))))
+        values.pop("stage", None)
         fit.append(Layer(layer.name, values, layer.lines))
     return with_presets(fit, PROTOCOLS, default=None, without=frozenset({"model"})), problems
+
+
+def _divide(values: Mapping[str, Any], section: KeyPath = ()) -> tuple[dict[str, Any], list[KeyPath]]:
+    """The settings that may be laid over a run, and the places of those that the run has settled."""
+    free: dict[str, Any] = {}
+    settled: list[KeyPath] = []
+    for key, value in values.items():
+        path = (*section, key)
+        unsettled = path[0] not in _SETTLED or any(other[: len(path)] == path for other in _UNSETTLED)
+        if unsettled and path[0] in _SETTLED and isinstance(value, dict):
+            free[key], inner = _divide(value, path)
+            settled += inner
+        elif unsettled or annotation_at(FinetuneRecipe, path) is None:
+            free[key] = value  # what is unknown or no section is left for the schema to refuse
+        else:
+            settled.append(path)
+    return free, settled
 
 
 def _validated(ref: str, schema: type[Settings], layers: Sequence[Layer], problems: Sequence[Problem] = ()) -> Settings:

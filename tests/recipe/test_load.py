@@ -434,6 +434,30 @@ def test_an_overlay_cannot_change_the_training_or_conflict_with_the_run(run_dir:
         load_run_recipe(run_dir, None, ["generation.beam_size=2"], "evaluate")
 
 
+def test_an_overlay_changes_nothing_of_the_model_but_where_its_llm_is_and_how_it_is_computed(
+    run_dir: Path, write: Any
+) -> None:
+    recipe = load_run_recipe(
+        run_dir, None, ["model.llm.name=/elsewhere", "model.llm.dtype=bf16", "model.scan=reference"], "evaluate"
+    )
+    assert (recipe.model.llm.name, recipe.model.llm.dtype, recipe.model.scan) == ("/elsewhere", "bf16", "reference")
+    overlay = "model:\n  visual_prompt: pooled\n  llm:\n    name: /elsewhere\n    quantization: 4bit\n"
+    with pytest.raises(UsageError) as caught:
+        load_run_recipe(
+            run_dir, write(f"stage: generate\n{overlay}"), ["model.adapter={rank: 2}", "model.viws=concat"], "generate"
+        )
+    said = "was settled when the run was trained; `generate` cannot change it"
+    assert [line.strip() for line in caught.value.message.splitlines()[1:]] == [
+        f"r.yaml:3: model.visual_prompt: {said}",
+        f"r.yaml:6: model.llm.quantization: {said}",
+        f"command line: model.adapter: {said}",
+        "command line: model.viws: unknown key; did you mean model.views?",
+    ]
+    for broken in ("model=3", "model.llm=null"):
+        with pytest.raises(UsageError, match=r"command line: model(\.llm)?: (expected a section|a section without)"):
+            load_run_recipe(run_dir, None, [broken], "evaluate")
+
+
 def test_an_overlay_alone_is_checked_for_all_but_conflicts_with_the_run() -> None:
     assert resolve_recipe("default/evaluate", ["generation.min_new_tokens=200"]) == {
         "stage": "evaluate",
