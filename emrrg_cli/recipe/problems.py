@@ -14,10 +14,10 @@ from emrrg_cli.recipe.layers import KeyPath, Layer
 from emrrg_cli.recipe.suggest import annotation_at, is_literal, is_section, members, nearest_keys
 
 _LIMITS = {
-    "greater_than": "must be more than {gt:g}, got {got}",
-    "greater_than_equal": "must be {ge:g} or more, got {got}",
-    "less_than": "must be less than {lt:g}, got {got}",
-    "less_than_equal": "must be {le:g} or less, got {got}",
+    "greater_than": "must be more than {gt:.10g}, got {got}",
+    "greater_than_equal": "must be {ge:.10g} or more, got {got}",
+    "less_than": "must be less than {lt:.10g}, got {got}",
+    "less_than_equal": "must be {le:.10g} or less, got {got}",
     "too_short": "must have at least {min_length} items, got {actual_length}",
     "too_long": "must have at most {max_length} items, got {actual_length}",
 }

@@ -19,6 +19,9 @@ AdapterTarget = Literal[
 # Widths and depths of the published encoders (SPEC: ARM "v3").
 ENCODER_SIZES: dict[str, tuple[int, int]] = {"base": (768, 12), "large": (1024, 24), "huge": (1536, 24)}
 
+# numpy's generator takes 32 bits; a process adds its own number to the seed of all, a batch of a generation too.
+SEEDS = 2**31
+
 # Names that people bring from other toolkits; used to suggest ours, never accepted.
 SYNONYMS: dict[str, str] = {
     "learning_rate": "lr",
@@ -220,7 +223,7 @@ class LoopSettings(Settings):
         "auto", description="auto: bf16 on a GPU that has it, else fp32"
     )
     gradient_checkpointing: bool = False
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, lt=SEEDS)
     checkpoint_every_steps: int | None = Field(None, ge=1, description="null: at the end of each epoch")
     validate_every_epochs: int = Field(1, ge=1)
     patience: int | None = Field(None, ge=1, description="validations without a better result before stopping")
@@ -270,7 +273,7 @@ class GenerationSettings(Settings):
     temperature: float = Field(1.0, gt=0, description="with do_sample")
     top_p: float = Field(1.0, gt=0, le=1, description="with do_sample")
     top_k: int = Field(0, ge=0, description="with do_sample; 0: no limit")
-    seed: int = Field(0, ge=0, description="with do_sample")
+    seed: int = Field(0, ge=0, lt=SEEDS, description="with do_sample")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -299,6 +299,8 @@ def test_every_problem_is_listed_in_order_with_its_line(write: Any) -> None:
         ("train.score_weights=[1]", "train.score_weights: expected a mapping of names to numbers, got a list"),
         ("model.encoder.drop_path=1", "model.encoder.drop_path: must be less than 1, got 1"),
         ("generation.top_p=1.5", "generation.top_p: must be 1 or less, got 1.5"),
+        ("train.seed=2147483648", "train.seed: must be less than 2147483648, got 2147483648"),
+        ("generation.seed=4294967296", "generation.seed: must be less than 2147483648, got 4294967296"),
         ("train.lr=0", "train.lr: must be more than 0, got 0"),
         ("train.lr.x=0", "train.lr: expected a number, got a mapping"),
         ("train=null", "train: a section without settings; leave it out"),

@@ -101,6 +101,12 @@ def test_only_some_steps_are_logged_the_first_and_the_last_among_them(finetune: 
     assert [row["step"] for row in run.history if "train/loss" in row] == [1, 3, 4]
 
 
+def test_the_largest_seed_that_a_recipe_takes_is_one_that_every_generator_takes(finetune: Any) -> None:
+    from emrrg_cli.recipe.schema import SEEDS
+
+    assert finetune("run", f"train.seed={SEEDS - 1}", "train.max_steps=1").last_step() == 1
+
+
 # -- validation --------------------------------------------------------------------------------------------------
 
 
