@@ -32,10 +32,11 @@ def test_settings_and_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert {split: entry["studies"] for split, entry in manifest["splits"].items()} == {"train": 5, "validation": 5}
     assert manifest["options"] == {
         "layout": "phantom",
-        "recipe": "phantom/preprocess",
+        "recipe": None,
         "count": 10,
         "seed": 0,
         "split": "0.5,0.5,0",
+        "limit": None,
     }
 
 

@@ -1,0 +1,22 @@
+"""`emrrg preprocess SOURCE ROOT OUT`: raw data, or synthetic studies, to a dataset directory. One file a source."""
+
+from __future__ import annotations
+
+import typer
+
+from emrrg_cli.commands.preprocess.common import with_options
+from emrrg_cli.commands.preprocess.folder import folder
+from emrrg_cli.commands.preprocess.phantom import phantom
+from emrrg_cli.commands.preprocess.r2gen import r2gen
+
+app = typer.Typer(help="Turn raw data into a dataset directory that the other commands read.", no_args_is_help=True)
+
+
+@app.callback()
+def preprocess() -> None:
+    """Turn raw data into a dataset directory that the other commands read."""
+
+
+app.command("r2gen", no_args_is_help=True)(with_options(r2gen))
+app.command("folder", no_args_is_help=True)(with_options(folder))
+app.command("phantom", no_args_is_help=True)(with_options(phantom))

@@ -1,0 +1,81 @@
+"""`emrrg preprocess folder ROOT OUT`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from emrrg_cli.commands.preprocess.common import Options, Out, Root, SourceName, load_settings, run_source
+
+Column = Annotated[str | None, typer.Option(metavar="NAME", show_default=False)]
+
+
+def folder(
+    root: Root,
+    out: Out,
+    options: Options,
+    table: Annotated[
+        Path | None,
+        typer.Option("--table", metavar="FILE", help="CSV, TSV or JSON lines with paths, texts and more."),
+    ] = None,
+    image_column: Annotated[str, typer.Option(metavar="NAME", help="Paths below ROOT or ROOT/images.")] = "image",
+    report_column: Column = None,
+    findings_column: Column = None,
+    impression_column: Column = None,
+    split_column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="train, validation or test.", show_default=False)
+    ] = None,
+    patient_column: Column = None,
+    study_column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Rows of one study are its views.", show_default=False)
+    ] = None,
+    view_column: Column = None,
+    labels_column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A JSON list, or names divided by | or ;.", show_default=False)
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(metavar="PARTS", help="Parts drawn by patient; default 0.8,0.1,0.1.", show_default=False),
+    ] = None,
+    source: SourceName = None,
+) -> None:
+    """Any folder of images and DICOM files, with or without a table.
+
+    Without a table, DICOM files are grouped into studies and every other image is one, without a report. With one, its
+    rows name the images. Files that cannot be used are counted and explained; the rest goes on.
+
+    Example: emrrg preprocess folder films/ data/mine --table films.csv --report-column text --patient-column patient
+    """
+    from emrrg_cli.data.sources.folder import Columns, FolderSource
+    from emrrg_cli.data.sources.splits import DEFAULT, parse_fractions
+    from emrrg_cli.errors import UsageError
+
+    columns = Columns(
+        image=image_column, report=report_column, findings=findings_column, impression=impression_column,
+        split=split_column, patient=patient_column, study=study_column, view=view_column, labels=labels_column,
+    )  # fmt: skip
+    if table is None and columns != Columns():
+        raise UsageError("columns are named but no table is given", hint="Name the file with --table.")
+    if split is not None and split_column is not None:
+        raise UsageError("--split and --split-column exclude each other")
+    fractions = parse_fractions(split or DEFAULT)
+    settings = load_settings(options)
+    studies = FolderSource(
+        root,
+        table=table,
+        columns=columns,
+        fractions=fractions,
+        seed=options.seed,
+        source=source,
+        limit=options.limit,
+    )
+    record = {
+        "layout": "folder",
+        "source": source,
+        "table": None if table is None else str(table),
+        "columns": columns.named() if table else {},
+        "split": None if split_column else split or DEFAULT,
+    }
+    run_source(studies, out, options, settings, record)

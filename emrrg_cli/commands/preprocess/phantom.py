@@ -1,0 +1,39 @@
+"""`emrrg preprocess phantom OUT`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from emrrg_cli.commands.preprocess.common import Options, Out, load_settings, run_source
+
+
+def phantom(
+    out: Out,
+    options: Options,
+    count: Annotated[int, typer.Option("--count", min=1, help="Studies to make.")] = 1000,
+    size: Annotated[
+        int | None, typer.Option("--size", help="Side of the images; default: the recipe's.", show_default=False)
+    ] = None,
+    split: Annotated[
+        str, typer.Option(metavar="PARTS", help="Parts of train, validation, test, by the study's number.")
+    ] = "0.8,0.1,0.1",
+) -> None:
+    """Synthetic chest radiographs with reports: no data, no licence, known labels.
+
+    A program draws them from random parameters; the same seed gives the same studies. They show no patient; results on
+    them say nothing about clinical use.
+
+    Example: emrrg preprocess phantom data/phantom --count 2000 --seed 1
+    """
+    from emrrg_cli.data.phantom.source import PhantomSource
+    from emrrg_cli.data.sources.splits import parse_fractions
+    from emrrg_cli.errors import UsageError
+
+    settings = load_settings(options, "phantom/preprocess", size=size)
+    if settings.size == "original":
+        raise UsageError("a synthetic image has no original size", hint="Set size to a number of pixels.")
+    studies = PhantomSource(count, seed=options.seed, fractions=parse_fractions(split))
+    record = {"layout": "phantom", "count": count, "split": split}
+    run_source(studies, out, options, settings, record, title=f"{count:,} synthetic studies, seed {options.seed}")
