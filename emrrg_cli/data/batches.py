@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -131,6 +131,18 @@ def collate(examples: Sequence[Example], encode: Callable[[str], list[int]] | No
     )
 
 
+@runtime_checkable
+class DrawsEpoch(Protocol):
+    """A data set that has its own rule for which examples make up an epoch."""
+
+    @property
+    def epoch_length(self) -> int:
+        """Examples of an epoch, the same for all epochs."""
+
+    def draw_epoch(self, generator: torch.Generator) -> Tensor:
+        """Indices of the examples of an epoch in order, int64 `[epoch_length]`; random by the generator alone."""
+
+
 class EpochOrder:
     """Which examples make up each micro-batch of this process, the same data whatever the number of processes.
 
@@ -138,9 +150,10 @@ class EpochOrder:
     out. Process `r` of `w` takes every `w`-th example of a global batch, in micro-batches.
 
     Args:
-        length: examples in the split.
+        length: examples in an epoch.
         batch_size: examples of an optimizer step, over all processes.
         micro_batch_size: examples of one forward pass on one process; None: all of the process's share.
+        draw: the examples of an epoch (`DrawsEpoch.draw_epoch`); None: a permutation of `range(length)`.
 
     Raises:
         UsageError: when the batch does not divide among the processes, or the split holds less than one batch.
@@ -154,6 +167,7 @@ class EpochOrder:
         rank: int = 0,
         world_size: int = 1,
         seed: int = 0,
+        draw: Callable[[torch.Generator], Tensor] | None = None,
     ) -> None:
         if batch_size % world_size:
             raise UsageError(
@@ -167,6 +181,7 @@ class EpochOrder:
             )
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.rank, self.world_size = rank, world_size
+        self.draw = draw or self._permutation
         share = batch_size // world_size
         self.micro_batch_size = min(micro_batch_size or share, share)
         self.micro_batches_per_step = math.ceil(share / self.micro_batch_size)
@@ -175,12 +190,15 @@ class EpochOrder:
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[int]]:
         """The micro-batches of an epoch in order, from optimizer step `first_step` of it on."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        order = torch.randperm(self.length, generator=generator)
+        order = self.draw(generator)
         for step in range(first_step, self.steps_per_epoch):
             batch = order[step * self.batch_size : (step + 1) * self.batch_size]
             share = batch[self.rank :: self.world_size].tolist()
             for start in range(0, len(share), self.micro_batch_size):
                 yield share[start : start + self.micro_batch_size]
+
+    def _permutation(self, generator: torch.Generator) -> Tensor:
+        return torch.randperm(self.length, generator=generator)
 
 
 def evaluation_batches(length: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from emrrg_cli.console import err
-from emrrg_cli.data.batches import EpochOrder
+from emrrg_cli.data.batches import DrawsEpoch, EpochOrder
 from emrrg_cli.data.loading import load_batches
 from emrrg_cli.errors import Interrupted, RunError, UsageError
 from emrrg_cli.files import append_jsonl, atomic_write_text, read_jsonl
@@ -120,13 +120,15 @@ class _Loop:
     ) -> None:
         self.stage, self.dataset, self.collate, self.settings = stage, dataset, collate, settings
         self.run_dir, self.accelerator, self.workers = run_dir, accelerator, workers
+        draws = dataset if isinstance(dataset, DrawsEpoch) else None
         self.order = EpochOrder(
-            len(dataset),  # type: ignore[arg-type]
+            len(dataset) if draws is None else draws.epoch_length,  # type: ignore[arg-type]
             settings.batch_size,
             settings.micro_batch_size,
             accelerator.process_index,
             accelerator.num_processes,
             settings.seed,
+            None if draws is None else draws.draw_epoch,
         )
         self.total_steps = self.order.steps_per_epoch * settings.epochs
         if settings.max_steps is not None:

@@ -1,0 +1,241 @@
+"""Stage 2: an image tower and a text tower, brought together by contrast over the pairs of a batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from emrrg_cli.data.pairs import PairBatch
+from emrrg_cli.models.report_generator import IMAGENET_MEAN, IMAGENET_STD, average_views
+from emrrg_cli.training.stage import StageOutput
+
+if TYPE_CHECKING:
+    from emrrg_cli.models.arm.encoder import ArmEncoder
+
+FIRST_LOGIT_SCALE = math.log(1 / 0.07)
+MAX_LOGIT_SCALE = math.log(100)
+
+
+class Contrast(NamedTuple):
+    """The loss of some pairs and its gradient, taken over a whole batch of which they are a part.
+
+    `losses`: `[n]`, one a pair; `image`, `text`: `[n, dim]`, gradients of the loss of the WHOLE batch, summed over its
+    pairs, with respect to the embeddings of these; `scale`: scalar, their share of that with respect to `logit_scale`.
+    """
+
+    losses: Tensor
+    image: Tensor
+    text: Tensor
+    scale: Tensor
+
+    def loss_sum(self, image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+        """The sum of `losses` (scalar) whose backward pass hands the gradients on to embeddings and `logit_scale`."""
+        carrier = (self.image * image).sum() + (self.text * text).sum() + self.scale * logit_scale
+        return carrier - carrier.detach() + self.losses.sum()
+
+    def split(self, sizes: Sequence[int]) -> list[Contrast]:
+        """The same for consecutive groups of pairs."""
+        rows = (torch.split(tensor, list(sizes)) for tensor in (self.losses, self.image, self.text))
+        shares = [self.scale * (size / sum(sizes)) for size in sizes]
+        return [Contrast(*part) for part in zip(*rows, shares, strict=True)]
+
+
+@dataclass(frozen=True)
+class CachedPairs:
+    """Pairs with the gradient that their embeddings are to get, and the random state they were first embedded in."""
+
+    pairs: PairBatch
+    contrast: Contrast
+    rng: Tensor
+    cuda_rng: Tensor | None
+
+    def to(self, device: torch.device) -> CachedPairs:
+        """The same with the pairs on `device`, where the gradient is already."""
+        return replace(self, pairs=self.pairs.to(device))
+
+
+class Alignment(nn.Module):
+    """The stage 2 model; its forward pass is the training objective.
+
+    An image embedding is the mean over a study's views of the mean over the encoder's tokens (the class token is one
+    of them), a text embedding the last attended token's hidden state or the mean over the attended tokens. Each goes
+    through a Linear to `dim` and is L2-normalised. The loss is the symmetric cross-entropy over the similarities of
+    all images with all texts, times `exp(logit_scale)`.
+
+    The negatives of a pair are all other pairs of the batch: those of other processes (embeddings are gathered) and
+    those of other micro-batches (gradients are cached). Each process computes the loss of the whole batch, a small
+    product, so that the gradient to its own embeddings is whole without anything sent back.
+
+    `logit_scale` is used at `log 100` wherever it is larger; then only a gradient that lowers it is let through, so
+    that it neither climbs on nor is stuck there.
+
+    Args:
+        encoder: `ArmEncoder`.
+        text_encoder: Hugging Face model whose output has `last_hidden_state` `[b, t, hidden_size]`.
+        hidden_size: width of the text tower.
+        dim: width of the common space.
+        pooling: `last` or `mean`.
+
+    Source: MambaXray-VL (arXiv 2410.00379) section 3; CLIP (arXiv 2103.00020); GradCache (arXiv 2101.06983).
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, encoder: ArmEncoder, text_encoder: Any, hidden_size: int, dim: int = 2048, pooling: str = "last"
+    ) -> None:
+        super().__init__()
+        if pooling not in ("last", "mean"):
+            raise ValueError(f"pooling must be last or mean, got {pooling}")
+        self.encoder = encoder
+        self.text_encoder = text_encoder
+        self.pooling = pooling
+        self.vision_proj = nn.Linear(encoder.d_model, dim)
+        self.text_proj = nn.Linear(hidden_size, dim)
+        self.logit_scale = nn.Parameter(torch.tensor(FIRST_LOGIT_SCALE))
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
+
+    # -- embeddings ---------------------------------------------------------------------------------------------
+
+    def embed_images(self, pixels: Tensor, views: Tensor) -> Tensor:
+        """Embeddings of studies, fp32 `[b, dim]`, of length 1.
+
+        Args:
+            pixels: uint8 `[n, size, size]`, the views of all studies one after the other.
+            views: int64 `[b]`, views of each study, summing to `n`.
+        """
+        images = (pixels[:, None].float() / 255 - self.mean) / self.std  # [n, 3, size, size]
+        tokens = self.encoder(images)  # [n, l + 1, d]
+        studies = average_views(tokens.mean(dim=1, keepdim=True), views)[:, 0]  # [b, d]
+        return F.normalize(self.vision_proj(studies).float(), dim=-1)
+
+    def embed_texts(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Embeddings of texts, fp32 `[b, dim]`, of length 1.
+
+        Args:
+            input_ids, attention_mask: int64 `[b, t]`; the mask is 1 on real tokens, padding on either side.
+        """
+        hidden = self.text_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return F.normalize(self.text_proj(pool_text(hidden, attention_mask, self.pooling)).float(), dim=-1)
+
+    def embed(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        """Embeddings of the images and the texts of a batch, each fp32 `[b, dim]`."""
+        return (
+            self.embed_images(batch.pixels, batch.views),
+            self.embed_texts(batch.input_ids, batch.attention_mask),
+        )
+
+    # -- objective ----------------------------------------------------------------------------------------------
+
+    def forward(self, batch: PairBatch | CachedPairs) -> StageOutput:
+        """Sum of the loss over the pairs of this micro-batch, its negatives being all pairs of the batch.
+
+        Of several processes all have to call it at the same time, with the same number of pairs.
+        """
+        if isinstance(batch, CachedPairs):
+            device = self.logit_scale.device
+            with torch.random.fork_rng(devices=[device] if batch.cuda_rng is not None else []):
+                torch.set_rng_state(batch.rng)
+                if batch.cuda_rng is not None:
+                    torch.cuda.set_rng_state(batch.cuda_rng, device)
+                image, text = self.embed(batch.pairs)
+            contrast = batch.contrast
+        else:
+            image, text = self.embed(batch)
+            contrast = self.contrast(image, text)
+        return StageOutput(contrast.loss_sum(image, text, self.logit_scale), torch.tensor(len(image)))
+
+    @torch.no_grad()
+    def cache_gradients(self, batches: Sequence[PairBatch]) -> list[CachedPairs]:
+        """Prepares the micro-batches of a step for a backward pass each, by gradient caching.
+
+        All are embedded without a graph, the loss of the whole batch gives the gradient with respect to every
+        embedding, and `forward` embeds each again, with the same noise, to hand it on. The memory is that of one
+        micro-batch and the gradient that of one batch, for about a third more time.
+        """
+        device = self.logit_scale.device
+        states, images, texts = [], [], []
+        for batch in batches:
+            states.append((torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None))
+            image, text = self.embed(batch)
+            images.append(image)
+            texts.append(text)
+        contrast = self.contrast(torch.cat(images), torch.cat(texts)).split([len(batch) for batch in batches])
+        parts = zip(batches, contrast, states, strict=True)
+        return [CachedPairs(batch, part, *state) for batch, part, state in parts]
+
+    def contrast(self, image: Tensor, text: Tensor) -> Contrast:
+        """The loss over the pairs of all processes, and its gradient for those of this one.
+
+        Args:
+            image, text: fp32 `[n, dim]`, embeddings of this process's pairs, of length 1.
+        """
+        n, rank, world_size = len(image), 0, 1
+        if dist.is_available() and dist.is_initialized():
+            rank, world_size = dist.get_rank(), dist.get_world_size()
+        own = slice(rank * n, (rank + 1) * n)
+        with torch.enable_grad(), torch.autocast(image.device.type, enabled=False):
+            images, texts = (_gathered(part.detach(), world_size).requires_grad_() for part in (image, text))
+            scale = self.logit_scale.detach().clamp(max=MAX_LOGIT_SCALE).requires_grad_()
+            losses = contrastive_losses(images, texts, scale.exp())
+            to_images, to_texts, to_scale = torch.autograd.grad(losses.sum(), (images, texts, scale))
+        climbs = (self.logit_scale >= MAX_LOGIT_SCALE) & (to_scale < 0)
+        # Every process finds the gradient of the whole for the scale; together they are to give it once.
+        to_scale = torch.where(climbs, 0.0, to_scale / world_size)
+        return Contrast(losses.detach()[own], to_images[own], to_texts[own], to_scale.detach())
+
+    # -- training -----------------------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> Alignment:
+        """A frozen text tower stays in evaluation mode: dropout would only add noise to it."""
+        super().train(mode)
+        if not any(parameter.requires_grad for parameter in self.text_encoder.parameters()):
+            self.text_encoder.eval()
+        return self
+
+
+def contrastive_losses(images: Tensor, texts: Tensor, scale: Tensor | float) -> Tensor:
+    """The symmetric cross-entropy of each pair, `[b]`: the mean of image to text and text to image.
+
+    Args:
+        images, texts: `[b, dim]`, of length 1; row `i` of both is a pair.
+        scale: what similarities are multiplied by, the inverse of the temperature.
+    """
+    logits = scale * images @ texts.T  # [b, b]
+    targets = torch.arange(len(images), device=images.device)
+    by_image = F.cross_entropy(logits, targets, reduction="none")
+    by_text = F.cross_entropy(logits.T, targets, reduction="none")
+    return (by_image + by_text) / 2
+
+
+def pool_text(hidden: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
+    """One vector a text: `[b, t, h] -> [b, h]`.
+
+    Args:
+        attention_mask: `[b, t]`, 1 on real tokens; padding may stand on either side.
+        pooling: `last`, the last attended token, or `mean`, the mean over the attended tokens.
+    """
+    if pooling == "mean":
+        weights = attention_mask[..., None].to(hidden.dtype)
+        return (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+    positions = torch.arange(hidden.shape[1], device=hidden.device)
+    last = (positions * attention_mask).argmax(dim=1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), last]
+
+
+def _gathered(rows: Tensor, world_size: int) -> Tensor:
+    # [n, dim] of each process -> [world_size * n, dim] in rank order, a tensor of its own in any case
+    if world_size == 1:
+        return rows.clone()
+    every = [torch.empty_like(rows) for _ in range(world_size)]
+    dist.all_gather(every, rows.contiguous())
+    return torch.cat(every)
