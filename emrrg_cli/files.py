@@ -12,14 +12,18 @@ import os
 import secrets
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.markup import escape
 
 from emrrg_cli.console import err
 from emrrg_cli.errors import RunError, UsageError
+
+T = TypeVar("T")
+
+_READS = 10  # of a directory that is replaced again and again
 
 
 def atomic_write_text(path: Path, text: str) -> None:
@@ -63,13 +67,13 @@ def atomic_directory(final: Path) -> Iterator[Path]:
     The order, each step on the disk before the next:
 
     1. the block fills `final.tmp-*`
-    2. `final` is renamed to `final.previous`, if there is one
+    2. `final` is renamed to `final.previous-emrrg`, if there is one
     3. `final.tmp-*` is renamed to `final`
-    4. `final.previous` is removed
+    4. `final.previous-emrrg` is removed
 
     A crash before 2 leaves the old directory in place, one after 3 the new one. Between the two there is only
-    `final.previous`, which is whole: `recover_directory` puts it back, and whoever reads `final` after a crash calls
-    it first. One process writes to a name at a time.
+    `final.previous-emrrg`, which is whole: the next writer puts it back (`recover_directory`), a reader finds it
+    (`whole_directory`) and changes nothing. One process writes to a name at a time, any number may read.
 
     Yields:
         The temporary directory, empty.
@@ -109,6 +113,8 @@ def atomic_directory(final: Path) -> Iterator[Path]:
 def recover_directory(final: Path) -> None:
     """Undo a replacement of `final` that was cut off half-way: afterwards it is the last whole directory, if any was.
 
+    For the one process that writes to `final`: while that is at work, the previous directory is not another's to move.
+
     Raises:
         RunError: It cannot be renamed.
     """
@@ -122,6 +128,37 @@ def recover_directory(final: Path) -> None:
     with _told(final):
         os.replace(previous, final)  # noqa: PTH105
         _sync_directory(final.parent)
+
+
+def whole_directory(final: Path) -> Path:
+    """Where a reader finds `final`: there, or where it was put while it is being replaced. Changes nothing."""
+    previous = _previous(_real(final))
+    # The new one comes before the previous one goes: if neither was there, it came in between.
+    return previous if not final.exists() and previous.is_dir() else final
+
+
+def read_directory(final: Path, read: Callable[[Path], T]) -> T:
+    """What `read` makes of a directory, from one version of it, while another process may replace it. Removes nothing.
+
+    Args:
+        read: Given the place to read from; called again when the directory was replaced meanwhile.
+
+    Raises:
+        RunError: It is replaced faster than it is read.
+    """
+    for _ in range(_READS):
+        place = whole_directory(final)
+        version = _version(place)
+        try:
+            result = read(place)
+        except Exception:
+            if _version(whole_directory(final)) == version:
+                raise
+            continue
+        if _version(whole_directory(final)) == version:
+            return result
+        del result
+    raise RunError(f"{final} was replaced each of the {_READS} times that it was read", hint="Try again later.")
 
 
 def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
@@ -191,7 +228,17 @@ def _real(path: Path) -> Path:
 
 
 def _previous(final: Path) -> Path:
-    return final.with_name(f"{final.name}.previous")
+    # A name that nobody else gives: what bears it is removed.
+    return final.with_name(f"{final.name}.previous-emrrg")
+
+
+def _version(directory: Path) -> tuple[int, int, int] | None:
+    """What tells a directory from one that takes its place later; None where there is none."""
+    try:
+        status = directory.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
 def _temporary(path: Path) -> Path:

@@ -39,6 +39,21 @@ with files.atomic_directory(final) as directory:
 """
 
 
+# Replaces `final` a hundred times, all of its files saying the same each time.
+WRITING = """
+import os, sys, time
+from pathlib import Path
+from emrrg_cli import files
+
+os.fsync = lambda handle: None
+for version in range(100):
+    with files.atomic_directory(Path(sys.argv[1])) as directory:
+        for name in "abcdefgh":
+            (directory / name).write_text(str(version))
+    time.sleep(0.003)
+"""
+
+
 def _names(directory: Path) -> list[str]:
     return sorted(entry.name for entry in directory.iterdir())
 
@@ -46,6 +61,10 @@ def _names(directory: Path) -> list[str]:
 def _write(final: Path, text: str) -> None:
     with files.atomic_directory(final) as directory:
         (directory / "content").write_text(text)
+
+
+def _content(place: Path) -> str:
+    return (place / "content").read_text()
 
 
 def test_text_and_bytes_are_written_and_replaced(tmp_path: Path) -> None:
@@ -160,6 +179,81 @@ def test_a_crash_at_any_step_loses_no_whole_directory(tmp_path: Path, dies_at: i
     _write(final, "third")
     assert (final / "content").read_text() == "third"
     assert _names(tmp_path) == ["run"]
+
+
+def test_a_folder_that_somebody_called_previous_is_left_alone(tmp_path: Path) -> None:
+    mine = tmp_path / "run.previous"
+    mine.mkdir()
+    (mine / "precious").write_text("x")
+    for text in ("first", "second"):
+        _write(tmp_path / "run", text)
+    files.recover_directory(tmp_path / "run")
+    assert (mine / "precious").read_text() == "x"
+    assert files.whole_directory(tmp_path / "other") == tmp_path / "other"
+
+
+def test_a_reader_finds_what_is_being_replaced_and_changes_nothing(tmp_path: Path) -> None:
+    final, previous = tmp_path / "run", tmp_path / "run.previous-emrrg"
+    _write(previous, "old")
+    assert files.whole_directory(final) == previous
+    assert files.read_directory(final, _content) == "old"
+    assert _names(tmp_path) == ["run.previous-emrrg"]
+    final.mkdir()  # the new one has come, the old one is about to go
+    (final / "content").write_text("new")
+    assert files.whole_directory(final) == final
+    assert files.read_directory(final, _content) == "new"
+    assert _names(tmp_path) == ["run", "run.previous-emrrg"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_directory_that_is_replaced_while_it_is_read_is_read_again(tmp_path: Path, fails: bool) -> None:
+    final = tmp_path / "run"
+    _write(final, "old")
+    reads = 0
+
+    def read(place: Path) -> str:
+        nonlocal reads
+        reads += 1
+        text = _content(place)
+        if reads == 1:
+            _write(final, "new")
+            if fails:
+                raise FileNotFoundError(place / "another")
+        return text
+
+    assert files.read_directory(final, read) == "new"
+    assert reads == 2
+
+
+def test_a_read_that_fails_is_not_repeated_for_nothing_and_one_that_never_ends_is_given_up(tmp_path: Path) -> None:
+    places: list[Path] = []
+
+    def fail(place: Path) -> None:
+        places.append(place)
+        raise ValueError(place)
+
+    with pytest.raises(ValueError, match="run"):
+        files.read_directory(tmp_path / "run", fail)
+    assert places == [tmp_path / "run"]
+    with pytest.raises(RunError, match="was replaced each of the 10 times that it was read"):
+        files.read_directory(tmp_path / "run", lambda place: _write(tmp_path / "run", "newer"))
+
+
+def test_readers_beside_a_writer_never_see_two_versions(tmp_path: Path) -> None:
+    final = tmp_path / "run"
+    writer = subprocess.Popen([sys.executable, "-c", WRITING, str(final)])
+    seen = set()
+    try:
+        while writer.poll() is None:
+            if files.whole_directory(final).exists():
+                texts = files.read_directory(final, lambda place: [(place / name).read_text() for name in "abcdefgh"])
+                assert len(set(texts)) == 1
+                seen.add(texts[0])
+    finally:
+        writer.kill()
+        writer.wait()
+    assert writer.returncode == 0
+    assert len(seen) > 3
 
 
 def test_only_leftovers_of_dead_processes_of_this_host_go(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from datasets import Image as ImageFeature
 from emrrg_cli.console import err
 from emrrg_cli.data.study import SPLITS, Column, Split, Study
 from emrrg_cli.errors import RunError, UsageError
-from emrrg_cli.files import atomic_directory, recover_directory
+from emrrg_cli.files import atomic_directory, recover_directory, whole_directory
 
 MANIFEST = "manifest.json"
 CARD = "README.md"
@@ -313,9 +313,7 @@ def open_dataset(root: str | Path) -> datasets.DatasetDict:
         UsageError: No such directory, or not a dataset directory.
         RunError: Its files are broken, columns are missing, or the disk is full.
     """
-    folder = Path(root)
-    if not folder.exists():
-        recover_directory(folder)
+    folder = whole_directory(Path(root))
     shards = _shards(folder)
     size = sum(file.stat().st_size for files in shards.values() for file in files)
     # The files are named one by one: then the copy is keyed by their paths and times, not by the directory's last name.
@@ -356,7 +354,7 @@ def read_manifest(root: str | Path) -> dict[str, Any]:
         UsageError: No such directory, or it has no manifest.
         RunError: The manifest is not valid JSON.
     """
-    folder = Path(root)
+    folder = whole_directory(Path(root))
     _check_folder(folder)
     path = folder / MANIFEST
     if not path.is_file():

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from emrrg_cli.errors import RunError, UsageError
-from emrrg_cli.files import atomic_directory, atomic_write_text, recover_directory
+from emrrg_cli.files import atomic_directory, atomic_write_text, read_directory, whole_directory
 from emrrg_cli.models import adapters
 from emrrg_cli.models.arm.encoder import ArmEncoder
 from emrrg_cli.models.hybrid_decoder import add_hybrid_layers, hybrid_parameters
@@ -157,14 +157,20 @@ def save_trained(run_dir: Path, settings: ModelSettings, model: ReportGenerator)
 def load_model(run_dir: Path, settings: ModelSettings, dtype: torch.dtype, *, merge: bool = True) -> ReportGenerator:
     """The model of a run, in evaluation mode, its adapters merged into the weights unless `merge` is false.
 
+    The run may be in training: all parts are of the same export.
+
     Args:
         dtype: of a frozen LLM's weights.
 
     Raises:
         RunError: when the run holds no trained model yet, or its parts do not fit together.
     """
-    trained = run_dir / "model"
-    recover_directory(trained)
+    return read_directory(run_dir / "model", lambda trained: _load_model(run_dir, trained, settings, dtype, merge))
+
+
+def _load_model(
+    run_dir: Path, trained: Path, settings: ModelSettings, dtype: torch.dtype, merge: bool
+) -> ReportGenerator:
     if not (trained / "bridge.safetensors").is_file():
         raise RunError(
             f"{run_dir}: this run holds no trained model yet",
@@ -197,7 +203,7 @@ def load_model(run_dir: Path, settings: ModelSettings, dtype: torch.dtype, *, me
 
 def load_run_llm(run_dir: Path, settings: ModelSettings, dtype: torch.dtype) -> Any:
     """The LLM of a run: its own copy where it has one, else the one that the run names."""
-    for own in (run_dir / "model" / "llm", run_dir / "llm"):
+    for own in (whole_directory(run_dir / "model") / "llm", run_dir / "llm"):
         if own.is_dir():
             return load_llm(str(own), None, dtype if settings.llm.is_frozen else torch.float32)
     if not settings.llm.is_frozen:

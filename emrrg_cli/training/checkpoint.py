@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from emrrg_cli.errors import RunError
-from emrrg_cli.files import atomic_directory, atomic_write_text, recover_directory
+from emrrg_cli.files import atomic_directory, atomic_write_text, whole_directory
 
 
 @dataclass
@@ -144,8 +144,7 @@ def last_checkpoint(directory: Path) -> Path | None:
     pointer = directory / "last"
     if not pointer.is_file():
         return None
-    target = directory / pointer.read_text().strip()
-    recover_directory(target)
+    target = whole_directory(directory / pointer.read_text().strip())
     return target if (target / "state.pt").is_file() else None
 
 

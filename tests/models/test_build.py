@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from emrrg_cli.data.batches import Batch
 from emrrg_cli.errors import RunError, UsageError
-from emrrg_cli.models import adapters
+from emrrg_cli.models import adapters, build
 from emrrg_cli.models.build import (
     assemble,
     build_encoder,
@@ -312,9 +312,29 @@ def test_a_run_without_a_model(make_run: Callable[..., Run]) -> None:
         run.load()
 
 
-def test_a_replacement_that_was_cut_off_is_put_back(make_run: Callable[..., Run]) -> None:
+def test_a_model_is_read_while_it_is_being_replaced_and_left_where_it_is(make_run: Callable[..., Run]) -> None:
     run = make_run("none", SCRATCH)
-    (run.directory / "model").rename(run.directory / "model.previous")
+    (run.directory / "model").rename(run.directory / "model.previous-emrrg")
+    before = sorted(run.directory.rglob("*"))
+    assert torch.equal(_logits(run.load()), _logits(run.model))
+    assert sorted(run.directory.rglob("*")) == before
+
+
+def test_all_parts_of_a_model_come_from_one_export(
+    make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run("full", SCRATCH)
+    load_weights = build.load_weights
+
+    def load_and_export(module: nn.Module, file: Path) -> None:
+        load_weights(module, file)
+        monkeypatch.setattr(build, "load_weights", load_weights)
+        with torch.no_grad():
+            for parameter in run.model.parameters():
+                parameter.add_(0.01)
+        build.save_trained(run.directory, run.settings, run.model)
+
+    monkeypatch.setattr(build, "load_weights", load_and_export)
     assert torch.equal(_logits(run.load()), _logits(run.model))
 
 

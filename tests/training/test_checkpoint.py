@@ -148,9 +148,12 @@ def test_a_full_disk_is_said_in_words(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_one_cut_off_while_it_was_replaced_is_found(tmp_path: Path) -> None:
     _, _, saved = _save(tmp_path)
-    saved.rename(saved.with_name(saved.name + ".previous"))
-    assert last_checkpoint(tmp_path) == saved
-    assert (saved / "state.pt").is_file()
+    previous = saved.rename(saved.with_name(saved.name + ".previous-emrrg"))
+    assert last_checkpoint(tmp_path) == previous
+    model, optimizer = _trained(0)
+    assert load_checkpoint(previous, model, optimizer, None, 0).step == int(saved.name.removeprefix("step-"))
+    _save(tmp_path, 8)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["last", "step-00000008"]
 
 
 def test_a_checkpoint_of_the_same_step_is_written_anew(tmp_path: Path) -> None:
