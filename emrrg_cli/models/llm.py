@@ -33,7 +33,7 @@ def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokeni
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main")
     except Exception as error:  # a broken file raises whatever its reader met
-        raise _unavailable(source, "tokenizer", error) from error
+        raise unavailable(source, "tokenizer", error) from error
     if tokenizer.eos_token_id is None:
         raise RunError(f"{source}: this tokenizer has no end-of-sequence token, so a report could never end")
     return tokenizer
@@ -65,7 +65,7 @@ def load_llm(source: str, revision: str | None, dtype: torch.dtype, quantization
             **options,
         )
     except Exception as error:  # a broken file raises whatever its reader met
-        raise _unavailable(source, "LLM", error) from error
+        raise unavailable(source, "LLM", error) from error
     if missing := sorted(loaded["missing_keys"]):
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise RunError(f"{source}: this is no whole {type(llm).__name__}: {missing[0]} is missing{more}")
@@ -198,13 +198,20 @@ def _weights_fingerprint(source: str) -> str | None:
     return digest.hexdigest()
 
 
-def _unavailable(source: str, what: str, error: Exception) -> RunError:
+def unavailable(source: str, what: str, error: Exception, key: str = "model.llm.name") -> RunError:
+    """The error that says why a model could not be had, and whether it was looked for on the hub or on this disk.
+
+    Args:
+        source: hub name or directory, as the recipe names it by `key`.
+        what: `LLM`, `tokenizer` or `text encoder`.
+        error: what the loading raised.
+    """
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if Path(source).exists():
         return RunError(f"{source}: no {what} could be loaded from this directory: {first}")
     if source.startswith((".", "/", "~")):
-        return RunError(f"{source}: no such directory", hint="It is to hold the LLM (model.llm.name).")
+        return RunError(f"{source}: no such directory", hint=f"It is to hold the {what} ({key}).")
     return RunError(
         f"the {what} {source!r} is neither a directory here nor could it be had from the hub: {first}",
-        hint="Give a directory that holds it (model.llm.name=PATH), or check the name, the network and your access.",
+        hint=f"Give a directory that holds it ({key}=PATH), or check the name, the network and your access.",
     )
