@@ -140,7 +140,7 @@ def test_half_characters_become_replacement_characters(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("", "annotation.json:1:1: not valid JSON"),
-        ('{"train": [\n1,,]}', "annotation.json:2:3: not valid JSON"),
+        ('{"train": [\n{"id": 1,,}]}', "annotation.json:2:10: not valid JSON"),
         ("[]", "the top level is a list, not an object"),
         ("{}", "no train and no val and no test; keys found: none"),
         ('{"train": [], "validation": [], "test": []}', "no val; keys found: train, validation, test"),
@@ -149,7 +149,7 @@ def test_half_characters_become_replacement_characters(tmp_path: Path) -> None:
         ('{"train": [], "val": [], "test": []}', "no studies"),
         ('{"train": [1], "val": [], "test": []}', r"train\[0\] is a number, not an object"),
         ('{"train": [], "val": [{"id": "x"}], "test": []}', r"val\[0\] has no 'report'"),
-        ("[" * 100_000, "nested too deeply"),
+        ('{"train": [' + "[" * 100_000, "nested too deeply"),
         ('{"train": [], "val": [], "test": ' + "9" * 5000 + "}", "not valid JSON"),
     ],
 )
