@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from emrrg_cli.data.batches import IGNORE, Batch, Example, ReportDataset, collate, evaluation_batches
+from emrrg_cli.data.batches import IGNORE, Batch, Example, ReportDataset, collate
 from emrrg_cli.data.dataset_dir import open_dataset
-from emrrg_cli.data.loading import load_batches
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.evaluation import reference_reports
-from emrrg_cli.files import atomic_directory, atomic_write_text, read_jsonl
+from emrrg_cli.files import atomic_directory
 from emrrg_cli.generation import write_split
 from emrrg_cli.metrics.nlg import score
 from emrrg_cli.models.build import (
@@ -31,15 +26,13 @@ from emrrg_cli.models.build import (
 )
 from emrrg_cli.models.llm import load_tokenizer, train_tokenizer
 from emrrg_cli.models.report_generator import ReportGenerator, encode_report
-from emrrg_cli.models.scan import choose_engine
 from emrrg_cli.quiet import quiet_libraries
-from emrrg_cli.recipe.load import dump_recipe
 from emrrg_cli.recipe.schema import FinetuneRecipe
-from emrrg_cli.reporting.plots import plot_curves
 from emrrg_cli.training.checkpoint import writing
-from emrrg_cli.training.environment import choose_precision, llm_dtype, make_accelerator, record_environment
-from emrrg_cli.training.loop import Summary, train
+from emrrg_cli.training.environment import llm_dtype
+from emrrg_cli.training.loop import Summary
 from emrrg_cli.training.progress import TrainingDisplay
+from emrrg_cli.training.session import Session, open_session, validation_loss
 
 
 @dataclass
@@ -90,23 +83,17 @@ class FinetuneStage:
         figures["validation/score"] = sum(weight * (scores[name] or 0.0) for name, weight in weights.items())
         return figures
 
-    @torch.no_grad()
     def _validation_loss(self, display: TrainingDisplay) -> float:
         assert self.validation is not None
-        accelerator, train_settings = self.accelerator, self.recipe.train
-        size = train_settings.micro_batch_size or train_settings.batch_size
-        batches = evaluation_batches(len(self.validation), size, accelerator.process_index, accelerator.num_processes)
-        loader = load_batches(self.validation, batches, self.collate, workers=self.recipe.data.workers)
-        total = torch.zeros(2, device=accelerator.device, dtype=torch.float32)
-        with display.phase("validation: loss", len(self.validation)) as advance:
-            for batch in loader:
-                with accelerator.autocast():
-                    loss_sum, items = self.model(batch.to(accelerator.device))
-                total += torch.stack([loss_sum.float(), items.float()])
-                advance(len(batch.study_ids) * accelerator.num_processes)
-        if accelerator.num_processes > 1:
-            total = accelerator.reduce(total, reduction="sum")
-        return float(total[0] / total[1])
+        return validation_loss(
+            self.model,
+            self.validation,
+            self.collate,
+            self.recipe.train,
+            self.accelerator,
+            display,
+            workers=self.recipe.data.workers,
+        )
 
     def export(self) -> None:
         """Replaces `model/` of the run directory."""
@@ -127,8 +114,6 @@ def run_finetune(recipe: FinetuneRecipe, run_dir: Path, *, resume: bool, expecte
             "data.root is not set", hint="Name a dataset directory, as `emrrg preprocess` writes: data.root=DIR."
         )
     quiet_libraries()
-    precision = choose_precision(recipe.train.precision)
-    scan = choose_engine(recipe.model.scan, "cuda" if torch.cuda.is_available() else "cpu")
     splits = open_dataset(recipe.data.root)
     if "train" not in splits:
         raise RunError(f"{recipe.data.root}: this dataset directory has no split named train")
@@ -136,38 +121,24 @@ def run_finetune(recipe: FinetuneRecipe, run_dir: Path, *, resume: bool, expecte
     training = ReportDataset(splits["train"], recipe.data, size)
     validation = ReportDataset(splits["validation"], recipe.data, size) if "validation" in splits else None
 
-    accelerator = make_accelerator(precision, expected_processes, run_dir, recipe.train.trackers)
-    with _no_false_start(run_dir, accelerator.is_main_process):
-        return _train(recipe, training, validation, run_dir, accelerator, precision, scan, resume)
+    with open_session(
+        recipe, recipe.train, recipe.model.scan, run_dir, resume=resume, expected_processes=expected_processes
+    ) as session:
+        return _train(recipe, training, validation, session)
 
 
 def _train(
-    recipe: FinetuneRecipe,
-    training: ReportDataset,
-    validation: ReportDataset | None,
-    run_dir: Path,
-    accelerator: Any,
-    precision: str,
-    scan: str,
-    resume: bool,
+    recipe: FinetuneRecipe, training: ReportDataset, validation: ReportDataset | None, session: Session
 ) -> Summary:
-    if accelerator.is_main_process:
-        if not resume:
-            atomic_write_text(run_dir / "recipe.yaml", dump_recipe(recipe))
-        record_environment(run_dir, accelerator, precision, scan)
-    accelerator.wait_for_everyone()
-
-    from accelerate.utils import set_seed
-
-    set_seed(recipe.train.seed)
+    run_dir, accelerator, resume = session.run_dir, session.accelerator, session.resume
     tokenizer = _tokenizer(recipe, training, run_dir, accelerator)
-    encoder = build_encoder(recipe.model.encoder, scan)
+    encoder = build_encoder(recipe.model.encoder, session.scan)
     frozen = run_dir / "encoder.safetensors"
     if resume and frozen.is_file():
         load_weights(encoder, frozen)
     elif recipe.model.encoder.weights is not None:
         load_weights(encoder, Path(recipe.model.encoder.weights))
-    dtype = llm_dtype(recipe.model.llm.dtype, precision)
+    dtype = llm_dtype(recipe.model.llm.dtype, session.precision)
     if resume and (run_dir / "llm.json").is_file():
         llm = load_run_llm(run_dir, recipe.model, dtype)  # the one that training began with, or an error
     else:
@@ -177,43 +148,8 @@ def _train(
             save_static(run_dir, recipe.model, encoder, llm, tokenizer)
     model = assemble(recipe.model, encoder, llm, tokenizer)
     model.set_gradient_checkpointing(recipe.train.gradient_checkpointing)
-    # Every process starts from the same weights, then draws its own noise.
-    set_seed(recipe.train.seed, device_specific=True)
-
     stage = FinetuneStage(model, recipe, validation, run_dir, accelerator)
-    accelerator.init_trackers("tracking", config=None)
-    try:
-        return train(
-            stage,
-            training,
-            stage.collate,
-            recipe.train,
-            run_dir,
-            accelerator,
-            workers=recipe.data.workers,
-            resume=resume,
-        )
-    finally:
-        if accelerator.is_main_process and (run_dir / "history.jsonl").is_file():
-            plot_curves(read_jsonl(run_dir / "history.jsonl"), run_dir / "curve.png")
-        accelerator.end_training()
-
-
-@contextmanager
-def _no_false_start(run_dir: Path, is_main_process: bool) -> Iterator[None]:
-    """Takes away what a run wrote that failed before its first step, so that the next try finds the place free."""
-    try:
-        yield
-    except BaseException:
-        started = any((run_dir / name).exists() for name in ("history.jsonl", "checkpoints", "model"))
-        if is_main_process and not started:
-            for name in ("recipe.yaml", "environment.json", "encoder.safetensors", "llm.json"):
-                (run_dir / name).unlink(missing_ok=True)
-            for name in ("tokenizer", "llm", "tracking"):
-                shutil.rmtree(run_dir / name, ignore_errors=True)
-            with suppress(OSError):  # not there, or not empty
-                run_dir.rmdir()
-        raise
+    return session.train(stage, training, stage.collate, workers=recipe.data.workers)
 
 
 def _tokenizer(recipe: FinetuneRecipe, training: ReportDataset, run_dir: Path, accelerator: Any) -> Any:
