@@ -45,11 +45,15 @@ def load_weights(module: nn.Module, file: Path) -> None:
     Raises:
         RunError: for a missing or unreadable file, or a missing, unknown or misshapen tensor, which it names.
     """
-    module.load_state_dict(_fitting_tensors(module.state_dict(), file))
+    module.load_state_dict(fitting_tensors(module.state_dict(), file))
 
 
-def _fitting_tensors(own: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
-    # The tensors of a file, after making sure that they are those of `own` by name and shape.
+def fitting_tensors(own: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, after making sure that they are those of `own` by name and shape.
+
+    Raises:
+        RunError: as `load_weights`.
+    """
     try:
         tensors: dict[str, Tensor] = load_file(file)
     except Exception as error:  # safetensors raises its own error types, which it does not export in one place
@@ -192,7 +196,7 @@ def _load_model(
     model = ReportGenerator(towers["encoder"], towers["llm"], tokenizer, settings.visual_prompt, settings.views)
     parameters = dict(model.bridge_parameters())
     with torch.no_grad():
-        for name, tensor in _fitting_tensors(parameters, trained / "bridge.safetensors").items():
+        for name, tensor in fitting_tensors(parameters, trained / "bridge.safetensors").items():
             parameters[name].copy_(tensor)
     if merge:
         model.encoder = adapters.merge(model.encoder)
