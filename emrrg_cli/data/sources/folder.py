@@ -13,7 +13,8 @@ from emrrg_cli.data.images import DICOM_SUFFIXES, ImageError, is_dicom, open_str
 from emrrg_cli.data.sources.locate import locate
 from emrrg_cli.data.sources.splits import draw_splits
 from emrrg_cli.data.sources.table import Table, cell_list, cell_text, read_table
-from emrrg_cli.data.study import SPLITS, UNKNOWN_VIEW, Account, Column, ImageProblem, Split, Study, printable
+from emrrg_cli.data.sources.views import view_name
+from emrrg_cli.data.study import SPLITS, Account, Column, ImageProblem, Split, Study, printable
 from emrrg_cli.errors import RunError, UsageError
 
 _SPLIT_NAMES: dict[str, Split] = {
@@ -22,7 +23,6 @@ _SPLIT_NAMES: dict[str, Split] = {
     **dict.fromkeys(("test", "testing"), "test"),
 }
 _LABELS = "labels of the table, as it writes them"
-_LATERAL = ("LL", "RL", "L", "LAT")
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class FolderSource:
             facts = self._dicom_facts(found)
             study_id = printable(facts.study_uid) if facts and facts.study_uid else name
             draft = drafts.setdefault(study_id, _Draft(study_id, patient_id=_patient(facts)))
-            draft.images[found] = _view(facts.view if facts else "")
+            draft.images[found] = view_name(facts.view if facts else "")
         if not drafts and not self._skipped:
             raise UsageError(f"no files in {self.root}")
         self.remarks.append("Without a table there are no reports: this dataset serves stages that need images only.")
@@ -222,7 +222,7 @@ class FolderSource:
                 draft.problems.append(found)
                 continue
             facts = self._dicom_facts(found) if found.suffix.lower() in DICOM_SUFFIXES else None
-            draft.images[found] = _view(cell(columns.view) or (facts.view if facts else ""))
+            draft.images[found] = view_name(cell(columns.view) or (facts.view if facts else ""))
             draft.patient_id = draft.patient_id or (None if columns.patient else _patient(facts))
         return draft
 
@@ -298,8 +298,3 @@ def _unit(draft: _Draft) -> str:
 
 def _patient(facts: DicomFacts | None) -> str | None:
     return printable(facts.patient_id) if facts and facts.patient_id else None
-
-
-def _view(text: str) -> str:
-    view = printable(text).upper()
-    return "LATERAL" if view in _LATERAL or view.startswith("LATERAL") else view or UNKNOWN_VIEW

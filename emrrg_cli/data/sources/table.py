@@ -1,14 +1,18 @@
-"""Tables that people keep beside their images: CSV, TSV and JSON lines."""
+"""Tables: those that people keep beside their images (CSV, TSV, JSON lines), and the large CSV files of data sets."""
 
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
+import gzip
+import io
 import json
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from emrrg_cli.data.study import printable
 from emrrg_cli.errors import RunError, UsageError
@@ -46,7 +50,7 @@ class Table:
         Raises:
             UsageError: One is not; names those there are.
         """
-        there = ", ".join(printable(column) for column in self.columns) or "none"
+        there = _names(self.columns)
         for option, column in wanted.items():
             if column not in self.columns:
                 raise UsageError(
@@ -71,12 +75,10 @@ def read_table(path: Path) -> Table:
         raise UsageError(f"no such table: {path}")
     if path.suffix.lower() not in SUFFIXES or not path.is_file():
         raise UsageError(f"{path} is not a table", hint=f"Tables end in {', '.join(SUFFIXES)}.")
-    try:
+    with _reading(path):
         encoding = _encoding(path)
         with path.open(encoding=encoding, errors="replace", newline="") as lines:
             columns, rows = (_read_json if path.suffix.lower() == ".jsonl" else _read_csv)(path, lines)
-    except OSError as error:
-        raise RunError(f"{path} cannot be read: {error.strerror or error}") from None
     if not columns:
         raise RunError(f"{path} is empty")
     if not rows:
@@ -99,9 +101,90 @@ def cell_list(value: Any) -> list[str]:
     return [text for part in parts if (text := cell_text(part))]
 
 
+class CsvFile:
+    """A CSV file of a published data set, plain or gzipped (`.gz`), read row by row each time it is iterated.
+
+    The encoding is found as in `read_table`.
+
+    Args:
+        path: The file.
+        required: Columns that must be there.
+        optional: Columns that are read as empty where they are not.
+
+    Attributes:
+        encoding: That it is read by.
+
+    Raises:
+        RunError: It cannot be read, is empty, or lacks a column.
+    """
+
+    def __init__(self, path: Path, required: Sequence[str], optional: Sequence[str] = ()) -> None:
+        self.path = path
+        self._wanted = (*required, *optional)
+        with _reading(path):
+            self.encoding = _encoding(path)
+            rows = self._rows()
+            columns = next(rows, (0, []))[1]
+            if not columns:
+                raise RunError(f"{path} is empty")
+            for column in required:
+                if columns.count(column) != 1:
+                    problem = "several columns named" if column in columns else "no column"
+                    raise RunError(f"{path} has {problem} {column!r}; its columns: {_names(columns)}")
+            if next(rows, None) is None:
+                raise RunError(f"{path} has no rows")
+
+    def __iter__(self) -> Iterator[tuple[int, tuple[str, ...] | None]]:
+        """Yields the line a row ends on and its wanted cells, as `cell_text` reads them.
+
+        None stands for the cells of a row that is longer or shorter than the header.
+
+        Raises:
+            RunError: The file is cut short, or is not CSV from some line on.
+        """
+        with _reading(self.path):
+            rows = self._rows()
+            columns = next(rows)[1]
+            places = [columns.index(column) if column in columns else None for column in self._wanted]
+            for number, cells in rows:
+                if len(cells) != len(columns):
+                    yield number, None
+                else:
+                    yield number, tuple("" if place is None else cell_text(cells[place]) for place in places)
+
+    def _rows(self) -> Iterator[tuple[int, list[str]]]:
+        with _open_bytes(self.path) as file, _as_text(file, self.encoding) as lines:
+            yield from _csv_rows(self.path, lines, ",")
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turns what may go wrong while a file is read into an error that names it."""
+    try:
+        yield
+    except EOFError:
+        raise RunError(f"{path} is cut short: the compressed data end too early", hint="Download it again.") from None
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise RunError(f"{path} is not a whole gzip file: {error}", hint="Download it again.") from None
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _open_bytes(path: Path) -> IO[bytes]:
+    return cast(IO[bytes], gzip.open(path)) if path.suffix.lower() == ".gz" else path.open("rb")
+
+
+def _as_text(file: IO[bytes], encoding: str) -> io.TextIOWrapper:
+    return io.TextIOWrapper(file, encoding, errors="replace", newline="")
+
+
+def _names(columns: Sequence[str]) -> str:
+    return ", ".join(printable(column) for column in columns) or "none"
+
+
 def _encoding(path: Path) -> str:
     decoder = codecs.getincrementaldecoder("utf-8")()
-    with path.open("rb") as file:
+    with _open_bytes(path) as file:
         start = file.read(4)
         for mark, encoding in _BYTE_ORDER_MARKS:
             if start.startswith(mark):
@@ -120,25 +203,30 @@ def _read_csv(path: Path, lines: Any) -> tuple[list[str], list[tuple[int, dict[s
     header = lines.readline()
     lines.seek(0)
     delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=header.count)
-    before = csv.field_size_limit(_MAX_CELL)
+    reader = _csv_rows(path, lines, delimiter)
+    _, columns = next(reader, (0, []))
+    rows: list[tuple[int, dict[str, Any] | None]] = []
+    for number, cells in reader:
+        fits = len(cells) == len(columns)
+        rows.append((number, dict(zip(columns, cells, strict=True)) if fits else None))
+    return columns, rows
+
+
+def _csv_rows(path: Path, lines: Iterator[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Yields the line that each row ends on and its cells, the header first; rows without content are left out."""
+    csv.field_size_limit(_MAX_CELL)
     # Strict: a quote that is never closed would otherwise swallow the rest of the file.
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    rows: list[tuple[int, dict[str, Any] | None]] = []
     try:
-        columns = [name.strip() for name in next(reader, [])]
+        yield reader.line_num, [name.strip() for name in next(reader, [])]
         for cells in reader:
-            if not any(cell.strip() for cell in cells):
-                continue
-            fits = len(cells) == len(columns)
-            rows.append((reader.line_num, dict(zip(columns, cells, strict=True)) if fits else None))
+            if any(cell.strip() for cell in cells):
+                yield reader.line_num, cells
     except csv.Error as error:
         raise RunError(
             f"{path}:{reader.line_num}: not valid CSV: {error}",
             hint="A cell with a comma, a line break or a quote in it stands between quotes, its own quotes doubled.",
         ) from None
-    finally:
-        csv.field_size_limit(before)
-    return columns, rows
 
 
 def _read_json(path: Path, lines: Iterator[str]) -> tuple[list[str], list[tuple[int, dict[str, Any] | None]]]:

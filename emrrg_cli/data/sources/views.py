@@ -1,0 +1,18 @@
+"""The names of projections."""
+
+from __future__ import annotations
+
+from emrrg_cli.data.study import UNKNOWN_VIEW, printable
+
+_LATERAL = ("LL", "RL", "L", "LAT")
+
+
+def view_name(text: str) -> str:
+    """A projection as datasets write it: upper case; `LATERAL` for either side; `unknown` for an empty text.
+
+    Args:
+        text: As a source or DICOM's View Position writes it: `PA`, `AP`, `LL`, `Lateral`, `Frontal`.
+    """
+    view = printable(text.strip()).upper()
+    lateral = view in _LATERAL or view.startswith("LATERAL") or view.endswith(" LATERAL")
+    return "LATERAL" if lateral else view or UNKNOWN_VIEW
