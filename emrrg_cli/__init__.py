@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from emrrg_cli.data.report_text import clean_report
     from emrrg_cli.generation import Generator, load_generator
     from emrrg_cli.metrics.nlg import score
+    from emrrg_cli.models.transfer import load_encoder
 
-__all__ = ["Generator", "clean_report", "load_generator", "score"]
+__all__ = ["Generator", "clean_report", "load_encoder", "load_generator", "score"]
 
 _HOMES = {
     "Generator": "emrrg_cli.generation",
     "clean_report": "emrrg_cli.data.report_text",
+    "load_encoder": "emrrg_cli.models.transfer",
     "load_generator": "emrrg_cli.generation",
     "score": "emrrg_cli.metrics.nlg",
 }

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from emrrg_cli.commands.options import NumProcesses, Overrides
+from emrrg_cli.commands.options import NumProcesses, Overrides, Verbose
 
 
 def finetune(
@@ -17,6 +17,7 @@ def finetune(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Run directory; default runs/<recipe>.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the run's last checkpoint.")] = False,
     num_processes: NumProcesses = None,
+    verbose: Verbose = False,
     print_recipe: Annotated[bool, typer.Option("--print-recipe", help="Print the resolved recipe and stop.")] = False,
 ) -> None:
     """Stage 3: train vision Mamba, bridge and LLM to write reports."""
@@ -37,7 +38,8 @@ def finetune(
         return
     from emrrg_cli.training.finetune import run_finetune
 
-    summary = run_finetune(settings, run_dir, resume=resume, expected_processes=processes_expected(num_processes))
+    expected = processes_expected(num_processes)
+    summary = run_finetune(settings, run_dir, resume=resume, expected_processes=expected, verbose=verbose)
     if summary.is_main_process:
         err.print(summary.table(run_dir))
         err.print(

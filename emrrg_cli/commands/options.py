@@ -14,6 +14,9 @@ NumProcesses = Annotated[
     int | None,
     typer.Option("--num-processes", help="Processes to start; default: one a GPU, one on a CPU.", show_default=False),
 ]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", help="Name every tensor that is taken from another stage, dropped or made.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 

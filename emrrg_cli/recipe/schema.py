@@ -77,7 +77,10 @@ class EncoderSettings(Settings):
     d_state: int = Field(16, ge=1, description="SSM state size n")
     image_size: int = Field(224, ge=32, description="side of the square input, a multiple of 16")
     drop_path: float = Field(0.1, ge=0, lt=1, description="largest stochastic depth rate")
-    weights: str | None = Field(None, description="pre-trained encoder (safetensors); null: random initialisation")
+    weights: str | None = Field(
+        None,
+        description="encoder to start from: a run, a directory of `emrrg convert` or a safetensors file; null: random",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -26,6 +26,7 @@ from emrrg_cli.models.build import (
 )
 from emrrg_cli.models.llm import load_tokenizer, train_tokenizer
 from emrrg_cli.models.report_generator import ReportGenerator, encode_report
+from emrrg_cli.models.transfer import fill_encoder
 from emrrg_cli.quiet import quiet_libraries
 from emrrg_cli.recipe.schema import FinetuneRecipe
 from emrrg_cli.training.checkpoint import writing
@@ -101,8 +102,13 @@ class FinetuneStage:
             save_trained(self.run_dir, self.recipe.model, self.model)
 
 
-def run_finetune(recipe: FinetuneRecipe, run_dir: Path, *, resume: bool, expected_processes: int) -> Summary:
+def run_finetune(
+    recipe: FinetuneRecipe, run_dir: Path, *, resume: bool, expected_processes: int, verbose: bool = False
+) -> Summary:
     """Trains a report generator as the recipe says and leaves a run directory.
+
+    Args:
+        verbose: name every tensor of the encoder that training starts from.
 
     Raises:
         UsageError: where the recipe does not fit the data, the LLM or the machine.
@@ -124,11 +130,15 @@ def run_finetune(recipe: FinetuneRecipe, run_dir: Path, *, resume: bool, expecte
     with open_session(
         recipe, recipe.train, recipe.model.scan, run_dir, resume=resume, expected_processes=expected_processes
     ) as session:
-        return _train(recipe, training, validation, session)
+        return _train(recipe, training, validation, session, verbose)
 
 
 def _train(
-    recipe: FinetuneRecipe, training: ReportDataset, validation: ReportDataset | None, session: Session
+    recipe: FinetuneRecipe,
+    training: ReportDataset,
+    validation: ReportDataset | None,
+    session: Session,
+    verbose: bool,
 ) -> Summary:
     run_dir, accelerator, resume = session.run_dir, session.accelerator, session.resume
     tokenizer = _tokenizer(recipe, training, run_dir, accelerator)
@@ -137,7 +147,9 @@ def _train(
     if resume and frozen.is_file():
         load_weights(encoder, frozen)
     elif recipe.model.encoder.weights is not None:
-        load_weights(encoder, Path(recipe.model.encoder.weights))
+        transfer = fill_encoder(encoder, recipe.model.encoder.weights)
+        if accelerator.is_main_process:
+            transfer.show(verbose=verbose)
     dtype = llm_dtype(recipe.model.llm.dtype, session.precision)
     if resume and (run_dir / "llm.json").is_file():
         llm = load_run_llm(run_dir, recipe.model, dtype)  # the one that training began with, or an error

@@ -1,0 +1,384 @@
+"""From one stage to the next: where an encoder is found, how it fits another one, and an account of every tensor.
+
+Stage 1 leaves one scan direction and no class token; stages 2 and 3 have four directions and a class token in the
+middle. Image sizes may differ from stage to stage. The source may be a file or any directory that a command left.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from emrrg_cli.errors import RunError, UsageError
+from emrrg_cli.files import atomic_write_text, read_directory
+from emrrg_cli.models.arm.encoder import PATCH_SIZE, ArmEncoder
+
+FORMAT = 1
+ENCODER_FILE = "encoder.safetensors"
+PRETRAINER_FILE = "pretrainer.safetensors"
+_PREFIX = "encoder."
+_HINT = "Name a safetensors file, a run directory, or a directory that `emrrg convert` wrote."
+# Tensors of a mixer with a leading axis over the directions.
+_PER_DIRECTION = ("conv_weight", "conv_bias", "A_log", "D")
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The sizes of an encoder: what its tensors tell.
+
+    Args:
+        d_model: width `d`.
+        depth: number of blocks.
+        d_state: `n`, the SSM state size.
+        image_size: side of the square input in pixels.
+        directions: scan directions; 1 in stage 1, 4 after.
+        class_token: whether there is one; its row is in the middle of the position embedding.
+    """
+
+    d_model: int
+    depth: int
+    d_state: int
+    image_size: int
+    directions: int = 4
+    class_token: bool = True
+
+    @property
+    def grid(self) -> int:
+        """Patches on a side."""
+        return self.image_size // PATCH_SIZE
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> EncoderConfig:
+        """The sizes that an encoder's tensors have.
+
+        Raises:
+            RunError: when they are none of an encoder; the message does not name the file.
+        """
+        needed = ("patch_embed.weight", "pos_embed", "layers.0.mixer.A_log")
+        if missing := [name for name in needed if name not in tensors]:
+            raise RunError(f"no encoder: {missing[0]} is missing")
+        weight, pos_embed, A_log = (tensors[name] for name in needed)
+        if pos_embed.dim() != 3 or A_log.dim() != 3:
+            raise RunError("no encoder: pos_embed and A_log have three axes each")
+        class_token = "cls_token" in tensors
+        patches = pos_embed.shape[1] - class_token
+        grid = math.isqrt(patches)
+        if grid * grid != patches:
+            raise RunError(f"no encoder: pos_embed has {patches} patches, which is no square")
+        directions, _, d_state = A_log.shape
+        depth = 1 + max(int(number) for number in re.findall(r"^layers\.(\d+)\.", "\n".join(tensors), re.MULTILINE))
+        return cls(weight.shape[0], depth, d_state, grid * PATCH_SIZE, directions, class_token)
+
+
+@dataclass(frozen=True)
+class EncoderSource:
+    """An encoder as it was found.
+
+    Args:
+        config: its sizes.
+        tensors: its tensors by the names of `ArmEncoder`.
+        file: where they are.
+        names: for each of `tensors` its name in the file.
+        others: tensors found beside them that are no part of the encoder, with the part that they are of.
+        notes: what a reader must know.
+    """
+
+    config: EncoderConfig
+    tensors: dict[str, Tensor]
+    file: Path
+    names: dict[str, str]
+    others: dict[str, str]
+    notes: list[str]
+
+
+@dataclass
+class TransferReport:
+    """What became of every tensor of a source, and where the rest of the encoder came from.
+
+    Args:
+        source: the file.
+        used: tensors of the source that went into the encoder, with what was done to them ("" for a plain copy).
+        dropped: tensors of the source that did not, with the reason.
+        made: tensors of the encoder that the source does not have, with what they are.
+        notes: what a reader must know, details or not.
+    """
+
+    source: Path
+    used: dict[str, str] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
+    made: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def lines(self, *, verbose: bool = False) -> list[str]:
+        """The account as text: a line of counts and the notes; with `verbose` also a line a tensor."""
+        counts = f"{len(self.used)} tensors used, {len(self.dropped)} dropped, {len(self.made)} made"
+        lines = [f"encoder from {self.source}: {counts}{'' if verbose else ' (--verbose names them)'}", *self.notes]
+        if verbose:
+            for label, tensors in (("used", self.used), ("dropped", self.dropped), ("made", self.made)):
+                lines += [f"  {label:7}  {name}{f'  {how}' if how else ''}" for name, how in tensors.items()]
+        return lines
+
+    def show(self, *, verbose: bool = False) -> None:
+        """Prints the account on stderr."""
+        from emrrg_cli.console import err
+
+        for line in self.lines(verbose=verbose):
+            err.print(line, markup=False, soft_wrap=True)
+
+
+def encoder_source(path: Path | str) -> EncoderSource:
+    """Finds and reads an encoder.
+
+    Args:
+        path: a run directory of `pretrain`, `align` or `finetune`, a directory that `emrrg convert` wrote, the `model/`
+            of a run, or a safetensors file with the tensors of an encoder, under their names or under `encoder.`.
+
+    Raises:
+        UsageError: for a path that is not there or holds no encoder, or a file to be converted first.
+        RunError: for a file that cannot be read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return read_directory(path / "model", lambda model: _read_directory(path, model))
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file or directory; an encoder is to be there", hint=_HINT)
+    return _read_file(path)
+
+
+def _read_directory(path: Path, model: Path) -> EncoderSource:
+    # `model/` of a run holds what was trained, its top what was frozen. An encoder comes before one with a decoder.
+    places = [folder / name for name in (ENCODER_FILE, PRETRAINER_FILE) for folder in (model, path)]
+    file = next((place for place in places if place.is_file()), None)
+    if file is None and (path / "recipe.yaml").is_file():
+        raise UsageError(f"{path}: this run has left no encoder yet", hint="Let its training end, or reach an export.")
+    if file is None:
+        raise UsageError(f"{path}: there is no encoder in this directory", hint=_HINT)
+    source = _read_file(file)
+    source.others.update(_tensors_beside(path, file))
+    if (adapters := model / "adapters" / "encoder").is_dir():
+        source.notes.append(f"{adapters}: adapters are not merged; the frozen encoder under them is taken")
+    return source
+
+
+def _read_file(file: Path) -> EncoderSource:
+    names = _names_in(file)
+    if any(name.startswith("visual_encoder.") or ".patch_embed.proj." in f".{name}" for name in names):
+        raise UsageError(f"{file}: this file has the published layout", hint=f"First: emrrg convert {file} DIRECTORY")
+    prefix = _PREFIX if f"{_PREFIX}patch_embed.weight" in names else ""
+    own = {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
+    with safe_open(file, framework="pt") as opened:
+        tensors = {name: opened.get_tensor(stored) for name, stored in own.items()}
+    try:
+        config = EncoderConfig.of(tensors)
+    except RunError as error:
+        raise UsageError(f"{file}: {error.message}", hint="It is to hold the tensors of an encoder.") from error
+    others = {name: "no part of the encoder" for name in names if not name.startswith(prefix)}
+    return EncoderSource(config, tensors, file, own, others, [])
+
+
+def _names_in(file: Path) -> list[str]:
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(2)
+        if start in (b"PK", b"\x80\x02"):  # a zip archive or a pickle: PyTorch's own formats
+            hint = f"A published checkpoint is converted first: emrrg convert {file} DIRECTORY"
+            raise UsageError(f"{file}: not a safetensors file but a PyTorch checkpoint", hint=hint)
+        with safe_open(file, framework="pt") as opened:
+            return list(opened.keys())
+    except (SafetensorError, OSError) as error:
+        raise RunError(f"{file}: not a readable safetensors file: {error}") from error
+
+
+def _tensors_beside(directory: Path, file: Path) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for other in sorted(directory.rglob("*.safetensors")):
+        place = other.relative_to(directory)
+        if other != file and place.parts[0] != "checkpoints":
+            found |= {f"{place.as_posix()}:{name}": "no part of the encoder" for name in _names_in(other)}
+    return found
+
+
+def fill_encoder(encoder: ArmEncoder, source: EncoderSource | Path | str) -> TransferReport:
+    """Fills an encoder from an earlier stage.
+
+    One direction is copied to four. The position embedding is interpolated bicubically to another grid; the row of
+    the class token is kept, or is zero where the source has none. What the source does not have (class token and
+    final norm after stage 1) stays as it was initialised.
+
+    Args:
+        encoder: of any stage; changed in place.
+        source: what `encoder_source` returned, or a path for it.
+
+    Returns:
+        The account: every tensor of the source is used or dropped, every other one of the encoder is made.
+
+    Raises:
+        UsageError: for a path without an encoder, or one of another width, depth or state size.
+        RunError: for a file that cannot be read, or a missing, unknown or misshapen tensor, which it names.
+
+    Source: MambaXray-VL (arXiv 2410.00379) section 3; the published stage 2 code's loading of stage 1.
+    """
+    if not isinstance(source, EncoderSource):
+        source = encoder_source(source)
+    own = encoder.state_dict()
+    config = EncoderConfig.of(own)
+    _check_sizes(source, config)
+    report = TransferReport(source.file, dropped=dict(source.others), notes=list(source.notes))
+    filled: dict[str, Tensor] = {}
+    problems = []
+    for name, tensor in source.tensors.items():
+        targets, how = _fitted(name, tensor, source.config, config)
+        stored = source.names[name]
+        if not targets:
+            report.dropped[stored] = how
+            continue
+        report.used[stored] = how
+        for target, value in targets.items():
+            if target not in own:
+                problems.append(f"{stored} is unknown")
+            elif value.shape != own[target].shape:
+                problems.append(f"{stored} is {list(tensor.shape)}, expected {_expected(tensor, value, own[target])}")
+            filled[target] = value
+    for name in own:
+        if name in filled:
+            continue
+        if name == "pos_embed" and not config.class_token:
+            report.made[name] = "sines and cosines for the image size"
+        elif name.startswith(("cls_token", "norm_f.")) and not source.config.class_token:
+            report.made[name] = "as initialised"
+        else:
+            problems.append(f"{name} is missing")
+    if problems:
+        problems = list(dict.fromkeys(problems))
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise RunError(f"{source.file}: this encoder does not fit: {problems[0]}{more}")
+    encoder.load_state_dict(own | filled)
+    return report
+
+
+def _expected(tensor: Tensor, value: Tensor, own: Tensor) -> list[int]:
+    # The shape that the source should have had; where a direction axis was stretched it is 1 there.
+    stretched = value.dim() == own.dim() and tensor.shape[:1] == (1,) and value.shape[0] == own.shape[0] != 1
+    return [1, *own.shape[1:]] if stretched else list(own.shape)
+
+
+def _check_sizes(source: EncoderSource, config: EncoderConfig) -> None:
+    found = source.config
+    labels = {"width": "d_model", "depth": "depth", "state size": "d_state"}
+    values = {label: (getattr(found, name), getattr(config, name)) for label, name in labels.items()}
+    if different := {label: pair for label, pair in values.items() if pair[0] != pair[1]}:
+        listed = "; ".join(f"{label} {theirs}, the model has {ours}" for label, (theirs, ours) in different.items())
+        hint = "Set model.encoder (size, or d_model, depth and d_state) to the sizes of the source."
+        raise UsageError(f"{source.file}: this encoder is of another size: {listed}", hint=hint)
+    if found.directions not in (1, config.directions):
+        raise UsageError(
+            f"{source.file}: this encoder has {found.directions} scan directions, the model has {config.directions}",
+            hint="Stage 1 has one direction and comes first: it cannot start from a later stage.",
+        )
+
+
+def _fitted(name: str, tensor: Tensor, source: EncoderConfig, own: EncoderConfig) -> tuple[dict[str, Tensor], str]:
+    """What a tensor of the source becomes: tensors of the encoder, and how; none and the reason where it is dropped."""
+    if name == "pos_embed":
+        if not own.class_token:
+            same = source.grid == own.grid
+            return ({name: tensor}, "") if same else ({}, "fixed by the image size")
+        return {name: fit_positions(tensor, own.grid, class_token=source.class_token)}, _position_steps(source, own)
+    _, mixer, rest = name.partition(".mixer.")
+    if source.directions == own.directions or not mixer:
+        return {name: tensor}, ""
+    count = own.directions
+    how = f"1 direction to {count}"
+    if rest in _PER_DIRECTION:
+        return {name: tensor.expand(count, *tensor.shape[1:])}, how
+    if rest.startswith("directions.0."):
+        return {name.replace(".directions.0.", f".directions.{k}."): tensor for k in range(count)}, how
+    return {name: tensor}, ""
+
+
+def _position_steps(source: EncoderConfig, own: EncoderConfig) -> str:
+    steps = []
+    if source.grid != own.grid:
+        steps.append(f"{source.grid} x {source.grid} to {own.grid} x {own.grid}, bicubic")
+    if not source.class_token:
+        steps.append("a zero row for the class token")
+    return "; ".join(steps)
+
+
+def fit_positions(pos_embed: Tensor, grid: int, *, class_token: bool) -> Tensor:
+    """A position embedding for another grid, with a row for the class token in the middle.
+
+    Args:
+        pos_embed: `[1, l, d]`, or `[1, l + 1, d]` with the class token's row at `l // 2`; `l` a square.
+        grid: patches on a side of the new grid.
+        class_token: whether `pos_embed` has that row; else it is zero.
+
+    Returns:
+        `[1, grid**2 + 1, d]`: the patches interpolated bicubically (pixel centres aligned, no antialiasing), or as they
+        were where the grid is the same.
+
+    Source: MambaXray-VL (arXiv 2410.00379), stage 2 from stage 1.
+    """
+    patches = pos_embed.shape[1] - class_token
+    middle = patches // 2
+    row = torch.zeros_like(pos_embed[:, :1])
+    if class_token:
+        row = pos_embed[:, middle : middle + 1]
+        pos_embed = torch.cat([pos_embed[:, :middle], pos_embed[:, middle + 1 :]], dim=1)
+    old = math.isqrt(patches)
+    if old != grid:
+        image = pos_embed.float().reshape(1, old, old, -1).permute(0, 3, 1, 2)  # [1, d, old, old]
+        image = F.interpolate(image, size=(grid, grid), mode="bicubic", align_corners=False)
+        pos_embed = image.permute(0, 2, 3, 1).reshape(1, grid * grid, -1)
+    middle = grid * grid // 2
+    return torch.cat([pos_embed[:, :middle], row.to(pos_embed.dtype), pos_embed[:, middle:]], dim=1)
+
+
+def save_encoder(directory: Path, encoder: ArmEncoder) -> None:
+    """Writes `encoder.safetensors` and `encoder.json` into a directory that is there."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
+    save_file(state, directory / ENCODER_FILE)
+    write_encoder_config(directory, EncoderConfig.of(state))
+
+
+def write_encoder_config(directory: Path, config: EncoderConfig) -> None:
+    """Writes `encoder.json`: the sizes, for people and other programs; ours reads them from the tensors."""
+    sizes = {name: value for name, value in asdict(config).items() if name not in ("directions", "class_token")}
+    text = json.dumps({"format": FORMAT, "kind": "encoder", **sizes}, indent=2)
+    atomic_write_text(directory / "encoder.json", text + "\n")
+
+
+def load_encoder(path: Path | str, scan: str = "auto") -> ArmEncoder:
+    """The four-direction encoder of a path, in evaluation mode: `[b, 3, h, w] -> [b, l + 1, d]`.
+
+    Images are normalised by ImageNet's mean and standard deviation, `h = w` the image size of the source; the class
+    token is token `l // 2`. A stage 1 source gives the encoder that stage 2 begins with at that image size: its one
+    direction four times, the final norm fresh, the class token random (the same one each time).
+
+    Args:
+        path: as for `encoder_source`.
+        scan: engine of the scan (`emrrg_cli.models.scan`).
+
+    Raises:
+        UsageError: for a path without an encoder.
+        RunError: for a file that cannot be read, or a missing, unknown or misshapen tensor, which it names.
+    """
+    source = encoder_source(path)
+    config = source.config
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        encoder = ArmEncoder(config.d_model, config.depth, config.image_size, config.d_state, scan=scan)
+    report = fill_encoder(encoder, source)
+    if report.notes:
+        report.show()
+    return encoder.eval()
