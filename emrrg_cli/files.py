@@ -152,10 +152,10 @@ def read_directory(final: Path, read: Callable[[Path], T]) -> T:
         try:
             result = read(place)
         except Exception:
-            if _version(place) == version:
+            if whole_directory(final) == place and _version(place) == version:
                 raise
             continue
-        if _version(place) == version:
+        if whole_directory(final) == place and _version(place) == version:
             return result
         del result
     raise RunError(f"{final} was replaced each of the {_READS} times that it was read", hint="Try again later.")
