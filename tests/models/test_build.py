@@ -283,6 +283,17 @@ def test_another_llm_in_its_place_is_refused(
         run.load()
 
 
+@pytest.mark.parametrize("content", [b"", b'{"name": "x', b"[]", b"\xff\xfe"])
+def test_a_broken_record_of_the_llm_is_named(make_run: Callable[..., Run], llm_dir: Path, content: bytes) -> None:
+    run = make_run(["X"], {"name": str(llm_dir)})
+    (run.directory / "llm.json").write_bytes(content)
+    with pytest.raises(RunError, match=r"llm\.json, which names the LLM of this run, cannot be read: ") as raised:
+        run.load()
+    assert "taken unchecked" in str(raised.value.hint)
+    (run.directory / "llm.json").unlink()
+    run.load()
+
+
 def test_a_run_in_bf16_is_used_in_fp32(make_run: Callable[..., Run], llm_dir: Path) -> None:
     """Trained on a GPU, used on a laptop: the LLM is the same."""
     run = make_run(["X"], {"name": str(llm_dir)}, torch.bfloat16)
