@@ -92,21 +92,32 @@ def atomic_directory(final: Path) -> Iterator[Path]:
         temporary.mkdir()
     try:
         yield temporary
-        with _told(final):
-            _sync_tree(temporary)
-            previous = _previous(final)
-            try:
-                if final.exists():
-                    os.replace(final, previous)  # noqa: PTH105
-                    _sync_directory(final.parent)
-                os.replace(temporary, final)  # noqa: PTH105
-            except BaseException:
-                recover_directory(final)
-                raise
-            _sync_directory(final.parent)
+        put_directory(temporary, final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def put_directory(built: Path, final: Path) -> None:
+    """Steps 2 to 4 of `atomic_directory`, for a directory that was built elsewhere on the same file system.
+
+    Raises:
+        RunError: A step cannot be carried out; `final` is as it was.
+    """
+    final = _real(final)
+    recover_directory(final)
+    previous = _previous(final)
+    with _told(final):
+        _sync_tree(built)
+        try:
+            if final.exists():
+                os.replace(final, previous)  # noqa: PTH105
+                _sync_directory(final.parent)
+            os.replace(built, final)  # noqa: PTH105
+        except BaseException:
+            recover_directory(final)
+            raise
+        _sync_directory(final.parent)
     shutil.rmtree(previous, ignore_errors=True)
 
 
