@@ -11,15 +11,17 @@ if TYPE_CHECKING:
     from emrrg_cli.data.report_text import clean_report
     from emrrg_cli.generation import Generator, load_generator
     from emrrg_cli.metrics.nlg import score
+    from emrrg_cli.models.arm.pretrainer import load_pretrainer
     from emrrg_cli.models.transfer import load_encoder
 
-__all__ = ["Generator", "clean_report", "load_encoder", "load_generator", "score"]
+__all__ = ["Generator", "clean_report", "load_encoder", "load_generator", "load_pretrainer", "score"]
 
 _HOMES = {
     "Generator": "emrrg_cli.generation",
     "clean_report": "emrrg_cli.data.report_text",
     "load_encoder": "emrrg_cli.models.transfer",
     "load_generator": "emrrg_cli.generation",
+    "load_pretrainer": "emrrg_cli.models.arm.pretrainer",
     "score": "emrrg_cli.metrics.nlg",
 }
 
