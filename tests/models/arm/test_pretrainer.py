@@ -168,7 +168,7 @@ def test_forward_and_every_gradient_equal_the_literal_reading(
         assert scale > 0, name
         torch.testing.assert_close(
             one, other, rtol=1e-4, atol=1e-5 * scale, msg=lambda text, name=name: f"{name}: {text}"
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * scale, msg=lambda text, at=name: f"{at}: {text}")
+        )
 
 
 # -- what depends on what ----------------------------------------------------------------------------------------
