@@ -6,6 +6,7 @@ import typer
 
 from emrrg_cli.commands.preprocess.common import with_options
 from emrrg_cli.commands.preprocess.folder import folder
+from emrrg_cli.commands.preprocess.iu_xray import iu_xray
 from emrrg_cli.commands.preprocess.phantom import phantom
 from emrrg_cli.commands.preprocess.r2gen import r2gen
 
@@ -19,4 +20,5 @@ def preprocess() -> None:
 
 app.command("r2gen", no_args_is_help=True)(with_options(r2gen))
 app.command("folder", no_args_is_help=True)(with_options(folder))
+app.command("iu_xray", no_args_is_help=True)(with_options(iu_xray))
 app.command("phantom", no_args_is_help=True)(with_options(phantom))

@@ -11,7 +11,7 @@ from typing import Any
 from emrrg_cli.data.dicom import DicomFacts, read_dicom_facts
 from emrrg_cli.data.images import DICOM_SUFFIXES, ImageError, is_dicom, open_stream
 from emrrg_cli.data.sources.locate import locate
-from emrrg_cli.data.sources.splits import draw_splits
+from emrrg_cli.data.sources.splits import draw_splits, drawn_remark
 from emrrg_cli.data.sources.table import Table, cell_list, cell_text, read_table
 from emrrg_cli.data.sources.views import view_name
 from emrrg_cli.data.study import SPLITS, Account, Column, ImageProblem, Split, Study, printable
@@ -275,9 +275,7 @@ class FolderSource:
             for draft in drafts:
                 draft.split = splits[_unit(draft)]
             alone = sum(draft.patient_id is None for draft in drafts)
-            without = f"; studies without a patient ({alone:,}) count as patients of their own" if alone else ""
-            parts = ", ".join(f"{100 * part:g}" for part in fractions)
-            self.remarks.append(f"Split drawn by patient with seed {seed}: {parts} percent{without}.")
+            self.remarks.append(drawn_remark(fractions, seed, alone))
             return
         seen: dict[str, Split] = {}
         for draft in drafts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from emrrg_cli.data.study import ImageProblem
@@ -34,3 +35,14 @@ def locate(path: str, root: Path, folders: tuple[Path, ...]) -> Path | ImageProb
     if present is not None:
         return present
     return ImageProblem(path, OUTSIDE) if outside else ImageProblem(path, MISSING)
+
+
+def find_image(names: Sequence[str], root: Path, folders: tuple[Path, ...]) -> Path | ImageProblem:
+    """As `locate`, for an image that has one of several names; the problem is that of the first name."""
+    problem: ImageProblem | None = None
+    for name in names:
+        found = locate(name, root, folders)
+        if isinstance(found, Path):
+            return found
+        problem = problem or found
+    return problem or ImageProblem("", MISSING)

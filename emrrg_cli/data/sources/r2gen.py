@@ -13,7 +13,7 @@ from emrrg_cli.data.study import UNKNOWN_VIEW, Account, ImageProblem, Study
 from emrrg_cli.errors import UsageError
 
 # R2Gen's ids of IU X-Ray: patient, then study. One of its 2,955 ids has one more number in the middle: CXR1_1_IM-0001.
-_IU_ID = re.compile(r"CXR(\d+)(?:_\d+)?_IM-\d+.*", re.DOTALL)
+IU_ID = re.compile(r"CXR(\d+)(?:_\d+)?_IM-\d+.*", re.DOTALL)
 
 
 class R2GenSource:
@@ -26,6 +26,7 @@ class R2GenSource:
     Args:
         root: The folder, or the JSON file itself.
         source: Name of the data set. None: `iu_xray` where all ids look like `CXR2384_IM-0942`, otherwise `r2gen`.
+        findings: The reports are findings sections, as in R2Gen's own files.
         limit: First studies of each split that are read; None: all.
 
     Raises:
@@ -35,15 +36,17 @@ class R2GenSource:
     Source: R2Gen (Chen et al., EMNLP 2020).
     """
 
-    def __init__(self, root: Path, *, source: str | None = None, limit: int | None = None) -> None:
+    def __init__(
+        self, root: Path, *, source: str | None = None, findings: bool = False, limit: int | None = None
+    ) -> None:
         if source is not None and not source.strip():
             raise UsageError("--source is empty", hint="Give the data set a name, or leave the option out.")
         self.annotation = _find_annotation(root)
         self.root = self.annotation.parent.resolve()
         self.image_folders = (self.root, self.root / "images")
         self._rows = Annotation(self.annotation)
-        self._limit = limit
-        self.name = source or ("iu_xray" if all(_IU_ID.fullmatch(row.study_id) for row in self._rows) else "r2gen")
+        self._limit, self._findings = limit, findings
+        self.name = source or ("iu_xray" if all(IU_ID.fullmatch(row.study_id) for row in self._rows) else "r2gen")
 
     def __len__(self) -> int:
         return self._rows.count(self._limit)
@@ -74,7 +77,7 @@ class R2GenSource:
             split=row.split,
             image_paths=images,
             views=(UNKNOWN_VIEW,) * len(images),  # the layout does not say
-            findings=None,
+            findings=row.report if self._findings else None,
             impression=None,
             report=row.report,
             source=self.name,
@@ -82,7 +85,7 @@ class R2GenSource:
         )
 
     def _patient(self, study_id: str) -> str | None:
-        match = _IU_ID.fullmatch(study_id) if self.name == "iu_xray" else None
+        match = IU_ID.fullmatch(study_id) if self.name == "iu_xray" else None
         return match[1] if match else None
 
 

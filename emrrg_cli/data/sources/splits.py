@@ -39,6 +39,13 @@ def draw_splits(patients: Iterable[str], fractions: Sequence[float], seed: int) 
     return dict(zip(order, names, strict=True))
 
 
+def drawn_remark(fractions: Sequence[float], seed: int, alone: int = 0) -> str:
+    """What is said about a drawn split; `alone` are the studies whose patient is not known."""
+    without = f"; studies without a patient ({alone:,}) count as patients of their own" if alone else ""
+    parts = ", ".join(f"{100 * part:g}" for part in fractions)
+    return f"Split drawn by patient with seed {seed}: {parts} percent{without}."
+
+
 def _drawn(name: str, seed: int) -> bytes:
     return hashlib.blake2b(f"{seed}\0{name}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
 

@@ -1,0 +1,62 @@
+"""`emrrg preprocess iu_xray ROOT OUT`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from emrrg_cli.commands.preprocess.common import Options, Out, Root, load_settings, run_source
+
+
+def iu_xray(
+    root: Root,
+    out: Out,
+    options: Options,
+    layout: Annotated[
+        Literal["openi", "flat", "r2gen"] | None,
+        typer.Option("--layout", help="Of ROOT; default: the first of these that is there.", show_default=False),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option("--images", metavar="DIR", help="Images, if not in a folder of ROOT.", show_default=False),
+    ] = None,
+    annotation: Annotated[
+        Path | None,
+        typer.Option("--annotation", metavar="JSON", help="R2Gen's file: its studies and split.", show_default=False),
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(metavar="PARTS", help="Parts that are drawn; default 0.8,0.1,0.1.", show_default=False),
+    ] = None,
+) -> None:
+    """IU X-Ray (Open-i): the XML release, the flat release, or R2Gen's layout.
+
+    openi: NLMCXR_reports.tgz, read as it is, or its folder ecgen-radiology; images in NLMCXR_png, unpacked. flat:
+    indiana_reports.csv and indiana_projections.csv; images in images_normalized or images. r2gen: annotation.json and
+    images/CXR.../0.png. The report is the findings section; --section takes another.
+
+    Example: emrrg preprocess iu_xray openi/ data/iu_xray --annotation annotation.json
+    """
+    from emrrg_cli.data.sources.iu_xray import detect_layout, iu_xray_source
+    from emrrg_cli.data.sources.splits import DEFAULT, parse_fractions
+
+    settings = load_settings(options)
+    layout = layout or detect_layout(root)
+    studies = iu_xray_source(
+        root,
+        layout=layout,
+        images=images,
+        annotation=annotation,
+        fractions=None if split is None else parse_fractions(split),
+        seed=options.seed,
+        limit=options.limit,
+    )
+    record = {
+        "layout": layout,
+        "images": None if images is None else str(images),
+        "annotation": None if annotation is None else str(annotation),
+        "split": None if annotation or layout == "r2gen" else split or DEFAULT,
+    }
+    run_source(studies, out, options, settings, record)
