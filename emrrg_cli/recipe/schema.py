@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Section = Literal["report", "findings", "impression", "both"]
 Cleaning = Literal["auto", "r2gen-iu", "r2gen-mimic", "none"]
 Protocol = Literal["published", "ours"]
+ScanEngine = Literal["auto", "reference", "recompute"]
 AdapterTarget = Literal[
     "X", "Z", "dt", "B", "C", "in_proj", "x_proj", "dt_proj", "out_proj", "patch_embed", "mlp", "llm"
 ]
@@ -70,20 +71,17 @@ class DataSettings(Settings):
     workers: int = Field(2, ge=0, description="processes that decode images")
 
 
-class EncoderSettings(Settings):
+class EncoderSize(Settings):
+    """Of what every stage has: the vision encoder."""
+
     size: Literal["base", "large", "huge"] | None = "base"
     d_model: int | None = Field(None, ge=16, description="width; only where size is null")
     depth: int | None = Field(None, ge=1, description="blocks; only where size is null")
     d_state: int = Field(16, ge=1, description="SSM state size n")
     image_size: int = Field(224, ge=32, description="side of the square input, a multiple of 16")
-    drop_path: float = Field(0.1, ge=0, lt=1, description="largest stochastic depth rate")
-    weights: str | None = Field(
-        None,
-        description="encoder to start from: a run, a directory of `emrrg convert` or a safetensors file; null: random",
-    )
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check_size(self) -> Self:
         if self.size is None and (self.d_model is None or self.depth is None):
             raise ValueError("size is null, so both d_model and depth must be given")
         if self.size is not None and (self.d_model is not None or self.depth is not None):
@@ -102,6 +100,14 @@ class EncoderSettings(Settings):
         assert self.d_model is not None
         assert self.depth is not None
         return self.d_model, self.depth
+
+
+class EncoderSettings(EncoderSize):
+    drop_path: float = Field(0.1, ge=0, lt=1, description="largest stochastic depth rate")
+    weights: str | None = Field(
+        None,
+        description="encoder to start from: a run, a directory of `emrrg convert` or a safetensors file; null: random",
+    )
 
 
 class AdapterSettings(Settings):
@@ -189,7 +195,7 @@ class ModelSettings(Settings):
         "full", description="full: every visual token in the prompt; pooled: 2x2 averages and the class token"
     )
     views: Literal["average", "concat"] = Field("average", description="how a study's views are joined")
-    scan: Literal["auto", "reference", "recompute"] = Field("auto", description="engine of the selective scan")
+    scan: ScanEngine = Field("auto", description="engine of the selective scan")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
