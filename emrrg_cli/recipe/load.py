@@ -17,13 +17,18 @@ from emrrg_cli.errors import UsageError
 from emrrg_cli.recipe.layers import KeyPath, Layer, merge, with_presets
 from emrrg_cli.recipe.library import find_recipe, read_layer, read_layers
 from emrrg_cli.recipe.overrides import parse_overrides
+from emrrg_cli.recipe.pretraining import PretrainRecipe
 from emrrg_cli.recipe.problems import Problem, find_problems, place_of
 from emrrg_cli.recipe.schema import PROTOCOLS, FinetuneRecipe, PreprocessRecipe, Settings
 from emrrg_cli.recipe.suggest import annotation_at
 from emrrg_cli.recipe.yaml12 import dump
 
 # A stage is one entry here.
-STAGES: dict[str, type[Settings]] = {"finetune": FinetuneRecipe, "preprocess": PreprocessRecipe}
+STAGES: dict[str, type[Settings]] = {
+    "finetune": FinetuneRecipe,
+    "preprocess": PreprocessRecipe,
+    "pretrain": PretrainRecipe,
+}
 # Recipes that are laid over the recipe of a trained run.
 OVERLAYS = ("evaluate", "generate")
 # What the run has already settled, so that no overlay can change it,
@@ -38,6 +43,8 @@ RUN_RECIPE = "recipe.yaml"
 def load_recipe(ref: str, overrides: Sequence[str] = (), *, stage: Literal["finetune"]) -> FinetuneRecipe: ...
 @overload
 def load_recipe(ref: str, overrides: Sequence[str] = (), *, stage: Literal["preprocess"]) -> PreprocessRecipe: ...
+@overload
+def load_recipe(ref: str, overrides: Sequence[str] = (), *, stage: Literal["pretrain"]) -> PretrainRecipe: ...
 @overload
 def load_recipe(ref: str, overrides: Sequence[str] = (), *, stage: str | None = None) -> Settings: ...
 def load_recipe(ref: str, overrides: Sequence[str] = (), *, stage: str | None = None) -> Settings:

@@ -10,9 +10,11 @@ from emrrg_cli.errors import UsageError
 from emrrg_cli.recipe import schema
 from emrrg_cli.recipe.layers import Layer
 from emrrg_cli.recipe.library import recipe_names
-from emrrg_cli.recipe.load import dump_recipe, load_recipe, load_run_recipe, resolve_recipe
+from emrrg_cli.recipe.load import OVERLAYS, STAGES, dump_recipe, load_recipe, load_run_recipe, resolve_recipe
 from emrrg_cli.recipe.overrides import parse_overrides
 from emrrg_cli.recipe.yaml12 import dump, parse_layer
+
+KNOWN_STAGES = ", ".join([*STAGES, *OVERLAYS])
 
 
 @pytest.fixture
@@ -119,9 +121,7 @@ def test_a_key_that_stands_twice_is_refused_with_both_lines() -> None:
 
 
 def test_an_empty_file_has_no_stage(write: Any) -> None:
-    assert problems(write("# nothing\n")) == [
-        "r.yaml: stage: must be given; one of finetune, preprocess, evaluate, generate"
-    ]
+    assert problems(write("# nothing\n")) == [f"r.yaml: stage: must be given; one of {KNOWN_STAGES}"]
 
 
 @pytest.mark.parametrize(
@@ -347,7 +347,7 @@ def test_a_recipe_for_another_stage_is_refused() -> None:
 
 def test_an_unknown_stage_lists_the_stages(write: Any) -> None:
     assert problems(write("stage: finetun\n")) == [
-        "r.yaml:1: stage: expected one of finetune, preprocess, evaluate, generate, got finetun; did you mean finetune?"
+        f"r.yaml:1: stage: expected one of {KNOWN_STAGES}, got finetun; did you mean finetune?"
     ]
     assert problems(write("stage: [finetune]\n"))[0].startswith("r.yaml:1: stage: expected one of")
 

@@ -1,0 +1,76 @@
+"""What a recipe of stage 1, `pretrain`, may say."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from emrrg_cli.recipe.schema import EncoderSize, LoopSettings, ScanEngine, Settings
+
+
+class PretrainDataSettings(Settings):
+    root: str | None = Field(
+        None, description="dataset directory written by `emrrg preprocess`, or any folder of images"
+    )
+    crop_scale: list[float] = Field(
+        default_factory=lambda: [0.2, 1.0],
+        min_length=2,
+        max_length=2,
+        description="smallest and largest part of an image's area that a random crop takes",
+    )
+    flip: bool = Field(True, description="mirror every other image, drawn at random")
+    validation: float = Field(
+        0.02,
+        ge=0,
+        lt=1,
+        description="part of a folder of images that is not trained on; a dataset directory has its own",
+    )
+    limit: int | None = Field(None, ge=1, description="first images of each split that are used; null: all")
+    workers: int = Field(2, ge=0, description="processes that decode images")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"crop_scale must rise and lie in (0, 1], got {self.crop_scale}")
+        return self
+
+
+class PretrainEncoderSettings(EncoderSize):
+    image_size: int = Field(192, ge=128, description="side of the square input, a multiple of 64")
+    weights: str | None = Field(
+        None, description="run of stage 1, or what `emrrg convert` wrote, to go on from, decoder included; null: random"
+    )
+
+    @model_validator(mode="after")
+    def _check_clusters(self) -> Self:
+        if self.image_size % 64:
+            raise ValueError(f"image_size must be a multiple of 64, the side of a cluster, got {self.image_size}")
+        return self
+
+
+class PretrainModelSettings(Settings):
+    encoder: PretrainEncoderSettings = Field(default_factory=PretrainEncoderSettings)
+    decoder_width: int = Field(512, ge=16, description="a multiple of 64, the width of a head; less than 64: one head")
+    decoder_depth: int = Field(4, ge=1, description="blocks of the decoder, each fed by another block of the encoder")
+    scan: ScanEngine = Field("auto", description="engine of the selective scan")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.decoder_width % (64 if self.decoder_width > 64 else 4):
+            raise ValueError(f"decoder_width must be a multiple of 64, or below it one of 4, got {self.decoder_width}")
+        depth = self.encoder.width_and_depth[1]
+        if depth < self.decoder_depth:
+            raise ValueError(f"decoder_depth {self.decoder_depth} is larger than the depth of the encoder, {depth}")
+        return self
+
+
+class PretrainRecipe(Settings):
+    """Stage 1: autoregressive image modelling."""
+
+    stage: Literal["pretrain"]
+    output: str | None = Field(None, description="run directory; null: runs/<recipe>")
+    data: PretrainDataSettings = Field(default_factory=PretrainDataSettings)
+    model: PretrainModelSettings = Field(default_factory=PretrainModelSettings)
+    train: LoopSettings = Field(default_factory=LoopSettings)
