@@ -19,6 +19,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 from typer.main import get_command
 
+from emrrg_cli.commands.align import align
 from emrrg_cli.commands.demo import demo
 from emrrg_cli.commands.doctor import doctor
 from emrrg_cli.commands.evaluate import evaluate
@@ -32,7 +33,7 @@ from emrrg_cli.errors import EmrrgError, Interrupted
 from emrrg_cli.training.launch import tell_launcher
 
 # The order of the work, which is that of the help. Typer lists groups after commands by itself.
-ORDER = ("demo", "preprocess", "finetune", "evaluate", "generate", "plan", "recipe", "doctor")
+ORDER = ("demo", "preprocess", "align", "finetune", "evaluate", "generate", "plan", "recipe", "doctor")
 
 # Also what the processes that a command starts go by.
 DEBUG = "EMRRG_DEBUG"
@@ -50,6 +51,7 @@ class _InOrder(TyperGroup):
 app = typer.Typer(cls=_InOrder, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command("demo")(demo)
 app.add_typer(preprocess_app, name="preprocess")
+app.command("align", no_args_is_help=True)(align)
 app.command("finetune", no_args_is_help=True)(finetune)
 app.command("evaluate", no_args_is_help=True)(evaluate)
 app.command("generate", no_args_is_help=True)(generate)

@@ -13,10 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from emrrg_cli.data.pairs import PairBatch
+from emrrg_cli.errors import UsageError
 from emrrg_cli.models.report_generator import IMAGENET_MEAN, IMAGENET_STD, average_views
 from emrrg_cli.training.stage import StageOutput
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from emrrg_cli.models.arm.encoder import ArmEncoder
 
 FIRST_LOGIT_SCALE = math.log(1 / 0.07)
@@ -79,9 +82,10 @@ class Alignment(nn.Module):
     Args:
         encoder: `ArmEncoder`.
         text_encoder: Hugging Face model whose output has `last_hidden_state` `[b, t, hidden_size]`.
-        hidden_size: width of the text tower.
+        tokenizer: the text tower's.
         dim: width of the common space.
         pooling: `last` or `mean`.
+        max_text_tokens: texts are cut to this many tokens, special tokens included.
 
     Source: MambaXray-VL (arXiv 2410.00379) section 3; CLIP (arXiv 2103.00020); GradCache (arXiv 2101.06983).
     """
@@ -90,16 +94,24 @@ class Alignment(nn.Module):
     std: Tensor
 
     def __init__(
-        self, encoder: ArmEncoder, text_encoder: Any, hidden_size: int, dim: int = 2048, pooling: str = "last"
+        self,
+        encoder: ArmEncoder,
+        text_encoder: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        dim: int = 2048,
+        pooling: str = "last",
+        max_text_tokens: int = 128,
     ) -> None:
         super().__init__()
         if pooling not in ("last", "mean"):
             raise ValueError(f"pooling must be last or mean, got {pooling}")
         self.encoder = encoder
         self.text_encoder = text_encoder
+        self.tokenizer = tokenizer
         self.pooling = pooling
+        self.max_text_tokens = max_text_tokens
         self.vision_proj = nn.Linear(encoder.d_model, dim)
-        self.text_proj = nn.Linear(hidden_size, dim)
+        self.text_proj = nn.Linear(text_encoder.config.hidden_size, dim)
         self.logit_scale = nn.Parameter(torch.tensor(FIRST_LOGIT_SCALE))
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
@@ -194,6 +206,28 @@ class Alignment(nn.Module):
         return Contrast(losses.detach()[own], to_images[own], to_texts[own], to_scale.detach())
 
     # -- training -----------------------------------------------------------------------------------------------
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        """Trades time for memory: blocks and layers of both towers are computed again in the backward pass.
+
+        Raises:
+            UsageError: for a text tower that does not know how to.
+        """
+        self.encoder.gradient_checkpointing = enabled
+        if not enabled:
+            self.text_encoder.gradient_checkpointing_disable()
+            return
+        try:
+            self.text_encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        except ValueError as error:
+            raise UsageError(
+                f"train.gradient_checkpointing: {error}", hint="Set it to false and train.micro_batch_size lower."
+            ) from error
+
+    def head_parameters(self) -> dict[str, nn.Parameter]:
+        """What joins the towers, by name: the two projections and `logit_scale`."""
+        towers = ("encoder.", "text_encoder.")
+        return {name: parameter for name, parameter in self.named_parameters() if not name.startswith(towers)}
 
     def train(self, mode: bool = True) -> Alignment:
         """A frozen text tower stays in evaluation mode: dropout would only add noise to it."""

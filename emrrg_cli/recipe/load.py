@@ -14,6 +14,7 @@ from typing import Any, Literal, cast, overload
 from pydantic import ValidationError
 
 from emrrg_cli.errors import UsageError
+from emrrg_cli.recipe.alignment import AlignRecipe
 from emrrg_cli.recipe.layers import KeyPath, Layer, merge, with_presets
 from emrrg_cli.recipe.library import find_recipe, read_layer, read_layers
 from emrrg_cli.recipe.overrides import parse_overrides
@@ -25,6 +26,7 @@ from emrrg_cli.recipe.yaml12 import dump
 
 # A stage is one entry here.
 STAGES: dict[str, type[Settings]] = {
+    "align": AlignRecipe,
     "finetune": FinetuneRecipe,
     "preprocess": PreprocessRecipe,
     "pretrain": PretrainRecipe,
@@ -39,6 +41,8 @@ _UNSETTLED = (("model", "llm", "name"), ("model", "llm", "dtype"), ("model", "sc
 RUN_RECIPE = "recipe.yaml"
 
 
+@overload
+def load_recipe(ref: str, overrides: Sequence[str] = (), *, stage: Literal["align"]) -> AlignRecipe: ...
 @overload
 def load_recipe(ref: str, overrides: Sequence[str] = (), *, stage: Literal["finetune"]) -> FinetuneRecipe: ...
 @overload

@@ -1,0 +1,103 @@
+"""Builds the stage 2 model from a recipe, writes it into a run directory and reads it back.
+
+A run directory holds `tokenizer/` at its top and under `model/`, replaced as a whole: `encoder.safetensors` with
+`encoder.json`, `text_encoder/` as Hugging Face writes it, `alignment.safetensors` (`vision_proj.*`, `text_proj.*`,
+`logit_scale`) and `alignment.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from emrrg_cli.errors import RunError
+from emrrg_cli.files import atomic_directory, atomic_write_text
+from emrrg_cli.models.alignment import Alignment
+from emrrg_cli.models.arm.encoder import ArmEncoder
+from emrrg_cli.models.build import fitting_tensors
+from emrrg_cli.models.text_encoder import build_scratch_text_encoder, load_text_encoder, load_text_tokenizer
+from emrrg_cli.models.transfer import load_encoder, save_encoder
+from emrrg_cli.recipe.alignment import AlignRecipe
+
+FORMAT = 1
+HEAD_FILE = "alignment.safetensors"
+_CONFIG = "alignment.json"
+_TEXT_ENCODER = "text_encoder"
+
+
+def fresh_alignment(recipe: AlignRecipe, encoder: ArmEncoder, tokenizer: Any, run_dir: Path | None) -> Alignment:
+    """The model that training starts from.
+
+    Args:
+        encoder: of the recipe's size, with the weights that training starts from.
+        run_dir: a run that is continued, whose own text tower is taken where it has one; None: a new run.
+
+    Raises:
+        RunError: when the text tower cannot be had.
+    """
+    settings, max_tokens = recipe.model.text, recipe.data.max_text_tokens
+    own = None if run_dir is None else run_dir / "model" / _TEXT_ENCODER
+    if own is not None and own.is_dir():
+        text_encoder = load_text_encoder(str(own), None, max_tokens)
+    elif settings.name == "scratch":
+        text_encoder = build_scratch_text_encoder(settings.scratch, tokenizer, max_tokens)
+    else:
+        text_encoder = load_text_encoder(settings.name, settings.revision, max_tokens)
+    if settings.frozen:
+        text_encoder.requires_grad_(False)
+    model = Alignment(encoder, text_encoder, tokenizer, recipe.model.dim, settings.pooling, max_tokens)
+    model.set_gradient_checkpointing(recipe.train.gradient_checkpointing)
+    return model
+
+
+def save_alignment(run_dir: Path, model: Alignment) -> None:
+    """Replaces `run_dir/model` by the model as it is now."""
+    with atomic_directory(run_dir / "model") as directory:
+        save_encoder(directory, model.encoder)
+        head = {name: parameter.detach().cpu().contiguous() for name, parameter in model.head_parameters().items()}
+        save_file(head, directory / HEAD_FILE)
+        model.text_encoder.save_pretrained(directory / _TEXT_ENCODER)
+        config = {
+            "format": FORMAT,
+            "kind": "alignment",
+            "dim": model.vision_proj.out_features,
+            "pooling": model.pooling,
+            "max_text_tokens": model.max_text_tokens,
+        }
+        atomic_write_text(directory / _CONFIG, json.dumps(config, indent=2) + "\n")
+
+
+def load_alignment(run_dir: Path | str, scan: str = "auto") -> Alignment:
+    """The model of an `align` run, in evaluation mode.
+
+    Args:
+        scan: engine of the scan (`emrrg_cli.models.scan`).
+
+    Raises:
+        RunError: when the run holds no trained model yet, or its parts do not fit together.
+    """
+    run_dir = Path(run_dir)
+    trained = run_dir / "model"
+    if not (trained / HEAD_FILE).is_file():
+        raise RunError(
+            f"{run_dir}: there is no trained stage 2 model here",
+            hint="Name a directory that `emrrg align` wrote, and let its training reach a validation or its end.",
+        )
+    try:
+        config = json.loads((trained / _CONFIG).read_text(encoding="utf-8"))
+        dim, pooling, max_text_tokens = config["dim"], config["pooling"], config["max_text_tokens"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{trained / _CONFIG} cannot be read: {error}") from error
+    encoder = load_encoder(run_dir, scan)
+    text_encoder = load_text_encoder(str(trained / _TEXT_ENCODER), None, max_text_tokens)
+    tokenizer = load_text_tokenizer(str(run_dir / "tokenizer"))
+    model = Alignment(encoder, text_encoder, tokenizer, dim, pooling, max_text_tokens)
+    parameters = model.head_parameters()
+    with torch.no_grad():
+        for name, tensor in fitting_tensors(parameters, trained / HEAD_FILE).items():
+            parameters[name].copy_(tensor)
+    return model.requires_grad_(False).eval()

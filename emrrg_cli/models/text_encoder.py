@@ -1,0 +1,121 @@
+"""The text tower of stage 2: any Hugging Face text encoder by hub name or directory, or a small BERT from scratch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from emrrg_cli.errors import RunError
+from emrrg_cli.models.llm import train_tokenizer, unavailable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from emrrg_cli.recipe.alignment import ScratchTextSettings
+
+_KEY = "model.text.name"
+
+
+def load_text_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a hub name or directory.
+
+    Raises:
+        RunError: when it cannot be had.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=revision or "main")
+    except Exception as error:  # a broken file raises whatever its reader met
+        raise unavailable(source, "tokenizer", error, _KEY) from error
+
+
+def train_text_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
+    """The tokenizer of `train_tokenizer`, whose texts begin with `<s>` and end with `</s>`, cut ones too.
+
+    So the last token of a report is the same for all, a place to gather what was said, as BERT's `[SEP]` is.
+    """
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = train_tokenizer(texts, vocab_size).backend_tokenizer
+    bpe.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[(token, bpe.token_to_id(token)) for token in ("<s>", "</s>")]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def build_scratch_text_encoder(
+    settings: ScratchTextSettings, tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> PreTrainedModel:
+    """A small BERT (arXiv 1810.04805) with random weights for `tokenizer` and texts of up to `max_tokens`."""
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden_size,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        intermediate_size=4 * settings.hidden_size,
+        hidden_dropout_prob=settings.dropout,
+        attention_probs_dropout_prob=settings.dropout,
+        max_position_embeddings=max_tokens,
+        type_vocab_size=1,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = BertModel(config)
+    _freeze_idle(model, _influence(model, max_tokens))
+    return model
+
+
+def load_text_encoder(source: str, revision: str | None, max_tokens: int) -> PreTrainedModel:
+    """A text encoder with its weights in fp32, from the hub, the local cache or a directory.
+
+    Args:
+        max_tokens: of the texts that it is to read.
+
+    Raises:
+        RunError: when it cannot be had, lacks weights that its hidden states depend on, or does not read such texts.
+    """
+    from transformers import AutoModel
+
+    try:
+        model, loaded = AutoModel.from_pretrained(
+            source, revision=revision or "main", dtype=torch.float32, output_loading_info=True
+        )
+    except Exception as error:  # a broken file raises whatever its reader met
+        raise unavailable(source, "text encoder", error, _KEY) from error
+    try:
+        at_work = _influence(model, max_tokens)
+    except Exception as error:  # an image model, an encoder-decoder, too few positions: each fails in its own way
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise RunError(
+            f"{source}: {type(model).__name__} gives no hidden states for a text of {max_tokens} tokens: {first}",
+            hint=f"{_KEY} is to be a text encoder such as BERT; data.max_text_tokens is no more than it can read.",
+        ) from error
+    if missing := sorted(set(loaded["missing_keys"]) & at_work):
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise RunError(f"{source}: this is no whole {type(model).__name__}: {missing[0]} is missing{more}")
+    _freeze_idle(model, at_work)
+    return model
+
+
+def _influence(model: Any, max_tokens: int) -> set[str]:
+    """Names of the parameters that the hidden states of a text of `max_tokens` depend on."""
+    tokens = torch.ones(1, max_tokens, dtype=torch.long)
+    named = dict(model.named_parameters())
+    was_training = model.training
+    hidden = model.eval()(input_ids=tokens, attention_mask=tokens).last_hidden_state
+    if hidden.shape[-1] != model.config.hidden_size:
+        raise ValueError(f"they are {hidden.shape[-1]} wide, its configuration says {model.config.hidden_size}")
+    gradients = torch.autograd.grad(hidden.sum(), list(named.values()), allow_unused=True)
+    model.train(was_training)
+    return {name for name, gradient in zip(named, gradients, strict=True) if gradient is not None}
+
+
+def _freeze_idle(model: Any, at_work: set[str]) -> None:
+    """Leaves out of the training what has no part in it, such as BERT's pooler: several processes would wait for it."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name in at_work

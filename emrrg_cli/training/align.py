@@ -1,0 +1,243 @@
+"""Stage 2, `align`: X-ray and report contrast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emrrg_cli.console import err
+from emrrg_cli.data.batches import Example, ReportDataset, evaluation_batches
+from emrrg_cli.data.dataset_dir import open_dataset
+from emrrg_cli.data.loading import load_batches
+from emrrg_cli.data.pairs import PairBatch, PairDataset, collate_pairs
+from emrrg_cli.errors import RunError, UsageError
+from emrrg_cli.files import atomic_directory
+from emrrg_cli.metrics.retrieval import Retrieval, retrieval
+from emrrg_cli.models.alignment import MAX_LOGIT_SCALE, Alignment, CachedPairs, contrastive_losses
+from emrrg_cli.models.build import build_encoder
+from emrrg_cli.models.build_alignment import fresh_alignment, save_alignment
+from emrrg_cli.models.text_encoder import load_text_tokenizer, train_text_tokenizer
+from emrrg_cli.models.transfer import fill_encoder
+from emrrg_cli.quiet import quiet_libraries
+from emrrg_cli.recipe.alignment import AlignDataSettings, AlignRecipe
+from emrrg_cli.training.checkpoint import last_checkpoint, writing
+from emrrg_cli.training.launch import is_first_process
+from emrrg_cli.training.loop import Summary
+from emrrg_cli.training.progress import TrainingDisplay
+from emrrg_cli.training.session import Session, open_session
+
+
+@dataclass
+class AlignStage:
+    """The two towers with their objective, validation and export (`emrrg_cli.training.stage.Stage`)."""
+
+    model: Alignment
+    recipe: AlignRecipe
+    validation: PairDataset | None
+    run_dir: Path
+    accelerator: Any
+
+    def items(self, batch: PairBatch) -> int:
+        """Pairs of a batch."""
+        return len(batch)
+
+    @property
+    def collate(self) -> Callable[[Sequence[Example]], PairBatch]:
+        """Examples to a batch; carries the tokenizer alone to the processes that load."""
+        return partial(collate_pairs, tokenizer=self.model.tokenizer, max_tokens=self.model.max_text_tokens)
+
+    def prepare_step(self, batches: list[PairBatch]) -> list[PairBatch] | list[CachedPairs]:
+        """Gradients for the micro-batches of a step; a batch that is in one piece needs none."""
+        if len(batches) == 1:
+            return batches
+        with self.accelerator.autocast():
+            return self.model.cache_gradients([batch.to(self.accelerator.device) for batch in batches])
+
+    @cached_property
+    def validated(self) -> list[int]:
+        """The studies of a validation in an order drawn once, so that data sets and patients are mixed."""
+        assert self.validation is not None
+        generator = torch.Generator().manual_seed(self.recipe.train.seed)
+        order: list[int] = torch.randperm(len(self.validation), generator=generator).tolist()
+        return order[: self.recipe.train.validation_limit]
+
+    def validate(self, display: TrainingDisplay) -> dict[str, float]:
+        """Loss over batches of the validation split as large as those of the training, and strict recall over it all.
+
+        Studies that fill no whole batch have no part in the loss, which depends on the number of negatives.
+        """
+        if self.validation is None:
+            return {}
+        settings = self.recipe.train
+        with display.phase("validation", len(self.validated)) as advance:
+            images, texts = embed_pairs(
+                self.model,
+                self.validation,
+                self.validated,
+                settings.micro_batch_size or settings.batch_size,
+                self.accelerator,
+                workers=self.recipe.data.workers,
+                advance=advance,
+            )
+        scale = self.model.logit_scale.detach().clamp(max=MAX_LOGIT_SCALE)
+        size = min(settings.batch_size, len(images))
+        starts = range(0, len(images) - size + 1, size)
+        losses = [contrastive_losses(images[i : i + size], texts[i : i + size], scale.exp()).mean() for i in starts]
+        figures = {"validation/loss": float(torch.stack(losses).mean()), "validation/logit_scale": float(scale)}
+        found = retrieval(images, texts, read_alike(self.model, [self.validation.reports[i] for i in self.validated]))
+        for way, by_k in found.recall.items():
+            figures |= {f"validation/{way}_R@{k}": value for k, value in by_k.items()}
+        if settings.select == "score":
+            figures["validation/score"] = found.mean_recall
+        return figures
+
+    def export(self) -> None:
+        """Replaces `model/` of the run directory."""
+        with writing(self.run_dir / "model"):
+            save_alignment(self.run_dir, self.model)
+
+
+@torch.no_grad()
+def embed_pairs(
+    model: Alignment,
+    dataset: PairDataset,
+    order: Sequence[int],
+    batch_size: int,
+    accelerator: Any,
+    *,
+    workers: int = 0,
+    advance: Callable[[int], None] = lambda count: None,
+) -> tuple[Tensor, Tensor]:
+    """Embeddings of the images and of the reports of studies, each fp32 `[len(order), dim]`, on the device.
+
+    The processes share the work, and each gets all of it.
+
+    Args:
+        model: in evaluation mode.
+        order: indices into `dataset`.
+        batch_size: of one forward pass.
+        workers: processes that load data.
+        advance: told how many studies are done.
+    """
+    ranks, device = accelerator.num_processes, accelerator.device
+    places = [batch for batch in evaluation_batches(len(order), batch_size, accelerator.process_index, ranks) if batch]
+    collate = partial(collate_pairs, tokenizer=model.tokenizer, max_tokens=model.max_text_tokens)
+    found = torch.zeros(2, len(order), model.vision_proj.out_features, device=device)
+    batches = load_batches(dataset, [[order[place] for place in batch] for batch in places], collate, workers=workers)
+    for batch, place in zip(batches, places, strict=True):
+        with accelerator.autocast():
+            image, text = model.embed(batch.to(device))
+        found[0, place], found[1, place] = image, text
+        advance(len(place) * ranks)
+    if ranks > 1:
+        found = accelerator.reduce(found, reduction="sum")
+    return found[0], found[1]
+
+
+def read_alike(model: Alignment, reports: Sequence[str]) -> list[tuple[int, ...]]:
+    """For `retrieval`: the tokens of each report, equal where the text tower cannot tell two of them apart."""
+    tokens = model.tokenizer(list(reports), truncation=True, max_length=model.max_text_tokens)["input_ids"]
+    return [tuple(ids) for ids in tokens]
+
+
+def open_pairs(
+    settings: AlignDataSettings, split: str, image_size: int, *, required: bool = True, weighted: bool = False
+) -> PairDataset | None:
+    """A split of the data sets of a recipe.
+
+    Args:
+        required: whether each data set has to have the split; otherwise those that lack it are left out, and None is
+            returned where all do.
+        weighted: go by the weights of the recipe, for training.
+
+    Raises:
+        UsageError: where the recipe names no data, or a directory that is none.
+        RunError: when a split is missing, or none of its studies has text.
+    """
+    sets = settings.all_sets()
+    if not sets:
+        raise UsageError(
+            "data.root is not set",
+            hint="Name a dataset directory, as `emrrg preprocess` writes: data.root=DIR; several are data.sets.",
+        )
+    parts, weights = [], []
+    for one, weight in sets:
+        assert one.root is not None
+        splits = open_dataset(one.root)
+        if split not in splits:
+            if required:
+                raise RunError(f"{one.root}: this dataset directory has no split named {split}")
+            continue
+        try:
+            parts.append(ReportDataset(splits[split], one, image_size))
+        except RunError as error:
+            raise RunError(f"{one.root}: {error.message}", hint=error.hint) from error
+        weights.append(weight if weighted else 1.0)
+        if parts[-1].without_text and is_first_process():
+            err.print(
+                f"{one.root}: {parts[-1].without_text:,} of {len(splits[split]):,} {split} studies have no text for "
+                f"data.section={one.section} and are left out",
+                markup=False,
+                soft_wrap=True,
+            )
+    return PairDataset(parts, weights) if parts else None
+
+
+def run_align(
+    recipe: AlignRecipe, run_dir: Path, *, resume: bool, expected_processes: int, verbose: bool = False
+) -> Summary:
+    """Trains both towers as the recipe says and leaves a run directory.
+
+    Args:
+        verbose: name every tensor of the encoder that training starts from.
+
+    Raises:
+        UsageError: where the recipe does not fit the data or the machine.
+        RunError: when a part cannot be had or training fails.
+        Interrupted: after Ctrl-C, with a checkpoint written.
+    """
+    quiet_libraries()
+    size = recipe.model.encoder.image_size
+    training = open_pairs(recipe.data, "train", size, weighted=True)
+    validation = open_pairs(recipe.data, "validation", size, required=False)
+    assert training is not None
+    with open_session(
+        recipe, recipe.train, recipe.model.scan, run_dir, resume=resume, expected_processes=expected_processes
+    ) as session:
+        tokenizer = _tokenizer(recipe, training, session)
+        encoder = build_encoder(recipe.model.encoder, session.scan)
+        begun = resume and last_checkpoint(run_dir / "checkpoints") is not None
+        if recipe.model.encoder.weights is not None and not begun:
+            transfer = fill_encoder(encoder, recipe.model.encoder.weights)
+            if session.accelerator.is_main_process:
+                transfer.show(verbose=verbose)
+        model = fresh_alignment(recipe, encoder, tokenizer, run_dir if resume else None)
+        stage = AlignStage(model, recipe, validation, run_dir, session.accelerator)
+        return session.train(stage, training, stage.collate, workers=recipe.data.workers)
+
+
+def _tokenizer(recipe: AlignRecipe, training: PairDataset, session: Session) -> Any:
+    text, target = recipe.model.text, session.run_dir / "tokenizer"
+    if session.accelerator.is_main_process and not target.exists():
+        if text.name == "scratch":
+            tokenizer = train_text_tokenizer(training.reports, text.scratch.vocab_size)
+        else:
+            tokenizer = load_text_tokenizer(text.name, text.revision)
+        with atomic_directory(target) as temporary:
+            tokenizer.save_pretrained(temporary)
+    session.accelerator.wait_for_everyone()
+    return load_text_tokenizer(str(target))
+
+
+def describe(found: Retrieval) -> str:
+    """One line on how hard a retrieval is."""
+    return (
+        f"{found.studies:,} pairs with {found.distinct:,} different reports; recall@1 is {found.chance[1]:.4f} by "
+        f"chance and at most {found.ceiling[1]:.4f}"
+    )
