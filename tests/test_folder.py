@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from emrrg_cli import folder
+from emrrg_cli.data.find import find_images
 from emrrg_cli.errors import Interrupted, UsageError
-from emrrg_cli.folder import find_images, run_generation
+from emrrg_cli.folder import run_generation
 from emrrg_cli.recipe.load import load_recipe
 from emrrg_cli.recipe.schema import FinetuneRecipe
 

@@ -34,8 +34,9 @@ def generate(
     images, overrides = split_arguments(paths)
     settings = load_run_recipe(model, recipe, overrides, "generate")
 
+    from emrrg_cli.data.find import find_images
     from emrrg_cli.data.study import printable
-    from emrrg_cli.folder import find_images, run_generation
+    from emrrg_cli.folder import run_generation
     from emrrg_cli.reporting.tables import reports_table
 
     files = find_images(images)
