@@ -143,6 +143,14 @@ class DrawsEpoch(Protocol):
         """Indices of the examples of an epoch in order, int64 `[epoch_length]`; random by the generator alone."""
 
 
+@runtime_checkable
+class FollowsEpochs(Protocol):
+    """A data set whose examples are others in each epoch, as with random crops."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called before an epoch, counted from 0, is loaded."""
+
+
 class EpochOrder:
     """Which examples make up each micro-batch of this process, the same data whatever the number of processes.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from emrrg_cli.console import err
-from emrrg_cli.data.batches import DrawsEpoch, EpochOrder
+from emrrg_cli.data.batches import DrawsEpoch, EpochOrder, FollowsEpochs
 from emrrg_cli.data.loading import load_batches
 from emrrg_cli.errors import Interrupted, RunError, UsageError
 from emrrg_cli.files import append_jsonl, atomic_write_text, read_jsonl
@@ -34,7 +35,7 @@ from emrrg_cli.training.checkpoint import (
 from emrrg_cli.training.launch import inside_launcher
 from emrrg_cli.training.progress import TrainingDisplay
 from emrrg_cli.training.schedule import build_optimizer, learning_rate
-from emrrg_cli.training.stage import PreparesStep, Stage
+from emrrg_cli.training.stage import PreparesStep, ShowsExamples, Stage
 
 
 @dataclass
@@ -213,6 +214,8 @@ class _Loop:
     def _epoch_batches(self) -> Iterator[list[Any]]:
         # Lists of the micro-batches of one optimizer step, from the place in the epoch where the run stands.
         progress = self.progress
+        if isinstance(self.dataset, FollowsEpochs):
+            self.dataset.set_epoch(progress.epoch)
         batches = load_batches(
             self.dataset,
             list(self.order.epoch(progress.epoch, progress.step_in_epoch)),
@@ -315,6 +318,8 @@ class _Loop:
             better = bool(figures) and self._is_better(figures)
             if better and self.accelerator.is_main_process:
                 self.stage.export()
+            if isinstance(self.stage, ShowsExamples) and self.accelerator.is_main_process:
+                self.stage.show_examples(math.ceil(progress.step / self.order.steps_per_epoch))
         progress.validation_due = False
         if not figures:
             return

@@ -25,7 +25,7 @@ from emrrg_cli.training.progress import TrainingDisplay
 from emrrg_cli.training.stage import Stage
 
 # What a run may write before its first step.
-_FILES = (RUN_RECIPE, "environment.json", "encoder.safetensors", "llm.json")
+_FILES = (RUN_RECIPE, "environment.json", "encoder.safetensors", "llm.json", "images.json")
 _DIRECTORIES = ("tokenizer", "llm", "tracking")
 
 

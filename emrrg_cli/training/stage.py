@@ -49,3 +49,11 @@ class PreparesStep(Protocol):
         Called in training mode before the first of them goes through the model. Contrast over a batch larger than the
         memory computes here what each micro-batch needs to know of the others.
         """
+
+
+@runtime_checkable
+class ShowsExamples(Protocol):
+    """A stage that leaves a picture of what the model makes of some examples."""
+
+    def show_examples(self, epoch: int) -> None:
+        """Called after each validation, by the main process alone; `epoch` counts epochs done, a begun one as one."""
