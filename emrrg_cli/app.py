@@ -27,13 +27,14 @@ from emrrg_cli.commands.finetune import finetune
 from emrrg_cli.commands.generate import generate
 from emrrg_cli.commands.plan import plan
 from emrrg_cli.commands.preprocess import app as preprocess_app
+from emrrg_cli.commands.pretrain import pretrain
 from emrrg_cli.commands.recipe import app as recipe_app
 from emrrg_cli.console import err
 from emrrg_cli.errors import EmrrgError, Interrupted
 from emrrg_cli.training.launch import tell_launcher
 
 # The order of the work, which is that of the help. Typer lists groups after commands by itself.
-ORDER = ("demo", "preprocess", "align", "finetune", "evaluate", "generate", "plan", "recipe", "doctor")
+ORDER = ("demo", "preprocess", "pretrain", "align", "finetune", "evaluate", "generate", "plan", "recipe", "doctor")
 
 # Also what the processes that a command starts go by.
 DEBUG = "EMRRG_DEBUG"
@@ -51,6 +52,7 @@ class _InOrder(TyperGroup):
 app = typer.Typer(cls=_InOrder, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command("demo")(demo)
 app.add_typer(preprocess_app, name="preprocess")
+app.command("pretrain", no_args_is_help=True)(pretrain)
 app.command("align", no_args_is_help=True)(align)
 app.command("finetune", no_args_is_help=True)(finetune)
 app.command("evaluate", no_args_is_help=True)(evaluate)

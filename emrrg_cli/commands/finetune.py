@@ -2,39 +2,40 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from emrrg_cli.commands.options import NumProcesses, Overrides, Verbose
+from emrrg_cli.commands.options import NumProcesses, Output, Overrides, PrintRecipe, Resume, Verbose
 
 
 def finetune(
     context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="Shipped recipe (`emrrg recipe ls`) or a path to one.")],
     overrides: Overrides = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Run directory; default runs/<recipe>.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue from the run's last checkpoint.")] = False,
+    output: Output = None,
+    resume: Resume = False,
     num_processes: NumProcesses = None,
     verbose: Verbose = False,
-    print_recipe: Annotated[bool, typer.Option("--print-recipe", help="Print the resolved recipe and stop.")] = False,
+    print_recipe: PrintRecipe = False,
 ) -> None:
     """Stage 3: train vision Mamba, bridge and LLM to write reports."""
-    from emrrg_cli.commands.options import start_processes
-    from emrrg_cli.console import err, out
-    from emrrg_cli.recipe.load import dump_recipe, load_recipe
-    from emrrg_cli.training.launch import inside_launcher, is_first_process, processes_expected
-    from emrrg_cli.training.run_dir import check_run_dir, default_run_dir
+    from emrrg_cli.commands.options import start_run
+    from emrrg_cli.console import err
+    from emrrg_cli.recipe.load import load_recipe
+    from emrrg_cli.training.launch import processes_expected
 
     settings = load_recipe(recipe, overrides or [], stage="finetune")
-    if print_recipe:
-        out.print(dump_recipe(settings), end="", markup=False, soft_wrap=True)
-        return
-    run_dir = output or (Path(settings.output) if settings.output else default_run_dir(recipe, resume=resume))
-    if is_first_process():
-        check_run_dir(run_dir, settings, resume=resume)
-    if not inside_launcher() and start_processes(context, num_processes):
+    run_dir = start_run(
+        context,
+        recipe,
+        settings,
+        output=output,
+        resume=resume,
+        num_processes=num_processes,
+        print_recipe=print_recipe,
+    )
+    if run_dir is None:
         return
     from emrrg_cli.training.finetune import run_finetune
 

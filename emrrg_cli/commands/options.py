@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from emrrg_cli.recipe.schema import Settings
 
 Overrides = Annotated[
     list[str] | None,
@@ -17,6 +21,9 @@ NumProcesses = Annotated[
 Verbose = Annotated[
     bool, typer.Option("--verbose", help="Name every tensor that is taken from another stage, dropped or made.")
 ]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Run directory; default runs/<recipe>.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the run's last checkpoint.")]
+PrintRecipe = Annotated[bool, typer.Option("--print-recipe", help="Print the resolved recipe and stop.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
@@ -29,3 +36,37 @@ def start_processes(context: typer.Context, requested: int | None) -> bool:
         return False
     launch(context.obj, processes)  # what follows `emrrg`
     return True
+
+
+def start_run(
+    context: typer.Context,
+    recipe: str,
+    settings: Settings,
+    *,
+    output: Path | None,
+    resume: bool,
+    num_processes: int | None,
+    print_recipe: bool,
+) -> Path | None:
+    """What every training command does first: the directory to run in, or None where nothing is left to do here.
+
+    That is so when the recipe was to be printed, and when other processes were started, which have done the work.
+
+    Raises:
+        UsageError: when the directory is taken, there is nothing to resume, or the recipe has changed.
+    """
+    from emrrg_cli.console import out
+    from emrrg_cli.recipe.load import dump_recipe
+    from emrrg_cli.training.launch import inside_launcher, is_first_process
+    from emrrg_cli.training.run_dir import check_run_dir, default_run_dir
+
+    if print_recipe:
+        out.print(dump_recipe(settings), end="", markup=False, soft_wrap=True)
+        return None
+    stated: str | None = getattr(settings, "output", None)
+    run_dir = output or (Path(stated) if stated else default_run_dir(recipe, resume=resume))
+    if is_first_process():
+        check_run_dir(run_dir, settings, resume=resume)
+    if not inside_launcher() and start_processes(context, num_processes):
+        return None
+    return run_dir

@@ -222,6 +222,17 @@ class ArmPretrainer(nn.Module):
         deviation = (patches.var(dim=-1, keepdim=True, unbiased=True) + 1e-6).sqrt()
         return (patches - mean) / deviation, mean, deviation
 
+    def paste(self, patches: Tensor, onto: Tensor | None = None) -> Tensor:
+        """Puts patches back where they belong: `[b, l - 16, 768]`, order as in `targets`, to images `[b, 3, h, w]`.
+
+        The first cluster, of which there are no patches, is that of `onto` (images `[b, 3, h, w]`), or 0.
+        """
+        b, size, grid = len(patches), self.encoder.image_size, self.encoder.grid
+        every = patches.new_zeros(b, grid**2, PIXELS) if onto is None else patch_pixels(onto).to(patches.dtype)
+        every[:, self.order[PATCHES_PER_CLUSTER:]] = patches
+        x = every.view(b, grid, grid, PATCH_SIZE, PATCH_SIZE, 3)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(b, 3, size, size)
+
 
 def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):

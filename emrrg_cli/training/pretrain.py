@@ -1,0 +1,219 @@
+"""Stage 1, `pretrain`: autoregressive image modelling."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from emrrg_cli.data.dataset_dir import open_dataset
+from emrrg_cli.data.image_dataset import (
+    Augmentation,
+    FolderImages,
+    FolderSplit,
+    ImageBatch,
+    ImageDataset,
+    ImageSource,
+    SplitImages,
+    collate_images,
+    is_dataset_dir,
+    split_folder,
+)
+from emrrg_cli.errors import RunError, UsageError
+from emrrg_cli.files import atomic_write_text
+from emrrg_cli.models.arm.pretrainer import WEIGHTS, ArmPretrainer, find_pretrainer, save_pretrainer
+from emrrg_cli.models.build import load_weights
+from emrrg_cli.models.report_generator import IMAGENET_MEAN, IMAGENET_STD
+from emrrg_cli.quiet import quiet_libraries
+from emrrg_cli.recipe.pretraining import PretrainModelSettings, PretrainRecipe
+from emrrg_cli.reporting.clusters import draw_predictions
+from emrrg_cli.training.checkpoint import writing
+from emrrg_cli.training.loop import Summary
+from emrrg_cli.training.progress import TrainingDisplay
+from emrrg_cli.training.session import Session, open_session, validation_loss
+from emrrg_cli.training.stage import StageOutput
+
+IMAGES = "images.json"
+_SHOWN = 6
+
+
+class PixelPretrainer(nn.Module):
+    """The pre-training model with uint8 grey images in and the loss of the stage out."""
+
+    def __init__(self, pretrainer: ArmPretrainer) -> None:
+        super().__init__()
+        self.pretrainer = pretrainer
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """uint8 `[b, h, w]` to `[b, 3, h, w]`: the grey value in three channels, ImageNet mean and deviation."""
+        return (pixels[:, None].float() / 255 - self.mean) / self.std
+
+    def grey(self, images: Tensor) -> Tensor:
+        """The way back, `[b, 3, h, w]` to grey values `[b, h, w]` from 0 to 255, the mean over the channels."""
+        return ((images * self.std + self.mean) * 255).mean(dim=1)
+
+    def forward(self, batch: ImageBatch) -> StageOutput:
+        """The loss summed over the images of a batch."""
+        loss = self.pretrainer(self.normalise(batch.pixels)).loss
+        return StageOutput(loss * len(batch), loss.new_full((), len(batch)))
+
+
+@dataclass
+class PretrainStage:
+    """The model with its objective, validation, pictures and export (`emrrg_cli.training.stage.Stage`)."""
+
+    model: PixelPretrainer
+    recipe: PretrainRecipe
+    validation: ImageDataset | None
+    shown: ImageDataset
+    run_dir: Path
+    accelerator: Any
+
+    def items(self, batch: ImageBatch) -> int:
+        """Images of a batch."""
+        return len(batch)
+
+    @property
+    def collate(self) -> Callable[[Sequence[Tensor]], ImageBatch]:
+        """Images to a batch."""
+        return collate_images
+
+    def validate(self, display: TrainingDisplay) -> dict[str, float]:
+        """Loss over the validation images, whole and unmirrored."""
+        if self.validation is None:
+            return {}
+        loss = validation_loss(
+            self.model,
+            self.validation,
+            self.collate,
+            self.recipe.train,
+            self.accelerator,
+            display,
+            workers=self.recipe.data.workers,
+        )
+        return {"validation/loss": loss}
+
+    @torch.no_grad()
+    def show_examples(self, epoch: int) -> None:
+        """Writes `pictures/epoch-NNN.png`: the first few images of validation (of training where there is none)."""
+        pixels = torch.stack([self.shown[i] for i in range(min(_SHOWN, len(self.shown)))])
+        model = self.model
+        pretrainer = model.pretrainer
+        images = model.normalise(pixels.to(self.accelerator.device))
+        with self.accelerator.autocast():
+            prediction = pretrainer(images).prediction.float()
+        target, mean, deviation = pretrainer.targets(images)
+        pictures = {
+            "targets": pretrainer.paste(target).mean(dim=1),
+            "predictions": pretrainer.paste(prediction).mean(dim=1),
+            "restored": model.grey(pretrainer.paste(prediction * deviation + mean, onto=images)),
+        }
+        draw_predictions(
+            pixels.float().numpy(),
+            **{name: picture.cpu().numpy() for name, picture in pictures.items()},
+            path=self.run_dir / "pictures" / f"epoch-{epoch:03d}.png",
+            title=f"{self.run_dir.resolve().name}, after epoch {epoch}",
+        )
+
+    def export(self) -> None:
+        """Replaces `model/` of the run directory."""
+        with writing(self.run_dir / "model"):
+            save_pretrainer(self.run_dir / "model", self.model.pretrainer)
+
+
+def build_pretrainer(settings: PretrainModelSettings, scan: str = "auto") -> ArmPretrainer:
+    """The model of a recipe, with random weights or those that the recipe names.
+
+    Raises:
+        UsageError: `encoder.weights` names no model of stage 1.
+        RunError: its tensors do not fit the sizes of the recipe.
+    """
+    encoder = settings.encoder
+    width, depth = encoder.width_and_depth
+    model = ArmPretrainer(
+        width,
+        depth,
+        encoder.image_size,
+        encoder.d_state,
+        settings.decoder_width,
+        settings.decoder_depth,
+        scan=scan,
+    )
+    if encoder.weights is not None:
+        load_weights(model, find_pretrainer(Path(encoder.weights)) / WEIGHTS)
+    return model
+
+
+def run_pretrain(recipe: PretrainRecipe, run_dir: Path, *, resume: bool, expected_processes: int) -> Summary:
+    """Trains an encoder on images alone, as the recipe says, and leaves a run directory.
+
+    Raises:
+        UsageError: where the recipe does not fit the data or the machine.
+        RunError: when the images cannot be read or training fails.
+        Interrupted: after Ctrl-C, with a checkpoint written.
+    """
+    if recipe.data.root is None:
+        raise UsageError(
+            "data.root is not set",
+            hint="Name a dataset directory, as `emrrg preprocess` writes, or a folder of images: data.root=DIR.",
+        )
+    quiet_libraries()
+    root = Path(recipe.data.root)
+    splits = open_dataset(root) if is_dataset_dir(root) else None
+    if splits is not None and "train" not in splits:
+        raise RunError(f"{root}: this dataset directory has no split named train")
+    with open_session(
+        recipe, recipe.train, recipe.model.scan, run_dir, resume=resume, expected_processes=expected_processes
+    ) as session:
+        limit = recipe.data.limit
+        training: ImageSource
+        validation: ImageSource | None = None
+        if splits is not None:
+            training = SplitImages(splits["train"], limit)
+            if "validation" in splits:
+                validation = SplitImages(splits["validation"], limit)
+        else:
+            split = _folder_split(root, recipe, session)
+            training = FolderImages(root, split.train[:limit])
+            if split.validation:
+                validation = FolderImages(root, split.validation[:limit])
+        return _train(recipe, training, validation, session)
+
+
+def _train(recipe: PretrainRecipe, training: ImageSource, validation: ImageSource | None, session: Session) -> Summary:
+    size, settings = recipe.model.encoder.image_size, recipe.data
+    low, high = settings.crop_scale
+    model = build_pretrainer(recipe.model, session.scan)
+    model.encoder.gradient_checkpointing = recipe.train.gradient_checkpointing
+    stage = PretrainStage(
+        PixelPretrainer(model),
+        recipe,
+        None if validation is None else ImageDataset(validation, size),
+        ImageDataset(training if validation is None else validation, size),
+        session.run_dir,
+        session.accelerator,
+    )
+    dataset = ImageDataset(training, size, Augmentation((low, high), settings.flip), recipe.train.seed)
+    return session.train(stage, dataset, stage.collate, workers=settings.workers)
+
+
+def _folder_split(root: Path, recipe: PretrainRecipe, session: Session) -> FolderSplit:
+    """The images of a folder as the run began with them: a file added later does not change what a resumed run sees."""
+    record = session.run_dir / IMAGES
+    if session.accelerator.is_main_process and not (session.resume and record.is_file()):
+        split = split_folder(root, recipe.data.validation, workers=recipe.data.workers)
+        atomic_write_text(record, json.dumps(asdict(split), indent=1, ensure_ascii=False) + "\n")
+    session.accelerator.wait_for_everyone()
+    try:
+        return FolderSplit(**json.loads(record.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(f"{record}, the list of this run's images, cannot be read: {error}") from error
