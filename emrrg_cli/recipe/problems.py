@@ -179,6 +179,8 @@ def describe(annotation: Any) -> str:
 def _describe_many(annotation: Any) -> str:
     if is_literal(annotation):
         return f"names from {', '.join(map(str, get_args(annotation)))}"
+    if is_section(annotation):
+        return "sections of settings"
     return _PLAIN[annotation][1] if annotation in _PLAIN else "values"
 
 

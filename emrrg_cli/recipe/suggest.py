@@ -47,7 +47,8 @@ def nearest_keys(schema: type[BaseModel], path: KeyPath) -> list[str]:
     """
     *section, key = path
     places = list(_places(schema))
-    siblings = {place[-1]: place for place in places if place[:-1] == tuple(section)}
+    around = annotation_at(schema, tuple(section))  # also an item of a list of sections
+    siblings = {name: (*section, name) for name in around.model_fields} if is_section(around) else {}
     by_synonym = {name: siblings[ours] for name, ours in SYNONYMS.items() if ours in siblings}
     name = key.lower().replace("-", "_")
 
@@ -81,4 +82,4 @@ def _places(schema: type[BaseModel], path: KeyPath = ()) -> Iterator[KeyPath]:
 
 
 def _dotted(path: KeyPath) -> str:
-    return ".".join(path)
+    return "".join(f"[{key}]" if key.isdigit() else f".{key}" for key in path).removeprefix(".")
