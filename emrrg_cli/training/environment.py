@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +19,7 @@ from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.files import atomic_write_text
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ENVIRONMENT = "environment.json"
 PACKAGES = ("emrrg", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
 
 
@@ -45,29 +47,20 @@ def llm_dtype(requested: str, precision: str) -> torch.dtype:
     return DTYPES[precision if requested == "auto" else requested]
 
 
-def make_accelerator(precision: str, expected_processes: int, run_dir: Path | None = None, trackers: Any = ()) -> Any:
+def make_accelerator(precision: str, expected_processes: int, trackers: Sequence[Any] = ()) -> Any:
     """`accelerate.Accelerator` for this process.
 
     Args:
         precision: `bf16`, `fp16` or `fp32`.
         expected_processes: the number asked for; 0 when nobody asked.
+        trackers: those of `make_trackers`; `start_trackers` starts them.
 
     Raises:
-        UsageError: for a tracker that is not installed.
         RunError: when the number of processes is not the one asked for.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    for tracker in trackers:
-        package = {"tensorboard": "tensorboard", "wandb": "wandb"}[tracker]
-        try:
-            metadata.version(package)
-        except metadata.PackageNotFoundError:
-            raise UsageError(
-                f"train.trackers names {tracker}, which is not installed",
-                hint=f"pip install {package}, or take it out of train.trackers.",
-            ) from None
     wanted = "no" if precision == "fp32" else precision
     if AcceleratorState._shared_state.get("_mixed_precision", wanted) != wanted:
         AcceleratorState._reset_state()  # an earlier command of this process; Accelerate itself refuses to change
@@ -75,7 +68,6 @@ def make_accelerator(precision: str, expected_processes: int, run_dir: Path | No
         mixed_precision=wanted,
         cpu=not torch.cuda.is_available(),
         log_with=list(trackers) or None,
-        project_dir=None if run_dir is None else str(run_dir),
         step_scheduler_with_optimizer=False,
     )
     if expected_processes and accelerator.num_processes != expected_processes:
@@ -86,8 +78,59 @@ def make_accelerator(precision: str, expected_processes: int, run_dir: Path | No
     return accelerator
 
 
+def make_trackers(names: Sequence[str], run_dir: Path, recipe: Mapping[str, Any]) -> list[Any]:
+    """The trackers of a run: TensorBoard writes to `run_dir/tracking`, W&B to a run of its project `emrrg`.
+
+    Args:
+        names: `tensorboard`, `wandb`.
+        run_dir: W&B calls the run by its last name.
+        recipe: the configuration that W&B shows.
+
+    Raises:
+        UsageError: for a tracker that is not installed.
+    """
+    from accelerate.tracking import TensorBoardTracker, WandBTracker
+
+    made = []
+    for name in names:
+        try:
+            metadata.version(name)
+        except metadata.PackageNotFoundError:
+            raise UsageError(
+                f"train.trackers names {name}, which is not installed",
+                hint=f"pip install {name}, or take it out of train.trackers.",
+            ) from None
+        if name == "tensorboard":
+            made.append(TensorBoardTracker("tracking", str(run_dir)))
+        else:
+            made.append(WandBTracker("emrrg", name=run_dir.resolve().name, dir=str(run_dir), config=dict(recipe)))
+    return made
+
+
+def start_trackers(accelerator: Any) -> None:
+    """Starts the trackers that an accelerator was made with.
+
+    Raises:
+        RunError: when one does not start, most often W&B without a login or a network.
+    """
+    try:
+        accelerator.init_trackers("emrrg")
+    except Exception as error:  # each has its own
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise RunError(
+            f"train.trackers: a tracker does not start: {reason}",
+            hint="For W&B: `wandb login`, or WANDB_MODE=offline. Or take it out of train.trackers.",
+        ) from error
+
+
 def record_environment(run_dir: Path, accelerator: Any, precision: str, scan: str) -> None:
-    """Writes `environment.json`: versions, git revision, device, processes, command."""
+    """Writes `environment.json`: versions, git revision, device, processes, command.
+
+    What a run began with stays; where it is resumed, the record of that is added to the list `resumed`.
+
+    Raises:
+        RunError: when there is a record that cannot be read.
+    """
     versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
@@ -107,7 +150,30 @@ def record_environment(run_dir: Path, accelerator: Any, precision: str, scan: st
         "precision": precision,
         "scan": scan,
     }
-    atomic_write_text(run_dir / "environment.json", json.dumps(record, indent=2) + "\n")
+    if (first := first_environment(run_dir)) is not None:
+        record = first | {"resumed": [*first.get("resumed", []), record]}
+    atomic_write_text(run_dir / ENVIRONMENT, json.dumps(record, indent=2) + "\n")
+
+
+def first_environment(run_dir: Path) -> dict[str, Any] | None:
+    """What `record_environment` wrote when the run began; None where it has not.
+
+    Raises:
+        RunError: when it cannot be read.
+    """
+    file = run_dir / ENVIRONMENT
+    if not file.is_file():
+        return None
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(record, dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{file}, the record of what this run began with, cannot be read: {error}",
+            hint="Put it back from a copy of the run, or delete it.",
+        ) from error
+    return record
 
 
 def git_revision(directory: Path) -> str | None:

@@ -19,14 +19,21 @@ from emrrg_cli.models.scan import choose_engine
 from emrrg_cli.recipe.load import RUN_RECIPE, dump_recipe
 from emrrg_cli.recipe.schema import LoopSettings, Settings
 from emrrg_cli.reporting.plots import plot_curves
-from emrrg_cli.training.environment import choose_precision, make_accelerator, record_environment
+from emrrg_cli.training.environment import (
+    ENVIRONMENT,
+    choose_precision,
+    make_accelerator,
+    make_trackers,
+    record_environment,
+    start_trackers,
+)
 from emrrg_cli.training.loop import Summary, train
 from emrrg_cli.training.progress import TrainingDisplay
 from emrrg_cli.training.stage import Stage
 
 # What a run may write before its first step.
-_FILES = (RUN_RECIPE, "environment.json", "encoder.safetensors", "llm.json", "images.json")
-_DIRECTORIES = ("tokenizer", "llm", "tracking")
+_FILES = (RUN_RECIPE, ENVIRONMENT, "encoder.safetensors", "llm.json", "images.json")
+_DIRECTORIES = ("tokenizer", "llm", "tracking", "wandb")
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class Session:
 
         # Every process starts from the same weights, then draws its own noise.
         set_seed(self.settings.seed, device_specific=True)
-        self.accelerator.init_trackers("tracking", config=None)
+        start_trackers(self.accelerator)
         try:
             return train(
                 stage,
@@ -88,12 +95,13 @@ def open_session(
         expected_processes: the number asked for; 0 when nobody asked.
 
     Raises:
-        UsageError: where the recipe does not fit the machine.
+        UsageError: where the recipe does not fit the machine, or names a tracker that is not installed.
         RunError: when the number of processes is not the one asked for.
     """
     precision = choose_precision(settings.precision)
     engine = choose_engine(scan, "cuda" if torch.cuda.is_available() else "cpu")
-    accelerator = make_accelerator(precision, expected_processes, run_dir, settings.trackers)
+    trackers = make_trackers(settings.trackers, run_dir, recipe.model_dump())
+    accelerator = make_accelerator(precision, expected_processes, trackers)
     with _no_false_start(run_dir, accelerator.is_main_process):
         if accelerator.is_main_process:
             if not resume:

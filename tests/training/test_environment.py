@@ -14,10 +14,13 @@ import torch
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.training.environment import (
     choose_precision,
+    first_environment,
     git_revision,
     llm_dtype,
     make_accelerator,
+    make_trackers,
     record_environment,
+    start_trackers,
 )
 
 
@@ -52,7 +55,7 @@ def test_a_tracker_that_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(metadata, "version", version)
     with pytest.raises(UsageError, match=r"train\.trackers names wandb, which is not installed"):
-        make_accelerator("fp32", 0, tmp_path, ["wandb"])
+        make_trackers(["wandb"], tmp_path, {})
 
 
 def test_the_number_of_processes_is_checked() -> None:
@@ -76,6 +79,92 @@ def test_the_record_names_versions_device_and_command(tmp_path: Path) -> None:
     assert record["command"] == sys.argv
     assert (record["processes"], record["precision"], record["scan"]) == (1, "fp32", "reference")
     assert set(record) >= {"started", "python", "platform", "git_revision", "device"}
+
+
+def test_the_record_of_the_start_stays_when_a_run_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator = make_accelerator("fp32", 0)
+    assert first_environment(tmp_path) is None
+    record_environment(tmp_path, accelerator, "fp32", "reference")
+    first = first_environment(tmp_path)
+    for scan in ("recompute", "auto"):
+        monkeypatch.setattr(sys, "argv", ["emrrg", "--resume", scan])
+        record_environment(tmp_path, accelerator, "fp32", scan)
+    record = json.loads((tmp_path / "environment.json").read_text())
+    resumed = record.pop("resumed")
+    assert record == first
+    assert [(entry["scan"], entry["command"][-1]) for entry in resumed] == [
+        ("recompute", "recompute"),
+        ("auto", "auto"),
+    ]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]"])
+def test_a_broken_record_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "environment.json").write_text(content)
+    with pytest.raises(RunError, match=r"environment\.json, the record of what this run began with, cannot be read"):
+        record_environment(tmp_path, make_accelerator("fp32", 0), "fp32", "reference")
+    assert (tmp_path / "environment.json").read_text() == content
+
+
+# A package named wandb that notes what it is given.
+WANDB = """
+import json
+from pathlib import Path
+
+def init(**options):
+    if options["name"] == "refused":
+        raise RuntimeError("no login\\nat all")
+    return Run(options)
+
+class Run:
+    def __init__(self, options):
+        self.file = Path(options["dir"]) / "wandb.jsonl"
+        self.note(options)
+
+    def note(self, row):
+        with self.file.open("a") as file:
+            file.write(json.dumps(row) + "\\n")
+
+    def log(self, row, step):
+        self.note(row | {"step": step})
+
+    def finish(self):
+        self.note({"finished": True})
+"""
+
+
+@pytest.fixture
+def wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "site" / "wandb-1.0.dist-info").mkdir(parents=True)
+    (tmp_path / "site" / "wandb.py").write_text(WANDB)
+    (tmp_path / "site" / "wandb-1.0.dist-info" / "METADATA").write_text("Name: wandb\nVersion: 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+
+
+@pytest.mark.usefixtures("wandb")
+def test_wandb_is_told_project_name_and_recipe(tmp_path: Path) -> None:
+    run = tmp_path / "long-lr3"
+    run.mkdir()
+    recipe = {"train": {"lr": 1e-4}}
+    accelerator = make_accelerator("fp32", 0, make_trackers(["tensorboard", "wandb"], run, recipe))
+    start_trackers(accelerator)
+    accelerator.log({"train/loss": 1.5}, step=3)
+    accelerator.end_training()
+    told, *logged = [json.loads(line) for line in (run / "wandb.jsonl").read_text().splitlines()]
+    assert told == {"project": "emrrg", "name": "long-lr3", "dir": str(run), "config": recipe}
+    assert logged == [{"train/loss": 1.5, "step": 3}, {"finished": True}]
+    assert len(list((run / "tracking").glob("events.out.tfevents.*"))) == 1
+
+
+@pytest.mark.usefixtures("wandb")
+def test_a_tracker_that_does_not_start_is_an_error_in_words(tmp_path: Path) -> None:
+    run = tmp_path / "refused"
+    run.mkdir()
+    with pytest.raises(RunError) as caught:
+        start_trackers(make_accelerator("fp32", 0, make_trackers(["wandb"], run, {})))
+    assert caught.value.message == "train.trackers: a tracker does not start: no login"
+    assert "WANDB_MODE=offline" in str(caught.value.hint)
 
 
 def test_the_revision_is_that_of_the_checkout_or_none(tmp_path: Path) -> None:
