@@ -46,6 +46,7 @@ def iu_xray(
     layout = layout or detect_layout(root)
     studies = iu_xray_source(
         root,
+        section=settings.section,
         layout=layout,
         images=images,
         annotation=annotation,

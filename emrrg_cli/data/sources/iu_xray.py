@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from emrrg_cli.data.report_text import ReportSection
 from emrrg_cli.data.sources.annotation import Annotation
 from emrrg_cli.data.sources.locate import find_image
 from emrrg_cli.data.sources.openi import BadReport, OpeniReport, read_openi
 from emrrg_cli.data.sources.r2gen import IU_ID, R2GenSource
 from emrrg_cli.data.sources.splits import draw_splits, drawn_remark
 from emrrg_cli.data.sources.table import CsvFile
+from emrrg_cli.data.sources.texts import lacks_text
 from emrrg_cli.data.sources.views import view_name
 from emrrg_cli.data.study import SPLITS, Account, Column, ImageProblem, Split, Study
 from emrrg_cli.errors import RunError, UsageError
@@ -86,6 +88,7 @@ class IuXraySource:
 
     Args:
         root: Folder of the reports.
+        section: What the report will be; `report`: the findings, and a study without them is left out.
         layout: Of the two; None: `openi` where its reports are there.
         images: Folder of the images; None: `NLMCXR_png`, `images_normalized` or `images` in `root`, or `root`.
         annotation: R2Gen's file, whose ids say which studies are read and into which split they go; None: all, in a
@@ -107,6 +110,7 @@ class IuXraySource:
         self,
         root: Path,
         *,
+        section: ReportSection = "report",
         layout: Layout | None = None,
         images: Path | None = None,
         annotation: Path | None = None,
@@ -118,6 +122,7 @@ class IuXraySource:
         self.image_folders = _image_folders(root, images)
         self.root = (images or root).resolve()
         self.remarks: list[str] = []
+        self._section = section
         read = self._read_openi(root) if layout == "openi" else self._read_flat(root)
         self._count(read)
         splits = self._published(annotation, read) if annotation else self._drawn(read.entries, fractions, seed)
@@ -142,10 +147,11 @@ class IuXraySource:
             account.skip_study(**row)
         for split, entry in self._entries:
             account.read += 1
-            if not (entry.report.findings or entry.report.impression):
-                account.skip_study("empty report", f"CXR{entry.report.uid}")
-                continue
-            yield self._study(split, entry)
+            study = self._study(split, entry)
+            if problem := lacks_text(study, self._section):
+                account.skip_study(problem, study.study_id)
+            else:
+                yield study
 
     def _study(self, split: Split, entry: _Entry) -> Study:
         report = entry.report
@@ -274,6 +280,7 @@ class IuXraySource:
 def iu_xray_source(
     root: Path,
     *,
+    section: ReportSection = "report",
     layout: Layout | None = None,
     images: Path | None = None,
     annotation: Path | None = None,
@@ -298,8 +305,8 @@ def iu_xray_source(
     if annotation is not None and fractions is not None:
         raise UsageError("--annotation and --split exclude each other")
     return IuXraySource(
-        root, layout=layout, images=images, annotation=annotation, fractions=fractions or (0.8, 0.1, 0.1), seed=seed,
-        limit=limit,
+        root, section=section, layout=layout, images=images, annotation=annotation,
+        fractions=fractions or (0.8, 0.1, 0.1), seed=seed, limit=limit,
     )  # fmt: skip
 
 

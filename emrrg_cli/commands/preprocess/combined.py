@@ -1,0 +1,49 @@
+"""`emrrg preprocess combined ANNOTATION OUT`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from emrrg_cli.commands.preprocess.common import Options, Out, load_settings, run_source
+
+
+def combined(
+    annotation: Annotated[
+        Path, typer.Argument(metavar="ANNOTATION", help="JSON of several data sets.", show_default=False)
+    ],
+    out: Out,
+    options: Options,
+    root: Annotated[
+        list[str] | None,
+        typer.Option("--root", metavar="NAME=DIR", help="A data set's folder; once for each.", show_default=False),
+    ] = None,
+    moved: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--map", metavar="OLD=NEW", help="Beginning of the file's paths, folder in its place.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Several data sets in one annotation of R2Gen's form, such as the published one of stage 2.
+
+    Every image must lie under one of the roots, whose name becomes the study's source: call IU X-Ray iu_xray, so that
+    its reports are cleaned by its own rule.
+
+    Example: emrrg preprocess combined clip_annotation.json data/stage2 --root iu_xray=iu/ --root mimic_cxr=mimic/
+    --map /data/iu_xray/images=iu/images --map /data/mimic_cxr=mimic/files
+    """
+    from emrrg_cli.data.sources.combined import CombinedSource, parse_pairs
+
+    settings = load_settings(options)
+    roots, pairs = parse_pairs("--root", root or []), parse_pairs("--map", moved or [])
+    studies = CombinedSource(
+        annotation,
+        {name: Path(folder) for name, folder in roots.items()},
+        moved={old: Path(new) for old, new in pairs.items()},
+        limit=options.limit,
+    )
+    record = {"layout": "combined", "annotation": str(annotation), "roots": roots, "map": pairs}
+    run_source(studies, out, options, settings, record)

@@ -1,0 +1,144 @@
+"""The sections of a MIMIC-CXR note.
+
+A note is dictated text broken into short lines. A heading stands at the start of a line, in capitals, with a colon:
+
+     FINAL REPORT
+     INDICATION:  ___F with cough.
+
+     FINDINGS:  The lungs are clear.
+
+     IMPRESSION:  No pneumonia.
+
+What counts as a heading, which headings mean the same, and the notes that follow no rule are those of the section files
+that came with the data set (Johnson et al., MIMIC-CXR, Scientific Data 2019), so that texts can be compared.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+_HEADING = re.compile(r" ?([A-Z][A-Z ()/,-]*):(?:\s|$)")
+
+_MEANINGS = {
+    "conclusion": "impression",
+    "findings and impression": "impression",
+    "findings/impression": "impression",
+    "finding": "findings",
+    "reason for examination": "indication",
+    "reason for exam": "indication",
+    "clinical indication": "indication",
+    "clinical information": "history",
+    "pfi": "history",
+    "exam": "examination",
+    "type of examination": "examination",
+    "reference exam": "comparison",
+    "recommendation": "recommendations",
+    "recommendation(s)": "recommendations",
+    "wetread": "wet read",
+}
+# A heading that contains one of these is one, the first first.
+_MAIN = ("impression", "findings", "history", "comparison", "addendum")
+# Headings are typed by hand: IMPRESSON, FINDGINGS, COMPARISION.
+_MISSPELT = ("impression", "findings", "comparison", "indication")
+# What follows the name of the examination, as in PA AND LATERAL VIEWS OF THE CHEST, are its findings.
+_EXAMINATION = re.compile(
+    r"chest|portable|bone window|ribs|two views|one view|frontal and|lateral and (?:pa|ap)"
+    r"|(?:pa|ap) and lat|(?:frontal|pa|ap|lateral) view|frontal (?:semi-)?upright"
+)
+
+# Notes whose conclusion stands under another heading.
+_MISPLACED = {
+    50913680: "recommendations", 59363654: "examination", 59279892: "technique", 59768032: "recommendations",
+    57936451: "indication", 50058765: "indication", 53356173: "examination", 53202765: "technique",
+    50808053: "technique", 51966317: "indication", 50743547: "examination", 56451190: "note",
+    59067458: "recommendations", 59215320: "examination", 55124749: "indication", 54365831: "indication",
+    59087630: "recommendations", 58157373: "recommendations", 56482935: "recommendations",
+    58375018: "recommendations", 54654948: "indication", 55157853: "examination", 51491012: "history",
+}  # fmt: skip
+# Notes without usable headings: where their conclusion begins and ends, in characters; 0, 0: they have none.
+_PLACES = {
+    50525523: (201, 349), 57564132: (233, 554), 59982525: (313, 717), 53488209: (149, 475), 54875119: (234, 988),
+    50196495: (59, 399), 56579911: (59, 218), 52648681: (292, 631), 59889364: (172, 453), 53514462: (73, 377),
+    59505494: (59, 450), 53182247: (59, 412), 51410602: (47, 320), 56412866: (522, 822), 54986978: (59, 306),
+    59003148: (262, 505), 57150433: (61, 394), 56760320: (219, 457), 59562049: (158, 348), 52674888: (145, 296),
+    55258338: (192, 568), 59330497: (140, 655), 52119491: (179, 454),
+    58235663: (0, 0), 50798377: (0, 0), 54168089: (0, 0), 53071062: (0, 0), 56724958: (0, 0), 54231141: (0, 0),
+    53607029: (0, 0), 52035334: (0, 0),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Note:
+    """The sections of a note, lines joined; "" where it has none.
+
+    `last_paragraph` is what follows the first paragraph of the last section, in a note with neither findings nor
+    impression.
+    """
+
+    findings: str = ""
+    impression: str = ""
+    last_paragraph: str = ""
+    indication: str = ""
+    comparison: str = ""
+
+
+def read_note(text: str, study_id: int) -> Note:
+    """The sections of a note.
+
+    Of several sections with the same meaning the last one counts; empty findings and impressions are passed over. The
+    notes that the section files treat one by one have their conclusion as the impression.
+
+    Args:
+        text: The note, with its line breaks.
+        study_id: Its number, as in `s50414267.txt`.
+    """
+    if study_id in _PLACES:
+        start, end = _PLACES[study_id]
+        return Note(impression=_joined(text[start:end]))
+    sections = split_note(text)
+    last = {name: body for name, body in sections if name not in ("findings", "impression") or body.strip()}
+    note = Note(
+        findings=_joined(last.get("findings", "")),
+        impression=_joined(last.get("impression", "")),
+        indication=_joined(last.get("indication") or last.get("history", "")),
+        comparison=_joined(last.get("comparison", "")),
+    )
+    if (place := _MISPLACED.get(study_id)) is not None and last.get(place, "").strip():
+        return Note(note.findings, _joined(last[place]), "", note.indication, note.comparison)
+    if note.findings or note.impression:
+        return note
+    paragraphs = re.split(r"\n\s*\n", sections[-1][1].rstrip())
+    return Note(last_paragraph=_joined("\n\n".join(paragraphs[1:])), indication=note.indication,
+                comparison=note.comparison)  # fmt: skip
+
+
+def split_note(text: str) -> list[tuple[str, str]]:
+    """Meaning and text of each section, in order; what stands before the first heading is the `preamble`."""
+    sections: list[tuple[str, list[str]]] = [("preamble", [])]
+    for line in text.splitlines():
+        match = _HEADING.match(line)
+        if match:
+            sections.append((_meaning(match[1]), [line[match.end() :]]))
+        else:
+            sections[-1][1].append(line)
+    return [(name, "\n".join(lines)) for name, lines in sections]
+
+
+def _meaning(heading: str) -> str:
+    name = re.sub(r"\s*/\s*", "/", " ".join(heading.lower().split()))
+    if name in _MEANINGS:
+        return _MEANINGS[name]
+    for main in _MAIN:
+        if main in name:
+            return main
+    if " " not in name and (close := get_close_matches(name, _MISSPELT, n=1, cutoff=0.8)):
+        return close[0]
+    return "findings" if _EXAMINATION.search(name) else name
+
+
+def _joined(text: str) -> str:
+    """The text with the lines of a paragraph joined by a space and paragraphs by a line break."""
+    paragraphs = (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text))
+    return "\n".join(filter(None, paragraphs))
