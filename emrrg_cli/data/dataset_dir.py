@@ -8,26 +8,21 @@ OUT/
 
 from __future__ import annotations
 
-import contextlib
 import glob
-import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets import Features, List, Value
 from datasets import Image as ImageFeature
 
 from emrrg_cli.console import err
-from emrrg_cli.data.study import SPLITS, Column, Split, Study
+from emrrg_cli.data.study import SPLITS, Column
 from emrrg_cli.errors import RunError, UsageError
-from emrrg_cli.files import atomic_directory, recover_directory, whole_directory
+from emrrg_cli.files import whole_directory
 
 MANIFEST = "manifest.json"
 CARD = "README.md"
@@ -47,213 +42,14 @@ FEATURES = Features(
 
 _SHARD = re.compile(r"(train|validation|test)-(\d{5})-of-(\d{5})\.parquet")
 
-# A row group is the least that a reader fetches and that the writer holds: small, so that a split streams.
-_STUDIES_PER_ROW_GROUP = 100
-_BYTES_PER_ROW_GROUP = 64 * 2**20
+
+def dataset_features(columns: Mapping[str, Column]) -> Features:
+    """`FEATURES` and the columns that only one source has."""
+    kinds = {"text": Value("string"), "texts": List(Value("string"))}
+    return Features({**FEATURES, **{name: kinds[column.kind] for name, column in columns.items()}})
 
 
-@dataclass(frozen=True)
-class EncodedImage:
-    """The bytes of a JPEG or PNG file and the name it had, relative to the raw data's root."""
-
-    name: str
-    data: bytes
-
-
-@dataclass
-class _SplitWriter:
-    """Appends studies to the shards of one split. Shards get their final names when their number is known."""
-
-    folder: Path
-    split: Split
-    studies_per_shard: int
-    features: Features
-    studies: int = 0
-    images: int = 0
-    shards: list[Path] = field(default_factory=list)
-    digest: Any = field(default_factory=lambda: hashlib.blake2b(digest_size=16))
-    _rows: list[dict[str, Any]] = field(default_factory=list)
-    _bytes: int = 0
-    _in_shard: int = 0
-    _writer: pq.ParquetWriter | None = None
-
-    def add(self, study: Study, images: Sequence[EncodedImage], views: Sequence[str]) -> None:
-        text = {
-            "study_id": study.study_id,
-            "patient_id": study.patient_id,
-            "views": list(views),
-            "findings": study.findings,
-            "impression": study.impression,
-            "report": study.report,
-            "source": study.source,
-            **study.extra,
-        }
-        self._rows.append(text | {"images": [{"bytes": image.data, "path": image.name} for image in images]})
-        self.digest.update(json.dumps([text, [(image.name, len(image.data)) for image in images]]).encode())
-        for image in images:
-            self.digest.update(image.data)
-        self.studies += 1
-        self.images += len(images)
-        self._in_shard += 1
-        self._bytes += sum(len(image.data) for image in images)
-        if self._in_shard == self.studies_per_shard:
-            self._end_shard()
-        elif len(self._rows) == _STUDIES_PER_ROW_GROUP or self._bytes >= _BYTES_PER_ROW_GROUP:
-            self._end_row_group()
-
-    def _end_row_group(self) -> None:
-        if not self._rows:
-            return
-        if self._writer is None:
-            self.shards.append(self.folder / f"{self.split}-{len(self.shards):05d}.parquet")
-            self._writer = pq.ParquetWriter(self.shards[-1], self.features.arrow_schema, use_dictionary=False)
-        self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self.features.arrow_schema))
-        self._rows, self._bytes = [], 0
-
-    def _end_shard(self) -> None:
-        self._end_row_group()
-        if self._writer is not None:
-            self._writer.close()
-        self._writer, self._in_shard = None, 0
-
-    def finish(self) -> dict[str, int]:
-        """Names the shards `train-00000-of-00003.parquet` and returns the split's counts."""
-        self._end_shard()
-        for index, shard in enumerate(self.shards):
-            shard.rename(self.folder / f"{self.split}-{index:05d}-of-{len(self.shards):05d}.parquet")
-        return {"studies": self.studies, "images": self.images, "shards": len(self.shards)}
-
-    def close(self) -> None:
-        """Lets go of the open file; used when the directory is given up."""
-        if self._writer is not None:
-            self._writer.close()
-
-
-class DatasetWriter:
-    """Fills the directory of a dataset; made by `new_dataset`."""
-
-    def __init__(
-        self,
-        folder: Path,
-        studies_per_shard: int,
-        columns: Mapping[str, Column] | None = None,
-        about: str | None = None,
-    ) -> None:
-        self._folder, self._columns, self._about = folder, columns or {}, about
-        (folder / "data").mkdir()
-        kinds = {"text": Value("string"), "texts": List(Value("string"))}
-        features = Features({**FEATURES, **{name: kinds[column.kind] for name, column in self._columns.items()}})
-        self._splits = {split: _SplitWriter(folder / "data", split, studies_per_shard, features) for split in SPLITS}
-        self.finished = False
-
-    @property
-    def studies(self) -> int:
-        """Studies added so far."""
-        return sum(split.studies for split in self._splits.values())
-
-    def add(self, study: Study, images: Sequence[EncodedImage], views: Sequence[str]) -> None:
-        """Appends a study to its split.
-
-        Args:
-            study: Text and ids; its own image paths and views are not looked at.
-            images: The encoded views, at least one.
-            views: Projection of each image.
-        """
-        self._splits[study.split].add(study, images, views)
-
-    def finish(self, manifest: dict[str, Any]) -> dict[str, Any]:
-        """Closes the shards and writes manifest and card.
-
-        Args:
-            manifest: What the writer does not know; `splits`, `images` and `fingerprint` (of all rows) are added.
-
-        Returns:
-            The manifest as written.
-        """
-        counts = {split: writer.finish() for split, writer in self._splits.items() if writer.studies}
-        digests = [f"{split} {writer.digest.hexdigest()}" for split, writer in self._splits.items()]
-        manifest = manifest | {
-            "splits": counts,
-            "images": sum(count["images"] for count in counts.values()),
-            "fingerprint": hashlib.blake2b("\n".join(digests).encode(), digest_size=16).hexdigest(),
-        }
-        text = json.dumps(manifest, indent=2, ensure_ascii=False)
-        (self._folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
-        (self._folder / CARD).write_text(_card(manifest, self._columns, self._about), encoding="utf-8")
-        self.finished = True
-        return manifest
-
-    def close(self) -> None:
-        """Lets go of the files of a dataset that is given up."""
-        for split in self._splits.values():
-            with contextlib.suppress(OSError):  # a full disk, most often: the error that led here says so
-                split.close()
-
-
-@contextlib.contextmanager
-def new_dataset(
-    out: Path,
-    *,
-    studies_per_shard: int,
-    overwrite: bool = False,
-    protect: Path | None = None,
-    columns: Mapping[str, Column] | None = None,
-    about: str | None = None,
-) -> Iterator[DatasetWriter]:
-    """A dataset directory that stands at `out` when the block ends, whole; if the block fails, nothing has changed.
-
-    Args:
-        out: The directory to make.
-        studies_per_shard: Studies in one Parquet file.
-        overwrite: Replace a dataset directory that stands at `out`, once the new one is complete.
-        protect: A path (the raw data) that must not lie inside a directory that is replaced.
-        columns: Those beside `FEATURES`; every study's `extra` fills them.
-        about: A paragraph for the dataset card; None: that the terms of the source apply.
-
-    Yields:
-        The writer, whose `finish` ends the block.
-
-    Raises:
-        UsageError: `out` is a file; a directory that is not empty, without `overwrite`; or one that `preprocess` did
-            not write, which is never removed.
-        RunError: The disk refuses (full, read-only, ...).
-    """
-    _check_target(out, overwrite, protect)
-    try:
-        with atomic_directory(out) as folder:
-            writer = DatasetWriter(folder, studies_per_shard, columns, about)
-            try:
-                yield writer
-            finally:
-                writer.close()
-            if not writer.finished:
-                raise RuntimeError("new_dataset: the block ended without finish()")
-    except OSError as error:  # pyarrow's own I/O errors are OSErrors too
-        raise RunError(f"cannot write {out}: {error.strerror or error}") from error
-
-
-def _check_target(out: Path, overwrite: bool, protect: Path | None) -> None:
-    target = out.resolve()
-    if not target.exists():
-        recover_directory(target)
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise UsageError(f"{out} is a file", hint="OUT is the directory to write.")
-    if protect is not None and protect.resolve().is_relative_to(target):
-        raise UsageError(f"{out} holds the raw data", hint="Choose another directory for the dataset.")
-    if not any(target.iterdir()):
-        return
-    if not overwrite:
-        raise UsageError(f"{out} exists and is not empty", hint="Choose another directory, or pass --overwrite.")
-    if not (target / MANIFEST).is_file():
-        raise UsageError(
-            f"{out} was not written by `emrrg preprocess` (it has no {MANIFEST}), so --overwrite does not remove it",
-            hint="Choose another directory, or remove this one yourself.",
-        )
-
-
-def _card(manifest: dict[str, Any], columns: Mapping[str, Column], about: str | None) -> str:
+def card(manifest: dict[str, Any], columns: Mapping[str, Column], about: str | None) -> str:
     """The dataset card. Its YAML header tells `datasets` which files make which split.
 
     `load_dataset(directory)` keys its Arrow copy by the directory's last name and this header alone: without the

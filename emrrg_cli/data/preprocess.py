@@ -2,54 +2,37 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
 import signal
 import time
-import warnings
-from collections.abc import Iterator
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import joblib
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from emrrg_cli.console import err
-from emrrg_cli.data.dataset_dir import EncodedImage, new_dataset
-from emrrg_cli.data.image_notes import INVERTED, image_notes
-from emrrg_cli.data.images import ImageError, encode, fit_shorter_side, is_plain_jpeg, load_image, to_grey
-from emrrg_cli.data.study import Account, HasColumns, ImageProblem, RenderedImage, Study, StudySource, printable
+from emrrg_cli.data.annotation_file import export_annotation
+from emrrg_cli.data.dataset_writer import DatasetWriter, check_target, open_writer
+from emrrg_cli.data.parallel import open_pool, prepare_all
+from emrrg_cli.data.prepare import prepare_study
+from emrrg_cli.data.selection import select
+from emrrg_cli.data.study import SPLITS, Account, HasColumns, StudySource, printable
+from emrrg_cli.data.survey import Survey, survey
 from emrrg_cli.errors import RunError
 from emrrg_cli.recipe.schema import PreprocessRecipe
 from emrrg_cli.signals import interrupted_by
 
-# joblib hands results over in order but goes on dispatching while they wait, so the studies in flight are bounded by
-# feeding it blocks: at most this many studies for each worker are held in memory.
-_STUDIES_PER_WORKER = 32
+_LIBRARIES = ("datasets", "pyarrow", "pillow", "numpy", "joblib")
 
-# Views in which bright lungs are no sign of an inverted film.
-SIDEWAYS = ("LATERAL", "L", "LL", "RL")
-
-# A file is kept as it is only while it is not much larger than its raw pixels (it may carry anything beside them).
-_KEPT_OVERHEAD = 16 * 1024
-
-
-@dataclass(frozen=True)
-class PreparedStudy:
-    """A study whose images were tried: `images` and `views` are those that can be used, `problems` the others.
-
-    `notes` are pairs of an image's name and what should be said about it.
-    """
-
-    study: Study
-    images: tuple[EncodedImage, ...]
-    views: tuple[str, ...]
-    problems: tuple[ImageProblem, ...]
-    notes: tuple[tuple[str, str], ...] = ()
+# What a dry run decodes.
+_SAMPLE_STUDIES, _SAMPLE_SECONDS = 40, 3.0
 
 
 def preprocess(
@@ -59,169 +42,212 @@ def preprocess(
     *,
     overwrite: bool = False,
     options: dict[str, Any] | None = None,
+    backend: str | None = None,
+    scheduler: str | None = None,
+    allow_leakage: bool = False,
+    annotation: Path | None = None,
 ) -> dict[str, Any]:
     """Decodes, shrinks and writes every usable study of `source`.
 
-    The directory's Parquet files are the same for any number of workers. Memory does not grow with the number of
-    studies.
+    The source is read twice: once without decoding, to find what is wrong with it as a whole before hours are spent,
+    then shard by shard. What an earlier run with the same data and settings finished is taken over. The directory's
+    Parquet files are the same for any number of workers, any backend and any number of interruptions. Memory does not
+    grow with the number of studies, but for 40 bytes an image where duplicates are looked for.
 
     Args:
         source: Studies to read.
-        out: Dataset directory to make; see `new_dataset`.
-        recipe: Image size and format, shard size, workers.
+        out: Dataset directory to make; see `check_target`.
+        recipe: What is asked for; image size and format, shard size, workers.
         overwrite: Replace a dataset directory at `out`.
         options: Of the command, recorded in the manifest beside the recipe.
+        backend: Of joblib; see `open_pool`.
+        scheduler: Address of a Dask scheduler.
+        allow_leakage: Accept patients that are in more than one split.
+        annotation: R2Gen's annotation file to write as well, with the images in a folder beside it.
 
     Returns:
         The manifest that was written.
 
     Raises:
-        UsageError: `out` cannot be used.
-        RunError: No study is usable (nothing is written), the disk refuses, or a worker process died.
+        UsageError: `out` or the backend cannot be used.
+        RunError: A patient is in two splits, no study is usable (nothing is written), the disk refuses, or a worker
+            process died.
         Interrupted: SIGTERM.
     """
     started = time.monotonic()
-    account = Account()
+    check_target(out, overwrite=overwrite, protect=source.root)
     described = source if isinstance(source, HasColumns) else None
-    workers = _workers(recipe.workers, len(source))
+    writer: DatasetWriter | None = None
+    # SIGTERM, of a scheduler for example: it ends as Ctrl-C does, and leaves no process behind.
     with (
-        # Of a scheduler, for example: it cleans up as Ctrl-C does, and leaves no process behind.
-        interrupted_by(signal.SIGTERM, message=lambda: "terminated; nothing was written"),
-        new_dataset(
+        interrupted_by(signal.SIGTERM, message=lambda: _terminated(writer)),
+        _progress() as progress,
+        open_pool(backend, recipe.workers, len(source), scheduler) as pool,
+    ):
+        found = _survey(source, recipe, progress)
+        if not allow_leakage:
+            found.check_leakage()
+        elif found.leaks:
+            found.account.remarks.append(f"{found.leaks:,} patients are in more than one split (--allow-leakage).")
+        with open_writer(
             out,
+            fingerprint=_fingerprint(source, recipe, found),
             studies_per_shard=recipe.studies_per_shard,
-            overwrite=overwrite,
-            protect=source.root,
             columns=described.columns if described else None,
             about=described.about if described else None,
-        ) as writer,
-        _progress() as progress,
-    ):
-        task = progress.add_task("preprocess", total=len(source), skipped=0, rate=0.0)
-        images = 0
-        for prepared in _prepare_all(source.studies(account), source.root, recipe, workers):
-            if prepared.images:
-                writer.add(prepared.study, prepared.images, prepared.views)
-                for problem in prepared.problems:
-                    account.drop_image(prepared.study.study_id, problem)
-                for name, note in prepared.notes:
-                    account.note_image(prepared.study.study_id, name, note)
-            else:
-                _skip(prepared, account)
-            images += len(prepared.images)
-            progress.update(
-                task,
-                completed=writer.studies + account.studies_skipped,
-                skipped=account.studies_skipped,
-                rate=images / (time.monotonic() - started),
+        ) as writer:
+            if writer.safe:
+                progress.console.print(
+                    f"{writer.safe:,} of {found.total:,} studies are there from a run that was not finished.",
+                    highlight=False,
+                )
+            task = progress.add_task("preprocess", total=found.total, skipped=0, rate=0.0)
+            images, begun = 0, time.monotonic()
+            # What is left out before decoding was counted by the survey.
+            studies = writer.remaining(select(source.studies(Account()), recipe, source.root, Account()))
+            for study, prepared in prepare_all(studies, source.root, recipe, pool):
+                writer.put(study, prepared)
+                images += len(prepared.images)
+                progress.update(
+                    task,
+                    completed=writer.studies + writer.skipped,
+                    skipped=found.account.studies_skipped + writer.skipped,
+                    rate=images / (time.monotonic() - begun),
+                )
+            progress.update(task, completed=found.total)
+            if not writer.studies:
+                writer.add_to(found.account)
+                raise _nothing_usable(source, found.account)
+
+            def manifest(account: Account) -> Mapping[str, Any]:
+                return _manifest(source, recipe, options) | {
+                    "studies_read": account.read,
+                    "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "seconds": round(time.monotonic() - started, 2),
+                }
+
+            return writer.finish(
+                manifest,
+                found.account,
+                dedupe=recipe.dedupe,
+                before=None if annotation is None else lambda dataset: export_annotation(dataset, annotation),
             )
-        progress.update(task, completed=account.read, skipped=account.studies_skipped)
-        if not writer.studies:
-            raise _nothing_usable(source, account)
-        return writer.finish(
-            {
-                "emrrg": version("emrrg"),
-                "python": platform.python_version(),
-                "libraries": {name: version(name) for name in ("datasets", "pyarrow", "pillow", "numpy", "joblib")},
-                "source": source.name,
-                "root": None if source.root is None else printable(str(source.root)),
-                "recipe": recipe.model_dump(),
-                "options": options or {},
-                "studies_read": account.read,
-                "studies_written": writer.studies,
-                "studies_skipped": account.studies_skipped,
-                "skipped": account.as_dict(),
-                "notes": account.notes_as_dict(),
-                "remarks": account.remarks,
-                "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                "seconds": round(time.monotonic() - started, 2),
-            }
-        )
 
 
-def prepare_study(study: Study, root: Path | None, recipe: PreprocessRecipe) -> PreparedStudy:
-    """Decodes (or renders) and encodes the images of one study. Runs in a worker process.
+def dry_run(
+    source: StudySource,
+    out: Path,
+    recipe: PreprocessRecipe,
+    *,
+    overwrite: bool = False,
+    options: dict[str, Any] | None = None,
+    allow_leakage: bool = False,
+) -> dict[str, Any]:
+    """What `preprocess` would do: everything is read, a few studies from all over are decoded, nothing is written.
 
-    An image that is already what would be written (a grey baseline JPEG, upright, not above the size, and JPEG is asked
-    for) keeps its bytes, so that it is not compressed twice; it is decoded all the same, to know that it can be.
+    Returns:
+        As much of the manifest as is known; `splits` and `images` are those to be tried. Beside it `views` (by
+        projection), `known_problems` (images, by reason, with the first) and `sample`: studies and images decoded,
+        what was wrong with them, and what the whole would come to (`bytes`, `seconds` of one core).
+
+    Raises:
+        UsageError, RunError: As `preprocess`, before it decodes.
     """
-    images: list[EncodedImage] = []
-    views: list[str] = []
-    problems = list(study.problems)
-    notes: list[tuple[str, str]] = []
-    sources: tuple[Path | RenderedImage, ...] = (*study.image_paths, *study.rendered)
-    for image, view in zip(sources, study.views, strict=True):
-        name = _name(image, root)
-        try:
-            with warnings.catch_warnings():
-                # Pillow warns about odd metadata; an image either decodes or is reported.
-                warnings.simplefilter("ignore")
-                data, about = _encoded(image, recipe) if isinstance(image, Path) else (_rendered(image, recipe), ())
-        except ImageError as error:
-            problems.append(ImageProblem(name, error.reason, error.detail))
-        except OSError as error:  # a network share that comes and goes
-            problems.append(ImageProblem(name, "cannot be opened", error.strerror or str(error)))
-        else:
-            images.append(EncodedImage(name, data))
-            views.append(view)
-            notes += [(name, note) for note in about if note != INVERTED or view not in SIDEWAYS]
-    return PreparedStudy(study, tuple(images), tuple(views), tuple(problems), tuple(notes))
+    check_target(out, overwrite=overwrite, protect=source.root)
+    with _progress() as progress:
+        found = _survey(source, recipe, progress)
+    if not allow_leakage:
+        found.check_leakage()
+    counts = {split: {"studies": found.studies[split], "images": found.images[split]} for split in SPLITS}
+    return _manifest(source, recipe, options) | {
+        "dry_run": True,
+        "studies_read": found.account.read,
+        "studies_skipped": found.account.studies_skipped,
+        "skipped": found.account.as_dict(),
+        "notes": found.account.notes_as_dict(),
+        "remarks": found.account.remarks,
+        "splits": {split: count for split, count in counts.items() if count["studies"]},
+        "images": found.images.total(),
+        "views": dict(found.views.most_common()),
+        "patients_in_two_splits": found.leaks,
+        "known_problems": {
+            reason: {"count": count, "id": printable(first[0]), "path": printable(first[1].path)}
+            for reason, count in found.problems.most_common()
+            for first in [found.first_problems[reason]]
+        },
+        "sample": _sample(source, recipe, found),
+    }
 
 
-def _name(image: Path | RenderedImage, root: Path | None) -> str:
-    if not isinstance(image, Path):
-        return image.name
-    return printable((image if root is None else image.relative_to(root)).as_posix())
+def _sample(source: StudySource, recipe: PreprocessRecipe, found: Survey) -> dict[str, Any]:
+    """Studies from all over the source, as many as can be decoded in a few seconds."""
+    studies = select(source.studies(Account()), recipe, source.root, Account())
+    chosen = list(islice(studies, 0, None, max(1, found.total // _SAMPLE_STUDIES)))[:_SAMPLE_STUDIES]
+    # From all over even if the time is up before the last: 0, 20, 10, 30, 5, ...
+    chosen.sort(key=lambda study: hashlib.blake2b(study.study_id.encode("utf-8", "replace")).digest())
+    account, images, size, tried = Account(), 0, 0, 0
+    started = time.monotonic()
+    for study in chosen:
+        if time.monotonic() - started > _SAMPLE_SECONDS:
+            break
+        prepared = prepare_study(study, source.root, recipe)
+        tried += 1
+        images += len(prepared.images)
+        size += sum(len(image.data) for image in prepared.images)
+        for problem in prepared.problems:
+            account.leave_out_image(study.study_id, problem.path, problem.reason, problem.detail)
+        for name, note in prepared.notes:
+            account.note_image(study.study_id, name, note)
+    scale = found.total / tried if tried else 0.0
+    return {
+        "studies": tried,
+        "images": images,
+        "problems": account.as_dict(),
+        "notes": account.notes_as_dict(),
+        "bytes": round(size * scale),
+        "seconds": round((time.monotonic() - started) * scale, 1),
+    }
 
 
-def _rendered(image: RenderedImage, recipe: PreprocessRecipe) -> bytes:
-    if recipe.size == "original":
-        raise ValueError("a rendered image has no original size")
-    return encode(image.render(recipe.size), recipe.format, recipe.quality)
+def _survey(source: StudySource, recipe: PreprocessRecipe, progress: Progress) -> Survey:
+    task = progress.add_task("read", total=len(source), skipped=0, rate=0.0, visible=False)
+    # Shown only where it takes a while.
+    started = time.monotonic()
+
+    def told(read: int) -> None:
+        progress.update(task, completed=read, visible=time.monotonic() - started > 2)
+
+    found = survey(source, recipe, told)
+    progress.remove_task(task)
+    return found
 
 
-def _encoded(path: Path, recipe: PreprocessRecipe) -> tuple[bytes, tuple[str, ...]]:
-    """The bytes to write, and notes about the image."""
-    image = load_image(path, recipe.max_pixels)
-    fits = recipe.size == "original" or min(image.size) <= recipe.size
-    small = path.stat().st_size <= image.width * image.height + _KEPT_OVERHEAD
-    if recipe.format == "jpeg" and fits and small and is_plain_jpeg(image):
-        return path.read_bytes(), image_notes(image)
-    grey = to_grey(image)
-    notes = image_notes(grey)
-    if recipe.size != "original":
-        grey = fit_shorter_side(grey, recipe.size)
-    return encode(grey, recipe.format, recipe.quality), notes
+def _fingerprint(source: StudySource, recipe: PreprocessRecipe, found: Survey) -> str:
+    """Of everything that the written bytes depend on."""
+    described = source if isinstance(source, HasColumns) else None
+    settings = recipe.model_dump(exclude={"workers"})
+    columns = {name: vars(column) for name, column in described.columns.items()} if described else {}
+    versions = {name: version(name) for name in ("emrrg", *_LIBRARIES)}
+    content = [source.name, str(source.root), settings, columns, versions, found.digest]
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 
-def _prepare_all(
-    studies: Iterator[Study], root: Path | None, recipe: PreprocessRecipe, workers: int
-) -> Iterator[PreparedStudy]:
-    """`prepare_study` over all studies, in their order, in `workers` processes (joblib's backend of the moment)."""
-    task = joblib.delayed(prepare_study)
-    # The backend is left to `joblib.parallel_config`: loky by default.
-    with joblib.Parallel(n_jobs=workers, return_as="generator", pre_dispatch="2*n_jobs") as parallel:
-        while block := list(islice(studies, workers * _STUDIES_PER_WORKER)):
-            try:
-                yield from parallel(task(study, root, recipe) for study in block)
-            except BrokenProcessPool:
-                raise RunError(
-                    "a decoding process was ended by the system, most often for want of memory",
-                    hint="Use fewer processes (--workers 1) or a lower max_pixels.",
-                ) from None
+def _manifest(source: StudySource, recipe: PreprocessRecipe, options: dict[str, Any] | None) -> dict[str, Any]:
+    return {
+        "emrrg": version("emrrg"),
+        "python": platform.python_version(),
+        "libraries": {name: version(name) for name in _LIBRARIES},
+        "source": source.name,
+        "root": None if source.root is None else printable(str(source.root)),
+        "recipe": recipe.model_dump(),
+        "options": options or {},
+    }
 
 
-def _workers(asked: int | None, studies: int) -> int:
-    """Processes to use. A process takes about half a second to start, so a handful of studies gets one."""
-    return max(1, min(asked or joblib.cpu_count(), studies // 32))
-
-
-def _skip(prepared: PreparedStudy, account: Account) -> None:
-    if prepared.problems:
-        first = prepared.problems[0]
-        account.skip_study(first.reason, prepared.study.study_id, path=first.path, detail=first.detail)
-    else:
-        account.skip_study("no image listed", prepared.study.study_id)
+def _terminated(writer: DatasetWriter | None) -> str:
+    if writer is None or not writer.safe:
+        return "terminated; nothing was written"
+    return f"terminated; the same command goes on after the first {writer.safe:,} studies"
 
 
 def _nothing_usable(source: StudySource, account: Account) -> RunError:
@@ -231,15 +257,17 @@ def _nothing_usable(source: StudySource, account: Account) -> RunError:
         first = ", ".join(filter(None, (example["id"], example.get("path"), example.get("detail"))))
         lines.append(f"  {reason}: {entry.counted()}, first: {first}")
     looked_in = ", ".join(printable(str(folder)) for folder in source.image_folders)
-    return RunError("\n".join(lines), hint=f"Images were looked for in: {looked_in}")
+    return RunError("\n".join(lines), hint=f"Images were looked for in: {looked_in}" if looked_in else None)
 
 
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.completed:,}/{task.total:,} studies"),
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    with Progress(
+        TextColumn("{task.description} {task.completed:,}/{task.total:,} studies"),
         BarColumn(bar_width=16),
         TextColumn("{task.fields[rate]:.0f} images/s, {task.fields[skipped]:,} skipped,"),
         TimeRemainingColumn(),
         TextColumn("left"),
         console=err,
-    )
+    ) as progress:
+        yield progress

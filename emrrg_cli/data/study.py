@@ -26,6 +26,14 @@ class ImageProblem:
     detail: str = ""
 
 
+@dataclass(frozen=True)
+class EncodedImage:
+    """The bytes of a JPEG or PNG file and the name it had, relative to the raw data's root."""
+
+    name: str
+    data: bytes
+
+
 class RenderedImage(Protocol):
     """An image that is made where it is needed, in a worker process, instead of read from a file."""
 
@@ -35,6 +43,13 @@ class RenderedImage(Protocol):
 
     def render(self, size: int) -> Image:
         """The image, mode `L`, `size` pixels at its shorter side."""
+
+
+def image_name(image: Path | RenderedImage, root: Path | None) -> str:
+    """What an image is called in the dataset: its path below the root of the raw data."""
+    if not isinstance(image, Path):
+        return image.name
+    return printable((image if root is None else image.relative_to(root)).as_posix())
 
 
 @dataclass(frozen=True)
@@ -115,6 +130,10 @@ class Account:
         detail = f"{problem.reason}: {problem.detail}" if problem.detail else problem.reason
         self._add(self.skipped, "image", IMAGE_DROPPED, study_id, problem.path, detail)
 
+    def leave_out_image(self, study_id: str, path: str, reason: str, detail: str = "") -> None:
+        """Counts an image that could be used and was not asked for."""
+        self._add(self.skipped, "image", reason, study_id, path, detail)
+
     def note_image(self, study_id: str, path: str, note: str) -> None:
         """Counts a flag of an image that is written as it is, by what stands before its colon."""
         reason, _, detail = note.partition(": ")
@@ -139,6 +158,14 @@ class Account:
     def studies_skipped(self) -> int:
         """Studies left out, for all reasons together."""
         return sum(entry.count for entry in self.skipped.values() if entry.unit == "study")
+
+    def add(self, skipped: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
+        """Adds what another account holds, given as its `as_dict` and `notes_as_dict`; its examples come last."""
+        for entries, others in ((self.skipped, skipped), (self.notes, notes)):
+            for reason, other in others.items():
+                entry = entries.setdefault(reason, Skipped(other["unit"]))
+                entry.count += other["count"]
+                entry.examples += other["examples"][: self.max_examples - len(entry.examples)]
 
     def as_dict(self) -> dict[str, Any]:
         """For the manifest: `{reason: {"unit", "count", "examples": [{"id", "path", "detail"}]}}`."""

@@ -13,10 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from emrrg_cli.data import dataset_dir
-from emrrg_cli.data.dataset_dir import EncodedImage, new_dataset, open_dataset, read_manifest
+from emrrg_cli.data import shards
+from emrrg_cli.data.dataset_dir import open_dataset, read_manifest
+from emrrg_cli.data.dataset_writer import check_target, open_writer
 from emrrg_cli.data.images import encode, read_image
-from emrrg_cli.data.study import Split, Study
+from emrrg_cli.data.prepare import PreparedImages
+from emrrg_cli.data.study import Account, EncodedImage, Split, Study
 from emrrg_cli.errors import RunError, UsageError
 
 
@@ -29,14 +31,23 @@ def _image(value: int = 0) -> EncodedImage:
 
 
 def _write(
-    out: Path, count: int = 3, *, per_shard: int = 1000, overwrite: bool = False, fail: BaseException | None = None
+    out: Path,
+    count: int = 3,
+    *,
+    per_shard: int = 1000,
+    overwrite: bool = False,
+    fail: BaseException | None = None,
+    fingerprint: str = "mine",
 ) -> Path:
-    with new_dataset(out, studies_per_shard=per_shard, overwrite=overwrite) as writer:
-        for index in range(count):
-            writer.add(_study(f"s{index}"), [_image(index), _image(index + 100)], ["PA", "LATERAL"])
+    check_target(out, overwrite=overwrite)
+    with open_writer(out, fingerprint=fingerprint, studies_per_shard=per_shard) as writer:
+        for study in writer.remaining(iter([_study(f"s{index}") for index in range(count)])):
+            index = int(study.study_id[1:])
+            images = (_image(index), _image(index + 100))
+            writer.put(study, PreparedImages(images, ("PA", "LATERAL"), ()))
         if fail is not None:
             raise fail
-        writer.finish({"source": "mine"})
+        writer.finish(lambda account: {"source": "mine"}, Account())
     return out
 
 
@@ -70,7 +81,7 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
 
 
 def test_shards_and_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset_dir, "_STUDIES_PER_ROW_GROUP", 2)
+    monkeypatch.setattr(shards, "STUDIES_PER_ROW_GROUP", 2)
     out = _write(tmp_path / "out", 12, per_shard=5)
     files = sorted((out / "data").iterdir())
     assert [file.name for file in files] == [f"train-0000{i}-of-00003.parquet" for i in range(3)]
@@ -85,7 +96,7 @@ def test_shards_and_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_large_images_end_a_row_group_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset_dir, "_BYTES_PER_ROW_GROUP", 1)
+    monkeypatch.setattr(shards, "BYTES_PER_ROW_GROUP", 1)
     out = _write(tmp_path / "out", 4)
     assert pq.ParquetFile(next((out / "data").iterdir())).num_row_groups == 4
 
@@ -102,9 +113,9 @@ def test_directories_of_one_name_are_not_confused(tmp_path: Path) -> None:
 
 def test_the_fingerprint_is_of_the_content(tmp_path: Path) -> None:
     def fingerprint(name: str, study: Study, image: EncodedImage) -> str:
-        with new_dataset(tmp_path / name, studies_per_shard=1) as writer:
-            writer.add(study, [image], ["PA"])
-            return str(writer.finish({})["fingerprint"])
+        with open_writer(tmp_path / name, fingerprint="x", studies_per_shard=1) as writer:
+            writer.put(study, PreparedImages((image,), ("PA",), ()))
+            return str(writer.finish(lambda account: {}, Account())["fingerprint"])
 
     prints = [
         fingerprint("a", _study("x"), _image(1)),
@@ -128,10 +139,70 @@ def test_it_streams(tiny_dataset: Path) -> None:
 
 def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        _write(tmp_path / "out", per_shard=1, fail=KeyboardInterrupt())
-    with pytest.raises(RuntimeError, match="finish"), new_dataset(tmp_path / "out", studies_per_shard=1):
-        pass
+        _write(tmp_path / "out", fail=KeyboardInterrupt())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_leaves_finished_shards_and_the_next_run_goes_on(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    whole = _write(tmp_path / "whole", 5, per_shard=2)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        _write(out, 5, per_shard=2, fail=KeyboardInterrupt())
+    work = tmp_path / ".out.partial"
+    assert not out.exists()
+    kept = {path.name: path.stat().st_mtime_ns for path in (work / "shards").glob("*.parquet")}
+    assert sorted(kept) == ["train-00000.parquet", "train-00001.parquet"]
+    _write(out, 5, per_shard=2)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    for name in ("data/train-00000-of-00003.parquet", "data/train-00002-of-00003.parquet", "README.md"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+    assert (out / "data" / "train-00001-of-00003.parquet").stat().st_mtime_ns == kept["train-00001.parquet"]
+    # Other data or settings: nothing of it can be used.
+    with pytest.raises(KeyboardInterrupt):
+        _write(out, 5, per_shard=2, fail=KeyboardInterrupt(), overwrite=True)
+    _write(out, 5, per_shard=2, overwrite=True, fingerprint="other")
+    assert "unfinished run with other data or settings" in " ".join(capfd.readouterr().err.split())
+    assert len(open_dataset(out)["train"]) == 5
+
+
+@pytest.mark.parametrize("renamed", [0, 1, 2])
+def test_a_run_that_was_killed_at_its_end_goes_on(
+    renamed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = _write(tmp_path / "whole", 5, per_shard=2)
+    out = tmp_path / "out"
+    replace, count = Path.replace, 0
+
+    def killed(path: Path, target: Path) -> Path:
+        nonlocal count
+        if path.parent.name == "shards" and path.suffix == ".parquet":
+            count += 1
+            if count > renamed:
+                raise KeyboardInterrupt
+        return replace(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", killed)
+        _write(out, 5, per_shard=2)
+    assert not out.exists()
+    _write(out, 5, per_shard=2)
+    assert sorted(path.name for path in (out / "data").iterdir()) == sorted(
+        path.name for path in (whole / "data").iterdir()
+    )
+    for path in (whole / "data").iterdir():
+        assert (out / "data" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with (
+        open_writer(out, fingerprint="x", studies_per_shard=1),
+        pytest.raises(RunError, match="another process is writing"),
+        open_writer(out, fingerprint="x", studies_per_shard=1),
+    ):
+        pass
 
 
 def test_a_failure_leaves_the_old_directory(tmp_path: Path) -> None:
@@ -147,7 +218,7 @@ def test_a_full_disk_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(dataset_dir.pq.ParquetWriter, "write_table", full)
+    monkeypatch.setattr(shards.pq.ParquetWriter, "write_table", full)
     with pytest.raises(RunError, match=r"cannot write .*out: No space left on device"):
         _write(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -183,11 +254,8 @@ def test_raw_data_is_never_replaced(tmp_path: Path) -> None:
     out = _write(tmp_path / "out")
     raw = out / "raw"
     raw.mkdir()
-    with (
-        pytest.raises(UsageError, match="holds the raw data"),
-        new_dataset(out, studies_per_shard=1, overwrite=True, protect=raw),
-    ):
-        pass
+    with pytest.raises(UsageError, match="holds the raw data"):
+        check_target(out, overwrite=True, protect=raw)
     assert raw.is_dir()
 
 

@@ -173,7 +173,7 @@ def test_out_cannot_be_the_raw_data(tiny_r2gen: Path) -> None:
 
 
 def test_a_file_that_vanishes_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from emrrg_cli.data import preprocess as module
+    from emrrg_cli.data import prepare as module
 
     root = _annotate(tmp_path / "raw", {"x": ["ok.png"]})
     _noise(60, 60).save(root / "ok.png")
@@ -187,7 +187,7 @@ def test_a_file_that_vanishes_is_counted(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_sigterm_cleans_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from emrrg_cli.data import preprocess as module
+    from emrrg_cli.data import prepare as module
 
     root = _annotate(tmp_path / "raw", {"x": ["ok.png"], "y": ["ok.png"]})
     _noise(60, 60).save(root / "ok.png")
