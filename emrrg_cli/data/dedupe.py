@@ -83,8 +83,8 @@ def make_plan(splits: Mapping[Split, SplitShards], *, look: bool, drop: bool) ->
     account = Account()
     if drop:
         for duplicate in found:
-            shard, study, view = index.place(duplicate.index)
-            dropped.setdefault(shard, []).append((study, view))
+            number, study, view = index.place(duplicate.index)
+            dropped.setdefault(number, []).append((study, view))
         index.count(found, account)
     kept = []
     for number, shard in enumerate(index.shards):

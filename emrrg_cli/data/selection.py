@@ -80,7 +80,8 @@ def _with_views(
     kept: list[tuple[Path | RenderedImage, str]] = []
     left_out: list[tuple[Path | RenderedImage, str]] = []
     unknown: list[Path | RenderedImage] = []
-    for image, view in zip((*study.image_paths, *study.rendered), study.views, strict=True):
+    images: tuple[Path | RenderedImage, ...] = (*study.image_paths, *study.rendered)
+    for image, view in zip(images, study.views, strict=True):
         kind = projection(view)
         (kept if kind in (wanted, "unknown") else left_out).append((image, view))
         if kind == "unknown":

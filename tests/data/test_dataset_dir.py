@@ -183,9 +183,10 @@ def test_a_run_that_was_killed_at_its_end_goes_on(
                 raise KeyboardInterrupt
         return replace(path, target)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", killed)
-        _write(out, 5, per_shard=2)
+        with pytest.raises(KeyboardInterrupt):
+            _write(out, 5, per_shard=2)
     assert not out.exists()
     _write(out, 5, per_shard=2)
     assert sorted(path.name for path in (out / "data").iterdir()) == sorted(

@@ -25,6 +25,10 @@ Out = Annotated[Path, typer.Argument(metavar="OUT", help="Dataset directory to w
 SourceName = Annotated[str | None, typer.Option("--source", metavar="NAME", help="Name of the data set.")]
 
 
+# Headings of the help.
+_CHOICE, _IMAGES, _RUN = "What is written", "Images", "The run"
+
+
 @dataclass(frozen=True)
 class Options:
     """Options that every source has; `with_options` gives them to a command."""
@@ -32,17 +36,119 @@ class Options:
     overrides: Overrides = None
     recipe: Annotated[
         str | None,
-        typer.Option("--recipe", metavar="NAME|PATH", help="Image size, format and shards.", show_default=False),
+        typer.Option("--recipe", metavar="NAME|PATH", help="Settings to start from.", show_default=False),
+    ] = None
+    section: Annotated[
+        str | None,
+        typer.Option(
+            "--section",
+            metavar="report|findings|impression|both",
+            help="Text that becomes the report; report: by the rule of the data set. Studies without it are left out.",
+            show_default=False,
+            rich_help_panel=_CHOICE,
+        ),
+    ] = None
+    views: Annotated[
+        str | None,
+        typer.Option(
+            "--views",
+            metavar="all|frontal|lateral",
+            help="Views that are kept; one whose projection is not known is kept and counted.",
+            show_default=False,
+            rich_help_panel=_CHOICE,
+        ),
+    ] = None
+    min_words: Annotated[
+        int | None,
+        typer.Option("--min-words", min=0, help="Shortest report.", show_default=False, rich_help_panel=_CHOICE),
+    ] = None
+    dedupe: Annotated[
+        str | None,
+        typer.Option(
+            "--dedupe",
+            metavar="off|report|drop",
+            help="Images that are there twice, exactly or nearly: report them, or keep each once.",
+            show_default=False,
+            rich_help_panel=_CHOICE,
+        ),
     ] = None
     limit: Annotated[
         int | None,
-        typer.Option("--limit", min=1, help="Only the first studies of each split.", show_default=False),
+        typer.Option(
+            "--limit",
+            min=1,
+            help="Only the first studies of each split.",
+            show_default=False,
+            rich_help_panel=_CHOICE,
+        ),
     ] = None
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of a split that is drawn.")] = 0
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of what is drawn.", rich_help_panel=_CHOICE)] = 0
+    allow_leakage: Annotated[
+        bool,
+        typer.Option("--allow-leakage", help="Accept patients in more than one split.", rich_help_panel=_CHOICE),
+    ] = False
+    size: Annotated[
+        str | None,
+        typer.Option(
+            "--size",
+            metavar="N|original",
+            help="Shorter side in pixels; smaller images are kept.",
+            show_default=False,
+            rich_help_panel=_IMAGES,
+        ),
+    ] = None
+    image_format: Annotated[
+        str | None,
+        typer.Option("--format", metavar="jpeg|png", show_default=False, rich_help_panel=_IMAGES),
+    ] = None
+    quality: Annotated[
+        int | None, typer.Option("--quality", help="Of JPEG, 1 to 100.", show_default=False, rich_help_panel=_IMAGES)
+    ] = None
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Say what would be done and the first problems; write nothing.", rich_help_panel=_RUN
+        ),
+    ] = False
+    export_annotation: Annotated[
+        Path | None,
+        typer.Option(
+            "--export-annotation",
+            metavar="FILE",
+            help="Also write R2Gen's annotation file, and the images beside it in images/.",
+            show_default=False,
+            rich_help_panel=_RUN,
+        ),
+    ] = None
     workers: Annotated[
-        int | None, typer.Option("--workers", min=1, help="Processes; default one a core.", show_default=False)
+        int | None,
+        typer.Option(
+            "--workers",
+            min=1,
+            help="Processes that decode; default one a core.",
+            show_default=False,
+            rich_help_panel=_RUN,
+        ),
     ] = None
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the dataset directory at OUT.")] = False
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            "--backend",
+            metavar="loky|threading|dask|NAME",
+            help="Of joblib: processes here, or a cluster.",
+            show_default=False,
+            rich_help_panel=_RUN,
+        ),
+    ] = None
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            "--scheduler", metavar="ADDRESS", help="Of a Dask cluster.", show_default=False, rich_help_panel=_RUN
+        ),
+    ] = None
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the dataset directory at OUT.", rich_help_panel=_RUN)
+    ] = False
     as_json: Json = False
 
 
@@ -82,7 +188,8 @@ def load_settings(options: Options, default: str = "default/preprocess", **given
     """
     from emrrg_cli.recipe.load import load_recipe
 
-    given |= {"workers": options.workers}
+    flags = ("section", "views", "min_words", "dedupe", "size", "quality", "workers")
+    given = {name: getattr(options, name) for name in flags} | {"format": options.image_format} | given
     extra = [f"{key}={value}" for key, value in given.items() if value is not None]
     return load_recipe(options.recipe or default, [*(options.overrides or []), *extra], stage="preprocess")
 
@@ -110,25 +217,81 @@ def run_source(
         UsageError, RunError, Interrupted: As `emrrg_cli.data.preprocess.preprocess`.
     """
     # Here, not above: `emrrg --help` stays fast.
-    from emrrg_cli.data.preprocess import preprocess
+    from emrrg_cli.data.annotation_file import check_annotation
+    from emrrg_cli.data.preprocess import dry_run, preprocess
 
-    common = {"recipe": options.recipe, "limit": options.limit, "seed": options.seed}
-    manifest = preprocess(source, out, settings, overwrite=options.overwrite, options=record | common)
+    record = record | {"recipe": options.recipe, "limit": options.limit, "seed": options.seed}
+    if options.export_annotation is not None:
+        check_annotation(options.export_annotation)
+    if options.dry_run:
+        allow = options.allow_leakage
+        plan = dry_run(source, out, settings, overwrite=options.overwrite, options=record, allow_leakage=allow)
+        if options.as_json:
+            console.print_json(data=plan)
+        else:
+            _print_plan(plan, out, title)
+        return
+    manifest = preprocess(
+        source,
+        out,
+        settings,
+        overwrite=options.overwrite,
+        options=record,
+        backend=options.backend,
+        scheduler=options.scheduler,
+        allow_leakage=options.allow_leakage,
+        annotation=options.export_annotation,
+    )
     if options.as_json:
         console.print_json(data=manifest)
         return
-    console.print(_summary(manifest, title or f"{manifest['source']}: {manifest['studies_read']:,} studies read"))
+    console.print(_summary(manifest, title or _title(manifest), "written", manifest["studies_written"]))
+    _print_account(manifest, f"{manifest['studies_skipped']:,} studies skipped", "written, but look at")
+    console.print(f"Written to {out} in {manifest['seconds']:.1f} s.", markup=False, soft_wrap=True)
+    if options.export_annotation is not None:
+        console.print(f"Exported to {options.export_annotation}.", markup=False, soft_wrap=True)
+
+
+def _print_plan(plan: dict[str, Any], out: Path, title: str | None) -> None:
+    sample = plan["sample"]
+    studies = sum(count["studies"] for count in plan["splits"].values())
+    console.print(_summary(plan, title or _title(plan), "to be tried", studies))
+    views = ", ".join(f"{count:,} {view}" for view, count in plan["views"].items())
+    console.print(f"Views: {views or 'none'}.", markup=False, soft_wrap=True)
+    _print_account(plan, f"{plan['studies_skipped']:,} studies left out", "to be looked at")
+    for reason, entry in plan["known_problems"].items():
+        first = ", ".join(dict.fromkeys((entry["id"], entry["path"])))
+        console.print(
+            f"{entry['count']:,} images cannot be used: {reason}, first: {first}", markup=False, soft_wrap=True
+        )
+    console.print(f"{sample['studies']} studies from all over were decoded:", markup=False, soft_wrap=True)
+    for kind in ("problems", "notes"):
+        for reason, entry in sample[kind].items():
+            first = ", ".join(dict.fromkeys(entry["examples"][0].values()))
+            console.print(f"  {reason}: {entry['count']} {entry['unit']}, first: {first}", markup=False, soft_wrap=True)
+    console.print(
+        f"  about {sample['bytes'] / 1e9:.2f} GB and {sample['seconds'] / 60:.1f} minutes of one core for the whole.",
+        markup=False,
+        soft_wrap=True,
+    )
+    console.print(f"Nothing was written; {out} would be.", markup=False, soft_wrap=True)
+
+
+def _title(manifest: dict[str, Any]) -> str:
+    return f"{manifest['source']}: {manifest['studies_read']:,} studies read"
+
+
+def _print_account(manifest: dict[str, Any], skipped: str, noted: str) -> None:
     if manifest["skipped"]:
-        console.print(_reasons(manifest["skipped"], f"{manifest['studies_skipped']:,} studies skipped"))
+        console.print(_reasons(manifest["skipped"], skipped))
     if manifest["notes"]:
-        console.print(_reasons(manifest["notes"], "written, but look at"))
+        console.print(_reasons(manifest["notes"], noted))
     for remark in manifest["remarks"]:
         console.print(remark, markup=False, soft_wrap=True)
-    console.print(f"Written to {out} in {manifest['seconds']:.1f} s.", markup=False, soft_wrap=True)
 
 
 # Names go in as Text: they may hold what rich reads as markup.
-def _summary(manifest: dict[str, Any], title: str) -> Table:
+def _summary(manifest: dict[str, Any], title: str, last: str, studies: int) -> Table:
     from rich.table import Table
     from rich.text import Text
 
@@ -138,7 +301,7 @@ def _summary(manifest: dict[str, Any], title: str) -> Table:
     for split, count in manifest["splits"].items():
         table.add_row(split, f"{count['studies']:,}", f"{count['images']:,}")
     table.add_section()
-    table.add_row("written", f"{manifest['studies_written']:,}", f"{manifest['images']:,}")
+    table.add_row(last, f"{studies:,}", f"{manifest['images']:,}")
     return table
 
 

@@ -13,9 +13,6 @@ def phantom(
     out: Out,
     options: Options,
     count: Annotated[int, typer.Option("--count", min=1, help="Studies to make.")] = 1000,
-    size: Annotated[
-        int | None, typer.Option("--size", help="Side of the images; default: the recipe's.", show_default=False)
-    ] = None,
     split: Annotated[
         str, typer.Option(metavar="PARTS", help="Parts of train, validation, test, by the study's number.")
     ] = "0.8,0.1,0.1",
@@ -31,9 +28,9 @@ def phantom(
     from emrrg_cli.data.sources.splits import parse_fractions
     from emrrg_cli.errors import UsageError
 
-    settings = load_settings(options, "phantom/preprocess", size=size)
+    settings = load_settings(options, "phantom/preprocess")
     if settings.size == "original":
         raise UsageError("a synthetic image has no original size", hint="Set size to a number of pixels.")
-    studies = PhantomSource(count, seed=options.seed, fractions=parse_fractions(split))
+    studies = PhantomSource(count, seed=options.seed, fractions=parse_fractions(split), limit=options.limit)
     record = {"layout": "phantom", "count": count, "split": split}
     run_source(studies, out, options, settings, record, title=f"{count:,} synthetic studies, seed {options.seed}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,7 @@ class PhantomSource:
         count: Studies.
         seed: 0 or more.
         fractions: Parts of train, validation and test, adding up to 1.
+        limit: First studies of each split that are made; None: all.
 
     Raises:
         UsageError: A number is out of range.
@@ -76,24 +78,26 @@ class PhantomSource:
     columns = _COLUMNS
     about = _ABOUT
 
-    def __init__(self, count: int, *, seed: int = 0, fractions: Sequence[float] = (0.8, 0.1, 0.1)) -> None:
+    def __init__(
+        self, count: int, *, seed: int = 0, fractions: Sequence[float] = (0.8, 0.1, 0.1), limit: int | None = None
+    ) -> None:
         if count < 1 or seed < 0:
             raise UsageError("the number of phantoms must be 1 or more, the seed 0 or more")
-        self._count, self._seed, self._fractions = count, seed, fractions
+        self._count, self._seed, self._fractions, self._limit = count, seed, fractions, limit
 
     def __len__(self) -> int:
-        return self._count
+        return sum(1 for _ in self._indices())
 
     def studies(self, account: Account) -> Iterator[Study]:
         """Studies 0 to `count` - 1; images are drawn later."""
-        for index in range(self._count):
+        for index, split in self._indices():
             account.read += 1
             case, report = synthetic_study(self._seed, index)
             study_id = f"phantom-{self._seed}-{index:06d}"
             yield Study(
                 study_id=study_id,
                 patient_id=study_id,
-                split=split_of(index, self._fractions),
+                split=split,
                 image_paths=(),
                 views=(case.film.view,),
                 findings=report.findings,
@@ -103,3 +107,11 @@ class PhantomSource:
                 rendered=(PhantomImage(f"{study_id}.png", case),),
                 extra={"labels": sorted(case.findings.labels()), "parameters": json.dumps(case.as_dict())},
             )
+
+    def _indices(self) -> Iterator[tuple[int, Split]]:
+        made: Counter[Split] = Counter()
+        for index in range(self._count):
+            split = split_of(index, self._fractions)
+            if self._limit is None or made[split] < self._limit:
+                made[split] += 1
+                yield index, split
