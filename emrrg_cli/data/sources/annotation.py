@@ -133,7 +133,8 @@ class _Text:
         self._bytes = 0
         self._line, self._column = 1, 1  # of the first character of `_text`
         self._ended = False
-        self._more()
+        while not self._text and self._more():
+            pass
         self._at = int(self._text.startswith("\ufeff"))  # a byte order mark
 
     def peek(self) -> str:

@@ -84,7 +84,7 @@ class Mimic:
         self.images: list[tuple[str, int, int, str, str]] = []
         for (subject, study), (split, views) in self.studies.items():
             for index, view in enumerate(views):
-                dicom = "-".join([f"{100 * study + index:08x}"] * 5)
+                dicom = "-".join([f"{100 * (study - 50_000_000) + index:08x}"] * 5)
                 self.images.append((dicom, subject, study, split, view))
                 save_image(self.image(dicom, subject, study), study % 50 + 10 * index)
             self.write_note(subject, study, usual_note(study))
