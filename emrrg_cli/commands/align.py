@@ -44,4 +44,4 @@ def align(
     )
     if summary.is_main_process:
         err.print(summary.table(run_dir))
-        err.print(f"Next:  emrrg finetune RECIPE model.encoder.weights={run_dir}", markup=False)
+        err.print(f"Next:  emrrg finetune RECIPE model.encoder.weights={run_dir}", markup=False, soft_wrap=True)
