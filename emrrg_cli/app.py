@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from emrrg_cli.commands.align import align
+from emrrg_cli.commands.convert import convert
 from emrrg_cli.commands.demo import demo
 from emrrg_cli.commands.doctor import doctor
 from emrrg_cli.commands.evaluate import evaluate
@@ -34,7 +35,19 @@ from emrrg_cli.errors import EmrrgError, Interrupted
 from emrrg_cli.training.launch import tell_launcher
 
 # The order of the work, which is that of the help. Typer lists groups after commands by itself.
-ORDER = ("demo", "preprocess", "pretrain", "align", "finetune", "evaluate", "generate", "plan", "recipe", "doctor")
+ORDER = (
+    "demo",
+    "preprocess",
+    "pretrain",
+    "align",
+    "finetune",
+    "evaluate",
+    "generate",
+    "convert",
+    "plan",
+    "recipe",
+    "doctor",
+)
 
 # Also what the processes that a command starts go by.
 DEBUG = "EMRRG_DEBUG"
@@ -57,6 +70,7 @@ app.command("align", no_args_is_help=True)(align)
 app.command("finetune", no_args_is_help=True)(finetune)
 app.command("evaluate", no_args_is_help=True)(evaluate)
 app.command("generate", no_args_is_help=True)(generate)
+app.command("convert", no_args_is_help=True)(convert)
 app.command("plan", no_args_is_help=True)(plan)
 app.add_typer(recipe_app, name="recipe")
 app.command("doctor")(doctor)

@@ -1,0 +1,68 @@
+"""`emrrg convert`: reads the published checkpoints, and writes them back."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+class Layout(StrEnum):
+    """The two sides of a conversion."""
+
+    OURS = "ours"
+    PUBLISHED = "published"
+
+
+def convert(
+    file: Annotated[Path, typer.Argument(help="Published checkpoint (.pth, .safetensors); a directory of ours.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write; a file with --to published.")],
+    to: Annotated[Layout, typer.Option("--to", help="Which layout to write.")] = Layout.OURS,
+    base: Annotated[
+        Path | None, typer.Option("--base", help="Stage 2 file with the encoder of a stage 3 file that has none.")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", help="Recipe of a stage 3 file; default: by the name of the file.")
+    ] = None,
+    llm: Annotated[
+        str | None, typer.Option("--llm", help="LLM of a stage 3 file: hub name or directory; default: the published.")
+    ] = None,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow", metavar="NAME", help="Tensor that may be unknown, missing or misshapen; wildcards; repeatable."
+        ),
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Say what became of every tensor.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier conversion.")] = False,
+) -> None:
+    """Convert a published checkpoint of any stage into our format, or back."""
+    from emrrg_cli.console import err
+    from emrrg_cli.errors import UsageError
+    from emrrg_cli.quiet import quiet_libraries
+
+    if to is Layout.PUBLISHED:
+        for option, value in {"--base": base, "--recipe": recipe, "--llm": llm}.items():
+            if value is not None:
+                raise UsageError(f"{option} does not go with --to published")
+    quiet_libraries()
+    from emrrg_cli.models.published.convert import convert_to_ours, convert_to_published
+
+    common: dict[str, Any] = {"allow": allow or (), "verbose": verbose, "overwrite": overwrite}
+    if to is Layout.PUBLISHED:
+        outcome = convert_to_published(file, out, **common)
+    else:
+        outcome = convert_to_ours(file, out, base=base, recipe=recipe, llm=llm, **common)
+    for line in outcome.lines:
+        err.print(line, markup=False, soft_wrap=True)
+    if to is Layout.PUBLISHED:
+        return
+    following = {
+        "pretrain": f"emrrg align RECIPE model.encoder.weights={out}",
+        "align": f"emrrg finetune RECIPE model.encoder.weights={out}",
+        "encoder": f"emrrg finetune RECIPE model.encoder.weights={out}",
+        "finetune": f"emrrg generate IMAGES --model {out}",
+    }
+    err.print(f"Next:  {following[outcome.stage]}", markup=False, soft_wrap=True)

@@ -1,0 +1,215 @@
+"""Reading a checkpoint of PyTorch without running what is in it, and writing one.
+
+A `.pth` file is a pickle, and a pickle is a program. It is read by PyTorch's weights-only unpickler, which knows
+tensors and plain containers and nothing else. Published checkpoints also hold the settings of their training as
+objects (an argparse namespace, say). None of that is needed, so each class of the list below is stood in for by one of
+ours that keeps nothing: the class itself is never imported, let alone called.
+"""
+
+from __future__ import annotations
+
+import pickle
+import pickletools
+import re
+import warnings
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from emrrg_cli.errors import RunError, UsageError
+
+# Where the tensors of a model are, in a file that holds more; None: the file is that mapping itself.
+CONTAINERS = ("model", "state_dict", "module")
+# What is kept of the rest, as numbers.
+KEPT = ("epoch", "step")
+
+_SETTINGS = (
+    "argparse.Namespace",
+    "types.SimpleNamespace",
+    "typing.Any",
+    *(f"pathlib{inner}.{name}Path" for inner in ("", "._local") for name in ("", "Posix", "Windows")),
+    *(f"pathlib{inner}.Pure{name}Path" for inner in ("", "._local") for name in ("", "Posix", "Windows")),
+    *(f"omegaconf.base.{name}" for name in ("Metadata", "ContainerMetadata")),
+    *(f"omegaconf.{name}" for name in ("dictconfig.DictConfig", "listconfig.ListConfig")),
+    *(f"omegaconf.nodes.{name}Node" for name in ("Any", "Boolean", "Bytes", "Float", "Integer", "Path", "String")),
+    *(f"builtins.{name}" for name in ("bool", "bytes", "dict", "float", "int", "list", "object", "str", "tuple")),
+    # Numbers that numpy computed, such as a best score.
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    *(f"numpy.{name}" for name in ("dtype", "ndarray", "float64", "float32", "int64", "bool_")),
+    *(f"numpy.dtypes.{name}DType" for name in ("Float64", "Float32", "Int64", "Bool")),
+)
+_MAPPINGS = (
+    "collections.defaultdict",
+    *(f"{package}.utilities.data.AttributeDict" for package in ("lightning_fabric", "lightning.fabric")),
+    *(f"{package}.utilities.parsing.AttributeDict" for package in ("pytorch_lightning", "lightning.pytorch")),
+    "yacs.config.CfgNode",
+    "easydict.EasyDict",
+)
+
+
+class _StandIn:
+    """In place of an object that is not needed: takes whatever it was made of, keeps nothing."""
+
+    def __new__(cls, *args: object) -> _StandIn:
+        return super().__new__(cls)
+
+    def __init__(self, *args: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+class _MappingStandIn:
+    """The same for a class that is filled item by item, which the unpickler does with plain dictionaries alone."""
+
+    def __new__(cls, *args: object) -> OrderedDict[Any, Any]:  # type: ignore[misc]
+        return OrderedDict()
+
+
+_ALLOWED: list[Any] = [(_StandIn, name) for name in _SETTINGS] + [(_MappingStandIn, name) for name in _MAPPINGS]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file holds.
+
+    Args:
+        tensors: those of the model, by name, in the order of the file.
+        container: the key under which they stood (`CONTAINERS`), or None.
+        kept: `epoch` and `step`, where they are numbers.
+        dropped: names of everything else.
+    """
+
+    tensors: dict[str, Tensor]
+    container: str | None
+    kept: dict[str, int | float]
+    dropped: list[str]
+
+
+def read_checkpoint(file: Path) -> Checkpoint:
+    """Reads a `.pth` file (zip or the older format) or a safetensors file, on the CPU; runs nothing of it.
+
+    Raises:
+        UsageError: for a path that is no file.
+        RunError: for a file that is no checkpoint, is cut off, or holds more than tensors, plain containers and the
+            settings of a training: it names what.
+    """
+    if not file.is_file():
+        raise UsageError(f"{file}: no such file")
+    try:
+        with file.open("rb") as stream:
+            head = stream.read(64)
+    except OSError as error:
+        raise RunError(f"{file}: cannot be read: {error.strerror}") from error
+    if head[:2] in (b"PK", b"\x80\x02"):
+        return _sorted_out(file, _unpickled(file))
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < file.stat().st_size:
+        try:
+            return Checkpoint(load_file(file), None, {}, [])
+        except SafetensorError as error:
+            raise RunError(f"{file}: not a readable safetensors file: {error}") from error
+    if head.startswith(b"version https://git-lfs"):
+        raise RunError(f"{file}: this is a pointer of Git LFS, not the file", hint="Fetch the file: git lfs pull.")
+    if head[:1] == b"\x80" and (names := _globals_in(file)):
+        raise _refused(file, names)
+    what = "empty" if not head else "neither a PyTorch checkpoint nor a safetensors file"
+    raise RunError(f"{file}: this file is {what}", hint="Download it again, and compare its size.")
+
+
+def _unpickled(file: Path) -> Any:
+    is_zip = zipfile.is_zipfile(file)
+    with file.open("rb") as stream:
+        if stream.read(2) == b"PK" and not is_zip:
+            raise _damaged(file, "its end is missing")
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_ALLOWED):
+            warnings.simplefilter("ignore")
+            # Mapped, so that the state of an optimizer, twice the size of the model, is never read.
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
+    except Exception as error:  # a broken pickle raises whatever its reader met
+        reason = str(error)
+        if named := re.search(r"(?:Unsupported global: GLOBAL|unsupported GLOBAL) (\S+)", reason):
+            raise _refused(file, [named[1]]) from error
+        if isinstance(error, pickle.UnpicklingError) and (names := _globals_in(file)) and "operand" in reason:
+            raise _refused(file, names) from error
+        if "TorchScript" in reason:
+            raise RunError(f"{file}: refused: this is a TorchScript program, not a checkpoint") from error
+        raise _damaged(file, next(iter(reason.splitlines()), type(error).__name__)) from error
+
+
+def _refused(file: Path, names: Sequence[str]) -> RunError:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return RunError(
+        f"{file}: refused, and nothing in it was run: reading it would call {', '.join(names[:3])}{more}, "
+        "and a checkpoint is made of tensors, plain containers and the settings of a training",
+        hint="Whoever made it can save the tensors alone: torch.save({'model': model.state_dict()}, FILE).",
+    )
+
+
+def _damaged(file: Path, reason: str) -> RunError:
+    return RunError(
+        f"{file}: this checkpoint is damaged or cut off: {reason}", hint="Download it again, and compare its size."
+    )
+
+
+def _globals_in(file: Path) -> list[str]:
+    # What a pickle names, without running it; as far as it can be followed.
+    found: list[str] = []
+    texts: list[str] = []
+    try:
+        with file.open("rb") as stream:
+            for opcode, argument, _ in pickletools.genops(stream):
+                if opcode.name in ("GLOBAL", "INST"):
+                    found.append(str(argument).replace(" ", "."))
+                elif opcode.name == "STACK_GLOBAL":
+                    found.append(".".join(texts[-2:]))
+                elif isinstance(argument, str):
+                    texts.append(argument)
+    except Exception:  # what is no pickle raises whatever it is taken for
+        return found
+    return found
+
+
+def _sorted_out(file: Path, content: Any) -> Checkpoint:
+    if not isinstance(content, Mapping):
+        raise RunError(f"{file}: this file holds a {type(content).__name__}, not the tensors of a model by name")
+    container = next((key for key in CONTAINERS if isinstance(content.get(key), Mapping)), None)
+    model: Mapping[Any, Any] = content if container is None else content[container]
+    rest = {} if container is None else {str(key): value for key, value in content.items() if key != container}
+    tensors = {}
+    for name, value in model.items():
+        if not isinstance(value, Tensor):
+            raise RunError(
+                f"{file}: {name} is a {type(value).__name__}, not a tensor",
+                hint=f"The tensors of a model are looked for under {', '.join(CONTAINERS)}, and in the file itself.",
+            )
+        if value.layout is not torch.strided or value.is_quantized:
+            raise RunError(f"{file}: {name} is sparse or quantised; this is no published checkpoint")
+        tensors[str(name)] = value.detach()
+    numbers = {key: rest[key] for key in KEPT if type(rest.get(key)) in (int, float)}
+    return Checkpoint(tensors, container, numbers, [key for key in rest if key not in numbers])
+
+
+def write_checkpoint(file: Path, checkpoint: Checkpoint) -> None:
+    """Writes the tensors into `file`: as safetensors where its name ends so, else as PyTorch does, with what was kept.
+
+    Raises:
+        OSError, RuntimeError, SafetensorError: it cannot be written.
+    """
+    tensors = {name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}
+    if file.suffix == ".safetensors":
+        save_file(tensors, file, {"format": "pt"})
+        return
+    if checkpoint.container is None:
+        torch.save(tensors, file)
+    else:
+        torch.save({checkpoint.container: tensors, **checkpoint.kept}, file)

@@ -1,0 +1,148 @@
+"""`emrrg convert`: a published checkpoint to our directories, and back."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from emrrg_cli.errors import UsageError
+from emrrg_cli.files import atomic_directory
+from emrrg_cli.models.published.checkpoint import write_checkpoint
+from emrrg_cli.models.published.directories import RECORD, write_alignment, write_pretrainer, write_record
+from emrrg_cli.models.published.exporting import export_checkpoint
+from emrrg_cli.models.published.importing import Imported, import_checkpoint
+from emrrg_cli.models.published.run import base_encoder, default_recipe, run_recipe, write_run
+from emrrg_cli.models.published.stages import LABELS, Stage
+from emrrg_cli.training.checkpoint import writing
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a conversion did: the stage, and what is to be told."""
+
+    stage: Stage
+    lines: list[str]
+
+
+def convert_to_ours(
+    file: Path,
+    out: Path,
+    *,
+    allow: Sequence[str] = (),
+    base: Path | None = None,
+    recipe: str | None = None,
+    llm: str | None = None,
+    verbose: bool = False,
+    overwrite: bool = False,
+) -> Outcome:
+    """Writes a published checkpoint as a directory of ours.
+
+    Stage 1 becomes what `emrrg_cli.load_pretrainer` reads, stage 2 an encoder with projections and a text tower,
+    stage 3 a run directory. Dtypes stay those of the file.
+
+    Args:
+        file: `.pth` or safetensors.
+        out: the directory; new, or empty, or with `overwrite` one of an earlier conversion.
+        allow: tensors that may be unknown, missing or misshapen, with wildcards as in a shell.
+        base: for a stage 3 file without an encoder: the stage 2 file or directory that has it.
+        recipe: of stage 3: which recipe the run is of; None: by the name of the file.
+        llm: of stage 3: hub name or directory of the LLM; None: the published one of the bridge's width.
+        verbose: name every tensor in the account.
+
+    Raises:
+        UsageError: for a wrong path or option.
+        RunError: for a file that cannot be read or is no whole checkpoint.
+    """
+    if file.is_dir():
+        raise UsageError(f"{file} is a directory of ours", hint="--to published writes it as a published checkpoint.")
+    _check_directory(out, overwrite=overwrite)
+    imported = import_checkpoint(file, allow)
+    given = {"--base": base, "--recipe": recipe, "--llm": llm}
+    if imported.stage != "finetune" and (wrong := [name for name, value in given.items() if value is not None]):
+        raise UsageError(f"{wrong[0]} is for stage 3, and {file} is {LABELS[imported.stage]}")
+    lines = imported.lines(verbose=verbose)
+    writers: dict[Stage, Callable[[Path, Imported], None]] = {
+        "pretrain": write_pretrainer,
+        "align": write_alignment,
+        "encoder": write_alignment,
+    }
+    if imported.stage in writers:
+        with writing(out), atomic_directory(out) as directory:
+            writers[imported.stage](directory, imported)
+            write_record(directory, imported)
+        return Outcome(imported.stage, lines)
+    if imported.config is not None:
+        if base is not None:
+            raise UsageError(f"{file} holds its own encoder", hint="Leave --base out.")
+        config, encoder = imported.config, imported.part("encoder.")
+    else:
+        if base is None:
+            hint = "Name the stage 2 file that it was trained from: --base FILE."
+            raise UsageError(f"{file} holds no encoder, since its backbone was frozen (as for IU X-Ray)", hint=hint)
+        config, encoder = base_encoder(base, imported.ours["bridge.proj.weight"].shape[1])
+        lines.append(f"the encoder is that of {base}")
+    chosen = recipe or default_recipe(file)
+    settings = run_recipe(imported, config, chosen, llm)
+    lines.append(f"recipe {chosen}, LLM {settings.model.llm.name}, no hybrid layers, no adapters")
+    with writing(out), atomic_directory(out) as directory:
+        lines += write_run(directory, imported, config, encoder, settings)
+        write_record(directory, imported)
+    return Outcome(imported.stage, lines)
+
+
+def _check_directory(out: Path, *, overwrite: bool) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UsageError(f"{out} is a file; a directory is to be written there", hint="Choose another name.")
+    if not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise UsageError(f"{out} already exists and is not empty", hint="Give --overwrite, or another name.")
+    if not (out / RECORD).is_file():
+        raise UsageError(
+            f"{out} was not written by `emrrg convert`, so it is not overwritten", hint="Choose another name."
+        )
+
+
+def convert_to_published(
+    directory: Path, out: Path, *, allow: Sequence[str] = (), verbose: bool = False, overwrite: bool = False
+) -> Outcome:
+    """Writes a directory of ours as a published checkpoint.
+
+    A converted checkpoint comes back with every tensor to the bit, and with its epoch and step. A run of `pretrain`,
+    `align` or `finetune` is written as far as the published layout can hold it.
+
+    Args:
+        directory: what `emrrg convert` wrote, or a run.
+        out: the file; safetensors where its name ends so, else as `torch.save` writes.
+        allow: parts that may be left out, with wildcards as in a shell.
+        verbose: name every tensor.
+
+    Raises:
+        UsageError: for a wrong path, or a model with parts that the layout cannot hold.
+        RunError: for a file that cannot be read.
+    """
+    if not directory.is_dir():
+        what = "is a file, not a directory of ours" if directory.exists() else "no such directory"
+        raise UsageError(f"{directory}: {what}", hint="--to published takes a run, or what `emrrg convert` wrote.")
+    if out.is_dir():
+        raise UsageError(f"{out} is a directory; a file is to be written there", hint="Choose a name such as OUT.pth.")
+    if out.exists() and not overwrite:
+        raise UsageError(f"{out} already exists", hint="Give --overwrite, or another name.")
+    stage, checkpoint, dropped = export_checkpoint(directory, allow)
+    temporary = out.with_name(f"{out.stem}.tmp-{secrets.token_hex(4)}{out.suffix}")
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write_checkpoint(temporary, checkpoint)
+            temporary.replace(out)
+        finally:
+            temporary.unlink(missing_ok=True)
+    lines = [f"{directory}: {LABELS[stage]}: {len(checkpoint.tensors)} tensors written, {len(dropped)} left out"]
+    if verbose:
+        lines += [f"  written   {name}  {list(tensor.shape)}" for name, tensor in checkpoint.tensors.items()]
+        lines += [f"  left out  {name}" for name in dropped]
+    return Outcome(stage, lines)

@@ -1,0 +1,101 @@
+"""From our directories back to the published layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from torch import Tensor
+
+from emrrg_cli.errors import RunError, UsageError
+from emrrg_cli.models.published.checkpoint import Checkpoint
+from emrrg_cli.models.published.directories import LEFT_OUT, load_tensors, read_directory_tensors, read_record
+from emrrg_cli.models.published.importing import PARALLEL
+from emrrg_cli.models.published.layout import (
+    Piece,
+    alignment_pieces,
+    block_causal_mask,
+    bridge_pieces,
+    decoder_pieces,
+    encoder_pieces,
+    to_published,
+)
+from emrrg_cli.models.published.stages import ENCODER, TEXT, Stage
+from emrrg_cli.models.transfer import EncoderConfig
+
+
+def export_checkpoint(directory: Path, allow: Sequence[str] = ()) -> tuple[Stage, Checkpoint, list[str]]:
+    """The published checkpoint of a directory: the one that it was converted from, or that of a run of ours.
+
+    Args:
+        directory: what `emrrg convert` wrote, or a run of `pretrain`, `align` or `finetune`.
+        allow: what the published layout has no place for and may be left out, with wildcards as in a shell.
+
+    Returns:
+        Its stage, the checkpoint, and the names of what was left out.
+
+    Raises:
+        UsageError: there is no model in it, or it has parts that the layout cannot hold and that are not allowed to go.
+        RunError: a file cannot be read or lacks tensors.
+    """
+    stage, ours = read_directory_tensors(directory)
+    record = read_record(directory)
+    dropped = _without_a_place(directory, stage, ours)
+    if refused := [name for name in dropped if not any(fnmatchcase(name, pattern) for pattern in allow)]:
+        more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
+        raise UsageError(
+            f"{directory}: the published layout has no place for {', '.join(refused[:3])}{more}",
+            hint="--allow NAME (wildcards too) leaves them out; what is written is then not the whole model.",
+        )
+    names: dict[str, list[int]] = {} if record is None else record["tensors"]
+    parallel = PARALLEL if names and all(name.startswith(PARALLEL) for name in names) else ""
+    bare = bool(names) and not any(name.startswith(parallel + ENCODER) for name in names)
+    try:
+        pieces = _pieces(stage, ours, "" if stage == "encoder" and bare else ENCODER)
+        published = to_published(pieces, ours)
+    except (KeyError, ValueError, RuntimeError) as error:  # not there, or of another shape
+        raise RunError(f"{directory}: its tensors are not those of a whole model: {error}") from error
+    if record is None:
+        if stage == "pretrain":
+            published["mask"] = block_causal_mask(EncoderConfig.of(_encoder_of(ours)).grid)
+        return stage, Checkpoint(published, "model", {}, []), dropped
+    every = {parallel + name: tensor for name, tensor in published.items()}
+    if (file := directory / LEFT_OUT).is_file():
+        every |= load_tensors(file)
+    if missing := [name for name in names if name not in every]:
+        raise RunError(f"{directory}: {missing[0]} of {record['file']} is no longer there")
+    tensors = {name: every[name].reshape(shape) for name, shape in names.items()}
+    return stage, Checkpoint(tensors, record["container"], record["kept"], []), dropped
+
+
+def _encoder_of(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("encoder."): t for name, t in ours.items() if name.startswith("encoder.")}
+
+
+def _pieces(stage: Stage, ours: Mapping[str, Tensor], prefix: str) -> list[Piece]:
+    config = EncoderConfig.of(_encoder_of(ours))
+    if stage == "pretrain":
+        blocks = {name.split(".")[1] for name in ours if name.startswith("blocks.")}
+        pieces = [piece.prefixed("", "encoder.") for piece in encoder_pieces(config)]
+        return pieces + decoder_pieces(config, ours["ar_token"].shape[-1], len(blocks))
+    pieces = [piece.prefixed(prefix, "encoder.") for piece in encoder_pieces(config)]
+    if stage == "finetune":
+        pieces += bridge_pieces(config.d_model, ours["bridge.proj.weight"].shape[0])
+    if stage == "align":
+        if "text_proj.weight" in ours:
+            dim, width = ours["text_proj.weight"].shape
+            pieces += alignment_pieces(config.d_model, width, dim)
+        text = {name: tuple(tensor.shape) for name, tensor in ours.items() if name.startswith(TEXT)}
+        pieces += [Piece({name: shape}, (name,), "same", shape=shape) for name, shape in text.items()]
+    return pieces
+
+
+def _without_a_place(directory: Path, stage: Stage, ours: Mapping[str, Tensor]) -> list[str]:
+    """Parts of a model of ours that no published checkpoint has: hybrid layers, adapters, an LLM that was trained."""
+    if stage != "finetune":
+        return []
+    parts = [name for name in ours if not name.startswith(("encoder.", "bridge."))]
+    model = directory / "model"
+    parts += [f"adapters/{tower}" for tower in ("encoder", "llm") if (model / "adapters" / tower).is_dir()]
+    return parts + (["llm"] if (model / "llm").is_dir() else [])

@@ -1,0 +1,156 @@
+"""From a published checkpoint to our tensors, with an account of every tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from emrrg_cli.errors import RunError
+from emrrg_cli.models.published.checkpoint import Checkpoint, read_checkpoint
+from emrrg_cli.models.published.layout import to_ours, to_published
+from emrrg_cli.models.published.stages import LABELS, TEXT, Expected, Stage, expect, stage_of
+from emrrg_cli.models.transfer import EncoderConfig
+
+# What DataParallel puts before every name.
+PARALLEL = "module."
+_SHOWN = 5  # problems in one message
+
+
+@dataclass
+class Imported:
+    """A published checkpoint as ours. Published names are those of the file.
+
+    Args:
+        file: it.
+        stage: what left it.
+        checkpoint: what the file holds.
+        config: sizes of the encoder; None where the file has none (stage 3 with a frozen backbone).
+        ours: tensors by our names (`emrrg_cli.models.published.layout`), in the dtypes of the file.
+        used: published tensors, with their names among ours.
+        left_out: published tensors without a place among ours, with the reason.
+        made: published tensors that the file lacks, as it was allowed to; ours are as initialised.
+        notes: what a reader must know.
+    """
+
+    file: Path
+    stage: Stage
+    checkpoint: Checkpoint
+    config: EncoderConfig | None
+    ours: dict[str, Tensor]
+    used: dict[str, tuple[str, ...]]
+    left_out: dict[str, str]
+    made: list[str]
+    notes: list[str] = field(default_factory=list)
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """Our tensors whose names begin with `prefix`, without it."""
+        return {name.removeprefix(prefix): t for name, t in self.ours.items() if name.startswith(prefix)}
+
+    def lines(self, *, verbose: bool = False) -> list[str]:
+        """The account as text: what was found, counts and notes; with `verbose` also a line a tensor."""
+        what = LABELS[self.stage]
+        if (config := self.config) is not None:
+            what += f", width {config.d_model}, depth {config.depth}, state {config.d_state}, {config.image_size} px"
+        counts = f"{len(self.used)} tensors used, {len(self.left_out)} left out, {len(self.made)} made"
+        lines = [f"{self.file}: {what}: {counts}{'' if verbose else ' (--verbose names them)'}"]
+        beside = [*(f"{name} {value}" for name, value in self.checkpoint.kept.items())]
+        beside += [f"{name} (dropped)" for name in self.checkpoint.dropped]
+        lines += [f"beside the model: {', '.join(beside)}"] if beside else []
+        lines += self.notes
+        if verbose:
+            lines += [f"  used      {name} -> {', '.join(ours)}" for name, ours in self.used.items()]
+            lines += [f"  left out  {name}: {reason}" for name, reason in self.left_out.items()]
+            lines += [f"  made      {name}: as initialised" for name in self.made]
+        return lines
+
+
+def import_checkpoint(file: Path, allow: Sequence[str] = ()) -> Imported:
+    """Reads a published checkpoint of any stage.
+
+    Args:
+        file: `.pth` or safetensors.
+        allow: names of published tensors, with wildcards as in a shell, that may be unknown (they are left out),
+            missing (made as initialised), or misshapen (both).
+
+    Raises:
+        UsageError: for a path that is no file.
+        RunError: for a file that cannot be read, a checkpoint of another network, or tensors that are unknown, missing
+            or misshapen and not allowed to be; they are named.
+    """
+    checkpoint = read_checkpoint(file)
+    parallel = PARALLEL if checkpoint.tensors and all(n.startswith(PARALLEL) for n in checkpoint.tensors) else ""
+    tensors = {name.removeprefix(parallel): tensor for name, tensor in checkpoint.tensors.items()}
+    try:
+        stage = stage_of(tensors)
+        expected = expect(stage, tensors)
+    except RunError as error:
+        raise RunError(f"{file}: {error.message}", hint=error.hint) from error
+    problems = _problems(expected, tensors)
+    patterns = [pattern.removeprefix(parallel) for pattern in allow]
+    allowed = [name for name in problems if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    if refused := [text for name, text in problems.items() if name not in allowed]:
+        more = f"; and {len(refused) - _SHOWN} more" if len(refused) > _SHOWN else ""
+        raise RunError(
+            f"{file}: this is no whole checkpoint of {LABELS[stage]}: {'; '.join(refused[:_SHOWN])}{more}",
+            hint="With --allow NAME (wildcards too) an unknown tensor is left out and a missing one is made anew.",
+        )
+    left_out = expected.left_out | {name: f"{problems[name]} (allowed)" for name in allowed if name in tensors}
+    usable = {name: tensor for name, tensor in tensors.items() if name not in left_out}
+    # Nothing is made of a text tower: its tensors are those that are there.
+    pieces = [p for p in expected.pieces if not p.ours[0].startswith(TEXT) or set(p.published) <= usable.keys()]
+    made = {name: tensor for name, tensor in _made(expected, usable).items() if name not in usable}
+    ours = to_ours(pieces, usable | made)
+    notes = ["every name begins with `module.` (DataParallel); it is read without that"] if parallel else []
+    return Imported(
+        file,
+        stage,
+        checkpoint,
+        expected.config,
+        ours,
+        {parallel + name: piece.ours for piece in pieces for name in piece.published if name not in made},
+        {parallel + name: reason for name, reason in left_out.items()},
+        [parallel + name for name in made],
+        notes + expected.notes,
+    )
+
+
+def _problems(expected: Expected, tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Tensors that are missing, misshapen or unknown, each with a sentence that names it."""
+    problems = dict(expected.problems)
+    known = set(expected.left_out)
+    for piece in expected.pieces:
+        for name, shape in piece.published.items():
+            known.add(name)
+            tensor = tensors.get(name)
+            if tensor is None:
+                problems.setdefault(name, f"{name} is missing")
+            elif tuple(tensor.shape) != shape:
+                problems.setdefault(name, f"{name} is {list(tensor.shape)}, expected {list(shape)}")
+            elif not tensor.is_floating_point():
+                problems.setdefault(name, f"{name} holds {tensor.dtype}, not floating-point numbers")
+        if len({tensors[name].dtype for name in piece.published if name in tensors}) > 1:
+            first = next(iter(piece.published))
+            problems.setdefault(first, f"{first} and {', '.join(list(piece.published)[1:])} differ in dtype")
+    for name in tensors:
+        if name not in known:
+            problems.setdefault(name, f"{name} is unknown")
+    return problems
+
+
+def _made(expected: Expected, usable: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Initial values of the pieces that are not whole, by their published names, in the dtype of the file."""
+    lacking = [p for p in expected.pieces if not p.ours[0].startswith(TEXT) and not set(p.published) <= usable.keys()]
+    if not lacking:
+        return {}
+    fresh: dict[str, Tensor] = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for prefix, make in expected.modules:
+            fresh |= {prefix + name: tensor for name, tensor in make().state_dict().items()}
+    dtype = next(iter(usable.values())).dtype
+    return {name: tensor.to(dtype) for name, tensor in to_published(lacking, fresh).items()}

@@ -1,0 +1,140 @@
+"""A stage 3 checkpoint as a run directory that `emrrg generate` and `emrrg evaluate` take."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from emrrg_cli.errors import RunError, UsageError
+from emrrg_cli.files import atomic_write_text
+from emrrg_cli.models.published.directories import BRIDGE_FILE, save_tensors
+from emrrg_cli.models.published.importing import Imported, import_checkpoint
+from emrrg_cli.models.transfer import ENCODER_FILE, EncoderConfig, encoder_source
+from emrrg_cli.recipe.load import RUN_RECIPE, dump_recipe, load_recipe
+from emrrg_cli.recipe.schema import ENCODER_SIZES, FinetuneRecipe
+
+# Which recipe a file is of, by its name.
+_RECIPES = (
+    ("mimic", "mimic_cxr/finetune-full"),
+    ("chexpert", "chexpert_plus/finetune-full"),
+    ("cxp", "chexpert_plus/finetune-full"),
+)
+DEFAULT_RECIPE = "iu_xray/finetune-full"
+# The LLMs of the published models, by the width of their hidden states.
+_LLMS = {4096: "meta-llama/Llama-2-7b-chat-hf", 2048: "Qwen/Qwen1.5-1.8B-Chat"}
+
+
+def default_recipe(file: Path) -> str:
+    """The recipe of a published file: that of MIMIC-CXR or CheXpert Plus where its name says so, else IU X-Ray's."""
+    name = file.name.lower()
+    return next((recipe for part, recipe in _RECIPES if part in name), DEFAULT_RECIPE)
+
+
+def base_encoder(base: Path, bridge_width: int) -> tuple[EncoderConfig, dict[str, Tensor]]:
+    """The encoder of a stage 2 file or directory, for a stage 3 file that holds none.
+
+    Raises:
+        UsageError: it has no encoder with four directions, or one of another width than the bridge takes.
+        RunError: it cannot be read.
+    """
+    if base.is_dir():
+        source = encoder_source(base)
+        config, tensors = source.config, source.tensors
+    else:
+        imported = import_checkpoint(base)
+        if imported.config is None:
+            raise UsageError(f"{base}: this file holds no encoder", hint="--base takes the stage 2 file.")
+        config, tensors = imported.config, imported.part("encoder.")
+    if not config.class_token:
+        raise UsageError(f"{base}: this is stage 1", hint="--base takes the stage 2 file.")
+    if config.d_model != bridge_width:
+        raise UsageError(
+            f"{base}: its encoder is {config.d_model} wide, and llama_proj takes {bridge_width}",
+            hint="Base and large differ: take the stage 2 file of the same size.",
+        )
+    return config, tensors
+
+
+def run_recipe(imported: Imported, config: EncoderConfig, recipe: str, llm: str | None) -> FinetuneRecipe:
+    """The recipe of the run: a shipped one, with the encoder of the file and a plain LLM of the bridge's width.
+
+    Raises:
+        UsageError: there is no such recipe.
+    """
+    size = next((s for s, sizes in ENCODER_SIZES.items() if sizes == (config.d_model, config.depth)), None)
+    encoder = {
+        "size": size,
+        "d_model": None if size else config.d_model,
+        "depth": None if size else config.depth,
+        "d_state": config.d_state,
+        "image_size": config.image_size,
+    }
+    overrides = [f"model.encoder.{key}={json.dumps(value)}" for key, value in encoder.items()]
+    overrides += [
+        "model.hybrid.every=null",
+        "model.visual_prompt=full",
+        f"model.adapter.targets={'none' if imported.config is None else 'full'}",
+        "model.llm.frozen=true",
+    ]
+    if (name := llm or _LLMS.get(imported.ours["bridge.proj.weight"].shape[0])) is not None:
+        overrides.append(f"model.llm.name={json.dumps(name)}")
+    return load_recipe(recipe, overrides, stage="finetune")
+
+
+def write_run(
+    directory: Path, imported: Imported, config: EncoderConfig, encoder: dict[str, Tensor], recipe: FinetuneRecipe
+) -> list[str]:
+    """Writes a run directory.
+
+    Args:
+        directory: empty.
+        encoder: by the names of `ArmEncoder`; it goes into `model/` where the file held it, to the top where it is the
+            frozen one of another file.
+
+    Returns:
+        What is to be said: what the run still needs.
+
+    Raises:
+        UsageError: the LLM is here and does not fit the bridge.
+    """
+    (directory / "model").mkdir()
+    atomic_write_text(directory / RUN_RECIPE, dump_recipe(recipe))
+    bridge = {name: tensor for name, tensor in imported.ours.items() if name.startswith("bridge.")}
+    save_tensors(bridge, directory / "model" / BRIDGE_FILE)
+    save_tensors(encoder, (directory if imported.config is None else directory / "model") / ENCODER_FILE)
+    name, hidden = recipe.model.llm.name, bridge["bridge.proj.weight"].shape[0]
+    found = _llm_here(name)
+    if found is None:
+        return [
+            f"the LLM {name} is not on this machine: `emrrg generate` and `evaluate` will fetch it with its tokenizer "
+            f"(or convert again with --llm DIRECTORY); llama_proj is made for hidden states {hidden} wide"
+        ]
+    width, tokenizer = found
+    if width != hidden:
+        raise UsageError(
+            f"{imported.file}: llama_proj is made for an LLM of width {hidden}, and {name} is {width} wide",
+            hint="Name the LLM that it was trained with: --llm NAME or DIRECTORY.",
+        )
+    tokenizer.save_pretrained(directory / "tokenizer")
+    return []
+
+
+def _llm_here(name: str) -> tuple[int, Any] | None:
+    """Width and tokenizer of an LLM that is in a directory or in the local cache; None where it is not.
+
+    Raises:
+        RunError: it is a directory without an LLM.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(name, local_files_only=True)
+        return config.hidden_size, AutoTokenizer.from_pretrained(name, local_files_only=True)
+    except Exception as error:  # not cached, or broken: each part fails in its own way
+        if Path(name).exists() or name.startswith((".", "/", "~")):
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise RunError(f"{name}: no LLM with its tokenizer in this directory: {reason}") from error
+        return None
