@@ -16,7 +16,7 @@ that came with the data set (Johnson et al., MIMIC-CXR, Scientific Data 2019), s
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
 _HEADING = re.compile(r" ?([A-Z][A-Z ()/,-]*):(?:\s|$)")
@@ -98,20 +98,22 @@ def read_note(text: str, study_id: int) -> Note:
         start, end = _PLACES[study_id]
         return Note(impression=_joined(text[start:end]))
     sections = split_note(text)
+    rest = ""
+    if not any(name in ("findings", "impression") and body.strip() for name, body in sections):
+        name, body = sections[-1]
+        first, *others = re.split(r"\n\s*\n", body.rstrip())
+        sections[-1], rest = (name, first), "\n\n".join(others)
     last = {name: body for name, body in sections if name not in ("findings", "impression") or body.strip()}
     note = Note(
         findings=_joined(last.get("findings", "")),
         impression=_joined(last.get("impression", "")),
+        last_paragraph=_joined(rest),
         indication=_joined(last.get("indication") or last.get("history", "")),
         comparison=_joined(last.get("comparison", "")),
     )
-    if (place := _MISPLACED.get(study_id)) is not None and last.get(place, "").strip():
-        return Note(note.findings, _joined(last[place]), "", note.indication, note.comparison)
-    if note.findings or note.impression:
-        return note
-    paragraphs = re.split(r"\n\s*\n", sections[-1][1].rstrip())
-    return Note(last_paragraph=_joined("\n\n".join(paragraphs[1:])), indication=note.indication,
-                comparison=note.comparison)  # fmt: skip
+    if elsewhere := _joined(last.get(_MISPLACED.get(study_id, ""), "")):
+        return replace(note, impression=elsewhere, last_paragraph="")
+    return note
 
 
 def split_note(text: str) -> list[tuple[str, str]]:
