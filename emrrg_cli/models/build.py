@@ -180,7 +180,7 @@ def _load_model(
             f"{run_dir}: this run holds no trained model yet",
             hint="Let the training reach its first validation or end.",
         )
-    tokenizer = load_tokenizer(str(run_dir / "tokenizer"))
+    tokenizer = _run_tokenizer(run_dir, settings)
     encoder = build_encoder(settings.encoder, settings.scan)
     whole = trained / "encoder.safetensors"
     load_weights(encoder, whole if whole.is_file() else run_dir / "encoder.safetensors")
@@ -203,6 +203,14 @@ def _load_model(
         if settings.llm.quantization == "none":  # added into quantised weights, an update would be rounded away
             model.llm = adapters.merge(model.llm)
     return model.requires_grad_(False).eval()
+
+
+def _run_tokenizer(run_dir: Path, settings: ModelSettings) -> Any:
+    # A converted checkpoint has no tokenizer of its own: its LLM, which was never trained, brings it.
+    own = run_dir / "tokenizer"
+    if settings.llm.is_frozen and not own.is_dir():
+        return load_tokenizer(settings.llm.name, settings.llm.revision)
+    return load_tokenizer(str(own))
 
 
 def load_run_llm(run_dir: Path, settings: ModelSettings, dtype: torch.dtype) -> Any:
