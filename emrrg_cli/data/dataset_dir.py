@@ -110,7 +110,7 @@ def open_dataset(root: str | Path) -> datasets.DatasetDict:
         RunError: Its files are broken, columns are missing, or the disk is full.
     """
     folder = whole_directory(Path(root))
-    shards = _shards(folder)
+    shards = find_shards(folder)
     size = sum(file.stat().st_size for files in shards.values() for file in files)
     # The files are named one by one: then the copy is keyed by their paths and times, not by the directory's last name.
     data_files = {split: [glob.escape(str(file.resolve())) for file in files] for split, files in shards.items()}
@@ -171,8 +171,13 @@ def _check_folder(folder: Path) -> None:
         raise UsageError(f"{folder} is a file, not a dataset directory", hint="Make one with `emrrg preprocess`.")
 
 
-def _shards(folder: Path) -> dict[str, list[Path]]:
-    """The Parquet files of each split, in order, all there."""
+def find_shards(folder: Path) -> dict[str, list[Path]]:
+    """The Parquet files of each split of a dataset directory, in order, all there.
+
+    Raises:
+        UsageError: No such directory, or not a dataset directory.
+        RunError: Files are missing.
+    """
     _check_folder(folder)
     found: dict[str, dict[int, Path]] = {}
     totals: dict[str, int] = {}

@@ -123,10 +123,15 @@ def start_trackers(accelerator: Any) -> None:
         ) from error
 
 
-def record_environment(run_dir: Path, accelerator: Any, precision: str, scan: str) -> None:
-    """Writes `environment.json`: versions, git revision, device, processes, command.
+def record_environment(
+    run_dir: Path, accelerator: Any, precision: str, scan: str, data: Mapping[str, str] | None = None
+) -> None:
+    """Writes `environment.json`: versions, git revision, device, processes, command, data.
 
     What a run began with stays; where it is resumed, the record of that is added to the list `resumed`.
+
+    Args:
+        data: the fingerprint of each dataset directory.
 
     Raises:
         RunError: when there is a record that cannot be read.
@@ -149,6 +154,7 @@ def record_environment(run_dir: Path, accelerator: Any, precision: str, scan: st
         "processes": accelerator.num_processes,
         "precision": precision,
         "scan": scan,
+        "data": dict(data or {}),
     }
     if (first := first_environment(run_dir)) is not None:
         record = first | {"resumed": [*first.get("resumed", []), record]}

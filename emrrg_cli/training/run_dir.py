@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from emrrg_cli.errors import UsageError
 from emrrg_cli.recipe.load import RUN_RECIPE, load_recipe
 from emrrg_cli.recipe.schema import Settings
+
+R = TypeVar("R", bound=Settings)
+
+# Settings that are paths, wherever in a recipe they stand; a `name` is one where there is a directory of that name.
+_PATHS = ("root", "weights")
 
 # Settings that may differ when a run is continued: they change where it stops and what is shown, not what it computes.
 _FREE = {
@@ -37,7 +42,9 @@ def check_run_dir(run_dir: Path, settings: Settings, *, resume: bool) -> None:
     """Makes sure that nothing is overwritten and that a run is continued with its own recipe.
 
     Raises:
-        UsageError: when the directory is taken, when there is nothing to resume, or when the recipe has changed.
+        UsageError: when the directory is taken, when there is nothing to resume, or when the recipe or the content of
+            its dataset directories has changed.
+        RunError: when what the run recorded cannot be read.
     """
     saved = run_dir / RUN_RECIPE
     if not resume:
@@ -49,14 +56,64 @@ def check_run_dir(run_dir: Path, settings: Settings, *, resume: bool) -> None:
     if not saved.is_file():
         raise UsageError(f"{run_dir}: there is no run to resume here", hint="Start it without --resume.")
     check_writable(run_dir)
-    before = load_recipe(str(saved), [], stage=getattr(settings, "stage", None)).model_dump()
-    changed = [key for key in _differences(before, settings.model_dump()) if key not in _FREE]
+    before = with_absolute_paths(load_recipe(str(saved), [], stage=getattr(settings, "stage", None))).model_dump()
+    now = with_absolute_paths(settings)
+    changed = [key for key in _differences(before, now.model_dump()) if key not in _FREE]
     if changed:
         shown = ", ".join(".".join(key) for key in changed[:5])
         raise UsageError(
             f"{run_dir} was started with another recipe: {shown} {'differs' if len(changed) == 1 else 'differ'}",
             hint=f"Resume with the same recipe (it is in {saved}), or start a new run with another --output.",
         )
+    _check_data(run_dir, now)
+
+
+def _check_data(run_dir: Path, recipe: Settings) -> None:
+    from emrrg_cli.training.environment import first_environment  # imports torch
+
+    recorded = (first_environment(run_dir) or {}).get("data")
+    if recorded is None:
+        return
+    for root, fingerprint in data_fingerprints(recipe).items():
+        if recorded.get(root, fingerprint) != fingerprint:
+            raise UsageError(
+                f"the data in {root} is not what {run_dir} was started with",
+                hint="Put the dataset back as it was, or start a new run with another --output.",
+            )
+
+
+def data_fingerprints(recipe: Settings) -> dict[str, str]:
+    """The fingerprint of each dataset directory that a recipe names, by its absolute path.
+
+    Raises:
+        UsageError: for one that is not there.
+        RunError: for one that cannot be read.
+    """
+    from emrrg_cli.data.fingerprint import dataset_fingerprint  # imports datasets
+
+    data = with_absolute_paths(recipe).model_dump()["data"]
+    roots = [one["root"] for one in (data, *data.get("sets", []))]
+    return {root: dataset_fingerprint(root) for root in roots if root is not None}
+
+
+def with_absolute_paths(recipe: R) -> R:
+    """The recipe as it means the same from any working directory: paths in it that are relative made absolute."""
+    return type(recipe).model_validate(_absolute(recipe.model_dump()))
+
+
+def _absolute(value: Any, key: str = "") -> Any:
+    if isinstance(value, dict):
+        return {name: _absolute(inner, name) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_absolute(inner, key) for inner in value]
+    if not isinstance(value, str):
+        return value
+    # Transformers, too, takes a directory for a hub name if there is one.
+    is_path = key in _PATHS or (key == "name" and value != "scratch" and Path(value).is_dir())
+    if not is_path:
+        return value
+    path = Path(value)
+    return str(path.resolve() if ".." in path.parts else path.absolute())  # links stay where they need not be followed
 
 
 def check_writable(directory: Path) -> None:

@@ -29,6 +29,7 @@ from emrrg_cli.training.environment import (
 )
 from emrrg_cli.training.loop import Summary, train
 from emrrg_cli.training.progress import TrainingDisplay
+from emrrg_cli.training.run_dir import data_fingerprints, with_absolute_paths
 from emrrg_cli.training.stage import Stage
 
 # What a run may write before its first step.
@@ -89,7 +90,7 @@ def open_session(
     What was written is taken away again where the block fails before the first step of the training.
 
     Args:
-        recipe: written as `recipe.yaml`, unless the run is resumed.
+        recipe: written as `recipe.yaml`, with absolute paths, unless the run is resumed.
         settings: the part of the recipe that the loop goes by.
         scan: the recipe's `model.scan`.
         expected_processes: the number asked for; 0 when nobody asked.
@@ -105,8 +106,8 @@ def open_session(
     with _no_false_start(run_dir, accelerator.is_main_process):
         if accelerator.is_main_process:
             if not resume:
-                atomic_write_text(run_dir / RUN_RECIPE, dump_recipe(recipe))
-            record_environment(run_dir, accelerator, precision, engine)
+                atomic_write_text(run_dir / RUN_RECIPE, dump_recipe(with_absolute_paths(recipe)))
+            record_environment(run_dir, accelerator, precision, engine, data_fingerprints(recipe))
         accelerator.wait_for_everyone()
         from accelerate.utils import set_seed
 

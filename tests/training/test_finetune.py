@@ -78,6 +78,20 @@ def test_a_run_directory_explains_itself(tiny_run: Path, tiny_overrides: tuple[s
     assert [event.step for event in log.Scalars("validation/loss")] == [2, 4]
 
 
+def test_a_run_names_its_data_wherever_it_was_started_from(
+    finetune: Any, tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny_dataset.parent)
+    options = (f"data.root={tiny_dataset.name}", "train.max_steps=1")
+    run = finetune("run", *options).directory
+    monkeypatch.chdir(run)
+    assert load_recipe("./recipe.yaml").data.root == str(tiny_dataset)
+    environment = json.loads((run / "environment.json").read_text())
+    fingerprint = json.loads((tiny_dataset / "manifest.json").read_text())["fingerprint"]
+    assert environment["data"] == {str(tiny_dataset): fingerprint}
+    assert main(["evaluate", "--model", str(run), "data.limit=1", "generation.num_beams=1"]) == 0
+
+
 def test_the_history_has_a_row_a_logged_step_and_one_a_validation(tiny_run: Path, run_of: Any) -> None:
     rows = run_of(tiny_run).history
     assert [(row["step"], row["epoch"], "train/loss" in row) for row in rows] == [

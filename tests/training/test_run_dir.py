@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,13 @@ import pytest
 from emrrg_cli.errors import UsageError
 from emrrg_cli.recipe.load import dump_recipe, load_recipe
 from emrrg_cli.recipe.schema import FinetuneRecipe
-from emrrg_cli.training.run_dir import check_run_dir, check_writable, default_run_dir
+from emrrg_cli.training.run_dir import (
+    check_run_dir,
+    check_writable,
+    data_fingerprints,
+    default_run_dir,
+    with_absolute_paths,
+)
 
 
 def _recipe(*overrides: str) -> FinetuneRecipe:
@@ -99,6 +107,53 @@ def test_another_recipe_is_refused_and_the_difference_named(started: Path, chang
         check_run_dir(started, _recipe("data.root=a", *changed), resume=True)
     assert caught.value.message.endswith(told)
     assert str(started / "recipe.yaml") in str(caught.value.hint)
+
+
+def test_paths_of_a_recipe_mean_the_same_from_another_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "qwen").mkdir()
+    (tmp_path / "scratch").mkdir()
+    given = ["data.root=sets/a", "model.encoder.weights=../encoder.safetensors", "model.llm.name=qwen"]
+    recipe = with_absolute_paths(_recipe(*given))
+    assert recipe.data.root == str(tmp_path / "sets" / "a")
+    assert recipe.model.encoder.weights == str(tmp_path.parent / "encoder.safetensors")
+    assert recipe.model.llm.name == str(tmp_path / "qwen")
+    assert with_absolute_paths(recipe) == recipe
+    for name in ("scratch", "org/qwen"):
+        assert with_absolute_paths(_recipe(f"model.llm.name={name}")).model.llm.name == name
+    assert with_absolute_paths(_recipe()).data.root is None
+
+
+def test_a_run_is_resumed_from_another_directory_and_with_a_path_said_otherwise(
+    started: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (started / "recipe.yaml").write_text(dump_recipe(with_absolute_paths(_recipe("data.root=a"))))
+    check_run_dir(started, _recipe("data.root=a"), resume=True)
+    monkeypatch.chdir(started)
+    check_run_dir(Path(), _recipe("data.root=../a"), resume=True)
+    with pytest.raises(UsageError, match=r"data\.root differs"):
+        check_run_dir(Path(), _recipe("data.root=a"), resume=True)
+
+
+def test_a_run_is_not_resumed_with_other_data_in_the_same_place(tiny_dataset: Path, tmp_path: Path) -> None:
+    data, run = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(tiny_dataset, data)
+    recipe = _recipe(f"data.root={data}")
+    run.mkdir()
+    (run / "recipe.yaml").write_text(dump_recipe(recipe))
+    check_run_dir(run, recipe, resume=True)  # of an earlier version, which recorded nothing
+    (run / "environment.json").write_text(json.dumps({"data": data_fingerprints(recipe)}))
+    check_run_dir(run, recipe, resume=True)
+    manifest = json.loads((data / "manifest.json").read_text())
+    (data / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": "another"}))
+    with pytest.raises(UsageError, match=r"the data in .*data is not what .*run was started with"):
+        check_run_dir(run, recipe, resume=True)
+    shutil.rmtree(data)
+    with pytest.raises(UsageError, match="no such dataset directory"):
+        check_run_dir(run, recipe, resume=True)
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_the_work(
