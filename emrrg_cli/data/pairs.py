@@ -85,7 +85,8 @@ class PairDataset(Dataset[Example]):
     A data set of `n` studies and weight `w` gives `round(w * n)` studies to every epoch: each of its studies as often
     as `w` has whole units, and a random part of them, drawn anew for each epoch, once more. So weight 1 is each study
     once, 2 each twice, and 0.25 another random quarter in every epoch. The studies of all sets are then shuffled
-    together. The draw depends on the seed and the number of the epoch alone.
+    together; one that is taken twice may so meet itself in a batch. The draw depends on the seed and the number of the
+    epoch alone.
 
     Args:
         parts: the split of each data set.

@@ -18,7 +18,7 @@ from emrrg_cli.data.loading import load_batches
 from emrrg_cli.data.pairs import PairBatch, PairDataset, collate_pairs
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.files import atomic_directory
-from emrrg_cli.metrics.retrieval import Retrieval, retrieval
+from emrrg_cli.metrics.retrieval import retrieval
 from emrrg_cli.models.alignment import MAX_LOGIT_SCALE, Alignment, CachedPairs, contrastive_losses
 from emrrg_cli.models.build import build_encoder
 from emrrg_cli.models.build_alignment import fresh_alignment, save_alignment
@@ -42,6 +42,7 @@ class AlignStage:
     validation: PairDataset | None
     run_dir: Path
     accelerator: Any
+    told: bool = False  # what a validation is made of
 
     def items(self, batch: PairBatch) -> int:
         """Pairs of a batch."""
@@ -91,6 +92,12 @@ class AlignStage:
         losses = [contrastive_losses(images[i : i + size], texts[i : i + size], scale.exp()).mean() for i in starts]
         figures = {"validation/loss": float(torch.stack(losses).mean()), "validation/logit_scale": float(scale)}
         found = retrieval(images, texts, read_alike(self.model, [self.validation.reports[i] for i in self.validated]))
+        if not self.told:
+            self.told = True
+            display.message(
+                f"validation on {found.studies:,} pairs with {found.distinct:,} different reports: recall@1 (R@1) is "
+                f"{found.chance[1]:.4f} by chance and {found.ceiling[1]:.4f} at most"
+            )
         for way, by_k in found.recall.items():
             figures |= {f"validation/{way}_R@{k}": value for k, value in by_k.items()}
         if settings.select == "score":
@@ -207,6 +214,13 @@ def run_align(
     training = open_pairs(recipe.data, "train", size, weighted=True)
     validation = open_pairs(recipe.data, "validation", size, required=False)
     assert training is not None
+    if len(training.parts) > 1 and is_first_process():
+        for (one, weight), part, count in zip(recipe.data.all_sets(), training.parts, training.counts, strict=True):
+            err.print(
+                f"{one.root}: {len(part):,} studies, weight {weight:g}, {count:,} in an epoch",
+                markup=False,
+                soft_wrap=True,
+            )
     with open_session(
         recipe, recipe.train, recipe.model.scan, run_dir, resume=resume, expected_processes=expected_processes
     ) as session:
@@ -233,11 +247,3 @@ def _tokenizer(recipe: AlignRecipe, training: PairDataset, session: Session) -> 
             tokenizer.save_pretrained(temporary)
     session.accelerator.wait_for_everyone()
     return load_text_tokenizer(str(target))
-
-
-def describe(found: Retrieval) -> str:
-    """One line on how hard a retrieval is."""
-    return (
-        f"{found.studies:,} pairs with {found.distinct:,} different reports; recall@1 is {found.chance[1]:.4f} by "
-        f"chance and at most {found.ceiling[1]:.4f}"
-    )
