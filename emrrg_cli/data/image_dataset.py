@@ -157,8 +157,9 @@ class ImageDataset(Dataset[Tensor]):
         self.source, self.image_size, self.augmentation, self.seed = source, image_size, augmentation, seed
         self.epoch = 0
         # A JPEG may be decoded at half its size or less, as long as no crop is enlarged for it.
-        smallest = 0.25 if augmentation is None else augmentation.scale[0] * RATIO[0]
-        self._enough = math.ceil(image_size / math.sqrt(smallest))
+        self._enough = None
+        if augmentation is not None:
+            self._enough = math.ceil(image_size / math.sqrt(augmentation.scale[0] * RATIO[0]))
 
     def __len__(self) -> int:
         return len(self.source)
@@ -243,7 +244,9 @@ def split_folder(root: Path, validation: float, *, workers: int = 0) -> FolderSp
     names = [file.relative_to(root).as_posix() for file in files]
     reasons: list[str | None] = []
     with progress_bar("checking images", len(files)) as advance:
-        parallel = joblib.Parallel(n_jobs=max(1, workers), return_as="generator", batch_size="auto")
+        # A process takes about half a second to start.
+        jobs = max(1, min(workers, len(files) // 256))
+        parallel = joblib.Parallel(n_jobs=jobs, return_as="generator")
         for reason in parallel(joblib.delayed(_problem)(file) for file in files):
             reasons.append(reason)
             advance(1)
