@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from emrrg_cli.data.sources.annotation import Annotation, AnnotationRow
-from emrrg_cli.data.sources.locate import MISSING, locate
+from emrrg_cli.data.sources.locate import MISSING, OUTSIDE, locate
 from emrrg_cli.data.sources.scratch import SeenIds
 from emrrg_cli.data.sources.views import view_name
 from emrrg_cli.data.study import Account, ImageProblem, Study
@@ -106,12 +106,14 @@ class CombinedSource:
     def _locate(self, path: str) -> tuple[str, Path] | ImageProblem:
         """The image and the name of its root, or why there is none."""
         here = self._here(path)
+        # An absolute path lies outside all roots but its own; a relative one may lead out of the root that has it.
+        telling = MISSING if Path(here).is_absolute() else OUTSIDE
         problem: ImageProblem | None = None
         for name, root in self._roots.items():
             found = locate(here, root, (root, root / "images"))
             if isinstance(found, Path):
                 return name, found
-            if problem is None or found.reason == MISSING:  # says more than that it lies outside the other roots
+            if problem is None or found.reason == telling:
                 problem = found
         reason = problem.reason if problem else MISSING
         return ImageProblem(path, reason, f"looked up as {here}" if here != path else "")
