@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import lru_cache
 
 _HEADING = re.compile(r" ?([A-Z][A-Z ()/,-]*):(?:\s|$)")
 
@@ -128,6 +129,7 @@ def split_note(text: str) -> list[tuple[str, str]]:
     return [(name, "\n".join(lines)) for name, lines in sections]
 
 
+@lru_cache(maxsize=10_000)
 def _meaning(heading: str) -> str:
     name = re.sub(r"\s*/\s*", "/", " ".join(heading.lower().split()))
     if name in _MEANINGS:
