@@ -93,6 +93,12 @@ studies = load_dataset("path/to/this/directory")
 """
 
 
+def is_dataset_dir(root: str | Path) -> bool:
+    """Whether a folder is meant as a dataset directory, rather than one of images."""
+    folder = whole_directory(Path(root))
+    return (folder / MANIFEST).is_file() or any((folder / "data").glob("*.parquet"))
+
+
 def open_dataset(root: str | Path) -> datasets.DatasetDict:
     """Opens a dataset directory with its images as encoded bytes.
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from emrrg_cli.console import err, progress_bar
-from emrrg_cli.data.dataset_dir import MANIFEST
 from emrrg_cli.data.find import find_images
 from emrrg_cli.data.images import ImageError, load_image, to_grey
 from emrrg_cli.data.sources.splits import draw_splits
@@ -210,11 +209,6 @@ def random_box(rng: np.random.Generator, width: int, height: int, scale: tuple[f
     w, h = min(width, height * RATIO[1]), min(height, width / RATIO[0])
     left, top = (width - w) / 2, (height - h) / 2
     return left, top, left + w, top + h
-
-
-def is_dataset_dir(root: Path) -> bool:
-    """Whether a folder is a dataset directory, rather than one of images."""
-    return (root / MANIFEST).is_file() or any((root / "data").glob("*.parquet"))
 
 
 @dataclass(frozen=True)

@@ -7,31 +7,34 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
 
 from emrrg_cli.files import atomic_write_bytes
 
-_CAPTION = (
-    "Each 64 x 64 cluster is predicted from those before it, row by row; the first (outlined) is given, not predicted. "
-    "Target and prediction: pixels normalised patch by patch, as the loss compares them. "
-    "Right: the prediction with each patch's own mean and variance put back, which the model does not predict."
+TITLES = ("film", "target", "prediction", "prediction, brightness put back")
+CAPTION = (
+    "Each 64 x 64 cluster is predicted from those before it, row by row. The first (outlined) is given, not predicted.",
+    "Target, prediction: pixels normalised patch by patch, as the loss compares them.",
+    "Brightness put back: the prediction with mean and variance of the film's own patches, which are not predicted.",
 )
-_TITLES = ("film", "target", "prediction", "prediction, with the patches' brightness")
+_SIDE = 192  # of a film as it is shown
+_GAP = 8
+_LINE = 14
 _CLUSTER = 64
+_SPREAD = 2.5  # normalised pixels from -2.5 to 2.5 are black to white
+_INK, _PAPER, _OUTLINE = (40, 40, 40), (255, 255, 255), (224, 160, 48)
+
+Pictures = NDArray[np.float32]
 
 
 def draw_predictions(
-    films: NDArray[np.float32],
-    targets: NDArray[np.float32],
-    predictions: NDArray[np.float32],
-    restored: NDArray[np.float32],
-    path: Path,
-    title: str,
+    films: Pictures, targets: Pictures, predictions: Pictures, restored: Pictures, path: Path, title: str
 ) -> None:
     """Writes one row a film as a PNG.
 
     Args:
         films: `[n, h, w]`, grey, 0 to 255.
-        targets: `[n, h, w]`, normalised by patch, grey.
+        targets: `[n, h, w]`, pixels normalised by patch.
         predictions: `[n, h, w]`, likewise.
         restored: `[n, h, w]`, predictions as grey values, 0 to 255.
         path: the PNG to write.
@@ -40,24 +43,33 @@ def draw_predictions(
     Raises:
         RunError: the file cannot be written.
     """
-    # Figure without pyplot: no window system, no state shared with a caller who plots too.
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-
-    rows = len(films)
-    figure = Figure(figsize=(9, 2.2 * rows + 1.2), dpi=110, layout="constrained")
-    axes = figure.subplots(rows, len(_TITLES), squeeze=False)
-    for row in range(rows):
-        columns = ((films, 0, 255), (targets, -2.5, 2.5), (predictions, -2.5, 2.5), (restored, 0, 255))
-        for axis, (pictures, low, high) in zip(axes[row], columns, strict=True):
-            axis.imshow(pictures[row], cmap="gray", vmin=low, vmax=high, interpolation="nearest")
-            axis.add_patch(Rectangle((-0.5, -0.5), _CLUSTER, _CLUSTER, fill=False, edgecolor="#e0a030", linewidth=1))
-            axis.set_xticks([])
-            axis.set_yticks([])
-    for axis, name in zip(axes[0], _TITLES, strict=True):
-        axis.set_title(name, fontsize=8)
-    figure.suptitle(title, fontsize=10)
-    figure.supxlabel(_CAPTION, fontsize=7, wrap=True)
+    columns = (films, _visible(targets), _visible(predictions), restored)
+    top = 2 * (_LINE + _GAP)
+    width = _GAP + len(columns) * (_SIDE + _GAP)
+    height = top + len(films) * (_SIDE + _GAP) + len(CAPTION) * _LINE + _GAP
+    page = Image.new("RGB", (width, height), _PAPER)
+    draw = ImageDraw.Draw(page)
+    font, small = ImageFont.load_default(12), ImageFont.load_default(10)
+    draw.text((_GAP, _GAP // 2), title, _INK, font)
+    for column, (pictures, name) in enumerate(zip(columns, TITLES, strict=True)):
+        left = _GAP + column * (_SIDE + _GAP)
+        draw.text((left, _LINE + _GAP), name, _INK, small)
+        for row, picture in enumerate(pictures):
+            page.paste(_shown(picture), (left, top + row * (_SIDE + _GAP)))
+    for line, text in enumerate(CAPTION):
+        draw.text((_GAP, top + len(films) * (_SIDE + _GAP) + line * _LINE), text, _INK, small)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    page.save(buffer, "PNG")
     atomic_write_bytes(path, buffer.getvalue())
+
+
+def _visible(normalised: Pictures) -> Pictures:
+    return ((normalised / _SPREAD + 1) * np.float32(127.5)).astype(np.float32)
+
+
+def _shown(picture: Pictures) -> Image.Image:
+    side = round(_SIDE * _CLUSTER / picture.shape[0])
+    grey = Image.fromarray(np.clip(np.rint(picture), 0, 255).astype(np.uint8))
+    shown = grey.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC).convert("RGB")
+    ImageDraw.Draw(shown).rectangle((0, 0, side - 1, side - 1), outline=_OUTLINE)
+    return shown

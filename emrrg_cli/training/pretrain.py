@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emrrg_cli.data.dataset_dir import open_dataset
+from emrrg_cli.data.dataset_dir import is_dataset_dir, open_dataset
 from emrrg_cli.data.image_dataset import (
     Augmentation,
     FolderImages,
@@ -21,7 +21,6 @@ from emrrg_cli.data.image_dataset import (
     ImageSource,
     SplitImages,
     collate_images,
-    is_dataset_dir,
     split_folder,
 )
 from emrrg_cli.errors import RunError, UsageError
@@ -39,7 +38,7 @@ from emrrg_cli.training.session import Session, open_session, validation_loss
 from emrrg_cli.training.stage import StageOutput
 
 IMAGES = "images.json"
-_SHOWN = 6
+_SHOWN = 4
 
 
 class PixelPretrainer(nn.Module):
@@ -168,6 +167,8 @@ def run_pretrain(recipe: PretrainRecipe, run_dir: Path, *, resume: bool, expecte
         )
     quiet_libraries()
     root = Path(recipe.data.root)
+    if not root.is_dir():
+        raise UsageError(f"data.root={root}: " + ("not a folder" if root.exists() else "no such folder"))
     splits = open_dataset(root) if is_dataset_dir(root) else None
     if splits is not None and "train" not in splits:
         raise RunError(f"{root}: this dataset directory has no split named train")

@@ -83,17 +83,19 @@ def _check_data(run_dir: Path, recipe: Settings) -> None:
 
 
 def data_fingerprints(recipe: Settings) -> dict[str, str]:
-    """The fingerprint of each dataset directory that a recipe names, by its absolute path.
+    """The fingerprint of each dataset directory that a recipe names, by its absolute path; folders of images have none.
 
     Raises:
         UsageError: for one that is not there.
         RunError: for one that cannot be read.
     """
-    from emrrg_cli.data.fingerprint import dataset_fingerprint  # imports datasets
+    from emrrg_cli.data.dataset_dir import is_dataset_dir  # imports datasets
+    from emrrg_cli.data.fingerprint import dataset_fingerprint
 
     data = with_absolute_paths(recipe).model_dump()["data"]
     roots = [one["root"] for one in (data, *data.get("sets", []))]
-    return {root: dataset_fingerprint(root) for root in roots if root is not None}
+    plain = {root for root in roots if root is not None and Path(root).is_dir() and not is_dataset_dir(root)}
+    return {root: dataset_fingerprint(root) for root in roots if root is not None and root not in plain}
 
 
 def with_absolute_paths(recipe: R) -> R:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from emrrg_cli.data import image_dataset
-from emrrg_cli.data.dataset_dir import open_dataset
+from emrrg_cli.data.dataset_dir import is_dataset_dir, open_dataset
 from emrrg_cli.data.image_dataset import (
     Augmentation,
     FolderImages,
@@ -22,7 +22,6 @@ from emrrg_cli.data.image_dataset import (
     ImageDataset,
     SplitImages,
     collate_images,
-    is_dataset_dir,
     random_box,
     split_folder,
 )

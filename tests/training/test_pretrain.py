@@ -1,0 +1,252 @@
+"""`pretrain` as a whole: what a run directory holds, exact continuation, both kinds of data, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import emrrg_cli
+from emrrg_cli.app import main
+from emrrg_cli.errors import RunError, UsageError
+from emrrg_cli.models.arm.pretrainer import load_pretrainer
+from emrrg_cli.recipe.load import load_recipe
+from emrrg_cli.training.pretrain import run_pretrain
+
+MODEL = "model.encoder={d_model: 16, depth: 4, d_state: 4, image_size: 128}"
+LOOP = "train={epochs: 2, batch_size: 8, lr: 0.002, warmup_epochs: 0, log_every: 1, validate_every_epochs: 1}"
+
+
+@pytest.fixture(scope="module")
+def options(tiny_dataset: Path) -> tuple[str, ...]:
+    """Changes to `phantom/pretrain`: 24 training images, three steps an epoch, milliseconds each."""
+    return (f"data.root={tiny_dataset}", MODEL, "model.decoder_width=16", LOOP, "train.trackers=[]")
+
+
+@pytest.fixture
+def pretrain(options: tuple[str, ...], tmp_path: Path, run_of: Any) -> Callable[..., Any]:
+    """Runs `pretrain` in this process."""
+
+    def run(name: str, *overrides: str, resume: bool = False) -> Any:
+        recipe = load_recipe("phantom/pretrain", [*options, *overrides], stage="pretrain")
+        summary = run_pretrain(recipe, tmp_path / name, resume=resume, expected_processes=0)
+        return run_of(tmp_path / name, summary)
+
+    return run
+
+
+@pytest.fixture
+def films(tiny_r2gen: Path, tmp_path: Path) -> Path:
+    """A plain folder of 16 images and a file that is none."""
+    root = tmp_path / "films"
+    for i, path in enumerate(sorted((tiny_r2gen / "images").rglob("*.png"))[:16]):
+        (root / str(i % 2)).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, root / str(i % 2) / f"{i}.png")
+    (root / "notes.txt").write_text("no image")
+    return root
+
+
+# -- the run directory -------------------------------------------------------------------------------------------
+
+
+def test_a_run_directory_explains_itself_and_its_model_loads(pretrain: Any, options: tuple[str, ...]) -> None:
+    run = pretrain("run")
+    names = {entry.name for entry in run.directory.iterdir()}
+    assert names == {
+        "recipe.yaml",
+        "environment.json",
+        "history.jsonl",
+        "curve.png",
+        "checkpoints",
+        "model",
+        "pictures",
+    }
+    assert load_recipe(str(run.directory / "recipe.yaml")) == load_recipe("phantom/pretrain", options)
+    rows = [(row["step"], sorted(set(row) - {"step", "epoch"})) for row in run.history]
+    step, validation = ["train/grad_norm", "train/loss", "train/lr"], ["validation/loss"]
+    assert rows == [(1, step), (2, step), (3, step), (3, validation), (4, step), (5, step), (6, step), (6, validation)]
+    assert sorted(path.name for path in (run.directory / "pictures").iterdir()) == ["epoch-001.png", "epoch-002.png"]
+    with Image.open(run.directory / "pictures" / "epoch-002.png") as picture:
+        picture.load()
+        assert picture.width > 500
+    assert {path.name for path in (run.directory / "model").iterdir()} == {"pretrainer.json", "pretrainer.safetensors"}
+    model = emrrg_cli.load_pretrainer(run.directory)
+    assert run.summary.best_step == 6
+    for name, tensor in run.weights.items():
+        assert torch.equal(model.state_dict()[name.removeprefix("pretrainer.")], tensor), name
+
+
+def test_the_validation_loss_is_that_of_the_exported_model_on_whole_images(pretrain: Any, tiny_dataset: Path) -> None:
+    from emrrg_cli.data.dataset_dir import open_dataset
+    from emrrg_cli.data.image_dataset import ImageDataset, SplitImages
+    from emrrg_cli.models.report_generator import IMAGENET_MEAN, IMAGENET_STD
+
+    run = pretrain("run", "train.epochs=1", "train.micro_batch_size=4")
+    dataset = ImageDataset(SplitImages(open_dataset(tiny_dataset)["validation"]), 128)
+    mean, std = torch.tensor(IMAGENET_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_STD).view(3, 1, 1)
+    model = load_pretrainer(run.directory)
+    with torch.no_grad():
+        losses = [float(model(((dataset[i].float() / 255 - mean) / std)[None]).loss) for i in range(len(dataset))]
+    assert len(losses) == 6  # four studies, two of them with two views
+    assert run.series("validation/loss") == pytest.approx([sum(losses) / 6], rel=1e-5)
+
+
+def test_training_learns_and_the_rate_follows_the_batch(pretrain: Any) -> None:
+    run = pretrain("run", "train.epochs=10", "train.validate_every_epochs=10", "train.lr_batch_size=4")
+    losses = run.series("train/loss")
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+    assert run.series("train/lr")[0] == pytest.approx(0.004)
+
+
+# -- continuation ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stops", [(4,), (3,), (1, 1)])  # within an epoch, between epochs, twice
+def test_a_run_stopped_and_resumed_is_the_uninterrupted_one(pretrain: Any, stops: tuple[int, ...]) -> None:
+    whole = pretrain("whole")
+    for number, steps in enumerate(stops):
+        pretrain("part", f"train.stop_after_steps={steps}", resume=number > 0)
+        torch.rand(10)
+    resumed = pretrain("part", resume=True)
+    for name, tensor in whole.weights.items():
+        assert torch.equal(resumed.weights[name], tensor), name
+    assert resumed.series("train/loss") == whole.series("train/loss")
+    assert resumed.series("validation/loss") == whole.series("validation/loss")
+
+
+def test_epochs_have_crops_of_their_own(pretrain: Any) -> None:
+    frozen = ("train.lr=1e-30", "train.micro_batch_size=8", "train.batch_size=24", "train.epochs=3")
+    crops = pretrain("crops", *frozen).series("train/loss")
+    assert len(set(crops)) == 3
+    whole = pretrain("whole", *frozen, "data.crop_scale=[1, 1]", "data.flip=false").series("train/loss")
+    assert whole == pytest.approx([whole[0]] * 3, rel=1e-3)  # no crop of the whole area fits but the middle one
+    other = pretrain("other", *frozen, "train.seed=7").series("train/loss")
+    assert not set(other) & set(crops)
+
+
+def test_neither_micro_batches_nor_loading_processes_nor_checkpointing_change_a_run(
+    pretrain: Any, difference: Any
+) -> None:
+    plain = pretrain("plain", "train.max_steps=3")
+    for name, change in (
+        ("micro", "train.micro_batch_size=3"),
+        ("workers", "data.workers=1"),
+        ("checkpointing", "train.gradient_checkpointing=true"),
+    ):
+        other = pretrain(name, "train.max_steps=3", change)
+        assert other.series("train/loss") == pytest.approx(plain.series("train/loss"), rel=1e-5), name
+        assert difference(other.weights, plain.weights) < 1e-5, name
+
+
+def test_two_processes_do_what_one_does(options: tuple[str, ...], pretrain: Any, tmp_path: Path, run_of: Any) -> None:
+    one = pretrain("one", "train.epochs=1")
+    arguments = ["pretrain", "phantom/pretrain", *options, "train.epochs=1", "--output", str(tmp_path / "two")]
+    done = subprocess.run(
+        [sys.executable, "-m", "emrrg_cli", *arguments, "--num-processes", "2"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=dict(os.environ),
+    )
+    assert done.returncode == 0, done.stderr
+    two = run_of(tmp_path / "two")
+    assert two.series("train/loss") == pytest.approx(one.series("train/loss"), rel=1e-5)
+    assert two.series("validation/loss") == pytest.approx(one.series("validation/loss"), rel=1e-4)
+    assert json.loads((tmp_path / "two" / "environment.json").read_text())["processes"] == 2
+
+
+# -- a folder of images, and a model to go on from ---------------------------------------------------------------
+
+
+def test_a_folder_of_images_will_do_and_a_resumed_run_keeps_to_its_list(
+    pretrain: Any, films: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = (f"data.root={films}", "data.validation=0.2")
+    whole = pretrain("whole", *data)
+    assert "1 of 17 files are left out: 1 not an image; first: notes.txt" in capsys.readouterr().err
+    record = json.loads((whole.directory / "images.json").read_text())
+    assert (len(record["train"]), len(record["validation"])) == (13, 3)
+    assert record["left_out"] == {"not an image": 1}
+    assert len(whole.series("train/loss")) == 2  # one step an epoch
+    assert len(whole.series("validation/loss")) == 2
+    pretrain("part", *data, "train.stop_after_steps=1")
+    shutil.copy(films / "0" / "0.png", films / "0" / "another.png")
+    resumed = pretrain("part", *data, resume=True)
+    assert all(torch.equal(resumed.weights[name], tensor) for name, tensor in whole.weights.items())
+
+
+def test_without_validation_images_the_last_model_is_the_result(pretrain: Any, films: Path) -> None:
+    run = pretrain("run", f"data.root={films}", "data.validation=0")
+    assert run.summary.best is None
+    assert not run.series("validation/loss")
+    assert (run.directory / "model" / "pretrainer.json").is_file()
+    assert (run.directory / "pictures" / "epoch-002.png").is_file()
+
+
+def test_a_run_goes_on_from_the_model_of_another(pretrain: Any, difference: Any) -> None:
+    first = pretrain("first")
+    still = "train.lr=1e-30"
+    second = pretrain("second", f"model.encoder.weights={first.directory}", still, "train.max_steps=1")
+    assert difference(second.exported, first.exported) < 1e-6
+    third = pretrain("third", f"model.encoder.weights={second.directory / 'model'}", still, "train.max_steps=1")
+    assert difference(third.exported, first.exported) < 1e-6
+    with pytest.raises(RunError, match="the weights do not fit the model of the recipe"):
+        pretrain("other", f"model.encoder.weights={first.directory}", "model.decoder_width=32")
+    with pytest.raises(UsageError, match="holds no pre-trained model of stage 1"):
+        pretrain("other", f"model.encoder.weights={first.directory / 'pictures'}")
+    assert not (first.directory.parent / "other").exists()
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data.root=null", "data.root is not set"),
+        ("data.root={empty}", "no files in"),
+        ("data.root={gone}", "gone: no such folder"),
+        ("data.root={texts}", "1 of 1 files are left out: 1 not an image; first: a.txt"),
+        ("train.batch_size=25", "has 24 usable examples, fewer than train.batch_size=25"),
+        ("data.limit=5", "has 5 usable examples, fewer than train.batch_size=8"),
+        ("model.encoder.image_size=64", "model.encoder.image_size: must be 128 or more, got 64"),
+        ("model.encoder.image_size=160", "image_size must be a multiple of 64, the side of a cluster, got 160"),
+        ("model.decoder_width=96", "decoder_width must be a multiple of 64"),
+        ("model.decoder_depth=5", "decoder_depth 5 is larger than the depth of the encoder, 4"),
+        ("data.crop_scale=[0.5, 0.2]", "crop_scale must rise"),
+        ("data.crop_scale=[0, 1]", "crop_scale must rise"),
+        ("model.encoder.drop_path=0.1", "unknown key"),
+        ("train.select=loss", "unknown key"),
+    ],
+)
+def test_bad_input_is_one_clear_message_and_leaves_nothing(
+    override: str, said: str, options: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("no image")
+    places = {name: str(tmp_path / name) for name in ("empty", "gone", "texts")}
+    for name, place in places.items():
+        override = override.replace(f"{{{name}}}", place)
+    code = main(["pretrain", "phantom/pretrain", *options, override, "--output", str(tmp_path / "run")])
+    error = capsys.readouterr().err
+    assert code in (1, 2)
+    assert said in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_list_of_images_that_is_broken_is_named(pretrain: Any, films: Path, tmp_path: Path) -> None:
+    pretrain("run", f"data.root={films}", "train.stop_after_steps=1")
+    (tmp_path / "run" / "images.json").write_text("{")
+    with pytest.raises(RunError, match=r"images\.json, the list of this run's images, cannot be read"):
+        pretrain("run", f"data.root={films}", resume=True)
