@@ -32,7 +32,7 @@ from emrrg_cli.commands.pretrain import pretrain
 from emrrg_cli.commands.recipe import app as recipe_app
 from emrrg_cli.console import err
 from emrrg_cli.errors import EmrrgError, Interrupted
-from emrrg_cli.training.launch import tell_launcher
+from emrrg_cli.training.launch import leave_processes, tell_launcher
 
 # The order of the work, which is that of the help. Typer lists groups after commands by itself.
 ORDER = (
@@ -132,6 +132,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if tell_launcher(EmrrgError(f"unexpected: {what}", hint=hint), expected=False):
             return 1
         return _fail(what, hint, 1, label="unexpected error: ")
+    finally:
+        leave_processes()
 
 
 def _run(arguments: list[str]) -> int:

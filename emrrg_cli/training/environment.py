@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,11 @@ def make_accelerator(precision: str, expected_processes: int, trackers: Sequence
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
+
+    # Its functions have the process group of the moment as a default: imported later, by transformers, they would keep
+    # it, and so its threads, until the interpreter is torn down around them.
+    if torch.distributed.is_available():
+        import_module("torch.distributed.nn")
 
     wanted = "no" if precision == "fp32" else precision
     if AcceleratorState._shared_state.get("_mixed_precision", wanted) != wanted:

@@ -122,6 +122,13 @@ def tell_launcher(error: EmrrgError, *, expected: bool = True) -> bool:
     return True
 
 
+def leave_processes() -> None:
+    """Ends what connects this process with the others, if anything does: its threads would not outlive the program."""
+    distributed = sys.modules.get("torch.distributed")  # not imported: not used
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 def _first_told(folder: Path) -> EmrrgError | None:
     rows = [json.loads(file.read_text()) for file in folder.glob("*.json")]
     if not rows:

@@ -99,6 +99,39 @@ def test_two_processes_evaluate_each_study_once_as_one_does(
     assert result["scores"] == json.loads((tmp_path / "alone" / "scores.json").read_text())["scores"]
 
 
+# Evaluates as one process of a group, which another error may end, and tells which threads are left.
+LEAVING = """
+import sys
+from pathlib import Path
+
+from emrrg_cli import evaluation
+from emrrg_cli.app import main
+from emrrg_cli.errors import RunError
+
+def fail(*arguments, **options):
+    raise RunError("the disk is on fire")
+
+if sys.argv[1] == "fails":
+    evaluation.write_split = fail
+code = main(sys.argv[2:])
+import torch.distributed
+names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+print(code, torch.distributed.is_initialized(), sorted(name for name in names if "gloo" in name))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are listed by Linux alone")
+@pytest.mark.parametrize(("how", "code"), [("works", 0), ("fails", 1)])
+def test_no_thread_of_the_process_group_is_left_at_the_end(tiny_run: Path, tmp_path: Path, how: str, code: int) -> None:
+    arguments = ["evaluate", "--model", str(tiny_run), "data.limit=1", "--output", str(tmp_path / "out")]
+    group = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    nothing = {"PATH": str(tmp_path), "JAVA_HOME": str(tmp_path)}  # METEOR takes its time
+    done = emrrg(how, *arguments, by=("-c", LEAVING), **group, **nothing)
+    assert done.stdout.splitlines()[-1] == f"{code} False []", done.stderr
+    assert done.returncode == 0
+    assert ("the disk is on fire" in done.stderr) == (how == "fails")
+
+
 def test_an_error_in_all_processes_is_said_once(tiny_overrides: tuple[str, ...], tmp_path: Path) -> None:
     arguments = ["finetune", "tiny/finetune", *tiny_overrides, "train.batch_size=5", "--output", str(tmp_path / "run")]
     done = emrrg(*arguments, "--num-processes", "2")
