@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +22,11 @@ def locate(path: str, root: Path, folders: tuple[Path, ...]) -> Path | ImageProb
     """
     outside = False
     present: Path | None = None
+    # Where nothing stands there is nothing to follow, unless the path leads out of the folder: several times as fast.
+    plain = not os.path.isabs(path) and ".." not in path  # noqa: PTH117
     for folder in folders:
+        if plain and not os.path.lexists(os.path.join(folder, path)):  # noqa: PTH118
+            continue
         try:
             resolved = (folder / path).resolve()
             if not resolved.is_relative_to(root):
