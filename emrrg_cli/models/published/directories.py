@@ -64,7 +64,7 @@ def write_record(directory: Path, imported: Imported) -> None:
         "dropped": checkpoint.dropped,
         "left_out": imported.left_out,
         "made": imported.made,
-        "tensors": {name: list(tensor.shape) for name, tensor in checkpoint.tensors.items()},
+        "tensors": {n: [str(t.dtype).removeprefix("torch."), *t.shape] for n, t in checkpoint.tensors.items()},
     }
     atomic_write_text(directory / RECORD, json.dumps(record, indent=1) + "\n")
     if imported.left_out:

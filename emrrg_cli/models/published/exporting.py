@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from emrrg_cli.errors import RunError, UsageError
@@ -48,7 +50,7 @@ def export_checkpoint(directory: Path, allow: Sequence[str] = ()) -> tuple[Stage
             f"{directory}: the published layout has no place for {', '.join(refused[:3])}{more}",
             hint="--allow NAME (wildcards too) leaves them out; what is written is then not the whole model.",
         )
-    names: dict[str, list[int]] = {} if record is None else record["tensors"]
+    names: dict[str, list[Any]] = {} if record is None else record["tensors"]
     parallel = PARALLEL if names and all(name.startswith(PARALLEL) for name in names) else ""
     bare = bool(names) and not any(name.startswith(parallel + ENCODER) for name in names)
     try:
@@ -65,7 +67,8 @@ def export_checkpoint(directory: Path, allow: Sequence[str] = ()) -> tuple[Stage
         every |= load_tensors(file)
     if missing := [name for name in names if name not in every]:
         raise RunError(f"{directory}: {missing[0]} of {record['file']} is no longer there")
-    tensors = {name: every[name].reshape(shape) for name, shape in names.items()}
+    # Those that were stacked share the widest of their dtypes; each goes back to its own, which takes nothing away.
+    tensors = {name: every[name].to(getattr(torch, dtype)).reshape(shape) for name, (dtype, *shape) in names.items()}
     return stage, Checkpoint(tensors, record["container"], record["kept"], []), dropped
 
 
