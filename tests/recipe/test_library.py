@@ -21,7 +21,11 @@ SHIPPED = [
     "iu_xray/finetune-full",
     "mimic_cxr/finetune",
     "mimic_cxr/finetune-full",
+    "phantom/pretrain",
     "tiny/finetune",
+    "xray/pretrain-base",
+    "xray/pretrain-huge",
+    "xray/pretrain-large",
 ]
 
 
