@@ -106,6 +106,8 @@ def import_checkpoint(file: Path, allow: Sequence[str] = ()) -> Imported:
     made = {name: tensor for name, tensor in _made(expected, usable).items() if name not in usable}
     ours = to_ours(pieces, usable | made)
     notes = ["every name begins with `module.` (DataParallel); it is read without that"] if parallel else []
+    idle = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in problems)]
+    notes += [f"--allow {pattern}: no tensor of that name is unknown, missing or misshapen" for pattern in idle]
     return Imported(
         file,
         stage,
