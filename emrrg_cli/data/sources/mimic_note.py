@@ -10,7 +10,8 @@ A note is dictated text broken into short lines. A heading stands at the start o
      IMPRESSION:  No pneumonia.
 
 What counts as a heading, which headings mean the same, and the notes that follow no rule are those of the section files
-that came with the data set (Johnson et al., MIMIC-CXR, Scientific Data 2019), so that texts can be compared.
+that came with the data set (Johnson et al., MIMIC-CXR, Scientific Data 2019), so that texts can be compared. Those
+overlook a heading in the line below one that ends in its colon, and so give its text to the one above; here it counts.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ _EXAMINATION = re.compile(
     r"chest|portable|bone window|ribs|two views|one view|frontal and|lateral and (?:pa|ap)"
     r"|(?:pa|ap) and lat|(?:frontal|pa|ap|lateral) view|frontal (?:semi-)?upright"
 )
+
+_CONCLUSIONS = ("findings", "impression")
 
 # Notes whose conclusion stands under another heading.
 _MISPLACED = {
@@ -98,13 +101,14 @@ def read_note(text: str, study_id: int) -> Note:
     if study_id in _PLACES:
         start, end = _PLACES[study_id]
         return Note(impression=_joined(text[start:end]))
-    sections = split_note(text)
+    # The examination as a title, with a colon and nothing after it, is no section.
+    sections = [(name, body) for name, body in split_note(text) if name not in _CONCLUSIONS or body.strip()]
     rest = ""
-    if not any(name in ("findings", "impression") and body.strip() for name, body in sections):
+    if not any(name in _CONCLUSIONS for name, _ in sections):
         name, body = sections[-1]
         first, *others = re.split(r"\n\s*\n", body.rstrip())
         sections[-1], rest = (name, first), "\n\n".join(others)
-    last = {name: body for name, body in sections if name not in ("findings", "impression") or body.strip()}
+    last = dict(sections)
     note = Note(
         findings=_joined(last.get("findings", "")),
         impression=_joined(last.get("impression", "")),

@@ -97,6 +97,9 @@ def test_the_last_paragraphs_stand_in() -> None:
         indication="Cough, ___.",
         comparison="___.",
     )
+    # A finding that is only a title, at the end, is not the last section.
+    text = _note("HISTORY: ", "", "Fall.", "", "No fracture.", "", "CHEST, TWO VIEWS: ", "")
+    assert read_note(text, 1) == Note(last_paragraph="Fall.\nNo fracture.")
     # Without any heading: what follows the title.
     assert read_note(_note("", "Clear lungs."), 1) == Note(last_paragraph="Clear lungs.")
     assert read_note(_note("Clear lungs."), 1) == Note()
