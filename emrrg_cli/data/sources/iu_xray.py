@@ -180,8 +180,8 @@ class IuXraySource:
     # Reading.
 
     def _read_openi(self, root: Path) -> _Read:
-        path = _reports(root)
-        if path is None:
+        path = _reports(root) or root
+        if path is root and not any(root.glob("*.xml")):
             raise UsageError(
                 f"no reports of Open-i in {root}", hint=f"ROOT holds {ARCHIVES[0]} or its folder {REPORTS[0]}."
             )
@@ -318,12 +318,16 @@ def detect_layout(root: Path) -> Layout:
     """
     if not root.exists():
         raise UsageError(f"no such folder: {root}")
-    if root.is_dir() and _reports(root) is not None:
+    if root.is_file() and root.suffix.lower() != ".json":
+        raise UsageError(f"{root} is a file", hint="ROOT is the folder that holds it.")
+    if _reports(root) is not None:
         return "openi"
     if (root / REPORT_TABLE).is_file():
         return "flat"
     if root.is_file() or (root / "annotation.json").is_file():
         return "r2gen"
+    if any(root.glob("*.xml")):
+        return "openi"
     raise UsageError(
         f"{root} holds IU X-Ray in no known layout",
         hint=f"Open-i: {ARCHIVES[0]} or {REPORTS[0]}/; flat: {REPORT_TABLE}; R2Gen: annotation.json.",
@@ -331,10 +335,8 @@ def detect_layout(root: Path) -> Layout:
 
 
 def _reports(root: Path) -> Path | None:
-    for name in ARCHIVES:
-        if (root / name).is_file():
-            return root / name
-    return next((path for name in REPORTS if any((path := root / name).glob("*.xml"))), None)
+    archives = (root / name for name in ARCHIVES if (root / name).is_file())
+    return next(archives, None) or next((root / name for name in REPORTS if any((root / name).glob("*.xml"))), None)
 
 
 def _image_folders(root: Path, images: Path | None) -> tuple[Path, ...]:

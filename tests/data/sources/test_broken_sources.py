@@ -84,8 +84,9 @@ _OPENI = [
     _Case("an archive cut short", lambda o: _archive(o, lambda d: d[: len(d) // 2]), 1, "is not a whole archive"),
     _Case("an archive that is none", lambda o: _archive(o, lambda d: b"<html>" * 90), 1, "is not a whole archive"),
     _Case("no reports", lambda o: (o.root / "ecgen-radiology").rename(o.root / "x"), 2, "in no known layout"),
-    _Case("images still packed", lambda o: (o.root / "NLMCXR_png").rename(o.root / "NLMCXR_png.tgz"), 1,
-          "missing image: 5 studies"),
+    _Case("images elsewhere", lambda o: (o.root / "NLMCXR_png").rename(o.root / "png"), 1, "missing image: 5 studies"),
+    _Case("images still packed", lambda o: (o.root / "NLMCXR_png").rename(o.root / "x") and (
+        o.root / "NLMCXR_png.tgz").touch(), 2, "is still packed"),
     _Case("another layout asked for", lambda o: None, 2, "no indiana_reports.csv in", ("--layout", "flat")),
     _Case("an annotation of another set", lambda o: (o.root / "a.json").write_text(
         '{"train": [{"id": "02aa804e", "report": "", "image_path": []}], "val": [], "test": []}'), 1,

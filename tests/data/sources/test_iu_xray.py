@@ -78,6 +78,13 @@ def test_the_archive_equals_the_folder(openi: Any, read: Read) -> None:
     assert not list(openi.root.rglob("*.xml"))  # nothing was unpacked
 
 
+def test_the_folder_of_reports_itself(openi: Any, read: Read) -> None:
+    folder = openi.root / "ecgen-radiology"
+    assert detect_layout(folder) == "openi"
+    expected, _ = read(iu_xray_source(openi.root))
+    assert read(iu_xray_source(folder, images=openi.root / "NLMCXR_png"))[0] == expected
+
+
 def test_flat_gives_the_same_studies_in_the_same_split(openi: Any, read: Read) -> None:
     whole, _ = read(iu_xray_source(openi.root, seed=3))
     flat, account = read(iu_xray_source(openi.flat, seed=3))
@@ -118,6 +125,8 @@ def test_layouts_are_found_and_forced(openi: Any, tiny_r2gen: Path, tmp_path: Pa
         table.rename(openi.root / table.name)
     assert detect_layout(openi.root) == "openi"
     assert len(iu_xray_source(openi.root, layout="flat")) == 6
+    with pytest.raises(UsageError, match="is a file"):
+        detect_layout(openi.report(1))
     with pytest.raises(UsageError, match="in no known layout"):
         detect_layout(tmp_path / "flat")
     with pytest.raises(UsageError, match="no such folder"):
