@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -213,7 +214,8 @@ def _folder_split(root: Path, recipe: PretrainRecipe, session: Session) -> Folde
     if session.accelerator.is_main_process and not (session.resume and record.is_file()):
         split = split_folder(root, recipe.data.validation, workers=recipe.data.workers)
         atomic_write_text(record, json.dumps(asdict(split), indent=1, ensure_ascii=False) + "\n")
-    session.accelerator.wait_for_everyone()
+    while not record.is_file():  # not a barrier: those give up after some minutes, and a large folder may take longer
+        time.sleep(0.2)
     try:
         return FolderSplit(**json.loads(record.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:

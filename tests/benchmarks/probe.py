@@ -31,7 +31,6 @@ from emrrg_cli.models.report_generator import IMAGENET_MEAN, IMAGENET_STD
 
 SPLITS = ("train", "validation", "test")
 DECAYS = [10.0**k for k in range(-5, 2)]  # of half the squared weights, beside the mean loss of an example
-FEWEST = 5  # examples with and without a label, in every split, or it is left out
 
 
 def encoders(path: str) -> tuple[nn.Module, Callable[[], nn.Module]]:
@@ -117,15 +116,18 @@ def probe(x: dict[str, Tensor], y: dict[str, Tensor]) -> list[float]:
     return score(*best, "test")
 
 
-def targets(splits: Any) -> tuple[list[str], dict[str, Tensor], list[str]]:
-    """The labels that are common enough, 0 or 1 for each study `[studies, labels]` by split, and the other labels."""
+def targets(splits: Any, fewest: int) -> tuple[list[str], dict[str, Tensor], list[str]]:
+    """Labels that `fewest` studies of every split have, and as many lack; the other labels.
+
+    Between them, by split, whether a study has each of the first: 0 or 1, `[studies, labels]`.
+    """
     rows = {name: [set(labels or ()) for labels in splits[name]["labels"]] for name in SPLITS}
     every = sorted(set().union(*(labels for split in rows.values() for labels in split)))
     counts = {label: [sum(label in labels for labels in rows[name]) for name in SPLITS] for label in every}
     kept = [
         label
         for label in every
-        if all(FEWEST <= count <= len(rows[name]) - FEWEST for count, name in zip(counts[label], SPLITS, strict=True))
+        if all(fewest <= count <= len(rows[name]) - fewest for count, name in zip(counts[label], SPLITS, strict=True))
     ]
     y = {name: torch.tensor([[float(label in labels) for label in kept] for labels in rows[name]]) for name in SPLITS}
     return kept, {name: value.double() for name, value in y.items()}, [label for label in every if label not in kept]
@@ -141,6 +143,7 @@ def main() -> None:
     parser.add_argument("dataset", metavar="DATASET_DIR")
     parser.add_argument("--encoder", nargs="+", required=True, metavar="RUN", help="runs of the same sizes")
     parser.add_argument("--seeds", type=int, default=3, help="encoders with random weights")
+    parser.add_argument("--fewest", type=int, default=5, help="studies with and without a label, or it is left out")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -149,9 +152,9 @@ def main() -> None:
     splits = open_dataset(options.dataset)
     if missing := [name for name in SPLITS if name not in splits or "labels" not in splits[name].column_names]:
         raise SystemExit(f"{options.dataset}: no labels, or no split, for {', '.join(missing)}")
-    labels, y, left_out = targets(splits)
+    labels, y, left_out = targets(splits, options.fewest)
     if not labels:
-        raise SystemExit(f"no label has {FEWEST} studies with and without it in every split")
+        raise SystemExit(f"no label has {options.fewest} studies with and without it in every split")
 
     def scores(encoder: nn.Module) -> list[float]:
         x = {
