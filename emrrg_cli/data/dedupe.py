@@ -137,7 +137,7 @@ class _Index:
         names = {}
         for shard, of_shard in wanted.items():
             file = self._splits[self.shards[shard].split].path(self.shards[shard].index)
-            table = pq.read_table(file, columns=["study_id", "images.list.element.path"])
+            table = pq.ParquetFile(file).read(columns=["study_id", "images.list.element.path"])
             for image in of_shard:
                 _, study, view = self.place(image)
                 names[image] = (table["study_id"][study].as_py(), table["images"][study].as_py()[view]["path"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import islice
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import joblib
-from joblib.parallel import BACKENDS, EXTERNAL_BACKENDS
+from joblib.parallel import get_active_backend
 
 from emrrg_cli.data.prepare import PreparedImages, prepare_studies
 from emrrg_cli.data.study import Study
@@ -62,9 +62,19 @@ def open_pool(backend: str | None, workers: int | None, studies: int, scheduler:
             threads = sum(client.nthreads().values()) or 1
             yield Pool("dask", min(threads, workers or threads), {"client": client})
         return
-    if backend is not None and backend not in BACKENDS:
-        names = ", ".join(sorted({*BACKENDS, *EXTERNAL_BACKENDS}))
-        raise UsageError(f"no joblib backend is named {backend!r}", hint=f"Those that are registered: {names}.")
+    if backend == "multiprocessing":
+        raise UsageError(
+            "--backend multiprocessing forks a process that has threads, which may then wait for ever",
+            hint="Use loky, which starts new processes.",
+        )
+    try:
+        with joblib.parallel_config(backend or DEFAULT_BACKEND):
+            pass
+    except ValueError:
+        raise UsageError(
+            f"no joblib backend is named {backend!r}",
+            hint="There are loky, threading, sequential, dask, and those that are registered with joblib.",
+        ) from None
     cores = workers or joblib.cpu_count()
     yield Pool(backend or DEFAULT_BACKEND, cores if backend else max(1, min(cores, studies // 32)))
 
@@ -103,21 +113,23 @@ def prepare_all(
         ) from None
     finally:
         for _, results in under_way:
-            results.close()
+            if isinstance(results, Generator):
+                results.close()
 
 
 def _start(block: list[Study], size: int, root: Path | None, recipe: PreprocessRecipe, pool: Pool) -> Any:
     """Hands a block over; the results, in order, when they are asked for."""
     task = joblib.delayed(prepare_studies)
-    parallel = joblib.Parallel(
-        n_jobs=pool.workers,
-        backend=pool.backend,
-        return_as="generator",
-        batch_size=1,
-        pre_dispatch="all",
-        **pool.options,
-    )
-    return parallel(task(block[start : start + size], root, recipe) for start in range(0, len(block), size))
+    with joblib.parallel_config(pool.backend, **pool.options):
+        # Some backends can only give all results at once; then the blocks come one after the other.
+        lazy = getattr(get_active_backend()[0], "supports_return_generator", False)
+        parallel = joblib.Parallel(
+            n_jobs=pool.workers,
+            return_as="generator" if lazy else "list",
+            batch_size=1,
+            pre_dispatch="all",
+        )
+        return iter(parallel(task(block[start : start + size], root, recipe) for start in range(0, len(block), size)))
 
 
 @contextlib.contextmanager

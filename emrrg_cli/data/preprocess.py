@@ -81,8 +81,8 @@ def preprocess(
     # SIGTERM, of a scheduler for example: it ends as Ctrl-C does, and leaves no process behind.
     with (
         interrupted_by(signal.SIGTERM, message=lambda: _terminated(writer)),
-        _progress() as progress,
         open_pool(backend, recipe.workers, len(source), scheduler) as pool,
+        _progress() as progress,
     ):
         found = _survey(source, recipe, progress)
         if not allow_leakage:
