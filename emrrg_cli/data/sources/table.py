@@ -20,7 +20,8 @@ from emrrg_cli.errors import RunError, UsageError
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 
 # What spreadsheets and data frames write where there is nothing.
-_EMPTY = {"", "nan", "na", "n/a", "null", "none", "<na>"}
+_EMPTY = {"nan", "na", "n/a", "null", "none", "<na>"}
+_LONGEST_EMPTY = max(map(len, _EMPTY))
 
 _BYTE_ORDER_MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 _MAX_CELL = 10_000_000
@@ -89,8 +90,10 @@ def read_table(path: Path) -> Table:
 def cell_text(value: Any) -> str:
     """A cell as text without white space at its ends; `nan`, `NA`, `null`, `None` and the like are empty."""
     text = "" if value is None else str(value).strip()
-    if text.lower() in _EMPTY:
+    if not text or (len(text) <= _LONGEST_EMPTY and text.lower() in _EMPTY):
         return ""
+    if text.isascii():
+        return text.replace("\0", "")
     # JSON can spell half a character (a lone surrogate), which no UTF-8 file holds.
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", "")
 
