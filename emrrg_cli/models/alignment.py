@@ -72,9 +72,10 @@ class Alignment(nn.Module):
     through a Linear to `dim` and is L2-normalised. The loss is the symmetric cross-entropy over the similarities of
     all images with all texts, times `exp(logit_scale)`.
 
-    The negatives of a pair are all other pairs of the batch: those of other processes (embeddings are gathered) and
-    those of other micro-batches (gradients are cached). Each process computes the loss of the whole batch, a small
-    product, so that the gradient to its own embeddings is whole without anything sent back.
+    The negatives of a pair are all other pairs of the batch, also those whose report reads the same: those of other
+    processes (embeddings are gathered) and those of other micro-batches (gradients are cached). Each process computes
+    the loss of the whole batch, a small product, so that the gradient to its own embeddings is whole without anything
+    sent back.
 
     `logit_scale` is used at `log 100` wherever it is larger; then only a gradient that lowers it is let through, so
     that it neither climbs on nor is stuck there.

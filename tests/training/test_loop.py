@@ -171,6 +171,18 @@ def test_gradients_are_clipped_or_left_alone(fit: Any, tmp_path: Path) -> None:
     assert "train/grad_norm" not in read_jsonl(tmp_path / "history.jsonl")[-1]
 
 
+def test_a_stage_may_see_all_micro_batches_of_a_step_before_the_model_does(fit: Any) -> None:
+    class Preparing(Stage):
+        def prepare_step(self, batches: list[Batch]) -> list[Batch]:
+            assert self.model.training
+            together = [sum(len(batch) for batch in batches)]
+            return [Batch([*batch, *together]) for batch in batches]
+
+    stage = Preparing()
+    fit(stage, 8, epochs=1, micro_batch_size=3)
+    assert [(len(batch), batch[-1]) for batch in stage.model.seen] == [(4, 4), (2, 4)] * 2
+
+
 # -- continuation ------------------------------------------------------------------------------------------------
 
 
