@@ -85,7 +85,7 @@ def literal_embeddings(model: Alignment, examples: Sequence[Example]) -> tuple[T
 
 def literal_loss_sum(images: Tensor, texts: Tensor, logit_scale: Tensor) -> Tensor:
     """Pair by pair."""
-    total = torch.zeros(())
+    total = torch.zeros((), device=images.device)
     b = len(images)
     similar = [[(images[i] * texts[j]).sum() * logit_scale.exp() for j in range(b)] for i in range(b)]
     for i in range(b):
@@ -154,12 +154,18 @@ def test_cached_gradients_are_those_of_one_batch(make_model: Any, batch_of: Any,
     assert_same_gradients(gradients(model), expected, 1e-5)
 
 
-def test_cached_gradients_meet_the_same_noise_twice(make_model: Any, batch_of: Any, examples: list[Example]) -> None:
-    model = make_model(dropout=0.3, drop_path=0.8).train()
-    parts = [batch_of([0, 1, 2]), batch_of([3, 4, 5, 6])]
+CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_cached_gradients_meet_the_same_noise_twice(
+    make_model: Any, batch_of: Any, examples: list[Example], device: str
+) -> None:
+    model = make_model(dropout=0.3, drop_path=0.8).train().to(device)
+    parts = [batch_of(indices).to(torch.device(device)) for indices in ([0, 1, 2], [3, 4, 5, 6])]
     torch.manual_seed(11)
     images, texts = (torch.cat(both) for both in zip(*(model.embed(part) for part in parts), strict=True))
-    after = torch.rand(3)
+    after = torch.rand(3), torch.rand(3, device=device)
     expected = literal_loss_sum(images, texts, model.logit_scale)
     expected.backward()
     by_hand = gradients(model)
@@ -169,10 +175,11 @@ def test_cached_gradients_meet_the_same_noise_twice(make_model: Any, batch_of: A
     for part in prepared:
         outputs.append(model(part).loss_sum)
         outputs[-1].backward()
-    assert torch.equal(torch.rand(3), after)  # as many numbers were drawn as for one pass
+    # As many numbers were drawn as for one pass.
+    assert all(map(torch.equal, (torch.rand(3), torch.rand(3, device=device)), after))
     assert sum(output.item() for output in outputs) == pytest.approx(expected.item(), rel=1e-5)
-    assert_same_gradients(gradients(model), by_hand, 1e-5)
-    quiet, _ = make_model().train().embed(parts[0])
+    assert_same_gradients(gradients(model), by_hand, 1e-5 if device == "cpu" else 1e-4)
+    quiet, _ = make_model().train().to(device).embed(parts[0])
     assert not torch.allclose(quiet, images[:3], atol=1e-3)  # the noise was no small one
 
 
