@@ -21,6 +21,7 @@ from typer.main import get_command
 
 from emrrg_cli.commands.align import align
 from emrrg_cli.commands.convert import convert
+from emrrg_cli.commands.data import app as data_app
 from emrrg_cli.commands.demo import demo
 from emrrg_cli.commands.doctor import doctor
 from emrrg_cli.commands.evaluate import evaluate
@@ -38,6 +39,7 @@ from emrrg_cli.training.launch import leave_processes, tell_launcher
 ORDER = (
     "demo",
     "preprocess",
+    "data",
     "pretrain",
     "align",
     "finetune",
@@ -65,6 +67,7 @@ class _InOrder(TyperGroup):
 app = typer.Typer(cls=_InOrder, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command("demo")(demo)
 app.add_typer(preprocess_app, name="preprocess")
+app.add_typer(data_app, name="data")
 app.command("pretrain", no_args_is_help=True)(pretrain)
 app.command("align", no_args_is_help=True)(align)
 app.command("finetune", no_args_is_help=True)(finetune)

@@ -21,6 +21,7 @@ h1 { font-size: 1.4rem; margin-bottom: 0; } h2 { font-size: 1.1rem; margin-top: 
 .note { color: #888; } .warning { border-left: 4px solid var(--bad); padding: .3rem .8rem; background: var(--soft); }
 table { border-collapse: collapse; } td, th { padding: .15rem .9rem .15rem 0; text-align: left; }
 td:not(:first-child), th:not(:first-child) { text-align: right; font-variant-numeric: tabular-nums; }
+.bar { background: #4878a8; height: .8rem; }
 pre { background: var(--soft); padding: .7rem; overflow-x: auto; }
 .tables { display: flex; gap: 3rem; flex-wrap: wrap; }
 .card { display: grid; grid-template-columns: 15rem 1fr 1fr; gap: 1.2rem; padding: 1rem 0;
@@ -38,7 +39,7 @@ class Card:
     """One study on the page.
 
     `truth` is None where there is no report to compare with. `tags` are findings with `good` (found), `bad` (said, not
-    there) or `missed`.
+    there) or `missed`. `heading` stands above the report.
     """
 
     title: str
@@ -47,6 +48,14 @@ class Card:
     truth: str | None = None
     tags: Sequence[tuple[str, str]] = ()
     notes: str = ""
+    heading: str = "Generated"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A cell of a table that is a bar: `part` (0 to 1) of the longest."""
+
+    part: float
 
 
 @dataclass
@@ -56,7 +65,7 @@ class Page:
     title: str
     intro: str
     cards: Sequence[Card]
-    tables: Sequence[tuple[str, Mapping[str, Sequence[str]]]] = ()
+    tables: Sequence[tuple[str, Mapping[str, Sequence[str | Bar]]]] = ()
     commands: Sequence[str] = field(default_factory=list)
 
 
@@ -80,12 +89,15 @@ def write_page(path: Path, page: Page) -> None:
     atomic_write_text(path, "\n".join(parts) + "\n")
 
 
-def _table(name: str, rows: Mapping[str, Sequence[str]]) -> str:
-    body = "".join(
-        f"<tr><td>{_text(row)}</td>" + "".join(f"<td>{_text(cell)}</td>" for cell in cells) + "</tr>"
-        for row, cells in rows.items()
-    )
+def _table(name: str, rows: Mapping[str, Sequence[str | Bar]]) -> str:
+    body = "".join(f"<tr><td>{_text(row)}</td>" + "".join(map(_cell, cells)) + "</tr>" for row, cells in rows.items())
     return f"<div><h2>{_text(name)}</h2><table>{body}</table></div>"
+
+
+def _cell(cell: str | Bar) -> str:
+    if isinstance(cell, Bar):
+        return f"<td><div class=bar style='width:{12 * cell.part:.2f}rem'></div></td>"
+    return f"<td>{_text(cell)}</td>"
 
 
 def _card(card: Card) -> str:
@@ -95,7 +107,7 @@ def _card(card: Card) -> str:
     truth = "" if card.truth is None else f"<div><h3>Reference</h3><p>{_text(card.truth)}</p></div>"
     return (
         f"<div class=card><div>{images}<p class=note>{_text(card.title)}</p>{notes}</div>"
-        f"<div><h3>Generated</h3><p>{_text(card.report) or '(empty)'}</p>{tags}</div>{truth}</div>"
+        f"<div><h3>{_text(card.heading)}</h3><p>{_text(card.report) or '(empty)'}</p>{tags}</div>{truth}</div>"
     )
 
 

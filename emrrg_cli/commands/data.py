@@ -1,0 +1,55 @@
+"""`emrrg data show DIR`: what is in a dataset directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from emrrg_cli.commands.options import Json
+
+app = typer.Typer(help="Look into dataset directories.", no_args_is_help=True)
+
+
+@app.callback()
+def data() -> None:
+    """Look into dataset directories."""
+
+
+@app.command("show", no_args_is_help=True)
+def show(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Dataset directory of `emrrg preprocess`.", show_default=False)
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", "--out", help="Folder for page and sheet; default DIR-summary.", show_default=False
+        ),
+    ] = None,
+    examples: Annotated[int, typer.Option("--examples", min=0, max=200, help="Studies on page and sheet.")] = 12,
+    as_json: Json = False,
+) -> None:
+    """Count splits, views, labels, report lengths and sentences; show a few studies on a page and a contact sheet.
+
+    Example: emrrg data show data/iu_xray
+    """
+    from emrrg_cli.console import err, out
+    from emrrg_cli.data.summary import summarise
+    from emrrg_cli.reporting.summary_page import PAGE, SHEET, write_summary
+    from emrrg_cli.reporting.summary_sections import terminal
+    from emrrg_cli.training.run_dir import check_writable
+
+    named = directory if directory.name not in ("", "..") else directory.resolve()
+    target = output or named.with_name(f"{named.name}-summary")
+    summary = summarise(directory, examples=examples)
+    check_writable(target)
+    write_summary(summary, target)
+    if as_json:
+        out.print_json(data=summary.as_dict())
+    else:
+        out.print(terminal(summary))
+    err.print(f"Page: {target / PAGE}", markup=False, soft_wrap=True)
+    if summary.examples:
+        err.print(f"Contact sheet: {target / SHEET}", markup=False, soft_wrap=True)

@@ -1,0 +1,158 @@
+"""The figures of a summary as small tables, for the terminal and for a page alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from emrrg_cli.data.study import printable
+from emrrg_cli.data.summary import Summary
+from emrrg_cli.reporting.page import Bar
+from emrrg_cli.reporting.tables import DISCLAIMER
+
+_BAR = 24  # characters of the longest bar in the terminal
+_SENTENCES = 12  # shown in the terminal
+_EXAMPLES = 3
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table: its name, the heads of its columns (the first one's is that of the rows) and its rows."""
+
+    name: str
+    heads: Sequence[str]
+    rows: Mapping[str, Sequence[str | Bar]]
+
+
+def sections(summary: Summary) -> list[Section]:
+    """The tables of a summary; one that would be empty is left out."""
+    splits = list(summary.splits)
+    found = [_splits(summary), _by_split("Views", "images", summary.views, splits)]
+    found += [_by_split(printable(name), "studies", labels, splits) for name, labels in summary.labels.items()]
+    found += [_lengths(summary), _repeated(summary)]
+    texts = {_short(text): [f"{studies:,}"] for text, studies in summary.repeated.most}
+    found.append(Section("Reports met most often", ["report", "studies"], texts))
+    sentences = {_short(text): [f"{reports:,}"] for text, reports in summary.sentences}
+    found.append(Section("Most common sentences", ["sentence", "reports"], sentences))
+    skipped = summary.manifest.get("studies_skipped", 0)
+    found.append(_account(f"Left out: {_studies(skipped)}", summary.manifest.get("skipped")))
+    found.append(_account("Written, but look at", summary.manifest.get("notes")))
+    return [section for section in found if section.rows]
+
+
+def title(summary: Summary) -> str:
+    """The name of the dataset directory and its size."""
+    name = printable(Path(summary.root).absolute().name)
+    return f"{name}: {_studies(summary.studies)}, {summary.images:,} images"
+
+
+def remarks(summary: Summary) -> list[str]:
+    """What should be said beside the tables, each a sentence."""
+    said = [f"Source: {printable(', '.join(summary.sources))}."]
+    said += [printable(remark) for remark in summary.manifest.get("remarks") or []]
+    if summary.patients_in_several_splits:
+        said.append(f"{summary.patients_in_several_splits:,} patients are in more than one split.")
+    if summary.uncertainty:
+        said.append(f"Up to {summary.uncertainty:,} may be missing from the numbers of labels and sentences.")
+    if summary.is_synthetic:
+        said.append("Synthetic images: a program drew them, they show no patient.")
+    return said
+
+
+def terminal(summary: Summary) -> RenderableType:
+    """The summary for the terminal, with the reports of a few studies."""
+    parts: list[RenderableType] = [Text(title(summary), style="bold")]
+    for section in sections(summary):
+        rows = dict(list(section.rows.items())[:_SENTENCES]) if section.heads[0] == "sentence" else section.rows
+        parts += [Text(), _table(Section(section.name, section.heads, rows))]
+    shown = summary.examples[:: max(1, len(summary.examples) // _EXAMPLES)][:_EXAMPLES]
+    if shown:
+        examples = Table(title="A few studies", title_justify="left", show_lines=True)
+        examples.add_column("study", overflow="fold", ratio=1)
+        examples.add_column("report", ratio=3)
+        for one in shown:
+            about = Text(f"{printable(one.study_id)}\n{one.split}, {', '.join(one.views)}")
+            examples.add_row(about, Text(_short(one.report, 300) or "(none)"))
+        parts += [Text(), examples]
+    return Group(*parts, *map(Text, remarks(summary)), Text(DISCLAIMER, style="italic"))
+
+
+def _splits(summary: Summary) -> Section:
+    heads = ["studies", "images", "patients", "without report", "without patient"]
+    every = {
+        split: (one.studies, one.images, one.patients, one.without_report, one.without_patient)
+        for split, one in summary.splits.items()
+    }
+    told = [number for number in range(len(heads)) if number < 2 or any(counts[number] for counts in every.values())]
+    rows = {split: [f"{counts[number]:,}" for number in told] for split, counts in every.items()}
+    return Section("Splits", ["split", *(heads[number] for number in told)], rows)
+
+
+def _by_split(name: str, unit: str, counts: Mapping[str, Mapping[str, int]], splits: Sequence[str]) -> Section:
+    rows = {
+        printable(value): [f"{n:,}" for n in (*(by_split.get(split, 0) for split in splits), sum(by_split.values()))]
+        for value, by_split in counts.items()
+    }
+    return Section(name[:1].upper() + name[1:], [unit, *splits, "all"], rows)
+
+
+def _lengths(summary: Summary) -> Section:
+    bars = summary.histogram()
+    longest = max((reports for _, _, reports in bars), default=1)
+    rows: dict[str, Sequence[str | Bar]] = {
+        f"{low} and more" if high is None else f"{low}-{high}" if high > low else str(low): [
+            f"{reports:,}",
+            Bar(reports / longest),
+        ]
+        for low, high, reports in bars
+    }
+    return Section(f"Report length, median {summary.median_words} words", ["words", "reports", ""], rows)
+
+
+def _repeated(summary: Summary) -> Section:
+    found = summary.repeated
+    rows = {
+        "different reports": found.distinct,
+        "of these met more than once": found.repeated,
+        "studies that share a report": found.studies,
+        "reports in more than one split": found.across_splits,
+    }
+    if not found.distinct:
+        rows = {}
+    return Section("Repeated reports", ["", "number"], {name: [f"{count:,}"] for name, count in rows.items()})
+
+
+def _account(name: str, entries: Mapping[str, Any] | None) -> Section:
+    rows = {}
+    for reason, entry in (entries or {}).items():
+        first = entry["examples"][0] if entry.get("examples") else {}
+        example = printable(", ".join(dict.fromkeys(map(str, first.values()))))  # an id is often the path
+        rows[printable(reason)] = [f"{entry['count']:,} {entry['unit']}", example]
+    return Section(name, ["reason", "count", "first"], rows)
+
+
+def _short(text: str, length: int = 200) -> str:
+    """A text on one line, its end left out where it is long."""
+    text = printable(" ".join(text.split()))
+    return text if len(text) <= length else text[: length - 1].rstrip() + "…"
+
+
+def _studies(number: int) -> str:
+    return f"{number:,} {'study' if number == 1 else 'studies'}"
+
+
+def _table(section: Section) -> Table:
+    table = Table(title=Text(section.name), title_justify="left")
+    for number, head in enumerate(section.heads):
+        plain = number == 0 or head in ("", "first")
+        table.add_column(head, justify="left" if plain else "right", overflow="fold")
+    for name, cells in section.rows.items():
+        shown = (Text("█" * round(_BAR * cell.part)) if isinstance(cell, Bar) else Text(cell) for cell in cells)
+        table.add_row(Text(name), *shown)
+    return table
