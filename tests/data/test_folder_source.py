@@ -241,7 +241,6 @@ def test_dicom_in_a_table_brings_its_patient_and_view(films: Path, make_dicom: M
         ("[1]\n", "t.jsonl", {}, r"t\.jsonl:1: not a JSON object"),
         ("[" * 100_000, "t.jsonl", {}, r"t\.jsonl:1: (nested|not)"),
         ("image\na.png\n", "t.xlsx", {}, "is not a table"),
-        ("image,who,fold\na.png,1,train\nb.png,1,test\n", "t.csv", {"patient": "who", "split": "fold"}, "two splits"),
     ],
 )
 def test_tables_that_cannot_be_used(films: Path, text: str, name: str, columns: dict[str, str], message: str) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+import pickle
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from typing import Any
 from emrrg_cli.data.dicom import DicomFacts, read_dicom_facts
 from emrrg_cli.data.images import DICOM_SUFFIXES, ImageError, is_dicom, open_stream
 from emrrg_cli.data.sources.locate import locate
-from emrrg_cli.data.sources.splits import draw_splits, drawn_remark
+from emrrg_cli.data.sources.scratch import scratch_database, scratch_errors
+from emrrg_cli.data.sources.splits import drawn_key, drawn_remark, shares
 from emrrg_cli.data.sources.table import Table, cell_list, cell_text, read_table
 from emrrg_cli.data.sources.views import view_name
 from emrrg_cli.data.study import SPLITS, Account, Column, ImageProblem, Split, Study, printable
-from emrrg_cli.errors import RunError, UsageError
+from emrrg_cli.errors import UsageError
 
 _SPLIT_NAMES: dict[str, Split] = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -79,7 +81,7 @@ class FolderSource:
 
     Raises:
         UsageError: No such folder or table, an empty folder, a column that is not there.
-        RunError: The table cannot be read, or puts a patient into two splits.
+        RunError: The table cannot be read.
     """
 
     def __init__(
@@ -103,14 +105,19 @@ class FolderSource:
         self.columns = {"labels": Column("texts", _LABELS)} if columns and columns.labels else {}
         self.about = ""
         self.remarks: list[str] = []
-        self._skipped: list[dict[str, str]] = []
-        self._facts: dict[Path, DicomFacts | None] = {}
-        drafts = self._from_files() if table is None else self._from_table(read_table(table), columns or Columns())
-        self._split(drafts, fractions, seed, drawn=table is None or columns is None or columns.split is None)
-        self._drafts = [draft for name in SPLITS for draft in [d for d in drafts if d.split == name][:limit]]
+        self._limit = limit
+        self._drafts = _Drafts()
+        with scratch_errors():
+            if table is None:
+                self._from_files()
+            else:
+                self._from_table(read_table(table), columns or Columns())
+            if table is None or columns is None or columns.split is None:
+                alone = self._drafts.draw(fractions, seed)
+                self.remarks.append(drawn_remark(fractions, seed, alone))
 
     def __len__(self) -> int:
-        return len(self._drafts) + len(self._skipped)
+        return self._drafts.count(self._limit)
 
     def studies(self, account: Account) -> Iterator[Study]:
         """Yields train, validation, test, each in the order of the table or the paths.
@@ -119,10 +126,10 @@ class FolderSource:
         missing or outside the folder travel with their study as problems.
         """
         account.remarks += self.remarks
-        for row in self._skipped:
+        for reason, study_id, detail in self._drafts.skipped():
             account.read += 1
-            account.skip_study(**row)
-        for draft in self._drafts:
+            account.skip_study(reason, study_id, detail=detail)
+        for draft in self._drafts.first(self._limit):
             account.read += 1
             if draft.texts and not any(draft.texts.values()):
                 account.skip_study("empty report", draft.study_id)
@@ -148,22 +155,21 @@ class FolderSource:
 
     # Without a table.
 
-    def _from_files(self) -> list[_Draft]:
-        drafts: dict[str, _Draft] = {}
+    def _from_files(self) -> None:
         for path in self._walk():
             name = printable(path.relative_to(self.root).as_posix())
             found = locate(str(path), self.root, (self.root,))
             if isinstance(found, ImageProblem):
-                drafts[name] = _Draft(name, problems=[replace(found, path=name)])
+                self._drafts.put(_Draft(name, problems=[replace(found, path=name)]))
                 continue
-            facts = self._dicom_facts(found)
+            facts = _dicom_facts(found)
             study_id = printable(facts.study_uid) if facts and facts.study_uid else name
-            draft = drafts.setdefault(study_id, _Draft(study_id, patient_id=_patient(facts)))
+            draft = self._drafts.get(study_id) or _Draft(study_id, patient_id=_patient(facts))
             draft.images[found] = view_name(facts.view if facts else "")
-        if not drafts and not self._skipped:
+            self._drafts.put(draft)
+        if not self._drafts.count(None):
             raise UsageError(f"no files in {self.root}")
         self.remarks.append("Without a table there are no reports: this dataset serves stages that need images only.")
-        return list(drafts.values())
 
     def _walk(self) -> Iterator[Path]:
         """All files, sorted, without hidden ones; folders that cannot be read are counted."""
@@ -178,23 +184,21 @@ class FolderSource:
 
     # With a table.
 
-    def _from_table(self, table: Table, columns: Columns) -> list[_Draft]:
+    def _from_table(self, table: Table, columns: Columns) -> None:
         table.check_columns(columns.named())
         if table.encoding == "cp1252":
             self.remarks.append(f"{table.path.name} is not UTF-8: it was read as Windows-1252.")
         texts = {kind: name for kind in ("report", "findings", "impression") if (name := getattr(columns, kind))}
         if not texts:
             self.remarks.append("No column with text was named: this dataset serves stages that need images only.")
-        drafts: dict[str, _Draft] = {}
-        for number, row in table.rows:
+        for number, row in table.rows():
             where = f"{table.path.name}:{number}"
             if row is None:
                 self._skip("row of another length than the header", where)
                 continue
             draft = self._draft(row, where, columns, texts)
             if draft is not None:
-                self._add(draft, drafts, where, merge=columns.study is not None)
-        return list(drafts.values())
+                self._add(draft, where, merge=columns.study is not None)
 
     def _draft(self, row: dict[str, Any], where: str, columns: Columns, texts: dict[str, str]) -> _Draft | None:
         """One row as a study, or None where it cannot be one."""
@@ -221,7 +225,7 @@ class FolderSource:
             if isinstance(found, ImageProblem):
                 draft.problems.append(found)
                 continue
-            facts = self._dicom_facts(found) if found.suffix.lower() in DICOM_SUFFIXES else None
+            facts = _dicom_facts(found) if found.suffix.lower() in DICOM_SUFFIXES else None
             draft.images[found] = view_name(cell(columns.view) or (facts.view if facts else ""))
             draft.patient_id = draft.patient_id or (None if columns.patient else _patient(facts))
         return draft
@@ -233,9 +237,10 @@ class FolderSource:
             return found if isinstance(other, ImageProblem) else other
         return found
 
-    def _add(self, draft: _Draft, drafts: dict[str, _Draft], where: str, *, merge: bool) -> None:
-        first = drafts.setdefault(draft.study_id, draft)
-        if first is draft:
+    def _add(self, draft: _Draft, where: str, *, merge: bool) -> None:
+        first = self._drafts.get(draft.study_id)
+        if first is None:
+            self._drafts.put(draft)
             return
         if not merge:
             self._skip("id seen before", draft.study_id, detail=where)
@@ -252,41 +257,90 @@ class FolderSource:
                 first.images[path] = view
         first.problems += draft.problems
         first.labels += [label for label in draft.labels if label not in first.labels]
-
-    # Either way.
+        self._drafts.put(first)
 
     def _skip(self, reason: str, study_id: str, detail: str = "") -> None:
-        self._skipped.append({"reason": reason, "study_id": study_id, "detail": detail})
+        self._drafts.skip(reason, study_id, detail)
 
-    def _dicom_facts(self, path: Path) -> DicomFacts | None:
-        """The facts of a DICOM file; None for others, and for one that cannot be read: decoding it will say why."""
-        if path not in self._facts:
-            try:
-                with open_stream(path, str(path)) as (stream, _):
-                    candidate = is_dicom(stream) or path.suffix.lower() in DICOM_SUFFIXES
-                self._facts[path] = read_dicom_facts(path) if candidate else None
-            except (ImageError, OSError):
-                self._facts[path] = None
-        return self._facts[path]
 
-    def _split(self, drafts: Iterable[_Draft], fractions: tuple[float, ...], seed: int, *, drawn: bool) -> None:
-        if drawn:
-            splits = draw_splits((_unit(draft) for draft in drafts), fractions, seed)
-            for draft in drafts:
-                draft.split = splits[_unit(draft)]
-            alone = sum(draft.patient_id is None for draft in drafts)
-            self.remarks.append(drawn_remark(fractions, seed, alone))
-            return
-        seen: dict[str, Split] = {}
-        for draft in drafts:
-            if draft.patient_id is None or draft.split is None:
-                continue
-            before = seen.setdefault(draft.patient_id, draft.split)
-            if before != draft.split:
-                raise RunError(
-                    f"patient {printable(draft.patient_id)} is in two splits, {before} and {draft.split}",
-                    hint="Correct the split column, or leave --split-column out: a split is then drawn by patient.",
-                )
+class _Drafts:
+    """The studies of a folder, and the rows that are none, in a database on the disk."""
+
+    def __init__(self) -> None:
+        self._run = scratch_database().execute
+        self._run("CREATE TABLE skipped (reason TEXT, study TEXT, detail TEXT)")
+        # A study has the number of its first row.
+        self._run("CREATE TABLE draft (number INTEGER PRIMARY KEY, study TEXT UNIQUE, unit TEXT, split INT, body BLOB)")
+
+    def skip(self, reason: str, study_id: str, detail: str) -> None:
+        """Remembers a row that is no study."""
+        self._run("INSERT INTO skipped VALUES (?, ?, ?)", (reason, printable(study_id), printable(detail)))
+
+    def skipped(self) -> Iterator[tuple[str, str, str]]:
+        """Reason, study and detail of those rows."""
+        with scratch_errors():
+            yield from self._run("SELECT reason, study, detail FROM skipped ORDER BY rowid")
+
+    def get(self, study_id: str) -> _Draft | None:
+        """The study with an id."""
+        row = self._run("SELECT body FROM draft WHERE study = ?", (study_id,)).fetchone()
+        return None if row is None else _unpacked(row[0])
+
+    def put(self, draft: _Draft) -> None:
+        """Adds a study, or puts it in the place of the one with its id."""
+        split = None if draft.split is None else SPLITS.index(draft.split)
+        self._run(
+            "INSERT INTO draft (study, unit, split, body) VALUES (?, ?, ?, ?)"
+            " ON CONFLICT (study) DO UPDATE SET body = excluded.body",
+            (draft.study_id, _unit(draft), split, pickle.dumps(draft)),
+        )
+
+    def draw(self, fractions: Sequence[float], seed: int) -> int:
+        """Draws the split of each patient as `draw_splits` does; returns how many studies have no patient."""
+        self._run("CREATE TABLE unit (name TEXT PRIMARY KEY, drawn BLOB, split INT)")
+        for (name,) in self._run("SELECT DISTINCT unit FROM draft"):
+            self._run("INSERT INTO unit VALUES (?, ?, NULL)", (name, drawn_key(name, seed)))
+        [total] = self._run("SELECT count(*) FROM unit").fetchone()
+        parts = (split for split, count in enumerate(shares(total, fractions)) for _ in range(count))
+        self._run("CREATE TABLE part (name TEXT PRIMARY KEY, split INT) WITHOUT ROWID")
+        for (name,), split in zip(self._run("SELECT name FROM unit ORDER BY drawn, name"), parts, strict=True):
+            self._run("INSERT INTO part VALUES (?, ?)", (name, split))
+        self._run("UPDATE draft SET split = (SELECT split FROM part WHERE name = unit)")
+        [alone] = self._run("SELECT count(*) FROM draft WHERE substr(unit, 1, 1) = 's'").fetchone()
+        return int(alone)
+
+    def count(self, limit: int | None) -> int:
+        """The first studies of each split, and the rows that are none."""
+        [count] = self._run("SELECT count(*) FROM skipped").fetchone()
+        for (of_split,) in self._run("SELECT count(*) FROM draft GROUP BY split").fetchall():
+            count += of_split if limit is None else min(limit, of_split)
+        return int(count)
+
+    def first(self, limit: int | None) -> Iterator[_Draft]:
+        """The first studies of each split: train, validation, test, each in the order that they came in."""
+        most = -1 if limit is None else limit
+        with scratch_errors():
+            for number, split in enumerate(SPLITS):
+                for (body,) in self._run(
+                    "SELECT body FROM draft WHERE split = ? ORDER BY number LIMIT ?", (number, most)
+                ):
+                    yield replace(_unpacked(body), split=split)
+
+
+def _unpacked(body: bytes) -> _Draft:
+    draft = pickle.loads(body)  # from the process's own memory or nameless file
+    assert isinstance(draft, _Draft)
+    return draft
+
+
+def _dicom_facts(path: Path) -> DicomFacts | None:
+    """The facts of a DICOM file; None for others, and for one that cannot be read: decoding it will say why."""
+    try:
+        with open_stream(path, str(path)) as (stream, _):
+            candidate = is_dicom(stream) or path.suffix.lower() in DICOM_SUFFIXES
+        return read_dicom_facts(path) if candidate else None
+    except (ImageError, OSError):
+        return None
 
 
 def _unit(draft: _Draft) -> str:

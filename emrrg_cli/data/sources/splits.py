@@ -33,8 +33,8 @@ def draw_splits(patients: Iterable[str], fractions: Sequence[float], seed: int) 
     Patients are put in an order drawn from the seed and cut by `fractions`, rounded so that the parts are as near as
     they can be; a part above 0 gets one patient at least, while there are enough.
     """
-    order = sorted(set(patients), key=lambda name: (_drawn(name, seed), name))
-    counts = _shares(len(order), fractions)
+    order = sorted(set(patients), key=lambda name: (drawn_key(name, seed), name))
+    counts = shares(len(order), fractions)
     names = [split for split, count in zip(SPLITS, counts, strict=True) for _ in range(count)]
     return dict(zip(order, names, strict=True))
 
@@ -46,11 +46,13 @@ def drawn_remark(fractions: Sequence[float], seed: int, alone: int = 0) -> str:
     return f"Split drawn by patient with seed {seed}: {parts} percent{without}."
 
 
-def _drawn(name: str, seed: int) -> bytes:
+def drawn_key(name: str, seed: int) -> bytes:
+    """Where a patient stands in the order that a split is cut from."""
     return hashlib.blake2b(f"{seed}\0{name}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def _shares(total: int, fractions: Sequence[float]) -> list[int]:
+def shares(total: int, fractions: Sequence[float]) -> list[int]:
+    """How many of the patients each split gets; see `draw_splits`."""
     wanted = [index for index, part in enumerate(fractions) if part > 0]
     counts = [int(total * part + 1e-9) for part in fractions]
     # What rounding down left over goes to the largest remainders, the first split first.

@@ -11,6 +11,7 @@ import json
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -29,18 +30,30 @@ _MAX_CELL = 10_000_000
 
 @dataclass(frozen=True)
 class Table:
-    """A table, read whole.
+    """A table, read row by row each time its rows are asked for.
 
     Attributes:
         columns: Their names, in order.
-        rows: Line number in the file and cells by column; a row that does not fit the header has None for cells.
-        encoding: That it was read by.
+        encoding: That it is read by.
     """
 
     path: Path
     columns: tuple[str, ...]
-    rows: tuple[tuple[int, dict[str, Any] | None], ...]
     encoding: str
+
+    def rows(self) -> Iterator[tuple[int, dict[str, Any] | None]]:
+        """Yields the line that a row ends on and its cells by column, None for a row that does not fit the header.
+
+        Raises:
+            RunError: From some line on it is not what its name says.
+        """
+        for number, cells in _rows_of(self.path, self.encoding):
+            if isinstance(cells, dict):
+                yield number, cells
+            elif len(cells) != len(self.columns):
+                yield number, None
+            else:
+                yield number, dict(zip(self.columns, cells, strict=True))
 
     def check_columns(self, wanted: dict[str, str]) -> None:
         """Makes sure that columns are there, once each.
@@ -63,10 +76,11 @@ class Table:
 
 
 def read_table(path: Path) -> Table:
-    """Reads a table by the ending of its name.
+    """Opens a table by the ending of its name, which `.gz` may follow.
 
     UTF-8 is expected, with or without a byte order mark, and UTF-16 with one; anything else is read as Windows-1252.
-    Commas, semicolons or tabs separate the cells of a `.csv`, whichever the header has most of.
+    Commas, semicolons or tabs separate the cells of a `.csv`, whichever the header has most of. The columns of JSON
+    lines are all those that some line has.
 
     Raises:
         UsageError: It does not exist, or its name ends in something else.
@@ -74,17 +88,41 @@ def read_table(path: Path) -> Table:
     """
     if not path.exists():
         raise UsageError(f"no such table: {path}")
-    if path.suffix.lower() not in SUFFIXES or not path.is_file():
-        raise UsageError(f"{path} is not a table", hint=f"Tables end in {', '.join(SUFFIXES)}.")
+    if _kind(path) not in SUFFIXES or not path.is_file():
+        raise UsageError(f"{path} is not a table", hint=f"Tables end in {', '.join(SUFFIXES)}, or in those and .gz.")
     with _reading(path):
         encoding = _encoding(path)
-        with path.open(encoding=encoding, errors="replace", newline="") as lines:
-            columns, rows = (_read_json if path.suffix.lower() == ".jsonl" else _read_csv)(path, lines)
+        rows = _rows_of(path, encoding, header=True)
+        columns: dict[str, None] | list[str]
+        if _kind(path) == ".jsonl":
+            columns, empty = {}, True
+            for _, row in rows:
+                columns |= dict.fromkeys(row)
+                empty = False
+        else:
+            columns, empty = list(next(rows, (0, []))[1]), next(rows, None) is None
     if not columns:
         raise RunError(f"{path} is empty")
-    if not rows:
+    if empty:
         raise RunError(f"{path} has no rows")
-    return Table(path, tuple(columns), tuple(rows), encoding)
+    return Table(path, tuple(columns), encoding)
+
+
+def _kind(path: Path) -> str:
+    name = path.with_suffix("") if path.suffix.lower() == ".gz" else path
+    return name.suffix.lower()
+
+
+def _rows_of(path: Path, encoding: str, *, header: bool = False) -> Iterator[tuple[int, Any]]:
+    """Line and row: an object of JSON lines, or a list of cells, of which the header is the first if asked for."""
+    with _reading(path), _open_bytes(path) as file, _as_text(file, encoding) as lines:
+        if _kind(path) == ".jsonl":
+            yield from _json_rows(path, lines)
+            return
+        first = lines.readline()
+        lines.seek(0)
+        delimiter = "\t" if _kind(path) == ".tsv" else max(",;\t", key=first.count)
+        yield from islice(_csv_rows(path, lines, delimiter), 0 if header else 1, None)
 
 
 def cell_text(value: Any) -> str:
@@ -202,19 +240,6 @@ def _encoding(path: Path) -> str:
     return "utf-8"
 
 
-def _read_csv(path: Path, lines: Any) -> tuple[list[str], list[tuple[int, dict[str, Any] | None]]]:
-    header = lines.readline()
-    lines.seek(0)
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=header.count)
-    reader = _csv_rows(path, lines, delimiter)
-    _, columns = next(reader, (0, []))
-    rows: list[tuple[int, dict[str, Any] | None]] = []
-    for number, cells in reader:
-        fits = len(cells) == len(columns)
-        rows.append((number, dict(zip(columns, cells, strict=True)) if fits else None))
-    return columns, rows
-
-
 def _csv_rows(path: Path, lines: Iterator[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """Yields the line that each row ends on and its cells, the header first; rows without content are left out."""
     csv.field_size_limit(_MAX_CELL)
@@ -232,9 +257,7 @@ def _csv_rows(path: Path, lines: Iterator[str], delimiter: str) -> Iterator[tupl
         ) from None
 
 
-def _read_json(path: Path, lines: Iterator[str]) -> tuple[list[str], list[tuple[int, dict[str, Any] | None]]]:
-    columns: dict[str, None] = {}
-    rows: list[tuple[int, dict[str, Any] | None]] = []
+def _json_rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -246,6 +269,4 @@ def _read_json(path: Path, lines: Iterator[str]) -> tuple[list[str], list[tuple[
             raise RunError(f"{path}:{number}: not valid JSON: {error}", hint="Each line is an object.") from None
         if not isinstance(row, dict):
             raise RunError(f"{path}:{number}: not a JSON object", hint="Each line is an object.")
-        columns |= dict.fromkeys(row)
-        rows.append((number, row))
-    return list(columns), rows
+        yield number, row
