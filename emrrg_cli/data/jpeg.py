@@ -1,9 +1,11 @@
-"""What the bytes of a JPEG, JPEG-LS or JPEG 2000 say before they are decoded, and JPEGs that lost their last bytes."""
+"""What the bytes of a JPEG, JPEG-LS or JPEG 2000 say before they are decoded; JPEGs that lost their last bytes; and
+JPEGs that are to say nothing but their pixels."""
 
 from __future__ import annotations
 
 import io
 import math
+import re
 import struct
 from typing import NamedTuple
 
@@ -15,6 +17,8 @@ END = b"\xff\xd9"  # end of image (JPEG, JPEG-LS), end of codestream (JPEG 2000)
 # Start of frame: baseline, extended, progressive, lossless and their arithmetic forms; JPEG-LS.
 _FRAMES = (set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}) | {0xF7}
 _SCAN = b"\xff\xda"
+# Compressed data escape their own 0xff and hold restart markers; any other marker ends them.
+_AFTER_SCAN = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")
 _J2K_SIZE = b"\xff\x4f\xff\x51"
 
 MAX_MENDED = 256 * 2**20
@@ -57,6 +61,58 @@ def _jpeg_frame(data: bytes) -> Frame | None:
             return Frame(width, height, samples, bits)
         at += 2 + struct.unpack_from(">H", data, at + 2)[0]
     return None
+
+
+def without_metadata(data: bytes) -> bytes | None:
+    """A JPEG without what may tell whose it is, its compressed pixels untouched.
+
+    What goes: EXIF, XMP, IPTC, ICC profiles and all other application segments but JFIF (without its thumbnail) and
+    Adobe's (which says how colours are stored), comments, and whatever follows the end of the image. An orientation
+    in EXIF goes too, so the image should be upright.
+
+    Args:
+        data: The bytes of the file.
+
+    Returns:
+        None where the data are no JPEG that can be followed from its start to its end.
+
+    Source: ITU-T T.81, annex B.
+    """
+    if not data.startswith(b"\xff\xd8"):
+        return None
+    kept, at = [data[:2]], 2
+    try:
+        while data[at] == 0xFF:
+            marker = data[at + 1]
+            if marker == 0xFF:  # a fill byte
+                at += 1
+                continue
+            if marker == END[1]:
+                return b"".join([*kept, END])
+            length = struct.unpack_from(">H", data, at + 2)[0]
+            segment = data[at : at + 2 + length]
+            if length < 2 or len(segment) < 2 + length:
+                return None
+            at += len(segment)
+            kept.append(_bare(marker, segment))
+            if marker == _SCAN[1]:
+                following = _AFTER_SCAN.search(data, at)
+                if following is None:
+                    return None
+                kept.append(data[at : following.start()])
+                at = following.start()
+    except (struct.error, IndexError):
+        pass
+    return None
+
+
+def _bare(marker: int, segment: bytes) -> bytes:
+    """A segment as it is kept: whole, in part, or not at all (b"")."""
+    if marker == 0xE0 and segment[4:9] == b"JFIF\0" and len(segment) >= 18:
+        return segment[:2] + b"\x00\x10" + segment[4:16] + b"\x00\x00"  # a thumbnail of no rows and no columns
+    if marker == 0xEE and segment[4:9] == b"Adobe":
+        return segment
+    return b"" if marker == 0xFE or 0xE0 <= marker <= 0xEF else segment
 
 
 def has_end(data: bytes) -> bool:
