@@ -11,6 +11,7 @@ from pathlib import Path
 from emrrg_cli.data.duplicates import ImageHash, hash_image
 from emrrg_cli.data.image_notes import INVERTED, image_notes
 from emrrg_cli.data.images import ImageError, encode, fit_shorter_side, is_plain_jpeg, load_image, to_grey
+from emrrg_cli.data.jpeg import without_metadata
 from emrrg_cli.data.selection import projection
 from emrrg_cli.data.study import EncodedImage, ImageProblem, RenderedImage, Study, image_name
 from emrrg_cli.recipe.schema import PreprocessRecipe
@@ -46,7 +47,8 @@ def prepare_study(study: Study, root: Path | None, recipe: PreprocessRecipe) -> 
     """Decodes (or renders) and encodes the images of one study.
 
     An image that is already what would be written (a grey baseline JPEG, upright, not above the size, and JPEG is asked
-    for) keeps its bytes, so that it is not compressed twice; it is decoded all the same, to know that it can be.
+    for) keeps its bytes but for its metadata, so that it is not compressed twice; it is decoded all the same, to know
+    that it can be.
     """
     images: list[EncodedImage] = []
     views: list[str] = []
@@ -94,8 +96,10 @@ def _from_file(path: Path, recipe: PreprocessRecipe) -> _Encoded:
     image = load_image(path, recipe.max_pixels, None if recipe.size == "original" else recipe.size)
     fits = recipe.size == "original" or min(image.size) <= recipe.size
     small = path.stat().st_size <= image.width * image.height + _KEPT_OVERHEAD
-    if recipe.format == "jpeg" and fits and small and is_plain_jpeg(image):
-        grey, data = image, path.read_bytes()
+    plain = recipe.format == "jpeg" and fits and small and is_plain_jpeg(image)
+    kept = without_metadata(path.read_bytes()) if plain else None
+    if kept is not None:
+        grey, data = image, kept
     else:
         grey = to_grey(image)
         if recipe.size != "original":

@@ -92,6 +92,21 @@ def test_plain_jpegs_keep_their_bytes(tmp_path: Path) -> None:
     assert read_image(row["images"][1]["bytes"]).size == (200, 100)
 
 
+def test_a_jpeg_that_is_kept_loses_its_metadata_and_no_pixel(tmp_path: Path) -> None:
+    root = _annotate(tmp_path / "raw", {"x": ["exif.jpg", "cut.jpg"]})
+    exif = Image.Exif()
+    exif[0x010E] = "Doe^Jane"
+    _noise(80, 64).save(root / "exif.jpg", quality=80, exif=exif, comment=b"Doe^Jane")
+    _noise(80, 64).save(root / "plain.jpg", quality=80)
+    (root / "cut.jpg").write_bytes((root / "exif.jpg").read_bytes()[:-2])
+    assert b"Doe^Jane" in (root / "exif.jpg").read_bytes()
+    _run(root, tmp_path / "out", size=64)
+    kept, anew = (image["bytes"] for image in open_dataset(tmp_path / "out")["train"][0]["images"])
+    assert kept == (root / "plain.jpg").read_bytes()
+    assert b"Doe^Jane" not in anew
+    assert anew.endswith(b"\xff\xd9")
+
+
 def test_a_jpeg_with_baggage_is_written_anew(tmp_path: Path) -> None:
     root = _annotate(tmp_path / "raw", {"x": ["a.jpg"]})
     _noise(80, 64).save(root / "a.jpg")
