@@ -39,7 +39,8 @@ def iu_xray(
 
     Example: emrrg preprocess iu_xray openi/ data/iu_xray --annotation annotation.json
     """
-    from emrrg_cli.data.sources.iu_xray import detect_layout, iu_xray_source
+    from emrrg_cli.data.sources.iu_layouts import detect_layout
+    from emrrg_cli.data.sources.iu_xray import iu_xray_source
     from emrrg_cli.data.sources.splits import DEFAULT, parse_fractions
 
     settings = load_settings(options)

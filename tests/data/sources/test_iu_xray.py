@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from emrrg_cli.data.sources.iu_xray import IuXraySource, detect_layout, iu_xray_source
+from emrrg_cli.data.sources.iu_layouts import detect_layout
+from emrrg_cli.data.sources.iu_xray import IuXraySource, iu_xray_source
 from emrrg_cli.data.sources.openi import BadReport, OpeniReport, parse_report
 from emrrg_cli.data.study import Account, Study
 from emrrg_cli.errors import RunError, UsageError
