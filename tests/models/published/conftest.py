@@ -52,13 +52,14 @@ def make_state(reference: ModuleType) -> Callable[..., State]:
         bridge = reference.random_state(shapes, seed)
         if stage == "3 frozen":
             return bridge
-        if stage == "emrrg":
+        if stage.startswith("emrrg"):
             adapters = {
                 f"visual_encoder.layers.{i}.mixer.lora_X.adapter_{name}.weight": shape
                 for i in range(depth)
                 for name, shape in (("down", (4, d)), ("up", (d // 2, 4)))
             }
-            return encoder | reference.random_state(adapters, seed) | bridge
+            backbone = {} if stage == "emrrg frozen" else encoder
+            return backbone | reference.random_state(adapters, seed) | bridge
         assert stage == "3"
         return encoder | bridge
 

@@ -50,7 +50,7 @@ def llm_dir(make_llm: Callable[..., Any], tokenizer: Any, tmp_path_factory: pyte
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("stage", ["1", "2", "3", "3 frozen", "emrrg"])
+@pytest.mark.parametrize("stage", ["1", "2", "3", "3 frozen", "emrrg", "emrrg frozen"])
 def test_a_round_trip_is_equal_to_the_bit(
     make_state: Make, save_published: Save, tmp_path: Path, stage: str, dtype: torch.dtype
 ) -> None:
@@ -60,7 +60,7 @@ def test_a_round_trip_is_equal_to_the_bit(
             state[name] = state[name].float()
     if stage == "1":
         state["mask"] = state["mask"][None, None].clamp(min=-65504)
-    base = save_published(make_state("2"), "base.pth") if stage == "3 frozen" else None
+    base = save_published(make_state("2"), "base.pth") if "frozen" in stage else None
     convert_to_ours(save_published(state), tmp_path / "out", base=base)
     convert_to_published(tmp_path / "out", tmp_path / "back.pth")
     content = torch.load(tmp_path / "back.pth", weights_only=True)
@@ -257,6 +257,32 @@ def test_recipe_and_llm_follow_from_name_and_width(
     assert f"recipe {recipe}, LLM {llm}, no hybrid layers, no adapters" in lines
     lines = convert_to_ours(file, tmp_path / "other", recipe="mimic_cxr/finetune").lines
     assert f"recipe mimic_cxr/finetune, LLM {llm}, no hybrid layers, no adapters" in lines
+
+
+def test_a_converted_checkpoint_starts_the_next_stage(
+    make_state: Make,
+    save_published: Save,
+    tmp_path: Path,
+    tiny_overrides: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from emrrg_cli.app import main
+
+    states = {"1": make_state("1", d=16, depth=4, n=4), "2": make_state("2", d=16, depth=4, n=4, grid=2)}
+    for stage, state in states.items():
+        convert_to_ours(save_published(state), tmp_path / stage)
+        capsys.readouterr()
+        options = [f"model.encoder.weights={tmp_path / stage}", "model.encoder.depth=4", "model.adapter.targets=none"]
+        options += ["train.max_steps=1", "--output", str(tmp_path / f"run{stage}")]
+        assert main(["finetune", "tiny/finetune", *tiny_overrides, *options, "--verbose"]) == 0
+        told = capsys.readouterr().err
+        assert ("dropped  ar_token" in told, "dropped  text_encoder/model.safetensors:pooler.dense.bias" in told) == (
+            stage == "1",
+            stage == "2",
+        )
+        frozen = load_file(tmp_path / f"run{stage}" / "encoder.safetensors")
+        name = "layers.3.mixer.D" if stage == "1" else "visual_encoder.layers.3.mixer.D_c_b"
+        assert torch.equal(frozen["layers.3.mixer.D"][3], state[name])
 
 
 # -- strictness --------------------------------------------------------------------------------------------------
