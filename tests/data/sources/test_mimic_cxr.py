@@ -115,7 +115,7 @@ def test_leaks_are_refused(mimic: Any) -> None:
     with pytest.raises(RunError, match="patient 10000032 is in two splits, train and test"):
         MimicCxrSource(mimic.root)
     mimic.write_table("split", _SPLIT, [*rows, ("x", 50000001, 10000099, "train")])
-    with pytest.raises(RunError, match="study 50000001 is in two patients, 10000032 and 10000099"):
+    with pytest.raises(RunError, match="study 50000001 is of two patients, 10000032 and 10000099"):
         MimicCxrSource(mimic.root)
 
 
