@@ -148,6 +148,7 @@ def build_pretrainer(settings: PretrainModelSettings, scan: str = "auto") -> Arm
         settings.decoder_depth,
         scan=scan,
     )
+    # Also when a run is resumed: fixed position embeddings are no parameters, so no checkpoint holds those of a file.
     if encoder.weights is not None:
         load_weights(model, find_pretrainer(Path(encoder.weights)) / WEIGHTS)
     return model

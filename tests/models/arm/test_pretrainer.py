@@ -225,6 +225,18 @@ def test_targets_have_mean_0_and_variance_1_and_flat_patches_are_no_division_by_
     torch.testing.assert_close(second_row, images[1, :, 16:32, 64:80], rtol=1e-5, atol=1e-5)
 
 
+def test_patches_are_pasted_where_they_came_from() -> None:
+    model = _model()
+    images = torch.randn(2, 3, 192, 192)
+    target, mean, deviation = model.targets(images)
+    patches = target * deviation + mean
+    torch.testing.assert_close(model.paste(patches, onto=images), images, rtol=1e-5, atol=1e-5)
+    alone = model.paste(patches)
+    assert not alone[:, :, :64, :64].any()
+    torch.testing.assert_close(alone[:, :, 64:], images[:, :, 64:], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(alone[:, :, :64, 64:], images[:, :, :64, 64:], rtol=1e-5, atol=1e-5)
+
+
 def test_loss_is_a_mean_over_images_tokens_and_pixels() -> None:
     model = _model(128)
     images = torch.randn(3, 3, 128, 128)
