@@ -214,7 +214,7 @@ def test_rows_of_the_annotation_are_the_studies(chexpert: Any, annotation: Path,
     assert [s.findings for s in studies[-1:]] == ["Text 10."]
     assert {s.impression for s in studies} == {"1.  No acute disease."}
     assert studies[0].extra["labels"] == ["Edema"]
-    assert _reasons(account) == {"id seen before": ["row10"], "empty report": ["row4"]}
+    assert _reasons(account) == {"id seen before": ["row10"], "no findings": ["row4"]}
 
 
 def test_the_annotation_alone(chexpert: Any, annotation: Path, read: Read) -> None:
