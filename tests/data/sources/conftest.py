@@ -32,6 +32,7 @@ def read() -> Read:
         account = Account()
         studies = list(source.studies(account))
         assert account.read == len(source) == len(studies) + account.studies_skipped
+        assert studies == list(source.studies(Account()))  # it is read twice, once to look and once to decode
         return studies, account
 
     return _read

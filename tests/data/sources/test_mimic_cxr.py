@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +162,13 @@ def test_limit_is_per_split(mimic: Any, read: Read) -> None:
     assert [s.study_id for s in studies] == ["50000001", "50000003", "50000004"]
 
 
+def test_studies_may_be_pulled_by_another_thread(mimic: Any, read: Read) -> None:
+    source = MimicCxrSource(mimic.root)
+    with ThreadPoolExecutor(1) as pool:  # as the dispatcher of a worker pool does
+        studies = pool.submit(lambda: list(source.studies(Account()))).result()
+    assert studies == read(source)[0]
+
+
 def test_negbio_labels(mimic: Any, read: Read) -> None:
     studies, account = read(MimicCxrSource(mimic.root, labeler="negbio"))
     assert account.remarks == ["No mimic-cxr-2.0.0-negbio.csv.gz: the studies have no labels."]
@@ -194,8 +203,6 @@ def test_what_must_be_there(mimic: Any, tmp_path: Path, remove: str, message: st
 
 
 def test_plain_tables_and_a_reports_option_to_nowhere(mimic: Any, tmp_path: Path, read: Read) -> None:
-    import gzip
-
     expected, _ = read(MimicCxrSource(mimic.root))
     for kind in ("split", "metadata", "chexpert"):
         path = mimic.table(kind)
