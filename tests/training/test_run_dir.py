@@ -156,6 +156,17 @@ def test_a_run_is_not_resumed_with_other_data_in_the_same_place(tiny_dataset: Pa
         check_run_dir(run, recipe, resume=True)
 
 
+def test_every_dataset_directory_of_a_recipe_has_a_fingerprint_and_a_folder_of_images_has_none(
+    tiny_dataset: Path, tmp_path: Path
+) -> None:
+    fingerprint = json.loads((tiny_dataset / "manifest.json").read_text())["fingerprint"]
+    (tmp_path / "films").mkdir()
+    pretrain = load_recipe("phantom/pretrain", [f"data.root={tmp_path / 'films'}"])
+    assert data_fingerprints(pretrain) == data_fingerprints(_recipe()) == {}
+    sets = f"data.sets=[{{root: {tiny_dataset}}}, {{root: {tiny_dataset}/../{tiny_dataset.name}, weight: 0.5}}]"
+    assert data_fingerprints(load_recipe("phantom/align", [sets])) == {str(tiny_dataset): fingerprint}
+
+
 def test_a_place_that_cannot_be_written_is_refused_before_the_work(
     tmp_path: Path, started: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
