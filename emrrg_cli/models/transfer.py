@@ -27,6 +27,7 @@ FORMAT = 1
 ENCODER_FILE = "encoder.safetensors"
 PRETRAINER_FILE = "pretrainer.safetensors"
 _PREFIX = "encoder."
+_OTHER = "no part of the encoder"
 _HINT = "Name a safetensors file, a run directory, or a directory that `emrrg convert` wrote."
 # Tensors of a mixer with a leading axis over the directions.
 _PER_DIRECTION = ("conv_weight", "conv_bias", "A_log", "D")
@@ -182,7 +183,7 @@ def _read_file(file: Path) -> EncoderSource:
         config = EncoderConfig.of(tensors)
     except RunError as error:
         raise UsageError(f"{file}: {error.message}", hint="It is to hold the tensors of an encoder.") from error
-    others = {name: "no part of the encoder" for name in names if not name.startswith(prefix)}
+    others = {name: _OTHER for name in names if not name.startswith(prefix)}
     return EncoderSource(config, tensors, file, own, others, [])
 
 
@@ -204,7 +205,7 @@ def _tensors_beside(directory: Path, file: Path) -> dict[str, str]:
     for other in sorted(directory.rglob("*.safetensors")):
         place = other.relative_to(directory)
         if other != file and place.parts[0] != "checkpoints":
-            found |= {f"{place.as_posix()}:{name}": "no part of the encoder" for name in _names_in(other)}
+            found |= {f"{place.as_posix()}:{name}": _OTHER for name in _names_in(other)}
     return found
 
 

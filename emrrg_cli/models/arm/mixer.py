@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +59,7 @@ class Mixer(nn.Module):
     ) -> None:
         super().__init__()
         self.engine = choose_engine(scan)
+        self._kept: tuple[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]] | None = None
         self.X = nn.Linear(d_model, d_model, bias=False)
         self.Z = nn.Linear(d_model, d_model, bias=False)
         conv = [nn.Conv1d(d_model, d_model, d_conv, groups=d_model) for _ in range(directions)]
@@ -72,9 +74,40 @@ class Mixer(nn.Module):
         with torch.no_grad():
             self.out_proj.weight /= math.sqrt(depth)
 
-    def _stacked(self, name: str) -> Tensor:
-        # Read as weights, adapters included, rather than called: the scan takes all directions in one piece.
-        return torch.stack([effective_weight(getattr(direction, name)) for direction in self.directions])
+    def _stacked(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`projection` `[K, r + 2n, d]`, `dt_weight` `[K, d, r]` and `dt_bias` `[K, d]` of the scan.
+
+        Read as weights, adapters included, rather than called: the scan takes all directions in one piece. Where none
+        is trained they are kept, until a weight is written to, in the dtype that autocast asks for.
+        """
+        layers = [getattr(direction, name) for direction in self.directions for name in ("dt", "B", "C", "dt_proj")]
+        key = self._frozen_state(layers)
+        if key is not None and self._kept is not None and self._kept[0] == key:
+            return self._kept[1]
+        d = self.D.shape[1]
+        weights = [effective_weight(layer) for layer in layers]
+        rows = [weight for i, weight in enumerate(weights) if i % 4 < 3]
+        dtype = None if key is None else key[0]
+        stacked = (
+            torch.cat(rows).view(len(self.directions), -1, d).to(dtype or rows[0].dtype),
+            torch.stack(weights[3::4]).to(dtype or rows[0].dtype),
+            torch.stack([base_layer(layer).bias for layer in layers[3::4]]),
+        )
+        if key is not None:
+            self._kept = (key, stacked)
+        return stacked
+
+    @staticmethod
+    def _frozen_state(layers: list[nn.Module]) -> tuple[Any, ...] | None:
+        # Dtype to compute in, then place and version of every tensor; None where these may not be kept.
+        parameters = [parameter for layer in layers for parameter in layer.parameters(recurse=False)]
+        plain = all(type(layer) is nn.Linear for layer in layers) and not torch.compiler.is_compiling()
+        if not plain or any(p.requires_grad or p.is_inference() for p in parameters):
+            return None
+        device = parameters[0].device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else parameters[0].dtype
+        return (dtype, *((p.data_ptr(), p._version) for p in parameters))
 
     def forward(self, x: Tensor, order: Tensor) -> Tensor:
         """Mixes tokens along every direction.
@@ -86,17 +119,15 @@ class Mixer(nn.Module):
         Returns:
             `[b, l, d]`.
         """
-        dt_bias = torch.stack([base_layer(direction.dt_proj).bias for direction in self.directions])
+        projection, dt_weight, dt_bias = self._stacked()
         y = get_scan(self.engine)(
             self.X(x),
             self.Z(x),
             order,
             self.conv_weight,
             self.conv_bias,
-            self._stacked("dt"),
-            self._stacked("B"),
-            self._stacked("C"),
-            self._stacked("dt_proj"),
+            projection,
+            dt_weight,
             dt_bias,
             self.A_log,
             self.D,

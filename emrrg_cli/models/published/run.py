@@ -108,10 +108,15 @@ def write_run(
     save_tensors(encoder, (directory if imported.config is None else directory / "model") / ENCODER_FILE)
     name, hidden = recipe.model.llm.name, bridge["bridge.proj.weight"].shape[0]
     found = _llm_here(name)
+    if found is None and name in _LLMS.values() and name != _LLMS.get(hidden):
+        return [
+            f"llama_proj is made for an LLM of width {hidden}, and {name} of the recipe is of another: "
+            f"convert again with --llm NAME or DIRECTORY, or set model.llm.name in {RUN_RECIPE}"
+        ]
     if found is None:
         return [
             f"the LLM {name} is not on this machine: `emrrg generate` and `evaluate` will fetch it with its tokenizer "
-            f"(or convert again with --llm DIRECTORY); llama_proj is made for hidden states {hidden} wide"
+            "(or convert again with --llm DIRECTORY)"
         ]
     width, tokenizer = found
     if width != hidden:

@@ -1,16 +1,19 @@
 """The selective scan over several token orders: one function, several engines.
 
 `reference` is plain PyTorch and the truth the others are tested against; `recompute` is the same loop with its gradient
-written out, in a fraction of the memory. Both run anywhere. Engines are chosen once, when a model is built: by the
-recipe (`model.scan`), by the environment (`EMRRG_SCAN`), or by what is there.
+written out, in a fraction of the memory; both run anywhere. `triton` is our fused kernels for CUDA; `mamba_ssm` calls
+the kernels of the packages mamba-ssm and causal-conv1d. Engines are chosen once, when a model is built: by the recipe
+(`model.scan`), by the environment (`EMRRG_SCAN`), or by what is there.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 
 from emrrg_cli.errors import UsageError
@@ -19,15 +22,12 @@ from emrrg_cli.models.scan.reference import directional_scan_reference
 
 Scan = Callable[..., Tensor]
 
-_ENGINES: dict[str, Scan] = {
-    "reference": directional_scan_reference,
-    "recompute": partial(directional_scan_reference, recurrence=selective_scan_recompute),
-}
+ENGINES = ("reference", "recompute", "triton", "mamba_ssm")
 
 
 def available_engines() -> dict[str, str]:
     """Every engine by name, with `ok` or the reason why it cannot run here."""
-    return dict.fromkeys(_ENGINES, "ok")
+    return {name: _state(name) for name in ENGINES}
 
 
 def choose_engine(requested: str = "auto", device_type: str | None = None) -> str:
@@ -35,22 +35,56 @@ def choose_engine(requested: str = "auto", device_type: str | None = None) -> st
 
     Args:
         requested: the recipe's `model.scan`; `EMRRG_SCAN` is stronger than `auto` and weaker than a name.
-        device_type: `cpu` or `cuda`, for `auto`; `recompute` serves both.
+        device_type: `cpu` or `cuda`, for `auto`; None: where there is a GPU, it is taken.
 
     Raises:
         UsageError: for an engine that is unknown or cannot run here.
     """
     name = requested if requested != "auto" else os.environ.get("EMRRG_SCAN", "auto") or "auto"
     if name == "auto":
-        return "recompute"
-    state = available_engines().get(name)
-    if state is None:
-        raise UsageError(f"unknown scan engine {name!r}", hint=f"Engines here: {', '.join(_ENGINES)}, or auto.")
-    if state != "ok":
+        cuda = device_type == "cuda" if device_type is not None else torch.cuda.is_available()
+        return "triton" if cuda and _state("triton") == "ok" else "recompute"
+    if name not in ENGINES:
+        raise UsageError(f"unknown scan engine {name!r}", hint=f"Engines: {', '.join(ENGINES)}, or auto.")
+    if (state := _state(name)) != "ok":
         raise UsageError(f"the scan engine {name!r} cannot run here: {state}")
     return name
 
 
+@cache
 def get_scan(engine: str) -> Scan:
     """The scan function of an engine that `choose_engine` named; see `directional_scan_reference` for its shapes."""
-    return _ENGINES[engine]
+    recompute = partial(directional_scan_reference, recurrence=selective_scan_recompute)
+    if engine == "reference":
+        return directional_scan_reference
+    if engine == "recompute":
+        return recompute
+    if engine == "mamba_ssm":
+        from emrrg_cli.models.scan.mamba_ssm_engine import directional_scan_mamba_ssm
+
+        return directional_scan_mamba_ssm
+    from emrrg_cli.models.scan.triton_engine import directional_scan_triton
+
+    def on_gpu(x: Tensor, *rest: Tensor) -> Tensor:
+        # A model built where there is a GPU may still be run on the CPU, and in fp64 by those who check gradients.
+        fused = (x.is_cuda or _interpreted()) and x.dtype != torch.float64
+        return directional_scan_triton(x, *rest) if fused else recompute(x, *rest)
+
+    return on_gpu
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"  # kernels on CPU tensors, slowly: for tests
+
+
+@cache
+def _state(engine: str) -> str:
+    if engine in ("reference", "recompute"):
+        return "ok"
+    if engine == "mamba_ssm":
+        from emrrg_cli.models.scan.mamba_ssm_engine import why_not
+
+        return why_not()
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    return "ok" if torch.cuda.is_available() or _interpreted() else "no CUDA device"

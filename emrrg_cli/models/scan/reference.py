@@ -15,9 +15,7 @@ def directional_scan_reference(
     order: Tensor,
     conv_weight: Tensor,
     conv_bias: Tensor,
-    w_dt: Tensor,
-    w_B: Tensor,
-    w_C: Tensor,
+    projection: Tensor,
     dt_weight: Tensor,
     dt_bias: Tensor,
     A_log: Tensor,
@@ -26,8 +24,8 @@ def directional_scan_reference(
 ) -> Tensor:
     """Scans the tokens in `K` orders, brings each result back to row order, averages them and applies the gate.
 
-    Per direction, with `u = silu(conv(x))`, `dt = softplus(dt_weight (w_dt u) + dt_bias)`, `B = w_B u`, `C = w_C u`
-    and `A = -exp(A_log)`: `h_t = exp(dt_t A) h_(t-1) + dt_t B_t u_t`, `y_t = C_t h_t + D u_t`. The state, `dt` and
+    Per direction, with `u = silu(conv(x))`, `(low, B, C) = projection u`, `dt = softplus(dt_weight low + dt_bias)` and
+    `A = -exp(A_log)`: `h_t = exp(dt_t A) h_(t-1) + dt_t B_t u_t`, `y_t = C_t h_t + D u_t`. The state, `dt` and
     `A` are fp32 whatever the dtype of `x`; the result has the dtype of `x`.
 
     Args:
@@ -36,9 +34,7 @@ def directional_scan_reference(
         order: `[K, l]`, int64; `order[k, t]` is the row-order index of the token that direction `k` visits at `t`.
         conv_weight: `[K, d, w]`, causal depthwise convolution.
         conv_bias: `[K, d]`.
-        w_dt: `[K, r, d]`.
-        w_B: `[K, n, d]`.
-        w_C: `[K, n, d]`.
+        projection: `[K, r + 2n, d]`, rows for dt, B and C in this order.
         dt_weight: `[K, d, r]`.
         dt_bias: `[K, d]`.
         A_log: `[K, d, n]`.
@@ -52,14 +48,14 @@ def directional_scan_reference(
     """
     b, length, d = x.shape
     k, _, width = conv_weight.shape
-    rank, n = w_dt.shape[1], w_B.shape[1]
+    rank, n = dt_weight.shape[2], A_log.shape[2]
 
     u = x[:, order]  # [b, K, l, d]
     u = u.permute(0, 1, 3, 2).reshape(b, k * d, length)
     u = F.conv1d(u, conv_weight.reshape(k * d, 1, width), conv_bias.reshape(k * d), padding=width - 1, groups=k * d)
     u = F.silu(u[..., :length]).view(b, k, d, length).transpose(2, 3)  # [b, K, l, d]
 
-    projected = torch.einsum("bkld,kjd->bklj", u, torch.cat([w_dt, w_B, w_C], dim=1))
+    projected = torch.einsum("bkld,kjd->bklj", u, projection)
     low, B, C = projected[..., :rank], projected[..., rank : rank + n], projected[..., rank + n :]
     dt = torch.einsum("bklr,kdr->bkld", low, dt_weight)
 

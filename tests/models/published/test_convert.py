@@ -46,6 +46,12 @@ def llm_dir(make_llm: Callable[..., Any], tokenizer: Any, tmp_path_factory: pyte
     return directory
 
 
+@pytest.fixture
+def no_llm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with an empty cache of the hub."""
+    monkeypatch.setattr("emrrg_cli.models.published.run._llm_here", lambda name: None)
+
+
 # -- there and back ----------------------------------------------------------------------------------------------
 
 
@@ -224,14 +230,14 @@ def test_stage_3_is_a_run_that_writes_reports(
     assert main(["evaluate", "--model", str(tmp_path / "run"), "--data", str(tiny_dataset), *short]) == 0
 
 
+@pytest.mark.usefixtures("no_llm")
 def test_stage_3_without_its_llm_is_written_and_the_rest_is_said(
     make_state: Make, save_published: Save, tmp_path: Path, llm_dir: Path
 ) -> None:
     file = save_published(make_state("3"))
     lines = convert_to_ours(file, tmp_path / "run").lines
     assert "recipe iu_xray/finetune-full, LLM Qwen/Qwen1.5-1.8B-Chat, no hybrid layers, no adapters" in lines
-    assert "Qwen/Qwen1.5-1.8B-Chat is not on this machine" in lines[-1]
-    assert "hidden states 32 wide" in lines[-1]
+    assert "made for an LLM of width 32, and Qwen/Qwen1.5-1.8B-Chat of the recipe is of another" in lines[-1]
     assert not (tmp_path / "run/tokenizer").exists()
     # Once the recipe names an LLM that is here, the run is whole: its tokenizer is the LLM's.
     recipe = tmp_path / "run/recipe.yaml"
@@ -239,6 +245,7 @@ def test_stage_3_without_its_llm_is_written_and_the_rest_is_said(
     assert emrrg_cli.load_generator(tmp_path / "run", device="cpu").model.tokenizer.eos_token == "</s>"
 
 
+@pytest.mark.usefixtures("no_llm")
 @pytest.mark.parametrize(
     ("name", "hidden", "recipe", "llm"),
     [
@@ -255,6 +262,7 @@ def test_recipe_and_llm_follow_from_name_and_width(
     file = save_published(make_state("3", hidden=hidden), name)
     lines = convert_to_ours(file, tmp_path / "run").lines
     assert f"recipe {recipe}, LLM {llm}, no hybrid layers, no adapters" in lines
+    assert f"the LLM {llm} is not on this machine" in lines[-1]
     lines = convert_to_ours(file, tmp_path / "other", recipe="mimic_cxr/finetune").lines
     assert f"recipe mimic_cxr/finetune, LLM {llm}, no hybrid layers, no adapters" in lines
 

@@ -1,0 +1,378 @@
+"""The directional scan on Triton kernels, forward and backward, registered as one custom operator.
+
+The steps, all directions in each launch: convolution and SiLU (through the index map), one matrix product for dt's low
+rank, B and C, dt with bias and softplus, the recurrence, and the sum over directions with the gate. The backward pass
+computes the convolution and dt again instead of keeping them, works on part of the batch at a time, and writes
+gradients over what they replace, so that its memory stays small.
+
+With `torch.use_deterministic_algorithms(True)` sums over channels are formed in a fixed order instead of atomically.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from emrrg_cli.models.scan import kernels
+
+# Channels of a scanning program: one a lane of its single warp.
+_LANES = 32
+# A state is saved every _EVERY tokens; the backward pass holds those of _CHUNK tokens in registers.
+_EVERY, _CHUNK = 32, 4
+# Elements of [K, b, l, d] that the forward and the backward pass work on at a time.
+_FORWARD_PART, _BACKWARD_PART = 100_000_000, 14_000_000
+_ONE_WARP = {"num_warps": 1, "num_stages": 1}
+
+
+def directional_scan_triton(
+    x: Tensor,
+    z: Tensor,
+    order: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    projection: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+) -> Tensor:
+    """The same as `reference.directional_scan_reference` (shapes there), for fp32, bf16 and fp16 on CUDA.
+
+    Matrix products take operands of the dtype of `x`; state, `A`, `dt` and every sum are fp32.
+
+    Raises:
+        ValueError: when the state size `n` is not a power of two.
+    """
+    if (n := A_log.shape[-1]) & (n - 1):
+        raise ValueError(f"the triton scan needs a state size that is a power of two, got {n}; use scan='recompute'")
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, z = x.to(dtype), z.to(dtype)
+    projection, dt_weight = projection.to(x.dtype), dt_weight.to(x.dtype)
+    tensors = (x, z, conv_weight, conv_bias, projection, dt_weight, dt_bias, A_log, D)
+    save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    out: Tensor
+    if torch.compiler.is_compiling():
+        out = _scan(*tensors, order, save)[0]
+    elif save:  # the operator's own machinery would cost more than the kernels take for a small batch
+        out = _Scan.apply(*tensors, order)  # type: ignore[no-untyped-call]
+    else:
+        out = _forward(*tensors, order, False)[0]
+    return out
+
+
+def _forward(
+    x: Tensor,
+    z: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    projection: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    order: Tensor,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`out` `[b, l, d]`; where `save` also what the backward pass needs, else empty tensors: the mean over directions
+    before the gate `[b, l, d]` and the states `[b, K, sections, n, d]`."""
+    x, z = x.contiguous(), z.contiguous()
+    b, length, d = x.shape
+    directions, _, n = A_log.shape
+    order, back = _index_maps(order)
+    out = torch.empty_like(x)
+    mean = torch.empty_like(x) if save else x.new_empty(0)
+    states = out.new_empty(b, directions, _sections(length), n, d, dtype=torch.float32) if save else mean
+    for part in _parts(b, directions * length * d, _FORWARD_PART):
+        part_x, part_z, part_out, part_mean, part_states = (
+            (x, z, out, mean, states) if part is None else (x[part], z[part], out[part], mean[part], states[part])
+        )
+        size = part_x.shape[0]
+        u, dt, BC = _inputs(part_x, order, conv_weight, conv_bias, projection, dt_weight, dt_bias, n)
+        _launch(
+            kernels.scan_forward, (triton.cdiv(d, _LANES), directions * size),
+            u, dt, BC, A_log, D, part_states if save else BC, size, length, d,
+            N=n, C=_LANES, CHUNK=_CHUNK, EVERY=_EVERY, SAVE=save, **_ONE_WARP,
+        )  # fmt: skip
+        _launch(
+            kernels.gate_forward, _tiles(d, length, size),
+            dt, part_z, back, part_out, part_mean if save else part_out, size, length, d,
+            K=directions, SAVE=save, T=_TOKENS, C=_WIDE,
+        )  # fmt: skip
+    return out, mean, states
+
+
+_scan = torch.library.custom_op("emrrg::directional_scan", _forward, mutates_args=())
+
+
+@_scan.register_fake
+def _(
+    x: Tensor, z: Tensor, conv_weight: Tensor, conv_bias: Tensor, projection: Tensor, dt_weight: Tensor,
+    dt_bias: Tensor, A_log: Tensor, D: Tensor, order: Tensor, save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    b, length, d = x.shape
+    directions, _, n = A_log.shape
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if not save:
+        return out, x.new_empty(0), x.new_empty(0)
+    return out, torch.empty_like(out), x.new_empty(b, directions, _sections(length), n, d, dtype=torch.float32)
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    z: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    projection: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    order: Tensor,
+    mean: Tensor,
+    states: Tensor,
+    parameters: bool,
+) -> list[Tensor]:
+    """Gradients to `x` and `z`; where `parameters`, also to the seven parameters in the order of the arguments."""
+    grad, x, z = grad.contiguous(), x.contiguous(), z.contiguous()
+    b, length, d = x.shape
+    directions, _, n = A_log.shape
+    taps = conv_weight.shape[2]
+    maps = _index_maps(order)
+    grad_x, grad_z = torch.empty_like(x), torch.empty_like(z)
+    weights = (conv_weight, conv_bias, projection, dt_weight, dt_bias, A_log, D)
+    sums: _Sums | None = None
+    for part in _parts(b, directions * length * d, _BACKWARD_PART):
+        tensors = (grad, x, z, mean, states, grad_x, grad_z)
+        if part is not None:
+            tensors = tuple(tensor[part] for tensor in tensors)
+        sums = _backward_of(*tensors, *weights, *maps, parameters, sums)
+    if not parameters or sums is None:
+        return [grad_x, grad_z]
+    small, of_projection, of_dt_weight = sums
+    of_A, of_D, of_bias, of_taps, of_conv_bias = small.split((n, 1, 1, taps, 1), dim=1)  # [K, rows, d]
+    found = (of_taps.mT, of_conv_bias[:, 0], of_projection, of_dt_weight, of_bias[:, 0], of_A.mT, of_D[:, 0])
+    return [grad_x, grad_z, *(of.to(own.dtype).contiguous() for of, own in zip(found, weights, strict=True))]
+
+
+# Gradients summed over the batch: of what takes one row a study [K, n + taps + 3, d], of projection, of dt_weight.
+_Sums = tuple[Tensor, Tensor, Tensor]
+
+
+def _backward_of(
+    grad: Tensor, x: Tensor, z: Tensor, mean: Tensor, states: Tensor, grad_x: Tensor, grad_z: Tensor,
+    conv_weight: Tensor, conv_bias: Tensor, projection: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor,
+    D: Tensor, order: Tensor, back: Tensor, parameters: bool, sums: _Sums | None,
+) -> _Sums | None:  # fmt: skip
+    # The backward pass of a part of the batch: writes grad_x and grad_z, returns the sums with its own added.
+    size, length, d = x.shape
+    directions, _, n = A_log.shape
+    rank, stride, taps = dt_weight.shape[2], projection.shape[1], conv_weight.shape[2]
+    rows, blocks = size * length, triton.cdiv(d, _LANES)
+    atomic = not torch.are_deterministic_algorithms_enabled()
+    fp32: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
+    grad_y = grad_x  # until that is written
+    _launch(
+        kernels.gate_backward,
+        (triton.cdiv(x.numel(), 1024),),
+        grad,
+        z,
+        mean,
+        grad_z,
+        grad_y,
+        x.numel(),
+        K=directions,
+        BLOCK=1024,
+    )
+    proj = torch.empty(directions, rows, stride, dtype=x.dtype, device=x.device)
+    u, dt, BC = _inputs(x, order, conv_weight, conv_bias, projection, dt_weight, dt_bias, n, proj)
+    shape = (directions, rows, 2 * n)
+    grad_BC = torch.zeros(shape, **fp32) if atomic else torch.empty(blocks, *shape, **fp32)
+    scratch = torch.empty(directions * size * (_EVERY // _CHUNK - 1) * n * d, **fp32)
+    grad_u = torch.empty_like(u)
+    # A study's sums over tokens: n rows of A_log, one of D, one of dt's bias, the convolution's taps and its bias.
+    small = torch.empty(directions, size if parameters else 0, n + taps + 3, d, **fp32)
+    _launch(kernels.scan_backward, (blocks, directions * size),
+        u, dt, BC, grad_y, order, A_log, D, states, scratch, grad_u, grad_BC, small, size, length, d,
+        N=n, C=_LANES, CHUNK=_CHUNK, EVERY=_EVERY, ROWS=n + taps + 3, PARAMETERS=parameters, ATOMIC=atomic, **_ONE_WARP,
+    )  # fmt: skip
+    del scratch, BC
+    grad_dt = dt  # which has been written over
+    grad_proj = torch.empty(directions, rows, stride, dtype=x.dtype, device=x.device)
+    torch.bmm(grad_dt, dt_weight, out=grad_proj[..., :rank])
+    grad_proj[..., rank:] = grad_BC if atomic else grad_BC.sum(0)
+    del grad_BC
+    if parameters:
+        of_dt_weight, of_projection = torch.bmm(grad_dt.mT, proj[..., :rank]), torch.bmm(grad_proj.mT, u)
+    del u, dt, grad_dt
+    torch.baddbmm(grad_u, grad_proj, projection, out=grad_u)
+    _launch(kernels.conv_backward, (triton.cdiv(d, _WIDE), directions * size),
+        x, order, conv_weight, conv_bias, grad_u, small, size, length, d,
+        W=taps, C=_WIDE, FIRST=n + 2, ROWS=n + taps + 3, PARAMETERS=parameters, num_warps=2,
+    )  # fmt: skip
+    _launch(
+        kernels.conv_backward_x,
+        _tiles(d, length, size),
+        grad_u,
+        back,
+        conv_weight,
+        grad_x,
+        size,
+        length,
+        d,
+        K=directions,
+        W=taps,
+        T=_TOKENS,
+        C=_WIDE,
+    )
+    if not parameters:
+        return None
+    found = (small.sum(1), of_projection, of_dt_weight)
+    return found if sums is None else (sums[0] + found[0], sums[1] + found[1], sums[2] + found[2])
+
+
+_scan_backward = torch.library.custom_op("emrrg::directional_scan_backward", _backward, mutates_args=())
+
+
+@_scan_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, z: Tensor, conv_weight: Tensor, conv_bias: Tensor, projection: Tensor, dt_weight: Tensor,
+    dt_bias: Tensor, A_log: Tensor, D: Tensor, order: Tensor, mean: Tensor, states: Tensor, parameters: bool,
+) -> list[Tensor]:  # fmt: skip
+    own = (conv_weight, conv_bias, projection, dt_weight, dt_bias, A_log, D) if parameters else ()
+    return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (x, z, *own)]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:-1], *output[1:])
+
+
+def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    grads = _scan_backward(grad, *ctx.saved_tensors, any(ctx.needs_input_grad[2:9]))
+    return (*grads, *[None] * (11 - len(grads)))
+
+
+_scan.register_autograd(_differentiate, setup_context=_keep)
+
+
+class _Scan(torch.autograd.Function):
+    """The same operator for eager mode."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        out, *kept = _forward(*inputs, True)
+        ctx.save_for_backward(*inputs, *kept)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        grads = _backward(grad, *ctx.saved_tensors, any(ctx.needs_input_grad[2:9]))
+        return (*grads, *[None] * (10 - len(grads)))
+
+
+_TOKENS, _WIDE = 16, 128  # tile of the kernels that go over tokens and channels
+
+
+def _sections(length: int) -> int:
+    return (length - 1) // _EVERY
+
+
+def _parts(batch: int, elements: int, limit: int) -> list[slice | None]:
+    # Equal parts of the batch, of at most `limit` elements of [K, b, l, d] each; None: all of it.
+    count = min(batch, triton.cdiv(batch * elements, limit))
+    if count == 1:
+        return [None]
+    size = triton.cdiv(batch, count)
+    return [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
+
+
+def _tiles(d: int, length: int, rows: int) -> tuple[int, int, int]:
+    return (triton.cdiv(d, _WIDE), triton.cdiv(length, _TOKENS), rows)
+
+
+# By the tensor itself: an encoder's order never changes.
+_maps = WeakIdKeyDictionary()
+
+
+def _index_maps(order: Tensor) -> tuple[Tensor, Tensor]:
+    # The order and its inverse, [K, l] int32: the step at which a direction visits a token.
+    if order in _maps:
+        return _maps[order]  # type: ignore[no-any-return]
+    steps = torch.arange(order.shape[1], device=order.device, dtype=torch.int32).expand(order.shape)
+    maps = order.to(torch.int32), torch.empty_like(order, dtype=torch.int32).scatter_(1, order.long(), steps)
+    _maps[order] = maps
+    return maps
+
+
+def _convolve(x: Tensor, order: Tensor, conv_weight: Tensor, conv_bias: Tensor) -> Tensor:
+    # silu(conv(x)) in the order of each direction, [K, b, l, d]
+    b, length, d = x.shape
+    directions, _, taps = conv_weight.shape
+    u = x.new_empty(directions, b, length, d)
+    grid = (triton.cdiv(d, _WIDE), triton.cdiv(length, 2 * _TOKENS), directions * b)
+    _launch(
+        kernels.conv_forward,
+        grid,
+        x,
+        order,
+        conv_weight,
+        conv_bias,
+        u,
+        b,
+        length,
+        d,
+        W=taps,
+        T=2 * _TOKENS,
+        C=_WIDE,
+        num_warps=2,
+    )
+    return u
+
+
+def _inputs(
+    x: Tensor, order: Tensor, conv_weight: Tensor, conv_bias: Tensor, projection: Tensor, dt_weight: Tensor,
+    dt_bias: Tensor, n: int, proj: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    # What the recurrence reads, in the order of each direction: u and, after softplus, dt [K, b * l, d], B and C
+    # [K, b * l, 2 n] in fp32. `proj` [K, b * l, r + 2n] is where the projections go that the last three come from.
+    b, length, d = x.shape
+    directions, _, rank = dt_weight.shape
+    rows = b * length
+    u = _convolve(x, order, conv_weight, conv_bias).view(directions, rows, d)
+    proj = torch.bmm(u, projection.mT) if proj is None else torch.bmm(u, projection.mT, out=proj)
+    dt = torch.empty_like(u)
+    BC = torch.empty(directions, rows, 2 * n, dtype=torch.float32, device=x.device)
+    _launch(
+        kernels.dt_forward, (triton.cdiv(d, 128), triton.cdiv(rows, 64), directions),
+        proj, dt_weight, dt_bias, dt, BC, rows, d, rank, proj.shape[2],
+        N=n, M=64, C=128, R=max(16, triton.next_power_of_2(rank)), EXACT=x.dtype == torch.float32,
+    )  # fmt: skip
+    return u, dt, BC
+
+
+_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """`kernel[grid](*arguments, **constants)`, whose own way to the compiled kernel takes longer than a small kernel.
+
+    A kernel is compiled for types, for pointers and numbers that are multiples of 16, and for the constants.
+    """
+    key = (
+        kernel.fn.__name__,
+        torch.cuda.current_device() if torch.cuda.is_available() else None,
+        *((a.dtype, a.data_ptr() % 16) if isinstance(a, Tensor) else a for a in arguments),
+        *constants.values(),
+    )
+    if key in _compiled:
+        compiled, values = _compiled[key]
+        compiled[(*grid, 1, 1)[:3]](*arguments, *values)
+        return
+    compiled = kernel[grid](*arguments, **constants)
+    if hasattr(compiled, "run"):  # else interpreted
+        _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
