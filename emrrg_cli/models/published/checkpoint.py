@@ -35,6 +35,7 @@ _SETTINGS = (
     "argparse.Namespace",
     "types.SimpleNamespace",
     "typing.Any",
+    *(f"datetime.{name}" for name in ("date", "datetime", "time", "timedelta", "timezone")),
     *(f"pathlib{inner}.{name}Path" for inner in ("", "._local") for name in ("", "Posix", "Windows")),
     *(f"pathlib{inner}.Pure{name}Path" for inner in ("", "._local") for name in ("", "Posix", "Windows")),
     *(f"omegaconf.base.{name}" for name in ("Metadata", "ContainerMetadata")),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from emrrg_cli.errors import RunError, UsageError
+from emrrg_cli.models.arm.encoder import CLUSTER
 from emrrg_cli.models.published.checkpoint import Checkpoint
 from emrrg_cli.models.published.directories import LEFT_OUT, load_tensors, read_directory_tensors, read_record
 from emrrg_cli.models.published.importing import PARALLEL
@@ -60,7 +61,8 @@ def export_checkpoint(directory: Path, allow: Sequence[str] = ()) -> tuple[Stage
         raise RunError(f"{directory}: its tensors are not those of a whole model: {error}") from error
     if record is None:
         if stage == "pretrain":
-            published["mask"] = block_causal_mask(EncoderConfig.of(_encoder_of(ours)).grid)
+            clusters = EncoderConfig.of(_encoder_of(ours)).grid ** 2 // CLUSTER**2
+            published["mask"] = block_causal_mask(clusters - 1)
         return stage, Checkpoint(published, "model", {}, []), dropped
     every = {parallel + name: tensor for name, tensor in published.items()}
     if (file := directory / LEFT_OUT).is_file():

@@ -183,24 +183,30 @@ def bridge_pieces(d_model: int, hidden_size: int) -> list[Piece]:
     ]
 
 
-def block_causal_mask(grid: int) -> Tensor:
-    """The additive mask of the decoder of stage 1: `[l - 16, l - 16]`, 0 where a query attends and -inf elsewhere.
+def block_causal_mask(clusters: int) -> Tensor:
+    """The additive mask of the decoder of stage 1: `[16 c, 16 c]`, 0 where a query attends and -inf elsewhere.
 
     Row `q` is a patch of the clusters 1.., column `k` one of the clusters 0.., both in cluster order; a query of
-    cluster `c + 1` attends to the clusters 0..c.
+    cluster `i + 1` attends to the clusters 0..i.
+
+    Args:
+        clusters: `c`; those of an image but one.
     """
-    cluster = torch.arange(grid * grid - CLUSTER * CLUSTER) // (CLUSTER * CLUSTER)
+    cluster = torch.arange(clusters * CLUSTER**2) // CLUSTER**2
     return torch.zeros(len(cluster), len(cluster)).masked_fill(cluster[:, None] < cluster[None, :], -math.inf)
 
 
 def is_block_causal(mask: Tensor, grid: int) -> bool:
-    """Whether a mask, of any leading axes of size 1 or more, says the same as `block_causal_mask`.
+    """Whether a mask says the same as `block_causal_mask` for an image of `grid` patches on a side.
 
-    What is hidden may be any number that a softmax turns into zero.
+    It may have any leading axes, a row and a column of blocks for the cluster that is left over, and for what is hidden
+    any number that a softmax turns into zero.
     """
-    expected = block_causal_mask(grid)
-    if mask.shape[-2:] != expected.shape:
+    clusters = grid * grid // CLUSTER**2
+    sizes = [CLUSTER**2 * count for count in (clusters - 1, clusters)]
+    if mask.dim() < 2 or mask.shape[-1] not in sizes or mask.shape[-2] != mask.shape[-1]:
         return False
+    expected = block_causal_mask(mask.shape[-1] // CLUSTER**2)
     seen = expected == 0
     values = mask.float()
     return bool((values[..., seen] == 0).all() and (values[..., ~seen] <= -1e4).all())

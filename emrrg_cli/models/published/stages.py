@@ -149,6 +149,8 @@ def _expect_alignment(tensors: Mapping[str, Tensor], expected: Expected) -> None
     _expect_text(text, expected)
     image, report = (tensors.get(f"{name}_proj.weight") for name in ("vision", "text"))
     matrices = [tensor for tensor in (report, image) if tensor is not None and tensor.dim() == 2]
+    if not matrices and any(name.startswith(("vision_proj.", "text_proj.", "logit_scale")) for name in tensors):
+        raise RunError("the projections are not whole: vision_proj.weight and text_proj.weight are missing")
     if not matrices:
         expected.notes.append("this file has no projections (vision_proj, text_proj): of use is its encoder alone")
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import datetime
 import os
 import pickle
 import subprocess
@@ -76,6 +77,7 @@ def test_settings_of_a_training_are_dropped_whatever_they_are(
         "config": settings,
         "args": argparse.Namespace(a=argparse.Namespace(b=2)),
         "best": np.float64(0.5),
+        "when": datetime.datetime.now(datetime.UTC),
         "counts": collections.defaultdict(list, {"x": [1]}),
         "epoch": np.int64(3),
         "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}},

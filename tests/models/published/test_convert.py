@@ -385,7 +385,7 @@ def test_many_problems_are_one_message(make_state: Make, save_published: Save, t
     assert "\n" not in refused.value.message
 
 
-@pytest.mark.parametrize("mask", ["[1, 1, q, k]", "[4, q, k]", "-1e9", "fp16"])
+@pytest.mark.parametrize("mask", ["[1, 1, q, k]", "[4, q, k]", "-1e9", "fp16", "[l, l]"])
 def test_masks_of_any_leading_shape(make_state: Make, save_published: Save, tmp_path: Path, mask: str) -> None:
     state = make_state("1")
     own = state["mask"]
@@ -394,7 +394,10 @@ def test_masks_of_any_leading_shape(make_state: Make, save_published: Save, tmp_
         "[4, q, k]": own.expand(4, -1, -1).clone(),
         "-1e9": own.clamp(min=-1e9),
         "fp16": own.half(),
+        "[l, l]": torch.nn.functional.pad(own, (0, 16, 0, 16)).index_fill_(1, torch.arange(48, 64), float("-inf")),
     }[mask]
+    if mask == "[l, l]":
+        state["mask"][48:] = 0  # the last cluster sees all
     convert_to_ours(save_published(state), tmp_path / "out")
     convert_to_published(tmp_path / "out", tmp_path / "back.pth")
     _assert_equal(read_checkpoint(tmp_path / "back.pth").tensors, state)
@@ -422,6 +425,8 @@ def test_parts_of_stage_2(make_state: Make, save_published: Save, tmp_path: Path
         _assert_equal(read_checkpoint(tmp_path / f"{number}.pth").tensors, part)
         encoders = [load_file(tmp_path / f"{n}/encoder.safetensors") for n in (0, number)]
         assert all(torch.equal(tensor, encoders[1][name]) for name, tensor in encoders[0].items())
+    with pytest.raises(RunError, match="the projections are not whole"):
+        convert_to_ours(save_published(alone | {"logit_scale": torch.ones(())}), tmp_path / "scale")
     other = without_text | {"text_encoder.rnn.weight": torch.randn(3, 3)}
     lines = convert_to_ours(save_published(other), tmp_path / "rnn").lines
     assert any("the text tower is no BERT" in line for line in lines)
