@@ -105,7 +105,8 @@ def open_writer(
                 yield writer
             finally:
                 writer.close()
-                if writer.finished or not any((work / "shards").glob("*.parquet")):
+                begun = (work / "finish.json").exists() or any((work / "shards").glob("*.parquet"))
+                if writer.finished or not begun:
                     shutil.rmtree(work, ignore_errors=True)
     except OSError as error:  # pyarrow's own I/O errors are OSErrors too
         raise RunError(

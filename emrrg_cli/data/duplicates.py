@@ -69,6 +69,8 @@ def find_duplicates(hashes: bytes, study: NDArray[np.int64], rank: NDArray[np.in
     Returns:
         By `index`.
     """
+    if not hashes:
+        return []
     table = np.frombuffer(hashes, np.uint8).reshape(len(study), -1)
     exact = np.ascontiguousarray(table[:, :_EXACT_BYTES]).view(np.uint64).ravel()
     order = np.lexsort((np.arange(len(study)), rank))
