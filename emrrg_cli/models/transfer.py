@@ -255,7 +255,7 @@ def fill_encoder(encoder: ArmEncoder, source: EncoderSource | Path | str) -> Tra
             continue
         if name == "pos_embed" and not config.class_token:
             report.made[name] = "sines and cosines for the image size"
-        elif name.startswith(("cls_token", "norm_f.")) and not source.config.class_token:
+        elif name.startswith(("cls_token", "norm_f.")) and source.config.directions == 1:
             report.made[name] = "as initialised"
         else:
             problems.append(f"{name} is missing")

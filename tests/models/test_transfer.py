@@ -274,6 +274,7 @@ def test_stage_1_does_not_start_from_stage_2(tmp_path: Path) -> None:
     ("change", "told"),
     [
         (lambda s: s.pop("norm_f.weight"), "norm_f.weight is missing"),
+        (lambda s: (s.pop("cls_token"), s.update(pos_embed=torch.zeros(1, 16, 32))), "cls_token is missing"),
         (lambda s: s.pop("layers.1.mixer.D"), "layers.1.mixer.D is missing"),
         (lambda s: s.update(extra=torch.zeros(1)), "extra is unknown"),
         (lambda s: s.update({"layers.0.mixer.D": torch.zeros(4, 31)}), r"mixer.D is \[4, 31\], expected \[4, 32\]"),
