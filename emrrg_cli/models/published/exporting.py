@@ -101,6 +101,6 @@ def _without_a_place(directory: Path, stage: Stage, ours: Mapping[str, Tensor]) 
     if stage != "finetune":
         return []
     parts = [name for name in ours if not name.startswith(("encoder.", "bridge."))]
-    model = directory / "model"
-    parts += [f"adapters/{tower}" for tower in ("encoder", "llm") if (model / "adapters" / tower).is_dir()]
-    return parts + (["llm"] if (model / "llm").is_dir() else [])
+    places = [directory / "model", directory]  # of a run, or the `model/` of one
+    trained = ("adapters/encoder", "adapters/llm", "llm")
+    return parts + [name for name in trained if any((place / name).is_dir() for place in places)]

@@ -100,7 +100,7 @@ def expect(stage: Stage, tensors: Mapping[str, Tensor]) -> Expected:
         return expected
     own = [name for name in tensors if name.startswith(ENCODER) and not _ADAPTER.fullmatch(name)]
     if own or stage != "finetune":  # with a frozen backbone stage 3 saved none
-        _expect_encoder(tensors, ENCODER if own else "", expected)
+        _expect_encoder(tensors, ENCODER if own or stage != "encoder" else "", expected)
     if stage == "align":
         _expect_alignment(tensors, expected)
     elif stage == "finetune":

@@ -567,6 +567,8 @@ def test_a_run_with_more_than_the_layout_holds(tiny_run: Path, tmp_path: Path) -
     assert "--allow" in refused.value.hint
     with pytest.raises(UsageError, match=r"no place for llm\n"):
         convert_to_published(tiny_run, tmp_path / "out.pth", allow=["llm.*"])
+    with pytest.raises(UsageError, match=r"no place for llm\n"):
+        convert_to_published(tiny_run / "model", tmp_path / "out.pth", allow=["llm.*"])
     lines = convert_to_published(tiny_run, tmp_path / "out.pth", allow=["llm*"], verbose=True).lines
     assert "  left out  llm" in lines
     state = read_checkpoint(tmp_path / "out.pth").tensors
