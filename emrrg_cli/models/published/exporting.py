@@ -13,7 +13,13 @@ from torch import Tensor
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.models.arm.encoder import CLUSTER
 from emrrg_cli.models.published.checkpoint import Checkpoint
-from emrrg_cli.models.published.directories import LEFT_OUT, load_tensors, read_directory_tensors, read_record
+from emrrg_cli.models.published.directories import (
+    BRIDGE_FILE,
+    LEFT_OUT,
+    load_tensors,
+    read_directory_tensors,
+    read_record,
+)
 from emrrg_cli.models.published.importing import PARALLEL
 from emrrg_cli.models.published.layout import (
     Piece,
@@ -101,6 +107,6 @@ def _without_a_place(directory: Path, stage: Stage, ours: Mapping[str, Tensor]) 
     if stage != "finetune":
         return []
     parts = [name for name in ours if not name.startswith(("encoder.", "bridge."))]
-    places = [directory / "model", directory]  # of a run, or the `model/` of one
-    trained = ("adapters/encoder", "adapters/llm", "llm")
-    return parts + [name for name in trained if any((place / name).is_dir() for place in places)]
+    # Of a run its `model/`, which may be what was named; `llm/` beside that is a copy of what was never trained.
+    trained = directory if (directory / BRIDGE_FILE).is_file() else directory / "model"
+    return parts + [name for name in ("adapters/encoder", "adapters/llm", "llm") if (trained / name).is_dir()]
