@@ -17,6 +17,8 @@ from PIL import Image, ImageDraw, ImageFilter
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Before torch is: on tensors this small threads cost more than they bring, twenty times so when the machine is busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before triton is: its kernels run on CPU tensors, slowly. With a GPU, TRITON_INTERPRET=0 runs the tests on that.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 if "HF_DATASETS_CACHE" not in os.environ:
     os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="emrrg-tests-")
     atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)

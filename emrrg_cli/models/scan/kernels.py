@@ -263,9 +263,10 @@ def scan_backward(
     C) would take five shuffles a value: they are matrix products with a selector instead, which puts the sum into the
     column of its token, so that the tensor cores do it and a chunk is written at once.
 
-    grad_y: `[b, l, d]` in row order; grad_u: as u; scratch: `[K, b, EVERY // CHUNK - 1, n, d]`; grad_BC: `[K, b, l, 2, n]` fp32, added
-    to atomically, or `[channel blocks, K, b, l, 2, n]`, written; small: `[K, b, ROWS, d]` fp32, of which the first n
-    rows are the gradient to A_log, then come those to D and to dt's bias. Grid: channels, K * b; one warp.
+    grad_y: `[b, l, d]` in row order; grad_u: as u; scratch: `[K, b, EVERY // CHUNK - 1, n, d]`; grad_BC: `[K, b, l, 2,
+    n]` fp32, added to atomically, or `[channel blocks, K, b, l, 2, n]`, written; small: `[K, b, ROWS, d]` fp32, of
+    which the first n rows are the gradient to A_log, then come those to D and to dt's bias. Grid: channels, K * b; one
+    warp.
     """
     row = tl.program_id(1)
     k = row // batch

@@ -1,4 +1,4 @@
-"""The directional scan on the kernels of the mamba-ssm and causal-conv1d packages, all directions in one grouped call."""
+"""The directional scan on the kernels of mamba-ssm and causal-conv1d, all directions in one grouped call."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ def directional_scan_mamba_ssm(
         )
         back = order.argsort(dim=1)[None, :, None, :].expand(b, -1, d, -1)
         y = y.view(b, k, d, length).gather(3, back).mean(dim=1, dtype=torch.float32).transpose(1, 2)
-        return (y * F.silu(z.float())).to(dtype)
+        out: Tensor = (y * F.silu(z.float())).to(dtype)
+        return out
 
 
 def why_not() -> str:

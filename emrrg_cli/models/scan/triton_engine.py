@@ -10,6 +10,7 @@ With `torch.use_deterministic_algorithms(True)` sums over channels are formed in
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,8 +53,8 @@ def directional_scan_triton(
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, z = x.to(dtype), z.to(dtype)
-    projection, dt_weight = projection.to(x.dtype), dt_weight.to(x.dtype)
-    tensors = (x, z, conv_weight, conv_bias, projection, dt_weight, dt_bias, A_log, D)
+    weights = (conv_weight, conv_bias, projection.to(x.dtype), dt_weight.to(x.dtype), dt_bias, A_log, D)
+    tensors = (x, z, *(weight.contiguous() for weight in weights))
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     out: Tensor
     if torch.compiler.is_compiling():
@@ -148,14 +149,12 @@ def _backward(
     weights = (conv_weight, conv_bias, projection, dt_weight, dt_bias, A_log, D)
     sums: _Sums | None = None
     for part in _parts(b, directions * length * d, _BACKWARD_PART):
-        tensors = (grad, x, z, mean, states, grad_x, grad_z)
-        if part is not None:
-            tensors = tuple(tensor[part] for tensor in tensors)
-        sums = _backward_of(*tensors, *weights, *maps, parameters, sums)
+        tensors = [tensor if part is None else tensor[part] for tensor in (grad, x, z, mean, states, grad_x, grad_z)]
+        sums = _backward_of(tensors, weights, maps, parameters, sums)
     if not parameters or sums is None:
         return [grad_x, grad_z]
     small, of_projection, of_dt_weight = sums
-    of_A, of_D, of_bias, of_taps, of_conv_bias = small.split((n, 1, 1, taps, 1), dim=1)  # [K, rows, d]
+    of_A, of_D, of_bias, of_taps, of_conv_bias = torch.split(small, [n, 1, 1, taps, 1], dim=1)  # [K, rows, d]
     found = (of_taps.mT, of_conv_bias[:, 0], of_projection, of_dt_weight, of_bias[:, 0], of_A.mT, of_D[:, 0])
     return [grad_x, grad_z, *(of.to(own.dtype).contiguous() for of, own in zip(found, weights, strict=True))]
 
@@ -165,11 +164,16 @@ _Sums = tuple[Tensor, Tensor, Tensor]
 
 
 def _backward_of(
-    grad: Tensor, x: Tensor, z: Tensor, mean: Tensor, states: Tensor, grad_x: Tensor, grad_z: Tensor,
-    conv_weight: Tensor, conv_bias: Tensor, projection: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor,
-    D: Tensor, order: Tensor, back: Tensor, parameters: bool, sums: _Sums | None,
-) -> _Sums | None:  # fmt: skip
+    tensors: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    maps: tuple[Tensor, Tensor],
+    parameters: bool,
+    sums: _Sums | None,
+) -> _Sums | None:
     # The backward pass of a part of the batch: writes grad_x and grad_z, returns the sums with its own added.
+    grad, x, z, mean, states, grad_x, grad_z = tensors
+    conv_weight, conv_bias, projection, dt_weight, dt_bias, A_log, D = weights
+    order, back = maps
     size, length, d = x.shape
     directions, _, n = A_log.shape
     rank, stride, taps = dt_weight.shape[2], projection.shape[1], conv_weight.shape[2]
@@ -264,14 +268,16 @@ class _Scan(torch.autograd.Function):
     """The same operator for eager mode."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
-        out, *kept = _forward(*inputs, True)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        forward: Any = _forward
+        out, *kept = forward(*inputs, True)
         ctx.save_for_backward(*inputs, *kept)
-        return out
+        return out  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        grads = _backward(grad, *ctx.saved_tensors, any(ctx.needs_input_grad[2:9]))
+        differentiate: Any = _backward
+        grads = differentiate(grad, *ctx.saved_tensors, any(ctx.needs_input_grad[2:9]))
         return (*grads, *[None] * (10 - len(grads)))
 
 

@@ -53,9 +53,7 @@ def _full_inputs(b: int, k: int, length: int, d: int, n: int, dtype: torch.dtype
         order,
         normal(k, d, 4),
         normal(k, d),
-        normal(k, rank, d),
-        normal(k, n, d),
-        normal(k, n, d),
+        normal(k, rank + 2 * n, d),
         normal(k, d, rank),
         normal(k, d),
         normal(k, d, n, scale=0.5),
@@ -84,8 +82,8 @@ def _assert_close(ours: list[Tensor], theirs: list[Tensor], relative: float) -> 
 def test_recompute_equals_reference(shape: tuple[int, int, int, int, int], dtype: torch.dtype, relative: float) -> None:
     inputs = _full_inputs(*shape, dtype=dtype)
     expected = _gradients(get_scan("reference"), inputs)
-    assert len(expected) == 12  # the value and eleven gradients
-    still = {10} if shape[2] == 1 else set()  # A has no part in a sequence of one token
+    assert len(expected) == 10  # the value and nine gradients
+    still = {8} if shape[2] == 1 else set()  # A has no part in a sequence of one token
     assert {index for index, tensor in enumerate(expected) if not tensor.any()} == still
     _assert_close(_gradients(get_scan("recompute"), inputs), expected, relative)
 
@@ -111,7 +109,7 @@ def test_one_direction_by_hand(engine: str) -> None:
     x = torch.tensor([[[0.7], [-1.3]]])
     z = torch.tensor([[[0.4], [2.0]]])
     conv_weight, conv_bias = torch.tensor([[[0.0, 0.5, -0.25, 2.0]]]), torch.tensor([[0.1]])
-    w_dt, w_B, w_C = torch.tensor([[[0.3]]]), torch.tensor([[[1.5]]]), torch.tensor([[[-0.8]]])
+    projection = torch.tensor([[[0.3], [1.5], [-0.8]]])  # rows for dt, B, C
     dt_weight, dt_bias = torch.tensor([[[0.6]]]), torch.tensor([[-1.0]])
     A_log, D = torch.tensor([[[0.2]]]), torch.tensor([[0.9]])
     order = torch.tensor([[1, 0]])  # the second token first
@@ -127,7 +125,7 @@ def test_one_direction_by_hand(engine: str) -> None:
         h = math.exp(-dt * math.exp(0.2)) * h + dt * 1.5 * u * u
         out[token] = -0.8 * u * h + 0.9 * u
     expected = torch.tensor([[[out[0] * silu(0.4)], [out[1] * silu(2.0)]]])
-    ours = get_scan(engine)(x, z, order, conv_weight, conv_bias, w_dt, w_B, w_C, dt_weight, dt_bias, A_log, D)
+    ours = get_scan(engine)(x, z, order, conv_weight, conv_bias, projection, dt_weight, dt_bias, A_log, D)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -257,7 +255,6 @@ def test_unknown_engines_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_an_engine_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    states = available_engines() | {"recompute": "the moon is full"}
-    monkeypatch.setattr("emrrg_cli.models.scan.available_engines", lambda: states)
+    monkeypatch.setattr("emrrg_cli.models.scan._state", lambda name: "the moon is full")
     with pytest.raises(UsageError, match="'recompute' cannot run here: the moon is full"):
         choose_engine("recompute")

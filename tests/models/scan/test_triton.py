@@ -1,0 +1,233 @@
+"""The Triton kernels against the float64 reference, values and every gradient: on a GPU, or interpreted without one."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from emrrg_cli.models.arm.encoder import direction_orders
+from emrrg_cli.models.arm.mixer import Mixer
+from emrrg_cli.models.scan import get_scan
+from emrrg_cli.models.scan.reference import directional_scan_reference
+
+pytest.importorskip("triton")
+
+from emrrg_cli.models.scan import triton_engine
+from emrrg_cli.models.scan.triton_engine import directional_scan_triton
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="no GPU, not interpreted")
+
+NAMES = ("x", "z", "conv_weight", "conv_bias", "projection", "dt_weight", "dt_bias", "A_log", "D")
+Inputs = dict[str, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def small_sections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted, a token takes its time: sections of the backward pass that end after 8 of them, not 32."""
+    if INTERPRETED:
+        monkeypatch.setattr(triton_engine, "_EVERY", 8)
+
+
+def _inputs(b: int, length: int, d: int, n: int, k: int, rank: int, seed: int) -> tuple[Inputs, Tensor, Tensor]:
+    """Arguments by name in fp64, an order of the tokens, and the gradient that comes in."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
+        return (scale * torch.randn(*shape, generator=generator, dtype=torch.float64) + shift).to(DEVICE)
+
+    order = torch.stack([torch.randperm(length, generator=generator) for _ in range(k)]).to(DEVICE)
+    inputs = {
+        "x": normal(b, length, d),
+        "z": normal(b, length, d),
+        "conv_weight": normal(k, d, 4, scale=0.3),
+        "conv_bias": normal(k, d, scale=0.1),
+        "projection": normal(k, rank + 2 * n, d, scale=d**-0.5),
+        "dt_weight": normal(k, d, rank, scale=rank**-0.5),
+        "dt_bias": normal(k, d, shift=-3.0),
+        "A_log": torch.log(torch.arange(1, n + 1, dtype=torch.float64, device=DEVICE)) + normal(k, d, n, scale=0.1),
+        "D": normal(k, d),
+    }
+    return inputs, order, normal(b, length, d)
+
+
+def _run(scan: Callable[..., Tensor], inputs: Inputs, order: Tensor, grad: Tensor, dtype: torch.dtype) -> Inputs:
+    leaves = {}
+    for name, tensor in inputs.items():
+        own = dtype if name in ("x", "z") or dtype == torch.float64 else torch.float32
+        leaves[name] = tensor.detach().to(own).requires_grad_()
+    out = scan(leaves["x"], leaves["z"], order, *(leaves[name] for name in NAMES[2:]))
+    out.backward(grad.to(out.dtype))
+    found = {name: leaf.grad for name, leaf in leaves.items()} | {"out": out.detach()}
+    return {name: tensor.double() for name, tensor in found.items() if tensor is not None}
+
+
+def _errors(sizes: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> dict[str, float]:
+    """Relative error of the result and of every gradient; both sides start from inputs rounded to `dtype`."""
+    inputs, order, grad = _inputs(*sizes, seed)
+    for name in inputs:
+        inputs[name] = inputs[name].to(dtype if name in ("x", "z") else torch.float32).double()
+    grad = grad.to(dtype).double()
+    truth = _run(directional_scan_reference, inputs, order, grad, torch.float64)
+    ours = _run(directional_scan_triton, inputs, order, grad, dtype)
+    assert set(ours) == {*NAMES, "out"}
+    return {name: float((ours[name] - truth[name]).norm() / truth[name].norm()) for name in truth}
+
+
+def _random_sizes(count: int) -> list[tuple[int, ...]]:
+    # b, l, d, n, K, r
+    choose = random.Random(0)
+    return [
+        (
+            choose.choice([1, 2, 3, 5]),
+            choose.choice([1, 3, 17, 64, 100, 145, 197, 257]),
+            16 * choose.randint(1, 12),
+            choose.choice([8, 16, 32]),
+            choose.choice([1, 4]),
+            choose.choice([2, 6, 16, 48]),
+        )
+        for _ in range(count)
+    ]
+
+
+# Interpreted: less than a warp, more than one section, an odd end, more channels than one program has, each n.
+FEW = [(1, 1, 16, 8, 1, 1), (2, 9, 16, 16, 4, 3), (1, 13, 48, 8, 1, 3), (3, 4, 16, 32, 4, 2)]
+SIZES = FEW if INTERPRETED else [*FEW, *_random_sizes(40)]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_fp32_equals_the_reference(sizes: tuple[int, ...]) -> None:
+    errors = _errors(sizes, torch.float32)
+    assert max(errors.values()) < 1e-5, errors
+
+
+# The interpreter stands on numpy, which has no bf16.
+@pytest.mark.parametrize("dtype", [torch.float16] if INTERPRETED else [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sizes", SIZES[1:2] if INTERPRETED else SIZES[1:], ids=str)
+def test_half_precision_is_near_the_reference(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    errors = _errors(sizes, dtype)
+    assert max(errors.values()) < 2e-2, errors
+
+
+def test_parts_of_a_batch_give_what_the_whole_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_engine, "_FORWARD_PART", 1)
+    monkeypatch.setattr(triton_engine, "_BACKWARD_PART", 2 * 4 * 5 * 16)  # two studies
+    assert triton_engine._parts(5, 4 * 5 * 16, 2 * 4 * 5 * 16) == [slice(0, 2), slice(2, 4), slice(4, 5)]
+    errors = _errors((5, 5, 16, 8, 4, 2), torch.float32)
+    assert max(errors.values()) < 1e-5, errors
+
+
+def test_sums_in_a_fixed_order() -> None:
+    inputs, order, grad = _inputs(2, 6, 48, 8, 4, 3, seed=1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        first, second = (_run(directional_scan_triton, inputs, order, grad, torch.float32) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    truth = _run(directional_scan_reference, inputs, order, grad, torch.float64)
+    for name in truth:
+        assert torch.equal(first[name], second[name])
+        assert float((first[name] - truth[name]).norm() / truth[name].norm()) < 1e-5, name
+
+
+@pytest.mark.parametrize("sizes", [(1, 7, 16, 16, 4, 2)], ids=str)
+def test_large_steps_and_fast_decay_stay_finite(sizes: tuple[int, ...]) -> None:
+    inputs, order, grad = _inputs(*sizes, seed=2)
+    inputs["dt_bias"] = torch.full_like(inputs["dt_bias"], 50.0)
+    inputs["A_log"] = torch.full_like(inputs["A_log"], 6.9)  # A = -1e3
+    for dtype in (torch.float32, torch.float16 if INTERPRETED else torch.bfloat16):
+        for name, tensor in _run(directional_scan_triton, inputs, order, grad, dtype).items():
+            assert tensor.isfinite().all(), (dtype, name)
+
+
+def test_frozen_parameters_get_no_gradient_and_inputs_get_theirs() -> None:
+    inputs, order, grad = _inputs(2, 5, 16, 8, 4, 2, seed=3)
+    x, z = (inputs[name].float().requires_grad_() for name in ("x", "z"))
+    rest = [inputs[name].float() for name in NAMES[2:]]
+    directional_scan_triton(x, z, order, *rest).backward(grad.float())
+    truth = _run(directional_scan_reference, inputs, order, grad, torch.float64)
+    for name, leaf in (("x", x), ("z", z)):
+        assert leaf.grad is not None
+        assert float((leaf.grad - truth[name]).norm() / truth[name].norm()) < 1e-5
+
+
+def test_a_state_size_that_is_no_power_of_two_is_refused() -> None:
+    inputs, order, _ = _inputs(1, 3, 16, 12, 1, 2, seed=0)
+    with pytest.raises(ValueError, match="power of two, got 12"):
+        directional_scan_triton(*(inputs[n].float() for n in ("x", "z")), order, *(inputs[n] for n in NAMES[2:]))
+
+
+def test_fp64_takes_the_plain_engine() -> None:
+    inputs, order, _ = _inputs(1, 3, 16, 8, 4, 2, seed=0)
+    arguments = (inputs["x"], inputs["z"], order, *(inputs[name] for name in NAMES[2:]))
+    assert torch.allclose(get_scan("triton")(*arguments), directional_scan_reference(*arguments), atol=1e-12)
+
+
+def test_the_operator_passes_torchs_own_checks() -> None:
+    # Schema, fake kernel and autograd registration, as torch.compile needs them.
+    inputs, order, _ = _inputs(1, 3, 16, 8, 4, 2, seed=0)
+    arguments = [inputs[name].float().requires_grad_() for name in NAMES]
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(triton_engine._scan, (*arguments, order, True), test_utils=tests)
+
+
+def _mixer(**options: Any) -> tuple[Mixer, Tensor, Tensor]:
+    torch.manual_seed(0)
+    mixer = Mixer(16, 8, scan="triton", **options).to(DEVICE)
+    order = direction_orders(2).to(DEVICE)
+    return mixer, torch.randn(2, 5, 16, device=DEVICE), order
+
+
+def test_a_checkpointed_mixer_under_autocast_learns_the_same() -> None:
+    mixer, x, order = _mixer()
+
+    def gradients(checkpointed: bool) -> list[Tensor]:
+        mixer.zero_grad()
+        with torch.autocast(DEVICE, torch.float16 if INTERPRETED else torch.bfloat16):
+            if checkpointed:
+                y = torch.utils.checkpoint.checkpoint(mixer, x, order, use_reentrant=False)
+            else:
+                y = mixer(x, order)
+        y.float().square().sum().backward()
+        return [parameter.grad.clone() for parameter in mixer.parameters() if parameter.grad is not None]
+
+    plain, checkpointed = gradients(False), gradients(True)
+    assert len(plain) == len(list(mixer.parameters()))
+    for one, other in zip(plain, checkpointed, strict=True):
+        assert torch.allclose(one, other, rtol=1e-3, atol=1e-5)  # atomic sums differ in their last digits
+
+
+def test_kept_weights_follow_what_is_written_to_them() -> None:
+    mixer, x, order = _mixer()
+    mixer.requires_grad_(False)
+    before = mixer(x, order)
+    assert mixer._kept is not None
+    with torch.no_grad():
+        mixer.directions[2].B.weight.mul_(3)
+    after = mixer(x, order)
+    fresh, _, _ = _mixer()
+    fresh.load_state_dict(mixer.state_dict())
+    assert torch.equal(after, fresh(x, order))
+    assert not torch.equal(before, after)
+    assert nn.Module.state_dict(mixer).keys() == fresh.state_dict().keys()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
+def test_compiled_and_captured() -> None:
+    mixer, x, order = _mixer()
+    mixer.requires_grad_(False)
+    eager = mixer(x, order)
+    assert torch.allclose(torch.compile(mixer)(x, order), eager, rtol=1e-4, atol=1e-5)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = mixer(x, order)
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert torch.allclose(captured, mixer(x, order), rtol=1e-4, atol=1e-5)
