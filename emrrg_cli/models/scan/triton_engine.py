@@ -54,7 +54,7 @@ def directional_scan_triton(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, z = x.to(dtype), z.to(dtype)
     weights = (conv_weight, conv_bias, projection.to(x.dtype), dt_weight.to(x.dtype), dt_bias, A_log, D)
-    tensors = (x, z, *(weight.contiguous() for weight in weights))
+    tensors: Any = (x, z, *(weight.contiguous() for weight in weights))
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     out: Tensor
     if torch.compiler.is_compiling():
@@ -62,7 +62,7 @@ def directional_scan_triton(
     elif save:  # the operator's own machinery would cost more than the kernels take for a small batch
         out = _Scan.apply(*tensors, order)  # type: ignore[no-untyped-call]
     else:
-        out = _forward(*tensors, order, False)[0]
+        out = _forward(*tensors, order, save=False)[0]
     return out
 
 
