@@ -293,11 +293,12 @@ def _decode(image: Image.Image, where: str, max_pixels: int, enough: int | None 
     if pixels == 0:
         raise ImageError(where, "broken image", f"{image.width} x {image.height} pixels")
     try:
-        if enough is not None and image.format == "JPEG" and min(image.size) > enough:
+        reduced = enough is not None and image.format == "JPEG" and min(image.size) > enough
+        if enough is not None and reduced:
             image.draft("L", (enough, enough))
-            # A copy has no format: its file must not be taken for one that can be kept as it is.
-            return image.copy()
         image.load()
+        if reduced:
+            image.format = None  # or its file could be taken for one that can be kept as it is
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error, ...
         detail = _short(error)
         reason = TRUNCATED if "truncated" in detail.lower() else "broken image"

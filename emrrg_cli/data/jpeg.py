@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import io
 import math
-import re
 import struct
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ END = b"\xff\xd9"  # end of image (JPEG, JPEG-LS), end of codestream (JPEG 2000)
 _FRAMES = (set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}) | {0xF7}
 _SCAN = b"\xff\xda"
 # Compressed data escape their own 0xff and hold restart markers; any other marker ends them.
-_AFTER_SCAN = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")
+_WITHIN_SCAN = {0x00, *range(0xD0, 0xD8)}
 _J2K_SIZE = b"\xff\x4f\xff\x51"
 
 MAX_MENDED = 256 * 2**20
@@ -96,14 +95,26 @@ def without_metadata(data: bytes) -> bytes | None:
             at += len(segment)
             kept.append(_bare(marker, segment))
             if marker == _SCAN[1]:
-                following = _AFTER_SCAN.search(data, at)
-                if following is None:
+                start = at
+                at = _end_of_scan(data, at)
+                if at < 0:
                     return None
-                kept.append(data[at : following.start()])
-                at = following.start()
+                kept.append(data[start:at])
     except (struct.error, IndexError):
         pass
     return None
+
+
+def _end_of_scan(data: bytes, at: int) -> int:
+    """Where the marker after a scan's data begins; -1 where there is none. Several times as fast as an expression."""
+    while (at := data.find(b"\xff", at)) >= 0:
+        behind = at + 1
+        while data[behind] == 0xFF:  # fill bytes
+            behind += 1
+        if data[behind] not in _WITHIN_SCAN:
+            return at
+        at = behind + 1
+    return -1
 
 
 def _bare(marker: int, segment: bytes) -> bytes:

@@ -388,3 +388,42 @@ def test_real_images_decode(shared_data: Path) -> None:
         image = to_grey(load_image(path))
         assert image.mode == "L"
         assert np.asarray(image).std() > 10
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_a_large_jpeg_is_decoded_at_no_more_than_it_needs(mode: str) -> None:
+    rough = np.random.default_rng(0).integers(0, 256, (10, 12), dtype=np.uint8)
+    film = Image.fromarray(rough).resize((480, 400), Image.Resampling.BICUBIC).convert(mode)
+    data = _bytes(film, "JPEG", quality=95)
+    sizes = {enough: load_image(data, enough=enough).size for enough in (50, 51, 100, 101, 200, 201, 400, 500)}
+    assert sizes == {
+        50: (60, 50), 51: (120, 100), 100: (120, 100), 101: (240, 200), 200: (240, 200), 201: (480, 400),
+        400: (480, 400), 500: (480, 400),
+    }  # fmt: skip
+    half = np.asarray(to_grey(load_image(data, enough=200)), float)
+    whole = np.asarray(read_image(data).resize((240, 200), Image.Resampling.BOX), float)
+    assert np.abs(half - whole).mean() < 2
+    assert not is_plain_jpeg(load_image(data, enough=200))
+    assert not is_plain_jpeg(load_image(data, enough=201))
+    assert is_plain_jpeg(load_image(data, enough=400)) == (mode == "L")
+
+
+def test_a_large_jpeg_that_lost_its_end_is_mended_at_a_smaller_size_too() -> None:
+    film = Image.fromarray(np.random.default_rng(0).integers(0, 256, (400, 480), dtype=np.uint8))
+    data = _bytes(film, "JPEG", quality=95)
+    image = load_image(data[: int(len(data) * 0.98)], enough=100)
+    assert image.size == (120, 100)
+    assert "truncated" in image_notes(image)[0]
+    with pytest.raises(ImageError, match="truncated"):
+        load_image(data[: len(data) // 2], enough=100)
+
+
+def test_what_is_encoded_has_no_metadata() -> None:
+    film = Image.fromarray(RAMP)
+    for name in ("JPEG", "PNG"):
+        secret = _bytes(film, name, icc_profile=b"SECRET", **({"comment": b"SECRET"} if name == "JPEG" else {}))
+        assert b"SECRET" in secret or name == "PNG"
+        for format in ("jpeg", "png"):
+            image = to_grey(load_image(secret))
+            assert b"SECRET" not in encode(image, format)
+            assert "icc_profile" not in Image.open(io.BytesIO(encode(image, format))).info
