@@ -28,12 +28,12 @@ def test_the_phantom_recipe_has_the_encoder_of_the_stages_around_it() -> None:
 
 def test_one_data_set_or_several(tmp_path: object) -> None:
     ((one, weight),) = load_recipe("phantom/align", ["data.root=a"], stage="align").data.all_sets()
-    assert (one.root, one.section, one.cleaning, weight) == ("a", "findings", "r2gen-iu", 1.0)
+    assert (one.root, one.section, one.cleaning, weight) == ("a", "report", "r2gen-iu", 1.0)
     sets = "data.sets=[{root: a, weight: 0.5}, {root: b, section: impression, cleaning: none}]"
     recipe = load_recipe("phantom/align", [sets, "data.max_views=1", "data.limit=7"], stage="align")
     (first, half), (second, whole) = recipe.data.all_sets()
     assert (half, whole) == (0.5, 1.0)
-    assert (first.root, first.section, first.cleaning) == ("a", "findings", "r2gen-iu")
+    assert (first.root, first.section, first.cleaning) == ("a", "report", "r2gen-iu")
     assert (second.root, second.section, second.cleaning) == ("b", "impression", "none")
     assert {(part.max_views, part.limit) for part in (first, second)} == {(1, 7)}
     assert load_recipe("phantom/align", stage="align").data.all_sets() == []
