@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -51,26 +51,31 @@ def choose_engine(requested: str = "auto", device_type: str | None = None) -> st
     return name
 
 
-@cache
 def get_scan(engine: str) -> Scan:
     """The scan function of an engine that `choose_engine` named; see `directional_scan_reference` for its shapes."""
-    recompute = partial(directional_scan_reference, recurrence=selective_scan_recompute)
     if engine == "reference":
         return directional_scan_reference
     if engine == "recompute":
-        return recompute
+        return _recompute
     if engine == "mamba_ssm":
         from emrrg_cli.models.scan.mamba_ssm_engine import directional_scan_mamba_ssm
 
         return directional_scan_mamba_ssm
+    return _triton
+
+
+def _recompute(*arguments: Tensor) -> Tensor:
+    return directional_scan_reference(*arguments, recurrence=selective_scan_recompute)
+
+
+def _triton(x: Tensor, *rest: Tensor) -> Tensor:
     from emrrg_cli.models.scan.triton_engine import directional_scan_triton
 
-    def on_gpu(x: Tensor, *rest: Tensor) -> Tensor:
-        # A model built where there is a GPU may still be run on the CPU, and in fp64 by those who check gradients.
-        fused = (x.is_cuda or _interpreted()) and x.dtype != torch.float64
-        return directional_scan_triton(x, *rest) if fused else recompute(x, *rest)
-
-    return on_gpu
+    # A model built where there is a GPU may still be run on the CPU, in fp64 by those who check gradients, or have a
+    # state size that the kernels are not made for.
+    n = rest[-2].shape[-1]  # of A_log
+    fused = (x.is_cuda or _interpreted()) and x.dtype != torch.float64 and n & (n - 1) == 0
+    return directional_scan_triton(x, *rest) if fused else _recompute(x, *rest)
 
 
 def _interpreted() -> bool:

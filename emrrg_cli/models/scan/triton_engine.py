@@ -54,7 +54,7 @@ def directional_scan_triton(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, z = x.to(dtype), z.to(dtype)
     weights = (conv_weight, conv_bias, projection.to(x.dtype), dt_weight.to(x.dtype), dt_bias, A_log, D)
-    tensors: Any = (x, z, *(weight.contiguous() for weight in weights))
+    tensors = (x, z, *(weight.contiguous() for weight in weights))
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     out: Tensor
     if torch.compiler.is_compiling():
@@ -62,7 +62,7 @@ def directional_scan_triton(
     elif save:  # the operator's own machinery would cost more than the kernels take for a small batch
         out = _Scan.apply(*tensors, order)  # type: ignore[no-untyped-call]
     else:
-        out = _forward(*tensors, order, save=False)[0]
+        out = _forward(*tensors, order, False)[0]  # type: ignore[call-arg,arg-type]
     return out
 
 
@@ -87,7 +87,8 @@ def _forward(
     order, back = _index_maps(order)
     out = torch.empty_like(x)
     mean = torch.empty_like(x) if save else x.new_empty(0)
-    states = out.new_empty(b, directions, _sections(length), n, d, dtype=torch.float32) if save else mean
+    kept = (b, directions, _sections(length), n, d) if save else (0,)  # outputs of an operator may not be one tensor
+    states = torch.empty(kept, dtype=torch.float32, device=x.device)
     for part in _parts(b, directions * length * d, _FORWARD_PART):
         part_x, part_z, part_out, part_mean, part_states = (
             (x, z, out, mean, states) if part is None else (x[part], z[part], out[part], mean[part], states[part])
@@ -119,7 +120,7 @@ def _(
     directions, _, n = A_log.shape
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if not save:
-        return out, x.new_empty(0), x.new_empty(0)
+        return out, x.new_empty(0), x.new_empty(0, dtype=torch.float32)
     return out, torch.empty_like(out), x.new_empty(b, directions, _sections(length), n, d, dtype=torch.float32)
 
 
