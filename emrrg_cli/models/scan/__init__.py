@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,11 +65,11 @@ def get_scan(engine: str) -> Scan:
     return _triton
 
 
-def _recompute(*arguments: Tensor) -> Tensor:
+def _recompute(*arguments: Any) -> Tensor:
     return directional_scan_reference(*arguments, recurrence=selective_scan_recompute)
 
 
-def _triton(x: Tensor, *rest: Tensor) -> Tensor:
+def _triton(x: Tensor, *rest: Any) -> Tensor:
     from emrrg_cli.models.scan.triton_engine import directional_scan_triton
 
     # A model built where there is a GPU may still be run on the CPU, in fp64 by those who check gradients, or have a
