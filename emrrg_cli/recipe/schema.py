@@ -232,6 +232,9 @@ class LoopSettings(Settings):
         "auto", description="auto: bf16 on a GPU that has it, else fp32"
     )
     gradient_checkpointing: bool = False
+    detect_non_finite: bool = Field(
+        False, description="stops at the first encoder block with infinity or NaN, and names it and the direction"
+    )
     seed: int = Field(42, ge=0, lt=SEEDS)
     checkpoint_every_steps: int | None = Field(None, ge=1, description="null: at the end of each epoch")
     validate_every_epochs: int = Field(1, ge=1)

@@ -23,6 +23,7 @@ from emrrg_cli.data.batches import DrawsEpoch, EpochOrder, FollowsEpochs
 from emrrg_cli.data.loading import load_batches
 from emrrg_cli.errors import Interrupted, RunError, UsageError
 from emrrg_cli.files import append_jsonl, atomic_write_text, read_jsonl
+from emrrg_cli.models.arm.guard import watch
 from emrrg_cli.recipe.schema import LoopSettings
 from emrrg_cli.training.checkpoint import (
     Progress,
@@ -92,7 +93,8 @@ def train(
         resume: continue from `run_dir`'s last checkpoint; from the start where there is none.
 
     Raises:
-        RunError: when the loss is not finite, or the checkpoint does not fit.
+        RunError: when the loss is not finite (or, with `detect_non_finite`, the output of a block of an encoder), or
+            the checkpoint does not fit.
         UsageError: when the batch does not fit the data or the processes.
         Interrupted: after SIGINT or SIGTERM, once the checkpoint is written.
     """
@@ -104,7 +106,7 @@ def train(
     loop = _Loop(stage, dataset, collate, settings, run_dir, accelerator, workers)
     if resume:
         loop.resume()
-    with _stop_signals() as stop:
+    with _stop_signals() as stop, watch(stage.model) if settings.detect_non_finite else nullcontext():
         return loop.run(stop)
 
 
@@ -266,8 +268,9 @@ class _Loop:
         if progress.step_in_epoch == self.order.steps_per_epoch:
             progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
         logged = progress.step % settings.log_every == 0 or progress.step in (1, self.total_steps)
-        if logged:
+        if logged or settings.detect_non_finite:  # before broken weights make every block look guilty
             self._require_finite()
+        if logged:
             if accelerator.num_processes > 1:
                 loss_sum = accelerator.reduce(loss_sum, reduction="sum")
             self._log_step(float(loss_sum / total_items.to(loss_sum.device)), lr, norm)
@@ -297,9 +300,14 @@ class _Loop:
         if self.accelerator.num_processes > 1:
             broken_at = self.accelerator.gather(broken_at[None]).max()
         if step := int(broken_at):
+            where = (
+                "Every encoder block gave finite values: it began behind them or in the backward pass."
+                if self.settings.detect_non_finite
+                else "To see in which block and direction it begins: --resume with train.detect_non_finite=true."
+            )
             raise RunError(
                 f"the training loss or its gradient is not finite at step {step}; the last checkpoint is kept",
-                hint="Lower train.lr, or train with train.precision=bf16 or fp32.",
+                hint=f"Lower train.lr, or train with train.precision=bf16 or fp32. {where}",
             )
 
     def _record(self, row: dict[str, float]) -> None:

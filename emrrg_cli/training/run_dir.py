@@ -22,6 +22,7 @@ _FREE = {
     ("train", "stop_after_steps"),
     ("train", "checkpoint_every_steps"),
     ("train", "log_every"),
+    ("train", "detect_non_finite"),
     ("train", "micro_batch_size"),
     ("train", "patience"),
     ("train", "trackers"),

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from emrrg_cli.errors import Interrupted, RunError, UsageError
+from emrrg_cli.models.arm.encoder import ArmEncoder
 from emrrg_cli.recipe.schema import TrainSettings
 from emrrg_cli.training import loop
 from emrrg_cli.training.environment import make_accelerator
@@ -482,6 +483,57 @@ def test_a_gradient_that_is_not_finite_ends_the_run_too(fit: Any) -> None:
     stage.model = Root()
     with pytest.raises(RunError, match="gradient is not finite at step 1"):
         fit(stage, examples=24)
+
+
+class Seen(Line):
+    """`Line` over an encoder whose scan breaks from a step on; notes the hooks that it sees."""
+
+    def __init__(self, broken_from: int) -> None:
+        super().__init__()
+        self.broken_from = broken_from
+        self.encoder = ArmEncoder(16, 2, image_size=32, d_state=2, drop_path=0.0).requires_grad_(False)
+        self.hooks: set[int] = set()
+
+    def forward(self, batch: Batch) -> StageOutput:
+        self.seen.append(list(batch))
+        if len(self.seen) >= self.broken_from:
+            self.encoder.layers[1].mixer.D[2] = math.nan
+        self.hooks.add(_hooks(self.encoder))
+        loss = (self.weight - self.encoder(torch.ones(1, 3, 32, 32)).mean()).square().sum() * len(batch)
+        return StageOutput(loss, torch.tensor(len(batch)))
+
+
+def _hooks(model: nn.Module) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+def test_the_block_and_direction_that_break_are_named_when_asked_for(fit: Any, tmp_path: Path) -> None:
+    stage = Stage()
+    stage.model = Seen(4)
+    with pytest.raises(RunError, match="not finite at step 4") as raised:
+        fit(stage, examples=24, checkpoint_every_steps=3)
+    assert "--resume with train.detect_non_finite=true" in str(raised.value)
+    assert stage.model.hooks == {0}
+
+    stage.model = Seen(1)  # the first step that is done again
+    with pytest.raises(RunError, match=r"encoder block layers\.1, mixer, direction 2 \(column\): "):
+        fit(stage, examples=24, checkpoint_every_steps=3, resume=True, detect_non_finite=True)
+    assert stage.model.hooks == {10}
+    assert _hooks(stage.model) == 0
+    assert (tmp_path / "checkpoints" / "last").read_text() == "step-00000003\n"
+
+    stage.model = Seen(100)
+    assert fit(stage, examples=24, resume=True, detect_non_finite=True).steps == 18
+    assert _hooks(stage.model) == 0
+
+
+def test_where_no_block_breaks_the_guard_says_so_at_once(fit: Any) -> None:
+    stage = Stage()
+    stage.model.broken_from = 4
+    with pytest.raises(RunError, match="not finite at step 4") as raised:
+        fit(stage, examples=24, log_every=100, detect_non_finite=True)
+    assert len(stage.model.seen) == 4  # not at the next entry of the log or checkpoint
+    assert "Every encoder block gave finite values" in str(raised.value)
 
 
 def test_what_accelerate_would_shard_is_refused(tmp_path: Path) -> None:

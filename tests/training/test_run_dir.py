@@ -82,6 +82,7 @@ def test_there_must_be_a_run_to_resume(tmp_path: Path) -> None:
         "train.stop_after_steps=4",
         "train.checkpoint_every_steps=7",
         "train.log_every=3",
+        "train.detect_non_finite=true",
         "train.micro_batch_size=2",
         "train.patience=3",
         "train.trackers=[]",

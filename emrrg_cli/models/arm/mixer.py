@@ -74,6 +74,10 @@ class Mixer(nn.Module):
         with torch.no_grad():
             self.out_proj.weight /= math.sqrt(depth)
 
+    def weights_by_direction(self) -> tuple[Tensor, ...]:
+        """What the scan takes after the tokens, adapters included, in its order; `K` leads each shape."""
+        return self.conv_weight, self.conv_bias, *self._stacked(), self.A_log, self.D
+
     def _stacked(self) -> tuple[Tensor, Tensor, Tensor]:
         """`projection` `[K, r + 2n, d]`, `dt_weight` `[K, d, r]` and `dt_bias` `[K, d]` of the scan.
 
@@ -119,19 +123,7 @@ class Mixer(nn.Module):
         Returns:
             `[b, l, d]`.
         """
-        projection, dt_weight, dt_bias = self._stacked()
-        y = get_scan(self.engine)(
-            self.X(x),
-            self.Z(x),
-            order,
-            self.conv_weight,
-            self.conv_bias,
-            projection,
-            dt_weight,
-            dt_bias,
-            self.A_log,
-            self.D,
-        )
+        y = get_scan(self.engine)(self.X(x), self.Z(x), order, *self.weights_by_direction())
         out: Tensor = self.out_proj(y)
         return out
 
