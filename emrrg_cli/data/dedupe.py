@@ -218,10 +218,12 @@ def remarks_about(duplicates: Mapping[str, Any]) -> list[str]:
             f"Leakage: {example['path']} of study {example['id']} ({example['split']}) is also "
             f"{example['as_path']} of study {example['as_id']} ({example['as_split']}). `--dedupe drop` leaves one out."
         )
-    remarks.append(
-        f"{reports['repeated']:,} reports are word for word those of an earlier study; {reports['across_splits']:,} "
-        "studies of validation and test have a report that train has too. Reports are never left out for that."
-    )
+    if reports["repeated"]:
+        remarks.append(
+            f"{reports['repeated']:,} reports are word for word those of an earlier study; "
+            f"{reports['across_splits']:,} studies of validation and test have a report that train has too. "
+            "Reports are never left out for that."
+        )
     return remarks
 
 

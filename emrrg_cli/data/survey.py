@@ -16,6 +16,7 @@ from emrrg_cli.errors import RunError
 from emrrg_cli.recipe.schema import PreprocessRecipe
 
 _EXAMPLES = 5
+_SAMPLE = 40
 
 
 @dataclass
@@ -31,6 +32,7 @@ class Survey:
         leaks: Patients that are in more than one split.
         leaking: The first of them.
         digest: Of every study and of the size and time of its files, in hexadecimal.
+        sample: Some studies, evenly from all over.
     """
 
     account: Account = field(default_factory=Account)
@@ -42,6 +44,7 @@ class Survey:
     leaks: int = 0
     leaking: list[str] = field(default_factory=list)
     digest: str = ""
+    sample: list[Study] = field(default_factory=list)
 
     @property
     def total(self) -> int:
@@ -75,6 +78,7 @@ def survey(source: StudySource, recipe: PreprocessRecipe, told: Callable[[int], 
     found = Survey()
     digest = hashlib.blake2b(digest_size=16)
     patients = _Patients()
+    step = 1
     for number, study in enumerate(select(source.studies(found.account), recipe, source.root, found.account)):
         if number % 256 == 0:
             told(found.account.read)
@@ -89,6 +93,10 @@ def survey(source: StudySource, recipe: PreprocessRecipe, told: Callable[[int], 
             if len(found.leaking) < _EXAMPLES:
                 found.leaking.append(f"{printable(study.patient_id)} (study {printable(study.study_id)})")
         digest.update(_identity(study))
+        if number % step == 0:
+            found.sample.append(study)
+            if len(found.sample) == 2 * _SAMPLE:
+                found.sample, step = found.sample[::2], 2 * step
     found.digest = digest.hexdigest()
     return found
 

@@ -315,5 +315,6 @@ def _reasons(entries: dict[str, Any], title: str) -> Table:
     table.add_column("first", overflow="fold")
     for reason, entry in entries.items():
         first = Text(", ".join(dict.fromkeys(entry["examples"][0].values())))  # an id is often the path
-        table.add_row(reason, f"{entry['count']:,} {entry['unit']}", first)
+        unit = {"study": "studies", "image": "images"}[entry["unit"]] if entry["count"] != 1 else entry["unit"]
+        table.add_row(reason, f"{entry['count']:,} {unit}", first)
     return table
