@@ -66,7 +66,7 @@ def get_scan(engine: str) -> Scan:
 
 
 def _recompute(*arguments: Any) -> Tensor:
-    return directional_scan_reference(*arguments, recurrence=selective_scan_recompute)
+    return directional_scan_reference(*arguments, selective_scan_recompute)
 
 
 def _triton(x: Tensor, *rest: Any) -> Tensor:

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -96,7 +95,7 @@ def _forward(
         size = part_x.shape[0]
         u, dt, BC = _inputs(part_x, order, conv_weight, conv_bias, projection, dt_weight, dt_bias, n)
         _launch(
-            kernels.scan_forward, (triton.cdiv(d, _LANES), directions * size),
+            kernels.scan_forward, (_ceil(d, _LANES), directions * size),
             u, dt, BC, A_log, D, part_states if save else BC, size, length, d,
             N=n, C=_LANES, CHUNK=_CHUNK, EVERY=_EVERY, SAVE=save, **_ONE_WARP,
         )  # fmt: skip
@@ -178,13 +177,13 @@ def _backward_of(
     size, length, d = x.shape
     directions, _, n = A_log.shape
     rank, stride, taps = dt_weight.shape[2], projection.shape[1], conv_weight.shape[2]
-    rows, blocks = size * length, triton.cdiv(d, _LANES)
+    rows, blocks = size * length, _ceil(d, _LANES)
     atomic = not torch.are_deterministic_algorithms_enabled()
     fp32: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
     grad_y = grad_x  # until that is written
     _launch(
         kernels.gate_backward,
-        (triton.cdiv(x.numel(), 1024),),
+        (_ceil(x.numel(), 1024),),
         grad,
         z,
         mean,
@@ -216,7 +215,7 @@ def _backward_of(
         of_dt_weight, of_projection = torch.bmm(grad_dt.mT, proj[..., :rank]), torch.bmm(grad_proj.mT, u)
     del u, dt, grad_dt
     torch.baddbmm(grad_u, grad_proj, projection, out=grad_u)
-    _launch(kernels.conv_backward, (triton.cdiv(d, _WIDE), directions * size),
+    _launch(kernels.conv_backward, (_ceil(d, _WIDE), directions * size),
         x, order, conv_weight, conv_bias, grad_u, small, size, length, d,
         W=taps, C=_WIDE, FIRST=n + 2, ROWS=n + taps + 3, PARAMETERS=parameters, num_warps=2,
     )  # fmt: skip
@@ -291,15 +290,19 @@ def _sections(length: int) -> int:
 
 def _parts(batch: int, elements: int, limit: int) -> list[slice | None]:
     # Equal parts of the batch, of at most `limit` elements of [K, b, l, d] each; None: all of it.
-    count = min(batch, triton.cdiv(batch * elements, limit))
+    count = min(batch, _ceil(batch * elements, limit))
     if count == 1:
         return [None]
-    size = triton.cdiv(batch, count)
+    size = _ceil(batch, count)
     return [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
 
 
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
 def _tiles(d: int, length: int, rows: int) -> tuple[int, int, int]:
-    return (triton.cdiv(d, _WIDE), triton.cdiv(length, _TOKENS), rows)
+    return (_ceil(d, _WIDE), _ceil(length, _TOKENS), rows)
 
 
 # By the tensor itself: an encoder's order never changes.
@@ -321,7 +324,7 @@ def _convolve(x: Tensor, order: Tensor, conv_weight: Tensor, conv_bias: Tensor) 
     b, length, d = x.shape
     directions, _, taps = conv_weight.shape
     u = x.new_empty(directions, b, length, d)
-    grid = (triton.cdiv(d, _WIDE), triton.cdiv(length, 2 * _TOKENS), directions * b)
+    grid = (_ceil(d, _WIDE), _ceil(length, 2 * _TOKENS), directions * b)
     _launch(
         kernels.conv_forward,
         grid,
@@ -355,9 +358,9 @@ def _inputs(
     dt = torch.empty_like(u)
     BC = torch.empty(directions, rows, 2 * n, dtype=torch.float32, device=x.device)
     _launch(
-        kernels.dt_forward, (triton.cdiv(d, 128), triton.cdiv(rows, 64), directions),
+        kernels.dt_forward, (_ceil(d, 128), _ceil(rows, 64), directions),
         proj, dt_weight, dt_bias, dt, BC, rows, d, rank, proj.shape[2],
-        N=n, M=64, C=128, R=max(16, triton.next_power_of_2(rank)), EXACT=x.dtype == torch.float32,
+        N=n, M=64, C=128, R=max(16, 1 << (rank - 1).bit_length()), EXACT=x.dtype == torch.float32,
     )  # fmt: skip
     return u, dt, BC
 
