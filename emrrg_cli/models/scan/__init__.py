@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -65,8 +65,7 @@ def get_scan(engine: str) -> Scan:
     return _triton
 
 
-def _recompute(*arguments: Any) -> Tensor:
-    return directional_scan_reference(*arguments, selective_scan_recompute)
+_recompute = partial(directional_scan_reference, recurrence=selective_scan_recompute)
 
 
 def _triton(x: Tensor, *rest: Any) -> Tensor:
