@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -97,12 +98,13 @@ def prepare_all(
                 under_way.append((block, _start(block, size, root, recipe, pool)))
             if not under_way:
                 return
-            block, results = under_way.popleft()
+            block, results = under_way[0]
             waiting, seconds = iter(block), 0.0
             for prepared, took in results:
                 seconds += took
                 for images in prepared:
                     yield next(waiting), images
+            under_way.popleft()
             size = max(1, min(_MAX_STUDIES_PER_TASK, round(_SECONDS_PER_TASK * len(block) / max(seconds, 1e-6))))
     except Exception as error:
         if not isinstance(error, BrokenProcessPool) and type(error).__name__ != "KilledWorker":
@@ -112,9 +114,11 @@ def prepare_all(
             hint="Use fewer processes (--workers 1) or a lower max_pixels; the same command goes on from here.",
         ) from None
     finally:
-        for _, results in under_way:
-            if isinstance(results, Generator):
-                results.close()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # joblib warns of work that is given up
+            for _, results in under_way:
+                if isinstance(results, Generator):
+                    results.close()
 
 
 def _start(block: list[Study], size: int, root: Path | None, recipe: PreprocessRecipe, pool: Pool) -> Any:

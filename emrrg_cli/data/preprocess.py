@@ -70,15 +70,15 @@ def preprocess(
         UsageError: `out` or the backend cannot be used.
         RunError: A patient is in two splits, no study is usable (nothing is written), the disk refuses, or a worker
             process died.
-        Interrupted: SIGTERM.
+        Interrupted: Ctrl-C or SIGTERM.
     """
     started = time.monotonic()
     check_target(out, overwrite=overwrite, protect=source.root)
     described = source if isinstance(source, HasColumns) else None
     writer: DatasetWriter | None = None
-    # SIGTERM, of a scheduler for example: it ends as Ctrl-C does, and leaves no process behind.
+    # Ctrl-C, or SIGTERM of a scheduler: it cleans up, leaves no process behind, and says that it can go on.
     with (
-        interrupted_by(signal.SIGTERM, message=lambda: _terminated(writer)),
+        interrupted_by(signal.SIGINT, signal.SIGTERM, message=lambda: _stopped(writer)),
         open_pool(backend, recipe.workers, len(source), scheduler) as pool,
         _progress() as progress,
     ):
@@ -240,10 +240,10 @@ def _manifest(source: StudySource, recipe: PreprocessRecipe, options: dict[str, 
     }
 
 
-def _terminated(writer: DatasetWriter | None) -> str:
+def _stopped(writer: DatasetWriter | None) -> str:
     if writer is None or not writer.safe:
-        return "terminated; nothing was written"
-    return f"terminated; the same command goes on after the first {writer.safe:,} studies"
+        return "stopped; nothing was written"
+    return f"stopped; the same command goes on after the first {writer.safe:,} studies"
 
 
 def _nothing_usable(source: StudySource, account: Account) -> RunError:

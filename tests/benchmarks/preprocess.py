@@ -25,11 +25,14 @@ from emrrg_cli.data.phantom.render import render
 from emrrg_cli.data.phantom.source import synthetic_study
 
 ROWS = (2_000, 100_000)
+# Not `getrusage`: what it gives begins with the memory of the process that started this one.
 MEMORY = """
-import json, resource, sys
+import json, re, sys
+from pathlib import Path
 from emrrg_cli.app import main
 code = main(sys.argv[1:])
-print(json.dumps([code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024]), file=sys.stderr)
+peak = re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]
+print(json.dumps([code, int(peak) // 1024]), file=sys.stderr)
 """
 
 

@@ -440,8 +440,13 @@ def test_killed_it_goes_on(
             assert (out / name).read_bytes() == data
 
 
-def test_terminated_it_says_that_it_goes_on(
-    many: tuple[Path, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_stopped_it_says_that_it_goes_on(
+    number: signal.Signals,
+    code: int,
+    many: tuple[Path, dict[str, bytes]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from emrrg_cli.data import shards
     from emrrg_cli.errors import Interrupted
@@ -450,13 +455,14 @@ def test_terminated_it_says_that_it_goes_on(
 
     def terminated(split: shards.SplitShards) -> None:
         end_shard(split)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
     recipe = _recipe(size=64, studies_per_shard=10, dedupe="drop")
     with monkeypatch.context() as patch:
         patch.setattr(shards.SplitShards, "end_shard", terminated)
-        with pytest.raises(Interrupted, match="goes on after the first 10 studies"):
+        with pytest.raises(Interrupted, match="goes on after the first 10 studies") as error:
             preprocess(R2GenSource(many[0]), tmp_path / "out", recipe)
+    assert error.value.exit_code == code
     preprocess(R2GenSource(many[0]), tmp_path / "out", recipe)
     assert _content(tmp_path / "out") == many[1]
 
