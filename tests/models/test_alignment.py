@@ -264,7 +264,7 @@ def test_half_precision_keeps_the_loss_in_fp32(make_model: Any, batch_of: Any) -
         image, _ = model.embed(batch_of(range(7)))
         output = model(batch_of(range(7)))
     assert (image.dtype, output.loss_sum.dtype) == (torch.float32, torch.float32)
-    assert float(output.loss_sum) == pytest.approx(float(expected), rel=0.05)
+    assert output.loss_sum.item() == pytest.approx(expected.item(), rel=0.05)
 
 
 def test_an_unknown_pooling_is_refused(make_model: Any) -> None:

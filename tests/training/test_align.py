@@ -204,7 +204,7 @@ def test_two_processes_have_the_gradient_of_the_joined_batch(align: Any, in_two:
 
 def test_chunks_have_the_gradient_of_the_whole_batch(align: Any) -> None:
     expected = align("whole", *ONE_STEP)
-    for size in (1, 5, 16):
+    for size in (1, 5):
         chunks = align(f"by{size}", *ONE_STEP, f"train.micro_batch_size={size}")
         assert largest(gradients(chunks), gradients(expected)) < 1e-5
         assert chunks.series("train/loss") == pytest.approx(expected.series("train/loss"), rel=1e-5)
