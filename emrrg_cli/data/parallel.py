@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import warnings
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -29,6 +30,8 @@ _BLOCKS = 2
 # A task is as many studies as take about this long: much longer than it takes to hand them over and back.
 _SECONDS_PER_TASK = 0.1
 _MAX_STUDIES_PER_TASK = 32
+
+_LOKY_THREAD = "ExecutorManagerThread"
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,14 @@ def prepare_all(
     """
     under_way: deque[tuple[list[Study], Any]] = deque()
     size = 1
+    hook = threading.excepthook
+
+    def of_others(args: threading.ExceptHookArgs) -> None:
+        """Work that is given up may leave a KeyError in loky's own thread: nobody needs its traceback."""
+        if args.thread is None or args.thread.name != _LOKY_THREAD:
+            hook(args)
+
+    threading.excepthook = of_others
     try:
         while True:
             while len(under_way) < _BLOCKS and (
@@ -114,11 +125,21 @@ def prepare_all(
             hint="Use fewer processes (--workers 1) or a lower max_pixels; the same command goes on from here.",
         ) from None
     finally:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # joblib warns of work that is given up
-            for _, results in under_way:
-                if isinstance(results, Generator):
-                    results.close()
+        if under_way:
+            _give_up([results for _, results in under_way])
+        threading.excepthook = hook
+
+
+def _give_up(blocks: list[Any]) -> None:
+    """Ends work that is under way, without joblib's warnings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for results in blocks:
+            if isinstance(results, Generator):
+                results.close()
+    for thread in threading.enumerate():
+        if thread.name == _LOKY_THREAD:
+            thread.join(timeout=5)
 
 
 def _start(block: list[Study], size: int, root: Path | None, recipe: PreprocessRecipe, pool: Pool) -> Any:

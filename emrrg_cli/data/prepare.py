@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
+import threading
 import time
 import warnings
 from collections.abc import Sequence
@@ -39,8 +42,16 @@ def prepare_studies(
     studies: Sequence[Study], root: Path | None, recipe: PreprocessRecipe
 ) -> tuple[list[PreparedImages], float]:
     """`prepare_study` for several studies, and the seconds that it took."""
+    _leave_ctrl_c_to_parent()
     started = time.perf_counter()
     return [prepare_study(study, root, recipe) for study in studies], time.perf_counter() - started
+
+
+def _leave_ctrl_c_to_parent() -> None:
+    """A terminal sends Ctrl-C to the worker processes too; the one that started them ends them."""
+    is_worker = multiprocessing.current_process().name != "MainProcess"
+    if is_worker and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def prepare_study(study: Study, root: Path | None, recipe: PreprocessRecipe) -> PreparedImages:
