@@ -149,6 +149,12 @@ class Options:
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the dataset directory at OUT.", rich_help_panel=_RUN)
     ] = False
+    summary: Annotated[
+        bool,
+        typer.Option(
+            "--summary/--no-summary", help="Afterwards what `emrrg data show OUT` does.", rich_help_panel=_RUN
+        ),
+    ] = True
     as_json: Json = False
 
 
@@ -250,6 +256,10 @@ def run_source(
     console.print(f"Written to {out} in {manifest['seconds']:.1f} s.", markup=False, soft_wrap=True)
     if options.export_annotation is not None:
         console.print(f"Exported to {options.export_annotation}.", markup=False, soft_wrap=True)
+    if options.summary:
+        from emrrg_cli.commands.data import show
+
+        show(out)
 
 
 def _print_plan(plan: dict[str, Any], out: Path, title: str | None) -> None:
