@@ -19,6 +19,7 @@ PACKAGES = (
     "peft",
     "accelerate",
     "datasets",
+    "numba",
     "triton",
     "mamba-ssm",
     "causal-conv1d",

@@ -10,7 +10,12 @@ import typer
 
 from emrrg_cli.commands.options import Json
 
-_OPTIONAL = {"triton": "comes with a CUDA torch", "mamba-ssm": "optional", "causal-conv1d": "optional"}
+_OPTIONAL = {
+    "numba": "optional, extra fast",
+    "triton": "comes with a CUDA torch",
+    "mamba-ssm": "optional",
+    "causal-conv1d": "optional",
+}
 
 
 def doctor(as_json: Json = False) -> None:

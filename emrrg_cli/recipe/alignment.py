@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from emrrg_cli.recipe.schema import Cleaning, DataSettings, EncoderSettings, LoopSettings, Section, Settings
+from emrrg_cli.recipe.schema import Cleaning, DataSettings, EncoderSettings, LoopSettings, ScanEngine, Section, Settings
 
 
 class DataSetSettings(Settings):
@@ -88,7 +88,7 @@ class AlignModelSettings(Settings):
     encoder: EncoderSettings = Field(default_factory=EncoderSettings)
     text: TextSettings = Field(default_factory=TextSettings)
     dim: int = Field(2048, ge=1, description="width of the space that images and reports share")
-    scan: Literal["auto", "reference", "recompute"] = Field("auto", description="engine of the selective scan")
+    scan: ScanEngine = Field("auto", description="engine of the selective scan")
 
 
 class AlignTrainSettings(LoopSettings):

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Section = Literal["report", "findings", "impression", "both"]
 Cleaning = Literal["auto", "r2gen-iu", "r2gen-mimic", "none"]
 Protocol = Literal["published", "ours"]
-ScanEngine = Literal["auto", "reference", "recompute", "triton", "mamba_ssm"]
+ScanEngine = Literal["auto", "reference", "recompute", "numba", "triton", "mamba_ssm"]
 AdapterTarget = Literal[
     "X", "Z", "dt", "B", "C", "in_proj", "x_proj", "dt_proj", "out_proj", "patch_embed", "mlp", "llm"
 ]

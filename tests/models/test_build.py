@@ -249,7 +249,7 @@ def test_settings_of_the_model_are_kept(make_run: Callable[..., Run]) -> None:
     assert (model.visual_prompt, model.views) == ("pooled", "concat")
     assert model.encoder.layers[0].mixer.engine == "reference"
     assert sum(name.endswith("warmup") for name, _ in model.named_parameters()) == 3
-    assert torch.equal(_logits(model), _logits(run.model))
+    torch.testing.assert_close(_logits(model), _logits(run.model))  # of another engine
 
 
 def test_without_hybrid_layers(make_run: Callable[..., Run], llm_dir: Path) -> None:

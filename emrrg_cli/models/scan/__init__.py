@@ -1,9 +1,10 @@
 """The selective scan over several token orders: one function, several engines.
 
 `reference` is plain PyTorch and the truth the others are tested against; `recompute` is the same loop with its gradient
-written out, in a fraction of the memory; both run anywhere. `triton` is our fused kernels for CUDA; `mamba_ssm` calls
-the kernels of the packages mamba-ssm and causal-conv1d. Engines are chosen once, when a model is built: by the recipe
-(`model.scan`), by the environment (`EMRRG_SCAN`), or by what is there.
+written out, in a fraction of the memory; both run anywhere. `numba` is that loop compiled for the CPU, where numba is
+installed. `triton` is our fused kernels for CUDA; `mamba_ssm` calls the kernels of the packages mamba-ssm and
+causal-conv1d. Engines are chosen once, when a model is built: by the recipe (`model.scan`), by the environment
+(`EMRRG_SCAN`), or by what is there.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ import torch
 from torch import Tensor
 
 from emrrg_cli.errors import UsageError
+from emrrg_cli.models.scan import numba_engine
 from emrrg_cli.models.scan.recompute import selective_scan_recompute
 from emrrg_cli.models.scan.reference import directional_scan_reference
 
 Scan = Callable[..., Tensor]
 
-ENGINES = ("reference", "recompute", "triton", "mamba_ssm")
+ENGINES = ("reference", "recompute", "numba", "triton", "mamba_ssm")
 
 
 def available_engines() -> dict[str, str]:
@@ -44,7 +46,8 @@ def choose_engine(requested: str = "auto", device_type: str | None = None) -> st
     name = requested if requested != "auto" else os.environ.get("EMRRG_SCAN", "auto") or "auto"
     if name == "auto":
         cuda = device_type == "cuda" if device_type is not None else torch.cuda.is_available()
-        return "triton" if cuda and _state("triton") == "ok" else "recompute"
+        fastest = "triton" if cuda else "numba"
+        return fastest if _state(fastest) == "ok" else "recompute"
     if name not in ENGINES:
         raise UsageError(f"unknown scan engine {name!r}", hint=f"Engines: {', '.join(ENGINES)}, or auto.")
     if (state := _state(name)) != "ok":
@@ -58,6 +61,8 @@ def get_scan(engine: str) -> Scan:
         return directional_scan_reference
     if engine == "recompute":
         return _recompute
+    if engine == "numba":
+        return _numba
     if engine == "mamba_ssm":
         from emrrg_cli.models.scan.mamba_ssm_engine import directional_scan_mamba_ssm
 
@@ -66,6 +71,7 @@ def get_scan(engine: str) -> Scan:
 
 
 _recompute = partial(directional_scan_reference, recurrence=selective_scan_recompute)
+_numba = partial(directional_scan_reference, recurrence=numba_engine.selective_scan_numba)
 
 
 def _triton(x: Tensor, *rest: Any) -> Tensor:
@@ -86,6 +92,8 @@ def _interpreted() -> bool:
 def _state(engine: str) -> str:
     if engine in ("reference", "recompute"):
         return "ok"
+    if engine == "numba":
+        return numba_engine.why_not()
     if engine == "mamba_ssm":
         from emrrg_cli.models.scan.mamba_ssm_engine import why_not
 

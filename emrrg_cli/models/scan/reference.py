@@ -53,11 +53,11 @@ def directional_scan_reference(
     u = x[:, order]  # [b, K, l, d]
     u = u.permute(0, 1, 3, 2).reshape(b, k * d, length)
     u = F.conv1d(u, conv_weight.reshape(k * d, 1, width), conv_bias.reshape(k * d), padding=width - 1, groups=k * d)
-    u = F.silu(u[..., :length]).view(b, k, d, length).transpose(2, 3)  # [b, K, l, d]
+    u = F.silu(u[..., :length]).view(b, k, d, length).transpose(2, 3).contiguous()  # [b, K, l, d]
 
-    projected = torch.einsum("bkld,kjd->bklj", u, projection)
+    projected = u @ projection.transpose(1, 2)
     low, B, C = projected[..., :rank], projected[..., rank : rank + n], projected[..., rank + n :]
-    dt = torch.einsum("bklr,kdr->bkld", low, dt_weight)
+    dt = low @ dt_weight.transpose(1, 2)
 
     y = (recurrence or selective_scan_loop)(u, dt, dt_bias, A_log, B, C, D)  # fp32 [b, K, l, d]
     back = order.argsort(dim=1)

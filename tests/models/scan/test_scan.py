@@ -11,16 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from emrrg_cli.errors import UsageError
-from emrrg_cli.models.scan import available_engines, choose_engine, get_scan
+from emrrg_cli.models.scan import available_engines, choose_engine, get_scan, numba_engine
 from emrrg_cli.models.scan import recompute as recompute_module
+from emrrg_cli.models.scan.numba_engine import selective_scan_numba
 from emrrg_cli.models.scan.recompute import selective_scan_recompute
 from emrrg_cli.models.scan.reference import selective_scan_loop
 
 Recurrence = Callable[..., Tensor]
+_WITH_NUMBA = pytest.mark.skipif(numba_engine.why_not() != "ok", reason="numba is not installed")
 RECURRENCES = [
     pytest.param(selective_scan_loop, id="reference"),
     pytest.param(selective_scan_recompute, id="recompute"),
+    pytest.param(selective_scan_numba, id="numba", marks=_WITH_NUMBA),
 ]
+ENGINES = ["reference", "recompute", pytest.param("numba", marks=_WITH_NUMBA)]
 CHUNK = recompute_module._CHUNK
 
 # b, K, l, d, n: odd batches, lengths 1 and around the chunk, both state sizes, one and four directions.
@@ -79,13 +83,16 @@ def _assert_close(ours: list[Tensor], theirs: list[Tensor], relative: float) -> 
 
 @pytest.mark.parametrize(("dtype", "relative"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_recompute_equals_reference(shape: tuple[int, int, int, int, int], dtype: torch.dtype, relative: float) -> None:
+@pytest.mark.parametrize("engine", ENGINES[1:])
+def test_engines_equal_the_reference(
+    engine: str, shape: tuple[int, int, int, int, int], dtype: torch.dtype, relative: float
+) -> None:
     inputs = _full_inputs(*shape, dtype=dtype)
     expected = _gradients(get_scan("reference"), inputs)
     assert len(expected) == 10  # the value and nine gradients
     still = {8} if shape[2] == 1 else set()  # A has no part in a sequence of one token
     assert {index for index, tensor in enumerate(expected) if not tensor.any()} == still
-    _assert_close(_gradients(get_scan("recompute"), inputs), expected, relative)
+    _assert_close(_gradients(get_scan(engine), inputs), expected, relative)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5, 64])
@@ -96,14 +103,14 @@ def test_recompute_does_not_depend_on_the_chunk(chunk: int, monkeypatch: pytest.
     _assert_close(_gradients(get_scan("recompute"), inputs), expected, 1e-10)
 
 
-@pytest.mark.parametrize("engine", ["reference", "recompute"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_gradcheck(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recompute_module, "_CHUNK", 2)
     inputs = _full_inputs(1, 2, 5, 2, 2, dtype=torch.float64, rank=1)
     assert torch.autograd.gradcheck(get_scan(engine), inputs, fast_mode=False)
 
 
-@pytest.mark.parametrize("engine", ["reference", "recompute"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_one_direction_by_hand(engine: str) -> None:
     """Two tokens, width and state 1, every factor written out."""
     x = torch.tensor([[[0.7], [-1.3]]])
@@ -129,7 +136,7 @@ def test_one_direction_by_hand(engine: str) -> None:
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("engine", ["reference", "recompute"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_directions_are_averaged(engine: str) -> None:
     """Four equal directions give what one gives."""
     inputs = _full_inputs(2, 1, 6, 4, 8, dtype=torch.float64)
@@ -137,7 +144,7 @@ def test_directions_are_averaged(engine: str) -> None:
     torch.testing.assert_close(get_scan(engine)(*four), get_scan(engine)(*inputs))
 
 
-@pytest.mark.parametrize("engine", ["reference", "recompute"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_an_order_is_undone_by_its_inverse(engine: str) -> None:
     """Any order at all; the encoder's own four are their own inverses and would not show the difference."""
     x, z, order, *rest = _full_inputs(2, 1, 7, 4, 8, dtype=torch.float64)
@@ -175,7 +182,7 @@ def test_bf16_inputs_keep_an_fp32_state(recurrence: Recurrence, autocast: bool) 
     assert float((ours - exact).abs().max() / exact.abs().max()) < 1e-5
 
 
-@pytest.mark.parametrize("engine", ["reference", "recompute"])
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_result_has_the_dtype_of_the_tokens(engine: str, dtype: torch.dtype) -> None:
     inputs = _full_inputs(2, 4, 5, 4, 8, dtype=dtype)
@@ -234,14 +241,24 @@ def test_recompute_keeps_little() -> None:
 def test_choosing_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("EMRRG_SCAN", raising=False)
     assert set(available_engines()) >= {"reference", "recompute"}
-    assert choose_engine() == choose_engine("auto", "cpu") == "recompute"
+    fastest = "numba" if available_engines()["numba"] == "ok" else "recompute"
+    assert choose_engine() == choose_engine("auto", "cpu") == fastest
     assert choose_engine("reference") == "reference"
     monkeypatch.setenv("EMRRG_SCAN", "reference")
     assert choose_engine() == "reference"
     assert choose_engine("recompute") == "recompute"  # a recipe that names one is stronger
     for nothing in ("", "auto"):
         monkeypatch.setenv("EMRRG_SCAN", nothing)
-        assert choose_engine() == "recompute"
+        assert choose_engine() == fastest
+
+
+def test_auto_takes_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("EMRRG_SCAN", raising=False)
+    for installed, chosen in ((("numba", "triton"), ("numba", "triton")), (("reference",), ("recompute", "recompute"))):
+        monkeypatch.setattr(
+            "emrrg_cli.models.scan._state", lambda name, installed=installed: "ok" if name in installed else "missing"
+        )
+        assert (choose_engine("auto", "cpu"), choose_engine("auto", "cuda")) == chosen
 
 
 def test_unknown_engines_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
