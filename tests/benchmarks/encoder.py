@@ -75,7 +75,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--sizes", default="base,large" if device == "cuda" else "base")
     parser.add_argument("--batches", default="8,64" if device == "cuda" else "4")
-    parser.add_argument("--engines", default="triton,mamba_ssm" if device == "cuda" else "recompute,reference")
+    parser.add_argument("--engines", default="triton,mamba_ssm" if device == "cuda" else "numba,recompute,reference")
     parser.add_argument("--runs", type=int, default=10 if device == "cuda" else 3)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

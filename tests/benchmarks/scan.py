@@ -165,7 +165,7 @@ def main() -> None:
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     states = available_engines()
-    plain = ["recompute", "reference"] if device == "cpu" else []
+    plain = ["numba", "recompute", "reference"] if device == "cpu" else []
     wanted = options.engines.split(",") if options.engines else [*plain, "triton", "mamba_ssm", "published"]
     sizes = SIZES + (MORE if options.all else []) if device == "cuda" else [(192, 2)]
     if options.width or options.batch:
