@@ -55,6 +55,7 @@ def directional_scan_reference(
     u = F.conv1d(u, conv_weight.reshape(k * d, 1, width), conv_bias.reshape(k * d), padding=width - 1, groups=k * d)
     u = F.silu(u[..., :length]).view(b, k, d, length).transpose(2, 3).contiguous()  # [b, K, l, d]
 
+    projection, dt_weight = _plain_gradient(projection), _plain_gradient(dt_weight)
     projected = u @ projection.transpose(1, 2)
     low, B, C = projected[..., :rank], projected[..., rank : rank + n], projected[..., rank + n :]
     dt = low @ dt_weight.transpose(1, 2)
@@ -63,6 +64,16 @@ def directional_scan_reference(
     back = order.argsort(dim=1)
     y = y.gather(2, back[None, :, :, None].expand(b, -1, -1, d)).mean(dim=1)
     return (y * F.silu(z.to(y.dtype))).to(x.dtype)
+
+
+def _plain_gradient(weight: Tensor) -> Tensor:
+    # The product with a transposed matrix gives it a transposed gradient, which DistributedDataParallel warns about.
+    if not weight.requires_grad:
+        return weight
+    view = weight.view_as(weight)
+    # `contiguous` would leave the strides of an axis of length 1 as they are.
+    view.register_hook(lambda grad: grad if grad is None else grad.clone(memory_format=torch.contiguous_format))  # type: ignore[no-untyped-call]
+    return view
 
 
 def selective_scan_loop(

@@ -173,7 +173,7 @@ def _check(case: _Case, command: str, root: Path, whole: Any, tmp_path: Path, ca
     case.break_it(whole)
     out = tmp_path / "out"
     options = [option.replace("{root}", str(root)) for option in case.options]
-    code = main(["preprocess", command, str(root), str(out), "--workers", "1", *options])
+    code = main(["preprocess", command, str(root), str(out), "--workers", "1", "--no-summary", *options])
     printed = capsys.readouterr()
     everything = " ".join((printed.out + printed.err).replace("│", " ").split())
     assert case.says in everything
