@@ -136,7 +136,7 @@ def plan(
         device=torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
         precision=precision,
         micro_batch_size=micro,
-        seconds_per_step=step.seconds * scale * math.ceil(share / micro),
+        seconds_per_step=step.seconds * scale * math.ceil(share / micro) + step.update,
         steps_per_epoch=steps,
         epochs=recipe.train.epochs,
         disk=_disk(recipe, parameters, trained, llm_weights),

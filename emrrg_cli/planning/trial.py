@@ -23,9 +23,17 @@ from emrrg_cli.training.schedule import build_optimizer
 
 @dataclass(frozen=True)
 class Step:
-    """A training step: seconds, bytes kept for the backward pass, and those with gradient checkpointing."""
+    """A training step.
+
+    Attributes:
+        seconds: of forward and backward pass, which grow with the studies.
+        update: seconds of the optimizer, once a step whatever the studies.
+        saved: bytes kept for the backward pass.
+        checkpointed: the same with gradient checkpointing.
+    """
 
     seconds: float
+    update: float
     saved: float
     checkpointed: float = 0.0
 
@@ -57,7 +65,7 @@ class Trials:
         block = _minus(self.step(2, 1, every, micro), one)
         self.report("measuring a further decoder layer")
         layer = _minus(self.step(1, 2, every, micro), one)
-        cross = Step(0.0, 0.0)
+        cross = Step(0.0, 0.0, 0.0)
         if every is not None and every > 1:
             self.report("measuring cross-attention")
             cross = _minus(one, self.step(1, 1, None, micro))
@@ -72,26 +80,25 @@ class Trials:
         inputs = depth * tokens * settings.encoder.width_and_depth[0] * 4
         text = micro * (self.recipe.data.max_report_tokens + 40 + tokens // (micro * self.views))
         inputs += layers * text * self.config.hidden_size * 4
-        return Step(total("seconds"), total("saved"), one.saved + inputs)
+        return Step(total("seconds"), total("update"), total("saved"), one.saved + inputs)
 
     def step(self, depth: int, layers: int, every: int | None, micro: int) -> Step:
         model = self._model(depth, layers, every)
         try:
             optimizer = build_optimizer(model, self.recipe.train)
             batch = self._batch(micro)
-            warm_up, saved = self._one(model, optimizer, batch, count=True)
+            warm_up = self._one(model, optimizer, batch, count=True)
             # Where one step takes long, its start-up cost is nothing beside it.
-            repeats = 3 if warm_up < 2 else 1 if warm_up < 10 else 0
-            seconds = [self._one(model, optimizer, batch)[0] for _ in range(repeats)] or [warm_up]
-            return Step(min(seconds), saved)
+            whole = warm_up.seconds + warm_up.update
+            repeats = 3 if whole < 2 else 1 if whole < 10 else 0
+            steps = [self._one(model, optimizer, batch) for _ in range(repeats)] or [warm_up]
+            return Step(min(step.seconds for step in steps), min(step.update for step in steps), warm_up.saved)
         finally:
             del model
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _one(
-        self, model: ReportGenerator, optimizer: torch.optim.Optimizer, batch: Batch, count: bool = False
-    ) -> tuple[float, int]:
+    def _one(self, model: ReportGenerator, optimizer: torch.optim.Optimizer, batch: Batch, count: bool = False) -> Step:
         counter = _SavedBytes(model)
         self._synchronize()
         began = time.perf_counter()
@@ -103,10 +110,12 @@ class Trials:
             with autocast:
                 loss = model(batch).loss_sum
         loss.backward()
+        self._synchronize()
+        between = time.perf_counter()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self._synchronize()
-        return time.perf_counter() - began, counter.total
+        return Step(between - began, time.perf_counter() - between, counter.total)
 
     def _model(self, depth: int, layers: int, every: int | None) -> ReportGenerator:
         from transformers import AutoModelForCausalLM
@@ -166,4 +175,4 @@ class _SavedBytes:
 
 def _minus(a: Step, b: Step) -> Step:
     # Noise can make a small part look negative.
-    return Step(max(0.0, a.seconds - b.seconds), max(0.0, a.saved - b.saved))
+    return Step(max(0.0, a.seconds - b.seconds), max(0.0, a.update - b.update), max(0.0, a.saved - b.saved))
