@@ -88,18 +88,21 @@ class Mixer(nn.Module):
         key = self._frozen_state(layers)
         if key is not None and self._kept is not None and self._kept[0] == key:
             return self._kept[1]
-        d = self.D.shape[1]
+        if key is None:
+            return self._stack(layers)
+        with torch.inference_mode(False):  # tensors made in it could not be trained through later
+            projection, dt_weight, dt_bias = self._stack(layers)
+            self._kept = key, (projection.to(key[0]), dt_weight.to(key[0]), dt_bias)
+        return self._kept[1]
+
+    def _stack(self, layers: list[nn.Module]) -> tuple[Tensor, Tensor, Tensor]:
         weights = [effective_weight(layer) for layer in layers]
         rows = [weight for i, weight in enumerate(weights) if i % 4 < 3]
-        dtype = None if key is None else key[0]
-        stacked = (
-            torch.cat(rows).view(len(self.directions), -1, d).to(dtype or rows[0].dtype),
-            torch.stack(weights[3::4]).to(dtype or rows[0].dtype),
+        return (
+            torch.cat(rows).view(len(self.directions), -1, self.D.shape[1]),
+            torch.stack(weights[3::4]),
             torch.stack([base_layer(layer).bias for layer in layers[3::4]]),
         )
-        if key is not None:
-            self._kept = (key, stacked)
-        return stacked
 
     @staticmethod
     def _frozen_state(layers: list[nn.Module]) -> tuple[Any, ...] | None:

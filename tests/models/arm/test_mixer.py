@@ -216,3 +216,14 @@ def test_bf16_autocast_is_close_to_fp32() -> None:
         ours = mixer(tokens, order)
     assert ours.dtype == torch.bfloat16
     assert 0 < float((ours.detach().float() - exact).abs().max() / exact.abs().max()) < 0.03
+
+
+def test_a_frozen_mixer_can_be_trained_through_after_inference() -> None:
+    mixer, order = Mixer(16, 8).requires_grad_(False), direction_orders(2)
+    tokens = torch.randn(1, 5, 16)
+    with torch.inference_mode():
+        mixer(tokens, order)
+    tokens.requires_grad_()
+    mixer(tokens, order).sum().backward()
+    assert tokens.grad is not None
+    assert tokens.grad.any()
