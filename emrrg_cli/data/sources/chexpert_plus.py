@@ -11,12 +11,11 @@ from emrrg_cli.data.report_text import ReportSection
 from emrrg_cli.data.sources.annotation import Annotation, AnnotationRow
 from emrrg_cli.data.sources.chexpert_labels import COLUMNS, NOT_MENTIONED, label_columns
 from emrrg_cli.data.sources.chexpert_table import ChexpertTable, TableStudy, parse_path
-from emrrg_cli.data.sources.locate import find_image
+from emrrg_cli.data.sources.locate import find_image, require_folder
 from emrrg_cli.data.sources.scratch import SeenIds, scratch_errors
 from emrrg_cli.data.sources.splits import drawn_remark
 from emrrg_cli.data.sources.texts import lacks_text
 from emrrg_cli.data.study import UNKNOWN_VIEW, Account, Column, ImageProblem, Split, Study
-from emrrg_cli.errors import UsageError
 
 NAME = "chexpert_plus"
 # The parts of the published split (CXPMRG-Bench): 40,463, 5,780 and 11,562 of 57,805 studies.
@@ -71,8 +70,7 @@ class ChexpertPlusSource:
         seed: int = 0,
         limit: int | None = None,
     ) -> None:
-        if not root.is_dir():
-            raise UsageError(f"{root} is not a folder" if root.exists() else f"no such folder: {root}")
+        require_folder(root)
         self.root = root.resolve()
         self.image_folders = (*(self.root / name for name in _IMAGES if (root / name).is_dir()), self.root)
         self._section, self._limit = section, limit

@@ -11,7 +11,7 @@ from typing import Any
 
 from emrrg_cli.data.dicom import DicomFacts, read_dicom_facts
 from emrrg_cli.data.images import DICOM_SUFFIXES, ImageError, is_dicom, open_stream
-from emrrg_cli.data.sources.locate import locate
+from emrrg_cli.data.sources.locate import locate, require_folder
 from emrrg_cli.data.sources.scratch import scratch_database, scratch_errors
 from emrrg_cli.data.sources.splits import drawn_key, drawn_remark, shares
 from emrrg_cli.data.sources.table import Table, cell_list, cell_text, read_table
@@ -97,8 +97,7 @@ class FolderSource:
     ) -> None:
         if source is not None and not source.strip():
             raise UsageError("--source is empty", hint="Give the data set a name, or leave the option out.")
-        if not root.is_dir():
-            raise UsageError(f"{root} is not a folder" if root.exists() else f"no such folder: {root}")
+        require_folder(root)
         self.name = source or "folder"
         self.root = root.resolve()
         self.image_folders = (self.root, self.root / "images")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from emrrg_cli.data.sources.locate import require_folder
 from emrrg_cli.data.sources.openi import BadReport, OpeniReport, read_openi
 from emrrg_cli.data.sources.table import CsvFile
 from emrrg_cli.data.sources.views import view_name
@@ -174,8 +175,7 @@ def find_image_folders(root: Path, images: Path | None) -> tuple[Path, ...]:
     Raises:
         UsageError: No such folder, or the images are still packed.
     """
-    if not root.is_dir():
-        raise UsageError(f"{root} is not a folder" if root.exists() else f"no such folder: {root}")
+    require_folder(root)
     if images is not None:
         if not images.is_dir():
             raise UsageError(f"no such folder of images: {images}")

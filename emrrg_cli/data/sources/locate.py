@@ -7,9 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from emrrg_cli.data.study import ImageProblem
+from emrrg_cli.errors import UsageError
 
 OUTSIDE = "path outside the data folder"
 MISSING = "missing image"
+
+
+def require_folder(root: Path) -> None:
+    """Makes sure that the folder of a raw data set is there.
+
+    Raises:
+        UsageError: It is not, or is no folder.
+    """
+    if not root.is_dir():
+        raise UsageError(f"{root} is not a folder" if root.exists() else f"no such folder: {root}")
 
 
 def locate(path: str, root: Path, folders: tuple[Path, ...]) -> Path | ImageProblem:

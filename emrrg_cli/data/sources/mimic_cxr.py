@@ -11,7 +11,7 @@ from typing import Any
 from emrrg_cli.data.report_text import ReportSection
 from emrrg_cli.data.sources.annotation import Annotation, AnnotationRow
 from emrrg_cli.data.sources.chexpert_labels import COLUMNS, label_columns
-from emrrg_cli.data.sources.locate import locate
+from emrrg_cli.data.sources.locate import locate, require_folder
 from emrrg_cli.data.sources.mimic_note import Note, read_note
 from emrrg_cli.data.sources.mimic_reports import MimicReports, ReportError
 from emrrg_cli.data.sources.mimic_tables import Labeler, MimicTables, number
@@ -72,8 +72,7 @@ class MimicCxrSource:
         labeler: Labeler = "chexpert",
         limit: int | None = None,
     ) -> None:
-        if not root.is_dir():
-            raise UsageError(f"{root} is not a folder" if root.exists() else f"no such folder: {root}")
+        require_folder(root)
         self.root = root.resolve()
         self.image_folders = (self.root / "files", self.root / "images", self.root)
         self._section, self._limit = section, limit
