@@ -285,6 +285,27 @@ def _alive(pid: int) -> bool:
     return True
 
 
+def read_record(file: Path, what: str, hint: str) -> dict[str, Any] | None:
+    """The JSON object in a file; None where there is no file.
+
+    Args:
+        what: What the file is, for the message.
+        hint: What to do when it is broken.
+
+    Raises:
+        RunError: It cannot be read, or holds something else.
+    """
+    if not file.is_file():
+        return None
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(record, dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError) as error:
+        raise RunError(f"{file}, {what}, cannot be read: {error}", hint=hint) from error
+    return record
+
+
 def _sync_tree(root: Path) -> None:
     for directory, _, names in os.walk(root):
         for name in names:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from emrrg_cli.errors import RunError, UsageError
-from emrrg_cli.files import atomic_directory, atomic_write_text, read_directory, whole_directory
+from emrrg_cli.files import atomic_directory, atomic_write_text, read_directory, read_record, whole_directory
 from emrrg_cli.models import adapters
 from emrrg_cli.models.arm.encoder import ArmEncoder
 from emrrg_cli.models.hybrid_decoder import add_hybrid_layers, hybrid_parameters
@@ -220,7 +220,8 @@ def load_run_llm(run_dir: Path, settings: ModelSettings, dtype: torch.dtype) -> 
             return load_llm(str(own), None, dtype if settings.llm.is_frozen else torch.float32)
     if not settings.llm.is_frozen:
         raise RunError(f"{run_dir / 'model' / 'llm'}: the trained LLM of this run is missing")
-    record = _recorded_llm(run_dir / "llm.json")
+    hint = "Put it back from a copy of the run; if you delete it, the LLM of recipe.yaml is taken unchecked."
+    record = read_record(run_dir / "llm.json", "which names the LLM of this run", hint) or {}
     revision = record.get("commit") or settings.llm.revision
     llm = load_llm(settings.llm.name, revision, dtype, settings.llm.quantization)
     found = llm_record(settings.llm, llm)
@@ -231,21 +232,6 @@ def load_run_llm(run_dir: Path, settings: ModelSettings, dtype: torch.dtype) -> 
                 hint="Put back the LLM of the training, or train with model.llm.save=true to keep a copy in the run.",
             )
     return llm
-
-
-def _recorded_llm(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(record, dict):
-            raise ValueError("no JSON object")
-    except (OSError, ValueError) as error:
-        raise RunError(
-            f"{file}, which names the LLM of this run, cannot be read: {error}",
-            hint="Put it back from a copy of the run; if you delete it, the LLM of recipe.yaml is taken unchecked.",
-        ) from error
-    return record
 
 
 def fresh_llm(settings: ModelSettings, tokenizer: Any, dtype: torch.dtype) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from emrrg_cli.errors import RunError, UsageError
-from emrrg_cli.files import atomic_write_text
+from emrrg_cli.files import atomic_write_text, read_record
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ENVIRONMENT = "environment.json"
@@ -172,19 +172,8 @@ def first_environment(run_dir: Path) -> dict[str, Any] | None:
     Raises:
         RunError: when it cannot be read.
     """
-    file = run_dir / ENVIRONMENT
-    if not file.is_file():
-        return None
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(record, dict):
-            raise ValueError("no JSON object")
-    except (OSError, ValueError) as error:
-        raise RunError(
-            f"{file}, the record of what this run began with, cannot be read: {error}",
-            hint="Put it back from a copy of the run, or delete it.",
-        ) from error
-    return record
+    hint = "Put it back from a copy of the run, or delete it."
+    return read_record(run_dir / ENVIRONMENT, "the record of what this run began with", hint)
 
 
 def git_revision(directory: Path) -> str | None:
