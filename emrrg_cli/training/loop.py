@@ -110,6 +110,39 @@ def train(
         return loop.run(stop)
 
 
+def accumulate_gradients(model: Any, batches: Sequence[Any], items: float, accelerator: Any) -> Tensor:
+    """Adds up the gradients of an optimizer step, whose loss is the mean over the items of the whole batch.
+
+    Args:
+        model: prepared by `accelerator`; returns `StageOutput`.
+        batches: the micro-batches of this process.
+        items: of the whole batch, over all processes.
+
+    Returns:
+        The loss summed over the items of this process: a scalar on the device, without gradient.
+    """
+    loss_sum = torch.zeros((), device=accelerator.device)
+    for i, batch in enumerate(batches):
+        last = i == len(batches) - 1
+        with nullcontext() if last else accelerator.no_sync(model):
+            output = model(batch.to(accelerator.device))
+            # DistributedDataParallel averages gradients over processes; the sum is wanted.
+            accelerator.backward(output.loss_sum * (accelerator.num_processes / items))
+            loss_sum = loss_sum + output.loss_sum.detach().float()
+    return loss_sum
+
+
+def update_weights(model: Any, optimizer: Any, clip_norm: float | None, accelerator: Any) -> Tensor | None:
+    """Clips the gradients, takes the optimizer's step and drops them; returns their norm before the clipping, if any."""
+    norm = None
+    if clip_norm is not None:
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        norm = accelerator.clip_grad_norm_(trainable, clip_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
 class _Loop:
     def __init__(
         self,
@@ -243,21 +276,8 @@ class _Loop:
         self.model.train()
         if isinstance(self.stage, PreparesStep):
             batches = self.stage.prepare_step(batches)
-        loss_sum: Tensor = torch.zeros((), device=accelerator.device)
-        for i, batch in enumerate(batches):
-            last = i == len(batches) - 1
-            with nullcontext() if last else accelerator.no_sync(self.model):
-                output = self.model(batch.to(accelerator.device))
-                # DistributedDataParallel averages gradients over processes; the sum is wanted.
-                scale = accelerator.num_processes / total_items.to(accelerator.device)
-                accelerator.backward(output.loss_sum * scale.to(output.loss_sum.dtype))
-                loss_sum = loss_sum + output.loss_sum.detach().float()
-        norm = None
-        if settings.clip_norm is not None:
-            trainable = [p for p in self.model.parameters() if p.requires_grad]
-            norm = accelerator.clip_grad_norm_(trainable, settings.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        loss_sum = accumulate_gradients(self.model, batches, float(total_items), accelerator)
+        norm = update_weights(self.model, self.optimizer, settings.clip_norm, accelerator)
 
         progress.step += 1
         finite = loss_sum.isfinite()
