@@ -133,7 +133,7 @@ def accumulate_gradients(model: Any, batches: Sequence[Any], items: float, accel
 
 
 def update_weights(model: Any, optimizer: Any, clip_norm: float | None, accelerator: Any) -> Tensor | None:
-    """Clips the gradients, takes the optimizer's step and drops them; returns their norm before the clipping, if any."""
+    """Clips the gradients, takes the optimizer's step and drops them; returns their norm before clipping, if any."""
     norm = None
     if clip_norm is not None:
         trainable = [p for p in model.parameters() if p.requires_grad]
