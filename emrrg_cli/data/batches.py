@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -148,7 +149,25 @@ class FollowsEpochs(Protocol):
     """A data set whose examples are others in each epoch, as with random crops."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Called before an epoch, counted from 0, is loaded."""
+        """Called before an example of an epoch, counted from 0, is loaded."""
+
+
+class Epochs(Dataset[Any]):
+    """The examples of a data set by epoch and index, so that one set of loading processes serves all epochs.
+
+    Args:
+        dataset: it is told of another epoch where its examples follow epochs (`FollowsEpochs`).
+    """
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self._dataset = dataset
+        self._follows = dataset if isinstance(dataset, FollowsEpochs) else None
+
+    def __getitem__(self, place: tuple[int, int]) -> Any:
+        epoch, index = place
+        if self._follows is not None:
+            self._follows.set_epoch(epoch)
+        return self._dataset[index]
 
 
 class EpochOrder:
@@ -204,6 +223,12 @@ class EpochOrder:
             share = batch[self.rank :: self.world_size].tolist()
             for start in range(0, len(share), self.micro_batch_size):
                 yield share[start : start + self.micro_batch_size]
+
+    def places(self, epoch: int, first_step: int = 0) -> Iterator[list[tuple[int, int]]]:
+        """The micro-batches from a place in an epoch on, epoch after epoch without end, as `Epochs` takes them."""
+        for number in count(epoch):
+            for batch in self.epoch(number, first_step if number == epoch else 0):
+                yield [(number, index) for index in batch]
 
     def _permutation(self, generator: torch.Generator) -> Tensor:
         return torch.randperm(self.length, generator=generator)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from emrrg_cli.errors import EmrrgError
 
 def load_batches(
     dataset: Dataset[Any],
-    batches: Sequence[Sequence[int]],
+    batches: Iterable[Sequence[Any]],
     collate: Callable[[Sequence[Any]], Any],
     *,
     workers: int = 0,
@@ -25,7 +25,7 @@ def load_batches(
     """The batches of a dataset in the order given; those without examples are left out.
 
     Args:
-        batches: indices of the examples of each.
+        batches: indices of the examples of each; read as they are needed, so that there may be any number.
         collate: joins examples into a batch.
         workers: processes that read; 0: this one.
         pin_memory: batches in page-locked memory, for a GPU.
@@ -35,7 +35,7 @@ def load_batches(
     """
     loader: DataLoader[Any] = DataLoader(
         _Told(dataset),
-        batch_sampler=[list(batch) for batch in batches if batch],
+        batch_sampler=(list(batch) for batch in batches if batch),
         collate_fn=partial(_join, collate),
         num_workers=workers,
         pin_memory=pin_memory,
@@ -75,7 +75,7 @@ class _Told(Dataset[Any]):
     def __init__(self, dataset: Dataset[Any]) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: Any) -> Any:
         try:
             return self.dataset[index]
         except EmrrgError as error:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from emrrg_cli.console import err
-from emrrg_cli.data.batches import DrawsEpoch, EpochOrder, FollowsEpochs
+from emrrg_cli.data.batches import DrawsEpoch, EpochOrder, Epochs
 from emrrg_cli.data.loading import load_batches
 from emrrg_cli.errors import Interrupted, RunError, UsageError
 from emrrg_cli.files import append_jsonl, atomic_write_text, read_jsonl
@@ -197,24 +197,23 @@ class _Loop:
             self.display = display
             if progress.validation_due:
                 self._validate()
-            while self._reason_to_end() is None:
-                for step_batches in self._epoch_batches():
-                    signal_number = self._optimizer_step(step_batches, stop.number)
-                    epoch_ended = progress.step_in_epoch == 0
-                    progress.validation_due = progress.step == self.total_steps or (
-                        epoch_ended and progress.epoch % settings.validate_every_epochs == 0
-                    )
-                    every = settings.checkpoint_every_steps
-                    due = epoch_ended if every is None else progress.step % every == 0
-                    # Before the validation, which takes long: whatever happens there, the training is in safety.
-                    if due or progress.validation_due or signal_number or self._reason_to_end():
-                        self._save()
-                    if signal_number:
-                        raise self._interrupted(signal_number)
-                    if progress.validation_due:
-                        self._validate()
-                    if self._reason_to_end():
-                        break
+            for step_batches in self._steps():
+                signal_number = self._optimizer_step(step_batches, stop.number)
+                epoch_ended = progress.step_in_epoch == 0
+                progress.validation_due = progress.step == self.total_steps or (
+                    epoch_ended and progress.epoch % settings.validate_every_epochs == 0
+                )
+                every = settings.checkpoint_every_steps
+                due = epoch_ended if every is None else progress.step % every == 0
+                # Before the validation, which takes long: whatever happens there, the training is in safety.
+                if due or progress.validation_due or signal_number or self._reason_to_end():
+                    self._save()
+                if signal_number:
+                    raise self._interrupted(signal_number)
+                if progress.validation_due:
+                    self._validate()
+                if self._reason_to_end():
+                    break
             self.samples_per_second = display.samples_per_second
         if progress.best_step is None and accelerator.is_main_process:
             self.stage.export()  # nothing was validated: the result is the model as it is
@@ -246,19 +245,21 @@ class _Loop:
             exit_code=128 + signal_number,
         )
 
-    def _epoch_batches(self) -> Iterator[list[Any]]:
-        # Lists of the micro-batches of one optimizer step, from the place in the epoch where the run stands.
-        progress = self.progress
-        if isinstance(self.dataset, FollowsEpochs):
-            self.dataset.set_epoch(progress.epoch)
+    def _steps(self) -> Iterator[list[Any]]:
+        # Lists of the micro-batches of one optimizer step, from the place where the run stands to its end. The epochs
+        # have their loading processes in common: with few images, to start some takes longer than an epoch does.
+        if self._reason_to_end() is not None:
+            return
+        progress, size = self.progress, self.order.micro_batches_per_step
+        places = self.order.places(progress.epoch, progress.step_in_epoch)
         batches = load_batches(
-            self.dataset,
-            list(self.order.epoch(progress.epoch, progress.step_in_epoch)),
+            Epochs(self.dataset),
+            islice(places, (self.stop_at - progress.step) * size),
             self.collate,
             workers=self.workers,
             pin_memory=self.accelerator.device.type == "cuda",
         )
-        while step_batches := list(islice(batches, self.order.micro_batches_per_step)):
+        while step_batches := list(islice(batches, size)):
             yield step_batches
 
     def _optimizer_step(self, batches: list[Any], stop_signal: int) -> int:

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
+from emrrg_cli.data.batches import EpochOrder
 from emrrg_cli.errors import Interrupted, RunError, UsageError
 from emrrg_cli.models.arm.encoder import ArmEncoder
 from emrrg_cli.recipe.schema import TrainSettings
@@ -551,3 +553,36 @@ def test_what_accelerate_would_shard_is_refused(tmp_path: Path) -> None:
 def test_loading_processes_change_nothing(finetune: Any, difference: Any, uninterrupted: Path, run_of: Any) -> None:
     run = finetune("workers", *NOISY, "data.workers=1")
     assert difference(run.weights, run_of(uninterrupted).weights) == 0
+
+
+class Places(Dataset[tuple[int, int, int]]):
+    """Which process made an example, in which epoch, and its index."""
+
+    epoch = -1
+
+    def __len__(self) -> int:
+        return 9
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __getitem__(self, index: int) -> tuple[int, int, int]:
+        return os.getpid(), self.epoch, index
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_epochs_of_a_run_are_loaded_by_the_same_processes(workers: int, tmp_path: Path) -> None:
+    settings = TrainSettings(batch_size=4, micro_batch_size=3, epochs=4, stop_after_steps=5, lr=0.1, trackers=[])
+    figures = _figures(*[(0.1, 1.0)] * 4)
+    seen = []
+    for resume in (False, True):
+        stage = Stage(figures)
+        accelerator = make_accelerator("fp32", 0)
+        train(stage, Places(), Batch, settings, tmp_path, accelerator, workers=workers, resume=resume)
+        made = [example for batch in stage.model.seen for example in batch]
+        processes = {process for process, _, _ in made}
+        assert len(processes) == 1
+        assert (os.getpid() in processes) == (workers == 0)
+        seen += [(epoch, index) for _, epoch, index in made]
+    order = EpochOrder(9, 4, seed=settings.seed)
+    assert seen == [(epoch, index) for epoch in range(4) for batch in order.epoch(epoch) for index in batch]
