@@ -55,6 +55,8 @@ def plan(
         return
     out.print(_parameters(result), _memory(result))
     out.print(_time(result), markup=False, soft_wrap=True)
+    for note in result.notes:
+        out.print(f"        {note}", markup=False, soft_wrap=True)
     disk = sum(result.disk.values())
     out.print(f"disk    {_gib(disk)} for the run directory at its fullest, {_gib(result.disk_free)} free", markup=False)
     if result.fits:
@@ -93,6 +95,8 @@ def _memory(result: Plan) -> Table:
 
 def _time(result: Plan) -> str:
     text = f"time    {result.seconds_per_step:.3g} s a step"
+    if result.seconds_loading is not None:
+        text += f" (computing {result.seconds_computing:.3g} s, reading images {result.seconds_loading:.3g} s)"
     if result.steps_per_epoch is None:
         return text + " (give --studies N or data.root=DIR for the time of an epoch)"
     epoch = result.seconds_per_step * result.steps_per_epoch

@@ -1,8 +1,9 @@
 """What a recipe will need on this machine: parameters, memory, time, disk, from meta tensors and a short trial.
 
 Parameters are counted on a model of meta tensors, which has no weights. Time and activations come from real training
-steps of a model with one or two encoder blocks and decoder layers, of the recipe's widths and batch, with random
-weights: what a further block or layer adds is measured, and the rest is multiplication.
+steps of a model with a few encoder blocks and decoder layers, of the recipe's widths and batch, with random weights:
+what further blocks and layers add is measured, and the rest is multiplication. Where there is a data set, some of its
+images are read as the training would.
 """
 
 from __future__ import annotations
@@ -23,16 +24,23 @@ from emrrg_cli.models.adapters import plain
 from emrrg_cli.models.build import assemble, build_encoder
 from emrrg_cli.models.hybrid_decoder import hybrid_parameters
 from emrrg_cli.models.report_generator import ReportGenerator
-from emrrg_cli.planning.llms import PlanTokenizer, llm_config
-from emrrg_cli.planning.trial import Trials
+from emrrg_cli.planning.llms import PlanTokenizer, can_quantize, llm_config
+from emrrg_cli.planning.loading import seconds_per_study
+from emrrg_cli.planning.trial import measure
 from emrrg_cli.recipe.schema import FinetuneRecipe, ModelSettings
-from emrrg_cli.training.environment import choose_precision, llm_dtype
+from emrrg_cli.training.environment import choose_precision, llm_dtype, make_accelerator
 from emrrg_cli.training.progress import resident_bytes
+
+# Memory of a GPU that torch does not see: the context and kernels of CUDA, as seen on an H100.
+_CUDA_CONTEXT = 600 * 2**20
 
 
 @dataclass
 class Plan:
-    """Prediction for one device; bytes and seconds."""
+    """Prediction for one device; bytes and seconds, the latter of an optimizer step.
+
+    `seconds_loading` is the time in which the loader brings a step's studies (None: there is no data set to read).
+    """
 
     parameters: dict[str, int]
     trainable: dict[str, int]
@@ -41,12 +49,15 @@ class Plan:
     device: str
     precision: str
     micro_batch_size: int
+    seconds_computing: float
+    seconds_loading: float | None
     seconds_per_step: float
     steps_per_epoch: int | None
     epochs: int
     disk: dict[str, int]
     disk_free: int
     proposals: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def peak(self) -> int:
@@ -85,48 +96,47 @@ def plan(
     """
     import emrrg_cli.training.finetune  # noqa: F401  (the program's own memory is that of a training process)
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = choose_precision(recipe.train.precision, device.type)
+    precision = choose_precision(recipe.train.precision)
+    accelerator = make_accelerator(precision, 0)
+    device: torch.device = accelerator.device
     config = llm_config(recipe.model)
     share = math.ceil(recipe.train.batch_size / processes)
     micro = min(recipe.train.micro_batch_size or share, share)
 
+    loading = None
+    if recipe.data.root is not None:
+        report("measuring how fast images are read")
+        loading = seconds_per_study(recipe, micro) * share
     report("counting parameters")
     whole = _meta_model(recipe.model, config)
     parameters, trainable = _count(whole)
-    # On a GPU: the context and kernels of CUDA, as seen on an H100.
-    before = (resident_bytes() or 700 * 2**20) if device.type == "cpu" else 600 * 2**20
-    small = Trials(recipe, config, device, precision, views, report)
-    # A CPU's time grows with the batch, so one study tells; a GPU is filled only by the whole.
-    trials_micro = 1 if device.type == "cpu" else micro
-    while True:
-        try:
-            step = small.extrapolate(trials_micro)
-            break
-        except torch.cuda.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            if trials_micro == 1:
-                raise RunError("not even one encoder block and one decoder layer fit on this GPU") from None
-            trials_micro //= 2
-    scale = micro / trials_micro
+    program = (resident_bytes() or 700 * 2**20) if device.type == "cpu" else _CUDA_CONTEXT
+    try:
+        step = measure(
+            recipe,
+            config,
+            accelerator,
+            micro=micro,
+            views=views,
+            llm_parameters=parameters["LLM"],
+            report=report,
+        )
+    except torch.cuda.OutOfMemoryError:
+        raise RunError("not even one encoder block and one decoder layer fit on this GPU") from None
     weights = _weight_bytes(whole, recipe, precision)
     llm_weights = weights - 4 * (sum(parameters.values()) - parameters["LLM"])
     trained = sum(trainable.values())
     logits = micro * (recipe.data.max_report_tokens + 2) * config.vocab_size * 4 * 2  # fp32 copy and its gradient
-    activations = int(step.saved * scale)
-    if recipe.train.gradient_checkpointing:
-        activations = int(step.checkpointed * scale)
-    activations += logits
-    # Gradients fill up while activations are freed: only where micro-batches add up are they there all the time.
-    accumulates = micro < share
+    activations = int(step.checkpointed if recipe.train.gradient_checkpointing else step.saved) + logits
     memory = {
-        "program": before,
+        "program": program,
         "LLM weights": llm_weights,
         "other weights": weights - llm_weights,
         "optimizer": 8 * trained,
         "activations": activations,
-        "gradients": 4 * trained if accumulates else max(0, 4 * trained - activations),
+        "gradients": _gradients(4 * trained, activations, accumulates=micro < share, device_type=device.type),
     }
+    computing = step.seconds * share / micro + step.update
     steps = None if studies is None else max(1, studies // recipe.train.batch_size)
     result = Plan(
         parameters=parameters,
@@ -136,14 +146,38 @@ def plan(
         device=torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
         precision=precision,
         micro_batch_size=micro,
-        seconds_per_step=step.seconds * scale * math.ceil(share / micro) + step.update,
+        seconds_computing=computing,
+        seconds_loading=loading,
+        seconds_per_step=_together(computing, loading or 0.0, recipe.data.workers, device.type),
         steps_per_epoch=steps,
         epochs=recipe.train.epochs,
         disk=_disk(recipe, parameters, trained, llm_weights),
         disk_free=_disk_free(recipe),
     )
-    result.proposals = _proposals(result, recipe, int(step.checkpointed * scale), share)
+    result.notes = _notes(result, recipe)
+    result.proposals = _proposals(result, recipe, int(step.checkpointed), share)
     return result
+
+
+def _together(computing: float, loading: float, workers: int, device_type: str) -> float:
+    """Seconds of a step that computes and has its batch loaded by `workers` processes, or by the one that computes."""
+    if not workers:
+        return computing + loading
+    if device_type == "cuda":
+        return max(computing, loading)
+    # Arithmetic takes every core of a CPU: what is loaded meanwhile is taken from it.
+    cores = os.cpu_count() or 1
+    return max(loading, computing + loading * min(workers, cores) / cores)
+
+
+def _gradients(size: int, activations: int, *, accumulates: bool, device_type: str) -> int:
+    """Bytes that gradients and the optimizer's step add to the peak.
+
+    Gradients fill up while activations are freed: only where micro-batches add up are they there all the time. When
+    the optimizer steps the activations are gone; on a GPU, AdamW takes all parameters at once and needs a copy then.
+    """
+    stepping = 2 * size if device_type == "cuda" else size
+    return max(size if accumulates else 0, stepping - activations)
 
 
 def _meta_model(settings: ModelSettings, config: Any) -> ReportGenerator:
@@ -206,13 +240,32 @@ def _disk_free(recipe: FinetuneRecipe) -> int:
 
 def _available_bytes(device: torch.device) -> int:
     if device.type == "cuda":
-        return torch.cuda.mem_get_info()[0] + 600 * 2**20
+        return torch.cuda.mem_get_info(device)[0] + _CUDA_CONTEXT
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         for line in meminfo.read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024 + (resident_bytes() or 0)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _notes(result: Plan, recipe: FinetuneRecipe) -> list[str]:
+    """What the reader of the figures should know."""
+    notes = []
+    loading = result.seconds_loading
+    if loading is None:
+        notes.append("reading images is not in the time: data.root=DIR measures it")
+    elif loading > result.seconds_computing and (
+        more := math.ceil(recipe.data.workers * loading / result.seconds_computing)
+    ) <= (os.cpu_count() or 1):
+        notes.append(f"reading images limits the time; data.workers={more} would keep up")
+    elif loading > result.seconds_computing:
+        notes.append("reading images limits the time: preprocess them to a smaller size")
+    if recipe.model.llm.quantization != "none" and not can_quantize():
+        notes.append(
+            f"bitsandbytes is not installed: the time is that of a model that is not {recipe.model.llm.quantization}"
+        )
+    return notes
 
 
 def _proposals(result: Plan, recipe: FinetuneRecipe, checkpointed: int, share: int) -> list[str]:

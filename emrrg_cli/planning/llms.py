@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import nn
 
 from emrrg_cli.errors import RunError
 from emrrg_cli.recipe.schema import ModelSettings
@@ -81,3 +83,37 @@ def llm_config(settings: ModelSettings) -> Any:
             f"the configuration of the LLM {settings.llm.name!r} cannot be had: {str(error).splitlines()[0]}",
             hint="Planning needs its config.json only: name a directory that holds one, or connect to the hub.",
         ) from error
+
+
+def can_quantize() -> bool:
+    """Whether bitsandbytes is installed."""
+    return find_spec("bitsandbytes") is not None
+
+
+def quantize(llm: Any, quantization: str, dtype: torch.dtype) -> None:
+    """Holds the projections of an LLM as bitsandbytes does, in place; leaves them where that is not installed.
+
+    Args:
+        quantization: `none`, `8bit` or `4bit`, with the options of `emrrg_cli.models.llm.load_llm`.
+        dtype: of the arithmetic.
+    """
+    if quantization == "none" or not can_quantize():
+        return
+    from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+
+    for name, module in list(llm.named_modules()):
+        if type(module) is not nn.Linear or module is llm.get_output_embeddings():
+            continue
+        shape, bias, device = (module.in_features, module.out_features), module.bias is not None, module.weight.device
+        weight = module.weight.detach().cpu()  # is quantised where it is moved to
+        if quantization == "8bit":
+            held: Any = Linear8bitLt(*shape, bias, has_fp16_weights=False, threshold=6.0, device="meta")
+            held.weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        else:
+            held = Linear4bit(*shape, bias, dtype, quant_type="nf4", device="meta")  # type: ignore[no-untyped-call]
+            held.weight = Params4bit(
+                weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=held
+            )
+        held.bias = module.bias
+        llm.set_submodule(name, held.to(device))
+    setattr(llm, f"is_loaded_in_{quantization}", True)  # PEFT chooses its layers by this

@@ -1,33 +1,47 @@
-"""Training steps of small models of a recipe's widths, and what a whole model's step follows from them."""
+"""Training steps of a small model of a recipe's widths, and what a whole model's step follows from them."""
 
 from __future__ import annotations
 
 import copy
+import gc
 import math
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from emrrg_cli.data.batches import Batch
+from emrrg_cli.models.adapters import plain
 from emrrg_cli.models.build import assemble, build_encoder
+from emrrg_cli.models.hybrid_decoder import decoder_layers
 from emrrg_cli.models.report_generator import ReportGenerator
-from emrrg_cli.planning.llms import PlanTokenizer
+from emrrg_cli.planning.llms import PlanTokenizer, quantize
 from emrrg_cli.recipe.schema import EncoderSettings, FinetuneRecipe
-from emrrg_cli.training.environment import DTYPES, llm_dtype
+from emrrg_cli.training.environment import llm_dtype
+from emrrg_cli.training.loop import accumulate_gradients, update_weights
 from emrrg_cli.training.schedule import build_optimizer
+
+# Blocks or layers that a trial adds to see what one costs: the more, the less its noise is multiplied.
+_FURTHER = 4
+# On a CPU, layers of an LLM of more parameters than this are added one at a time.
+_LARGE_LLM = 1_000_000_000
+# Rounds of steps, warm-up left out; fewer where these seconds are over.
+_ROUNDS, _BUDGET_S = 9, 45.0
+# On a CPU, the trial's batch is as large as a step of the smallest model stays under this.
+_STEP_S = 2.0
 
 
 @dataclass(frozen=True)
 class Step:
-    """A training step.
+    """A training step of one micro-batch.
 
     Attributes:
-        seconds: of forward and backward pass, which grow with the studies.
-        update: seconds of the optimizer, once a step whatever the studies.
+        seconds: of forward and backward pass.
+        update: seconds of clipping and optimizer, once a step however many micro-batches it has.
         saved: bytes kept for the backward pass.
         checkpointed: the same with gradient checkpointing.
     """
@@ -35,133 +49,236 @@ class Step:
     seconds: float
     update: float
     saved: float
-    checkpointed: float = 0.0
+    checkpointed: float
 
 
-class Trials:
-    """Training steps of small models of the recipe's widths."""
+def measure(
+    recipe: FinetuneRecipe,
+    config: Any,
+    accelerator: Any,
+    *,
+    micro: int,
+    views: int,
+    llm_parameters: int,
+    report: Callable[[str], None],
+) -> Step:
+    """A whole model's step, from trials that fit this device.
 
-    def __init__(
-        self,
-        recipe: FinetuneRecipe,
-        config: Any,
-        device: torch.device,
-        precision: str,
-        views: int,
-        report: Callable[[str], None],
-    ) -> None:
-        self.recipe, self.config, self.device, self.precision = recipe, config, device, precision
-        self.views, self.report = views, report
+    Args:
+        config: of the LLM.
+        micro: studies of a micro-batch.
+        views: images a study.
+        llm_parameters: of the whole LLM.
+        report: is told what is being measured.
 
-    def extrapolate(self, micro: int) -> Step:
-        """The whole model's step from one and two blocks, one and two layers, with and without cross-attention."""
-        settings = self.recipe.model
-        depth, layers = settings.encoder.width_and_depth[1], self.config.num_hidden_layers
-        every = settings.hybrid.every
-        hybrids = 0 if every is None else math.ceil(layers / every)
-        self.report("measuring one encoder block and one decoder layer")
-        one = self.step(1, 1, every, micro)
-        self.report("measuring a further encoder block")
-        block = _minus(self.step(2, 1, every, micro), one)
-        self.report("measuring a further decoder layer")
-        layer = _minus(self.step(1, 2, every, micro), one)
-        cross = Step(0.0, 0.0, 0.0)
-        if every is not None and every > 1:
-            self.report("measuring cross-attention")
-            cross = _minus(one, self.step(1, 1, None, micro))
-        further = max(0, hybrids - 1) if every != 1 else 0
-
-        def total(name: str) -> float:
-            first, b, y, c = (getattr(part, name) for part in (one, block, layer, cross))
-            return float(first + (depth - 1) * b + (layers - 1) * y + further * c)
-
-        # Checkpointing keeps the input of each block and layer, and one of them whole at a time.
-        tokens = micro * self.views * ((settings.encoder.image_size // 16) ** 2 + 1)
-        inputs = depth * tokens * settings.encoder.width_and_depth[0] * 4
-        text = micro * (self.recipe.data.max_report_tokens + 40 + tokens // (micro * self.views))
-        inputs += layers * text * self.config.hidden_size * 4
-        return Step(total("seconds"), total("update"), total("saved"), one.saved + inputs)
-
-    def step(self, depth: int, layers: int, every: int | None, micro: int) -> Step:
-        model = self._model(depth, layers, every)
+    Raises:
+        torch.cuda.OutOfMemoryError: when not even one block and one layer fit, for one study.
+    """
+    cpu = accelerator.device.type == "cpu"
+    further = 1 if cpu and llm_parameters > _LARGE_LLM else _FURTHER
+    size = micro
+    while True:
         try:
-            optimizer = build_optimizer(model, self.recipe.train)
-            batch = self._batch(micro)
-            warm_up = self._one(model, optimizer, batch, count=True)
-            # Where one step takes long, its start-up cost is nothing beside it.
-            whole = warm_up.seconds + warm_up.update
-            repeats = 3 if whole < 2 else 1 if whole < 10 else 0
-            steps = [self._one(model, optimizer, batch) for _ in range(repeats)] or [warm_up]
-            return Step(min(step.seconds for step in steps), min(step.update for step in steps), warm_up.saved)
+            trial = _Trial(recipe, config, accelerator, views, further)
+            size = trial.affordable(micro) if cpu else size
+            return trial.whole(micro, size, report)
+        except torch.cuda.OutOfMemoryError:
+            if size == 1 and further == 1:
+                raise
         finally:
-            del model
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            trial = None  # type: ignore[assignment]
+            _free(accelerator)
+        # Outside of the handler, whose traceback would keep the tensors of the trial.
+        _free(accelerator)
+        size, further = max(1, size // 2), 1
 
-    def _one(self, model: ReportGenerator, optimizer: torch.optim.Optimizer, batch: Batch, count: bool = False) -> Step:
-        counter = _SavedBytes(model)
+
+class _Trial:
+    """One model of a few blocks and layers, of which a step takes only some.
+
+    The smallest step has one block and one layer (a hybrid one where there are any). The others have `further` more of
+    one part each.
+    """
+
+    def __init__(self, recipe: FinetuneRecipe, config: Any, accelerator: Any, views: int, further: int) -> None:
+        self.recipe, self.config, self.accelerator, self.views = recipe, config, accelerator, views
+        self.device: torch.device = accelerator.device
+        settings = recipe.model
+        self.depth, self.layers = settings.encoder.width_and_depth[1], config.num_hidden_layers
+        every = settings.hybrid.every
+        hybrids = 0 if every is None else math.ceil(self.layers / every)
+        # What the whole model has more than the smallest step.
+        self.missing = {
+            "encoder block": self.depth - 1,
+            "hybrid decoder layer": max(0, hybrids - 1),
+            "decoder layer": self.layers - max(1, hybrids),
+        }
+        self.further = {part: min(count, further) for part, count in self.missing.items() if count}
+        model = self._build(hybrids)
+        optimizer = build_optimizer(model, recipe.train)
+        self.module = model
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.blocks = list(plain(model.encoder).layers)
+        decoder = list(decoder_layers(plain(model.llm)))
+        self.hybrid_layers = [layer for layer in decoder if hasattr(layer.self_attn, "cross")]
+        self.plain_layers = [layer for layer in decoder if not hasattr(layer.self_attn, "cross")]
+        for block in self.blocks[1:]:
+            block.drop_path = settings.encoder.drop_path  # its rate grows with the depth, its time does not
+
+    def affordable(self, micro: int) -> int:
+        """Studies that a trial step may have on a CPU, where time grows with them."""
+        self._keep(None)
+        self._time(1)
+        step = self._time(1)
+        return max(1, min(micro, int(_STEP_S / (step["seconds"] + step["update"]))))
+
+    def whole(self, micro: int, size: int, report: Callable[[str], None]) -> Step:
+        """The whole model's step of `micro` studies, from steps of `size`."""
+        variants = [None, *self.further]
+        report("counting what the backward pass keeps")
+        saved = {part: self._saved(part, micro, size) for part in variants}
+        self.module.set_gradient_checkpointing(self.recipe.train.gradient_checkpointing)
+        rounds: list[dict[str | None, dict[str, float]]] = []
+        began = time.perf_counter()
+        while len(rounds) <= _ROUNDS:
+            times = {}
+            for part in variants:
+                report(f"measuring {f'a further {part}' if part else 'one block and one layer'} (round {len(rounds)})")
+                self._keep(part)
+                times[part] = self._time(size)
+            rounds.append(times)
+            # Where steps take this long, what the first one takes to start is nothing beside them.
+            if time.perf_counter() - began > (_BUDGET_S if len(rounds) > 1 else _BUDGET_S / 2):
+                break
+        # Parts of one round are compared with each other, so that a machine that is busy for a while slows down all.
+        wholes = [
+            {name: self._extrapolate({part: times[part][name] for part in variants}) for name in ("seconds", "update")}
+            for times in rounds[1:] or rounds
+        ]
+        return Step(
+            max(0.0, statistics.median(whole["seconds"] for whole in wholes)) * micro / size,
+            max(0.0, statistics.median(whole["update"] for whole in wholes)),
+            self._extrapolate(saved),
+            saved[None] + self._checkpoints(micro),
+        )
+
+    def _extrapolate(self, figures: Mapping[str | None, float]) -> float:
+        smallest = figures[None]
+        more = ((figures[part] - smallest) / count * self.missing[part] for part, count in self.further.items())
+        return float(smallest + sum(more))
+
+    def _checkpoints(self, micro: int) -> float:
+        # Checkpointing keeps the input of each block and layer, and one of them whole at a time.
+        settings = self.recipe.model
+        width = settings.encoder.width_and_depth[0]
+        tokens = (settings.encoder.image_size // 16) ** 2 + 1
+        text = self.recipe.data.max_report_tokens + 40 + tokens
+        size = self._llm_dtype().itemsize
+        study = self.depth * self.views * tokens * width * 4 + self.layers * text * self.config.hidden_size * size
+        return float(micro * study)
+
+    # -- steps --------------------------------------------------------------------------------------------------
+
+    def _keep(self, part: str | None) -> None:
+        """Leaves the smallest step's block and layer, and `further` more of one part."""
+        more = self.further[part] if part else 0
+        blocks = self.blocks[: 1 + (more if part == "encoder block" else 0)]
+        first, others = (self.hybrid_layers, self.plain_layers) if self.hybrid_layers else (self.plain_layers, [])
+        layers = first[:1]
+        if part == "hybrid decoder layer" or (part == "decoder layer" and not others):
+            layers = first[: 1 + more]
+        elif part == "decoder layer":
+            layers = first[:1] + others[:more]
+        plain(self.module.encoder).layers = nn.ModuleList(blocks)
+        plain(self.module.llm).get_decoder().layers = nn.ModuleList(layers)
+
+    def _time(self, micro: int) -> dict[str, float]:
+        batch = self._batch(micro)
+        assert batch.labels is not None
+        self.module.train()
         self._synchronize()
         began = time.perf_counter()
-        autocast = torch.autocast(self.device.type, DTYPES[self.precision], enabled=self.precision != "fp32")
-        if count:
-            with torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda tensor: tensor), autocast:
-                loss = model(batch).loss_sum
-        else:
-            with autocast:
-                loss = model(batch).loss_sum
-        loss.backward()
+        accumulate_gradients(self.model, [batch], batch.labels.numel(), self.accelerator)
         self._synchronize()
         between = time.perf_counter()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        update_weights(self.model, self.optimizer, self.recipe.train.clip_norm, self.accelerator)
         self._synchronize()
-        return Step(between - began, time.perf_counter() - between, counter.total)
+        return {"seconds": between - began, "update": time.perf_counter() - between}
 
-    def _model(self, depth: int, layers: int, every: int | None) -> ReportGenerator:
+    def _saved(self, part: str | None, micro: int, size: int) -> float:
+        """Bytes kept for the backward pass of `micro` studies, counted in forward passes of `size`."""
+        self._keep(part)
+        self.module.train()
+
+        def count(studies: int) -> int:
+            counter = _SavedBytes(self.module)
+            batch = self._batch(studies).to(self.device)
+            with torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda tensor: tensor):
+                self.model(batch)
+            return counter.total
+
+        kept = count(size)
+        if size == micro:
+            return kept
+        # Copies of the weights in the dtype of autocast do not grow with the studies.
+        return kept + (micro - size) * (count(size + 1) - kept)
+
+    def _batch(self, micro: int) -> Batch:
+        side, tokens = self.recipe.model.encoder.image_size, self.recipe.data.max_report_tokens
+        return Batch(
+            indices=list(range(micro)),
+            study_ids=[str(i) for i in range(micro)],
+            pixels=torch.randint(0, 256, (micro * self.views, side, side), dtype=torch.uint8),
+            views=torch.full((micro,), self.views),
+            reports=[""] * micro,
+            labels=torch.randint(3, self.config.vocab_size, (micro, tokens + 1)),
+        )
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    # -- the model ----------------------------------------------------------------------------------------------
+
+    def _build(self, hybrids: int) -> ReportGenerator:
         from transformers import AutoModelForCausalLM
 
         settings = self.recipe.model
-        width = settings.encoder.width_and_depth[0]
         encoder_settings = EncoderSettings(
             size=None,
-            d_model=width,
-            depth=depth,
+            d_model=settings.encoder.width_and_depth[0],
+            depth=1 + self.further.get("encoder block", 0),
             d_state=settings.encoder.d_state,
             image_size=settings.encoder.image_size,
-            drop_path=0.0,
+            drop_path=settings.encoder.drop_path,
         )
-        hybrid = settings.hybrid.model_copy(update={"every": every})
-        small = settings.model_copy(update={"encoder": encoder_settings, "hybrid": hybrid})
+        of_hybrids = self.further.get("hybrid decoder layer", 0) + min(1, hybrids)
+        of_plain = self.further.get("decoder layer", 0) + (not hybrids)
+        # Where there are both, they take turns.
+        every = None if not hybrids else 2 if of_plain else 1
+        layers = max(2 * of_hybrids - 1, 2 * of_plain) if every == 2 else of_hybrids + of_plain
+        small = settings.model_copy(
+            update={"encoder": encoder_settings, "hybrid": settings.hybrid.model_copy(update={"every": every})}
+        )
         config = copy.deepcopy(self.config)
         config.num_hidden_layers = layers
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:layers]
-        dtype = llm_dtype(settings.llm.dtype, self.precision) if settings.llm.is_frozen else torch.float32
-        with torch.device(self.device):
-            llm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-            model = assemble(small, build_encoder(encoder_settings, settings.scan), llm, PlanTokenizer())
-        return model.to(self.device).train()
+        with self.device:
+            llm = AutoModelForCausalLM.from_config(config, dtype=self._llm_dtype(), attn_implementation="sdpa")
+            quantize(llm, settings.llm.quantization, self._llm_dtype())
+            return assemble(small, build_encoder(encoder_settings, settings.scan), llm, PlanTokenizer())
 
-    def _batch(self, micro: int) -> Batch:
-        size, tokens = self.recipe.model.encoder.image_size, self.recipe.data.max_report_tokens
-        return Batch(
-            indices=list(range(micro)),
-            study_ids=[str(i) for i in range(micro)],
-            pixels=torch.randint(0, 256, (micro * self.views, size, size), dtype=torch.uint8),
-            views=torch.full((micro,), self.views),
-            reports=[""] * micro,
-            labels=torch.randint(3, self.config.vocab_size, (micro, tokens + 1)),
-        ).to(self.device)
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+    def _llm_dtype(self) -> torch.dtype:
+        settings = self.recipe.model.llm
+        precision = {"no": "fp32"}.get(self.accelerator.mixed_precision, self.accelerator.mixed_precision)
+        return llm_dtype(settings.dtype, precision) if settings.is_frozen else torch.float32
 
 
 class _SavedBytes:
     """Counts the storages that autograd keeps for the backward pass, parameters left out."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self._known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         self.total = 0
 
@@ -173,6 +290,8 @@ class _SavedBytes:
         return tensor
 
 
-def _minus(a: Step, b: Step) -> Step:
-    # Noise can make a small part look negative.
-    return Step(max(0.0, a.seconds - b.seconds), max(0.0, a.update - b.update), max(0.0, a.saved - b.saved))
+def _free(accelerator: Any) -> None:
+    accelerator.free_memory()  # it holds the models that it prepared
+    gc.collect()
+    if accelerator.device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,61 @@
+"""How fast this machine reads a recipe's images: batches of the data set itself, through the training's own loader."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from itertools import chain, count, islice
+
+import torch
+
+from emrrg_cli.data.batches import EpochOrder, ReportDataset, collate
+from emrrg_cli.data.dataset_dir import open_dataset
+from emrrg_cli.data.loading import load_batches
+from emrrg_cli.errors import RunError
+from emrrg_cli.models.report_generator import encode_report
+from emrrg_cli.planning.llms import PlanTokenizer
+from emrrg_cli.recipe.schema import FinetuneRecipe
+
+# Studies that are read, over and over where a trial asks for more; the seconds after which a trial ends.
+_STUDIES, _BUDGET_S = 512, 10.0
+
+
+def seconds_per_study(recipe: FinetuneRecipe, micro: int) -> float:
+    """Time between two studies of a loader that nothing waits for, with the recipe's processes.
+
+    Args:
+        recipe: `data.root` is set.
+        micro: studies of a micro-batch.
+
+    Raises:
+        RunError: when the data set has no split named train, or a study of it cannot be read.
+    """
+    assert recipe.data.root is not None
+    splits = open_dataset(recipe.data.root)
+    if "train" not in splits:
+        raise RunError(f"{recipe.data.root}: this dataset directory has no split named train")
+    limit = min(_STUDIES, recipe.data.limit or _STUDIES)
+    settings = recipe.data.model_copy(update={"limit": limit})
+    dataset = ReportDataset(splits["train"], settings, recipe.model.encoder.image_size)
+    order = EpochOrder(len(dataset), min(micro, len(dataset)), seed=recipe.train.seed)
+    # Processes hand over their batches in rounds: the first two start them and empty what they have in store.
+    a_round = max(1, settings.workers)
+    batches = chain.from_iterable(order.epoch(epoch) for epoch in count())
+    encode = partial(encode_report, PlanTokenizer(), max_tokens=settings.max_report_tokens)
+    loader = load_batches(
+        dataset,
+        list(islice(batches, 8 * a_round)),
+        partial(collate, encode=encode),
+        workers=settings.workers,
+        pin_memory=torch.cuda.is_available(),
+    )
+    began = time.perf_counter()
+    studies = 0
+    for number, batch in enumerate(loader, start=1):
+        if number > 2 * a_round:
+            studies += len(batch.indices)
+        elif number == 2 * a_round:
+            began = time.perf_counter()
+        if number % a_round == 0 and studies and time.perf_counter() - began > _BUDGET_S:
+            break
+    return (time.perf_counter() - began) / studies
