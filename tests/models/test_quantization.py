@@ -43,9 +43,11 @@ def test_qlora_trains_saves_and_loads(quantization: str, tmp_path: Path) -> None
     run = tmp_path / "run"
     run.mkdir()
     save_static(run, settings, encoder, llm, tokenizer)
-    model = assemble(settings, encoder, llm, tokenizer)
+    device = llm.device  # the GPU where there is one
+    model = assemble(settings, encoder, llm, tokenizer).to(device)
     lora = {name: p for name, p in model.named_parameters() if ".lora_B" in name and name.startswith("llm.")}
-    pixels, views = torch.randint(0, 256, (2, 32, 32), dtype=torch.uint8), torch.tensor([1, 1])
+    pixels = torch.randint(0, 256, (2, 32, 32), dtype=torch.uint8, device=device)
+    views = torch.tensor([1, 1], device=device)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     prompt, mask, visual = model._prompt(pixels, views)
     model.llm(inputs_embeds=prompt, attention_mask=mask, **visual).logits.square().sum().backward()
@@ -54,7 +56,7 @@ def test_qlora_trains_saves_and_loads(quantization: str, tmp_path: Path) -> None
     optimizer.step()
     model.eval()
     save_trained(run, settings, model)
-    loaded = load_model(run, settings, torch.float32)
+    loaded = load_model(run, settings, torch.float32).to(device)
     assert is_adapted(loaded.llm)  # not merged into quantised weights
     with torch.no_grad():
         ours = model.llm(inputs_embeds=prompt, attention_mask=mask, **visual).logits
