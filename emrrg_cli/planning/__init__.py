@@ -8,6 +8,7 @@ images are read as the training would.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import os
@@ -33,6 +34,10 @@ from emrrg_cli.training.progress import resident_bytes
 
 # Memory of a GPU that torch does not see: the context and kernels of CUDA, as seen on an H100.
 _CUDA_CONTEXT = 600 * 2**20
+# Of this program on a CPU, where the system does not say.
+_PROGRAM = 700 * 2**20
+# A process keeps the holes between the tensors of its heap: its memory over theirs, as seen in training on a CPU.
+_HOLES = 1.15
 
 
 @dataclass
@@ -110,7 +115,7 @@ def plan(
     report("counting parameters")
     whole = _meta_model(recipe.model, config)
     parameters, trainable = _count(whole)
-    program = (resident_bytes() or 700 * 2**20) if device.type == "cpu" else _CUDA_CONTEXT
+    program, files = resident_bytes() or _PROGRAM, _file_bytes()
     try:
         step = measure(
             recipe,
@@ -123,11 +128,14 @@ def plan(
         )
     except torch.cuda.OutOfMemoryError:
         raise RunError("not even one encoder block and one decoder layer fit on this GPU") from None
+    # The first step brings in more of the libraries.
+    program = program + _file_bytes() - files if device.type == "cpu" else _CUDA_CONTEXT
     weights = _weight_bytes(whole, recipe, precision)
     llm_weights = weights - 4 * (sum(parameters.values()) - parameters["LLM"])
     trained = sum(trainable.values())
     logits = micro * (recipe.data.max_report_tokens + 2) * config.vocab_size * 4 * 2  # fp32 copy and its gradient
-    activations = int(step.checkpointed if recipe.train.gradient_checkpointing else step.saved) + logits
+    holes = _HOLES if device.type == "cpu" else 1.0
+    activations = int(holes * ((step.checkpointed if recipe.train.gradient_checkpointing else step.saved) + logits))
     memory = {
         "program": program,
         "LLM weights": llm_weights,
@@ -155,7 +163,7 @@ def plan(
         disk_free=_disk_free(recipe),
     )
     result.notes = _notes(result, recipe)
-    result.proposals = _proposals(result, recipe, int(step.checkpointed), share)
+    result.proposals = _proposals(result, recipe, int(holes * step.checkpointed), share)
     return result
 
 
@@ -236,6 +244,13 @@ def _disk_free(recipe: FinetuneRecipe) -> int:
     while not place.exists():
         place = place.parent
     return shutil.disk_usage(place).free
+
+
+def _file_bytes() -> int:
+    """Memory of this process that holds pages of files, libraries foremost; 0 where the system does not say."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return int(Path("/proc/self/statm").read_text().split()[2]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
 
 
 def _available_bytes(device: torch.device) -> int:

@@ -110,7 +110,7 @@ def quantize(llm: Any, quantization: str, dtype: torch.dtype) -> None:
             held: Any = Linear8bitLt(*shape, bias, has_fp16_weights=False, threshold=6.0, device="meta")
             held.weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False)
         else:
-            held = Linear4bit(*shape, bias, dtype, quant_type="nf4", device="meta")  # type: ignore[no-untyped-call]
+            held = Linear4bit(*shape, bias, dtype, quant_type="nf4", device="meta")
             held.weight = Params4bit(
                 weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=held
             )

@@ -77,6 +77,7 @@ def measure(
     cpu = accelerator.device.type == "cpu"
     further = 1 if cpu and llm_parameters > _LARGE_LLM else _FURTHER
     size = micro
+    trial: _Trial | None = None
     while True:
         try:
             trial = _Trial(recipe, config, accelerator, views, further)
@@ -85,11 +86,9 @@ def measure(
         except torch.cuda.OutOfMemoryError:
             if size == 1 and further == 1:
                 raise
-        finally:
-            trial = None  # type: ignore[assignment]
+        finally:  # behind the handler, whose traceback holds the tensors of the trial
+            trial = None
             _free(accelerator)
-        # Outside of the handler, whose traceback would keep the tensors of the trial.
-        _free(accelerator)
         size, further = max(1, size // 2), 1
 
 

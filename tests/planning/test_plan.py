@@ -10,6 +10,8 @@ import pytest
 
 from emrrg_cli import planning
 from emrrg_cli.app import main
+from emrrg_cli.planning.llms import llm_config
+from emrrg_cli.planning.trial import Step
 from emrrg_cli.recipe.load import load_recipe
 
 TINY = ["model.encoder.d_model=32", "model.encoder.depth=3", "model.encoder.image_size=64", "data.max_report_tokens=20"]
@@ -43,7 +45,7 @@ def test_published_counts() -> None:
     """LoRA_p(X) at rank 16 (SPEC: base 294,912; large 786,432), without a weight on disk or in memory."""
     for size, count in (("base", 294_912), ("large", 786_432)):
         recipe = load_recipe("mimic_cxr/finetune", [f"model.encoder.size={size}"], stage="finetune")
-        model = planning._meta_model(recipe.model, planning.llm_config(recipe.model))
+        model = planning._meta_model(recipe.model, llm_config(recipe.model))
         assert all(parameter.is_meta for parameter in model.parameters())
         parameters, trainable = planning._count(model)
         assert parameters["LoRA"] == trainable["LoRA"] == count
@@ -66,7 +68,7 @@ def test_quantisation_counts() -> None:
     sizes = []
     for quantization in ("none", "8bit", "4bit"):
         recipe = load_recipe("tiny/finetune", [*name, f"model.llm.quantization={quantization}"], stage="finetune")
-        model = planning._meta_model(recipe.model, planning.llm_config(recipe.model))
+        model = planning._meta_model(recipe.model, llm_config(recipe.model))
         sizes.append(planning._weight_bytes(model, recipe, "bf16") / 2**30)
     assert sizes[0] == pytest.approx(12.55, abs=0.6)  # 6.74e9 parameters at 2 bytes, and the rest at 4
     assert sizes[0] > 1.7 * sizes[1] > 2.8 * sizes[2]
@@ -95,3 +97,45 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_unknown_llm_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "tiny/finetune", f"model.llm.name={tmp_path}/none"]) == 1
     assert "config.json" in capsys.readouterr().err
+
+
+def test_a_step_is_its_micro_batches_and_one_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Step(seconds=2.0, update=0.5, saved=1000.0, checkpointed=100.0)
+    monkeypatch.setattr(planning, "measure", lambda *args, **options: step)
+    result = plan_of("train.batch_size=12", "train.micro_batch_size=3")
+    assert result.seconds_loading is None
+    assert result.seconds_per_step == result.seconds_computing == 4 * 2.0 + 0.5
+    assert any("data.root=DIR" in note for note in result.notes)
+    assert plan_of("train.batch_size=12", processes=4).seconds_per_step == 2.5
+    kept = plan_of("train.gradient_checkpointing=true").memory["activations"]
+    assert plan_of().memory["activations"] - kept == pytest.approx(planning._HOLES * 900, abs=1)
+
+
+def test_loading_and_computing_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    together = planning._together
+    assert together(2.0, 3.0, 0, "cuda") == 5.0  # one process does both
+    assert together(2.0, 3.0, 4, "cuda") == 3.0
+    assert together(4.0, 3.0, 4, "cuda") == 4.0
+    assert together(4.0, 3.0, 4, "cpu") == 5.5  # half the cores load
+    assert together(4.0, 3.0, 16, "cpu") == 7.0
+
+
+def test_slow_loading_is_told(tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "measure", lambda *args, **options: Step(1.0, 0.0, 1.0, 1.0))
+    monkeypatch.setattr(planning, "seconds_per_study", lambda recipe, micro: 1.0)
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    overrides = [f"data.root={tiny_dataset}", "train.batch_size=4"]
+    assert plan_of(*overrides, "data.workers=2").notes == [
+        "reading images limits the time; data.workers=8 would keep up"
+    ]
+    slow = plan_of(*overrides, "data.workers=8").notes
+    assert slow == ["reading images limits the time: preprocess them to a smaller size"]
+
+
+def test_gradients_and_the_optimizers_copy() -> None:
+    gradients = planning._gradients
+    assert gradients(100, 1000, accumulates=False, device_type="cpu") == 0
+    assert gradients(100, 1000, accumulates=True, device_type="cpu") == 100
+    assert gradients(100, 30, accumulates=False, device_type="cpu") == 70
+    assert gradients(100, 30, accumulates=False, device_type="cuda") == 170
