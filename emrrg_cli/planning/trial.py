@@ -155,8 +155,8 @@ class _Trial:
             for times in rounds[1:] or rounds
         ]
         return Step(
-            max(0.0, statistics.median(whole["seconds"] for whole in wholes)) * micro / size,
-            max(0.0, statistics.median(whole["update"] for whole in wholes)),
+            statistics.median(whole["seconds"] for whole in wholes) * micro / size,
+            statistics.median(whole["update"] for whole in wholes),
             self._extrapolate(saved),
             saved[None] + self._checkpoints(micro),
         )
@@ -164,7 +164,7 @@ class _Trial:
     def _extrapolate(self, figures: Mapping[str | None, float]) -> float:
         smallest = figures[None]
         more = ((figures[part] - smallest) / count * self.missing[part] for part, count in self.further.items())
-        return float(smallest + sum(more))
+        return float(smallest + max(0.0, sum(more)))  # noise can make small parts look negative
 
     def _checkpoints(self, micro: int) -> float:
         # Checkpointing keeps the input of each block and layer, and one of them whole at a time.
