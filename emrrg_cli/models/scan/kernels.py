@@ -113,68 +113,173 @@ def dt_forward(
         tl.store(BC + (first + m)[:, None] * (2 * N) + n[None, :], bc.to(tl.float32), mask=on)
 
 
+# The tile of a scanning warp, [R, S, L, Q]: state n = s * R + r of channel d = l * Q + q. A thread is one (s, l), S * L
+# = 32, and has R states of Q channels, so that sums over states and over channels both begin inside a thread. Triton
+# chooses layouts by itself. It chooses this one because every load spans both lane axes, if need be the same address
+# many times, and is contiguous in r or in q.
+STATE_LANES = 4
+_S = tl.constexpr(STATE_LANES)
+_Q = tl.constexpr(4)
+
+
 @triton.jit
-def _decay_rates(A_log, k, width, d, n, on, N: tl.constexpr):
-    # A times log2(e), for exp2: [n, C]
-    a = tl.load(A_log + (k * width + d) * N + n, mask=on, other=0.0).to(tl.float32)
-    return -tl.exp2(a * _LOG2E) * _LOG2E
+def _tile(first, N: tl.constexpr, C: tl.constexpr):
+    # State [R, S, 1, 1] and channel [1, S, L, Q] of each element; what is read a channel spans S too, see above.
+    S: tl.constexpr = min(N, _S)
+    L: tl.constexpr = C // _Q
+    n = tl.arange(0, S)[None, :, None, None] * (N // S) + tl.arange(0, N // S)[:, None, None, None]
+    d = first + tl.arange(0, L)[None, None, :, None] * _Q + tl.arange(0, _Q)[None, None, None, :]
+    return n, tl.broadcast_to(d, [1, S, L, _Q])
+
+
+@triton.jit
+def _finished(first, C: tl.constexpr, CHUNK: tl.constexpr):
+    # Step [1, CHUNK, 1] and channel [Q, CHUNK, L] of a chunk's results: the layout that matrix products leave them in.
+    L: tl.constexpr = C // _Q
+    step = tl.arange(0, CHUNK)[None, :, None]
+    d = first + tl.arange(0, L)[None, None, :] * _Q + tl.arange(0, _Q)[:, None, None]
+    return step, tl.broadcast_to(d, [_Q, CHUNK, L])
+
+
+@triton.jit
+def _decay_rates(A_log, at, on):
+    # A times log2(e), for exp2
+    return -tl.exp2(tl.load(A_log + at, mask=on, other=0.0).to(tl.float32) * _LOG2E) * _LOG2E
+
+
+@triton.jit
+def _packed(pointer, first, width, N: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr):
+    # How to read a row of bf16: two values as one int32, which takes half the registers until they are used.
+    if PACKED:
+        S: tl.constexpr = min(N, _S)
+        pairs = tl.arange(0, C // _Q)[None, None, :, None] * (_Q // 2) + tl.arange(0, _Q // 2)[None, None, None, :]
+        d = tl.broadcast_to(first // 2 + pairs, [1, S, C // _Q, _Q // 2])
+        return pointer.to(tl.pointer_type(tl.int32)), d, width // 2
+    else:  # noqa: RET505 - one of two types: Triton compiles a branch only where it is chosen
+        return pointer, _tile(first, N, C)[1], width
+
+
+@triton.jit
+def _unpacked(x, PACKED: tl.constexpr):
+    # [1, S, L, Q] in fp32
+    if PACKED:
+        low, high = (x << 16).to(tl.float32, bitcast=True), (x & -65536).to(tl.float32, bitcast=True)
+        return tl.join(low, high).reshape(1, x.shape[1], x.shape[2], 2 * x.shape[3])
+    else:  # noqa: RET505 - as above
+        return x.to(tl.float32)
 
 
 @triton.jit
 def _read(pointer, start, length, width, d, CHUNK: tl.constexpr):
-    # Rows start, start + 1, ... of u or dt, [1, C] each, as stored; zeros past the last token and before the first.
+    # Rows start, start + 1, ... of u or dt, [1, S, L, Q] each; zeros past the last token and before the first.
     rows = ()
     for step in tl.static_range(CHUNK):
         t = start + step
         on = d < tl.where((t >= 0) & (t < length), width, 0)
-        rows = rows + (tl.load(pointer + t * width, mask=on, other=0.0),)
+        rows = rows + (tl.load(pointer + t * width + d, mask=on, other=0),)
     return rows
+
+
+@triton.jit
+def _read_shared(pointer, start, length, N: tl.constexpr, CHUNK: tl.constexpr):
+    # B or C of each token of a chunk, [R, S, L, 1]; those past the end repeat the last.
+    rows = ()
+    for step in tl.static_range(CHUNK):
+        rows = rows + (tl.load(pointer + tl.minimum(start + step, length - 1) * (2 * N)),)
+    return rows
+
+
+@triton.jit
+def _read_weights(pointer, column, start, length, N: tl.constexpr, CHUNK: tl.constexpr, APART: tl.constexpr):
+    # B or C of each token as a matrix with one column that is not zero, APART times the step: [S, columns, R].
+    rows = ()
+    for step in tl.static_range(CHUNK):
+        at = tl.minimum(start + step, length - 1) * (2 * N)
+        rows = rows + (tl.load(pointer + at, mask=column == APART * step, other=0.0),)
+    return rows
+
+
+@triton.jit
+def _weights(N: tl.constexpr, COLUMNS: tl.constexpr):
+    # State and column of each element of such a matrix, [S, columns, R] both.
+    S: tl.constexpr = min(N, _S)
+    n = tl.arange(0, S)[:, None, None] * (N // S) + tl.arange(0, N // S)[None, None, :]
+    column = tl.arange(0, COLUMNS)[None, :, None]
+    return tl.broadcast_to(n, [S, COLUMNS, N // S]), tl.broadcast_to(column, [S, COLUMNS, N // S])
+
+
+@triton.jit
+def _add_states(sums, x, weight, dtype: tl.constexpr):
+    # Adds the sums over states of x [R, S, L, Q] times weight [S, columns, R] to sums [Q * L, columns]. On the tensor
+    # cores, whose operands are laid out as x is if the states are taken in this order.
+    R: tl.constexpr = x.shape[0]
+    S: tl.constexpr = x.shape[1]
+    rows: tl.constexpr = x.shape[2] * x.shape[3]
+    columns: tl.constexpr = sums.shape[1]
+    W: tl.constexpr = 1 if R == 1 or dtype == tl.float32 else 2
+    x = x.reshape(R // W, W, S, x.shape[2], x.shape[3]).permute(4, 3, 0, 2, 1).reshape(rows, R * S)
+    weight = weight.reshape(S, columns, R // W, W).permute(2, 0, 3, 1).reshape(R * S, columns)
+    if R * S < 16:  # too few for a matrix product
+        return sums + tl.sum(x[:, :, None] * weight[None, :, :], 1)
+    else:  # noqa: RET505 - as above
+        return tl.dot(x, weight, sums, input_precision="tf32x3" if dtype == tl.float32 else "tf32")
 
 
 @triton.jit
 def scan_forward(
     u, dt, BC, A_log, D, states, batch, length, width,
     N: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, EVERY: tl.constexpr, SAVE: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """The recurrence; `y` replaces `dt`. Grid: channels, K * b; one warp.
 
-    u, dt: `[K, b, l, d]`; BC: `[K, b, l, 2, n]`; A_log: `[K, d, n]`; D: `[K, d]`; states: `[b, K, (l - 1) // EVERY, n,
-    d]` fp32, the state before tokens EVERY, 2 EVERY, ... The next tokens are read before these are written, or every
-    step would wait for memory: u and dt a chunk ahead, B and C, which many programs share, one token.
+    u, dt: `[K, b, l, d]`; BC: `[K, b, l, 2, n]`; A_log: `[K, d, n]`; D: `[K, d]`; states: `[b, K, (l - 1) // EVERY, d,
+    n]` fp32, the state before tokens EVERY, 2 EVERY, ... What the next chunk needs is read before this one's results
+    are written, or every chunk would wait for memory. PACKED: bf16 and d even.
     """
     row = tl.program_id(1)
     k = row // batch
-    n = tl.arange(0, N)[:, None]
-    d = tl.program_id(0) * C + tl.arange(0, C)[None, :]
-    in_d = d < width
+    first = tl.program_id(0) * C
+    n, d = _tile(first, N, C)
     at = row.to(tl.int64) * length
-    u += at * width + d
-    dt += at * width + d
-    BC += at * (2 * N) + n
+    u += at * width
+    dt += at * width
+    BC += at * (2 * N)
     study = (row % batch).to(tl.int64) * (tl.num_programs(1) // batch) + k
-    states += study * ((length - 1) // EVERY) * N * width + n * width + d
-    A = _decay_rates(A_log, k, width, d, n, in_d, N)
-    skip = tl.load(D + k * width + d, mask=in_d, other=0.0).to(tl.float32)
-    h = tl.zeros([N, C], tl.float32)
-    xs, ss = _read(u, 0, length, width, d, CHUNK), _read(dt, 0, length, width, d, CHUNK)
-    b, c = tl.load(BC), tl.load(BC + N)
+    states += study * ((length - 1) // EVERY) * N * width + d * N + n
+    A = _decay_rates(A_log, (k * width + d) * N + n, d < width)
+    step_of, d_of = _finished(first, C, CHUNK)
+    skip = tl.load(D + k * width + d_of, mask=d_of < width, other=0.0).to(tl.float32)
+    n_of, column = _weights(N, CHUNK)
+    C_of = BC + N + n_of
+    B_of = BC + tl.broadcast_to(n, [n.shape[0], n.shape[1], d.shape[2], 1])
+    x_of, packed_d, packed_width = _packed(u, first, width, N, C, PACKED)
+    s_of, packed_d, packed_width = _packed(dt, first, width, N, C, PACKED)
+    h = tl.zeros([n.shape[0], n.shape[1], d.shape[2], _Q], tl.float32)
+    xs = _read(x_of, 0, length, packed_width, packed_d, CHUNK)
+    ss = _read(s_of, 0, length, packed_width, packed_d, CHUNK)
+    bs, cs = _read_shared(B_of, 0, length, N, CHUNK), _read_weights(C_of, column, 0, length, N, CHUNK, 1)
     for start in range(0, length, CHUNK):
-        next_xs = _read(u, start + CHUNK, length, width, d, CHUNK)
-        next_ss = _read(dt, start + CHUNK, length, width, d, CHUNK)
+        ahead = start + CHUNK
+        next_xs = _read(x_of, ahead, length, packed_width, packed_d, CHUNK)
+        next_ss = _read(s_of, ahead, length, packed_width, packed_d, CHUNK)
+        next_bs = _read_shared(B_of, ahead, length, N, CHUNK)
+        next_cs = _read_weights(C_of, column, ahead, length, N, CHUNK, 1)
         if SAVE:
             if (start > 0) & (start % EVERY == 0):
-                tl.store(states, h, mask=in_d)
+                tl.store(states, h, mask=d < width)
                 states += N * width
+        sums = tl.zeros([C, CHUNK], tl.float32)
         for step in tl.static_range(CHUNK):
-            t = start + step
-            ahead = tl.minimum(t + 1, length - 1) * (2 * N)
-            next_b, next_c = tl.load(BC + ahead), tl.load(BC + ahead + N)
-            x, s = xs[step].to(tl.float32), ss[step].to(tl.float32)
-            h = tl.exp2(s * A) * h + (s * x) * b
-            y = tl.sum(h * c, 0, keep_dims=True) + skip * x
-            tl.store(dt + t * width, y.to(dt.dtype.element_ty), mask=d < tl.where(t < length, width, 0))
-            b, c = next_b, next_c
-        xs, ss = next_xs, next_ss
+            x, s = _unpacked(xs[step], PACKED), _unpacked(ss[step], PACKED)
+            h = tl.exp2(s * A) * h + (s * x) * bs[step]
+            sums = _add_states(sums, h, cs[step], u.dtype.element_ty)
+        t = start + step_of
+        on = d_of < tl.where(t < length, width, 0)
+        x = tl.load(u + t * width + d_of, mask=on, other=0.0).to(tl.float32)
+        y = sums.reshape(_Q, C // _Q, CHUNK).permute(0, 2, 1) + skip * x
+        tl.store(dt + t * width + d_of, y.to(dt.dtype.element_ty), mask=on)
+        xs, ss, bs, cs = next_xs, next_ss, next_bs, next_cs
 
 
 @triton.jit
@@ -216,42 +321,42 @@ def gate_backward(grad, z, mean, grad_z, grad_y, count, K: tl.constexpr, BLOCK: 
 
 
 @triton.jit
-def _add_channels(sums, of_B, of_C, select, step: tl.constexpr, dtype: tl.constexpr):
-    # Adds the sums over channels of two products [n, C] to the column `step` of `sums` [2 n, columns].
-    N: tl.constexpr = of_B.shape[0]
-    C: tl.constexpr = of_B.shape[1]
-    products = tl.join(of_B.to(dtype), of_C.to(dtype)).permute(2, 0, 1).reshape(2 * N, C)
-    if dtype == tl.float32:
-        return tl.dot(products, (select == step).to(dtype), sums, input_precision="tf32x3")
-    return tl.dot(products, (select == step).to(dtype), sums)
+def _add(pointer, value, on):
+    # To what parts of the batch before this one have left there; a place belongs to one program.
+    tl.store(pointer, tl.load(pointer, mask=on, other=0.0) + value, mask=on)
+
+
+@triton.jit
+def _add_channels(sums, of_B, of_C, later_B, later_C, step: tl.constexpr, dtype: tl.constexpr):
+    # Adds the sums over channels of products [R, S, L, Q] at `step` and at the one after it to these columns of `sums`
+    # [2 n, columns]: over q inside a thread, over l by a matrix product whose weights send each token to its column.
+    K: tl.constexpr = 2 * of_B.shape[2]
+    rows: tl.constexpr = 2 * of_B.shape[0] * of_B.shape[1]
+    now = tl.join(tl.sum(of_B, 3), tl.sum(of_C, 3))
+    later = tl.join(tl.sum(later_B, 3), tl.sum(later_C, 3))
+    products = tl.join(now, later).permute(0, 1, 3, 4, 2).reshape(rows, K)
+    token = tl.arange(0, K)[:, None] // (K // 2)
+    select = (tl.arange(0, sums.shape[1])[None, :] == step + token).to(tl.float32)
+    return tl.dot(products, select, sums, input_precision="tf32x3" if dtype == tl.float32 else "tf32")
 
 
 @triton.jit
 def _read_visited(pointer, order, start, length, width, d, CHUNK: tl.constexpr):
-    # The same of a tensor in row order, for the tokens that a direction visits at these steps.
+    # As `_read`, of a tensor in row order, for the tokens that a direction visits at these steps.
     rows = ()
     for step in tl.static_range(CHUNK):
         t = start + step
         on = d < tl.where((t >= 0) & (t < length), width, 0)
         token = tl.load(order + tl.minimum(tl.maximum(t, 0), length - 1))
-        rows = rows + (tl.load(pointer + token * width, mask=on, other=0.0),)
-    return rows
-
-
-@triton.jit
-def _read_shared(pointer, start, length, N: tl.constexpr, CHUNK: tl.constexpr):
-    # B (or C) of each token of a chunk, [n, 1]; those past the end repeat the last.
-    rows = ()
-    for step in tl.static_range(CHUNK):
-        rows = rows + (tl.load(pointer + tl.minimum(start + step, length - 1) * (2 * N)),)
+        rows = rows + (tl.load(pointer + token * width + d, mask=on, other=0),)
     return rows
 
 
 @triton.jit
 def scan_backward(
-    u, dt, BC, grad_y, order, A_log, D, states, scratch, grad_u, grad_BC, small, batch, length, width,
+    u, dt, BC, grad_y, order, A_log, D, states, scratch, grad_u, grad_BC, small, zero, batch, length, width,
     N: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, EVERY: tl.constexpr, ROWS: tl.constexpr,
-    PARAMETERS: tl.constexpr, ATOMIC: tl.constexpr,
+    PARAMETERS: tl.constexpr, ATOMIC: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Gradient of `scan_forward`; that to `dt` before bias and softplus replaces `dt`.
 
@@ -259,107 +364,130 @@ def scan_backward(
     `scratch`, then chunk by chunk from the last to the first, a chunk's states held in registers. Steps past the last
     token have `dt = 0`, which leaves state and sums as they are.
 
-    Sums over states (to `u`, `dt`) stay inside a lane, which has all states of a channel. Sums over channels (to B,
-    C) would take five shuffles a value: they are matrix products with a selector instead, which puts the sum into the
-    column of its token, so that the tensor cores do it and a chunk is written at once.
+    Sums over states (to `u`, `dt`) and over channels (to B, C) are gathered by matrix products into the column of their
+    token, and a chunk's are finished and written at once.
 
-    grad_y: `[b, l, d]` in row order; grad_u: as u; scratch: `[K, b, EVERY // CHUNK - 1, n, d]`; grad_BC: `[K, b, l, 2,
-    n]` fp32, added to atomically, or `[channel blocks, K, b, l, 2, n]`, written; small: `[K, b, ROWS, d]` fp32, of
-    which the first n rows are the gradient to A_log, then come those to D and to dt's bias. Grid: channels, K * b; one
-    warp.
+    grad_y: `[b, l, d]` in row order; grad_u: as u; scratch: `[K, b, EVERY // CHUNK - 1, d, n]`; grad_BC: `[K, b, l, R,
+    S, 2]` fp32, states as in a tile, added to atomically, or `[channel blocks, K, b, l, R, S, 2]`, written; small: `[b,
+    K, ROWS, d]` fp32, added to: the first n rows are the gradient to A_log, then come those to D and to dt's bias.
+    zero: 0.0, added to `dt` where the decays are needed a second time: the compiler would keep the first ones, which
+    takes more registers than there are. Grid: channels, K * b; one warp.
     """
     row = tl.program_id(1)
     k = row // batch
-    n = tl.arange(0, N)[:, None]
-    d = tl.program_id(0) * C + tl.arange(0, C)[None, :]
-    in_d = d < width
+    first = tl.program_id(0) * C
+    n, d = _tile(first, N, C)
+    dtype: tl.constexpr = u.dtype.element_ty
     at = row.to(tl.int64) * length
-    u += at * width + d
-    dt += at * width + d
-    grad_u += at * width + d
-    BC += at * (2 * N) + n
-    grad_y += (row % batch).to(tl.int64) * length * width + d
+    u += at * width
+    dt += at * width
+    grad_u += at * width
+    BC += at * (2 * N)
+    grad_y += (row % batch).to(tl.int64) * length * width
     order += k * length
-    COLUMNS: tl.constexpr = max(CHUNK, 8)  # of a matrix product, at least
-    column = tl.arange(0, COLUMNS)[None, :]
-    select = tl.zeros([C, 1], tl.int32) + column
+    study = (row % batch).to(tl.int64) * (tl.num_programs(1) // batch) + k
+    states += study * ((length - 1) // EVERY) * N * width + d * N + n
+    scratch += row.to(tl.int64) * (EVERY // CHUNK - 1) * N * width + d * N + n
+    A = _decay_rates(A_log, (k * width + d) * N + n, d < width)
+    step_of, d_of = _finished(first, C, CHUNK)
+    skip = tl.load(D + k * width + d_of, mask=d_of < width, other=0.0).to(tl.float32)
+    # Columns of the sums over states are (step, which sum); of those over channels the first CHUNK are used.
+    COLUMNS: tl.constexpr = 2 * CHUNK
+    n_of, column = _weights(N, COLUMNS)
+    B_of = BC + tl.broadcast_to(n, [n.shape[0], n.shape[1], d.shape[2], 1])
+    B_weights = BC + n_of
+    x_of, packed_d, packed_width = _packed(u, first, width, N, C, PACKED)
+    s_of, packed_d, packed_width = _packed(dt, first, width, N, C, PACKED)
+    g_of, packed_d, packed_width = _packed(grad_y, first, width, N, C, PACKED)
     if ATOMIC:
         grad_BC += at * (2 * N)
     else:
         grad_BC += (tl.program_id(0).to(tl.int64) * tl.num_programs(1) * length + at) * (2 * N)
-    grad_BC += column * (2 * N) + tl.arange(0, 2 * N)[:, None]
-    study = (row % batch).to(tl.int64) * (tl.num_programs(1) // batch) + k
-    states += study * ((length - 1) // EVERY) * N * width + n * width + d
-    scratch += row.to(tl.int64) * (EVERY // CHUNK - 1) * N * width + n * width + d
-    A = _decay_rates(A_log, k, width, d, n, in_d, N)
-    skip = tl.load(D + k * width + d, mask=in_d, other=0.0).to(tl.float32)
-    carry = tl.zeros([N, C], tl.float32)  # gradient of the state before the tokens that are done
-    sum_A = tl.zeros([N, C], tl.float32)
-    sum_D = tl.zeros([1, C], tl.float32)
-    sum_bias = tl.zeros([1, C], tl.float32)
+    line = tl.arange(0, 2 * N)[:, None]
+    token = tl.arange(0, COLUMNS)[None, :]
+    grad_BC += token * (2 * N) + line
+    carry = tl.zeros([n.shape[0], n.shape[1], d.shape[2], _Q], tl.float32)  # gradient of the state before those done
+    sum_A = tl.zeros([n.shape[0], n.shape[1], d.shape[2], _Q], tl.float32)
+    sum_D = tl.zeros([_Q, CHUNK, C // _Q], tl.float32)
+    sum_bias = tl.zeros([_Q, CHUNK, C // _Q], tl.float32)
 
     for sections_done in range((length + EVERY - 1) // EVERY):
         section = (length - 1) // EVERY - sections_done
         h = tl.load(states + (section - 1) * N * width, mask=d < tl.where(section > 0, width, 0), other=0.0)
         start = section * EVERY
         chunks = tl.cdiv(tl.minimum(EVERY, length - start), CHUNK)
-        xs, ss = _read(u, start, length, width, d, CHUNK), _read(dt, start, length, width, d, CHUNK)
-        bs = _read_shared(BC, start, length, N, CHUNK)
+        xs = _read(x_of, start, length, packed_width, packed_d, CHUNK)
+        ss = _read(s_of, start, length, packed_width, packed_d, CHUNK)
+        bs = _read_shared(B_of, start, length, N, CHUNK)
         for chunk in range(chunks - 1):
-            tl.store(scratch + chunk * N * width, h, mask=in_d)
+            tl.store(scratch + chunk * N * width, h, mask=d < width)
             start += CHUNK
-            next_xs, next_ss = _read(u, start, length, width, d, CHUNK), _read(dt, start, length, width, d, CHUNK)
-            next_bs = _read_shared(BC, start, length, N, CHUNK)
+            next_xs = _read(x_of, start, length, packed_width, packed_d, CHUNK)
+            next_ss = _read(s_of, start, length, packed_width, packed_d, CHUNK)
+            next_bs = _read_shared(B_of, start, length, N, CHUNK)
             for step in tl.static_range(CHUNK):
-                x, s = xs[step].to(tl.float32), ss[step].to(tl.float32)
+                x, s = _unpacked(xs[step], PACKED), _unpacked(ss[step], PACKED)
                 h = tl.exp2(s * A) * h + (s * x) * bs[step]
             xs, ss, bs = next_xs, next_ss, next_bs
 
-        gs = _read_visited(grad_y, order, start, length, width, d, CHUNK)
         for chunks_done in range(chunks):
-            # What the chunk that comes next needs is read before this one's gradients are written.
+            # The state, u and dt of the chunk that comes next are read before this one's gradients are written.
             before = start - CHUNK
-            next_h = tl.load(scratch + tl.maximum(chunks - 2 - chunks_done, 0) * N * width, mask=in_d, other=0.0)
-            next_xs, next_ss = _read(u, before, length, width, d, CHUNK), _read(dt, before, length, width, d, CHUNK)
-            next_gs = _read_visited(grad_y, order, before, length, width, d, CHUNK)
-            bs = _read_shared(BC, start, length, N, CHUNK)
+            next_h = tl.load(scratch + tl.maximum(chunks - 2 - chunks_done, 0) * N * width, mask=d < width, other=0.0)
+            next_xs = _read(x_of, before, length, packed_width, packed_d, CHUNK)
+            next_ss = _read(s_of, before, length, packed_width, packed_d, CHUNK)
+            bs, cs = _read_shared(B_of, start, length, N, CHUNK), _read_shared(B_of + N, start, length, N, CHUNK)
+            weights = _read_weights(B_weights, column, start, length, N, CHUNK, 2)
+            gs = _read_visited(g_of, order, start, length, packed_width, packed_d, CHUNK)
             history = (h,)
             for step in tl.static_range(CHUNK):
-                x, s = xs[step].to(tl.float32), ss[step].to(tl.float32)
+                x, s = _unpacked(xs[step], PACKED), _unpacked(ss[step], PACKED)
                 history = history + (tl.exp2(s * A) * history[step] + (s * x) * bs[step],)
-            sums = tl.zeros([2 * N, COLUMNS], tl.float32)
+            over_states = tl.zeros([C, COLUMNS], tl.float32)
+            over_channels = tl.zeros([2 * N, COLUMNS], tl.float32)
             for step in tl.static_range(CHUNK - 1, -1, -1):
-                t = start + step
-                x, s, g = xs[step].to(tl.float32), ss[step].to(tl.float32), gs[step].to(tl.float32)
-                b = tl.load(BC + tl.minimum(t, length - 1) * (2 * N))
-                c = tl.load(BC + tl.minimum(t, length - 1) * (2 * N) + N)
-                grad_h = carry + g * c
-                sums = _add_channels(sums, (s * x) * grad_h, g * history[step + 1], select, step, u.dtype.element_ty)
-                carry = grad_h * tl.exp2(s * A)
+                x, s, g = _unpacked(xs[step], PACKED), _unpacked(ss[step], PACKED), _unpacked(gs[step], PACKED)
+                grad_h = carry + g * cs[step]
+                of_B, of_C = (s * x) * grad_h, g * history[step + 1]
+                if step % 2 == 1:
+                    later_B, later_C = of_B, of_C
+                else:
+                    over_channels = _add_channels(over_channels, of_B, of_C, later_B, later_C, step, dtype)
+                over_states = _add_states(over_states, grad_h, weights[step], dtype)
+                carry = grad_h * tl.exp2((s + zero) * A)
                 flow = carry * history[step]
-                through_u = tl.sum(grad_h * b, 0, keep_dims=True)
-                through_A = tl.sum(flow * A, 0, keep_dims=True) * _LN2
-                grad_dt = (through_A + x * through_u) * (1.0 - tl.exp2(-s * _LOG2E))
-                on = d < tl.where(t < length, width, 0)
-                tl.store(grad_u + t * width, (s * through_u + skip * g).to(u.dtype.element_ty), mask=on)
-                tl.store(dt + t * width, grad_dt.to(dt.dtype.element_ty), mask=on)
+                over_states = _add_states(over_states, flow * A, (column == 2 * step + 1).to(tl.float32), dtype)
                 if PARAMETERS:
                     sum_A += flow * s
-                    sum_D += g * x
-                    sum_bias += grad_dt
-            inside = (column < tl.minimum(CHUNK, length - start)) & (tl.arange(0, 2 * N)[:, None] >= 0)
+
+            through_u, through_A = over_states.reshape(_Q, C // _Q, CHUNK, 2).permute(0, 2, 1, 3).split()
+            t = start + step_of
+            on = d_of < tl.where(t < length, width, 0)
+            visited = tl.load(order + tl.minimum(t, length - 1))
+            x = tl.load(u + t * width + d_of, mask=on, other=0.0).to(tl.float32)
+            s = tl.load(dt + t * width + d_of, mask=on, other=0.0).to(tl.float32)
+            g = tl.load(grad_y + visited * width + d_of, mask=on, other=0.0).to(tl.float32)
+            grad_dt = (through_A * _LN2 + x * through_u) * (1.0 - tl.exp2(-s * _LOG2E))
+            tl.store(grad_u + t * width + d_of, (s * through_u + skip * g).to(dtype), mask=on)
+            tl.store(dt + t * width + d_of, grad_dt.to(dtype), mask=on)
+            if PARAMETERS:
+                sum_D += g * x
+                sum_bias += grad_dt
+            inside = (token < tl.minimum(CHUNK, length - start)) & (line >= 0)
             if ATOMIC:
-                tl.atomic_add(grad_BC + start * (2 * N), sums, mask=inside, sem="relaxed")
+                tl.atomic_add(grad_BC + start * (2 * N), over_channels, mask=inside, sem="relaxed")
             else:
-                tl.store(grad_BC + start * (2 * N), sums, mask=inside)
-            xs, ss, gs, h = next_xs, next_ss, next_gs, next_h
+                tl.store(grad_BC + start * (2 * N), over_channels, mask=inside)
+            xs, ss, h = next_xs, next_ss, next_h
             start = before
 
     if PARAMETERS:
-        small += row.to(tl.int64) * ROWS * width + d
-        tl.store(small + n * width, sum_A * A * _LN2, mask=in_d)
-        tl.store(small + N * width, sum_D, mask=in_d)
-        tl.store(small + (N + 1) * width, sum_bias, mask=in_d)
+        small += study * ROWS * width
+        _add(small + n * width + d, sum_A * A * _LN2, d < width)
+        once = (d_of < width) & (step_of == 0)
+        small += N * width + d_of
+        _add(small, tl.broadcast_to(tl.sum(sum_D, 1, keep_dims=True), d_of.shape), once)
+        _add(small + width, tl.broadcast_to(tl.sum(sum_bias, 1, keep_dims=True), d_of.shape), once)
 
 
 @triton.jit
@@ -380,7 +508,7 @@ def conv_backward(
 ):  # fmt: skip
     """Through SiLU: `grad_u` `[K, b, l, d]` becomes the gradient of the convolution's result. Grid: channels, K * b.
 
-    small: `[K, b, ROWS, d]` fp32; from row FIRST the gradients to the weight's taps and the one to the bias.
+    small: `[b, K, ROWS, d]` fp32, added to; from row FIRST the gradients to the weight's taps and to the bias.
     """
     row = tl.program_id(1)
     k = row // batch
@@ -418,10 +546,11 @@ def conv_backward(
         rows, gs = next_rows, next_gs
         window = seen[_UNROLL:]
     if PARAMETERS:
-        small += (row.to(tl.int64) * ROWS + FIRST) * width + d
+        study = (row % batch).to(tl.int64) * (tl.num_programs(1) // batch) + k
+        small += (study * ROWS + FIRST) * width + d
         for tap in tl.static_range(W):
-            tl.store(small + tap * width, sums[tap], mask=ok)
-        tl.store(small + W * width, sum_bias, mask=ok)
+            _add(small + tap * width, sums[tap], ok)
+        _add(small + W * width, sum_bias, ok)
 
 
 @triton.jit

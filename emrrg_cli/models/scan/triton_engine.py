@@ -19,10 +19,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from emrrg_cli.models.scan import kernels
 
-# Channels of a scanning program: one a lane of its single warp.
-_LANES = 32
-# A state is saved every _EVERY tokens; the backward pass holds those of _CHUNK tokens in registers.
-_EVERY, _CHUNK = 32, 4
+# Channels of a scanning program, which is one warp.
+_CHANNELS = 32
+# A state is saved every _EVERY tokens. Tokens that are read and written together, forward and backward; the backward
+# pass holds the states of as many in registers.
+_EVERY, _FORWARD_CHUNK, _BACKWARD_CHUNK = 40, 8, 4
 # Elements of [K, b, l, d] that the forward and the backward pass work on at a time.
 _FORWARD_PART, _BACKWARD_PART = 100_000_000, 14_000_000
 _ONE_WARP = {"num_warps": 1, "num_stages": 1}
@@ -79,14 +80,14 @@ def _forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`out` `[b, l, d]`; where `save` also what the backward pass needs, else empty tensors: the mean over directions
-    before the gate `[b, l, d]` and the states `[b, K, sections, n, d]`."""
+    before the gate `[b, l, d]` and the states `[b, K, sections, d, n]`."""
     x, z = x.contiguous(), z.contiguous()
     b, length, d = x.shape
     directions, _, n = A_log.shape
     order, back = _index_maps(order)
     out = torch.empty_like(x)
     mean = torch.empty_like(x) if save else x.new_empty(0)
-    kept = (b, directions, _sections(length), n, d) if save else (0,)  # outputs of an operator may not be one tensor
+    kept = (b, directions, _sections(length), d, n) if save else (0,)  # outputs of an operator may not be one tensor
     states = torch.empty(kept, dtype=torch.float32, device=x.device)
     for part in _parts(b, directions * length * d, _FORWARD_PART):
         part_x, part_z, part_out, part_mean, part_states = (
@@ -95,9 +96,10 @@ def _forward(
         size = part_x.shape[0]
         u, dt, BC = _inputs(part_x, order, conv_weight, conv_bias, projection, dt_weight, dt_bias, n)
         _launch(
-            kernels.scan_forward, (_ceil(d, _LANES), directions * size),
+            kernels.scan_forward, (_ceil(d, _CHANNELS), directions * size),
             u, dt, BC, A_log, D, part_states if save else BC, size, length, d,
-            N=n, C=_LANES, CHUNK=_CHUNK, EVERY=_EVERY, SAVE=save, **_ONE_WARP,
+            N=n, C=_CHANNELS, CHUNK=_FORWARD_CHUNK, EVERY=_EVERY, SAVE=save, PACKED=_packed(x),
+            **_ONE_WARP,
         )  # fmt: skip
         _launch(
             kernels.gate_forward, _tiles(d, length, size),
@@ -120,7 +122,7 @@ def _(
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if not save:
         return out, x.new_empty(0), x.new_empty(0, dtype=torch.float32)
-    return out, torch.empty_like(out), x.new_empty(b, directions, _sections(length), n, d, dtype=torch.float32)
+    return out, torch.empty_like(out), x.new_empty(b, directions, _sections(length), d, n, dtype=torch.float32)
 
 
 def _backward(
@@ -144,100 +146,89 @@ def _backward(
     b, length, d = x.shape
     directions, _, n = A_log.shape
     taps = conv_weight.shape[2]
-    maps = _index_maps(order)
     grad_x, grad_z = torch.empty_like(x), torch.empty_like(z)
+    grad_y = grad_x  # until that is written
+    _launch(
+        kernels.gate_backward, (_ceil(x.numel(), 1024),),
+        grad, z, mean, grad_z, grad_y, x.numel(), K=directions, BLOCK=1024,
+    )  # fmt: skip
     weights = (conv_weight, conv_bias, projection, dt_weight, dt_bias, A_log, D)
+    parts = _parts(b, directions * length * d, _BACKWARD_PART)
+    size = b if parts[0] is None else parts[0].stop
     sums: _Sums | None = None
-    for part in _parts(b, directions * length * d, _BACKWARD_PART):
-        tensors = [tensor if part is None else tensor[part] for tensor in (grad, x, z, mean, states, grad_x, grad_z)]
-        sums = _backward_of(tensors, weights, maps, parameters, sums)
-    if not parameters or sums is None:
+    if parameters:
+        # A row each of A_log's states, D, dt's bias, the convolution's taps and its bias, for every study of a part.
+        small = torch.zeros(size, directions, n + taps + 3, d, dtype=torch.float32, device=x.device)
+        sums = small, torch.zeros_like(projection), torch.zeros_like(dt_weight)
+    for part in parts:
+        tensors = (x, grad_x, states) if part is None else (x[part], grad_x[part], states[part])
+        _backward_of(*tensors, weights, _index_maps(order), sums)
+    if sums is None:
         return [grad_x, grad_z]
     small, of_projection, of_dt_weight = sums
-    of_A, of_D, of_bias, of_taps, of_conv_bias = torch.split(small, [n, 1, 1, taps, 1], dim=1)  # [K, rows, d]
+    of_A, of_D, of_bias, of_taps, of_conv_bias = torch.split(small.sum(0), [n, 1, 1, taps, 1], dim=1)  # [K, rows, d]
     found = (of_taps.mT, of_conv_bias[:, 0], of_projection, of_dt_weight, of_bias[:, 0], of_A.mT, of_D[:, 0])
     return [grad_x, grad_z, *(of.to(own.dtype).contiguous() for of, own in zip(found, weights, strict=True))]
 
 
-# Gradients summed over the batch: of what takes one row a study [K, n + taps + 3, d], of projection, of dt_weight.
+# Gradients summed over the batch: small ones of the studies of a part [size, K, n + taps + 3, d], of projection, of
+# dt_weight.
 _Sums = tuple[Tensor, Tensor, Tensor]
 
 
 def _backward_of(
-    tensors: Sequence[Tensor],
+    x: Tensor,
+    grad_x: Tensor,
+    states: Tensor,
     weights: Sequence[Tensor],
     maps: tuple[Tensor, Tensor],
-    parameters: bool,
     sums: _Sums | None,
-) -> _Sums | None:
-    # The backward pass of a part of the batch: writes grad_x and grad_z, returns the sums with its own added.
-    grad, x, z, mean, states, grad_x, grad_z = tensors
+) -> None:
+    # The backward pass of a part of the batch: the gradient to `x` takes the place of that to `y`; adds to the sums.
     conv_weight, conv_bias, projection, dt_weight, dt_bias, A_log, D = weights
     order, back = maps
     size, length, d = x.shape
     directions, _, n = A_log.shape
     rank, stride, taps = dt_weight.shape[2], projection.shape[1], conv_weight.shape[2]
-    rows, blocks = size * length, _ceil(d, _LANES)
+    rows, blocks = size * length, _ceil(d, _CHANNELS)
     atomic = not torch.are_deterministic_algorithms_enabled()
     fp32: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
-    grad_y = grad_x  # until that is written
-    _launch(
-        kernels.gate_backward,
-        (_ceil(x.numel(), 1024),),
-        grad,
-        z,
-        mean,
-        grad_z,
-        grad_y,
-        x.numel(),
-        K=directions,
-        BLOCK=1024,
-    )
     proj = torch.empty(directions, rows, stride, dtype=x.dtype, device=x.device)
     u, dt, BC = _inputs(x, order, conv_weight, conv_bias, projection, dt_weight, dt_bias, n, proj)
     shape = (directions, rows, 2 * n)
     grad_BC = torch.zeros(shape, **fp32) if atomic else torch.empty(blocks, *shape, **fp32)
-    scratch = torch.empty(directions * size * (_EVERY // _CHUNK - 1) * n * d, **fp32)
+    scratch = torch.empty(directions * size * (_EVERY // _BACKWARD_CHUNK - 1) * n * d, **fp32)
     grad_u = torch.empty_like(u)
-    # A study's sums over tokens: n rows of A_log, one of D, one of dt's bias, the convolution's taps and its bias.
-    small = torch.empty(directions, size if parameters else 0, n + taps + 3, d, **fp32)
-    _launch(kernels.scan_backward, (blocks, directions * size),
-        u, dt, BC, grad_y, order, A_log, D, states, scratch, grad_u, grad_BC, small, size, length, d,
-        N=n, C=_LANES, CHUNK=_CHUNK, EVERY=_EVERY, ROWS=n + taps + 3, PARAMETERS=parameters, ATOMIC=atomic, **_ONE_WARP,
+    small = BC if sums is None else sums[0]  # a pointer that is not used
+    common = {"ROWS": n + taps + 3, "PARAMETERS": sums is not None}
+    _launch(
+        kernels.scan_backward, (blocks, directions * size),
+        u, dt, BC, grad_x, order, A_log, D, states, scratch, grad_u, grad_BC, small, 0.0, size, length, d,
+        N=n, C=_CHANNELS, CHUNK=_BACKWARD_CHUNK, EVERY=_EVERY, ATOMIC=atomic, PACKED=_packed(x), **common, **_ONE_WARP,
     )  # fmt: skip
     del scratch, BC
     grad_dt = dt  # which has been written over
     grad_proj = torch.empty(directions, rows, stride, dtype=x.dtype, device=x.device)
     torch.bmm(grad_dt, dt_weight, out=grad_proj[..., :rank])
-    grad_proj[..., rank:] = grad_BC if atomic else grad_BC.sum(0)
-    del grad_BC
-    if parameters:
-        of_dt_weight, of_projection = torch.bmm(grad_dt.mT, proj[..., :rank]), torch.bmm(grad_proj.mT, u)
+    lanes = min(n, kernels.STATE_LANES)
+    by_state = (grad_BC if atomic else grad_BC.sum(0)).view(directions, rows, n // lanes, lanes, 2)
+    of_BC = torch.unflatten(grad_proj[..., rank:], -1, (2, lanes, n // lanes))
+    of_BC.copy_(by_state.permute(0, 1, 4, 3, 2))
+    del grad_BC, by_state, of_BC
+    if sums is not None:
+        torch.baddbmm(sums[1], grad_proj.mT, u, out=sums[1])
+        torch.baddbmm(sums[2], grad_dt.mT, proj[..., :rank], out=sums[2])
     del u, dt, grad_dt
     torch.baddbmm(grad_u, grad_proj, projection, out=grad_u)
-    _launch(kernels.conv_backward, (_ceil(d, _WIDE), directions * size),
+    _launch(
+        kernels.conv_backward, (_ceil(d, _WIDE), directions * size),
         x, order, conv_weight, conv_bias, grad_u, small, size, length, d,
-        W=taps, C=_WIDE, FIRST=n + 2, ROWS=n + taps + 3, PARAMETERS=parameters, num_warps=2,
+        W=taps, C=_WIDE, FIRST=n + 2, num_warps=2, **common,
     )  # fmt: skip
     _launch(
-        kernels.conv_backward_x,
-        _tiles(d, length, size),
-        grad_u,
-        back,
-        conv_weight,
-        grad_x,
-        size,
-        length,
-        d,
-        K=directions,
-        W=taps,
-        T=_TOKENS,
-        C=_WIDE,
-    )
-    if not parameters:
-        return None
-    found = (small.sum(1), of_projection, of_dt_weight)
-    return found if sums is None else (sums[0] + found[0], sums[1] + found[1], sums[2] + found[2])
+        kernels.conv_backward_x, _tiles(d, length, size),
+        grad_u, back, conv_weight, grad_x, size, length, d, K=directions, W=taps, T=_TOKENS, C=_WIDE,
+    )  # fmt: skip
 
 
 _scan_backward = torch.library.custom_op("emrrg::directional_scan_backward", _backward, mutates_args=())
@@ -286,6 +277,10 @@ _TOKENS, _WIDE = 16, 128  # tile of the kernels that go over tokens and channels
 
 def _sections(length: int) -> int:
     return (length - 1) // _EVERY
+
+
+def _packed(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and x.shape[-1] % 2 == 0
 
 
 def _parts(batch: int, elements: int, limit: int) -> list[slice | None]:
