@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--workers", type=int, default=16)
     parser.add_argument("--steps", type=int, default=64)
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     recipe = load_recipe(options.recipe, options.overrides, stage="pretrain")
     accelerator = make_accelerator(choose_precision(recipe.train.precision), 0)
     device = accelerator.device

@@ -1,18 +1,26 @@
 """What an encoder has learned: a linear probe of its frozen features on the labels of a dataset directory.
 
-    python tests/benchmarks/probe.py DATASET_DIR --encoder RUN [RUN ...] [--seeds 3]
+    python tests/benchmarks/probe.py DATASET_DIR --encoder RUN [RUN ...] [--seeds 3] [--score-on validation test]
+        [--pool mean deviation quarters]
 
-A study's features are the mean over its views and over the encoder's tokens, standardised. One logistic regression a
-label is fitted on the training split, with the weight decay (one for all labels) that is best on validation, and scored
-on the test split. The same is done with the same encoder at random weights, several times. DATASET_DIR needs a column
-`labels`: `emrrg preprocess phantom` writes one, `emrrg preprocess folder --labels-column NAME` takes one from a table.
+A study's features are those of the tokens that one block of the encoder gives, pooled, the mean over the study's views,
+standardised. One ridge regression a label is fitted on the training split. The block, and the weight decay, each one
+for all labels, are those with the best macro AUROC in a cross-validation on the training split, by patient: the splits
+that are scored have no part in it. The same is done with the same encoder at random weights, several times. The
+difference has a bootstrap interval over patients. With several ways to pool, each has its row, and the labels are shown
+for the one that cross-validation chooses for each encoder.
+
+DATASET_DIR needs a column `labels`: `emrrg preprocess phantom` writes one, `emrrg preprocess folder --labels-column
+NAME` takes one from a table.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +37,8 @@ from emrrg_cli.errors import UsageError
 from emrrg_cli.models.arm.pretrainer import ArmPretrainer, find_pretrainer, load_pretrainer
 from emrrg_cli.models.report_generator import IMAGENET_MEAN, IMAGENET_STD
 
-SPLITS = ("train", "validation", "test")
-DECAYS = [10.0**k for k in range(-5, 2)]  # of half the squared weights, beside the mean loss of an example
+DECAYS = [10.0**k for k in range(-4, 3)]  # of the squared weights, beside the mean squared error of an example
+FOLDS = 5
 
 
 def encoders(path: str) -> tuple[nn.Module, Callable[[], nn.Module]]:
@@ -58,39 +66,50 @@ def encoders(path: str) -> tuple[nn.Module, Callable[[], nn.Module]]:
     ).encoder.eval()
 
 
+def _quarters(tokens: Tensor) -> Tensor:
+    # Row-major patches; where there is a class token, it is the middle one.
+    count = tokens.shape[1]
+    side = math.isqrt(count)
+    if side * side != count:
+        middle = (count - 1) // 2
+        tokens = torch.cat([tokens[:, :middle], tokens[:, middle + 1 :]], dim=1)
+        side = math.isqrt(count - 1)
+    squares = tokens.transpose(1, 2).unflatten(2, (side, side))
+    return nn.functional.adaptive_avg_pool2d(squares, 2).flatten(1)
+
+
+# `[b, tokens, d] -> [b, d]`, `[b, 2 d]` and `[b, 4 d]`.
+POOLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda tokens: tokens.mean(dim=1),
+    "deviation": lambda tokens: torch.cat([tokens.mean(dim=1), tokens.std(dim=1)], dim=1),
+    "quarters": _quarters,
+}
+
+
 @torch.no_grad()
-def features(encoder: nn.Module, split: Any, device: torch.device, batch_size: int, workers: int) -> Tensor:
-    """Mean over views and tokens: fp64 `[studies, d]`."""
+def features(
+    encoder: nn.Module, split: Any, pools: Sequence[str], device: torch.device, batch_size: int, workers: int
+) -> dict[str, Tensor]:
+    """By way to pool, what each block gives, the last after the final norm: `[blocks, studies, d]`."""
     size = encoder.image_size
     dataset = ImageDataset(SplitImages(split), size)
     encoder.to(device)
     mean, std = (torch.tensor(x, device=device).view(1, 3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
     batches = [list(range(i, min(i + batch_size, len(dataset)))) for i in range(0, len(dataset), batch_size)]
-    found = []
+    taps = range(1, len(encoder.layers) + 1)
+    found: dict[str, list[Tensor]] = {pool: [] for pool in pools}
     for batch in load_batches(dataset, batches, collate_images, workers=workers):
         images = (batch.to(device).pixels[:, None].float() / 255 - mean) / std
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            tokens = encoder(images)
-        found.append(tokens.float().mean(dim=1).cpu())
+            *tokens, last = encoder.blocks(encoder.embed(images), encoder.order, taps)
+            tokens.append(encoder.norm_f(last))
+        for pool in pools:
+            found[pool].append(torch.stack([POOLS[pool](block.float()) for block in tokens]).cpu())
     views = [len(images) for images in split.select_columns(["views"])["views"]]
-    return torch.stack([study.mean(dim=0) for study in torch.cat(found).double().split(views)])
-
-
-def fit(x: Tensor, y: Tensor, decay: float) -> tuple[Tensor, Tensor]:
-    """Logistic regressions of all labels at once: weights `[d, labels]` and biases `[labels]`."""
-    weight = torch.zeros(x.shape[1], y.shape[1], dtype=x.dtype, requires_grad=True)
-    bias = torch.zeros(y.shape[1], dtype=x.dtype, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=300, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = nn.functional.binary_cross_entropy_with_logits(x @ weight + bias, y, reduction="none").mean(0).sum()
-        loss = loss + decay / 2 * weight.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return weight.detach(), bias.detach()
+    return {
+        pool: torch.stack([study.mean(dim=1) for study in torch.cat(x, dim=1).double().split(views, dim=1)], dim=1)
+        for pool, x in found.items()
+    }
 
 
 def auroc(scores: Tensor, truth: Tensor) -> float:
@@ -102,35 +121,112 @@ def auroc(scores: Tensor, truth: Tensor) -> float:
     return float((ranks[places][positive].sum() - p * (p + 1) / 2) / (p * n))
 
 
-def probe(x: dict[str, Tensor], y: dict[str, Tensor]) -> list[float]:
-    """AUROC of each label on the test split."""
-    centre, scale = x["train"].mean(0), x["train"].std(0).clamp(min=1e-8)
-    x = {name: (value - centre) / scale for name, value in x.items()}
+def fit_and_score(x: Tensor, y: Tensor, other: Tensor) -> list[Tensor]:
+    """Scores of other studies for each of `DECAYS`; everything is learned from `x` and `y`.
 
-    def score(weight: Tensor, bias: Tensor, split: str) -> list[float]:
-        logits = x[split] @ weight + bias
-        return [auroc(logits[:, i], y[split][:, i]) for i in range(logits.shape[1])]
+    Ridge regression on 0 and 1: one decomposition serves all labels and decays, where logistic regressions would be
+    solved one by one; the order of the scores, all that AUROC looks at, is hardly another.
 
-    fits = [fit(x["train"], y["train"], decay) for decay in DECAYS]
-    best = max(fits, key=lambda fitted: statistics.mean(score(*fitted, "validation")))
-    return score(*best, "test")
-
-
-def targets(splits: Any, fewest: int) -> tuple[list[str], dict[str, Tensor], list[str]]:
-    """Labels that `fewest` studies of every split have, and as many lack; the other labels.
-
-    Between them, by split, whether a study has each of the first: 0 or 1, `[studies, labels]`.
+    Args:
+        x: `[studies, d]`.
+        y: `[studies, labels]`.
+        other: `[others, d]`.
     """
-    rows = {name: [set(labels or ()) for labels in splits[name]["labels"]] for name in SPLITS}
-    every = sorted(set().union(*(labels for split in rows.values() for labels in split)))
-    counts = {label: [sum(label in labels for labels in rows[name]) for name in SPLITS] for label in every}
+    centre, scale = x.mean(0), x.std(0).clamp(min=1e-8)
+    x, other, target = (x - centre) / scale, (other - centre) / scale, y - y.mean(0)
+    n, d = x.shape
+    if d > n:  # the weights are sums of studies: as many unknowns as there are studies are enough
+        values, vectors = torch.linalg.eigh(x @ x.T)
+        left, right = other @ x.T @ vectors, vectors.T @ target
+    else:
+        values, vectors = torch.linalg.eigh(x.T @ x)
+        left, right = other @ vectors, vectors.T @ (x.T @ target)
+    return [left @ (right / (values + n * decay)[:, None]) for decay in DECAYS]
+
+
+def folds(patients: Sequence[str | None], count: int) -> Tensor:
+    """The fold of each study: those of a patient are together, a study without one is a patient of its own."""
+    names = [f"study {i}" if patient is None else f"patient {patient}" for i, patient in enumerate(patients)]
+    distinct = sorted(set(names))
+    order = np.random.default_rng(0).permutation(len(distinct))
+    fold = {name: int(place) % count for name, place in zip(distinct, order, strict=True)}
+    return torch.tensor([fold[name] for name in names])
+
+
+@dataclass
+class Probe:
+    """What is scored: `scores` `[studies, labels]`, and how it was chosen."""
+
+    scores: Tensor
+    block: int
+    decay: float
+    cross_validated: float
+
+
+def probe(train: Tensor, y: Tensor, fold: Tensor, other: Tensor) -> Probe:
+    """Chooses block and decay on the training split and scores other studies.
+
+    Args:
+        train: `[blocks, studies, d]`.
+        y: `[studies, labels]`.
+        fold: of each study of the training split.
+        other: features of the studies to score.
+    """
+    best: tuple[float, int, int] = (-1.0, 0, 0)
+    for block, x in enumerate(train):
+        held_out = y.new_zeros(len(DECAYS), *y.shape)
+        for number in fold.unique():
+            out = fold == number
+            held_out[:, out] = torch.stack(fit_and_score(x[~out], y[~out], x[out]))
+        for decay, scores in enumerate(held_out):
+            best = max(best, (macro_auroc(scores, y), block, decay))
+    value, block, decay = best
+    return Probe(fit_and_score(train[block], y, other[block])[decay], block + 1, DECAYS[decay], value)
+
+
+def macro_auroc(scores: Tensor, truth: Tensor) -> float:
+    """The mean over labels."""
+    return statistics.mean(auroc(scores[:, i], truth[:, i]) for i in range(truth.shape[1]))
+
+
+def interval(
+    trained: Sequence[Tensor], fresh: Sequence[Tensor], truth: Tensor, patients: Tensor, draws: int = 1000
+) -> tuple[float, float]:
+    """95 percent of the bootstrap distribution of the mean macro AUROC of some scores less that of others.
+
+    Args:
+        patients: number of the patient of each study; patients are drawn, with all their studies.
+    """
+    rng = np.random.default_rng(0)
+    studies = [torch.nonzero(patients == patient)[:, 0] for patient in patients.unique()]
+    found = []
+    while len(found) < draws:
+        drawn = torch.cat([studies[i] for i in rng.integers(len(studies), size=len(studies))])
+        positive = truth[drawn].mean(0)
+        if bool(((positive > 0) & (positive < 1)).all()):
+            means = [
+                statistics.mean(macro_auroc(scores[drawn], truth[drawn]) for scores in group)
+                for group in (trained, fresh)
+            ]
+            found.append(means[0] - means[1])
+    low, high = np.quantile(found, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def targets(rows: Sequence[Sequence[set[str]]], fewest: int) -> tuple[list[str], list[Tensor], list[str]]:
+    """Labels that `fewest` studies of every group have, and as many lack; the other labels.
+
+    Between them, by group, whether a study has each of the first: 0 or 1, `[studies, labels]`.
+    """
+    every = sorted(set().union(*(labels for group in rows for labels in group)))
+    counts = {label: [sum(label in labels for labels in group) for group in rows] for label in every}
     kept = [
         label
         for label in every
-        if all(fewest <= count <= len(rows[name]) - fewest for count, name in zip(counts[label], SPLITS, strict=True))
+        if all(fewest <= count <= len(group) - fewest for count, group in zip(counts[label], rows, strict=True))
     ]
-    y = {name: torch.tensor([[float(label in labels) for label in kept] for labels in rows[name]]) for name in SPLITS}
-    return kept, {name: value.double() for name, value in y.items()}, [label for label in every if label not in kept]
+    y = [torch.tensor([[float(label in labels) for label in kept] for labels in group]).double() for group in rows]
+    return kept, y, [label for label in every if label not in kept]
 
 
 def _shown(values: list[float]) -> str:
@@ -144,48 +240,86 @@ def main() -> None:
     parser.add_argument("--encoder", nargs="+", required=True, metavar="RUN", help="runs of the same sizes")
     parser.add_argument("--seeds", type=int, default=3, help="encoders with random weights")
     parser.add_argument("--fewest", type=int, default=5, help="studies with and without a label, or it is left out")
+    parser.add_argument("--score-on", nargs="+", default=["test"], metavar="SPLIT", help="splits that are scored")
+    parser.add_argument("--pool", nargs="+", default=["mean"], choices=POOLS, help="ways to pool the tokens")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     console = Console()
     splits = open_dataset(options.dataset)
-    if missing := [name for name in SPLITS if name not in splits or "labels" not in splits[name].column_names]:
+    wanted = ("train", *options.score_on)
+    if missing := [name for name in wanted if name not in splits or "labels" not in splits[name].column_names]:
         raise SystemExit(f"{options.dataset}: no labels, or no split, for {', '.join(missing)}")
-    labels, y, left_out = targets(splits, options.fewest)
-    if not labels:
-        raise SystemExit(f"no label has {options.fewest} studies with and without it in every split")
+    groups = (["train"], options.score_on)
 
-    def scores(encoder: nn.Module) -> list[float]:
-        x = {
-            name: features(encoder, splits[name], torch.device(options.device), options.batch_size, options.workers)
-            for name in SPLITS
+    def column(name: str, group: Sequence[str]) -> list[Any]:
+        return [value for split in group for value in splits[split][name]]
+
+    labels, (y, truth), left_out = targets(
+        [[set(found or ()) for found in column("labels", group)] for group in groups], options.fewest
+    )
+    if not labels:
+        raise SystemExit(
+            f"no label has {options.fewest} studies with and without it, in training and in what is scored"
+        )
+    fold = folds(column("patient_id", groups[0]), FOLDS)
+    patients = folds(column("patient_id", groups[1]), len(truth))
+
+    device = torch.device(options.device)
+
+    def probed(encoder: nn.Module) -> dict[str, Probe]:
+        x = [
+            features(encoder, splits[name], options.pool, device, options.batch_size, options.workers)
+            for name in wanted
+        ]
+        return {
+            pool: probe(x[0][pool], y, fold, torch.cat([one[pool] for one in x[1:]], dim=1)) for pool in options.pool
         }
-        return probe(x, y)
 
     loaded = [encoders(path) for path in options.encoder]
-    trained = [scores(encoder) for encoder, _ in loaded]
+    trained = [probed(encoder) for encoder, _ in loaded]
     fresh = []
     for seed in range(options.seeds):
         torch.manual_seed(seed)
-        fresh.append(scores(loaded[0][1]()))
+        fresh.append(probed(loaded[0][1]()))
 
-    table = Table("label", "studies with it in test", "pre-trained", "random", title="AUROC of a linear probe, test")
+    where = " and ".join(options.score_on)
+    groups_of_probes = (trained, fresh)
+    best = [[max(one.values(), key=lambda p: p.cross_validated) for one in group] for group in groups_of_probes]
+    table = Table("label", "studies with it", "pre-trained", "random", title=f"AUROC of a linear probe, {where}")
     for i, label in enumerate(labels):
-        table.add_row(
-            label, str(int(y["test"][:, i].sum())), _shown([s[i] for s in trained]), _shown([s[i] for s in fresh])
-        )
-    macro = [[statistics.mean(s) for s in group] for group in (trained, fresh)]
-    table.add_row("macro", str(len(y["test"])), *(_shown(values) for values in macro), style="bold", end_section=True)
-    for name, values, paths in (
-        ("pre-trained", macro[0], options.encoder),
-        ("random", macro[1], [f"seed {seed}" for seed in range(options.seeds)]),
-    ):
-        for value, path in zip(values, paths, strict=True):
-            table.add_row(
-                f"macro, {path}", "", *((f"{value:.3f}", "") if name == "pre-trained" else ("", f"{value:.3f}"))
-            )
+        values = [[auroc(one.scores[:, i], truth[:, i]) for one in group] for group in best]
+        table.add_row(label, str(int(truth[:, i].sum())), *map(_shown, values))
+    macro = [[macro_auroc(one.scores, truth) for one in group] for group in best]
+    table.add_row("macro", f"of {len(truth)}", *map(_shown, macro), style="bold")
     console.print(table)
+
+    table = Table("pooled", "encoder", "block", "decay", f"macro, {where}", "macro, cross-validation on train")
+    names = ([*options.encoder], [f"random, seed {seed}" for seed in range(options.seeds)])
+    for pool in options.pool:
+        for group, group_names in zip(groups_of_probes, names, strict=True):
+            for name, probes in zip(group_names, group, strict=True):
+                one = probes[pool]
+                figures = (macro_auroc(one.scores, truth), one.cross_validated)
+                table.add_row(pool, name, str(one.block), f"{one.decay:g}", *(f"{value:.3f}" for value in figures))
+        for name, group in zip(("pre-trained", "random"), groups_of_probes, strict=True):
+            if group:
+                scored = _shown([macro_auroc(one[pool].scores, truth) for one in group])
+                chosen_by = _shown([one[pool].cross_validated for one in group])
+                table.add_row(pool, f"{name}, mean", "", "", scored, chosen_by, style="bold")
+        table.add_section()
+    console.print(table)
+    if fresh:
+        pairs = {pool: [[one[pool] for one in group] for group in groups_of_probes] for pool in options.pool}
+        for pool, (ours, theirs) in {**pairs, "chosen by cross-validation": best}.items():
+            low, high = interval([one.scores for one in ours], [one.scores for one in theirs], truth, patients)
+            difference = statistics.mean(macro_auroc(one.scores, truth) for one in ours) - statistics.mean(
+                macro_auroc(one.scores, truth) for one in theirs
+            )
+            console.print(
+                f"{pool}: pre-trained less random {difference:+.3f}, 95 % of bootstrap {low:+.3f} to {high:+.3f}"
+            )
     if left_out:
         console.print(f"too rare, left out: {', '.join(left_out)}")
 
