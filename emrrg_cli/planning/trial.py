@@ -194,9 +194,9 @@ class _Trial:
     def _time(self, micro: int) -> dict[str, float]:
         batch = self._batch(micro)
         assert batch.labels is not None
-        self.module.train()
         self._synchronize()
         began = time.perf_counter()
+        self.module.train()
         accumulate_gradients(self.model, [batch], batch.labels.numel(), self.accelerator)
         self._synchronize()
         between = time.perf_counter()

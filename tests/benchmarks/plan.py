@@ -71,6 +71,9 @@ def random_llm(recipe: str, overrides: list[str], tokenizer: str, directory: Pat
         llm = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     llm.save_pretrained(directory)
     words.save_pretrained(directory)
+    del llm
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the GPU is for the processes that are measured
 
 
 def run(command: list[str]) -> tuple[str, float]:
