@@ -354,7 +354,7 @@ def _read_visited(pointer, order, start, length, width, d, CHUNK: tl.constexpr):
 
 @triton.jit
 def scan_backward(
-    u, dt, BC, grad_y, order, A_log, D, states, scratch, grad_u, grad_BC, small, zero, batch, length, width,
+    u, dt, BC, grad_y, order, A_log, D, states, scratch, grad_u, grad_BC, small, zero, rows, batch, length, width,
     N: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, EVERY: tl.constexpr, ROWS: tl.constexpr,
     PARAMETERS: tl.constexpr, ATOMIC: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -367,127 +367,132 @@ def scan_backward(
     Sums over states (to `u`, `dt`) and over channels (to B, C) are gathered by matrix products into the column of their
     token, and a chunk's are finished and written at once.
 
-    grad_y: `[b, l, d]` in row order; grad_u: as u; scratch: `[K, b, EVERY // CHUNK - 1, d, n]`; grad_BC: `[K, b, l, R,
-    S, 2]` fp32, states as in a tile, added to atomically, or `[channel blocks, K, b, l, R, S, 2]`, written; small: `[b,
-    K, ROWS, d]` fp32, added to: the first n rows are the gradient to A_log, then come those to D and to dt's bias.
+    grad_y: `[b, l, d]` in row order; grad_u: as u; scratch: `[programs, EVERY // CHUNK - 1, n * C]`; grad_BC: `[K, b,
+    l, R, S, 2]` fp32, states as in a tile, added to atomically, or `[channel blocks, K, b, l, R, S, 2]`, written;
+    small: `[b, K, ROWS, d]` fp32, added to: the first n rows are the gradient to A_log, then come those to D and to dt's bias.
     zero: 0.0, added to `dt` where the decays are needed a second time: the compiler would keep the first ones, which
-    takes more registers than there are. Grid: channels, K * b; one warp.
+    takes more registers than there are. Grid: as many programs as run at a time, one warp each, which share the
+    channel blocks of `rows` = K * b rows, so that `scratch` stays in the cache.
     """
-    row = tl.program_id(1)
-    k = row // batch
-    first = tl.program_id(0) * C
-    n, d = _tile(first, N, C)
+    blocks = tl.cdiv(width, C)
     dtype: tl.constexpr = u.dtype.element_ty
-    at = row.to(tl.int64) * length
-    u += at * width
-    dt += at * width
-    grad_u += at * width
-    BC += at * (2 * N)
-    grad_y += (row % batch).to(tl.int64) * length * width
-    order += k * length
-    study = (row % batch).to(tl.int64) * (tl.num_programs(1) // batch) + k
-    states += study * ((length - 1) // EVERY) * N * width + d * N + n
-    scratch += row.to(tl.int64) * (EVERY // CHUNK - 1) * N * width + d * N + n
-    A = _decay_rates(A_log, (k * width + d) * N + n, d < width)
-    step_of, d_of = _finished(first, C, CHUNK)
-    skip = tl.load(D + k * width + d_of, mask=d_of < width, other=0.0).to(tl.float32)
-    # Columns of the sums over states are (step, which sum); of those over channels the first CHUNK are used.
-    COLUMNS: tl.constexpr = 2 * CHUNK
-    n_of, column = _weights(N, COLUMNS)
-    B_of = BC + tl.broadcast_to(n, [n.shape[0], n.shape[1], d.shape[2], 1])
-    B_weights = BC + n_of
-    x_of, packed_d, packed_width = _packed(u, first, width, N, C, PACKED)
-    s_of, packed_d, packed_width = _packed(dt, first, width, N, C, PACKED)
-    g_of, packed_d, packed_width = _packed(grad_y, first, width, N, C, PACKED)
-    if ATOMIC:
-        grad_BC += at * (2 * N)
-    else:
-        grad_BC += (tl.program_id(0).to(tl.int64) * tl.num_programs(1) * length + at) * (2 * N)
-    line = tl.arange(0, 2 * N)[:, None]
-    token = tl.arange(0, COLUMNS)[None, :]
-    grad_BC += token * (2 * N) + line
-    carry = tl.zeros([n.shape[0], n.shape[1], d.shape[2], _Q], tl.float32)  # gradient of the state before those done
-    sum_A = tl.zeros([n.shape[0], n.shape[1], d.shape[2], _Q], tl.float32)
-    sum_D = tl.zeros([_Q, CHUNK, C // _Q], tl.float32)
-    sum_bias = tl.zeros([_Q, CHUNK, C // _Q], tl.float32)
+    for item in range(tl.program_id(0), blocks * rows, tl.num_programs(0)):
+        block, row = item % blocks, item // blocks
+        k = row // batch
+        first = block * C
+        n, d = _tile(first, N, C)
+        at = row.to(tl.int64) * length
+        u_row = u + at * width
+        dt_row = dt + at * width
+        grad_u_row = grad_u + at * width
+        BC_row = BC + at * (2 * N)
+        grad_y_row = grad_y + (row % batch).to(tl.int64) * length * width
+        visits = order + k * length
+        study = (row % batch).to(tl.int64) * (rows // batch) + k
+        saved = states + study * ((length - 1) // EVERY) * N * width + d * N + n
+        kept = scratch + tl.program_id(0) * ((EVERY // CHUNK - 1) * N * C) + (d - first) * N + n
+        A = _decay_rates(A_log, (k * width + d) * N + n, d < width)
+        step_of, d_of = _finished(first, C, CHUNK)
+        skip = tl.load(D + k * width + d_of, mask=d_of < width, other=0.0).to(tl.float32)
+        # Columns of the sums over states are (step, which sum); of those over channels the first CHUNK are used.
+        COLUMNS: tl.constexpr = 2 * CHUNK
+        n_of, column = _weights(N, COLUMNS)
+        B_of = BC_row + tl.broadcast_to(n, [n.shape[0], n.shape[1], d.shape[2], 1])
+        B_weights = BC_row + n_of
+        x_of, packed_d, packed_width = _packed(u_row, first, width, N, C, PACKED)
+        s_of, packed_d, packed_width = _packed(dt_row, first, width, N, C, PACKED)
+        g_of, packed_d, packed_width = _packed(grad_y_row, first, width, N, C, PACKED)
+        if ATOMIC:
+            grad_BC_row = grad_BC + at * (2 * N)
+        else:
+            grad_BC_row = grad_BC + (block.to(tl.int64) * rows * length + at) * (2 * N)
+        line = tl.arange(0, 2 * N)[:, None]
+        token = tl.arange(0, COLUMNS)[None, :]
+        grad_BC_row += token * (2 * N) + line
+        carry = tl.zeros(
+            [n.shape[0], n.shape[1], d.shape[2], _Q], tl.float32
+        )  # gradient of the state before those done
+        sum_A = tl.zeros([n.shape[0], n.shape[1], d.shape[2], _Q], tl.float32)
+        sum_D = tl.zeros([_Q, CHUNK, C // _Q], tl.float32)
+        sum_bias = tl.zeros([_Q, CHUNK, C // _Q], tl.float32)
 
-    for sections_done in range((length + EVERY - 1) // EVERY):
-        section = (length - 1) // EVERY - sections_done
-        h = tl.load(states + (section - 1) * N * width, mask=d < tl.where(section > 0, width, 0), other=0.0)
-        start = section * EVERY
-        chunks = tl.cdiv(tl.minimum(EVERY, length - start), CHUNK)
-        xs = _read(x_of, start, length, packed_width, packed_d, CHUNK)
-        ss = _read(s_of, start, length, packed_width, packed_d, CHUNK)
-        bs = _read_shared(B_of, start, length, N, CHUNK)
-        for chunk in range(chunks - 1):
-            tl.store(scratch + chunk * N * width, h, mask=d < width)
-            start += CHUNK
-            next_xs = _read(x_of, start, length, packed_width, packed_d, CHUNK)
-            next_ss = _read(s_of, start, length, packed_width, packed_d, CHUNK)
-            next_bs = _read_shared(B_of, start, length, N, CHUNK)
-            for step in tl.static_range(CHUNK):
-                x, s = _unpacked(xs[step], PACKED), _unpacked(ss[step], PACKED)
-                h = tl.exp2(s * A) * h + (s * x) * bs[step]
-            xs, ss, bs = next_xs, next_ss, next_bs
+        for sections_done in range((length + EVERY - 1) // EVERY):
+            section = (length - 1) // EVERY - sections_done
+            h = tl.load(saved + (section - 1) * N * width, mask=d < tl.where(section > 0, width, 0), other=0.0)
+            start = section * EVERY
+            chunks = tl.cdiv(tl.minimum(EVERY, length - start), CHUNK)
+            xs = _read(x_of, start, length, packed_width, packed_d, CHUNK)
+            ss = _read(s_of, start, length, packed_width, packed_d, CHUNK)
+            bs = _read_shared(B_of, start, length, N, CHUNK)
+            for chunk in range(chunks - 1):
+                tl.store(kept + chunk * (N * C), h)
+                start += CHUNK
+                next_xs = _read(x_of, start, length, packed_width, packed_d, CHUNK)
+                next_ss = _read(s_of, start, length, packed_width, packed_d, CHUNK)
+                next_bs = _read_shared(B_of, start, length, N, CHUNK)
+                for step in tl.static_range(CHUNK):
+                    x, s = _unpacked(xs[step], PACKED), _unpacked(ss[step], PACKED)
+                    h = tl.exp2(s * A) * h + (s * x) * bs[step]
+                xs, ss, bs = next_xs, next_ss, next_bs
 
-        for chunks_done in range(chunks):
-            # The state, u and dt of the chunk that comes next are read before this one's gradients are written.
-            before = start - CHUNK
-            next_h = tl.load(scratch + tl.maximum(chunks - 2 - chunks_done, 0) * N * width, mask=d < width, other=0.0)
-            next_xs = _read(x_of, before, length, packed_width, packed_d, CHUNK)
-            next_ss = _read(s_of, before, length, packed_width, packed_d, CHUNK)
-            bs, cs = _read_shared(B_of, start, length, N, CHUNK), _read_shared(B_of + N, start, length, N, CHUNK)
-            weights = _read_weights(B_weights, column, start, length, N, CHUNK, 2)
-            gs = _read_visited(g_of, order, start, length, packed_width, packed_d, CHUNK)
-            history = (h,)
-            for step in tl.static_range(CHUNK):
-                x, s = _unpacked(xs[step], PACKED), _unpacked(ss[step], PACKED)
-                history = history + (tl.exp2(s * A) * history[step] + (s * x) * bs[step],)
-            over_states = tl.zeros([C, COLUMNS], tl.float32)
-            over_channels = tl.zeros([2 * N, COLUMNS], tl.float32)
-            for step in tl.static_range(CHUNK - 1, -1, -1):
-                x, s, g = _unpacked(xs[step], PACKED), _unpacked(ss[step], PACKED), _unpacked(gs[step], PACKED)
-                grad_h = carry + g * cs[step]
-                of_B, of_C = (s * x) * grad_h, g * history[step + 1]
-                if step % 2 == 1:
-                    later_B, later_C = of_B, of_C
-                else:
-                    over_channels = _add_channels(over_channels, of_B, of_C, later_B, later_C, step, dtype)
-                over_states = _add_states(over_states, grad_h, weights[step], dtype)
-                carry = grad_h * tl.exp2((s + zero) * A)
-                flow = carry * history[step]
-                over_states = _add_states(over_states, flow * A, (column == 2 * step + 1).to(tl.float32), dtype)
+            for chunks_done in range(chunks):
+                # The state, u and dt of the chunk that comes next are read before this one's gradients are written.
+                before = start - CHUNK
+                next_h = tl.load(kept + tl.maximum(chunks - 2 - chunks_done, 0) * (N * C))
+                next_xs = _read(x_of, before, length, packed_width, packed_d, CHUNK)
+                next_ss = _read(s_of, before, length, packed_width, packed_d, CHUNK)
+                bs, cs = _read_shared(B_of, start, length, N, CHUNK), _read_shared(B_of + N, start, length, N, CHUNK)
+                weights = _read_weights(B_weights, column, start, length, N, CHUNK, 2)
+                gs = _read_visited(g_of, visits, start, length, packed_width, packed_d, CHUNK)
+                history = (h,)
+                for step in tl.static_range(CHUNK):
+                    x, s = _unpacked(xs[step], PACKED), _unpacked(ss[step], PACKED)
+                    history = history + (tl.exp2(s * A) * history[step] + (s * x) * bs[step],)
+                over_states = tl.zeros([C, COLUMNS], tl.float32)
+                over_channels = tl.zeros([2 * N, COLUMNS], tl.float32)
+                for step in tl.static_range(CHUNK - 1, -1, -1):
+                    x, s, g = _unpacked(xs[step], PACKED), _unpacked(ss[step], PACKED), _unpacked(gs[step], PACKED)
+                    grad_h = carry + g * cs[step]
+                    of_B, of_C = (s * x) * grad_h, g * history[step + 1]
+                    if step % 2 == 1:
+                        later_B, later_C = of_B, of_C
+                    else:
+                        over_channels = _add_channels(over_channels, of_B, of_C, later_B, later_C, step, dtype)
+                    over_states = _add_states(over_states, grad_h, weights[step], dtype)
+                    carry = grad_h * tl.exp2((s + zero) * A)
+                    flow = carry * history[step]
+                    over_states = _add_states(over_states, flow * A, (column == 2 * step + 1).to(tl.float32), dtype)
+                    if PARAMETERS:
+                        sum_A += flow * s
+
+                through_u, through_A = over_states.reshape(_Q, C // _Q, CHUNK, 2).permute(0, 2, 1, 3).split()
+                t = start + step_of
+                on = d_of < tl.where(t < length, width, 0)
+                visited = tl.load(visits + tl.minimum(t, length - 1))
+                x = tl.load(u_row + t * width + d_of, mask=on, other=0.0).to(tl.float32)
+                s = tl.load(dt_row + t * width + d_of, mask=on, other=0.0).to(tl.float32)
+                g = tl.load(grad_y_row + visited * width + d_of, mask=on, other=0.0).to(tl.float32)
+                grad_dt = (through_A * _LN2 + x * through_u) * (1.0 - tl.exp2(-s * _LOG2E))
+                tl.store(grad_u_row + t * width + d_of, (s * through_u + skip * g).to(dtype), mask=on)
+                tl.store(dt_row + t * width + d_of, grad_dt.to(dtype), mask=on)
                 if PARAMETERS:
-                    sum_A += flow * s
+                    sum_D += g * x
+                    sum_bias += grad_dt
+                inside = (token < tl.minimum(CHUNK, length - start)) & (line >= 0)
+                if ATOMIC:
+                    tl.atomic_add(grad_BC_row + start * (2 * N), over_channels, mask=inside, sem="relaxed")
+                else:
+                    tl.store(grad_BC_row + start * (2 * N), over_channels, mask=inside)
+                xs, ss, h = next_xs, next_ss, next_h
+                start = before
 
-            through_u, through_A = over_states.reshape(_Q, C // _Q, CHUNK, 2).permute(0, 2, 1, 3).split()
-            t = start + step_of
-            on = d_of < tl.where(t < length, width, 0)
-            visited = tl.load(order + tl.minimum(t, length - 1))
-            x = tl.load(u + t * width + d_of, mask=on, other=0.0).to(tl.float32)
-            s = tl.load(dt + t * width + d_of, mask=on, other=0.0).to(tl.float32)
-            g = tl.load(grad_y + visited * width + d_of, mask=on, other=0.0).to(tl.float32)
-            grad_dt = (through_A * _LN2 + x * through_u) * (1.0 - tl.exp2(-s * _LOG2E))
-            tl.store(grad_u + t * width + d_of, (s * through_u + skip * g).to(dtype), mask=on)
-            tl.store(dt + t * width + d_of, grad_dt.to(dtype), mask=on)
-            if PARAMETERS:
-                sum_D += g * x
-                sum_bias += grad_dt
-            inside = (token < tl.minimum(CHUNK, length - start)) & (line >= 0)
-            if ATOMIC:
-                tl.atomic_add(grad_BC + start * (2 * N), over_channels, mask=inside, sem="relaxed")
-            else:
-                tl.store(grad_BC + start * (2 * N), over_channels, mask=inside)
-            xs, ss, h = next_xs, next_ss, next_h
-            start = before
-
-    if PARAMETERS:
-        small += study * ROWS * width
-        _add(small + n * width + d, sum_A * A * _LN2, d < width)
-        once = (d_of < width) & (step_of == 0)
-        small += N * width + d_of
-        _add(small, tl.broadcast_to(tl.sum(sum_D, 1, keep_dims=True), d_of.shape), once)
-        _add(small + width, tl.broadcast_to(tl.sum(sum_bias, 1, keep_dims=True), d_of.shape), once)
+        if PARAMETERS:
+            sums = small + study * ROWS * width
+            _add(sums + n * width + d, sum_A * A * _LN2, d < width)
+            once = (d_of < width) & (step_of == 0)
+            sums += N * width + d_of
+            _add(sums, tl.broadcast_to(tl.sum(sum_D, 1, keep_dims=True), d_of.shape), once)
+            _add(sums + width, tl.broadcast_to(tl.sum(sum_bias, 1, keep_dims=True), d_of.shape), once)
 
 
 @triton.jit

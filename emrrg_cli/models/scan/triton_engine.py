@@ -24,8 +24,8 @@ _CHANNELS = 32
 # A state is saved every _EVERY tokens. Tokens that are read and written together, forward and backward; the backward
 # pass holds the states of as many in registers.
 _EVERY, _FORWARD_CHUNK, _BACKWARD_CHUNK = 40, 8, 4
-# Elements of [K, b, l, d] that the forward and the backward pass work on at a time.
-_FORWARD_PART, _BACKWARD_PART = 100_000_000, 14_000_000
+# Elements of [K, b, l, d] that the forward and, where it can be divided, the backward pass work on at a time.
+_FORWARD_PART, _BACKWARD_PART = 100_000_000, 30_000_000
 _ONE_WARP = {"num_warps": 1, "num_stages": 1}
 
 
@@ -89,19 +89,33 @@ def _forward(
     mean = torch.empty_like(x) if save else x.new_empty(0)
     kept = (b, directions, _sections(length), d, n) if save else (0,)  # outputs of an operator may not be one tensor
     states = torch.empty(kept, dtype=torch.float32, device=x.device)
-    for part in _parts(b, directions * length * d, _FORWARD_PART):
+    for part in _parts(b, _FORWARD_PART // (directions * length * d)):
         part_x, part_z, part_out, part_mean, part_states = (
             (x, z, out, mean, states) if part is None else (x[part], z[part], out[part], mean[part], states[part])
         )
         size = part_x.shape[0]
-        u, dt, BC = _inputs(part_x, order, conv_weight, conv_bias, projection, dt_weight, dt_bias, n)
-        _launch(
-            kernels.scan_forward, (_ceil(d, _CHANNELS), directions * size),
+        tensors = (
+            part_x,
+            part_z,
+            part_out,
+            part_states,
+            conv_weight,
+            conv_bias,
+            projection,
+            dt_weight,
+            dt_bias,
+            A_log,
+            D,
+        )
+        launch = _Launcher(tensors, n, save)
+        u, dt, BC = _inputs(launch, part_x, order, conv_weight, conv_bias, projection, dt_weight, dt_bias, n)
+        launch(
+            kernels.scan_forward, (_ceil(d, _CHANNELS), directions * size, 1),
             u, dt, BC, A_log, D, part_states if save else BC, size, length, d,
             N=n, C=_CHANNELS, CHUNK=_FORWARD_CHUNK, EVERY=_EVERY, SAVE=save, PACKED=_packed(x),
             **_ONE_WARP,
         )  # fmt: skip
-        _launch(
+        launch(
             kernels.gate_forward, _tiles(d, length, size),
             dt, part_z, back, part_out, part_mean if save else part_out, size, length, d,
             K=directions, SAVE=save, T=_TOKENS, C=_WIDE,
@@ -148,12 +162,15 @@ def _backward(
     taps = conv_weight.shape[2]
     grad_x, grad_z = torch.empty_like(x), torch.empty_like(z)
     grad_y = grad_x  # until that is written
-    _launch(
-        kernels.gate_backward, (_ceil(x.numel(), 1024),),
+    _Launcher((x, z, grad, mean), directions)(
+        kernels.gate_backward, (_ceil(x.numel(), 1024), 1, 1),
         grad, z, mean, grad_z, grad_y, x.numel(), K=directions, BLOCK=1024,
     )  # fmt: skip
     weights = (conv_weight, conv_bias, projection, dt_weight, dt_bias, A_log, D)
-    parts = _parts(b, directions * length * d, _BACKWARD_PART)
+    # The programs that run at a time share the channel blocks of a part, twice, or once if that takes less memory.
+    blocks, programs = directions * _ceil(d, _CHANNELS), _programs(x.device)
+    rounds = 2 if 2 * programs * _CHANNELS * length <= _BACKWARD_PART else 1
+    parts = _parts(b, rounds * programs // blocks)
     size = b if parts[0] is None else parts[0].stop
     sums: _Sums | None = None
     if parameters:
@@ -193,17 +210,20 @@ def _backward_of(
     rows, blocks = size * length, _ceil(d, _CHANNELS)
     atomic = not torch.are_deterministic_algorithms_enabled()
     fp32: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
+    launch = _Launcher((x, grad_x, states, *weights), n, atomic, sums is not None)
     proj = torch.empty(directions, rows, stride, dtype=x.dtype, device=x.device)
-    u, dt, BC = _inputs(x, order, conv_weight, conv_bias, projection, dt_weight, dt_bias, n, proj)
+    u, dt, BC = _inputs(launch, x, order, conv_weight, conv_bias, projection, dt_weight, dt_bias, n, proj)
     shape = (directions, rows, 2 * n)
     grad_BC = torch.zeros(shape, **fp32) if atomic else torch.empty(blocks, *shape, **fp32)
-    scratch = torch.empty(directions * size * (_EVERY // _BACKWARD_CHUNK - 1) * n * d, **fp32)
+    programs = min(blocks * directions * size, _programs(x.device))
+    scratch = torch.empty(programs * (_EVERY // _BACKWARD_CHUNK - 1) * n * _CHANNELS, **fp32)
     grad_u = torch.empty_like(u)
     small = BC if sums is None else sums[0]  # a pointer that is not used
     common = {"ROWS": n + taps + 3, "PARAMETERS": sums is not None}
-    _launch(
-        kernels.scan_backward, (blocks, directions * size),
-        u, dt, BC, grad_x, order, A_log, D, states, scratch, grad_u, grad_BC, small, 0.0, size, length, d,
+    launch(
+        kernels.scan_backward, (programs, 1, 1),
+        u, dt, BC, grad_x, order, A_log, D, states, scratch, grad_u, grad_BC, small, 0.0,
+        directions * size, size, length, d,
         N=n, C=_CHANNELS, CHUNK=_BACKWARD_CHUNK, EVERY=_EVERY, ATOMIC=atomic, PACKED=_packed(x), **common, **_ONE_WARP,
     )  # fmt: skip
     del scratch, BC
@@ -220,12 +240,12 @@ def _backward_of(
         torch.baddbmm(sums[2], grad_dt.mT, proj[..., :rank], out=sums[2])
     del u, dt, grad_dt
     torch.baddbmm(grad_u, grad_proj, projection, out=grad_u)
-    _launch(
-        kernels.conv_backward, (_ceil(d, _WIDE), directions * size),
+    launch(
+        kernels.conv_backward, (_ceil(d, _WIDE), directions * size, 1),
         x, order, conv_weight, conv_bias, grad_u, small, size, length, d,
         W=taps, C=_WIDE, FIRST=n + 2, num_warps=2, **common,
     )  # fmt: skip
-    _launch(
+    launch(
         kernels.conv_backward_x, _tiles(d, length, size),
         grad_u, back, conv_weight, grad_x, size, length, d, K=directions, W=taps, T=_TOKENS, C=_WIDE,
     )  # fmt: skip
@@ -279,17 +299,21 @@ def _sections(length: int) -> int:
     return (length - 1) // _EVERY
 
 
+def _programs(device: torch.device) -> int:
+    # How many warps run at a time where each takes all the registers that it can.
+    if device.type != "cuda":
+        return 5
+    return 8 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def _packed(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and x.shape[-1] % 2 == 0
 
 
-def _parts(batch: int, elements: int, limit: int) -> list[slice | None]:
-    # Equal parts of the batch, of at most `limit` elements of [K, b, l, d] each; None: all of it.
-    count = min(batch, _ceil(batch * elements, limit))
-    if count == 1:
-        return [None]
-    size = _ceil(batch, count)
-    return [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
+def _parts(batch: int, size: int) -> list[slice | None]:
+    # Parts of the batch of `size` studies, at least one; None: all of it.
+    size = max(1, size)
+    return [slice(start, min(start + size, batch)) for start in range(0, batch, size)] if size < batch else [None]
 
 
 def _ceil(a: int, b: int) -> int:
@@ -314,45 +338,25 @@ def _index_maps(order: Tensor) -> tuple[Tensor, Tensor]:
     return maps
 
 
-def _convolve(x: Tensor, order: Tensor, conv_weight: Tensor, conv_bias: Tensor) -> Tensor:
-    # silu(conv(x)) in the order of each direction, [K, b, l, d]
-    b, length, d = x.shape
-    directions, _, taps = conv_weight.shape
-    u = x.new_empty(directions, b, length, d)
-    grid = (_ceil(d, _WIDE), _ceil(length, 2 * _TOKENS), directions * b)
-    _launch(
-        kernels.conv_forward,
-        grid,
-        x,
-        order,
-        conv_weight,
-        conv_bias,
-        u,
-        b,
-        length,
-        d,
-        W=taps,
-        T=2 * _TOKENS,
-        C=_WIDE,
-        num_warps=2,
-    )
-    return u
-
-
 def _inputs(
-    x: Tensor, order: Tensor, conv_weight: Tensor, conv_bias: Tensor, projection: Tensor, dt_weight: Tensor,
-    dt_bias: Tensor, n: int, proj: Tensor | None = None,
+    launch: _Launcher, x: Tensor, order: Tensor, conv_weight: Tensor, conv_bias: Tensor, projection: Tensor,
+    dt_weight: Tensor, dt_bias: Tensor, n: int, proj: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     # What the recurrence reads, in the order of each direction: u and, after softplus, dt [K, b * l, d], B and C
     # [K, b * l, 2 n] in fp32. `proj` [K, b * l, r + 2n] is where the projections go that the last three come from.
     b, length, d = x.shape
     directions, _, rank = dt_weight.shape
     rows = b * length
-    u = _convolve(x, order, conv_weight, conv_bias).view(directions, rows, d)
+    u = x.new_empty(directions, rows, d)
+    launch(
+        kernels.conv_forward, (_ceil(d, _WIDE), _ceil(length, 2 * _TOKENS), directions * b),
+        x, order, conv_weight, conv_bias, u, b, length, d,
+        W=conv_weight.shape[2], T=2 * _TOKENS, C=_WIDE, num_warps=2,
+    )  # fmt: skip
     proj = torch.bmm(u, projection.mT) if proj is None else torch.bmm(u, projection.mT, out=proj)
     dt = torch.empty_like(u)
     BC = torch.empty(directions, rows, 2 * n, dtype=torch.float32, device=x.device)
-    _launch(
+    launch(
         kernels.dt_forward, (_ceil(d, 128), _ceil(rows, 64), directions),
         proj, dt_weight, dt_bias, dt, BC, rows, d, rank, proj.shape[2],
         N=n, M=64, C=128, R=max(16, 1 << (rank - 1).bit_length()), EXACT=x.dtype == torch.float32,
@@ -360,24 +364,37 @@ def _inputs(
     return u, dt, BC
 
 
+_configurations: dict[tuple[Any, ...], int] = {}
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """`kernel[grid](*arguments, **constants)`, whose own way to the compiled kernel takes longer than a small kernel.
+class _Launcher:
+    """`launch(kernel, grid, *arguments, **constants)` does what `kernel[grid](...)` does in less of the host's time, of
+    which a small kernel takes more than of the device's.
 
-    A kernel is compiled for types, for pointers and numbers that are multiples of 16, and for the constants.
+    A kernel is compiled for types, sizes and alignment of its arguments. Here these are looked at once for all kernels;
+    after a first launch pointers are handed over as numbers.
+
+    Args:
+        tensors: those that came from outside or are a part of the batch, the first on the device to launch on. All
+            others must be made here, so that they are aligned.
+        numbers: whatever else the other arguments' types and sizes depend on.
     """
-    key = (
-        kernel.fn.__name__,
-        torch.cuda.current_device() if torch.cuda.is_available() else None,
-        *((a.dtype, a.data_ptr() % 16) if isinstance(a, Tensor) else a for a in arguments),
-        *constants.values(),
-    )
-    if key in _compiled:
-        compiled, values = _compiled[key]
-        compiled[(*grid, 1, 1)[:3]](*arguments, *values)
-        return
-    compiled = kernel[grid](*arguments, **constants)
-    if hasattr(compiled, "run"):  # else interpreted
-        _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+
+    def __init__(self, tensors: Sequence[Tensor], *numbers: int) -> None:
+        device = tensors[0].device
+        found = [(tensor.dtype, tensor.data_ptr() % 16) for tensor in tensors]
+        key = (device.index, *tensors[0].shape, *numbers, *found)
+        self._configuration = _configurations.setdefault(key, len(_configurations))
+        self._stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+
+    def __call__(self, kernel: Any, grid: tuple[int, int, int], *arguments: Any, **constants: Any) -> None:
+        key = kernel.fn.__name__, self._configuration, *constants.values()
+        if key in _compiled:
+            compiled, values = _compiled[key]
+            plain = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+            compiled[grid](*plain, *values, stream=self._stream)
+            return
+        compiled = kernel[grid](*arguments, **constants)
+        if hasattr(compiled, "run"):  # else interpreted
+            _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
