@@ -369,10 +369,10 @@ def scan_backward(
 
     grad_y: `[b, l, d]` in row order; grad_u: as u; scratch: `[programs, EVERY // CHUNK - 1, n * C]`; grad_BC: `[K, b,
     l, R, S, 2]` fp32, states as in a tile, added to atomically, or `[channel blocks, K, b, l, R, S, 2]`, written;
-    small: `[b, K, ROWS, d]` fp32, added to: the first n rows are the gradient to A_log, then come those to D and to dt's bias.
-    zero: 0.0, added to `dt` where the decays are needed a second time: the compiler would keep the first ones, which
-    takes more registers than there are. Grid: as many programs as run at a time, one warp each, which share the
-    channel blocks of `rows` = K * b rows, so that `scratch` stays in the cache.
+    small: `[b, K, ROWS, d]` fp32, added to: the first n rows are the gradient to A_log, then come those to D and to
+    dt's bias. zero: 0.0, added to `dt` where the decays are needed a second time: the compiler would keep the first
+    ones, which takes more registers than there are. Grid: as many programs as run at a time, one warp each, which
+    share the channel blocks of `rows` = K * b rows, so that `scratch` stays in the cache.
     """
     blocks = tl.cdiv(width, C)
     dtype: tl.constexpr = u.dtype.element_ty
