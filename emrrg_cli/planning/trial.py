@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import math
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -149,14 +148,15 @@ class _Trial:
             # Where steps take this long, what the first one takes to start is nothing beside them.
             if time.perf_counter() - began > (_BUDGET_S if len(rounds) > 1 else _BUDGET_S / 2):
                 break
-        # Parts of one round are compared with each other, so that a machine that is busy for a while slows down all.
-        wholes = [
-            {name: self._extrapolate({part: times[part][name] for part in variants}) for name in ("seconds", "update")}
-            for times in rounds[1:] or rounds
-        ]
+        # Other work on the machine only ever adds: the lower quartile of each, from steps spread over the whole trial.
+        counted = rounds[1:] or rounds
+        quick = {
+            name: {part: sorted(times[part][name] for times in counted)[(len(counted) - 1) // 4] for part in variants}
+            for name in ("seconds", "update")
+        }
         return Step(
-            statistics.median(whole["seconds"] for whole in wholes) * micro / size,
-            statistics.median(whole["update"] for whole in wholes),
+            self._extrapolate(quick["seconds"]) * micro / size,
+            self._extrapolate(quick["update"]),
             self._extrapolate(saved),
             saved[None] + self._checkpoints(micro),
         )
