@@ -184,8 +184,11 @@ def _backward(
         return [grad_x, grad_z]
     small, of_projection, of_dt_weight = sums
     of_A, of_D, of_bias, of_taps, of_conv_bias = torch.split(small.sum(0), [n, 1, 1, taps, 1], dim=1)  # [K, rows, d]
-    found = (of_taps.mT, of_conv_bias[:, 0], of_projection, of_dt_weight, of_bias[:, 0], of_A.mT, of_D[:, 0])
-    return [grad_x, grad_z, *(of.to(own.dtype).contiguous() for of, own in zip(found, weights, strict=True))]
+    slices = (of_taps.mT, of_conv_bias[:, 0], of_bias[:, 0], of_A.mT, of_D[:, 0])
+    # Copies: what an operator returns may not share memory.
+    of_taps, of_conv_bias, of_bias, of_A, of_D = (of.clone(memory_format=torch.contiguous_format) for of in slices)
+    found = (of_taps, of_conv_bias, of_projection, of_dt_weight, of_bias, of_A, of_D)
+    return [grad_x, grad_z, *(of.to(own.dtype) for of, own in zip(found, weights, strict=True))]
 
 
 # Gradients summed over the batch: small ones of the studies of a part [size, K, n + taps + 3, d], of projection, of

@@ -174,9 +174,10 @@ def test_fp64_takes_the_plain_engine() -> None:
     assert torch.allclose(get_scan("triton")(*arguments), directional_scan_reference(*arguments), atol=1e-12)
 
 
-def test_the_operator_passes_torchs_own_checks() -> None:
+@pytest.mark.parametrize("k", [1, 4])
+def test_the_operator_passes_torchs_own_checks(k: int) -> None:
     # Schema, fake kernel and autograd registration, as torch.compile needs them.
-    inputs, order, _ = _inputs(1, 3, 16, 8, 4, 2, seed=0)
+    inputs, order, _ = _inputs(1, 3, 16, 8, k, 2, seed=0)
     arguments = [inputs[name].float().requires_grad_() for name in NAMES]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(triton_engine._scan, (*arguments, order, True), test_utils=tests)
