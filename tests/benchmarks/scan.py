@@ -9,6 +9,7 @@ Without one: fp32 on the plain engines, a small batch. `--json FILE` keeps the f
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import statistics
@@ -153,7 +154,10 @@ def measure(name: str, module: nn.Module, width: int, batch: int, device: str) -
         row["peak"] = torch.cuda.max_memory_allocated() / 2**20
     row["forward"], row["both"] = median_ms(forward, cuda), median_ms(both, cuda)
     row["graph"] = median_ms(captured(forward), cuda) if cuda else None
-    row["both_graph"] = median_ms(captured(both), cuda) if cuda else None
+    row["both_graph"] = None
+    if cuda:
+        with contextlib.suppress(RuntimeError):  # a peer whose backward pass cannot be captured
+            row["both_graph"] = median_ms(captured(both), cuda)
     return row
 
 
