@@ -113,10 +113,111 @@ def dt_forward(
         tl.store(BC + (first + m)[:, None] * (2 * N) + n[None, :], bc.to(tl.float32), mask=on)
 
 
-# The tile of a scanning warp, [R, S, L, Q]: state n = s * R + r of channel d = l * Q + q. A thread is one (s, l), S * L
-# = 32, and has R states of Q channels, so that sums over states and over channels both begin inside a thread. Triton
-# chooses layouts by itself. It chooses this one because every load spans both lane axes, if need be the same address
-# many times, and is contiguous in r or in q.
+@triton.jit
+def _decay_rates(A_log, at, on):
+    # A times log2(e), for exp2
+    return -tl.exp2(tl.load(A_log + at, mask=on, other=0.0).to(tl.float32) * _LOG2E) * _LOG2E
+
+
+@triton.jit
+def _read(pointer, start, length, width, d, CHUNK: tl.constexpr):
+    # Rows start, start + 1, ... of u or dt, each of the shape of d; zeros past the last token and before the first.
+    rows = ()
+    for step in tl.static_range(CHUNK):
+        t = start + step
+        on = d < tl.where((t >= 0) & (t < length), width, 0)
+        rows = rows + (tl.load(pointer + t * width, mask=on, other=0),)
+    return rows
+
+
+@triton.jit
+def scan_forward(
+    u, dt, BC, A_log, D, states, batch, length, width,
+    N: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, EVERY: tl.constexpr, SAVE: tl.constexpr,
+):  # fmt: skip
+    """The recurrence; `y` replaces `dt`. Grid: channels, K * b; one warp, a thread of which has a channel's states.
+
+    u, dt: `[K, b, l, d]`; BC: `[K, b, l, 2, n]`; A_log: `[K, d, n]`; D: `[K, d]`; states: `[b, K, (l - 1) // EVERY, d,
+    n]` fp32, the state before tokens EVERY, 2 EVERY, ... The next tokens are read before these are written, or every
+    step would wait for memory: u and dt a chunk ahead, B and C, which many programs share, one token.
+    """
+    row = tl.program_id(1)
+    k = row // batch
+    n = tl.arange(0, N)[:, None]
+    d = tl.program_id(0) * C + tl.arange(0, C)[None, :]
+    in_d = d < width
+    at = row.to(tl.int64) * length
+    u += at * width + d
+    dt += at * width + d
+    BC += at * (2 * N) + n
+    study = (row % batch).to(tl.int64) * (tl.num_programs(1) // batch) + k
+    states += study * ((length - 1) // EVERY) * N * width + d * N + n
+    A = _decay_rates(A_log, (k * width + d) * N + n, in_d)
+    skip = tl.load(D + k * width + d, mask=in_d, other=0.0).to(tl.float32)
+    h = tl.zeros([N, C], tl.float32)
+    xs, ss = _read(u, 0, length, width, d, CHUNK), _read(dt, 0, length, width, d, CHUNK)
+    b, c = tl.load(BC), tl.load(BC + N)
+    for start in range(0, length, CHUNK):
+        next_xs = _read(u, start + CHUNK, length, width, d, CHUNK)
+        next_ss = _read(dt, start + CHUNK, length, width, d, CHUNK)
+        if SAVE:
+            if (start > 0) & (start % EVERY == 0):
+                tl.store(states, h, mask=in_d)
+                states += N * width
+        for step in tl.static_range(CHUNK):
+            t = start + step
+            ahead = tl.minimum(t + 1, length - 1) * (2 * N)
+            next_b, next_c = tl.load(BC + ahead), tl.load(BC + ahead + N)
+            x, s = xs[step].to(tl.float32), ss[step].to(tl.float32)
+            h = tl.exp2(s * A) * h + (s * x) * b
+            y = tl.sum(h * c, 0, keep_dims=True) + skip * x
+            tl.store(dt + t * width, y.to(dt.dtype.element_ty), mask=d < tl.where(t < length, width, 0))
+            b, c = next_b, next_c
+        xs, ss = next_xs, next_ss
+
+
+@triton.jit
+def gate_forward(
+    y, z, back, out, mean, batch, length, width, K: tl.constexpr, SAVE: tl.constexpr, T: tl.constexpr, C: tl.constexpr
+):
+    """`out = silu(z) * mean over directions`: y `[K, b, l, d]` to out, mean `[b, l, d]`. Grid: channels, tokens, b.
+
+    back: `[K, l]`, the step at which a direction visits each token.
+    """
+    t = tl.program_id(1) * T + tl.arange(0, T)
+    d = tl.program_id(0) * C + tl.arange(0, C)
+    on = (t < length)[:, None] & (d < width)[None, :]
+    image = tl.program_id(2)
+    total = tl.zeros([T, C], tl.float32)
+    for k in tl.static_range(K):
+        step = tl.load(back + k * length + t, mask=t < length, other=0)
+        at = ((k * batch + image).to(tl.int64) * length + step)[:, None] * width + d[None, :]
+        total += tl.load(y + at, mask=on, other=0.0).to(tl.float32)
+    total = total / K
+    at = (image.to(tl.int64) * length + t)[:, None] * width + d[None, :]
+    gate = tl.load(z + at, mask=on, other=0.0).to(tl.float32)
+    tl.store(out + at, (total * gate * _sigmoid(gate)).to(out.dtype.element_ty), mask=on)
+    if SAVE:
+        tl.store(mean + at, total.to(mean.dtype.element_ty), mask=on)
+
+
+@triton.jit
+def gate_backward(grad, z, mean, grad_z, grad_y, count, K: tl.constexpr, BLOCK: tl.constexpr):
+    """Gradients of `gate_forward`, elementwise: to `z`, and to `y` in row order, `[b, l, d]`. Grid: blocks."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    on = i < count
+    g = tl.load(grad + i, mask=on, other=0.0).to(tl.float32)
+    gate = tl.load(z + i, mask=on, other=0.0).to(tl.float32)
+    y = tl.load(mean + i, mask=on, other=0.0).to(tl.float32)
+    sigmoid = _sigmoid(gate)
+    tl.store(grad_z + i, (g * y * sigmoid * (1.0 + gate * (1.0 - sigmoid))).to(grad_z.dtype.element_ty), mask=on)
+    tl.store(grad_y + i, (g * gate * sigmoid / K).to(grad_y.dtype.element_ty), mask=on)
+
+
+# The tile of a warp of the backward scan, [R, S, L, Q]: state n = s * R + r of channel d = l * Q + q. A thread is one
+# (s, l), S * L = 32, and has R states of Q channels, so that sums over states and over channels both begin inside a
+# thread. Triton chooses layouts by itself. It chooses this one because every load spans both lane axes, if need be the
+# same address many times, and is contiguous in r or in q.
 STATE_LANES = 4
 _S = tl.constexpr(STATE_LANES)
 _Q = tl.constexpr(4)
@@ -142,21 +243,16 @@ def _finished(first, C: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _decay_rates(A_log, at, on):
-    # A times log2(e), for exp2
-    return -tl.exp2(tl.load(A_log + at, mask=on, other=0.0).to(tl.float32) * _LOG2E) * _LOG2E
-
-
-@triton.jit
 def _packed(pointer, first, width, N: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr):
     # How to read a row of bf16: two values as one int32, which takes half the registers until they are used.
     if PACKED:
         S: tl.constexpr = min(N, _S)
         pairs = tl.arange(0, C // _Q)[None, None, :, None] * (_Q // 2) + tl.arange(0, _Q // 2)[None, None, None, :]
         d = tl.broadcast_to(first // 2 + pairs, [1, S, C // _Q, _Q // 2])
-        return pointer.to(tl.pointer_type(tl.int32)), d, width // 2
+        return pointer.to(tl.pointer_type(tl.int32)) + d, d, width // 2
     else:  # noqa: RET505 - one of two types: Triton compiles a branch only where it is chosen
-        return pointer, _tile(first, N, C)[1], width
+        d = _tile(first, N, C)[1]
+        return pointer + d, d, width
 
 
 @triton.jit
@@ -167,17 +263,6 @@ def _unpacked(x, PACKED: tl.constexpr):
         return tl.join(low, high).reshape(1, x.shape[1], x.shape[2], 2 * x.shape[3])
     else:  # noqa: RET505 - as above
         return x.to(tl.float32)
-
-
-@triton.jit
-def _read(pointer, start, length, width, d, CHUNK: tl.constexpr):
-    # Rows start, start + 1, ... of u or dt, [1, S, L, Q] each; zeros past the last token and before the first.
-    rows = ()
-    for step in tl.static_range(CHUNK):
-        t = start + step
-        on = d < tl.where((t >= 0) & (t < length), width, 0)
-        rows = rows + (tl.load(pointer + t * width + d, mask=on, other=0),)
-    return rows
 
 
 @triton.jit
@@ -226,101 +311,6 @@ def _add_states(sums, x, weight, dtype: tl.constexpr):
 
 
 @triton.jit
-def scan_forward(
-    u, dt, BC, A_log, D, states, batch, length, width,
-    N: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, EVERY: tl.constexpr, SAVE: tl.constexpr,
-    PACKED: tl.constexpr,
-):  # fmt: skip
-    """The recurrence; `y` replaces `dt`. Grid: channels, K * b; one warp.
-
-    u, dt: `[K, b, l, d]`; BC: `[K, b, l, 2, n]`; A_log: `[K, d, n]`; D: `[K, d]`; states: `[b, K, (l - 1) // EVERY, d,
-    n]` fp32, the state before tokens EVERY, 2 EVERY, ... What the next chunk needs is read before this one's results
-    are written, or every chunk would wait for memory. PACKED: bf16 and d even.
-    """
-    row = tl.program_id(1)
-    k = row // batch
-    first = tl.program_id(0) * C
-    n, d = _tile(first, N, C)
-    at = row.to(tl.int64) * length
-    u += at * width
-    dt += at * width
-    BC += at * (2 * N)
-    study = (row % batch).to(tl.int64) * (tl.num_programs(1) // batch) + k
-    states += study * ((length - 1) // EVERY) * N * width + d * N + n
-    A = _decay_rates(A_log, (k * width + d) * N + n, d < width)
-    step_of, d_of = _finished(first, C, CHUNK)
-    skip = tl.load(D + k * width + d_of, mask=d_of < width, other=0.0).to(tl.float32)
-    n_of, column = _weights(N, CHUNK)
-    C_of = BC + N + n_of
-    B_of = BC + tl.broadcast_to(n, [n.shape[0], n.shape[1], d.shape[2], 1])
-    x_of, packed_d, packed_width = _packed(u, first, width, N, C, PACKED)
-    s_of, packed_d, packed_width = _packed(dt, first, width, N, C, PACKED)
-    h = tl.zeros([n.shape[0], n.shape[1], d.shape[2], _Q], tl.float32)
-    xs = _read(x_of, 0, length, packed_width, packed_d, CHUNK)
-    ss = _read(s_of, 0, length, packed_width, packed_d, CHUNK)
-    bs, cs = _read_shared(B_of, 0, length, N, CHUNK), _read_weights(C_of, column, 0, length, N, CHUNK, 1)
-    for start in range(0, length, CHUNK):
-        ahead = start + CHUNK
-        next_xs = _read(x_of, ahead, length, packed_width, packed_d, CHUNK)
-        next_ss = _read(s_of, ahead, length, packed_width, packed_d, CHUNK)
-        next_bs = _read_shared(B_of, ahead, length, N, CHUNK)
-        next_cs = _read_weights(C_of, column, ahead, length, N, CHUNK, 1)
-        if SAVE:
-            if (start > 0) & (start % EVERY == 0):
-                tl.store(states, h, mask=d < width)
-                states += N * width
-        sums = tl.zeros([C, CHUNK], tl.float32)
-        for step in tl.static_range(CHUNK):
-            x, s = _unpacked(xs[step], PACKED), _unpacked(ss[step], PACKED)
-            h = tl.exp2(s * A) * h + (s * x) * bs[step]
-            sums = _add_states(sums, h, cs[step], u.dtype.element_ty)
-        t = start + step_of
-        on = d_of < tl.where(t < length, width, 0)
-        x = tl.load(u + t * width + d_of, mask=on, other=0.0).to(tl.float32)
-        y = sums.reshape(_Q, C // _Q, CHUNK).permute(0, 2, 1) + skip * x
-        tl.store(dt + t * width + d_of, y.to(dt.dtype.element_ty), mask=on)
-        xs, ss, bs, cs = next_xs, next_ss, next_bs, next_cs
-
-
-@triton.jit
-def gate_forward(
-    y, z, back, out, mean, batch, length, width, K: tl.constexpr, SAVE: tl.constexpr, T: tl.constexpr, C: tl.constexpr
-):
-    """`out = silu(z) * mean over directions`: y `[K, b, l, d]` to out, mean `[b, l, d]`. Grid: channels, tokens, b.
-
-    back: `[K, l]`, the step at which a direction visits each token.
-    """
-    t = tl.program_id(1) * T + tl.arange(0, T)
-    d = tl.program_id(0) * C + tl.arange(0, C)
-    on = (t < length)[:, None] & (d < width)[None, :]
-    image = tl.program_id(2)
-    total = tl.zeros([T, C], tl.float32)
-    for k in tl.static_range(K):
-        step = tl.load(back + k * length + t, mask=t < length, other=0)
-        at = ((k * batch + image).to(tl.int64) * length + step)[:, None] * width + d[None, :]
-        total += tl.load(y + at, mask=on, other=0.0).to(tl.float32)
-    total = total / K
-    at = (image.to(tl.int64) * length + t)[:, None] * width + d[None, :]
-    gate = tl.load(z + at, mask=on, other=0.0).to(tl.float32)
-    tl.store(out + at, (total * gate * _sigmoid(gate)).to(out.dtype.element_ty), mask=on)
-    if SAVE:
-        tl.store(mean + at, total.to(mean.dtype.element_ty), mask=on)
-
-
-@triton.jit
-def gate_backward(grad, z, mean, grad_z, grad_y, count, K: tl.constexpr, BLOCK: tl.constexpr):
-    """Gradients of `gate_forward`, elementwise: to `z`, and to `y` in row order, `[b, l, d]`. Grid: blocks."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    on = i < count
-    g = tl.load(grad + i, mask=on, other=0.0).to(tl.float32)
-    gate = tl.load(z + i, mask=on, other=0.0).to(tl.float32)
-    y = tl.load(mean + i, mask=on, other=0.0).to(tl.float32)
-    sigmoid = _sigmoid(gate)
-    tl.store(grad_z + i, (g * y * sigmoid * (1.0 + gate * (1.0 - sigmoid))).to(grad_z.dtype.element_ty), mask=on)
-    tl.store(grad_y + i, (g * gate * sigmoid / K).to(grad_y.dtype.element_ty), mask=on)
-
-
-@triton.jit
 def _add(pointer, value, on):
     # To what parts of the batch before this one have left there; a place belongs to one program.
     tl.store(pointer, tl.load(pointer, mask=on, other=0.0) + value, mask=on)
@@ -348,7 +338,7 @@ def _read_visited(pointer, order, start, length, width, d, CHUNK: tl.constexpr):
         t = start + step
         on = d < tl.where((t >= 0) & (t < length), width, 0)
         token = tl.load(order + tl.minimum(tl.maximum(t, 0), length - 1))
-        rows = rows + (tl.load(pointer + token * width + d, mask=on, other=0),)
+        rows = rows + (tl.load(pointer + token * width, mask=on, other=0),)
     return rows
 
 

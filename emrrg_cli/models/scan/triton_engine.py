@@ -23,7 +23,7 @@ from emrrg_cli.models.scan import kernels
 _CHANNELS = 32
 # A state is saved every _EVERY tokens. Tokens that are read and written together, forward and backward; the backward
 # pass holds the states of as many in registers.
-_EVERY, _FORWARD_CHUNK, _BACKWARD_CHUNK = 40, 8, 4
+_EVERY, _CHUNK = 40, 4
 # Elements of [K, b, l, d] that the forward and, where it can be divided, the backward pass work on at a time.
 _FORWARD_PART, _BACKWARD_PART = 100_000_000, 30_000_000
 _ONE_WARP = {"num_warps": 1, "num_stages": 1}
@@ -112,8 +112,7 @@ def _forward(
         launch(
             kernels.scan_forward, (_ceil(d, _CHANNELS), directions * size, 1),
             u, dt, BC, A_log, D, part_states if save else BC, size, length, d,
-            N=n, C=_CHANNELS, CHUNK=_FORWARD_CHUNK, EVERY=_EVERY, SAVE=save, PACKED=_packed(x),
-            **_ONE_WARP,
+            N=n, C=_CHANNELS, CHUNK=_CHUNK, EVERY=_EVERY, SAVE=save, **_ONE_WARP,
         )  # fmt: skip
         launch(
             kernels.gate_forward, _tiles(d, length, size),
@@ -219,7 +218,7 @@ def _backward_of(
     shape = (directions, rows, 2 * n)
     grad_BC = torch.zeros(shape, **fp32) if atomic else torch.empty(blocks, *shape, **fp32)
     programs = min(blocks * directions * size, _programs(x.device))
-    scratch = torch.empty(programs * (_EVERY // _BACKWARD_CHUNK - 1) * n * _CHANNELS, **fp32)
+    scratch = torch.empty(programs * (_EVERY // _CHUNK - 1) * n * _CHANNELS, **fp32)
     grad_u = torch.empty_like(u)
     small = BC if sums is None else sums[0]  # a pointer that is not used
     common = {"ROWS": n + taps + 3, "PARAMETERS": sums is not None}
@@ -227,7 +226,7 @@ def _backward_of(
         kernels.scan_backward, (programs, 1, 1),
         u, dt, BC, grad_x, order, A_log, D, states, scratch, grad_u, grad_BC, small, 0.0,
         directions * size, size, length, d,
-        N=n, C=_CHANNELS, CHUNK=_BACKWARD_CHUNK, EVERY=_EVERY, ATOMIC=atomic, PACKED=_packed(x), **common, **_ONE_WARP,
+        N=n, C=_CHANNELS, CHUNK=_CHUNK, EVERY=_EVERY, ATOMIC=atomic, PACKED=_packed(x), **common, **_ONE_WARP,
     )  # fmt: skip
     del scratch, BC
     grad_dt = dt  # which has been written over
