@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import math
 import statistics
@@ -127,6 +128,7 @@ def captured(run: Callable[[], Any]) -> Callable[[], None]:
 def measure(name: str, module: nn.Module, width: int, batch: int, device: str) -> dict[str, Any]:
     """Forward and forward + backward, each called and as a graph (ms), and the peak of the last, called (MiB)."""
     cuda = device == "cuda"
+    gc.collect()  # the graphs of the engine before, which keep their memory
     order = direction_orders(GRID).to(device)
     dtype = torch.bfloat16 if cuda else torch.float32
     x = torch.randn(batch, TOKENS, width, device=device, dtype=dtype, requires_grad=True)
