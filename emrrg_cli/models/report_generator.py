@@ -119,8 +119,9 @@ class ReportGenerator(nn.Module):
         visual, every, visual_mask, every_mask = self.visual_tokens(pixels, views)
         embed = self.llm.get_input_embeddings()
         b = visual.shape[0]
-        before = embed(torch.tensor(self.before, device=visual.device)).expand(b, -1, -1)
-        after = embed(torch.tensor(self.after, device=visual.device)).expand(b, -1, -1)
+        # Made on the CPU and sent, since with `device=` the host waits for all that the device has to do.
+        before, after = (torch.tensor(ids).to(visual.device, non_blocking=True) for ids in (self.before, self.after))
+        before, after = embed(before).expand(b, -1, -1), embed(after).expand(b, -1, -1)
         embeddings = torch.cat([before, visual.to(before.dtype), after], dim=1)
         mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=visual.device)
         if visual_mask is not None:
@@ -205,7 +206,8 @@ def encode_report(tokenizer: PreTrainedTokenizerBase, report: str, max_tokens: i
 
 def average_views(tokens: Tensor, views: Tensor) -> Tensor:
     """Mean of each study's views: `[n, l, d] -> [b, l, d]`, `views` `[b]` summing to `n`."""
-    study = torch.repeat_interleave(torch.arange(len(views), device=views.device), views)  # [n]
+    studies = torch.arange(len(views), device=views.device)
+    study = torch.repeat_interleave(studies, views, output_size=len(tokens))  # [n]; unsaid, the host waits for its size
     weight = F.one_hot(study, len(views)).T.to(tokens.dtype) / views[:, None]  # [b, n]
     # A product rather than index_add: the same order of summation on every run.
     return torch.einsum("bn,nld->bld", weight.to(tokens.dtype), tokens)
