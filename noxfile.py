@@ -5,8 +5,6 @@ Arguments after `--` go to pytest: `nox -s tests -- tests/recipe -x`. `nox -r` u
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import nox
 
 # uv ignores pip's find-links, and so takes the multi-gigabyte CUDA build of torch where a CPU wheel is at hand.
@@ -42,11 +40,8 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Run every script in tests/benchmarks; each prints its own table."""
-    scripts = sorted(Path("tests/benchmarks").glob("*.py"))
-    if not scripts:
-        session.log("tests/benchmarks has no scripts yet")
-        return
+    """Run the scripts in tests/benchmarks that need no data, or `-- NAME ARGUMENTS`; each prints its own table."""
     session.install(".[dev]")
-    for script in scripts:
-        session.run("python", str(script), *session.posargs, env=OFFLINE)
+    runs = [session.posargs] if session.posargs else [[name] for name in ("encoder", "phantom", "preprocess", "scan")]
+    for name, *arguments in runs:
+        session.run("python", f"tests/benchmarks/{name}.py", *arguments, env=OFFLINE)
