@@ -1,0 +1,139 @@
+"""The causal, depthwise convolution in the order of each direction, and its gradients."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from emrrg_cli.models.scan.kernels.common import add, sigmoid
+
+_UNROLL = tl.constexpr(4)  # tokens that are read before the first is used
+
+
+@triton.jit
+def _row(x, order, t, length, width, d, ok):
+    # The token that a direction visits at step t, [C] in fp32; zeros before the first and past the last step.
+    token = tl.load(order + tl.minimum(tl.maximum(t, 0), length - 1))
+    on = ok & (t + d * 0 >= 0) & (t + d * 0 < length)
+    return tl.load(x + token * width + d, mask=on, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def conv_forward(x, order, weight, bias, u, batch, length, width, W: tl.constexpr, T: tl.constexpr, C: tl.constexpr):
+    """`u = silu(conv(x))`, causal and depthwise: x `[b, l, d]` to u `[K, b, l, d]`. Grid: channels, tokens, K * b.
+
+    weight: `[K, d, W]`, bias: `[K, d]`. A program slides over T tokens and reads each once.
+    """
+    row = tl.program_id(2)
+    k = row // batch
+    d = tl.program_id(0) * C + tl.arange(0, C)
+    ok = d < width
+    x += (row % batch).to(tl.int64) * length * width
+    order += k * length
+    u += row.to(tl.int64) * length * width + d
+    start = tl.program_id(1) * T
+    shift = tl.load(bias + k * width + d, mask=ok, other=0.0).to(tl.float32)
+    taps, window = (), ()
+    for tap in tl.static_range(W):
+        taps = taps + (tl.load(weight + (k * width + d) * W + tap, mask=ok, other=0.0).to(tl.float32),)
+        if tap < W - 1:
+            window = window + (_row(x, order, start - (W - 1) + tap, length, width, d, ok),)
+    for first in range(start, tl.minimum(start + T, length), _UNROLL):
+        seen = window
+        for step in tl.static_range(_UNROLL):
+            seen = seen + (_row(x, order, first + step, length, width, d, ok),)
+        for step in tl.static_range(_UNROLL):
+            pre = shift
+            for tap in tl.static_range(W):
+                pre += seen[step + tap] * taps[tap]
+            t = first + step
+            tl.store(
+                u + t * width, (pre * sigmoid(pre)).to(u.dtype.element_ty), mask=d < tl.where(t < length, width, 0)
+            )
+        window = seen[_UNROLL:]
+
+
+@triton.jit
+def _conv_rows(x, grad_u, order, first, length, width, d, ok):
+    # Of the next tokens: x and the gradient of u, [C] each.
+    rows, gs = (), ()
+    for step in tl.static_range(_UNROLL):
+        t = first + step
+        rows = rows + (_row(x, order, t, length, width, d, ok),)
+        gs = gs + (tl.load(grad_u + t * width, mask=d < tl.where(t < length, width, 0), other=0.0).to(tl.float32),)
+    return rows, gs
+
+
+@triton.jit
+def conv_backward(
+    x, order, weight, bias, grad_u, small, batch, length, width,
+    W: tl.constexpr, C: tl.constexpr, FIRST: tl.constexpr, ROWS: tl.constexpr, PARAMETERS: tl.constexpr,
+):  # fmt: skip
+    """Through SiLU: `grad_u` `[K, b, l, d]` becomes the gradient of the convolution's result. Grid: channels, K * b.
+
+    small: `[b, K, ROWS, d]` fp32, added to; from row FIRST the gradients to the weight's taps and to the bias.
+    """
+    row = tl.program_id(1)
+    k = row // batch
+    d = tl.program_id(0) * C + tl.arange(0, C)
+    ok = d < width
+    x += (row % batch).to(tl.int64) * length * width
+    order += k * length
+    grad_u += row.to(tl.int64) * length * width + d
+    shift = tl.load(bias + k * width + d, mask=ok, other=0.0).to(tl.float32)
+    taps, window, sums = (), (), ()
+    for tap in tl.static_range(W):
+        taps = taps + (tl.load(weight + (k * width + d) * W + tap, mask=ok, other=0.0).to(tl.float32),)
+        sums = sums + (tl.zeros([C], tl.float32),)
+        if tap < W - 1:
+            window = window + (tl.zeros([C], tl.float32),)
+    sum_bias = tl.zeros([C], tl.float32)
+    rows, gs = _conv_rows(x, grad_u, order, 0, length, width, d, ok)
+    for first in range(0, length, _UNROLL):
+        next_rows, next_gs = _conv_rows(x, grad_u, order, first + _UNROLL, length, width, d, ok)
+        seen = window + rows
+        for step in tl.static_range(_UNROLL):
+            pre = shift
+            for tap in tl.static_range(W):
+                pre += seen[step + tap] * taps[tap]
+            sig = sigmoid(pre)
+            g = gs[step] * sig * (1.0 + pre * (1.0 - sig))
+            t = first + step
+            tl.store(grad_u + t * width, g.to(grad_u.dtype.element_ty), mask=d < tl.where(t < length, width, 0))
+            if PARAMETERS:
+                sum_bias += g
+                more = ()
+                for tap in tl.static_range(W):
+                    more = more + (sums[tap] + g * seen[step + tap],)
+                sums = more
+        rows, gs = next_rows, next_gs
+        window = seen[_UNROLL:]
+    if PARAMETERS:
+        study = (row % batch).to(tl.int64) * (tl.num_programs(1) // batch) + k
+        small += (study * ROWS + FIRST) * width + d
+        for tap in tl.static_range(W):
+            add(small + tap * width, sums[tap], ok)
+        add(small + W * width, sum_bias, ok)
+
+
+@triton.jit
+def conv_backward_x(
+    grad_pre, back, weight, grad_x, batch, length, width,
+    K: tl.constexpr, W: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """`grad_x` `[b, l, d]` from the gradient of the convolutions' results `[K, b, l, d]`. Grid: channels, tokens, b."""
+    token = tl.program_id(1) * T + tl.arange(0, T)
+    d = tl.program_id(0) * C + tl.arange(0, C)
+    on = (token < length)[:, None] & (d < width)[None, :]
+    image = tl.program_id(2)
+    total = tl.zeros([T, C], tl.float32)
+    for k in tl.static_range(K):
+        step = tl.load(back + k * length + token, mask=token < length, other=0)
+        for tap in tl.static_range(W):
+            later = step + (W - 1 - tap)
+            at = ((k * batch + image).to(tl.int64) * length + later)[:, None] * width + d[None, :]
+            w = tl.load(weight + (k * width + d) * W + tap, mask=d < width, other=0.0).to(tl.float32)
+            tile = tl.load(grad_pre + at, mask=(later < length)[:, None] & on, other=0.0).to(tl.float32)
+            total += tile * w[None, :]
+    at = (image.to(tl.int64) * length + token)[:, None] * width + d[None, :]
+    tl.store(grad_x + at, total.to(grad_x.dtype.element_ty), mask=on)

@@ -1,0 +1,93 @@
+"""What stands before and after the recurrence: dt, and the sum over directions with its gate."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from emrrg_cli.models.scan.kernels.common import LN2, LOG2E, sigmoid
+
+
+@triton.jit
+def _softplus(x, EXACT: tl.constexpr):
+    # max(x, 0) + log1p(e) with e = exp(-|x|).
+    e = tl.exp2(-tl.abs(x) * LOG2E)
+    if EXACT:  # as 2 artanh(e / (2 + e)): log(1 + e) loses what small e have to say
+        s = e / (2.0 + e)
+        q = s * s
+        tail = 0.14285714 + q * (0.11111111 + q * (0.09090909 + q * 0.07692308))
+        log = 2.0 * s * (1.0 + q * (0.33333333 + q * (0.2 + q * tail)))
+    else:
+        log = tl.log2(1.0 + e) * LN2
+    return tl.maximum(x, 0.0) + log
+
+
+@triton.jit
+def dt_forward(
+    proj, weight, bias, dt, BC, rows, width, rank, stride,
+    N: tl.constexpr, M: tl.constexpr, C: tl.constexpr, R: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """`dt = softplus(weight low + bias)`, and B and C in fp32. Grid: channels, row tiles, K.
+
+    proj: `[K, rows, stride]`: `low` in the first `rank` columns, then B and C; weight: `[K, d, rank]`, bias `[K, d]`;
+    dt: `[K, rows, d]`; BC: `[K, rows, 2, n]` fp32.
+    """
+    k = tl.program_id(2)
+    m = tl.program_id(1) * M + tl.arange(0, M)
+    d = tl.program_id(0) * C + tl.arange(0, C)
+    r = tl.arange(0, R)
+    first = k.to(tl.int64) * rows
+    low_on = (m < rows)[:, None] & (r < rank)[None, :]
+    a = tl.load(proj + (first + m)[:, None] * stride + r[None, :], mask=low_on, other=0.0)
+    weight_on = (d < width)[None, :] & (r < rank)[:, None]
+    w = tl.load(weight + (k * width + d)[None, :] * rank + r[:, None], mask=weight_on, other=0.0)
+    if EXACT:
+        product = tl.dot(a, w, input_precision="ieee")
+    else:
+        product = tl.dot(a, w)
+    product += tl.load(bias + k * width + d, mask=d < width, other=0.0).to(tl.float32)[None, :]
+    out = dt + (first + m)[:, None] * width + d[None, :]
+    tl.store(out, _softplus(product, EXACT).to(dt.dtype.element_ty), mask=(m < rows)[:, None] & (d < width)[None, :])
+    if tl.program_id(0) == 0:
+        n = tl.arange(0, 2 * N)
+        on = (m < rows)[:, None] & (n < 2 * N)[None, :]
+        bc = tl.load(proj + (first + m)[:, None] * stride + rank + n[None, :], mask=on, other=0.0)
+        tl.store(BC + (first + m)[:, None] * (2 * N) + n[None, :], bc.to(tl.float32), mask=on)
+
+
+@triton.jit
+def gate_forward(
+    y, z, back, out, mean, batch, length, width, K: tl.constexpr, SAVE: tl.constexpr, T: tl.constexpr, C: tl.constexpr
+):
+    """`out = silu(z) * mean over directions`: y `[K, b, l, d]` to out, mean `[b, l, d]`. Grid: channels, tokens, b.
+
+    back: `[K, l]`, the step at which a direction visits each token.
+    """
+    t = tl.program_id(1) * T + tl.arange(0, T)
+    d = tl.program_id(0) * C + tl.arange(0, C)
+    on = (t < length)[:, None] & (d < width)[None, :]
+    image = tl.program_id(2)
+    total = tl.zeros([T, C], tl.float32)
+    for k in tl.static_range(K):
+        step = tl.load(back + k * length + t, mask=t < length, other=0)
+        at = ((k * batch + image).to(tl.int64) * length + step)[:, None] * width + d[None, :]
+        total += tl.load(y + at, mask=on, other=0.0).to(tl.float32)
+    total = total / K
+    at = (image.to(tl.int64) * length + t)[:, None] * width + d[None, :]
+    gate = tl.load(z + at, mask=on, other=0.0).to(tl.float32)
+    tl.store(out + at, (total * gate * sigmoid(gate)).to(out.dtype.element_ty), mask=on)
+    if SAVE:
+        tl.store(mean + at, total.to(mean.dtype.element_ty), mask=on)
+
+
+@triton.jit
+def gate_backward(grad, z, mean, grad_z, grad_y, count, K: tl.constexpr, BLOCK: tl.constexpr):
+    """Gradients of `gate_forward`, elementwise: to `z`, and to `y` in row order, `[b, l, d]`. Grid: blocks."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    on = i < count
+    g = tl.load(grad + i, mask=on, other=0.0).to(tl.float32)
+    gate = tl.load(z + i, mask=on, other=0.0).to(tl.float32)
+    y = tl.load(mean + i, mask=on, other=0.0).to(tl.float32)
+    sig = sigmoid(gate)
+    tl.store(grad_z + i, (g * y * sig * (1.0 + gate * (1.0 - sig))).to(grad_z.dtype.element_ty), mask=on)
+    tl.store(grad_y + i, (g * gate * sig / K).to(grad_y.dtype.element_ty), mask=on)
