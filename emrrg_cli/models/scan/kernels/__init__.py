@@ -4,8 +4,9 @@ Tensors of one direction are kept in the order in which that direction visits th
 convolution and the sum over directions look at the index map. One program scans a few channels over all tokens, with
 the state in registers; the tokens of a published image (197) are far too few for a parallel scan to pay.
 
-`N` (the SSM state size) must be a power of two. All arithmetic is fp32 whatever the type of the tensors, but for the
-matrix product of `dt_forward`, which takes operands of the tensors' own type.
+`N` (the SSM state size) must be a power of two. All arithmetic is fp32 whatever the type of the tensors, but for matrix
+products: that of `dt_forward` takes operands of the tensors' own type, and those by which the backward scan forms sums
+take tf32 where the tensors have 16 bits (three products, which give fp32, where they have 32).
 """
 
 from emrrg_cli.models.scan.kernels.backward import STATE_LANES, scan_backward
