@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,12 +73,15 @@ def load_llm(source: str, revision: str | None, dtype: torch.dtype, quantization
     return with_plain_decoding(llm)
 
 
-def _quantization(name: str, dtype: torch.dtype) -> Any:
-    from importlib.util import find_spec
+def can_quantize() -> bool:
+    """Whether bitsandbytes is installed."""
+    return importlib.util.find_spec("bitsandbytes") is not None
 
+
+def _quantization(name: str, dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
-    if find_spec("bitsandbytes") is None:
+    if not can_quantize():
         raise UsageError(
             f"model.llm.quantization={name} needs bitsandbytes, which is not installed",
             hint="pip install bitsandbytes, or set model.llm.quantization=none.",

@@ -24,8 +24,9 @@ from emrrg_cli.errors import RunError
 from emrrg_cli.models.adapters import plain
 from emrrg_cli.models.build import assemble, build_encoder
 from emrrg_cli.models.hybrid_decoder import hybrid_parameters
+from emrrg_cli.models.llm import can_quantize
 from emrrg_cli.models.report_generator import ReportGenerator
-from emrrg_cli.planning.llms import PlanTokenizer, can_quantize, llm_config
+from emrrg_cli.planning.llms import PlanTokenizer, llm_config
 from emrrg_cli.planning.loading import seconds_per_study
 from emrrg_cli.planning.trial import measure
 from emrrg_cli.recipe.schema import FinetuneRecipe, ModelSettings

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import nn
 
 from emrrg_cli.errors import RunError
+from emrrg_cli.models.llm import build_scratch_llm, can_quantize
 from emrrg_cli.recipe.schema import ModelSettings
 
 # The LLMs of the shipped recipes, so that planning needs no network. From their published config.json.
@@ -65,8 +65,6 @@ def llm_config(settings: ModelSettings) -> Any:
     """
     from transformers import AutoConfig
 
-    from emrrg_cli.models.llm import build_scratch_llm
-
     if settings.llm.name == "scratch":
         tokenizer: Any = PlanTokenizer()
         with torch.device("meta"):
@@ -83,11 +81,6 @@ def llm_config(settings: ModelSettings) -> Any:
             f"the configuration of the LLM {settings.llm.name!r} cannot be had: {str(error).splitlines()[0]}",
             hint="Planning needs its config.json only: name a directory that holds one, or connect to the hub.",
         ) from error
-
-
-def can_quantize() -> bool:
-    """Whether bitsandbytes is installed."""
-    return find_spec("bitsandbytes") is not None
 
 
 def quantize(llm: Any, quantization: str, dtype: torch.dtype) -> None:

@@ -86,6 +86,7 @@ def _forward(
     b, length, d = x.shape
     directions, _, n = A_log.shape
     order, back = _index_maps(order)
+    weights = (conv_weight, conv_bias, projection, dt_weight, dt_bias, A_log, D)
     out = torch.empty_like(x)
     mean = torch.empty_like(x) if save else x.new_empty(0)
     kept = (b, directions, _sections(length), d, n) if save else (0,)  # outputs of an operator may not be one tensor
@@ -95,20 +96,8 @@ def _forward(
             (x, z, out, mean, states) if part is None else (x[part], z[part], out[part], mean[part], states[part])
         )
         size = part_x.shape[0]
-        tensors = (
-            part_x,
-            part_z,
-            part_out,
-            part_states,
-            conv_weight,
-            conv_bias,
-            projection,
-            dt_weight,
-            dt_bias,
-            A_log,
-            D,
-        )
-        launch = _Launcher(tensors, n, save)
+        parts = (part_x, part_z, part_out, part_states)
+        launch = _Launcher((*parts, *weights), n, save)
         u, dt, BC = _inputs(launch, part_x, order, conv_weight, conv_bias, projection, dt_weight, dt_bias, n)
         launch(
             kernels.scan_forward, (_ceil(d, _CHANNELS), directions * size, 1),
@@ -172,14 +161,14 @@ def _backward(
     rounds = max(1, _BACKWARD_PART // (programs * _CHANNELS * length))
     parts = _parts(b, rounds * programs // blocks)
     size = b if parts[0] is None else parts[0].stop
-    sums: _Sums | None = None
+    maps, sums = _index_maps(order), None
     if parameters:
         # A row each of A_log's states, D, dt's bias, the convolution's taps and its bias, for every study of a part.
         small = torch.zeros(size, directions, n + taps + 3, d, dtype=torch.float32, device=x.device)
         sums = small, torch.zeros_like(projection), torch.zeros_like(dt_weight)
     for part in parts:
         tensors = (x, grad_x, states) if part is None else (x[part], grad_x[part], states[part])
-        _backward_of(*tensors, weights, _index_maps(order), sums)
+        _backward_of(*tensors, weights, maps, sums)
     if sums is None:
         return [grad_x, grad_z]
     small, of_projection, of_dt_weight = sums

@@ -80,12 +80,12 @@ def _read_visited(pointer, order, start, length, width, d, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _read_weights(pointer, column, start, length, N: tl.constexpr, CHUNK: tl.constexpr, APART: tl.constexpr):
-    # B or C of each token as a matrix with one column that is not zero, APART times the step: [S, columns, R].
+def _read_weights(pointer, column, start, length, N: tl.constexpr, CHUNK: tl.constexpr):
+    # B of each token as a matrix with one column that is not zero, twice the step: [S, columns, R].
     rows = ()
     for step in tl.static_range(CHUNK):
         at = tl.minimum(start + step, length - 1) * (2 * N)
-        rows = rows + (tl.load(pointer + at, mask=column == APART * step, other=0.0),)
+        rows = rows + (tl.load(pointer + at, mask=column == 2 * step, other=0.0),)
     return rows
 
 
@@ -186,9 +186,8 @@ def scan_backward(
         line = tl.arange(0, 2 * N)[:, None]
         token = tl.arange(0, COLUMNS)[None, :]
         grad_BC_row += token * (2 * N) + line
-        carry = tl.zeros(
-            [n.shape[0], n.shape[1], d.shape[2], _Q], tl.float32
-        )  # gradient of the state before those done
+        # The gradient of the state before the tokens that are done.
+        carry = tl.zeros([n.shape[0], n.shape[1], d.shape[2], _Q], tl.float32)
         sum_A = tl.zeros([n.shape[0], n.shape[1], d.shape[2], _Q], tl.float32)
         sum_D = tl.zeros([_Q, CHUNK, C // _Q], tl.float32)
         sum_bias = tl.zeros([_Q, CHUNK, C // _Q], tl.float32)
@@ -219,7 +218,7 @@ def scan_backward(
                 next_xs = read(x_of, before, length, packed_width, packed_d, CHUNK)
                 next_ss = read(s_of, before, length, packed_width, packed_d, CHUNK)
                 bs, cs = _read_shared(B_of, start, length, N, CHUNK), _read_shared(B_of + N, start, length, N, CHUNK)
-                weights = _read_weights(B_weights, column, start, length, N, CHUNK, 2)
+                weights = _read_weights(B_weights, column, start, length, N, CHUNK)
                 gs = _read_visited(g_of, visits, start, length, packed_width, packed_d, CHUNK)
                 history = (h,)
                 for step in tl.static_range(CHUNK):

@@ -19,6 +19,15 @@ def _row(x, order, t, length, width, d, ok):
 
 
 @triton.jit
+def _taps(weight, at, ok, W: tl.constexpr):
+    # Of each channel, [C] in fp32 each.
+    taps = ()
+    for tap in tl.static_range(W):
+        taps = taps + (tl.load(weight + at * W + tap, mask=ok, other=0.0).to(tl.float32),)
+    return taps
+
+
+@triton.jit
 def conv_forward(x, order, weight, bias, u, batch, length, width, W: tl.constexpr, T: tl.constexpr, C: tl.constexpr):
     """`u = silu(conv(x))`, causal and depthwise: x `[b, l, d]` to u `[K, b, l, d]`. Grid: channels, tokens, K * b.
 
@@ -33,11 +42,10 @@ def conv_forward(x, order, weight, bias, u, batch, length, width, W: tl.constexp
     u += row.to(tl.int64) * length * width + d
     start = tl.program_id(1) * T
     shift = tl.load(bias + k * width + d, mask=ok, other=0.0).to(tl.float32)
-    taps, window = (), ()
-    for tap in tl.static_range(W):
-        taps = taps + (tl.load(weight + (k * width + d) * W + tap, mask=ok, other=0.0).to(tl.float32),)
-        if tap < W - 1:
-            window = window + (_row(x, order, start - (W - 1) + tap, length, width, d, ok),)
+    taps = _taps(weight, k * width + d, ok, W)
+    window = ()
+    for tap in tl.static_range(W - 1):
+        window = window + (_row(x, order, start - (W - 1) + tap, length, width, d, ok),)
     for first in range(start, tl.minimum(start + T, length), _UNROLL):
         seen = window
         for step in tl.static_range(_UNROLL):
@@ -81,9 +89,9 @@ def conv_backward(
     order += k * length
     grad_u += row.to(tl.int64) * length * width + d
     shift = tl.load(bias + k * width + d, mask=ok, other=0.0).to(tl.float32)
-    taps, window, sums = (), (), ()
+    taps = _taps(weight, k * width + d, ok, W)
+    window, sums = (), ()
     for tap in tl.static_range(W):
-        taps = taps + (tl.load(weight + (k * width + d) * W + tap, mask=ok, other=0.0).to(tl.float32),)
         sums = sums + (tl.zeros([C], tl.float32),)
         if tap < W - 1:
             window = window + (tl.zeros([C], tl.float32),)
