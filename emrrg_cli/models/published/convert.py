@@ -56,7 +56,10 @@ def convert_to_ours(
         RunError: for a file that cannot be read or is no whole checkpoint.
     """
     if file.is_dir():
-        raise UsageError(f"{file} is a directory of ours", hint="--to published writes it as a published checkpoint.")
+        raise UsageError(
+            f"{file} is a directory of ours",
+            hint="Name a checkpoint file (.pth, .safetensors), or write what emrrg made back with --to published.",
+        )
     _check_directory(out, overwrite=overwrite)
     imported = import_checkpoint(file, allow)
     given = {"--base": base, "--recipe": recipe, "--llm": llm}
