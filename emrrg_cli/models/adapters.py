@@ -74,6 +74,8 @@ def effective_weight(layer: nn.Module) -> Tensor:
     Returns:
         `[out, in]`, in the dtype of the base weight.
     """
+    if type(layer) is nn.Linear:  # most of them, and asking for what is not there takes a module long
+        return layer.weight
     base = base_layer(layer)
     weight: Tensor = base.weight
     if base is layer or layer.disable_adapters or layer.merged:

@@ -10,7 +10,8 @@ With `torch.use_deterministic_algorithms(True)` sums over channels are formed in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ _CHANNELS = 32
 _EVERY, _CHUNK = 40, 4
 # Elements of [K, b, l, d] that the forward pass works on at a time; about as many as the backward pass does. Together
 # they make the two passes need about as much memory at 197 tokens and a batch of 128.
-_FORWARD_PART, _BACKWARD_PART = 100_000_000, 30_000_000
+_FORWARD_PART, _BACKWARD_PART = 52_000_000, 22_000_000
 _ONE_WARP = {"num_warps": 1, "num_stages": 1}
 
 
@@ -54,7 +55,7 @@ def directional_scan_triton(
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, z = x.to(dtype), z.to(dtype)
-    weights = (conv_weight, conv_bias, projection.to(x.dtype), dt_weight.to(x.dtype), dt_bias, A_log, D)
+    weights = (conv_weight, conv_bias, projection, dt_weight, dt_bias, A_log, D)
     tensors = (x, z, *(weight.contiguous() for weight in weights))
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     out: Tensor
@@ -83,6 +84,7 @@ def _forward(
     """`out` `[b, l, d]`; where `save` also what the backward pass needs, else empty tensors: the mean over directions
     before the gate `[b, l, d]` and the states `[b, K, sections, d, n]`."""
     x, z = x.contiguous(), z.contiguous()
+    projection, dt_weight = projection.to(x.dtype), dt_weight.to(x.dtype)
     b, length, d = x.shape
     directions, _, n = A_log.shape
     order, back = _index_maps(order)
@@ -97,8 +99,8 @@ def _forward(
         )
         size = part_x.shape[0]
         parts = (part_x, part_z, part_out, part_states)
-        launch = _Launcher((*parts, *weights), n, save)
-        u, dt, BC = _inputs(launch, part_x, order, conv_weight, conv_bias, projection, dt_weight, dt_bias, n)
+        launch = _Launcher((*parts, *weights), save)
+        u, _, dt, BC = _inputs(launch, part_x, order, weights)
         launch(
             kernels.scan_forward, (_ceil(d, _CHANNELS), directions * size, 1),
             u, dt, BC, A_log, D, part_states if save else BC, size, length, d,
@@ -144,57 +146,80 @@ def _backward(
     states: Tensor,
     parameters: bool,
 ) -> list[Tensor]:
-    """Gradients to `x` and `z`; where `parameters`, also to the seven parameters in the order of the arguments."""
+    """Gradients to `x`, `z` and, where `parameters`, in fp32 to the seven parameters, in the order of the arguments."""
     grad, x, z = grad.contiguous(), x.contiguous(), z.contiguous()
+    projection, dt_weight = projection.to(x.dtype), dt_weight.to(x.dtype)
     b, length, d = x.shape
     directions, _, n = A_log.shape
     taps = conv_weight.shape[2]
     grad_x, grad_z = torch.empty_like(x), torch.empty_like(z)
-    grad_y = grad_x  # until that is written
-    _Launcher((x, z, grad, mean), directions)(
-        kernels.gate_backward, (_ceil(x.numel(), 1024), 1, 1),
-        grad, z, mean, grad_z, grad_y, x.numel(), K=directions, BLOCK=1024,
-    )  # fmt: skip
     weights = (conv_weight, conv_bias, projection, dt_weight, dt_bias, A_log, D)
     # A part has so many channel blocks that each of the programs that run at a time gets as many.
     blocks, programs = directions * _ceil(d, _CHANNELS), _programs(x.device)
     rounds = max(1, _BACKWARD_PART // (programs * _CHANNELS * length))
-    parts = _parts(b, rounds * programs // blocks)
-    size = b if parts[0] is None else parts[0].stop
-    maps, sums = _index_maps(order), None
-    if parameters:
-        # A row each of A_log's states, D, dt's bias, the convolution's taps and its bias, for every study of a part.
-        small = torch.zeros(size, directions, n + taps + 3, d, dtype=torch.float32, device=x.device)
-        sums = small, torch.zeros_like(projection), torch.zeros_like(dt_weight)
-    for part in parts:
-        tensors = (x, grad_x, states) if part is None else (x[part], grad_x[part], states[part])
-        _backward_of(*tensors, weights, maps, sums)
+    maps, sums = _index_maps(order), _Sums() if parameters else None
+    for part in _parts(b, rounds * programs // blocks):
+        tensors = (grad, x, z, mean, states, grad_x, grad_z)
+        _backward_of(weights, maps, sums, *(tensors if part is None else [of[part] for of in tensors]))
     if sums is None:
         return [grad_x, grad_z]
-    small, of_projection, of_dt_weight = sums
-    of_A, of_D, of_bias, of_taps, of_conv_bias = torch.split(small.sum(0), [n, 1, 1, taps, 1], dim=1)  # [K, rows, d]
+    of_A, of_D, of_bias, of_taps, of_conv_bias = torch.split(sums.small.sum(0), [n, 1, 1, taps, 1], dim=1)
     slices = (of_taps.mT, of_conv_bias[:, 0], of_bias[:, 0], of_A.mT, of_D[:, 0])
     # Copies: what an operator returns may not share memory.
     of_taps, of_conv_bias, of_bias, of_A, of_D = (of.clone(memory_format=torch.contiguous_format) for of in slices)
-    found = (of_taps, of_conv_bias, of_projection, of_dt_weight, of_bias, of_A, of_D)
-    return [grad_x, grad_z, *(of.to(own.dtype) for of, own in zip(found, weights, strict=True))]
+    return [grad_x, grad_z, of_taps, of_conv_bias, sums.projection, sums.dt_weight, of_bias, of_A, of_D]
 
 
-# Gradients summed over the batch: small ones of the studies of a part [size, K, n + taps + 3, d], of projection, of
-# dt_weight.
-_Sums = tuple[Tensor, Tensor, Tensor]
+class _Sums:
+    """Gradients that parts of the batch add to, fp32; the first part makes them.
+
+    small: a row each of A_log's states, D, dt's bias, the convolution's taps and its bias, for every study of a part,
+    `[size, K, n + taps + 3, d]`.
+    """
+
+    small: Tensor
+    projection: Tensor
+    dt_weight: Tensor
+
+    def __init__(self) -> None:
+        self.first = True
+
+    def add_products(self, of_projection: tuple[Tensor, Tensor], of_dt_weight: tuple[Tensor, Tensor]) -> None:
+        """Adds the matrix products of the pairs."""
+        if self.first:
+            self.projection, self.dt_weight = _product(*of_projection), _product(*of_dt_weight)
+        else:
+            _product(*of_projection, self.projection)
+            _product(*of_dt_weight, self.dt_weight)
+        self.first = False
+
+
+def _product(a: Tensor, b: Tensor, total: Tensor | None = None) -> Tensor:
+    # The batched matrix product in fp32, added to `total` where there is one.
+    if a.dtype == torch.float32 or (a.is_cuda and _WIDE_PRODUCTS):
+        wide: dict[str, Any] = {} if a.dtype == torch.float32 else {"out_dtype": torch.float32}
+        return torch.bmm(a, b, **wide) if total is None else torch.baddbmm(total, a, b, **wide, out=total)
+    product = torch.bmm(a, b).float()
+    return product if total is None else total.add_(product)
+
+
+_WIDE_PRODUCTS = hasattr(torch.ops.aten.baddbmm, "dtype_out")  # from torch 2.8
 
 
 def _backward_of(
-    x: Tensor,
-    grad_x: Tensor,
-    states: Tensor,
     weights: Sequence[Tensor],
     maps: tuple[Tensor, Tensor],
     sums: _Sums | None,
+    grad: Tensor,
+    x: Tensor,
+    z: Tensor,
+    mean: Tensor,
+    states: Tensor,
+    grad_x: Tensor,
+    grad_z: Tensor,
 ) -> None:
-    # The backward pass of a part of the batch: the gradient to `x` takes the place of that to `y`; adds to the sums.
-    conv_weight, conv_bias, projection, dt_weight, dt_bias, A_log, D = weights
+    # The backward pass of a part of the batch: writes `grad_x` and `grad_z` and adds to the sums.
+    conv_weight, conv_bias, projection, dt_weight, _, A_log, D = weights
     order, back = maps
     size, length, d = x.shape
     directions, _, n = A_log.shape
@@ -202,19 +227,25 @@ def _backward_of(
     rows, blocks = size * length, _ceil(d, _CHANNELS)
     atomic = not torch.are_deterministic_algorithms_enabled()
     fp32: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
-    launch = _Launcher((x, grad_x, states, *weights), n, atomic, sums is not None)
-    proj = torch.empty(directions, rows, stride, dtype=x.dtype, device=x.device)
-    u, dt, BC = _inputs(launch, x, order, conv_weight, conv_bias, projection, dt_weight, dt_bias, n, proj)
+    launch = _Launcher((grad, x, z, mean, states, grad_x, grad_z, *weights), atomic, sums is not None)
+    u, low, dt, BC = _inputs(launch, x, order, weights, sums is not None)
+    grad_y = grad_x  # until that is written
+    launch(
+        kernels.gate_backward, (_ceil(x.numel(), 1024), 1, 1),
+        grad, z, mean, grad_z, grad_y, x.numel(), K=directions, BLOCK=1024,
+    )  # fmt: skip
     shape = (directions, rows, 2 * n)
     grad_BC = torch.zeros(shape, **fp32) if atomic else torch.empty(blocks, *shape, **fp32)
     programs = min(blocks * directions * size, _programs(x.device))
     scratch = torch.empty(programs * (_EVERY // _CHUNK - 1) * n * _CHANNELS, **fp32)
     grad_u = torch.empty_like(u)
-    small = BC if sums is None else sums[0]  # a pointer that is not used
+    if sums is not None and sums.first:
+        sums.small = torch.zeros(size, directions, n + taps + 3, d, **fp32)
+    small = BC if sums is None else sums.small  # a pointer that is not used
     common = {"ROWS": n + taps + 3, "PARAMETERS": sums is not None}
     launch(
         kernels.scan_backward, (programs, 1, 1),
-        u, dt, BC, grad_x, order, A_log, D, states, scratch, grad_u, grad_BC, small, 0.0,
+        u, dt, BC, grad_y, order, A_log, D, states, scratch, grad_u, grad_BC, small, 0.0,
         directions * size, size, length, d,
         N=n, C=_CHANNELS, CHUNK=_CHUNK, EVERY=_EVERY, ATOMIC=atomic, PACKED=_packed(x), **common, **_ONE_WARP,
     )  # fmt: skip
@@ -228,9 +259,8 @@ def _backward_of(
     of_BC.copy_(by_state.permute(0, 1, 4, 3, 2))
     del grad_BC, by_state, of_BC
     if sums is not None:
-        torch.baddbmm(sums[1], grad_proj.mT, u, out=sums[1])
-        torch.baddbmm(sums[2], grad_dt.mT, proj[..., :rank], out=sums[2])
-    del u, dt, grad_dt
+        sums.add_products((grad_proj.mT, u), (grad_dt.mT, low))
+    del u, low, dt, grad_dt
     torch.baddbmm(grad_u, grad_proj, projection, out=grad_u)
     launch(
         kernels.conv_backward, (_ceil(d, _WIDE), directions * size, 1),
@@ -238,8 +268,8 @@ def _backward_of(
         W=taps, C=_WIDE, FIRST=n + 2, num_warps=2, **common,
     )  # fmt: skip
     launch(
-        kernels.conv_backward_x, _tiles(d, length, size),
-        grad_u, back, conv_weight, grad_x, size, length, d, K=directions, W=taps, T=_TOKENS, C=_WIDE,
+        kernels.sum_directions, _tiles(d, length, size),
+        grad_u, back, grad_x, size, length, d, K=directions, T=_TOKENS, C=_WIDE,
     )  # fmt: skip
 
 
@@ -252,7 +282,8 @@ def _(
     dt_bias: Tensor, A_log: Tensor, D: Tensor, order: Tensor, mean: Tensor, states: Tensor, parameters: bool,
 ) -> list[Tensor]:  # fmt: skip
     own = (conv_weight, conv_bias, projection, dt_weight, dt_bias, A_log, D) if parameters else ()
-    return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (x, z, *own)]
+    own_grads = [torch.empty_like(of, dtype=torch.float32, memory_format=torch.contiguous_format) for of in own]
+    return [*(torch.empty_like(of, memory_format=torch.contiguous_format) for of in (x, z)), *own_grads]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -261,7 +292,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     grads = _scan_backward(grad, *ctx.saved_tensors, any(ctx.needs_input_grad[2:9]))
-    return (*grads, *[None] * (11 - len(grads)))
+    own = [of.to(tensor.dtype) for of, tensor in zip(grads, ctx.saved_tensors, strict=False)]
+    return (*own, *[None] * (11 - len(grads)))
 
 
 _scan.register_autograd(_differentiate, setup_context=_keep)
@@ -272,6 +304,9 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
+        x, z, conv_weight, conv_bias, projection, dt_weight, *rest = inputs
+        # Once for both passes.
+        inputs = (x, z, conv_weight, conv_bias, projection.to(x.dtype), dt_weight.to(x.dtype), *rest)
         forward: Any = _forward
         out, *kept = forward(*inputs, True)
         ctx.save_for_backward(*inputs, *kept)
@@ -291,6 +326,7 @@ def _sections(length: int) -> int:
     return (length - 1) // _EVERY
 
 
+@cache
 def _programs(device: torch.device) -> int:
     # How many warps run at a time where each takes all the registers that it can.
     if device.type != "cuda":
@@ -317,13 +353,13 @@ def _tiles(d: int, length: int, rows: int) -> tuple[int, int, int]:
 
 
 # By the tensor itself: an encoder's order never changes.
-_maps = WeakIdKeyDictionary()
+_maps: MutableMapping[Tensor, tuple[Tensor, Tensor]] = WeakIdKeyDictionary()
 
 
 def _index_maps(order: Tensor) -> tuple[Tensor, Tensor]:
     # The order and its inverse, [K, l] int32: the step at which a direction visits a token.
-    if order in _maps:
-        return _maps[order]  # type: ignore[no-any-return]
+    if (known := _maps.get(order)) is not None:
+        return known
     steps = torch.arange(order.shape[1], device=order.device, dtype=torch.int32).expand(order.shape)
     maps = order.to(torch.int32), torch.empty_like(order, dtype=torch.int32).scatter_(1, order.long(), steps)
     _maps[order] = maps
@@ -331,33 +367,34 @@ def _index_maps(order: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _inputs(
-    launch: _Launcher, x: Tensor, order: Tensor, conv_weight: Tensor, conv_bias: Tensor, projection: Tensor,
-    dt_weight: Tensor, dt_bias: Tensor, n: int, proj: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    launch: _Launcher, x: Tensor, order: Tensor, weights: Sequence[Tensor], keep_low: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # What the recurrence reads, in the order of each direction: u and, after softplus, dt [K, b * l, d], B and C
-    # [K, b * l, 2 n] in fp32. `proj` [K, b * l, r + 2n] is where the projections go that the last three come from.
+    # [K, b * l, 2 n] in fp32; second, where asked for, what dt was projected from, [K, b * l, r].
+    conv_weight, conv_bias, projection, dt_weight, dt_bias, A_log, _ = weights
     b, length, d = x.shape
     directions, _, rank = dt_weight.shape
-    rows = b * length
+    n, rows = A_log.shape[2], b * length
     u = x.new_empty(directions, rows, d)
     launch(
         kernels.conv_forward, (_ceil(d, _WIDE), _ceil(length, 2 * _TOKENS), directions * b),
         x, order, conv_weight, conv_bias, u, b, length, d,
         W=conv_weight.shape[2], T=2 * _TOKENS, C=_WIDE, num_warps=2,
     )  # fmt: skip
-    proj = torch.bmm(u, projection.mT) if proj is None else torch.bmm(u, projection.mT, out=proj)
+    proj = _product(u, projection.mT)
     dt = torch.empty_like(u)
+    low = x.new_empty(directions, rows, rank) if keep_low else dt
     BC = torch.empty(directions, rows, 2 * n, dtype=torch.float32, device=x.device)
     launch(
         kernels.dt_forward, (_ceil(d, 128), _ceil(rows, 64), directions),
-        proj, dt_weight, dt_bias, dt, BC, rows, d, rank, proj.shape[2],
-        N=n, M=64, C=128, R=max(16, 1 << (rank - 1).bit_length()), EXACT=x.dtype == torch.float32,
+        proj, dt_weight, dt_bias, low, dt, BC, rows, d, rank, proj.shape[2],
+        N=n, M=64, C=128, R=max(16, 1 << (rank - 1).bit_length()), LOW=keep_low,
     )  # fmt: skip
-    return u, dt, BC
+    return u, low, dt, BC
 
 
 _configurations: dict[tuple[Any, ...], int] = {}
-_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+_launches: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
 class _Launcher:
@@ -370,23 +407,23 @@ class _Launcher:
     Args:
         tensors: those that came from outside or are a part of the batch, the first on the device to launch on. All
             others must be made here, so that they are aligned.
-        numbers: whatever else the other arguments' types and sizes depend on.
+        flags: whatever else the other arguments' types depend on.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], *numbers: int) -> None:
+    def __init__(self, tensors: Sequence[Tensor], *flags: bool) -> None:
         device = tensors[0].device
-        found = [(tensor.dtype, tensor.data_ptr() % 16) for tensor in tensors]
-        key = (device.index, *tensors[0].shape, *numbers, *found)
+        found = [(tensor.dtype, tensor.shape, tensor.data_ptr() % 16) for tensor in tensors]
+        key = (device.index, *flags, *found)
         self._configuration = _configurations.setdefault(key, len(_configurations))
         self._stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
 
     def __call__(self, kernel: Any, grid: tuple[int, int, int], *arguments: Any, **constants: Any) -> None:
-        key = kernel.fn.__name__, self._configuration, *constants.values()
-        if key in _compiled:
-            compiled, values = _compiled[key]
+        key = (kernel.fn.__name__, self._configuration, grid, *constants.values())
+        if key in _launches:
+            launch, values = _launches[key]
             plain = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-            compiled[grid](*plain, *values, stream=self._stream)
+            launch(*plain, *values, stream=self._stream)
             return
         compiled = kernel[grid](*arguments, **constants)
         if hasattr(compiled, "run"):  # else interpreted
-            _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+            _launches[key] = compiled[grid], tuple(constants[name] for name in kernel.arg_names[len(arguments) :])

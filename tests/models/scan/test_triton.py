@@ -69,25 +69,14 @@ def _run(scan: Callable[..., Tensor], inputs: Inputs, order: Tensor, grad: Tenso
     return {name: tensor.double() for name, tensor in found.items() if tensor is not None}
 
 
-def _plain(*arguments: Tensor) -> Tensor:
-    """The reference as it runs without kernels in the type of `x`."""
-    with torch.autocast(DEVICE, arguments[0].dtype):
-        return directional_scan_reference(*arguments)
-
-
-def _errors(
-    sizes: tuple[int, ...],
-    dtype: torch.dtype,
-    seed: int = 0,
-    scan: Callable[..., Tensor] = directional_scan_triton,
-) -> dict[str, float]:
+def _errors(sizes: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> dict[str, float]:
     """Relative error of the result and of every gradient; both sides start from inputs rounded to `dtype`."""
     inputs, order, grad = _inputs(*sizes, seed)
     for name in inputs:
         inputs[name] = inputs[name].to(dtype if name in ("x", "z") else torch.float32).double()
     grad = grad.to(dtype).double()
     truth = _run(directional_scan_reference, inputs, order, grad, torch.float64)
-    ours = _run(scan, inputs, order, grad, dtype)
+    ours = _run(directional_scan_triton, inputs, order, grad, dtype)
     assert set(ours) == {*NAMES, "out"}
     if sizes[1] == 1:  # A has no part in a sequence of one token
         assert not ours.pop("A_log").any()
@@ -122,13 +111,20 @@ def test_fp32_equals_the_reference(sizes: tuple[int, ...]) -> None:
     assert max(errors.values()) < 1e-5, errors
 
 
+@pytest.mark.skipif(INTERPRETED, reason="a launch is only kept where it is compiled")
+def test_a_launch_that_is_kept_is_not_taken_for_another() -> None:
+    # The same tokens and states; what Triton compiles differently for (a multiple of 16, or 1) changes.
+    for directions, rank in ((4, 16), (1, 16), (4, 12), (4, 1), (4, 16)):
+        errors = _errors((16, 17, 32, 16, directions, rank), torch.float32)
+        assert max(errors.values()) < 1e-5, (directions, rank, errors)
+
+
 # The interpreter stands on numpy, which has no bf16.
 @pytest.mark.parametrize("dtype", [torch.float16] if INTERPRETED else [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("sizes", SIZES[1:2] if INTERPRETED else SIZES[1:], ids=str)
 def test_half_precision_is_near_the_reference(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
-    errors, plain = _errors(sizes, dtype), _errors(sizes, dtype, scan=_plain)
-    # Where few tokens cancel, rounding B and C to half precision alone costs more than 2e-2, whatever the engine.
-    assert all(error < max(2e-2, 1.1 * plain[name]) for name, error in errors.items()), (errors, plain)
+    errors = _errors(sizes, dtype)
+    assert max(errors.values()) < 2e-2, errors
 
 
 @pytest.mark.parametrize("programs", [1, 3, 4, 400])

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from emrrg_cli.models.scan.kernels.common import add, sigmoid
 
-_UNROLL = tl.constexpr(4)  # tokens that are read before the first is used
+_UNROLL = tl.constexpr(8)  # tokens that are read before the first is used
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def conv_backward(
     x, order, weight, bias, grad_u, small, batch, length, width,
     W: tl.constexpr, C: tl.constexpr, FIRST: tl.constexpr, ROWS: tl.constexpr, PARAMETERS: tl.constexpr,
 ):  # fmt: skip
-    """Through SiLU: `grad_u` `[K, b, l, d]` becomes the gradient of the convolution's result. Grid: channels, K * b.
+    """`grad_u` `[K, b, l, d]` becomes the gradient of what the direction read, in its order. Grid: channels, K * b.
 
     small: `[b, K, ROWS, d]` fp32, added to; from row FIRST the gradients to the weight's taps and to the bias.
     """
@@ -90,14 +90,16 @@ def conv_backward(
     grad_u += row.to(tl.int64) * length * width + d
     shift = tl.load(bias + k * width + d, mask=ok, other=0.0).to(tl.float32)
     taps = _taps(weight, k * width + d, ok, W)
-    window, sums = (), ()
+    window, before, sums = (), (), ()
     for tap in tl.static_range(W):
         sums = sums + (tl.zeros([C], tl.float32),)
         if tap < W - 1:
             window = window + (tl.zeros([C], tl.float32),)
+            before = before + (tl.zeros([C], tl.float32),)
     sum_bias = tl.zeros([C], tl.float32)
     rows, gs = _conv_rows(x, grad_u, order, 0, length, width, d, ok)
-    for first in range(0, length, _UNROLL):
+    # A token's gradient is whole, and written, W - 1 steps later.
+    for first in range(0, length + W - 1, _UNROLL):
         next_rows, next_gs = _conv_rows(x, grad_u, order, first + _UNROLL, length, width, d, ok)
         seen = window + rows
         for step in tl.static_range(_UNROLL):
@@ -106,8 +108,13 @@ def conv_backward(
                 pre += seen[step + tap] * taps[tap]
             sig = sigmoid(pre)
             g = gs[step] * sig * (1.0 + pre * (1.0 - sig))
-            t = first + step
-            tl.store(grad_u + t * width, g.to(grad_u.dtype.element_ty), mask=d < tl.where(t < length, width, 0))
+            before = before + (g,)
+            out = g * taps[0]
+            for tap in tl.static_range(1, W):
+                out += before[step + W - 1 - tap] * taps[tap]
+            t = first + step - (W - 1)
+            on = d < tl.where((t >= 0) & (t < length), width, 0)
+            tl.store(grad_u + t * width, out.to(grad_u.dtype.element_ty), mask=on)
             if PARAMETERS:
                 sum_bias += g
                 more = ()
@@ -115,33 +122,10 @@ def conv_backward(
                     more = more + (sums[tap] + g * seen[step + tap],)
                 sums = more
         rows, gs = next_rows, next_gs
-        window = seen[_UNROLL:]
+        window, before = seen[_UNROLL:], before[_UNROLL:]
     if PARAMETERS:
         study = (row % batch).to(tl.int64) * (tl.num_programs(1) // batch) + k
         small += (study * ROWS + FIRST) * width + d
         for tap in tl.static_range(W):
             add(small + tap * width, sums[tap], ok)
         add(small + W * width, sum_bias, ok)
-
-
-@triton.jit
-def conv_backward_x(
-    grad_pre, back, weight, grad_x, batch, length, width,
-    K: tl.constexpr, W: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
-    """`grad_x` `[b, l, d]` from the gradient of the convolutions' results `[K, b, l, d]`. Grid: channels, tokens, b."""
-    token = tl.program_id(1) * T + tl.arange(0, T)
-    d = tl.program_id(0) * C + tl.arange(0, C)
-    on = (token < length)[:, None] & (d < width)[None, :]
-    image = tl.program_id(2)
-    total = tl.zeros([T, C], tl.float32)
-    for k in tl.static_range(K):
-        step = tl.load(back + k * length + token, mask=token < length, other=0)
-        for tap in tl.static_range(W):
-            later = step + (W - 1 - tap)
-            at = ((k * batch + image).to(tl.int64) * length + later)[:, None] * width + d[None, :]
-            w = tl.load(weight + (k * width + d) * W + tap, mask=d < width, other=0.0).to(tl.float32)
-            tile = tl.load(grad_pre + at, mask=(later < length)[:, None] & on, other=0.0).to(tl.float32)
-            total += tile * w[None, :]
-    at = (image.to(tl.int64) * length + token)[:, None] * width + d[None, :]
-    tl.store(grad_x + at, total.to(grad_x.dtype.element_ty), mask=on)
