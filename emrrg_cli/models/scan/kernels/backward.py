@@ -245,12 +245,15 @@ def scan_backward(
                 t = start + step_of
                 on = d_of < tl.where(t < length, width, 0)
                 visited = tl.load(visits + tl.minimum(t, length - 1))
-                x = tl.load(u_row + t * width + d_of, mask=on, other=0.0).to(tl.float32)
-                s = tl.load(dt_row + t * width + d_of, mask=on, other=0.0).to(tl.float32)
+                # Read for the last time, and not by this kernel again: the scratch should stay in the cache, not these.
+                of = t * width + d_of
+                x = tl.load(u_row + of, mask=on, other=0.0, eviction_policy="evict_first").to(tl.float32)
+                s = tl.load(dt_row + of, mask=on, other=0.0, eviction_policy="evict_first").to(tl.float32)
                 g = tl.load(grad_y_row + visited * width + d_of, mask=on, other=0.0).to(tl.float32)
                 grad_dt = (through_A * LN2 + x * through_u) * (1.0 - tl.exp2(-s * LOG2E))
-                tl.store(grad_u_row + t * width + d_of, (s * through_u + skip * g).to(dtype), mask=on)
-                tl.store(dt_row + t * width + d_of, grad_dt.to(dtype), mask=on)
+                grad_x = s * through_u + skip * g
+                tl.store(grad_u_row + of, grad_x.to(dtype), mask=on, eviction_policy="evict_first")
+                tl.store(dt_row + of, grad_dt.to(dtype), mask=on, eviction_policy="evict_first")
                 if PARAMETERS:
                     sum_D += g * x
                     sum_bias += grad_dt
