@@ -25,9 +25,9 @@ _CHANNELS = 32
 # A state is saved every _EVERY tokens. Tokens that are read and written together, forward and backward; the backward
 # pass holds the states of as many in registers.
 _EVERY, _CHUNK = 40, 4
-# Elements of [K, b, l, d] that the forward pass works on at a time; about as many as the backward pass does. Together
-# they make the two passes need about as much memory at 197 tokens and a batch of 128.
-_FORWARD_PART, _BACKWARD_PART = 52_000_000, 22_000_000
+# Elements of [K, b, l, d] that a pass works on at a time, about. At width 768, 197 tokens and a batch of 128 both then
+# need less than half of the memory of the published implementation.
+_FORWARD_PART, _BACKWARD_PART = 100_000_000, 22_000_000
 _ONE_WARP = {"num_warps": 1, "num_stages": 1}
 
 
@@ -89,28 +89,32 @@ def _forward(
     directions, _, n = A_log.shape
     order, back = _index_maps(order)
     weights = (conv_weight, conv_bias, projection, dt_weight, dt_bias, A_log, D)
-    out = torch.empty_like(x)
-    mean = torch.empty_like(x) if save else x.new_empty(0)
     kept = (b, directions, _sections(length), d, n) if save else (0,)  # outputs of an operator may not be one tensor
-    states = torch.empty(kept, dtype=torch.float32, device=x.device)
+    out = mean = states = x  # each is made where it is first written: by then something else is gone
     for part in _parts(b, _FORWARD_PART // (directions * length * d)):
-        part_x, part_z, part_out, part_mean, part_states = (
-            (x, z, out, mean, states) if part is None else (x[part], z[part], out[part], mean[part], states[part])
-        )
+        start = 0 if part is None else part.start
+        part_x, part_z = (x, z) if part is None else (x[part], z[part])
         size = part_x.shape[0]
-        parts = (part_x, part_z, part_out, part_states)
-        launch = _Launcher((*parts, *weights), save)
+        launch = _Launcher((part_x, part_z, *weights), save, start * d % 8)  # the last: how parts of `out` are aligned
         u, _, dt, BC = _inputs(launch, part_x, order, weights)
+        if start == 0:
+            states = torch.empty(kept, dtype=torch.float32, device=x.device)
         launch(
             kernels.scan_forward, (_ceil(d, _CHANNELS), directions * size, 1),
-            u, dt, BC, A_log, D, part_states if save else BC, size, length, d,
+            u, dt, BC, A_log, D, BC if not save else states if part is None else states[part], size, length, d,
             N=n, C=_CHANNELS, CHUNK=_CHUNK, EVERY=_EVERY, SAVE=save, **_ONE_WARP,
         )  # fmt: skip
+        del u, BC
+        if start == 0:
+            out = torch.empty_like(x)
+            mean = torch.empty_like(x) if save else x.new_empty(0)
+        part_out, part_mean = (out, mean) if part is None else (out[part], mean[part])
         launch(
             kernels.gate_forward, _tiles(d, length, size),
             dt, part_z, back, part_out, part_mean if save else part_out, size, length, d,
             K=directions, SAVE=save, T=_TOKENS, C=_WIDE,
         )  # fmt: skip
+        del dt
     return out, mean, states
 
 
@@ -407,10 +411,10 @@ class _Launcher:
     Args:
         tensors: those that came from outside or are a part of the batch, the first on the device to launch on. All
             others must be made here, so that they are aligned.
-        flags: whatever else the other arguments' types depend on.
+        flags: whatever else the other arguments' types and alignment depend on.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], *flags: bool) -> None:
+    def __init__(self, tensors: Sequence[Tensor], *flags: int) -> None:
         device = tensors[0].device
         found = [(tensor.dtype, tensor.shape, tensor.data_ptr() % 16) for tensor in tensors]
         key = (device.index, *flags, *found)
