@@ -62,6 +62,8 @@ def llm_lora(targets: Iterable[str], rank: int, alpha: float, dropout: float = 0
 
 def base_layer(layer: Any) -> Any:
     """The layer under PEFT's adapters; itself when it has none."""
+    if type(layer) is nn.Linear:  # most of them, and asking for what is not there takes a module long
+        return layer
     return getattr(layer, "base_layer", layer)
 
 
@@ -74,8 +76,6 @@ def effective_weight(layer: nn.Module) -> Tensor:
     Returns:
         `[out, in]`, in the dtype of the base weight.
     """
-    if type(layer) is nn.Linear:  # most of them, and asking for what is not there takes a module long
-        return layer.weight
     base = base_layer(layer)
     weight: Tensor = base.weight
     if base is layer or layer.disable_adapters or layer.merged:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
+from triton.runtime import driver
 
 from emrrg_cli.models.scan import kernels
 
@@ -83,6 +84,11 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`out` `[b, l, d]`; where `save` also what the backward pass needs, else empty tensors: the mean over directions
     before the gate `[b, l, d]` and the states `[b, K, sections, d, n]`."""
+    if x.is_cuda and x.device.index != torch.cuda.current_device():  # Triton launches on the current one
+        with torch.cuda.device(x.device):
+            return _forward(
+                x, z, conv_weight, conv_bias, projection, dt_weight, dt_bias, A_log, D, order, save
+            )  # fmt: skip
     x, z = x.contiguous(), z.contiguous()
     projection, dt_weight = projection.to(x.dtype), dt_weight.to(x.dtype)
     b, length, d = x.shape
@@ -162,9 +168,10 @@ def _backward(
     blocks, programs = directions * _ceil(d, _CHANNELS), _programs(x.device)
     rounds = max(1, _BACKWARD_PART // (programs * _CHANNELS * length))
     maps, sums = _index_maps(order), _Sums() if parameters else None
-    for part in _parts(b, rounds * programs // blocks):
-        tensors = (grad, x, z, mean, states, grad_x, grad_z)
-        _backward_of(weights, maps, sums, *(tensors if part is None else [of[part] for of in tensors]))
+    size = max(1, rounds * programs // blocks)
+    tensors = (grad, x, z, mean, states, grad_x, grad_z)
+    for part in [tensors] if size >= b else zip(*(torch.split(of, size) for of in tensors), strict=True):
+        _backward_of(weights, maps, sums, *part)
     if sums is None:
         return [grad_x, grad_z]
     of_A, of_D, of_bias, of_taps, of_conv_bias = torch.split(sums.small.sum(0), [n, 1, 1, taps, 1], dim=1)
@@ -419,7 +426,8 @@ class _Launcher:
         found = [(tensor.dtype, tensor.shape, tensor.data_ptr() % 16) for tensor in tensors]
         key = (device.index, *flags, *found)
         self._configuration = _configurations.setdefault(key, len(_configurations))
-        self._stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+        # Without the object that `torch.cuda.current_stream` makes, for which a host may need 20 us.
+        self._stream = driver.active.get_current_stream(device.index) if device.type == "cuda" else None
 
     def __call__(self, kernel: Any, grid: tuple[int, int, int], *arguments: Any, **constants: Any) -> None:
         key = (kernel.fn.__name__, self._configuration, grid, *constants.values())
