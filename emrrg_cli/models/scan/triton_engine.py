@@ -239,14 +239,14 @@ def _backward_of(
     atomic = not torch.are_deterministic_algorithms_enabled()
     fp32: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
     launch = _Launcher((grad, x, z, mean, states, grad_x, grad_z, *weights), atomic, sums is not None)
-    u, low, dt, BC = _inputs(launch, x, order, weights, sums is not None)
+    shape = (directions, rows, 2 * n)
+    grad_BC = torch.empty(shape if atomic else (blocks, *shape), **fp32)
+    u, low, dt, BC = _inputs(launch, x, order, weights, sums is not None, grad_BC if atomic else None)
     grad_y = grad_x  # until that is written
     launch(
         kernels.gate_backward, (_ceil(x.numel(), 1024), 1, 1),
         grad, z, mean, grad_z, grad_y, x.numel(), K=directions, BLOCK=1024,
     )  # fmt: skip
-    shape = (directions, rows, 2 * n)
-    grad_BC = torch.zeros(shape, **fp32) if atomic else torch.empty(blocks, *shape, **fp32)
     programs = min(blocks * directions * size, _programs(x.device))
     scratch = torch.empty(programs * (_EVERY // _CHUNK - 1) * n * _CHANNELS, **fp32)
     grad_u = torch.empty_like(u)
@@ -378,10 +378,16 @@ def _index_maps(order: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _inputs(
-    launch: _Launcher, x: Tensor, order: Tensor, weights: Sequence[Tensor], keep_low: bool = False
+    launch: _Launcher,
+    x: Tensor,
+    order: Tensor,
+    weights: Sequence[Tensor],
+    keep_low: bool = False,
+    cleared: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # What the recurrence reads, in the order of each direction: u and, after softplus, dt [K, b * l, d], B and C
-    # [K, b * l, 2 n] in fp32; second, where asked for, what dt was projected from, [K, b * l, r].
+    # [K, b * l, 2 n] in fp32; second, where asked for, what dt was projected from, [K, b * l, r]. Fills `cleared`, as
+    # large as B and C, with zeros.
     conv_weight, conv_bias, projection, dt_weight, dt_bias, A_log, _ = weights
     b, length, d = x.shape
     directions, _, rank = dt_weight.shape
@@ -398,8 +404,8 @@ def _inputs(
     BC = torch.empty(directions, rows, 2 * n, dtype=torch.float32, device=x.device)
     launch(
         kernels.dt_forward, (_ceil(d, 128), _ceil(rows, 64), directions),
-        proj, dt_weight, dt_bias, low, dt, BC, rows, d, rank, proj.shape[2],
-        N=n, M=64, C=128, R=max(16, 1 << (rank - 1).bit_length()), LOW=keep_low,
+        proj, dt_weight, dt_bias, low, dt, BC, BC if cleared is None else cleared, rows, d, rank, proj.shape[2],
+        N=n, M=64, C=128, R=max(16, 1 << (rank - 1).bit_length()), LOW=keep_low, CLEAR=cleared is not None,
     )  # fmt: skip
     return u, low, dt, BC
 

@@ -20,13 +20,14 @@ def _softplus(x):
 
 @triton.jit
 def dt_forward(
-    proj, weight, bias, low, dt, BC, rows, width, rank, stride,
-    N: tl.constexpr, M: tl.constexpr, C: tl.constexpr, R: tl.constexpr, LOW: tl.constexpr,
+    proj, weight, bias, low, dt, BC, cleared, rows, width, rank, stride,
+    N: tl.constexpr, M: tl.constexpr, C: tl.constexpr, R: tl.constexpr, LOW: tl.constexpr, CLEAR: tl.constexpr,
 ):  # fmt: skip
     """`dt = softplus(weight low + bias)`, and what else comes from the projections. Grid: channels, row tiles, K.
 
     proj: `[K, rows, stride]` fp32: `low` in the first `rank` columns, then B and C; weight: `[K, d, rank]`, bias `[K,
-    d]`; dt: `[K, rows, d]`; BC: `[K, rows, 2, n]` fp32; low: `[K, rows, rank]` in the type of `dt`, written if LOW.
+    d]`; dt: `[K, rows, d]`; BC: `[K, rows, 2, n]` fp32; low: `[K, rows, rank]` in the type of `dt`, written if LOW;
+    cleared: as BC, filled with zeros if CLEAR, for a launch less.
     """
     k = tl.program_id(2)
     m = tl.program_id(1) * M + tl.arange(0, M)
@@ -36,19 +37,22 @@ def dt_forward(
     first = k.to(tl.int64) * rows
     low_on = (m < rows)[:, None] & (r < rank)[None, :]
     a = tl.load(proj + (first + m)[:, None] * stride + r[None, :], mask=low_on, other=0.0).to(dtype)
+    if tl.program_id(0) == 0:
+        n = tl.arange(0, 2 * N)
+        on = (m < rows)[:, None] & (n < 2 * N)[None, :]
+        bc = tl.load(proj + (first + m)[:, None] * stride + rank + n[None, :], mask=on, other=0.0)
+        at = (first + m)[:, None] * (2 * N) + n[None, :]
+        tl.store(BC + at, bc, mask=on)
+        if CLEAR:
+            tl.store(cleared + at, tl.zeros([M, 2 * N], tl.float32), mask=on)
+        if LOW:
+            tl.store(low + (first + m)[:, None] * rank + r[None, :], a, mask=low_on)
     weight_on = (d < width)[None, :] & (r < rank)[:, None]
     w = tl.load(weight + (k * width + d)[None, :] * rank + r[:, None], mask=weight_on, other=0.0)
     product = tl.dot(a, w, input_precision="ieee")
     product += tl.load(bias + k * width + d, mask=d < width, other=0.0).to(tl.float32)[None, :]
     out = dt + (first + m)[:, None] * width + d[None, :]
     tl.store(out, _softplus(product).to(dtype), mask=(m < rows)[:, None] & (d < width)[None, :])
-    if tl.program_id(0) == 0:
-        n = tl.arange(0, 2 * N)
-        on = (m < rows)[:, None] & (n < 2 * N)[None, :]
-        bc = tl.load(proj + (first + m)[:, None] * stride + rank + n[None, :], mask=on, other=0.0)
-        tl.store(BC + (first + m)[:, None] * (2 * N) + n[None, :], bc, mask=on)
-        if LOW:
-            tl.store(low + (first + m)[:, None] * rank + r[None, :], a, mask=low_on)
 
 
 @triton.jit
