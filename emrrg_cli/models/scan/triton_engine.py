@@ -11,7 +11,7 @@ With `torch.use_deterministic_algorithms(True)` sums over channels are formed in
 from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -174,18 +174,16 @@ def _backward(
         _backward_of(weights, maps, sums, *part)
     if sums is None:
         return [grad_x, grad_z]
-    of_A, of_D, of_bias, of_taps, of_conv_bias = torch.split(sums.small.sum(0), [n, 1, 1, taps, 1], dim=1)
-    slices = (of_taps.mT, of_conv_bias[:, 0], of_bias[:, 0], of_A.mT, of_D[:, 0])
-    # Copies: what an operator returns may not share memory.
-    of_taps, of_conv_bias, of_bias, of_A, of_D = (of.clone(memory_format=torch.contiguous_format) for of in slices)
-    return [grad_x, grad_z, of_taps, of_conv_bias, sums.projection, sums.dt_weight, of_bias, of_A, of_D]
+    of_A, of_D, of_bias, of_taps, of_conv_bias = torch.split(sums.small.sum(0), [n, 1, 1, taps, 1])  # [rows, K, d]
+    of_A, of_taps = (of.permute(1, 2, 0).contiguous() for of in (of_A, of_taps))
+    return [grad_x, grad_z, of_taps, of_conv_bias[0], sums.projection, sums.dt_weight, of_bias[0], of_A, of_D[0]]
 
 
 class _Sums:
     """Gradients that parts of the batch add to, fp32; the first part makes them.
 
     small: a row each of A_log's states, D, dt's bias, the convolution's taps and its bias, for every study of a part,
-    `[size, K, n + taps + 3, d]`.
+    `[size, n + taps + 3, K, d]`.
     """
 
     small: Tensor
@@ -251,9 +249,9 @@ def _backward_of(
     scratch = torch.empty(programs * (_EVERY // _CHUNK - 1) * n * _CHANNELS, **fp32)
     grad_u = torch.empty_like(u)
     if sums is not None and sums.first:
-        sums.small = torch.zeros(size, directions, n + taps + 3, d, **fp32)
+        sums.small = torch.zeros(size, n + taps + 3, directions, d, **fp32)
     small = BC if sums is None else sums.small  # a pointer that is not used
-    common = {"ROWS": n + taps + 3, "PARAMETERS": sums is not None}
+    common = {"K": directions, "ROWS": n + taps + 3, "PARAMETERS": sums is not None}
     launch(
         kernels.scan_backward, (programs, 1, 1),
         u, dt, BC, grad_y, order, A_log, D, states, scratch, grad_u, grad_BC, small, 0.0,
@@ -264,11 +262,12 @@ def _backward_of(
     grad_dt = dt  # which has been written over
     grad_proj = torch.empty(directions, rows, stride, dtype=x.dtype, device=x.device)
     torch.bmm(grad_dt, dt_weight, out=grad_proj[..., :rank])
-    lanes = min(n, kernels.STATE_LANES)
-    by_state = (grad_BC if atomic else grad_BC.sum(0)).view(directions, rows, n // lanes, lanes, 2)
-    of_BC = torch.unflatten(grad_proj[..., rank:], -1, (2, lanes, n // lanes))
-    of_BC.copy_(by_state.permute(0, 1, 4, 3, 2))
-    del grad_BC, by_state, of_BC
+    grad_BC = grad_BC if atomic else grad_BC.sum(0)
+    launch(
+        kernels.finish_BC, (_ceil(directions * rows, 32), 1, 1),
+        grad_BC, grad_proj, directions * rows, rank, stride, N=n, M=32,
+    )  # fmt: skip
+    del grad_BC
     if sums is not None:
         sums.add_products((grad_proj.mT, u), (grad_dt.mT, low))
     del u, low, dt, grad_dt
@@ -284,7 +283,15 @@ def _backward_of(
     )  # fmt: skip
 
 
-_scan_backward = torch.library.custom_op("emrrg::directional_scan_backward", _backward, mutates_args=())
+@wraps(_backward)
+def _backward_apart(*arguments: Any) -> list[Tensor]:
+    # What an operator returns may not share memory, as the gradients of the small parameters do.
+    backward: Any = _backward
+    grad_x, grad_z, *of_parameters = backward(*arguments)
+    return [grad_x, grad_z, *(of.clone() for of in of_parameters)]
+
+
+_scan_backward = torch.library.custom_op("emrrg::directional_scan_backward", _backward_apart, mutates_args=())
 
 
 @_scan_backward.register_fake

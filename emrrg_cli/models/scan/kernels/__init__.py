@@ -9,16 +9,16 @@ products: that of `dt_forward` takes operands of the tensors' own type, and thos
 take tf32 where the tensors have 16 bits (three products, which give fp32, where they have 32).
 """
 
-from emrrg_cli.models.scan.kernels.backward import STATE_LANES, scan_backward
+from emrrg_cli.models.scan.kernels.backward import finish_BC, scan_backward
 from emrrg_cli.models.scan.kernels.convolution import conv_backward, conv_forward
 from emrrg_cli.models.scan.kernels.forward import scan_forward
 from emrrg_cli.models.scan.kernels.pointwise import dt_forward, gate_backward, gate_forward, sum_directions
 
 __all__ = [
-    "STATE_LANES",
     "conv_backward",
     "conv_forward",
     "dt_forward",
+    "finish_BC",
     "gate_backward",
     "gate_forward",
     "scan_backward",

@@ -11,8 +11,7 @@ from emrrg_cli.models.scan.kernels.common import LN2, LOG2E, add, decay_rates, r
 # (s, l), S * L = 32, and has R states of Q channels, so that sums over states and over channels both begin inside a
 # thread. Triton chooses layouts by itself. It chooses this one because every load spans both lane axes, if need be the
 # same address many times, and is contiguous in r or in q.
-STATE_LANES = 4
-_S = tl.constexpr(STATE_LANES)
+_S = tl.constexpr(4)
 _Q = tl.constexpr(4)
 
 
@@ -132,7 +131,7 @@ def _add_channels(sums, of_B, of_C, later_B, later_C, step: tl.constexpr, dtype:
 @triton.jit
 def scan_backward(
     u, dt, BC, grad_y, order, A_log, D, states, scratch, grad_u, grad_BC, small, zero, rows, batch, length, width,
-    N: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, EVERY: tl.constexpr, ROWS: tl.constexpr,
+    K: tl.constexpr, N: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, EVERY: tl.constexpr, ROWS: tl.constexpr,
     PARAMETERS: tl.constexpr, ATOMIC: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Gradient of `scan_forward`; that to `dt` before bias and softplus replaces `dt`.
@@ -146,7 +145,7 @@ def scan_backward(
 
     grad_y: `[b, l, d]` in row order; grad_u: as u; scratch: `[programs, EVERY // CHUNK - 1, n * C]`; grad_BC: `[K, b,
     l, R, S, 2]` fp32, states as in a tile, added to atomically, or `[channel blocks, K, b, l, R, S, 2]`, written;
-    small: `[b, K, ROWS, d]` fp32, added to: the first n rows are the gradient to A_log, then come those to D and to
+    small: `[b, ROWS, K, d]` fp32, added to: the first n rows are the gradient to A_log, then come those to D and to
     dt's bias. zero: 0.0, added to `dt` where the decays are needed a second time: the compiler would keep the first
     ones, which takes more registers than there are. Grid: as many programs as run at a time, one warp each, which
     share the channel blocks of `rows` = K * b rows, so that `scratch` stays in the cache.
@@ -165,8 +164,8 @@ def scan_backward(
         BC_row = BC + at * (2 * N)
         grad_y_row = grad_y + (row % batch).to(tl.int64) * length * width
         visits = order + k * length
-        study = (row % batch).to(tl.int64) * (rows // batch) + k
-        saved = states + study * ((length - 1) // EVERY) * N * width + d * N + n
+        study = (row % batch).to(tl.int64)
+        saved = states + (study * K + k) * ((length - 1) // EVERY) * N * width + d * N + n
         kept = scratch + tl.program_id(0) * ((EVERY // CHUNK - 1) * N * C) + (d - first) * N + n
         A = decay_rates(A_log, (k * width + d) * N + n, d < width)
         step_of, d_of = _finished(first, C, CHUNK)
@@ -266,9 +265,23 @@ def scan_backward(
                 start = before
 
         if PARAMETERS:
-            sums = small + study * ROWS * width
-            add(sums + n * width + d, sum_A * A * LN2, d < width)
+            sums = small + (study * ROWS * K + k) * width
+            add(sums + n * K * width + d, sum_A * A * LN2, d < width)
             once = (d_of < width) & (step_of == 0)
-            sums += N * width + d_of
+            sums += N * K * width + d_of
             add(sums, tl.broadcast_to(tl.sum(sum_D, 1, keep_dims=True), d_of.shape), once)
-            add(sums + width, tl.broadcast_to(tl.sum(sum_bias, 1, keep_dims=True), d_of.shape), once)
+            add(sums + K * width, tl.broadcast_to(tl.sum(sum_bias, 1, keep_dims=True), d_of.shape), once)
+
+
+@triton.jit
+def finish_BC(grad_BC, grad_proj, rows, rank, stride, N: tl.constexpr, M: tl.constexpr):
+    """The gradient of B and C, `[rows, R, S, 2]` fp32 as `scan_backward` leaves it, to where the gradient of the
+    projections has its place for it, `[rows, stride]` from column `rank`. Grid: row tiles."""
+    S: tl.constexpr = min(N, _S)
+    m = (tl.program_id(0) * M + tl.arange(0, M))[:, None].to(tl.int64)
+    column = tl.arange(0, 2 * N)[None, :]
+    n = column % N
+    at = (n % (N // S) * S + n // (N // S)) * 2 + column // N
+    on = (m < rows) & (column >= 0)
+    found = tl.load(grad_BC + m * (2 * N) + at, mask=on, other=0.0)
+    tl.store(grad_proj + m * stride + rank + column, found.to(grad_proj.dtype.element_ty), mask=on)

@@ -75,11 +75,12 @@ def _conv_rows(x, grad_u, order, first, length, width, d, ok):
 @triton.jit
 def conv_backward(
     x, order, weight, bias, grad_u, small, batch, length, width,
-    W: tl.constexpr, C: tl.constexpr, FIRST: tl.constexpr, ROWS: tl.constexpr, PARAMETERS: tl.constexpr,
+    K: tl.constexpr, W: tl.constexpr, C: tl.constexpr, FIRST: tl.constexpr, ROWS: tl.constexpr,
+    PARAMETERS: tl.constexpr,
 ):  # fmt: skip
     """`grad_u` `[K, b, l, d]` becomes the gradient of what the direction read, in its order. Grid: channels, K * b.
 
-    small: `[b, K, ROWS, d]` fp32, added to; from row FIRST the gradients to the weight's taps and to the bias.
+    small: `[b, ROWS, K, d]` fp32, added to; from row FIRST the gradients to the weight's taps and to the bias.
     """
     row = tl.program_id(1)
     k = row // batch
@@ -124,8 +125,7 @@ def conv_backward(
         rows, gs = next_rows, next_gs
         window, before = seen[_UNROLL:], before[_UNROLL:]
     if PARAMETERS:
-        study = (row % batch).to(tl.int64) * (tl.num_programs(1) // batch) + k
-        small += (study * ROWS + FIRST) * width + d
+        small += (((row % batch).to(tl.int64) * ROWS + FIRST) * K + k) * width + d
         for tap in tl.static_range(W):
-            add(small + tap * width, sums[tap], ok)
-        add(small + W * width, sum_bias, ok)
+            add(small + tap * K * width, sums[tap], ok)
+        add(small + W * K * width, sum_bias, ok)
