@@ -167,40 +167,23 @@ def _backward(
     # A part has so many channel blocks that each of the programs that run at a time gets as many.
     blocks, programs = directions * _ceil(d, _CHANNELS), _programs(x.device)
     rounds = max(1, _BACKWARD_PART // (programs * _CHANNELS * length))
-    maps, sums = _index_maps(order), _Sums() if parameters else None
-    size = max(1, rounds * programs // blocks)
+    maps = _index_maps(order)
+    sums: _Sums | None = None
     tensors = (grad, x, z, mean, states, grad_x, grad_z)
-    for part in [tensors] if size >= b else zip(*(torch.split(of, size) for of in tensors), strict=True):
-        _backward_of(weights, maps, sums, *part)
+    for part in _parts(b, rounds * programs // blocks):
+        part_tensors = tensors if part is None else [of[part] for of in tensors]
+        sums = _backward_of(weights, maps, parameters, sums, *part_tensors)
     if sums is None:
         return [grad_x, grad_z]
-    of_A, of_D, of_bias, of_taps, of_conv_bias = torch.split(sums.small.sum(0), [n, 1, 1, taps, 1])  # [rows, K, d]
+    small, of_projection, of_dt_weight = sums
+    of_A, of_D, of_bias, of_taps, of_conv_bias = torch.split(small.sum(0), [n, 1, 1, taps, 1])  # [rows, K, d]
     of_A, of_taps = (of.permute(1, 2, 0).contiguous() for of in (of_A, of_taps))
-    return [grad_x, grad_z, of_taps, of_conv_bias[0], sums.projection, sums.dt_weight, of_bias[0], of_A, of_D[0]]
+    return [grad_x, grad_z, of_taps, of_conv_bias[0], of_projection, of_dt_weight, of_bias[0], of_A, of_D[0]]
 
 
-class _Sums:
-    """Gradients that parts of the batch add to, fp32; the first part makes them.
-
-    small: a row each of A_log's states, D, dt's bias, the convolution's taps and its bias, for every study of a part,
-    `[size, n + taps + 3, K, d]`.
-    """
-
-    small: Tensor
-    projection: Tensor
-    dt_weight: Tensor
-
-    def __init__(self) -> None:
-        self.first = True
-
-    def add_products(self, of_projection: tuple[Tensor, Tensor], of_dt_weight: tuple[Tensor, Tensor]) -> None:
-        """Adds the matrix products of the pairs."""
-        if self.first:
-            self.projection, self.dt_weight = _product(*of_projection), _product(*of_dt_weight)
-        else:
-            _product(*of_projection, self.projection)
-            _product(*of_dt_weight, self.dt_weight)
-        self.first = False
+# Gradients summed over the batch, fp32: a row each of A_log's states, D, dt's bias, the convolution's taps and its
+# bias, for every study of a part, [size, n + taps + 3, K, d]; that of projection; that of dt_weight.
+_Sums = tuple[Tensor, Tensor, Tensor]
 
 
 def _product(a: Tensor, b: Tensor, total: Tensor | None = None) -> Tensor:
@@ -218,6 +201,7 @@ _WIDE_PRODUCTS = hasattr(torch.ops.aten.baddbmm, "dtype_out")  # from torch 2.8
 def _backward_of(
     weights: Sequence[Tensor],
     maps: tuple[Tensor, Tensor],
+    parameters: bool,
     sums: _Sums | None,
     grad: Tensor,
     x: Tensor,
@@ -226,8 +210,9 @@ def _backward_of(
     states: Tensor,
     grad_x: Tensor,
     grad_z: Tensor,
-) -> None:
-    # The backward pass of a part of the batch: writes `grad_x` and `grad_z` and adds to the sums.
+) -> _Sums | None:
+    # The backward pass of a part of the batch: writes `grad_x` and `grad_z`; where `parameters`, adds to the sums of
+    # the parts before it (None: it is the first).
     conv_weight, conv_bias, projection, dt_weight, _, A_log, D = weights
     order, back = maps
     size, length, d = x.shape
@@ -236,10 +221,10 @@ def _backward_of(
     rows, blocks = size * length, _ceil(d, _CHANNELS)
     atomic = not torch.are_deterministic_algorithms_enabled()
     fp32: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
-    launch = _Launcher((grad, x, z, mean, states, grad_x, grad_z, *weights), atomic, sums is not None)
+    launch = _Launcher((grad, x, z, mean, states, grad_x, grad_z, *weights), atomic, parameters)
     shape = (directions, rows, 2 * n)
     grad_BC = torch.empty(shape if atomic else (blocks, *shape), **fp32)
-    u, low, dt, BC = _inputs(launch, x, order, weights, sums is not None, grad_BC if atomic else None)
+    u, low, dt, BC = _inputs(launch, x, order, weights, parameters, grad_BC if atomic else None)
     grad_y = grad_x  # until that is written
     launch(
         kernels.gate_backward, (_ceil(x.numel(), 1024), 1, 1),
@@ -248,10 +233,10 @@ def _backward_of(
     programs = min(blocks * directions * size, _programs(x.device))
     scratch = torch.empty(programs * (_EVERY // _CHUNK - 1) * n * _CHANNELS, **fp32)
     grad_u = torch.empty_like(u)
-    if sums is not None and sums.first:
-        sums.small = torch.zeros(size, n + taps + 3, directions, d, **fp32)
-    small = BC if sums is None else sums.small  # a pointer that is not used
-    common = {"K": directions, "ROWS": n + taps + 3, "PARAMETERS": sums is not None}
+    small, of_projection, of_dt_weight = sums or (None, None, None)
+    if small is None:  # without parameters a pointer that is not used
+        small = torch.zeros(size, n + taps + 3, directions, d, **fp32) if parameters else BC
+    common = {"K": directions, "ROWS": n + taps + 3, "PARAMETERS": parameters}
     launch(
         kernels.scan_backward, (programs, 1, 1),
         u, dt, BC, grad_y, order, A_log, D, states, scratch, grad_u, grad_BC, small, 0.0,
@@ -268,8 +253,10 @@ def _backward_of(
         grad_BC, grad_proj, directions * rows, rank, stride, N=n, M=32,
     )  # fmt: skip
     del grad_BC
-    if sums is not None:
-        sums.add_products((grad_proj.mT, u), (grad_dt.mT, low))
+    if parameters:
+        of_projection = _product(grad_proj.mT, u, of_projection)
+        of_dt_weight = _product(grad_dt.mT, low, of_dt_weight)
+        sums = small, of_projection, of_dt_weight
     del u, low, dt, grad_dt
     torch.baddbmm(grad_u, grad_proj, projection, out=grad_u)
     launch(
@@ -281,6 +268,7 @@ def _backward_of(
         kernels.sum_directions, _tiles(d, length, size),
         grad_u, back, grad_x, size, length, d, K=directions, T=_TOKENS, C=_WIDE,
     )  # fmt: skip
+    return sums
 
 
 @wraps(_backward)

@@ -131,9 +131,8 @@ def test_half_precision_is_near_the_reference(sizes: tuple[int, ...], dtype: tor
 def test_parts_of_a_batch_give_what_the_whole_gives(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_engine, "_FORWARD_PART", 1)
     monkeypatch.setattr(triton_engine, "_programs", lambda device: programs)
-    monkeypatch.setattr(
-        triton_engine, "_BACKWARD_PART", 2 * programs * 32 * 5
-    )  # one or two studies a part, all of them
+    # One or two studies a part, or all of them.
+    monkeypatch.setattr(triton_engine, "_BACKWARD_PART", 2 * programs * 32 * 5)
     assert triton_engine._parts(5, 2) == [slice(0, 2), slice(2, 4), slice(4, 5)]
     errors = _errors((5, 5, 16, 8, 4, 2), torch.float32)
     assert max(errors.values()) < 1e-5, errors

@@ -28,21 +28,36 @@ def _taps(weight, at, ok, W: tl.constexpr):
 
 
 @triton.jit
+def _direction(row, x, order, weight, bias, u, batch, length, width, W: tl.constexpr, C: tl.constexpr):
+    # Where a program works: the direction, its channels and which of them there are; x, order and u of its study and
+    # direction; of the convolution the bias and the taps.
+    k = row // batch
+    d = tl.program_id(0) * C + tl.arange(0, C)
+    ok = d < width
+    x += (row % batch).to(tl.int64) * length * width
+    u += row.to(tl.int64) * length * width + d
+    shift = tl.load(bias + k * width + d, mask=ok, other=0.0).to(tl.float32)
+    return k, d, ok, x, order + k * length, u, shift, _taps(weight, k * width + d, ok, W)
+
+
+@triton.jit
+def _convolved(seen, step: tl.constexpr, shift, taps, W: tl.constexpr):
+    # The convolution's result at a step, [C], of the tokens seen, which begin W - 1 before the first.
+    pre = shift
+    for tap in tl.static_range(W):
+        pre += seen[step + tap] * taps[tap]
+    return pre
+
+
+@triton.jit
 def conv_forward(x, order, weight, bias, u, batch, length, width, W: tl.constexpr, T: tl.constexpr, C: tl.constexpr):
     """`u = silu(conv(x))`, causal and depthwise: x `[b, l, d]` to u `[K, b, l, d]`. Grid: channels, tokens, K * b.
 
     weight: `[K, d, W]`, bias: `[K, d]`. A program slides over T tokens and reads each once.
     """
     row = tl.program_id(2)
-    k = row // batch
-    d = tl.program_id(0) * C + tl.arange(0, C)
-    ok = d < width
-    x += (row % batch).to(tl.int64) * length * width
-    order += k * length
-    u += row.to(tl.int64) * length * width + d
+    _, d, ok, x, order, u, shift, taps = _direction(row, x, order, weight, bias, u, batch, length, width, W, C)
     start = tl.program_id(1) * T
-    shift = tl.load(bias + k * width + d, mask=ok, other=0.0).to(tl.float32)
-    taps = _taps(weight, k * width + d, ok, W)
     window = ()
     for tap in tl.static_range(W - 1):
         window = window + (_row(x, order, start - (W - 1) + tap, length, width, d, ok),)
@@ -51,9 +66,7 @@ def conv_forward(x, order, weight, bias, u, batch, length, width, W: tl.constexp
         for step in tl.static_range(_UNROLL):
             seen = seen + (_row(x, order, first + step, length, width, d, ok),)
         for step in tl.static_range(_UNROLL):
-            pre = shift
-            for tap in tl.static_range(W):
-                pre += seen[step + tap] * taps[tap]
+            pre = _convolved(seen, step, shift, taps, W)
             t = first + step
             tl.store(
                 u + t * width, (pre * sigmoid(pre)).to(u.dtype.element_ty), mask=d < tl.where(t < length, width, 0)
@@ -83,14 +96,9 @@ def conv_backward(
     small: `[b, ROWS, K, d]` fp32, added to; from row FIRST the gradients to the weight's taps and to the bias.
     """
     row = tl.program_id(1)
-    k = row // batch
-    d = tl.program_id(0) * C + tl.arange(0, C)
-    ok = d < width
-    x += (row % batch).to(tl.int64) * length * width
-    order += k * length
-    grad_u += row.to(tl.int64) * length * width + d
-    shift = tl.load(bias + k * width + d, mask=ok, other=0.0).to(tl.float32)
-    taps = _taps(weight, k * width + d, ok, W)
+    k, d, ok, x, order, grad_u, shift, taps = _direction(
+        row, x, order, weight, bias, grad_u, batch, length, width, W, C
+    )  # fmt: skip
     window, before, sums = (), (), ()
     for tap in tl.static_range(W):
         sums = sums + (tl.zeros([C], tl.float32),)
@@ -104,9 +112,7 @@ def conv_backward(
         next_rows, next_gs = _conv_rows(x, grad_u, order, first + _UNROLL, length, width, d, ok)
         seen = window + rows
         for step in tl.static_range(_UNROLL):
-            pre = shift
-            for tap in tl.static_range(W):
-                pre += seen[step + tap] * taps[tap]
+            pre = _convolved(seen, step, shift, taps, W)
             sig = sigmoid(pre)
             g = gs[step] * sig * (1.0 + pre * (1.0 - sig))
             before = before + (g,)

@@ -56,16 +56,19 @@ def dt_forward(
 
 
 @triton.jit
-def _sum_over_directions(
-    y, back, image, t, d, on, batch, length, width, K: tl.constexpr, T: tl.constexpr, C: tl.constexpr
-):
-    # Of what the directions have for tokens t of an image: y [K, b, l, d] to [T, C] in fp32.
+def _sum_over_directions(y, back, batch, length, width, K: tl.constexpr, T: tl.constexpr, C: tl.constexpr):
+    # Of what the directions have for a tile of tokens, y [K, b, l, d] to [T, C] in fp32; the tile's place in [b, l, d]
+    # and what of it there is. Grid: channels, tokens, b.
+    t = tl.program_id(1) * T + tl.arange(0, T)
+    d = tl.program_id(0) * C + tl.arange(0, C)
+    on = (t < length)[:, None] & (d < width)[None, :]
+    image = tl.program_id(2)
     total = tl.zeros([T, C], tl.float32)
     for k in tl.static_range(K):
         step = tl.load(back + k * length + t, mask=t < length, other=0)
         at = ((k * batch + image).to(tl.int64) * length + step)[:, None] * width + d[None, :]
         total += tl.load(y + at, mask=on, other=0.0).to(tl.float32)
-    return total
+    return total, (image.to(tl.int64) * length + t)[:, None] * width + d[None, :], on
 
 
 @triton.jit
@@ -76,12 +79,8 @@ def gate_forward(
 
     back: `[K, l]`, the step at which a direction visits each token.
     """
-    t = tl.program_id(1) * T + tl.arange(0, T)
-    d = tl.program_id(0) * C + tl.arange(0, C)
-    on = (t < length)[:, None] & (d < width)[None, :]
-    image = tl.program_id(2)
-    total = _sum_over_directions(y, back, image, t, d, on, batch, length, width, K, T, C) / K
-    at = (image.to(tl.int64) * length + t)[:, None] * width + d[None, :]
+    total, at, on = _sum_over_directions(y, back, batch, length, width, K, T, C)
+    total = total / K
     gate = tl.load(z + at, mask=on, other=0.0).to(tl.float32)
     tl.store(out + at, (total * gate * sigmoid(gate)).to(out.dtype.element_ty), mask=on)
     if SAVE:
@@ -91,12 +90,7 @@ def gate_forward(
 @triton.jit
 def sum_directions(grad_u, back, grad_x, batch, length, width, K: tl.constexpr, T: tl.constexpr, C: tl.constexpr):
     """`grad_x` `[b, l, d]`, the sum over directions of `[K, b, l, d]`. Grid: channels, tokens, b."""
-    t = tl.program_id(1) * T + tl.arange(0, T)
-    d = tl.program_id(0) * C + tl.arange(0, C)
-    on = (t < length)[:, None] & (d < width)[None, :]
-    image = tl.program_id(2)
-    total = _sum_over_directions(grad_u, back, image, t, d, on, batch, length, width, K, T, C)
-    at = (image.to(tl.int64) * length + t)[:, None] * width + d[None, :]
+    total, at, on = _sum_over_directions(grad_u, back, batch, length, width, K, T, C)
     tl.store(grad_x + at, total.to(grad_x.dtype.element_ty), mask=on)
 
 
