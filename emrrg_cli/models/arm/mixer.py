@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,12 @@ from torch import Tensor, nn
 
 from emrrg_cli.models.adapters import base_layer, effective_weight
 from emrrg_cli.models.scan import choose_engine, get_scan
+
+
+def _as_multiplied(x: Tensor) -> Tensor:
+    # In the dtype that autocast multiplies in: once, where each layer that reads `x` would convert it for itself.
+    autocast = x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type)
+    return x.to(torch.get_autocast_dtype(x.device.type)) if autocast else x
 
 
 class Direction(nn.Module):
@@ -84,32 +91,31 @@ class Mixer(nn.Module):
         Read as weights, adapters included, rather than called: the scan takes all directions in one piece. Where none
         is trained they are kept, until a weight is written to, in the dtype that autocast asks for.
         """
-        layers = [getattr(direction, name) for direction in self.directions for name in ("dt", "B", "C", "dt_proj")]
-        key = self._frozen_state(layers)
-        if key is not None and self._kept is not None and self._kept[0] == key:
-            return self._kept[1]
+        # From the modules' dictionaries: attributes of modules, 16 here, take the host longer than the three results.
+        layers = [layer for direction in self.directions for layer in direction._modules.values() if layer is not None]
+        if not all(type(layer) is nn.Linear for layer in layers):
+            adapted = [(effective_weight(layer), base_layer(layer).bias) for layer in layers]
+            return self._stack([of for pair in adapted for of in pair if of is not None])
+        parameters = [of for layer in layers for of in layer._parameters.values() if of is not None]
+        key = self._frozen_state(parameters)
         if key is None:
-            return self._stack(layers)
-        with torch.inference_mode(False):  # tensors made in it could not be trained through later
-            projection, dt_weight, dt_bias = self._stack(layers)
-            self._kept = key, (projection.to(key[0]), dt_weight.to(key[0]), dt_bias)
+            return self._stack(parameters)
+        if self._kept is None or self._kept[0] != key:
+            with torch.inference_mode(False):  # tensors made in it could not be trained through later
+                projection, dt_weight, dt_bias = self._stack(parameters)
+                self._kept = key, (projection.to(key[0]), dt_weight.to(key[0]), dt_bias)
         return self._kept[1]
 
-    def _stack(self, layers: list[nn.Module]) -> tuple[Tensor, Tensor, Tensor]:
-        weights = [effective_weight(layer) for layer in layers]
-        rows = [weight for i, weight in enumerate(weights) if i % 4 < 3]
-        return (
-            torch.cat(rows).view(len(self.directions), -1, self.D.shape[1]),
-            torch.stack(weights[3::4]),
-            torch.stack([base_layer(layer).bias for layer in layers[3::4]]),
-        )
+    @staticmethod
+    def _stack(of: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        # Five of each direction: the weights of dt, B, C and dt_proj, and the last one's bias.
+        rows = [weight for i, weight in enumerate(of) if i % 5 < 3]
+        return torch.cat(rows).view(len(of) // 5, -1, rows[0].shape[1]), torch.stack(of[3::5]), torch.stack(of[4::5])
 
     @staticmethod
-    def _frozen_state(layers: list[nn.Module]) -> tuple[Any, ...] | None:
+    def _frozen_state(parameters: list[nn.Parameter]) -> tuple[Any, ...] | None:
         # Dtype to compute in, then place and version of every tensor; None where these may not be kept.
-        parameters = [p for layer in layers for p in layer._parameters.values() if p is not None]  # 5 times faster
-        plain = all(type(layer) is nn.Linear for layer in layers) and not torch.compiler.is_compiling()
-        if not plain or any(p.requires_grad or p.is_inference() for p in parameters):
+        if any(p.requires_grad or p.is_inference() for p in parameters) or torch.compiler.is_compiling():
             return None
         device = parameters[0].device.type
         autocast = torch.is_autocast_enabled(device)
@@ -126,6 +132,7 @@ class Mixer(nn.Module):
         Returns:
             `[b, l, d]`.
         """
+        x = _as_multiplied(x)
         y = get_scan(self.engine)(self.X(x), self.Z(x), order, *self.weights_by_direction())
         out: Tensor = self.out_proj(y)
         return out
@@ -142,6 +149,7 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(hidden, d_model)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = _as_multiplied(x)
         out: Tensor = self.w3(F.silu(self.w1(x)) * self.w2(x))
         return out
 

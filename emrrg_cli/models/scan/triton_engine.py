@@ -56,45 +56,30 @@ def directional_scan_triton(
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, z = x.to(dtype), z.to(dtype)
-    weights = (conv_weight, conv_bias, projection, dt_weight, dt_bias, A_log, D)
-    tensors = (x, z, *(weight.contiguous() for weight in weights))
-    save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    weights = [of.contiguous() for of in (conv_weight, conv_bias, projection, dt_weight, dt_bias, A_log, D)]
+    save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, z, *weights))
     out: Tensor
     if torch.compiler.is_compiling():
-        out = _scan(*tensors, order, save)[0]
+        out = _scan(x, z, *weights, order, save)[0]
     elif save:  # the operator's own machinery would cost more than the kernels take for a small batch
-        out = _Scan.apply(*tensors, order)  # type: ignore[no-untyped-call]
+        out = _Scan.apply(x, z, *weights, order)  # type: ignore[no-untyped-call]
     else:
-        out = _forward(*tensors, order, False)[0]  # type: ignore[call-arg,arg-type]
+        out = _scan_all(x, z, weights, order, False)[0]
     return out
 
 
-def _forward(
-    x: Tensor,
-    z: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    projection: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A_log: Tensor,
-    D: Tensor,
-    order: Tensor,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _scan_all(x: Tensor, z: Tensor, weights: Sequence[Tensor], order: Tensor, save: bool) -> tuple[Tensor, ...]:
     """`out` `[b, l, d]`; where `save` also what the backward pass needs, else empty tensors: the mean over directions
-    before the gate `[b, l, d]` and the states `[b, K, sections, d, n]`."""
+    before the gate `[b, l, d]` and the states `[b, K, sections, d, n]`; then projection and dt's weight in the dtype of
+    `x`."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():  # Triton launches on the current one
         with torch.cuda.device(x.device):
-            return _forward(
-                x, z, conv_weight, conv_bias, projection, dt_weight, dt_bias, A_log, D, order, save
-            )  # fmt: skip
+            return _scan_all(x, z, weights, order, save)
     x, z = x.contiguous(), z.contiguous()
-    projection, dt_weight = projection.to(x.dtype), dt_weight.to(x.dtype)
     b, length, d = x.shape
+    A_log, D = weights[5:]
     directions, _, n = A_log.shape
     order, back = _index_maps(order)
-    weights = (conv_weight, conv_bias, projection, dt_weight, dt_bias, A_log, D)
     kept = (b, directions, _sections(length), d, n) if save else (0,)  # outputs of an operator may not be one tensor
     out = mean = states = x  # each is made where it is first written: by then something else is gone
     for part in _parts(b, _FORWARD_PART // (directions * length * d)):
@@ -102,7 +87,9 @@ def _forward(
         part_x, part_z = (x, z) if part is None else (x[part], z[part])
         size = part_x.shape[0]
         launch = _Launcher((part_x, part_z, *weights), save, start * d % 8)  # the last: how parts of `out` are aligned
-        u, _, dt, BC = _inputs(launch, part_x, order, weights)
+        u = _convolved(launch, part_x, order, weights)
+        weights = _narrowed(weights, x.dtype)  # once there is a kernel at work, for which the device waits
+        _, dt, BC = _projected(launch, u, weights)
         if start == 0:
             states = torch.empty(kept, dtype=torch.float32, device=x.device)
         launch(
@@ -121,6 +108,15 @@ def _forward(
             K=directions, SAVE=save, T=_TOKENS, C=_WIDE,
         )  # fmt: skip
         del dt
+    return out, mean, states, *weights[2:4]
+
+
+def _forward(
+    x: Tensor, z: Tensor, conv_weight: Tensor, conv_bias: Tensor, projection: Tensor, dt_weight: Tensor,
+    dt_bias: Tensor, A_log: Tensor, D: Tensor, order: Tensor, save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    weights = (conv_weight, conv_bias, projection, dt_weight, dt_bias, A_log, D)
+    out, mean, states, *_ = _scan_all(x, z, weights, order, save)
     return out, mean, states
 
 
@@ -158,12 +154,11 @@ def _backward(
 ) -> list[Tensor]:
     """Gradients to `x`, `z` and, where `parameters`, in fp32 to the seven parameters, in the order of the arguments."""
     grad, x, z = grad.contiguous(), x.contiguous(), z.contiguous()
-    projection, dt_weight = projection.to(x.dtype), dt_weight.to(x.dtype)
     b, length, d = x.shape
     directions, _, n = A_log.shape
     taps = conv_weight.shape[2]
     grad_x, grad_z = torch.empty_like(x), torch.empty_like(z)
-    weights = (conv_weight, conv_bias, projection, dt_weight, dt_bias, A_log, D)
+    weights = _narrowed((conv_weight, conv_bias, projection, dt_weight, dt_bias, A_log, D), x.dtype)
     # A part has so many channel blocks that each of the programs that run at a time gets as many.
     blocks, programs = directions * _ceil(d, _CHANNELS), _programs(x.device)
     rounds = max(1, _BACKWARD_PART // (programs * _CHANNELS * length))
@@ -224,7 +219,8 @@ def _backward_of(
     launch = _Launcher((grad, x, z, mean, states, grad_x, grad_z, *weights), atomic, parameters)
     shape = (directions, rows, 2 * n)
     grad_BC = torch.empty(shape if atomic else (blocks, *shape), **fp32)
-    u, low, dt, BC = _inputs(launch, x, order, weights, parameters, grad_BC if atomic else None)
+    u = _convolved(launch, x, order, weights)
+    low, dt, BC = _projected(launch, u, weights, parameters, grad_BC if atomic else None)
     grad_y = grad_x  # until that is written
     launch(
         kernels.gate_backward, (_ceil(x.numel(), 1024), 1, 1),
@@ -310,13 +306,10 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, z, conv_weight, conv_bias, projection, dt_weight, *rest = inputs
-        # Once for both passes.
-        inputs = (x, z, conv_weight, conv_bias, projection.to(x.dtype), dt_weight.to(x.dtype), *rest)
-        forward: Any = _forward
-        out, *kept = forward(*inputs, True)
-        ctx.save_for_backward(*inputs, *kept)
-        return out  # type: ignore[no-any-return]
+        x, z, *weights, order = inputs
+        out, mean, states, projection, dt_weight = _scan_all(x, z, weights, order, True)
+        ctx.save_for_backward(x, z, *weights[:2], projection, dt_weight, *weights[4:], order, mean, states)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -372,37 +365,47 @@ def _index_maps(order: Tensor) -> tuple[Tensor, Tensor]:
     return maps
 
 
-def _inputs(
+def _narrowed(weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    # The same, with those of matrix products in the dtype of these.
+    conv_weight, conv_bias, projection, dt_weight, *rest = weights
+    return conv_weight, conv_bias, projection.to(dtype), dt_weight.to(dtype), *rest
+
+
+def _convolved(launch: _Launcher, x: Tensor, order: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    # `u` in the order of each direction, [K, b * l, d].
+    conv_weight, conv_bias, *_ = weights
+    b, length, d = x.shape
+    directions, _, taps = conv_weight.shape
+    u = x.new_empty(directions, b * length, d)
+    launch(
+        kernels.conv_forward, (_ceil(d, _WIDE), _ceil(length, 2 * _TOKENS), directions * b),
+        x, order, conv_weight, conv_bias, u, b, length, d, W=taps, T=2 * _TOKENS, C=_WIDE, num_warps=2,
+    )  # fmt: skip
+    return u
+
+
+def _projected(
     launch: _Launcher,
-    x: Tensor,
-    order: Tensor,
+    u: Tensor,
     weights: Sequence[Tensor],
     keep_low: bool = False,
     cleared: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    # What the recurrence reads, in the order of each direction: u and, after softplus, dt [K, b * l, d], B and C
-    # [K, b * l, 2 n] in fp32; second, where asked for, what dt was projected from, [K, b * l, r]. Fills `cleared`, as
-    # large as B and C, with zeros.
-    conv_weight, conv_bias, projection, dt_weight, dt_bias, A_log, _ = weights
-    b, length, d = x.shape
-    directions, _, rank = dt_weight.shape
-    n, rows = A_log.shape[2], b * length
-    u = x.new_empty(directions, rows, d)
-    launch(
-        kernels.conv_forward, (_ceil(d, _WIDE), _ceil(length, 2 * _TOKENS), directions * b),
-        x, order, conv_weight, conv_bias, u, b, length, d,
-        W=conv_weight.shape[2], T=2 * _TOKENS, C=_WIDE, num_warps=2,
-    )  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
+    # What else the recurrence reads: after softplus, dt [K, b * l, d]; B and C [K, b * l, 2 n] in fp32. Before them,
+    # where asked for, what dt was projected from, [K, b * l, r]. Fills `cleared`, as large as B and C, with zeros.
+    _, _, projection, dt_weight, dt_bias, A_log, _ = weights
+    directions, rows, d = u.shape
+    rank, n = dt_weight.shape[2], A_log.shape[2]
     proj = _product(u, projection.mT)
     dt = torch.empty_like(u)
-    low = x.new_empty(directions, rows, rank) if keep_low else dt
-    BC = torch.empty(directions, rows, 2 * n, dtype=torch.float32, device=x.device)
+    low = u.new_empty(directions, rows, rank) if keep_low else dt
+    BC = torch.empty(directions, rows, 2 * n, dtype=torch.float32, device=u.device)
     launch(
         kernels.dt_forward, (_ceil(d, 128), _ceil(rows, 64), directions),
         proj, dt_weight, dt_bias, low, dt, BC, BC if cleared is None else cleared, rows, d, rank, proj.shape[2],
         N=n, M=64, C=128, R=max(16, 1 << (rank - 1).bit_length()), LOW=keep_low, CLEAR=cleared is not None,
     )  # fmt: skip
-    return u, low, dt, BC
+    return low, dt, BC
 
 
 _configurations: dict[tuple[Any, ...], int] = {}
