@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -96,7 +95,7 @@ class Mixer(nn.Module):
         if not all(type(layer) is nn.Linear for layer in layers):
             adapted = [(effective_weight(layer), base_layer(layer).bias) for layer in layers]
             return self._stack([of for pair in adapted for of in pair if of is not None])
-        parameters = [of for layer in layers for of in layer._parameters.values() if of is not None]
+        parameters: list[Tensor] = [of for layer in layers for of in layer._parameters.values() if of is not None]
         key = self._frozen_state(parameters)
         if key is None:
             return self._stack(parameters)
@@ -107,13 +106,13 @@ class Mixer(nn.Module):
         return self._kept[1]
 
     @staticmethod
-    def _stack(of: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _stack(of: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         # Five of each direction: the weights of dt, B, C and dt_proj, and the last one's bias.
         rows = [weight for i, weight in enumerate(of) if i % 5 < 3]
         return torch.cat(rows).view(len(of) // 5, -1, rows[0].shape[1]), torch.stack(of[3::5]), torch.stack(of[4::5])
 
     @staticmethod
-    def _frozen_state(parameters: list[nn.Parameter]) -> tuple[Any, ...] | None:
+    def _frozen_state(parameters: list[Tensor]) -> tuple[Any, ...] | None:
         # Dtype to compute in, then place and version of every tensor; None where these may not be kept.
         if any(p.requires_grad or p.is_inference() for p in parameters) or torch.compiler.is_compiling():
             return None
