@@ -126,7 +126,8 @@ def captured(run: Callable[[], Any]) -> Callable[[], None]:
 
 
 def measure(name: str, module: nn.Module, width: int, batch: int, device: str) -> dict[str, Any]:
-    """Forward and forward + backward, each called and as a graph (ms), and the peak of the last, called (MiB)."""
+    """Forward with frozen weights and forward + backward, each called and as a graph (ms), and the peak of the last,
+    called (MiB)."""
     cuda = device == "cuda"
     gc.collect()  # the graphs of the engine before, which keep their memory
     if cuda:  # nor those that cuBLAS keeps for the streams that they were captured on
@@ -157,12 +158,13 @@ def measure(name: str, module: nn.Module, width: int, batch: int, device: str) -
         both()
         torch.cuda.synchronize()
         row["peak"] = torch.cuda.max_memory_allocated() / 2**20
-    row["forward"], row["both"] = median_ms(forward, cuda), median_ms(both, cuda)
-    row["graph"] = median_ms(captured(forward), cuda) if cuda else None
-    row["both_graph"] = None
+    row["both"], row["both_graph"] = median_ms(both, cuda), None
     if cuda:
         with contextlib.suppress(RuntimeError):  # a peer whose backward pass cannot be captured
             row["both_graph"] = median_ms(captured(both), cuda)
+    module.requires_grad_(False)
+    row["forward"] = median_ms(forward, cuda)
+    row["graph"] = median_ms(captured(forward), cuda) if cuda else None
     return row
 
 

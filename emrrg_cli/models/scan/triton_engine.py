@@ -28,7 +28,7 @@ _CHANNELS = 32
 _EVERY, _CHUNK = 40, 4
 # Elements of [K, b, l, d] that a pass works on at a time, about: fewer take less memory and more of the host's time. At
 # width 768, 197 tokens and a batch of 128 the two together need less than half of what the published calls need.
-_FORWARD_PART, _BACKWARD_PART = 100_000_000, 22_000_000
+_FORWARD_PART, _BACKWARD_PART = 100_000_000, 30_000_000
 _ONE_WARP = {"num_warps": 1, "num_stages": 1}
 
 
@@ -81,16 +81,16 @@ def _scan_all(x: Tensor, z: Tensor, weights: Sequence[Tensor], order: Tensor, sa
     directions, _, n = A_log.shape
     order, back = _index_maps(order)
     kept = (b, directions, _sections(length), d, n) if save else (0,)  # outputs of an operator may not be one tensor
+    launch = _Launcher((x, z, *weights), save)
     out = mean = states = x  # each is made where it is first written: by then something else is gone
     for part in _parts(b, _FORWARD_PART // (directions * length * d)):
-        start = 0 if part is None else part.start
+        launch.take(part)
         part_x, part_z = (x, z) if part is None else (x[part], z[part])
         size = part_x.shape[0]
-        launch = _Launcher((part_x, part_z, *weights), save, start * d % 8)  # the last: how parts of `out` are aligned
         u = _convolved(launch, part_x, order, weights)
         weights = _narrowed(weights, x.dtype)  # once there is a kernel at work, for which the device waits
         _, dt, BC = _projected(launch, u, weights)
-        if start == 0:
+        if states is x:
             states = torch.empty(kept, dtype=torch.float32, device=x.device)
         launch(
             kernels.scan_forward, (_ceil(d, _CHANNELS), directions * size, 1),
@@ -98,7 +98,7 @@ def _scan_all(x: Tensor, z: Tensor, weights: Sequence[Tensor], order: Tensor, sa
             N=n, C=_CHANNELS, CHUNK=_CHUNK, EVERY=_EVERY, SAVE=save, **_ONE_WARP,
         )  # fmt: skip
         del u, BC
-        if start == 0:
+        if out is x:
             out = torch.empty_like(x)
             mean = torch.empty_like(x) if save else x.new_empty(0)
         part_out, part_mean = (out, mean) if part is None else (out[part], mean[part])
@@ -165,9 +165,10 @@ def _backward(
     maps = _index_maps(order)
     sums: _Sums | None = None
     tensors = (grad, x, z, mean, states, grad_x, grad_z)
+    launch = _Launcher((*tensors, *weights), parameters, torch.are_deterministic_algorithms_enabled())
     for part in _parts(b, rounds * programs // blocks):
-        part_tensors = tensors if part is None else [of[part] for of in tensors]
-        sums = _backward_of(weights, maps, parameters, sums, *part_tensors)
+        launch.take(part)
+        sums = _backward_of(part, launch, weights, maps, parameters, sums, *tensors)
     if sums is None:
         return [grad_x, grad_z]
     small, of_projection, of_dt_weight = sums
@@ -194,6 +195,8 @@ _WIDE_PRODUCTS = hasattr(torch.ops.aten.baddbmm, "dtype_out")  # from torch 2.8
 
 
 def _backward_of(
+    part: slice | None,
+    launch: _Launcher,
     weights: Sequence[Tensor],
     maps: tuple[Tensor, Tensor],
     parameters: bool,
@@ -210,16 +213,18 @@ def _backward_of(
     # the parts before it (None: it is the first).
     conv_weight, conv_bias, projection, dt_weight, _, A_log, D = weights
     order, back = maps
+    x = x if part is None else x[part]
+    u = _convolved(launch, x, order, weights)  # before all else: the device waits for it
+    if part is not None:
+        grad, z, mean, states, grad_x, grad_z = (of[part] for of in (grad, z, mean, states, grad_x, grad_z))
     size, length, d = x.shape
     directions, _, n = A_log.shape
     rank, stride, taps = dt_weight.shape[2], projection.shape[1], conv_weight.shape[2]
     rows, blocks = size * length, _ceil(d, _CHANNELS)
     atomic = not torch.are_deterministic_algorithms_enabled()
     fp32: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
-    launch = _Launcher((grad, x, z, mean, states, grad_x, grad_z, *weights), atomic, parameters)
     shape = (directions, rows, 2 * n)
     grad_BC = torch.empty(shape if atomic else (blocks, *shape), **fp32)
-    u = _convolved(launch, x, order, weights)
     low, dt, BC = _projected(launch, u, weights, parameters, grad_BC if atomic else None)
     grad_y = grad_x  # until that is written
     launch(
@@ -416,22 +421,27 @@ class _Launcher:
     """`launch(kernel, grid, *arguments, **constants)` does what `kernel[grid](...)` does in less of the host's time, of
     which a small kernel takes more than of the device's.
 
-    A kernel is compiled for types, sizes and alignment of its arguments. Here these are looked at once for all kernels;
-    after a first launch pointers are handed over as numbers.
+    A kernel is compiled for types, sizes and alignment of its arguments. Here these are looked at once for all kernels
+    of a pass; after a first launch pointers are handed over as numbers.
 
     Args:
-        tensors: those that came from outside or are a part of the batch, the first on the device to launch on. All
-            others must be made here, so that they are aligned.
-        flags: whatever else the other arguments' types and alignment depend on.
+        tensors: those that came from outside, whole, the first on the device to launch on. All others must be made
+            here, so that they are aligned, or be a part of the batch of these.
+        flags: whatever else the other arguments' types depend on.
     """
 
     def __init__(self, tensors: Sequence[Tensor], *flags: int) -> None:
         device = tensors[0].device
         found = [(tensor.dtype, tensor.shape, tensor.data_ptr() % 16) for tensor in tensors]
         key = (device.index, *flags, *found)
-        self._configuration = _configurations.setdefault(key, len(_configurations))
+        self._whole = _configurations.setdefault(key, len(_configurations))
+        self._configuration: tuple[int, ...] = (self._whole,)
         # Without the object that `torch.cuda.current_stream` makes, for which a host may need 20 us.
         self._stream = driver.active.get_current_stream(device.index) if device.type == "cuda" else None
+
+    def take(self, part: slice | None) -> None:
+        """The launches that follow are for this part of the batch; None: for all of it."""
+        self._configuration = (self._whole,) if part is None else (self._whole, part.start, part.stop)
 
     def __call__(self, kernel: Any, grid: tuple[int, int, int], *arguments: Any, **constants: Any) -> None:
         key = (kernel.fn.__name__, self._configuration, grid, *constants.values())
