@@ -11,7 +11,6 @@ import select
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
@@ -34,6 +33,7 @@ from emrrg_cli.commands.recipe import app as recipe_app
 from emrrg_cli.console import err
 from emrrg_cli.errors import EmrrgError, Interrupted
 from emrrg_cli.training.launch import leave_processes, tell_launcher
+from emrrg_cli.versions import installed_versions
 
 # The order of the work, which is that of the help. Typer lists groups after commands by itself.
 ORDER = (
@@ -81,7 +81,7 @@ app.command("doctor")(doctor)
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"emrrg {version('emrrg')}")
+        typer.echo(f"emrrg {installed_versions(['emrrg'])['emrrg'] or '(a checkout that is not installed)'}")
         raise typer.Exit
 
 

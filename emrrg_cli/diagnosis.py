@@ -7,11 +7,11 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-# Names of distributions. The versions come from their metadata: importing mamba-ssm without a GPU fails.
+from emrrg_cli.versions import installed_versions
+
 PACKAGES = (
     "emrrg",
     "torch",
@@ -42,13 +42,7 @@ def diagnose() -> dict[str, Any]:
 
 def versions() -> dict[str, Any]:
     """Version of Python and of each package; None where a package is not installed."""
-    found: dict[str, Any] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+    return {"python": platform.python_version(), **installed_versions(PACKAGES)}
 
 
 def devices() -> dict[str, Any]:

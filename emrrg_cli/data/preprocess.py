@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from emrrg_cli.data.survey import Survey, survey
 from emrrg_cli.errors import RunError
 from emrrg_cli.recipe.schema import PreprocessRecipe
 from emrrg_cli.signals import interrupted_by
+from emrrg_cli.versions import installed_versions
 
 _LIBRARIES = ("datasets", "pyarrow", "pillow", "numpy", "joblib")
 
@@ -223,16 +223,16 @@ def _fingerprint(source: StudySource, recipe: PreprocessRecipe, found: Survey) -
     described = source if isinstance(source, HasColumns) else None
     settings = recipe.model_dump(exclude={"workers"})
     columns = {name: vars(column) for name, column in described.columns.items()} if described else {}
-    versions = {name: version(name) for name in ("emrrg", *_LIBRARIES)}
-    content = [source.name, str(source.root), settings, columns, versions, found.digest]
+    libraries = installed_versions(["emrrg", *_LIBRARIES])
+    content = [source.name, str(source.root), settings, columns, libraries, found.digest]
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 
 def _manifest(source: StudySource, recipe: PreprocessRecipe, options: dict[str, Any] | None) -> dict[str, Any]:
     return {
-        "emrrg": version("emrrg"),
+        **installed_versions(["emrrg"]),
         "python": platform.python_version(),
-        "libraries": {name: version(name) for name in _LIBRARIES},
+        "libraries": installed_versions(_LIBRARIES),
         "source": source.name,
         "root": None if source.root is None else printable(str(source.root)),
         "recipe": recipe.model_dump(),

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from importlib import import_module, metadata
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.files import atomic_write_text, read_record
+from emrrg_cli.versions import installed_versions
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ENVIRONMENT = "environment.json"
@@ -98,13 +99,11 @@ def make_trackers(names: Sequence[str], run_dir: Path, recipe: Mapping[str, Any]
 
     made = []
     for name in names:
-        try:
-            metadata.version(name)
-        except metadata.PackageNotFoundError:
+        if installed_versions([name])[name] is None:
             raise UsageError(
                 f"train.trackers names {name}, which is not installed",
                 hint=f"pip install {name}, or take it out of train.trackers.",
-            ) from None
+            )
         if name == "tensorboard":
             made.append(TensorBoardTracker("tracking", str(run_dir)))
         else:
@@ -141,19 +140,13 @@ def record_environment(
     Raises:
         RunError: when there is a record that cannot be read.
     """
-    versions: dict[str, str | None] = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
     device = accelerator.device
     record = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": versions,
+        "versions": installed_versions(PACKAGES),
         "git_revision": git_revision(Path(__file__).parent),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {os.cpu_count()} cores",
         "processes": accelerator.num_processes,

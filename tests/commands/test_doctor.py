@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,7 @@ def test_missing_packages_are_named_and_optional_ones_excused(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(diagnosis, "PACKAGES", ("emrrg", "no-such-package", "mamba-ssm"))
-    monkeypatch.setattr(diagnosis.metadata, "version", lambda name: "1.0" if name == "emrrg" else _missing(name))
+    monkeypatch.setattr(metadata, "version", lambda name: "1.0" if name == "emrrg" else _missing(name))
     python = platform.python_version()
     assert diagnosis.versions() == {"python": python, "emrrg": "1.0", "no-such-package": None, "mamba-ssm": None}
     assert main(["doctor"]) == 0
@@ -60,7 +61,7 @@ def test_missing_packages_are_named_and_optional_ones_excused(
 
 
 def _missing(name: str) -> str:
-    raise diagnosis.metadata.PackageNotFoundError(name)
+    raise metadata.PackageNotFoundError(name)
 
 
 def test_java_is_reported_present_absent_or_broken(
