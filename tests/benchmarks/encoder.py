@@ -1,7 +1,8 @@
 """Images a second of the whole encoder on each scan engine: `python tests/benchmarks/encoder.py [--sizes base,large]`.
 
-Forward, and forward + backward with LoRA on X of a frozen encoder, the fine-tuning of the paper; bf16 on a GPU, fp32
-on a CPU (with the time of a step in milliseconds). The peer is the same encoder on mamba-ssm where that is installed.
+Forward as in generation, and forward + backward with LoRA on X of a frozen encoder, the fine-tuning of the paper; bf16
+on a GPU, fp32 on a CPU (with the time of a step in milliseconds). The peer is the same encoder on mamba-ssm where that
+is installed.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def measure(engine: str, size: str, batch: int, device: str, runs: int) -> dict[
 
     torch.manual_seed(0)
     width, depth = SIZES[size]
-    encoder = ArmEncoder(width, depth, scan=engine).to(device).requires_grad_(False)
+    encoder = ArmEncoder(width, depth, scan=engine).to(device).requires_grad_(False).eval()
     images = torch.randn(batch, 3, 224, 224, device=device)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
 

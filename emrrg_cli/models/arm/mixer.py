@@ -168,12 +168,13 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, order: Tensor) -> Tensor:
         """`[b, l, d] -> [b, l, d]`; `order` as in `Mixer`."""
-        x = x + self._drop(self.mixer(self.norm1(x), order))
-        return x + self._drop(self.mlp(self.norm2(x)))
+        x = self._add(x, self.mixer(self.norm1(x), order))
+        return self._add(x, self.mlp(self.norm2(x)))
 
-    def _drop(self, branch: Tensor) -> Tensor:
+    def _add(self, x: Tensor, branch: Tensor) -> Tensor:
         if self.drop_path == 0 or not self.training:
-            return branch
+            return x + branch
         keep = 1 - self.drop_path
-        mask = torch.rand(branch.shape[0], 1, 1, device=branch.device) < keep
-        return branch * mask / keep
+        scale = (torch.rand(x.shape[0], 1, 1, device=x.device) < keep) / keep
+        with torch.autocast(x.device.type, enabled=False):  # it would convert the branch before, in a pass of its own
+            return torch.addcmul(x, branch, scale.to(x.dtype))

@@ -195,16 +195,33 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean() -> None:
     torch.manual_seed(0)
     block = Block(16, 4, directions=4, depth=2, drop_path=0.25).train()
     branch = torch.randn(4000, 2, 3)
-    dropped = block._drop(branch)
+    nothing = torch.zeros_like(branch)
+    dropped = block._add(nothing, branch)
     kept = dropped.flatten(1).any(dim=1)
     assert 0.7 < float(kept.float().mean()) < 0.8
     torch.testing.assert_close(dropped[kept], branch[kept] / 0.75)
-    assert block.eval()._drop(branch) is branch
+    assert torch.equal(block.eval()._add(nothing, branch), branch)
 
     # Both branches of a block are dropped, each on its own.
     block = Block(16, 4, directions=4, depth=2, drop_path=0.5).train()
     x, order = torch.randn(1, 10, 16).expand(64, -1, -1), direction_orders(3)
     assert len({round(float(sample.detach().sum()), 3) for sample in block(x, order)}) == 4
+
+
+def test_a_bf16_branch_is_dropped_and_added_in_fp32() -> None:
+    torch.manual_seed(0)
+    block = Block(16, 4, directions=4, depth=2, drop_path=0.25).train()
+    x, branch = torch.randn(8, 2, 3), torch.randn(8, 2, 3).bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = block._add(x, branch)
+    assert out.dtype == torch.float32
+    added = (out - x).detach()
+    kept = added.flatten(1).any(dim=1)
+    assert 0 < kept.sum() < 8
+    torch.testing.assert_close(added[kept], branch[kept].float() / 0.75)
+    out.sum().backward()
+    assert branch.grad is not None
+    torch.testing.assert_close(branch.grad, (kept / 0.75).bfloat16()[:, None, None].expand_as(branch))
 
 
 def test_bf16_autocast_is_close_to_fp32() -> None:
