@@ -27,7 +27,7 @@ _CHANNELS = 32
 # pass holds the states of as many in registers.
 _EVERY, _CHUNK = 40, 4
 # Elements of [K, b, l, d] that a pass works on at a time, about: fewer take less memory and more of the host's time. At
-# width 768, 197 tokens and a batch of 128 the two together need less than half of what the published calls need.
+# width 768, 197 tokens and a batch of 128 the two together need half of what the published calls need.
 _FORWARD_PART, _BACKWARD_PART = 100_000_000, 30_000_000
 _ONE_WARP = {"num_warps": 1, "num_stages": 1}
 
