@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = _run(given)
         sys.stdout.flush()  # a reader that is gone shows here, not after the last chance to be quiet about it
         return code
-    except EmrrgError as error:
+    except (EmrrgError, Interrupted) as error:
         _show_traceback()
         if tell_launcher(error):
             return error.exit_code

@@ -32,9 +32,15 @@ class UsageError(EmrrgError):
     exit_code = 2
 
 
-class Interrupted(EmrrgError):
-    """Stopped by the user (Ctrl-C) or by the system after the work so far was put in safety: exit code 130 or 143."""
+class Interrupted(BaseException):
+    """Stopped by the user (Ctrl-C) or by the system after the work so far was put in safety: exit code 130 or 143.
+
+    No `Exception`, as `KeyboardInterrupt` is none: a signal comes in the middle of anything, and what takes each
+    failure of a decoder for a broken file must let it pass.
+    """
 
     def __init__(self, message: str, *, hint: str | None = None, exit_code: int = 130) -> None:
-        super().__init__(message, hint=hint)
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
         self.exit_code = exit_code

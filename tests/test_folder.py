@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
 from emrrg_cli import folder
 from emrrg_cli.data.find import find_images
@@ -188,6 +188,23 @@ def test_an_interruption_keeps_what_was_written(
     assert len(_rows(tmp_path / "out" / "skipped.jsonl")) == 1
     assert not (tmp_path / "out" / "reports.jsonl.partial").exists()
     assert [signal.getsignal(watched) for watched in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_an_interruption_while_an_image_is_decoded_is_no_broken_image(
+    tmp_path: Path, writer: Writer, recipe: FinetuneRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [_image(tmp_path / f"{index}.png") for index in range(5)]
+    load = ImageFile.ImageFile.load
+
+    def interrupted(image: ImageFile.ImageFile) -> Any:
+        if writer.batches:
+            os.kill(os.getpid(), signal.SIGINT)
+        return load(image)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", interrupted)
+    with pytest.raises(Interrupted, match="stopped after 2 of 5 files"):
+        run_generation(files, tmp_path / "run", recipe, tmp_path / "out")
+    assert not (tmp_path / "out" / "skipped.jsonl").exists()
 
 
 def test_a_failure_keeps_what_was_written(tmp_path: Path, writer: Writer, recipe: FinetuneRecipe) -> None:

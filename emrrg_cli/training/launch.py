@@ -99,7 +99,7 @@ def launch(arguments: Sequence[str], processes: int) -> None:
             raise failed from None
 
 
-def tell_launcher(error: EmrrgError, *, expected: bool = True) -> bool:
+def tell_launcher(error: EmrrgError | Interrupted, *, expected: bool = True) -> bool:
     """Hands the error to `launch` in the parent process, which shows one for all processes.
 
     Args:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from emrrg_cli.data.dataset_dir import open_dataset, read_manifest
 from emrrg_cli.data.images import read_image
@@ -213,6 +213,20 @@ def test_sigterm_cleans_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert error.value.exit_code == 143
     assert list(tmp_path.iterdir()) == [root]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_ctrl_c_while_an_image_is_decoded_is_no_broken_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = _annotate(tmp_path / "raw", {"x": ["ok.png"], "y": ["ok.png"]})
+    _noise(60, 60).save(root / "ok.png")
+
+    def interrupted(image: ImageFile.ImageFile) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", interrupted)
+    with pytest.raises(Interrupted) as error:
+        _run(root, tmp_path / "out")
+    assert error.value.exit_code == 130
+    assert not (tmp_path / "out").exists()
 
 
 def test_real_data(shared_data: Path, tmp_path: Path) -> None:
