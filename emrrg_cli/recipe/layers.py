@@ -11,6 +11,9 @@ KeyPath = tuple[str, ...]
 
 COMMAND_LINE = "command line"
 
+# Settings whose value is a mapping. A section is merged key by key; of weights, a layer means those it names.
+MAPPINGS = frozenset({"score_weights"})
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -45,7 +48,7 @@ class Layer:
 
 
 def merge(layers: Iterable[Layer]) -> dict[str, Any]:
-    """One document from layers, weakest first: mappings are merged key by key, lists and scalars are replaced."""
+    """One document from layers, weakest first: sections are merged key by key, values are replaced."""
     merged: dict[str, Any] = {}
     for layer in layers:
         _lay_over(merged, layer.values)
@@ -54,7 +57,7 @@ def merge(layers: Iterable[Layer]) -> dict[str, Any]:
 
 def _lay_over(below: dict[str, Any], above: dict[str, Any]) -> None:
     for key, value in above.items():
-        if isinstance(value, dict) and isinstance(below.get(key), dict):
+        if isinstance(value, dict) and isinstance(below.get(key), dict) and key not in MAPPINGS:
             _lay_over(below[key], value)
         else:
             below[key] = deepcopy(value)

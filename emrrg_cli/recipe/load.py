@@ -20,7 +20,7 @@ from emrrg_cli.recipe.library import find_recipe, read_layer, read_layers
 from emrrg_cli.recipe.overrides import parse_overrides
 from emrrg_cli.recipe.pretraining import PretrainRecipe
 from emrrg_cli.recipe.problems import Problem, find_problems, place_of
-from emrrg_cli.recipe.schema import PROTOCOLS, FinetuneRecipe, PreprocessRecipe, Settings
+from emrrg_cli.recipe.schema import FinetuneRecipe, PreprocessRecipe, Settings, protocols_for
 from emrrg_cli.recipe.suggest import annotation_at
 from emrrg_cli.recipe.yaml12 import dump
 
@@ -102,7 +102,7 @@ def load_run_recipe(
     if (found := _stage_of(ref, overlay)) != stage:
         hint = f"`default/{stage}` is one to start from."
         raise UsageError(f"recipe {ref} is for `{found}`, not `{stage}`", hint=hint)
-    layers, problems = _overlay(stage, overlay)
+    layers, problems = _overlay(stage, overlay, run)
     recipe = _validated(ref, FinetuneRecipe, [run, *layers], problems)
     return cast(FinetuneRecipe, recipe)
 
@@ -150,10 +150,15 @@ def _stage_of(ref: str, layers: Sequence[Layer]) -> str:
 def _with_presets(stage: str, layers: Sequence[Layer]) -> list[Layer]:
     if stage != "finetune":
         return list(layers)
-    return with_presets(layers, PROTOCOLS, default="ours", without=frozenset())
+    return with_presets(layers, protocols_for(_cleaning(layers)), default="ours", without=frozenset())
 
 
-def _overlay(stage: str, layers: Sequence[Layer]) -> tuple[list[Layer], list[Problem]]:
+def _cleaning(layers: Sequence[Layer]) -> str | None:
+    data = merge(layers).get("data")
+    return data.get("cleaning") if isinstance(data, dict) else None
+
+
+def _overlay(stage: str, layers: Sequence[Layer], run: Layer | None = None) -> tuple[list[Layer], list[Problem]]:
     """Layers fit to lie over a run's recipe, and the settings among them that a run has already settled."""
     fit, problems = [], []
     message = f"was settled when the run was trained; `{stage}` cannot change it"
@@ -163,7 +168,8 @@ def _overlay(stage: str, layers: Sequence[Layer]) -> tuple[list[Layer], list[Pro
             problems.append(Problem(layer.where(path), path, message, (index, layer.lines.get(path, 0))))
         values.pop("stage", None)
         fit.append(Layer(layer.name, values, layer.lines))
-    return with_presets(fit, PROTOCOLS, default=None, without=frozenset({"model"})), problems
+    presets = protocols_for(_cleaning(fit if run is None else [run, *fit]))
+    return with_presets(fit, presets, default=None, without=frozenset({"model"})), problems
 
 
 def _divide(values: Mapping[str, Any], section: KeyPath = ()) -> tuple[dict[str, Any], list[KeyPath]]:

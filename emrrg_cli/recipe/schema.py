@@ -342,7 +342,7 @@ class PreprocessRecipe(Settings):
 
 # What `protocol` sets together. A preset is weaker than a key stated beside it, stronger than the layers below it.
 PROTOCOLS: dict[str, dict[str, Any]] = {
-    # The settings behind the published figures, as the released code ran them.
+    # The settings behind the published figures, as the released code ran them on MIMIC-CXR and CheXpert Plus.
     "published": {
         "data": {"section": "report", "cleaning": "auto"},
         "model": {"adapter": {"targets": "full"}},
@@ -369,3 +369,12 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
         "evaluation": {"references": "whole", "tokenizer": "whitespace"},
     },
 }
+
+
+def protocols_for(cleaning: str | None) -> dict[str, dict[str, Any]]:
+    """`PROTOCOLS` for the data set that a recipe's `data.cleaning` tells of: IU X-Ray was decoded in its own way."""
+    if cleaning != "r2gen-iu":
+        return PROTOCOLS
+    published = PROTOCOLS["published"]
+    decoding = {"num_beams": 5, "min_new_tokens": 40, "max_new_tokens": 100}
+    return PROTOCOLS | {"published": published | {"generation": published["generation"] | decoding}}

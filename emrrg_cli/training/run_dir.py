@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from emrrg_cli.errors import UsageError
+from emrrg_cli.recipe.layers import MAPPINGS
 from emrrg_cli.recipe.load import RUN_RECIPE, load_recipe
 from emrrg_cli.recipe.schema import Settings
 
@@ -136,7 +137,7 @@ def _differences(a: dict[str, Any], b: dict[str, Any], prefix: tuple[str, ...] =
     keys: list[tuple[str, ...]] = []
     for key in sorted(a.keys() | b.keys()):
         one, other = a.get(key), b.get(key)
-        if isinstance(one, dict) and isinstance(other, dict) and key != "score_weights":
+        if isinstance(one, dict) and isinstance(other, dict) and key not in MAPPINGS:
             keys += _differences(one, other, (*prefix, key))
         elif one != other:
             keys.append((*prefix, key))

@@ -479,3 +479,20 @@ def test_a_directory_without_a_recipe_is_no_run_directory(tmp_path: Path, run_di
     (run_dir / "recipe.yaml").write_text("stage: preprocess\n")
     with pytest.raises(UsageError, match=r"holds a `preprocess` run"):
         load_run_recipe(run_dir, None, [], "evaluate")
+
+
+@pytest.mark.parametrize(("cleaning", "decoding"), [("r2gen-iu", (5, 40, 100)), ("r2gen-mimic", (3, 80, 120))])
+def test_the_published_decoding_is_that_of_the_data_set(tmp_path: Path, cleaning: str, decoding: Any) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for protocol in ("ours", "published"):  # of the run
+        recipe = load_recipe("tiny/finetune", [f"data.cleaning={cleaning}", f"protocol={protocol}"], stage="finetune")
+        (run / "recipe.yaml").write_text(dump_recipe(recipe))
+        generation = load_run_recipe(run, None, ["protocol=published"], "evaluate").generation
+        assert (generation.num_beams, generation.min_new_tokens, generation.max_new_tokens) == decoding
+        assert (generation.repetition_penalty, generation.length_penalty) == (2.0, 2.0)
+
+
+def test_weights_of_scores_are_replaced_whole() -> None:
+    train = load_recipe("iu_xray/finetune", ["train.score_weights={BLEU_1: 1.0}"], stage="finetune").train
+    assert train.score_weights == {"BLEU_1": 1.0}
