@@ -92,14 +92,18 @@ class Generator:
         batch_size = self.recipe.generation.batch_size
         for start in range(0, len(studies), batch_size):
             pixels = [study_pixels(study, size) for study in studies[start : start + batch_size]]
-            reports += self.generate_pixels(pixels)
+            reports += self.generate_pixels(pixels, first=start)
         return reports
 
-    def generate_pixels(self, studies: Sequence[torch.Tensor]) -> list[str]:
-        """Writes a report for each study of one batch; each is uint8 `[views, size, size]`."""
+    def generate_pixels(self, studies: Sequence[torch.Tensor], first: int = 0) -> list[str]:
+        """Writes a report for each study of one batch; each is uint8 `[views, size, size]`.
+
+        Args:
+            first: the number of the first one among all studies: where reports are sampled, each batch draws anew.
+        """
         settings = self.recipe.generation
         views = torch.tensor([len(study) for study in studies], device=self.device)
-        with self._autocast(), _sampling(settings, settings.seed, self.device):
+        with self._autocast(), _sampling(settings, settings.seed + first, self.device):
             return self.model.generate(torch.cat(list(studies)).to(self.device), views, generation_config(settings)())
 
     def _autocast(self) -> AbstractContextManager[Any]:

@@ -260,6 +260,14 @@ def test_a_split_is_shared_among_processes(
     assert [len(part) for part in parts] == [4, 3]
 
 
+def test_batches_of_sampled_reports_differ(run_dir: Path) -> None:
+    options = ["generation.do_sample=true", "generation.num_beams=1", "generation.temperature=3.0"]
+    one_by_one = load_generator(run_dir, device="cpu", overrides=[*options, "generation.batch_size=1"])
+    reports = one_by_one.generate([Image.new("L", (32, 32), 90)] * 4)
+    assert len(set(reports)) > 1
+    assert one_by_one.generate([Image.new("L", (32, 32), 90)] * 4) == reports
+
+
 def test_sampling_a_split_follows_the_seed(generator: Generator, tiny_dataset: Path, accelerator: Any) -> None:
     dataset = ReportDataset(open_dataset(tiny_dataset)["test"], generator.recipe.data, 48)
     settings = _settings(do_sample=True, temperature=3.0)

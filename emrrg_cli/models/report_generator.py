@@ -84,7 +84,8 @@ class ReportGenerator(nn.Module):
 
     def decode(self, tokens: Sequence[int] | Tensor) -> str:
         """The report that generated tokens spell, special tokens left out."""
-        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        # Scores compare words as R2Gen's rule spaces them: no tokenizer may draw " ." together.
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return " ".join(text.split())
 
     # -- image --------------------------------------------------------------------------------------------------

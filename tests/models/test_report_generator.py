@@ -356,6 +356,20 @@ def test_decoding_leaves_special_tokens_out(make_model: MakeModel, texts: list[s
     assert model.decode([2, 0]) == ""
 
 
+def test_decoding_keeps_the_spaces_before_full_stops(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Such a tokenizer draws them together where it is not told otherwise.
+    model = make_model()
+    decode = type(model.tokenizer).decode
+
+    def cleaning(self: Any, tokens: Any, clean_up_tokenization_spaces: bool = True, **options: Any) -> str:
+        text: str = decode(self, tokens, **options)
+        return text.replace(" .", ".") if clean_up_tokenization_spaces else text
+
+    monkeypatch.setattr(type(model.tokenizer), "decode", cleaning)
+    tokens = model.tokenizer.encode("clear . no", add_special_tokens=False)
+    assert model.decode(tokens) == "clear . no"
+
+
 # -- image ----------------------------------------------------------------------------------------------------------
 
 

@@ -26,6 +26,10 @@ class Direction(nn.Module):
     ordinary LoRA on a module name; the price is that LoRA on all three does not share its A matrix.
     """
 
+    # How often a layer was put in. PEFT writes merged weights where nothing else tells: through `.data`, which leaves
+    # a tensor's version as it was; but it puts a layer of its own in before, and the plain one back afterwards.
+    changes = 0
+
     def __init__(self, d_model: int, d_state: int, dt_rank: int) -> None:
         super().__init__()
         self.dt = nn.Linear(d_model, dt_rank, bias=False)
@@ -38,6 +42,11 @@ class Direction(nn.Module):
         dt = torch.exp(torch.empty(d_model).uniform_(math.log(1e-3), math.log(1e-1))).clamp(min=1e-4)
         with torch.no_grad():
             self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Module):
+            self.__dict__["changes"] = self.changes + 1
 
 
 class Mixer(nn.Module):
@@ -88,7 +97,8 @@ class Mixer(nn.Module):
         """`projection` `[K, r + 2n, d]`, `dt_weight` `[K, d, r]` and `dt_bias` `[K, d]` of the scan.
 
         Read as weights, adapters included, rather than called: the scan takes all directions in one piece. Where none
-        is trained they are kept, until a weight is written to, in the dtype that autocast asks for.
+        is trained they are kept, until a weight is written to or a layer replaced, in the dtype that autocast asks for.
+        What is written through `.data` is not seen.
         """
         # From the modules' dictionaries: attributes of modules, 16 here, take the host longer than the three results.
         layers = [layer for direction in self.directions for layer in direction._modules.values() if layer is not None]
@@ -111,15 +121,15 @@ class Mixer(nn.Module):
         rows = [weight for i, weight in enumerate(of) if i % 5 < 3]
         return torch.cat(rows).view(len(of) // 5, -1, rows[0].shape[1]), torch.stack(of[3::5]), torch.stack(of[4::5])
 
-    @staticmethod
-    def _frozen_state(parameters: list[Tensor]) -> tuple[Any, ...] | None:
-        # Dtype to compute in, then place and version of every tensor; None where these may not be kept.
+    def _frozen_state(self, parameters: list[Tensor]) -> tuple[Any, ...] | None:
+        # Dtype to compute in, what was put in, place and version of every tensor; None where these may not be kept.
         if any(p.requires_grad or p.is_inference() for p in parameters) or torch.compiler.is_compiling():
             return None
         device = parameters[0].device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else parameters[0].dtype
-        return (dtype, *((p.data_ptr(), p._version) for p in parameters))
+        changes = (direction.changes for direction in self.directions)
+        return (dtype, *changes, *((p.data_ptr(), p._version) for p in parameters))
 
     def forward(self, x: Tensor, order: Tensor) -> Tensor:
         """Mixes tokens along every direction.

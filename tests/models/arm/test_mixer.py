@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from emrrg_cli.models.arm.encoder import direction_orders
+from emrrg_cli.models.adapters import encoder_lora
+from emrrg_cli.models.arm.encoder import ArmEncoder, direction_orders
 from emrrg_cli.models.arm.mixer import Block, Direction, Mixer, SwiGLU
 
 ENGINES = ["reference", "recompute"]
@@ -233,6 +235,30 @@ def test_bf16_autocast_is_close_to_fp32() -> None:
         ours = mixer(tokens, order)
     assert ours.dtype == torch.bfloat16
     assert 0 < float((ours.detach().float() - exact).abs().max() / exact.abs().max()) < 0.03
+
+
+@pytest.mark.parametrize("run_adapted", [False, True])
+def test_a_frozen_encoder_that_has_run_follows_a_merge_of_adapters(run_adapted: bool) -> None:
+    from peft import get_peft_model
+
+    torch.manual_seed(0)
+    encoder = ArmEncoder(32, 2, image_size=32, d_state=4).requires_grad_(False).eval()
+    images = torch.randn(1, 3, 32, 32)
+    before = encoder(images)  # keeps what it stacks
+    adapted: Any = get_peft_model(encoder, encoder_lora(["dt", "B", "C", "dt_proj"], 4, 8.0))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    expected = adapted(images).detach() if run_adapted else None
+    merged = adapted.merge_and_unload().requires_grad_(False)
+    after = merged(images)
+    fresh = ArmEncoder(32, 2, image_size=32, d_state=4).eval()
+    fresh.load_state_dict(merged.state_dict())
+    torch.testing.assert_close(after, fresh(images).detach())
+    assert not torch.allclose(after, before, atol=1e-3)
+    if expected is not None:
+        torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_frozen_mixer_can_be_trained_through_after_inference() -> None:
