@@ -18,6 +18,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
+MISSING = "no Java found on PATH or under JAVA_HOME"
+
 # Whatever the locale of the machine is: UTF-8, and a decimal point, since METEOR reads numbers back by the locale.
 _LOCALE_OPTIONS = ("-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8", "-Duser.language=en", "-Duser.country=US")
 _METEOR_JAR = "meteor/meteor-1.5.jar"
@@ -110,7 +112,7 @@ def ptb_tokenize(texts: Sequence[str]) -> list[str]:
 def _java() -> str:
     java = java_path()
     if java is None:
-        raise JavaFailure("no Java found on PATH or under JAVA_HOME")
+        raise JavaFailure(MISSING)
     return java
 
 

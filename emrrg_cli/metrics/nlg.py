@@ -12,14 +12,38 @@ from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.metrics import java
 from emrrg_cli.metrics.java import java_path
 
-__all__ = ["METRICS", "Tokenizer", "java_path", "score"]
+__all__ = ["METRICS", "Tokenizer", "java_path", "require_java", "score"]
 
 Tokenizer = Literal["whitespace", "ptb"]
 
 METRICS = ("BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "ROUGE_L", "METEOR", "CIDEr")
 
+_NO_PTB = "the ptb tokenizer needs Java"
+_NO_PTB_HINT = "Install a Java runtime (8 or newer), or use the whitespace tokenizer (evaluation.tokenizer=whitespace)."
+
 # Reasons already told, so that a loop over epochs does not repeat them.
 _warned: set[str] = set()
+
+
+def require_java(tokenizer: Tokenizer, *, meteor: bool = False) -> None:
+    """Says before long work, rather than at its end, that `score` will want a Java that is not there.
+
+    Args:
+        tokenizer: the one that `score` will be given.
+        meteor: METEOR must not be None, as where a choice between models depends on it.
+
+    Raises:
+        RunError: no Java launcher is found, and `ptb` or METEOR needs it.
+    """
+    if java_path() is not None:
+        return
+    if tokenizer == "ptb":
+        raise RunError(f"{_NO_PTB}: {java.MISSING}", hint=_NO_PTB_HINT)
+    if meteor:
+        raise RunError(
+            f"the score METEOR needs Java: {java.MISSING}",
+            hint="Install a Java runtime (8 or newer), or choose by other scores (train.score_weights).",
+        )
 
 
 def score(
@@ -99,10 +123,7 @@ def _ptb(truth: list[list[str]], written: list[str]) -> tuple[list[list[str]], l
     try:
         tokens = iter(java.ptb_tokenize([*(text for texts in truth for text in texts), *written]))
     except java.JavaFailure as failure:
-        raise RunError(
-            f"the ptb tokenizer needs Java: {failure}",
-            hint="Install a Java runtime (8 or newer), or use the whitespace tokenizer.",
-        ) from failure
+        raise RunError(f"{_NO_PTB}: {failure}", hint=_NO_PTB_HINT) from failure
     return [[next(tokens) for _ in texts] for texts in truth], list(tokens)
 
 

@@ -164,6 +164,23 @@ FILLS_STDERR_AND_DIES = "head -c 300000 /dev/zero | tr '\\0' x >&2; exit 3"
 ANSWERS_NONSENSE = "while read -r line; do echo 'Error: out of order'; done"
 
 
+@pytest.mark.usefixtures("no_java")
+def test_java_can_be_asked_for_before_there_is_anything_to_score() -> None:
+    nlg.require_java("whitespace")
+    with pytest.raises(RunError, match="the ptb tokenizer needs Java: no Java found on PATH") as caught:
+        nlg.require_java("ptb", meteor=True)
+    assert "evaluation.tokenizer=whitespace" in str(caught.value.hint)
+    with pytest.raises(RunError, match="METEOR needs Java: no Java found on PATH") as caught:
+        nlg.require_java("whitespace", meteor=True)
+    assert "train.score_weights" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("fake_java", ["exit 0"], indirect=True)
+@pytest.mark.usefixtures("fake_java")
+def test_a_java_that_is_there_is_enough_to_begin() -> None:
+    nlg.require_java("ptb", meteor=True)
+
+
 @pytest.mark.parametrize(
     ("fake_java", "says"),
     [
