@@ -25,6 +25,7 @@ from emrrg_cli.generation import load_generator, study_pixels
 from emrrg_cli.quiet import quiet_libraries
 from emrrg_cli.recipe.schema import FinetuneRecipe
 from emrrg_cli.reporting.page import Card, Page, write_page
+from emrrg_cli.reporting.tables import DISCLAIMER
 from emrrg_cli.signals import interrupted_by
 from emrrg_cli.training.run_dir import check_writable
 
@@ -39,11 +40,12 @@ class Written:
     skipped: list[tuple[str, str]] = field(default_factory=list)
     seconds: float = 0.0
     pictures: dict[str, Image] = field(default_factory=dict)  # small, of the first files, for the page
+    skipped_file: Path = Path("skipped.jsonl")  # where all the skipped files are listed
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`."""
         skipped = [{"path": path, "reason": reason} for path, reason in self.skipped]
-        return {"reports": self.rows, "skipped": skipped, "seconds": round(self.seconds, 3)}
+        return {"note": DISCLAIMER, "reports": self.rows, "skipped": skipped, "seconds": round(self.seconds, 3)}
 
 
 def run_generation(
@@ -58,26 +60,32 @@ def run_generation(
     """Writes a report for each readable image and leaves `reports.jsonl`, `reports.csv` and `page.html` in `output`.
 
     Rows are put in safety batch by batch in `reports.jsonl.partial`, which becomes `reports.jsonl` at the end, also
-    when the run is interrupted.
+    when the run is interrupted. Earlier reports are replaced by a whole run alone: one that is cut short, or that finds
+    no readable image, leaves them and what belongs to them as they were, and its own in `.partial`.
 
     Raises:
-        UsageError: when `output` already holds reports and `overwrite` is false, or cannot be written.
+        UsageError: when `output` already holds reports, or those of a run that was killed, and `overwrite` is false;
+            or when it cannot be written.
         RunError: when the model cannot be loaded.
         Interrupted: after SIGINT or SIGTERM; what was written so far is kept.
     """
     check_writable(output)
-    if (output / "reports.jsonl").exists() and not overwrite:
-        raise UsageError(f"{output} already holds reports", hint="Give --overwrite, or another --output.")
+    partial = output / "reports.jsonl.partial"
+    earlier = (output / "reports.jsonl").exists()
+    if (earlier or partial.exists()) and not overwrite:
+        where = output if earlier else f"{partial}, from a run that was cut short,"
+        raise UsageError(f"{where} already holds reports", hint="Give --overwrite, or another --output.")
     quiet_libraries()
     generator = load_generator(run_dir, device=device, recipe=recipe)
-    partial = output / "reports.jsonl.partial"
     partial.unlink(missing_ok=True)
     result = Written()
+    whole = False
     began = time.perf_counter()
 
     def stopped() -> str:
         done = len(result.rows) + len(result.skipped)
-        return f"stopped after {done} of {len(files)} files; {len(result.rows)} reports are in {output}"
+        where = f"{partial}, the earlier ones as they were" if earlier else output
+        return f"stopped after {done} of {len(files)} files; {len(result.rows)} reports are in {where}"
 
     try:
         with (
@@ -86,16 +94,17 @@ def run_generation(
         ):
             for batch in _readable_batches(files, recipe, result, advance):
                 started = time.perf_counter()
-                reports = generator.generate_pixels([pixels for _, pixels, _ in batch])
+                reports = generator.generate_pixels([pixels for _, pixels, _ in batch], first=len(result.rows))
                 seconds = round((time.perf_counter() - started) / len(batch), 4)
                 for (path, _, notes), report in zip(batch, reports, strict=True):
                     row = {"path": _name(path), "report": report, "seconds": seconds, "notes": list(notes)}
                     append_jsonl(partial, row)
                     result.rows.append(row)
                 advance(len(batch))
+        whole = True
     finally:
         result.seconds = time.perf_counter() - began
-        _finish(output, partial, result)
+        _finish(output, partial, result, replace=not earlier or (whole and bool(result.rows)))
     return result
 
 
@@ -131,14 +140,16 @@ def _name(path: Path) -> str:
     return str(path).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _finish(output: Path, partial: Path, result: Written) -> None:
+def _finish(output: Path, partial: Path, result: Written, *, replace: bool) -> None:
+    result.skipped_file = output / ("skipped.jsonl" if replace else "skipped.jsonl.partial")
     if result.skipped:
         lines = [json.dumps({"path": path, "reason": reason}, ensure_ascii=False) for path, reason in result.skipped]
-        atomic_write_text(output / "skipped.jsonl", "\n".join(lines) + "\n")
+        atomic_write_text(result.skipped_file, "\n".join(lines) + "\n")
     else:
-        (output / "skipped.jsonl").unlink(missing_ok=True)
-    if not result.rows:
+        result.skipped_file.unlink(missing_ok=True)
+    if not result.rows or not replace:
         return
+    (output / "skipped.jsonl.partial").unlink(missing_ok=True)
     table = io.StringIO()
     writer = csv.DictWriter(table, ["path", "report", "seconds", "notes"], lineterminator="\n")
     writer.writeheader()

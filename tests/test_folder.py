@@ -26,12 +26,14 @@ class Writer:
 
     def __init__(self) -> None:
         self.batches: list[int] = []
+        self.first: list[int] = []
 
     def before(self) -> None: ...
 
-    def generate_pixels(self, studies: list[torch.Tensor]) -> list[str]:
+    def generate_pixels(self, studies: list[torch.Tensor], first: int = 0) -> list[str]:
         self.before()
         self.batches.append(len(studies))
+        self.first.append(first)
         return [f'grey "{study.float().mean():.0f}",\n{tuple(study.shape)}' for study in studies]
 
 
@@ -120,8 +122,9 @@ def test_reports_go_to_json_lines_and_csv_and_the_rest_is_listed_with_its_reason
         "reports.jsonl",
         "skipped.jsonl",
     ]
-    assert writer.batches == [2, 1]
+    assert (writer.batches, writer.first) == ([2, 1], [0, 2])
     assert result.as_dict()["reports"] == rows
+    assert "not for diagnosis" in result.as_dict()["note"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="names are bytes on POSIX only")
@@ -155,6 +158,52 @@ def test_earlier_reports_are_kept_unless_told_otherwise(tmp_path: Path, writer: 
     run_generation([tmp_path / "3.png"], *arguments, overwrite=True)
     assert [row["path"] for row in _rows(tmp_path / "out" / "reports.jsonl")] == [str(tmp_path / "3.png")]
     assert not (tmp_path / "out" / "skipped.jsonl").exists()  # nothing was skipped this time
+
+
+def test_earlier_reports_are_replaced_by_a_whole_run_alone(
+    tmp_path: Path, writer: Writer, recipe: FinetuneRecipe
+) -> None:
+    out, files = tmp_path / "out", [_image(tmp_path / f"{index}.png") for index in range(5)]
+    (tmp_path / "text.png").write_text("no image")
+    run_generation([*files, tmp_path / "text.png"], tmp_path / "run", recipe, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    writer.batches.clear()
+
+    # It finds nothing to read,
+    other = tmp_path / "other.txt"
+    other.write_text("text")
+    result = run_generation([other], tmp_path / "run", recipe, out, overwrite=True)
+    assert result.skipped_file == out / "skipped.jsonl.partial"
+    assert str(other) in result.skipped_file.read_text()
+    result.skipped_file.unlink()
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+    # or is stopped,
+    writer.before = lambda: os.kill(os.getpid(), signal.SIGINT) if writer.batches else None  # type: ignore[method-assign]
+    with pytest.raises(Interrupted, match=r"2 reports are in .*reports\.jsonl\.partial, the earlier ones as they were"):
+        run_generation(files[2:], tmp_path / "run", recipe, out, overwrite=True)
+    partial = out / "reports.jsonl.partial"
+    assert [row["path"] for row in _rows(partial)] == [str(file) for file in files[2:4]]
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path != partial} == before
+
+    # or is whole.
+    writer.before = lambda: None  # type: ignore[method-assign]
+    run_generation(files[4:], tmp_path / "run", recipe, out, overwrite=True)
+    assert [row["path"] for row in _rows(out / "reports.jsonl")] == [str(files[4])]
+    assert sorted(path.name for path in out.iterdir()) == ["page.html", "reports.csv", "reports.jsonl"]
+
+
+def test_reports_of_a_run_that_was_killed_are_kept(tmp_path: Path, writer: Writer, recipe: FinetuneRecipe) -> None:
+    image, partial = _image(tmp_path / "1.png"), tmp_path / "out" / "reports.jsonl.partial"
+    partial.parent.mkdir()
+    partial.write_text('{"report": "hours of work"}\n')
+    with pytest.raises(
+        UsageError, match=r"reports\.jsonl\.partial, from a run that was cut short, already holds reports"
+    ):
+        run_generation([image], tmp_path / "run", recipe, tmp_path / "out")
+    assert partial.read_text() == '{"report": "hours of work"}\n'
+    run_generation([image], tmp_path / "run", recipe, tmp_path / "out", overwrite=True)
+    assert not partial.exists()
 
 
 def test_an_output_that_cannot_be_is_refused_before_the_model_is_loaded(

@@ -50,6 +50,7 @@ def evaluate(
         return
     if as_json:
         out.print_json(data=result)
+        err.print(DISCLAIMER)
         return
     out.print(score_table(result["scores"], f"{split} split of {settings.data.root}, {result['studies']} studies"))
     out.print(describe_protocol(settings), markup=False, soft_wrap=True)

@@ -37,18 +37,19 @@ def generate(
     from emrrg_cli.data.find import find_images
     from emrrg_cli.data.study import printable
     from emrrg_cli.folder import run_generation
-    from emrrg_cli.reporting.tables import reports_table
+    from emrrg_cli.reporting.tables import DISCLAIMER, reports_table
 
     files = find_images(images)
     result = run_generation(files, model, settings, output, device=device, overwrite=overwrite)
     if as_json:
         out.print_json(data=result.as_dict())
+        err.print(DISCLAIMER)
     elif result.rows:
         out.print(reports_table(result.rows))
     for path, reason in result.skipped[:10]:
         err.print(f"skipped {printable(path)}: {printable(reason)}", markup=False, soft_wrap=True)
     if len(result.skipped) > 10:
-        err.print(f"... and {len(result.skipped) - 10} more, listed in {output / 'skipped.jsonl'}", markup=False)
+        err.print(f"... and {len(result.skipped) - 10} more, listed in {result.skipped_file}", markup=False)
     noted = [(row["path"], "; ".join(row["notes"])) for row in result.rows if row["notes"]]
     for path, note in noted[:10]:
         err.print(f"note on {printable(path)}: {note}", markup=False, soft_wrap=True)
