@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,15 @@ from emrrg_cli.console import progress_bar
 from emrrg_cli.data.batches import ReportDataset
 from emrrg_cli.data.dataset_dir import open_dataset
 from emrrg_cli.errors import UsageError
-from emrrg_cli.files import atomic_write_text
+from emrrg_cli.files import append_jsonl, atomic_write_text
 from emrrg_cli.generation import write_split
-from emrrg_cli.metrics.nlg import score
+from emrrg_cli.metrics.nlg import require_java, score
 from emrrg_cli.models.build import load_model
 from emrrg_cli.models.report_generator import ReportGenerator
 from emrrg_cli.quiet import quiet_libraries
 from emrrg_cli.recipe.schema import FinetuneRecipe
+from emrrg_cli.reporting.tables import DISCLAIMER
+from emrrg_cli.signals import interrupted_by
 from emrrg_cli.training.environment import inference_precision, llm_dtype, make_accelerator
 from emrrg_cli.training.run_dir import check_writable
 
@@ -35,6 +39,9 @@ def run_evaluation(
 ) -> dict[str, Any] | None:
     """Writes a report for each study of a split and scores them; adapters are merged.
 
+    Reports are put in safety batch by batch, in `predictions.jsonl.partial` (of each process `predictions-RANK...`),
+    and are all in `predictions.jsonl` before they are scored.
+
     Args:
         recipe: the run's recipe with the changes of the evaluation made.
         output: receives `scores.json` and `predictions.jsonl`; None: `run_dir/evaluation/<split>`, or the first such
@@ -45,10 +52,12 @@ def run_evaluation(
 
     Raises:
         UsageError: for a split that is not there, or an output that is taken.
-        RunError: when the run or the data cannot be read.
+        RunError: when the run or the data cannot be read, or the tokenizer needs a Java that is not there.
+        Interrupted: after SIGINT or SIGTERM; what was written so far is kept.
     """
     if recipe.data.root is None:
         raise UsageError("no data: give --data DIR", hint="A dataset directory, as `emrrg preprocess` writes it.")
+    require_java(recipe.evaluation.tokenizer)
     quiet_libraries()
     splits = open_dataset(recipe.data.root)
     if split not in splits:
@@ -60,17 +69,38 @@ def run_evaluation(
     model = load_model(run_dir, recipe.model, llm_dtype(recipe.model.llm.dtype, precision))
     model.to(accelerator.device)
 
+    references = reference_reports(model, dataset.reports, recipe)
+    rank = f"-{accelerator.process_index}" if accelerator.num_processes > 1 else ""
+    partial = target / f"predictions{rank}.jsonl.partial"
+    partial.unlink(missing_ok=True)  # of an evaluation that is to be overwritten
+    kept = 0
+
+    def keep(indices: Sequence[int], reports: Sequence[str]) -> None:
+        nonlocal kept
+        for index, report in zip(indices, reports, strict=True):
+            append_jsonl(partial, _prediction(dataset.study_ids[index], references[index], report))
+        kept += len(reports)
+
     began = time.perf_counter()
-    with progress_bar("writing reports", len(dataset), enabled=accelerator.is_main_process) as advance:
+    with (
+        interrupted_by(signal.SIGINT, signal.SIGTERM, message=lambda: f"stopped; {kept} reports are in {partial}"),
+        progress_bar("writing reports", len(dataset), enabled=accelerator.is_main_process) as advance,
+    ):
         hypotheses = write_split(
-            model, dataset, recipe.generation, accelerator, workers=recipe.data.workers, advance=advance
+            model, dataset, recipe.generation, accelerator, workers=recipe.data.workers, advance=advance, keep=keep
         )
     seconds = time.perf_counter() - began
     accelerator.end_training()  # what follows is the main process's alone
     if not accelerator.is_main_process:
         return None
-    references = reference_reports(model, dataset.reports, recipe)
+    predictions = map(_prediction, dataset.study_ids, references, hypotheses)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in predictions]
+    (target / "scores.json").unlink(missing_ok=True)  # those of other predictions
+    atomic_write_text(target / "predictions.jsonl", "".join(lines))
+    for left in target.glob("predictions*.jsonl.partial"):
+        left.unlink()
     result = {
+        "note": DISCLAIMER,
         "model": str(run_dir),
         "data": recipe.data.root,
         "split": split,
@@ -88,12 +118,12 @@ def run_evaluation(
         "precision": precision,
         "output": str(target),
     }
-    rows = zip(dataset.study_ids, references, hypotheses, strict=True)
-    predictions = [{"study_id": i, "reference": r, "hypothesis": h} for i, r, h in rows]
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in predictions]
-    atomic_write_text(target / "predictions.jsonl", "".join(lines))
     atomic_write_text(target / "scores.json", json.dumps(result, indent=2) + "\n")
     return result
+
+
+def _prediction(study_id: str, reference: str, hypothesis: str) -> dict[str, str]:
+    return {"study_id": study_id, "reference": reference, "hypothesis": hypothesis}
 
 
 def reference_reports(model: ReportGenerator, reports: list[str], recipe: FinetuneRecipe) -> list[str]:
@@ -123,11 +153,16 @@ def describe_protocol(recipe: FinetuneRecipe) -> str:
 def _target(run_dir: Path, split: str, output: Path | None, overwrite: bool) -> Path:
     check_writable(output or run_dir / "evaluation")
     if output is not None:
-        if (output / "scores.json").exists() and not overwrite:
+        if _taken(output) and not overwrite:
             raise UsageError(f"{output} already holds an evaluation", hint="Give --overwrite, or another --output.")
         return output
     base = run_dir / "evaluation" / split
     target, number = base, 2
-    while (target / "scores.json").exists():
+    while _taken(target):
         target, number = base.with_name(f"{split}-{number}"), number + 1
     return target
+
+
+def _taken(target: Path) -> bool:
+    # By an evaluation, or by what one that was cut short has left.
+    return (target / "scores.json").exists() or any(target.glob("predictions*.jsonl*"))

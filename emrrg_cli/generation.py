@@ -34,12 +34,14 @@ def write_split(
     limit: int | None = None,
     workers: int = 0,
     advance: Callable[[int], None] = lambda n: None,
+    keep: Callable[[Sequence[int], Sequence[str]], None] = lambda indices, reports: None,
 ) -> list[str]:
     """Writes a report for each study of a dataset, shared among all processes.
 
     Args:
         limit: first studies only.
         advance: called with the number of studies done after each batch.
+        keep: called after each batch with this process's studies and their reports, before anything else can fail.
 
     Returns:
         The reports in the order of the dataset, on every process, each study once.
@@ -54,6 +56,7 @@ def write_split(
         with accelerator.autocast(), _sampling(settings, seed, accelerator.device):
             reports = model.generate(moved.pixels, moved.views, make_config())
         written += zip(batch.indices, reports, strict=True)
+        keep(batch.indices, reports)
         advance(len(reports) * accelerator.num_processes)
     if accelerator.num_processes > 1:
         from accelerate.utils import gather_object

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,9 @@ from typing import Any
 import pytest
 
 from emrrg_cli import evaluation
-from emrrg_cli.errors import RunError, UsageError
+from emrrg_cli.errors import Interrupted, RunError, UsageError
 from emrrg_cli.evaluation import describe_protocol, run_evaluation
+from emrrg_cli.models.report_generator import ReportGenerator
 from emrrg_cli.recipe.load import load_run_recipe
 
 
@@ -121,6 +124,58 @@ def test_a_run_without_a_model_yet_is_said(varied_run: Path, tmp_path: Path) -> 
     recipe = load_run_recipe(tmp_path / "run", None, (), "evaluate")
     with pytest.raises(RunError, match="holds no trained model yet"):
         run_evaluation(recipe, tmp_path / "run", "test", None)
+
+
+def test_reports_outlive_a_score_that_fails(
+    evaluate: Any, varied_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = evaluate(name="whole")["predictions"]
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise RunError("no score today")
+
+    monkeypatch.setattr(evaluation, "score", fail)
+    with pytest.raises(RunError, match="no score today"):
+        evaluate(name="out")
+    written = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in written] == whole
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["predictions.jsonl"]
+    with pytest.raises(UsageError, match="already holds an evaluation"):
+        evaluate(name="out")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_reports_outlive_an_interruption(
+    evaluate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
+) -> None:
+    whole = evaluate("generation.batch_size=1", name="whole")["predictions"]
+    generate, batches = ReportGenerator.generate, []
+
+    def interrupted(*arguments: Any) -> Any:
+        batches.append(1)
+        if len(batches) == 3:
+            os.kill(os.getpid(), number)
+        return generate(*arguments)
+
+    monkeypatch.setattr(ReportGenerator, "generate", interrupted)
+    with pytest.raises(Interrupted, match=r"2 reports are in .*predictions\.jsonl\.partial") as caught:
+        evaluate("generation.batch_size=1")
+    assert caught.value.exit_code == code
+    written = (tmp_path / "out" / "predictions.jsonl.partial").read_text().splitlines()
+    assert [json.loads(line) for line in written] == whole[:2]
+    with pytest.raises(UsageError, match="already holds an evaluation"):
+        evaluate()
+
+
+def test_a_tokenizer_without_java_is_refused_before_the_model_is_loaded(
+    evaluate: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*arguments: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(evaluation, "load_model", load)
+    with pytest.raises(RunError, match="the ptb tokenizer needs Java"):
+        evaluate("evaluation.tokenizer=ptb")
 
 
 def test_an_evaluation_overwrites_nothing(varied_run: Path, tmp_path: Path) -> None:
