@@ -39,12 +39,9 @@ def show(
     from emrrg_cli.data.summary import summarise
     from emrrg_cli.reporting.summary_page import PAGE, SHEET, write_summary
     from emrrg_cli.reporting.summary_sections import terminal
-    from emrrg_cli.training.run_dir import check_writable
 
-    named = directory if directory.name not in ("", "..") else directory.resolve()
-    target = output or named.with_name(f"{named.name}-summary")
+    target = output or summary_folder(directory)
     summary = summarise(directory, examples=examples)
-    check_writable(target)
     write_summary(summary, target)
     if as_json:
         out.print_json(data=summary.as_dict())
@@ -53,3 +50,9 @@ def show(
     err.print(f"Page: {target / PAGE}", markup=False, soft_wrap=True)
     if summary.examples:
         err.print(f"Contact sheet: {target / SHEET}", markup=False, soft_wrap=True)
+
+
+def summary_folder(directory: Path) -> Path:
+    """Where the summary of a dataset directory goes unless another folder is named."""
+    named = directory if directory.name not in ("", "..") else directory.resolve()
+    return named.with_name(f"{named.name}-summary")

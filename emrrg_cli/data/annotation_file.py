@@ -21,19 +21,34 @@ _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 _ENDINGS = {b"\xff\xd8": "jpg", b"\x89P": "png"}
 
 
-def check_annotation(path: Path) -> None:
+def check_annotation(path: Path, *, out: Path, raw: Path | None, overwrite: bool) -> None:
     """Makes sure that an annotation file can be exported to `path`.
 
+    Args:
+        path: The file to write; images go to `images/` beside it.
+        out: The dataset directory that is made in the same run.
+        raw: The raw data; None: there are none.
+        overwrite: Whether an annotation file that stands there may be replaced, with its images.
+
     Raises:
-        UsageError: It is a directory, or there is an `images` folder beside it that holds something.
+        UsageError: It is a directory, or lies in `out`; it exists, without `overwrite` or where the raw data are; or
+            there is an `images` folder beside it that holds something else.
     """
+    hint = "Name a file in a folder of its own, such as r2gen/annotation.json."
     if path.is_dir():
-        raise UsageError(f"{path} is a directory", hint="Name the file, such as r2gen/annotation.json.")
+        raise UsageError(f"{path} is a directory", hint=hint)
+    folder = path.parent.resolve()
+    if folder.is_relative_to(out.resolve()):
+        raise UsageError(f"{path} lies in {out}, which is put in its place as a whole", hint=hint)
+    if path.exists() and not overwrite:
+        raise UsageError(f"{path} exists", hint="Name another file, or pass --overwrite.")
+    if path.exists() and raw is not None and (raw.resolve() in folder.parents or raw.resolve().is_relative_to(folder)):
+        raise UsageError(f"{path} stands where the raw data are, so --overwrite does not replace it", hint=hint)
     images = path.parent / "images"
     if not path.exists() and images.exists() and (not images.is_dir() or any(images.iterdir())):
         raise UsageError(
             f"{images} exists: the images of {path.name} would be mixed with others",
-            hint="Name a file in a folder of its own.",
+            hint=hint,
         )
 
 
@@ -84,9 +99,11 @@ def _exported(row: dict[str, Any], split: Split, images: Path) -> dict[str, Any]
         path = f"{name}/{number}.{_ENDINGS[image['bytes'][:2]]}"
         paths.append(path)
         target = images / path
-        target.parent.mkdir(parents=True, exist_ok=True)
         if not target.is_file() or target.read_bytes() != image["bytes"]:
-            target.write_bytes(image["bytes"])
+            target.parent.mkdir(parents=True, exist_ok=True)
+            growing = target.with_name(f".{target.name}.growing")
+            growing.write_bytes(image["bytes"])
+            growing.replace(target)
     patient = {} if row["patient_id"] is None else {"subject_id": row["patient_id"]}
     return {
         "id": row["study_id"],

@@ -71,12 +71,23 @@ def check_target(out: Path, *, overwrite: bool, protect: Path | None = None) -> 
         )
 
 
+def is_finishing(out: Path) -> bool:
+    """Whether a run that was killed had all its shards, and was making them the directory `out`."""
+    return (_work_directory(out) / "finish.json").exists()
+
+
+def _work_directory(out: Path) -> Path:
+    final = out.resolve()
+    return final.with_name(f".{final.name}.partial")
+
+
 @contextlib.contextmanager
 def open_writer(
     out: Path,
     *,
     fingerprint: str,
     studies_per_shard: int,
+    overwrite: bool = False,
     columns: Mapping[str, Column] | None = None,
     about: str | None = None,
 ) -> Iterator[DatasetWriter]:
@@ -88,18 +99,19 @@ def open_writer(
         out: The directory to make or to replace; see `check_target`.
         fingerprint: Of everything that the result depends on.
         studies_per_shard: Studies in one Parquet file.
+        overwrite: Whether finished shards of other data or settings may be removed.
         columns: Those beside `FEATURES`; every study's `extra` fills them.
         about: A paragraph for the dataset card; None: that the terms of the source apply.
 
     Raises:
+        UsageError: There are finished shards of other data or settings, without `overwrite`.
         RunError: The disk refuses (full, read-only, ...), or another process is writing to `out`.
     """
-    final = out.resolve()
-    work = final.with_name(f".{final.name}.partial")
+    final, work = out.resolve(), _work_directory(out)
     try:
         work.mkdir(parents=True, exist_ok=True)
         with _only_one(work, out):
-            _prepare(work, fingerprint)
+            _prepare(work, fingerprint, overwrite)
             writer = DatasetWriter(work, final, studies_per_shard, columns or {}, about)
             try:
                 yield writer
@@ -189,11 +201,11 @@ class DatasetWriter:
             The manifest as written.
         """
         self.add_to(account)
+        dataset = self._work / "dataset"
+        (dataset / "data").mkdir(parents=True, exist_ok=True)  # before the plan: a plan alone tells of a finished run
         plan = self._plan(dedupe)
         account.add(plan.skipped, {})
         account.remarks += remarks_about(plan.duplicates)
-        dataset = self._work / "dataset"
-        (dataset / "data").mkdir(parents=True, exist_ok=True)
         counts: dict[str, dict[str, int]] = {}
         for split in SPLITS:
             chosen = [shard for shard in plan.shards if shard.split == split]
@@ -283,8 +295,12 @@ def _copy_without(source: Path, target: Path, shard: Shard, schema: pa.Schema) -
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
 
 
-def _prepare(work: Path, fingerprint: str) -> None:
-    """Empties the work directory unless it holds what the same command left."""
+def _prepare(work: Path, fingerprint: str, overwrite: bool) -> None:
+    """Empties the work directory unless it holds what the same command left.
+
+    Raises:
+        UsageError: It holds finished shards of another one, without `overwrite`.
+    """
     mark = work / "work.json"
     content = json.dumps({"format": _FORMAT, "fingerprint": fingerprint})
     if mark.exists():
@@ -292,6 +308,11 @@ def _prepare(work: Path, fingerprint: str) -> None:
             pass  # a run that was killed after its last step
         elif mark.read_bytes() == content.encode():
             return
+        elif not overwrite and any((work / "journal").glob("*")):
+            raise UsageError(
+                f"{work} holds an unfinished run with other data or settings",
+                hint="Give that command once more to finish it, or pass --overwrite to begin anew.",
+            )
         else:
             err.print(
                 f"{work} holds an unfinished run with other data or settings; it is removed, and this one begins anew.",

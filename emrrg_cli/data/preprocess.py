@@ -67,7 +67,7 @@ def preprocess(
         The manifest that was written.
 
     Raises:
-        UsageError: `out` or the backend cannot be used.
+        UsageError: `out` or the backend cannot be used, or an unfinished run with other data or settings is there.
         RunError: A patient is in two splits, no study is usable (nothing is written), the disk refuses, or a worker
             process died.
         Interrupted: Ctrl-C or SIGTERM.
@@ -91,6 +91,7 @@ def preprocess(
             out,
             fingerprint=_fingerprint(source, recipe, found),
             studies_per_shard=recipe.studies_per_shard,
+            overwrite=overwrite,
             columns=described.columns if described else None,
             about=described.about if described else None,
         ) as writer:
@@ -236,8 +237,17 @@ def _manifest(source: StudySource, recipe: PreprocessRecipe, options: dict[str, 
         "source": source.name,
         "root": None if source.root is None else printable(str(source.root)),
         "recipe": recipe.model_dump(),
-        "options": options or {},
+        "options": _printable(options or {}),
     }
+
+
+def _printable(value: Any) -> Any:
+    # Paths of a command line need not be UTF-8, as a JSON file is.
+    if isinstance(value, Mapping):
+        return {_printable(key): _printable(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_printable(entry) for entry in value]
+    return printable(value) if isinstance(value, str) else value
 
 
 def _stopped(writer: DatasetWriter | None) -> str:

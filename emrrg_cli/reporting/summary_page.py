@@ -18,21 +18,32 @@ from emrrg_cli.reporting.contact_sheet import Tile, draw_contact_sheet
 from emrrg_cli.reporting.page import Bar, Card, Page, write_page
 from emrrg_cli.reporting.summary_sections import remarks, sections, title
 from emrrg_cli.reporting.tables import DISCLAIMER
+from emrrg_cli.training.run_dir import check_writable
 
 PAGE, SHEET, DATA = "page.html", "sheet.png", "summary.json"
 
 _SIDE = 800  # of a decoded image, pixels
 
 
+def check_summary(output: Path) -> None:
+    """Makes sure that a summary can be written to `output`.
+
+    Raises:
+        UsageError: It holds other things, is a file, or may not be written.
+    """
+    check_writable(output)
+    if output.is_dir() and any(output.iterdir()) and not (output / DATA).is_file():
+        raise UsageError(f"{output} holds other things than a summary", hint="Give another --output.")
+
+
 def write_summary(summary: Summary, output: Path) -> None:
     """Writes `summary.json`, `sheet.png` (where there are studies to show) and `page.html`, replacing those of before.
 
     Raises:
-        UsageError: `output` holds other things.
+        UsageError: As `check_summary`.
         RunError: It cannot be written.
     """
-    if output.is_dir() and any(output.iterdir()) and not (output / DATA).is_file():
-        raise UsageError(f"{output} holds other things than a summary", hint="Give another --output.")
+    check_summary(output)
     atomic_write_text(output / DATA, json.dumps(summary.as_dict(), indent=2, ensure_ascii=False) + "\n")
     shown = [(example, [_decoded(image) for image in example.images]) for example in summary.examples]
     said = " ".join([*remarks(summary), f"From {printable(summary.root)}."])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -40,7 +42,7 @@ def _write(
     fingerprint: str = "mine",
 ) -> Path:
     check_target(out, overwrite=overwrite)
-    with open_writer(out, fingerprint=fingerprint, studies_per_shard=per_shard) as writer:
+    with open_writer(out, fingerprint=fingerprint, studies_per_shard=per_shard, overwrite=overwrite) as writer:
         for study in writer.remaining(iter([_study(f"s{index}") for index in range(count)])):
             index = int(study.study_id[1:])
             images = (_image(index), _image(index + 100))
@@ -159,12 +161,36 @@ def test_a_failure_leaves_finished_shards_and_the_next_run_goes_on(
     for name in ("data/train-00000-of-00003.parquet", "data/train-00002-of-00003.parquet", "README.md"):
         assert (out / name).read_bytes() == (whole / name).read_bytes()
     assert (out / "data" / "train-00001-of-00003.parquet").stat().st_mtime_ns == kept["train-00001.parquet"]
-    # Other data or settings: nothing of it can be used.
+    # Other data or settings: nothing of it can be used, and it is not thrown away unasked.
+    shutil.rmtree(out)
     with pytest.raises(KeyboardInterrupt):
-        _write(out, 5, per_shard=2, fail=KeyboardInterrupt(), overwrite=True)
+        _write(out, 5, per_shard=2, fail=KeyboardInterrupt())
+    with pytest.raises(UsageError, match="unfinished run with other data or settings"):
+        _write(out, 5, per_shard=2, fingerprint="other")
+    assert sorted(path.name for path in (work / "shards").glob("*.parquet")) == sorted(kept)
     _write(out, 5, per_shard=2, overwrite=True, fingerprint="other")
     assert "unfinished run with other data or settings" in " ".join(capfd.readouterr().err.split())
     assert len(open_dataset(out)["train"]) == 5
+
+
+def test_a_disk_that_is_full_at_the_end_costs_no_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, mkdir = tmp_path / "out", Path.mkdir
+
+    def full(path: Path, *arguments: Any, **options: Any) -> None:
+        if path.name == "data":
+            raise OSError(28, "No space left on device")
+        mkdir(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", full)
+        with pytest.raises(RunError, match="No space left on device"):
+            _write(out, 5, per_shard=2)
+    shards = tmp_path / ".out.partial" / "shards"
+    kept = {path.name: path.stat().st_mtime_ns for path in shards.glob("*.parquet")}
+    assert len(kept) == 3
+    _write(out, 5, per_shard=2)
+    written = {path.stat().st_mtime_ns for path in (out / "data").glob("*.parquet")}
+    assert written == set(kept.values())
 
 
 @pytest.mark.parametrize("renamed", [0, 1, 2])

@@ -315,6 +315,57 @@ def test_an_exported_annotation_is_read_back(tiny_r2gen: Path, tmp_path: Path) -
     assert not (tmp_path / "third").exists()
 
 
+def test_an_export_replaces_nothing_unasked_and_the_raw_data_never(
+    tiny_r2gen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw, out, exported = tmp_path / "raw", tmp_path / "out", tmp_path / "r2gen" / "annotation.json"
+    shutil.copytree(tiny_r2gen, raw)
+    before = {path: path.read_bytes() for path in raw.rglob("*") if path.is_file()}
+    arguments = ["preprocess", "r2gen", str(raw), str(out), "--size", "64", "--workers", "1", "--no-summary"]
+
+    def refused(*more: str) -> str:
+        capsys.readouterr()
+        assert main([*arguments, *more]) == 2
+        return " ".join(capsys.readouterr().err.split())
+
+    for more in ([], ["--overwrite"]):
+        told = "so --overwrite does not replace it" if more else "annotation.json exists"
+        assert told in refused("--export-annotation", str(raw / "annotation.json"), *more)
+        assert "is put in its place as a whole" in refused("--export-annotation", str(out / "a.json"), *more)
+    assert {path: path.read_bytes() for path in raw.rglob("*") if path.is_file()} == before
+    assert not out.exists()
+    assert main([*arguments, "--export-annotation", str(exported)]) == 0
+    first = exported.read_bytes()
+    assert "annotation.json exists" in refused("--export-annotation", str(exported))
+    assert main([*arguments, "--overwrite", "--export-annotation", str(exported)]) == 0
+    assert exported.read_bytes() == first
+    assert not [path for path in exported.parent.rglob("*") if path.name.endswith(".growing")]
+
+
+def test_a_summary_that_cannot_be_written_is_said_before_the_work(
+    tiny_r2gen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out-summary").touch()
+    arguments = ["preprocess", "r2gen", str(tiny_r2gen), str(tmp_path / "out"), "--workers", "1"]
+    assert main(arguments) == 2
+    assert "out-summary is a file Move it away, or pass --no-summary." in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+    assert main([*arguments, "--no-summary"]) == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are bytes on POSIX only")
+def test_paths_that_are_no_utf8_are_recorded_with_escapes(tmp_path: Path) -> None:
+    root = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    root.mkdir()
+    _smooth(1).save(root / "a.png")
+    (root / "t.csv").write_text("image,report\na.png,Clear.\n")
+    table = ["--table", str(root / "t.csv"), "--image-column", "image", "--report-column", "report"]
+    arguments = ["preprocess", "folder", str(root), str(tmp_path / "out"), *table, "--workers", "1"]
+    assert main([*arguments, "--split", "1,0,0"]) == 0
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["options"]["table"].endswith("caf\\udce9/t.csv")
+
+
 def test_ids_that_are_no_file_names(tmp_path: Path) -> None:
     root = tmp_path / "raw"
     studies = [
@@ -483,7 +534,9 @@ def test_a_file_that_was_replaced_begins_anew(
             preprocess(R2GenSource(root), tmp_path / "out", recipe)
     assert (tmp_path / ".out.partial" / "finish.json").exists()
     _smooth(999).save(root / "images" / "0-0.png")
-    preprocess(R2GenSource(root), tmp_path / "out", recipe)
+    with pytest.raises(UsageError, match="unfinished run with other data or settings"):
+        preprocess(R2GenSource(root), tmp_path / "out", recipe)
+    preprocess(R2GenSource(root), tmp_path / "out", recipe, overwrite=True)
     assert _content(tmp_path / "out") != many[1]
     [row] = [row for row in _rows(tmp_path / "out") if row["study_id"] == "s0"]
     written = Image.open(io.BytesIO(row["images"][0]["bytes"]))

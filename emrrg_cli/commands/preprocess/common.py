@@ -223,12 +223,22 @@ def run_source(
         UsageError, RunError, Interrupted: As `emrrg_cli.data.preprocess.preprocess`.
     """
     # Here, not above: `emrrg --help` stays fast.
+    from emrrg_cli.commands.data import show, summary_folder
     from emrrg_cli.data.annotation_file import check_annotation
+    from emrrg_cli.data.dataset_writer import is_finishing
     from emrrg_cli.data.preprocess import dry_run, preprocess
+    from emrrg_cli.errors import UsageError
+    from emrrg_cli.reporting.summary_page import check_summary
 
     record = record | {"recipe": options.recipe, "limit": options.limit, "seed": options.seed}
     if options.export_annotation is not None:
-        check_annotation(options.export_annotation)
+        replace = options.overwrite or is_finishing(out)  # an unfinished run's own
+        check_annotation(options.export_annotation, out=out, raw=source.root, overwrite=replace)
+    if options.summary and not options.as_json and not options.dry_run:
+        try:
+            check_summary(summary_folder(out))
+        except UsageError as error:
+            raise UsageError(error.message, hint="Move it away, or pass --no-summary.") from None
     if options.dry_run:
         allow = options.allow_leakage
         plan = dry_run(source, out, settings, overwrite=options.overwrite, options=record, allow_leakage=allow)
@@ -257,8 +267,6 @@ def run_source(
     if options.export_annotation is not None:
         console.print(f"Exported to {options.export_annotation}.", markup=False, soft_wrap=True)
     if options.summary:
-        from emrrg_cli.commands.data import show
-
         show(out)
 
 
