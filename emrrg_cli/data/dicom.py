@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
-import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,7 +36,7 @@ from emrrg_cli.data.dicom_file import (
 )
 from emrrg_cli.data.dicom_grey import grey
 from emrrg_cli.data.image_notes import add_notes
-from emrrg_cli.data.images import ImageError, open_stream
+from emrrg_cli.data.images import ImageError, caught_stderr, open_stream
 from emrrg_cli.data.jpeg import Frame, frame_of, has_end, mend
 from emrrg_cli.data.study import printable
 
@@ -57,8 +55,6 @@ _MAX_HEADER = 64 * 2**20
 _CHEST = ("CHEST", "THOR", "TORAX", "LUNG", "HEART", "RIB", "STERN", "CLAVIC")
 _RADIOGRAPHS = ("", "CR", "DX", "DR", "RG", "RF", "XA", "OT", "SC", "HC")
 _LATERAL = ("LL", "RL", "LAT")
-
-_stderr_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -254,7 +250,7 @@ def _decode(
     if syntax == _EXTENDED and frame is not None and frame.bits > 8:
         # GDCM goes by the data; pydicom keeps it from them under this name only.
         layout.file_meta.TransferSyntaxUID, plugin = JPEGLossless, "gdcm"
-    with _quiet_stderr() if plugin in ("gdcm", "pylibjpeg") else contextlib.nullcontext():
+    with caught_stderr() if plugin in ("gdcm", "pylibjpeg") else contextlib.nullcontext():
         return pixel_array(layout, decoding_plugin=plugin)
 
 
@@ -328,22 +324,3 @@ def _to_image(values: NDArray[Any], header: Dataset, layout: Dataset, notes: lis
     shown, more = grey(values, header, stored, bool(layout.PixelRepresentation))
     notes += more
     return Image.fromarray(shown)
-
-
-@contextlib.contextmanager
-def _quiet_stderr() -> Iterator[None]:
-    """Keeps what C libraries print about broken data from the terminal; the exception says it in our words."""
-    with _stderr_lock:
-        try:
-            saved = os.dup(2)
-        except OSError:  # no stderr at all
-            yield
-            return
-        null = os.open(os.devnull, os.O_WRONLY)
-        try:
-            os.dup2(null, 2)
-            yield
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
-            os.close(null)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from emrrg_cli.data.study import printable
@@ -20,6 +20,7 @@ def find_images(paths: Iterable[str]) -> list[Path]:
         UsageError: for a path that does not exist, or when there is no file at all.
     """
     found: dict[Path, None] = {}
+    unreadable: list[Path] = []  # for the reader to say so
     for name in paths:
         path = Path(name)
         try:
@@ -27,7 +28,8 @@ def find_images(paths: Iterable[str]) -> list[Path]:
         except OSError as error:  # such as a name that is too long
             raise UsageError(f"{printable(name)}: {error.strerror or error}") from None
         if is_folder:
-            found |= dict.fromkeys(_files_below(path))
+            found |= dict.fromkeys(files_below(path, lambda error: unreadable.append(Path(error.filename))))
+            found |= dict.fromkeys(unreadable)
         elif exists:
             found[path] = None
         else:
@@ -37,10 +39,25 @@ def find_images(paths: Iterable[str]) -> list[Path]:
     return list(found)
 
 
-def _files_below(folder: Path) -> Iterator[Path]:
-    """Files, sorted, hidden ones left out; and folders that cannot be listed, for the reader to say so."""
-    unreadable: list[Path] = []
-    for directory, folders, files in os.walk(folder, onerror=lambda error: unreadable.append(Path(error.filename))):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(directory) / name for name in sorted(files) if not name.startswith("."))
-    yield from unreadable
+def files_below(folder: Path, unreadable: Callable[[OSError], None]) -> Iterator[Path]:
+    """All files, sorted, hidden ones left out. Links to folders elsewhere are followed, each of these once.
+
+    Args:
+        folder: where to look.
+        unreadable: called for a folder that cannot be listed.
+    """
+    root = folder.resolve()
+    followed: set[Path] = set()
+    for directory, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
+        here = Path(directory)
+        kept = []
+        for name in sorted(name for name in folders if not name.startswith(".")):
+            if (here / name).is_symlink():
+                target = (here / name).resolve()
+                # What lies below is found under its own name; what was followed before may lead back.
+                if target.is_relative_to(root) or root.is_relative_to(target) or target in followed:
+                    continue
+                followed.add(target)
+            kept.append(name)
+        folders[:] = kept
+        yield from (here / name for name in sorted(files) if not name.startswith("."))

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import stat
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import IO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from emrrg_cli.data.image_notes import add_notes
 from emrrg_cli.data.jpeg import MAX_MENDED, mend
@@ -40,6 +41,8 @@ _UPRIGHT = {
 }
 _JPEG_MAX_SIDE = 65_500  # libjpeg's own limit
 
+_PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0  # of TIFF
+_stderr_lock = threading.Lock()
 # Held while Pillow's global size limit is lifted to read a header; `max_pixels` takes its place.
 _header_lock = threading.Lock()
 
@@ -129,7 +132,10 @@ def to_grey(image: Image.Image) -> Image.Image:
     if mode == "L" and "transparency" not in upright.info:
         return upright.convert("L")  # a copy
     if mode.startswith("I") or mode == "F":
-        return _stretch(upright)
+        grey = _stretch(upright)
+        # Pillow goes by the tag at 8 bits alone.
+        white_is_zero = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO
+        return ImageOps.invert(grey) if white_is_zero else grey
     if mode == "LAB":
         return upright.getchannel("L")
     if mode in {"RGBa", "La", "PA"}:
@@ -285,6 +291,27 @@ def _open_header(stream: IO[bytes], where: str) -> Image.Image:
             Image.MAX_IMAGE_PIXELS = pillow_limit
 
 
+@contextlib.contextmanager
+def caught_stderr() -> Iterator[list[str]]:
+    """Keeps what C libraries print about broken data from the terminal; at the end of the block it is in the list."""
+    said: list[str] = []
+    with _stderr_lock:
+        try:
+            saved = os.dup(2)
+        except OSError:  # no stderr at all
+            yield said
+            return
+        with tempfile.TemporaryFile() as caught:
+            try:
+                os.dup2(caught.fileno(), 2)
+                yield said
+            finally:
+                os.dup2(saved, 2)
+                os.close(saved)
+                caught.seek(0)
+                said += caught.read(10_000).decode("utf-8", "replace").splitlines()
+
+
 def _decode(image: Image.Image, where: str, max_pixels: int, enough: int | None = None) -> Image.Image:
     if (pixels := image.width * image.height) > max_pixels:
         raise ImageError(
@@ -296,6 +323,11 @@ def _decode(image: Image.Image, where: str, max_pixels: int, enough: int | None 
         reduced = enough is not None and image.format == "JPEG" and min(image.size) > enough
         if enough is not None and reduced:
             image.draft("L", (enough, enough))
+        if image.format == "TIFF":
+            with caught_stderr() as said:
+                image.load()
+            if any("warning" not in line.lower() for line in said):  # libtiff goes on after some errors
+                add_notes(image, "damaged: part of it may be missing")
         image.load()
         if reduced:
             image.format = None  # or its file could be taken for one that can be kept as it is

@@ -224,7 +224,7 @@ def _put(path: Path, content: Content) -> None:
 class _Stub:
     """In place of the model."""
 
-    def generate_pixels(self, studies: list[Any]) -> list[str]:
+    def generate_pixels(self, studies: list[Any], first: int = 0) -> list[str]:
         assert all(study.shape == (1, 32, 32) for study in studies)
         return ["The lungs are clear."] * len(studies)
 

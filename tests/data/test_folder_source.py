@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from emrrg_cli.data.dataset_dir import open_dataset
+from emrrg_cli.data.find import find_images
 from emrrg_cli.data.preprocess import preprocess
 from emrrg_cli.data.sources.folder import Columns, FolderSource
 from emrrg_cli.data.sources.splits import draw_splits, parse_fractions
@@ -95,6 +96,23 @@ def test_links_out_of_the_folder_are_problems(films: Path) -> None:
         "dangling.png": "missing image",
         "loop.png": "cannot be opened",
     }
+
+
+def test_links_to_folders_are_followed(films: Path) -> None:
+    before = {study.study_id for study in _read(films)[0]}
+    elsewhere = films.parent / "elsewhere"
+    (elsewhere / "deeper").mkdir(parents=True)
+    Image.new("L", (8, 8)).save(elsewhere / "deeper" / "z.png")
+    (films / "link").symlink_to(elsewhere)  # outside: each of its files is told
+    (films / "within").symlink_to(films / "images")  # found under its own name
+    (elsewhere / "back").symlink_to(elsewhere)
+    (elsewhere / "up").symlink_to(films)
+    by_id = {study.study_id: study for study in _read(films)[0]}
+    assert by_id.keys() - before == {"link/deeper/z.png"}
+    assert by_id["link/deeper/z.png"].problems[0].reason == "path outside the data folder"
+    found = find_images([str(films)])
+    assert [path for path in found if "link" in path.parts] == [films / "link" / "deeper" / "z.png"]
+    assert len({path.resolve() for path in found}) == len(found)
 
 
 def test_a_folder_that_cannot_be_listed_is_counted(films: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,6 +243,10 @@ def test_dicom_in_a_table_brings_its_patient_and_view(films: Path, make_dicom: M
     table = _table(films, "image,view\nx.dcm,PA\n")
     columns = Columns(view="view", patient="view")
     assert [(s.patient_id, s.views) for s in _read(films, table=table, columns=columns)[0]] == [("PA", ("PA",))]
+    # As a scanner names it, too.
+    (films / "x.dcm").rename(films / "IM0001")
+    table = _table(films, "image,view\nIM0001,\n")
+    assert [(s.patient_id, s.views) for s in _read(films, table=table)[0]] == [("P9", ("AP",))]
 
 
 @pytest.mark.parametrize(

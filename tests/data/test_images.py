@@ -153,6 +153,31 @@ def test_exif_orientation_is_applied(orientation: int, bits: int) -> None:
     np.testing.assert_array_equal(np.asarray(read_image(data)), upright)
 
 
+@pytest.mark.parametrize("mode", ["I;16", "F", "L"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_tiff_in_which_white_is_zero(mode: str, turned: bool) -> None:
+    values = RAMP if mode == "L" else RAMP.astype(np.uint16 if mode == "I;16" else np.float32) * 200
+    exif = Image.Exif()
+    exif[0x0112] = 3 if turned else 1
+    black = _bytes(Image.fromarray(values), "TIFF", exif=exif)
+    tag = b"\x06\x01\x03\x00\x01\x00\x00\x00"  # PhotometricInterpretation, one short integer
+    assert black.count(tag + b"\x01\x00") == 1
+    white = black.replace(tag + b"\x01\x00", tag + b"\x00\x00")
+    expected = RAMP[::-1, ::-1] if turned else RAMP
+    np.testing.assert_array_equal(np.asarray(read_image(black)), expected)
+    np.testing.assert_array_equal(np.asarray(read_image(white)), 255 - expected)
+
+
+def test_a_damaged_fax_tiff_has_a_note_and_leaves_the_terminal_alone(capfd: pytest.CaptureFixture[str]) -> None:
+    noise = np.random.default_rng(0).random((64, 64)) > 0.5
+    whole = _bytes(Image.fromarray((noise * 255).astype(np.uint8)).convert("1"), "TIFF", compression="group4")
+    broken = bytearray(whole)
+    broken[100:110] = bytes(range(10, 20))
+    assert image_notes(read_image(whole)) == ()
+    assert image_notes(read_image(bytes(broken))) == ("damaged: part of it may be missing",)
+    assert capfd.readouterr().err == ""
+
+
 def test_interlaced_png_and_compressed_tiff() -> None:
     # Adam7, as written by hand: one pass holds one pixel, the second is empty for a 1 x 1 image.
     header = struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 1)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from emrrg_cli.data.dicom import DicomFacts, read_dicom_facts
+from emrrg_cli.data.find import files_below
 from emrrg_cli.data.images import DICOM_SUFFIXES, ImageError, is_dicom, open_stream
 from emrrg_cli.data.sources.locate import locate, require_folder
 from emrrg_cli.data.sources.scratch import scratch_database, scratch_errors
@@ -24,6 +25,7 @@ _SPLIT_NAMES: dict[str, Split] = {
     **dict.fromkeys(("val", "valid", "validate", "validation", "dev"), "validation"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
+_OTHER_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif")  # no DICOM is called so
 _LABELS = "labels of the table, as it writes them"
 
 
@@ -177,9 +179,7 @@ class FolderSource:
             path = printable(os.path.relpath(error.filename or self.root, self.root))
             self._skip("folder cannot be read", path, detail=error.strerror or "")
 
-        for directory, folders, files in os.walk(self.root, onerror=unreadable):
-            folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
-            yield from (Path(directory, file) for file in sorted(files) if not file.startswith("."))
+        yield from files_below(self.root, unreadable)
 
     # With a table.
 
@@ -224,7 +224,8 @@ class FolderSource:
             if isinstance(found, ImageProblem):
                 draft.problems.append(found)
                 continue
-            facts = _dicom_facts(found) if found.suffix.lower() in DICOM_SUFFIXES else None
+            # A DICOM file may have any name or none; one named as another kind of image is not opened for it.
+            facts = None if found.suffix.lower() in _OTHER_SUFFIXES else _dicom_facts(found)
             draft.images[found] = view_name(cell(columns.view) or (facts.view if facts else ""))
             draft.patient_id = draft.patient_id or (None if columns.patient else _patient(facts))
         return draft
