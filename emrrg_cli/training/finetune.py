@@ -14,7 +14,7 @@ from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.evaluation import reference_reports
 from emrrg_cli.files import atomic_directory
 from emrrg_cli.generation import write_split
-from emrrg_cli.metrics.nlg import score
+from emrrg_cli.metrics.nlg import require_java, score
 from emrrg_cli.models.build import (
     assemble,
     build_encoder,
@@ -112,7 +112,8 @@ def run_finetune(
 
     Raises:
         UsageError: where the recipe does not fit the data, the LLM or the machine.
-        RunError: when a part cannot be had or training fails.
+        RunError: when a part cannot be had, Java for the scores that validation selects by among them, or training
+            fails.
         Interrupted: after Ctrl-C, with a checkpoint written.
     """
     if recipe.data.root is None:
@@ -123,6 +124,9 @@ def run_finetune(
     splits = open_dataset(recipe.data.root)
     if "train" not in splits:
         raise RunError(f"{recipe.data.root}: this dataset directory has no split named train")
+    if "validation" in splits and recipe.train.select == "score":
+        # A METEOR that is left out would count as 0, and the choice go by the other scores or by the loss alone.
+        require_java(recipe.evaluation.tokenizer, meteor=bool(recipe.train.score_weights.get("METEOR")))
     size = recipe.model.encoder.image_size
     training = ReportDataset(splits["train"], recipe.data, size)
     validation = ReportDataset(splits["validation"], recipe.data, size) if "validation" in splits else None

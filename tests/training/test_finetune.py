@@ -288,6 +288,28 @@ def test_no_data_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("scores", "told"),
+    [
+        ("evaluation.tokenizer=ptb", "the ptb tokenizer needs Java"),
+        ("train.score_weights={METEOR: 1.0}", "METEOR needs Java"),
+    ],
+)
+def test_without_java_a_selection_that_needs_it_does_not_begin(
+    finetune: Any, without_split: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scores: str, told: str
+) -> None:
+    for name in ("PATH", "JAVA_HOME"):
+        monkeypatch.setenv(name, str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(stage3, "build_encoder", None)  # nothing is built before it is said
+        with pytest.raises(RunError, match=told):
+            finetune("run", "train.select=score", scores)
+    assert not (tmp_path / "run").exists()
+    # Where nothing is selected by scores, none is computed.
+    assert finetune("run", scores, "train.max_steps=1").summary.steps == 1
+    assert finetune("last", "train.select=score", scores, without_split("validation")).summary.best is None
+
+
+@pytest.mark.parametrize(
     ("wrong", "told"),
     [
         ("train.batch_size=17", "16 usable examples, fewer than"),
