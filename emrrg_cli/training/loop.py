@@ -41,7 +41,7 @@ from emrrg_cli.training.stage import PreparesStep, ShowsExamples, Stage
 
 @dataclass
 class Summary:
-    """How a training run ended. `best` holds score and negative loss of the selected step (None: no validation)."""
+    """How a training run ended. `best` holds score and negative loss of the selected step (None: no finite ones)."""
 
     steps: int
     best: list[float] | None
@@ -216,7 +216,7 @@ class _Loop:
                     break
             self.samples_per_second = display.samples_per_second
         if progress.best_step is None and accelerator.is_main_process:
-            self.stage.export()  # nothing was validated: the result is the model as it is
+            self.stage.export()  # nothing was validated, or to no finite figure: the result is the model as it is
         accelerator.wait_for_everyone()
         return Summary(
             progress.step,
@@ -373,6 +373,8 @@ class _Loop:
         # with any reference, and what BLEU adds to avoid a division by zero is no difference.
         score = round(figures.get("validation/score", 0.0), 4)
         value = [score, -figures["validation/loss"]]
+        if not all(map(math.isfinite, value)):  # NaN is not smaller than anything, so it would pass for the best
+            return False
         if self.progress.best is not None and value <= self.progress.best:
             return False
         self.progress.best = value

@@ -408,6 +408,24 @@ def test_a_stage_without_scores_is_selected_by_loss(fit: Any) -> None:
     assert fit(stage).best_step == 4
 
 
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", ["validation/score", "validation/loss"])
+def test_figures_that_are_not_finite_are_never_the_best(fit: Any, place: str, broken: float) -> None:
+    rows = _figures((0.9, 0.1), (0.5, 1.0), (0.9, 0.1), (0.4, 1.0))
+    rows[0][place] = rows[2][place] = broken
+    stage = Stage(rows)
+    summary = fit(stage, epochs=4)
+    assert (summary.best, summary.best_step) == ([0.5, -1.0], 4)
+    assert len(stage.exports) == 1
+
+
+def test_where_no_figure_is_finite_the_last_model_is_exported(fit: Any) -> None:
+    stage = Stage(_figures(*[(math.nan, math.nan)] * 3))
+    summary = fit(stage)
+    assert (summary.best, summary.best_step) == (None, None)
+    assert stage.exports == [stage.model.weight.item()]
+
+
 def test_patience_ends_the_run_and_resuming_it_trains_no_further(fit: Any) -> None:
     figures = _figures((0.5, 1.0), *[(0.1, 1.0)] * 8)
     stage = Stage(figures)
