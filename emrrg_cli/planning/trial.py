@@ -261,8 +261,9 @@ class _Trial:
         )
         config = copy.deepcopy(self.config)
         config.num_hidden_layers = layers
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:layers]
+        for name in ("layer_types", "no_rope_layers"):
+            if entries := getattr(config, name, None):  # one a layer; the trial may have more layers than a small LLM
+                setattr(config, name, [entries[i % len(entries)] for i in range(layers)])
         with self.device:
             llm = AutoModelForCausalLM.from_config(config, dtype=self._llm_dtype(), attn_implementation="sdpa")
             quantize(llm, settings.llm.quantization, self._llm_dtype())

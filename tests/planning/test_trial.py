@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from emrrg_cli.models.build import assemble, build_encoder, fresh_llm
 from emrrg_cli.planning import trial
@@ -81,6 +82,16 @@ def test_a_step_has_the_parts_it_is_said_to_have() -> None:
     # 1 for the rest, 2 a block, 3 a hybrid layer, 5 a plain one.
     figures = {None: 6.0, "encoder block": 10.0, "hybrid decoder layer": 12.0, "decoder layer": 16.0}
     assert small._extrapolate(figures) == 1 + 7 * 2 + 3 * 3 + 5 * 5
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "smollm3"])
+def test_a_trial_may_have_more_layers_than_a_small_llm(kind: str) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = AutoConfig.for_model(kind, vocab_size=300, num_hidden_layers=5, pad_token_id=0, **sizes)
+    assert config.layer_types
+    small = _Trial(recipe_of("model.hybrid.every=4"), config, make_accelerator("fp32", 0), 1, 4)
+    assert len(small.hybrid_layers) + len(small.plain_layers) == 6
+    assert small._time(1)["seconds"] > 0
 
 
 def test_bytes_of_a_batch_that_is_too_large_to_try() -> None:
