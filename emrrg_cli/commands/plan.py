@@ -36,17 +36,11 @@ def plan(
     from emrrg_cli.quiet import quiet_libraries
 
     quiet_libraries()
-    if settings.data.root is not None:
-        from emrrg_cli.data.dataset_dir import read_manifest
-
-        train = read_manifest(settings.data.root)["splits"]["train"]
-        studies = studies or train["studies"]
-        views = views or round(train["images"] / train["studies"])
     with err.status("planning") as status:
         result = predict(
             settings,
             studies=studies,
-            views=min(views or 1, settings.data.max_views or views or 1),
+            views=views,
             processes=num_processes,
             report=lambda text: status.update(f"planning: {text}"),
         )

@@ -27,7 +27,7 @@ from emrrg_cli.models.hybrid_decoder import hybrid_parameters
 from emrrg_cli.models.llm import can_quantize
 from emrrg_cli.models.report_generator import ReportGenerator
 from emrrg_cli.planning.llms import PlanTokenizer, llm_config
-from emrrg_cli.planning.loading import seconds_per_study
+from emrrg_cli.planning.loading import count_studies, seconds_per_study
 from emrrg_cli.planning.trial import measure
 from emrrg_cli.recipe.schema import FinetuneRecipe, ModelSettings
 from emrrg_cli.training.environment import choose_precision, llm_dtype, make_accelerator
@@ -85,20 +85,21 @@ def plan(
     recipe: FinetuneRecipe,
     *,
     studies: int | None = None,
-    views: int = 1,
+    views: int | None = None,
     processes: int = 1,
     report: Callable[[str], None] = lambda text: None,
 ) -> Plan:
     """Predicts what training with a recipe needs, by meta tensors and a trial of a few seconds to minutes.
 
     Args:
-        studies: training studies, for the time of an epoch; None: unknown.
-        views: images a study.
+        studies: training studies, for the time of an epoch; None: those of `data.root`, or unknown without one.
+        views: images a study; None: the mean of those of `data.root`, or 1 without one.
         processes: processes that share `train.batch_size`.
         report: is told what is being measured.
 
     Raises:
-        RunError: when the LLM's configuration cannot be had, or not even one block fits.
+        UsageError: when `data.root` is no dataset directory.
+        RunError: when the LLM's configuration or the training split cannot be had, or not even one block fits.
     """
     import emrrg_cli.training.finetune  # noqa: F401  (the program's own memory is that of a training process)
 
@@ -108,6 +109,15 @@ def plan(
     config = llm_config(recipe.model)
     share = math.ceil(recipe.train.batch_size / processes)
     micro = min(recipe.train.micro_batch_size or share, share)
+
+    if recipe.data.root is not None and (studies is None or views is None):
+        report("counting studies")
+        counted, images = count_studies(recipe)
+        studies, views = studies or counted, views or max(1, round(images))
+    if studies is not None:
+        studies = min(studies, recipe.data.limit or studies)
+    views = views or 1
+    views = min(views, recipe.data.max_views or views)
 
     loading = None
     if recipe.data.root is not None:

@@ -1,11 +1,13 @@
-"""How fast this machine reads a recipe's images: batches of the data set itself, through the training's own loader."""
+"""A recipe's data set: how many studies it trains on, and how fast this machine reads their images."""
 
 from __future__ import annotations
 
 import time
 from functools import partial
 from itertools import chain, count, islice
+from typing import Any
 
+import pyarrow.compute as pc
 import torch
 
 from emrrg_cli.data.batches import EpochOrder, ReportDataset, collate
@@ -20,8 +22,25 @@ from emrrg_cli.recipe.schema import FinetuneRecipe
 _STUDIES, _BUDGET_S = 512, 10.0
 
 
+def count_studies(recipe: FinetuneRecipe) -> tuple[int, float]:
+    """The studies that an epoch draws from, as the training counts them, and the mean of the images it uses of one.
+
+    No image is read, and no manifest needed.
+
+    Args:
+        recipe: `data.root` is set.
+
+    Raises:
+        RunError: when the data set has no split named train, or no study of it has text.
+    """
+    dataset = ReportDataset(_training_split(recipe), recipe.data, recipe.model.encoder.image_size)
+    images = pc.list_value_length(dataset.split.data.column("images")).fill_null(0).to_pylist()
+    most = recipe.data.max_views or max(images)
+    return len(dataset), sum(min(images[row], most) for row in dataset.rows) / len(dataset)
+
+
 def seconds_per_study(recipe: FinetuneRecipe, micro: int) -> float:
-    """Time between two studies of a loader that nothing waits for, with the recipe's processes.
+    """Time between two studies of the training's own loader where nothing waits for it, with the recipe's processes.
 
     Args:
         recipe: `data.root` is set.
@@ -30,13 +49,9 @@ def seconds_per_study(recipe: FinetuneRecipe, micro: int) -> float:
     Raises:
         RunError: when the data set has no split named train, or a study of it cannot be read.
     """
-    assert recipe.data.root is not None
-    splits = open_dataset(recipe.data.root)
-    if "train" not in splits:
-        raise RunError(f"{recipe.data.root}: this dataset directory has no split named train")
     limit = min(_STUDIES, recipe.data.limit or _STUDIES)
     settings = recipe.data.model_copy(update={"limit": limit})
-    dataset = ReportDataset(splits["train"], settings, recipe.model.encoder.image_size)
+    dataset = ReportDataset(_training_split(recipe), settings, recipe.model.encoder.image_size)
     order = EpochOrder(len(dataset), min(micro, len(dataset)), seed=recipe.train.seed)
     # Processes hand over their batches in rounds: the first two start them and empty what they have in store.
     a_round = max(1, settings.workers)
@@ -59,3 +74,11 @@ def seconds_per_study(recipe: FinetuneRecipe, micro: int) -> float:
         if number % a_round == 0 and studies and time.perf_counter() - began > _BUDGET_S:
             break
     return (time.perf_counter() - began) / studies
+
+
+def _training_split(recipe: FinetuneRecipe) -> Any:
+    assert recipe.data.root is not None
+    splits = open_dataset(recipe.data.root)
+    if "train" not in splits:
+        raise RunError(f"{recipe.data.root}: this dataset directory has no split named train")
+    return splits["train"]

@@ -1,16 +1,20 @@
-"""The loader's pace."""
+"""How many studies a data set trains, and the loader's pace."""
 
 from __future__ import annotations
 
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from emrrg_cli.data import batches, images
 from emrrg_cli.errors import RunError
-from emrrg_cli.planning.loading import seconds_per_study
+from emrrg_cli.planning.loading import count_studies, seconds_per_study
 from emrrg_cli.recipe.load import load_recipe
 from emrrg_cli.recipe.schema import FinetuneRecipe
 
@@ -38,6 +42,27 @@ def test_processes_load(tiny_dataset: Path) -> None:
     assert seconds_per_study(recipe_of(tiny_dataset, "data.workers=2"), 64) > 0
 
 
-def test_what_the_training_refuses_is_refused(tiny_dataset: Path) -> None:
+def test_studies_are_counted_as_the_training_counts_them(tiny_dataset: Path, tmp_path: Path) -> None:
+    # Every other study has two images, from the second on.
+    assert count_studies(recipe_of(tiny_dataset)) == (16, 1.5)
+    assert count_studies(recipe_of(tiny_dataset, "data.max_views=1")) == (16, 1.0)
+    assert count_studies(recipe_of(tiny_dataset, "data.limit=3")) == (3, 4 / 3)
+    # Studies without the text that is learned are left out, and nothing is taken from a manifest.
+    (tmp_path / "data").mkdir()
+    shard = "data/train-00000-of-00001.parquet"
+    rows = pq.read_table(tiny_dataset / shard).to_pylist()
+    for row in rows[:4]:
+        row["report"] = " "
+    pq.write_table(pa.Table.from_pylist(rows, pq.read_schema(tiny_dataset / shard)), tmp_path / shard)
+    assert count_studies(recipe_of(tmp_path)) == (12, 1.5)
+
+
+@pytest.mark.parametrize("figure", [count_studies, lambda recipe: seconds_per_study(recipe, 4)])
+def test_what_the_training_refuses_is_refused(
+    figure: Callable[[FinetuneRecipe], Any], tiny_dataset: Path, tmp_path: Path
+) -> None:
     with pytest.raises(RunError, match=r"data\.section=impression"):
-        seconds_per_study(recipe_of(tiny_dataset, "data.section=impression"), 4)
+        figure(recipe_of(tiny_dataset, "data.section=impression"))
+    shutil.copytree(tiny_dataset, tmp_path / "copy", ignore=shutil.ignore_patterns("train-*"))
+    with pytest.raises(RunError, match="copy: this dataset directory has no split named train"):
+        figure(recipe_of(tmp_path / "copy"))

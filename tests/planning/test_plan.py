@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,53 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert result["peak"] == sum(result["memory"].values())
     assert main(["plan", "tiny/finetune", *TINY]) == 0
     assert "fits" in capsys.readouterr().out
+
+
+@pytest.fixture
+def no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "measure", lambda *args, **options: Step(1.0, 0.0, 1.0, 1.0))
+    monkeypatch.setattr(planning, "seconds_per_study", lambda recipe, micro: 1.0)
+
+
+@pytest.mark.usefixtures("no_trial")
+def test_a_data_set_is_planned_for_as_it_is_trained_on(
+    tiny_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "copy"
+    shutil.copytree(tiny_dataset, root, ignore=shutil.ignore_patterns("manifest.json"))
+    arguments = ["plan", "tiny/finetune", *TINY, f"data.root={root}", "train.batch_size=2", "--json"]
+
+    def steps(*more: str) -> int:
+        assert main([*arguments, *more]) == 0
+        return int(json.loads(capsys.readouterr().out)["steps_per_epoch"])
+
+    assert (steps(), steps("data.limit=7"), steps("data.limit=50")) == (8, 3, 8)
+    assert (steps("--studies", "40"), steps("--studies", "40", "data.limit=10")) == (20, 5)
+    for file in root.glob("data/train-*"):
+        file.unlink()
+    assert main(arguments) == 1
+    assert f"error: {root}: this dataset directory has no split named train\n" in capsys.readouterr().err
+    assert main(["plan", "tiny/finetune", f"data.root={tmp_path / 'gone'}"]) == 2
+    assert "no such dataset directory" in capsys.readouterr().err
+
+
+def test_the_views_of_a_study_are_those_that_are_used(tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    views = []
+
+    def measure(*arguments: Any, **options: Any) -> Step:
+        views.append(options["views"])
+        return Step(1.0, 0.0, 1.0, 1.0)
+
+    monkeypatch.setattr(planning, "measure", measure)
+    monkeypatch.setattr(planning, "seconds_per_study", lambda recipe, micro: 1.0)
+    root = f"data.root={tiny_dataset}"
+    plan_of()
+    plan_of(views=3)
+    plan_of("data.max_views=2", views=3)
+    plan_of(root)
+    plan_of(root, "data.max_views=1")
+    plan_of(root, views=3)
+    assert views == [1, 3, 2, 2, 1, 3]
 
 
 def test_an_unknown_llm_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
