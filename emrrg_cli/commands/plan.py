@@ -91,11 +91,15 @@ def _time(result: Plan) -> str:
     text = f"time    {result.seconds_per_step:.3g} s a step"
     if result.seconds_loading is not None:
         text += f" (computing {result.seconds_computing:.3g} s, reading images {result.seconds_loading:.3g} s)"
-    if result.steps_per_epoch is None:
+    if result.steps_per_epoch is None or result.total_steps is None:
         return text + " (give --studies N or data.root=DIR for the time of an epoch)"
-    epoch = result.seconds_per_step * result.steps_per_epoch
-    whole = epoch * result.epochs
-    return f"{text}, {_hours(epoch)} an epoch of {result.steps_per_epoch:,} steps, {_hours(whole)} for {result.epochs}"
+    epoch, whole = (result.seconds_per_step * steps for steps in (result.steps_per_epoch, result.total_steps))
+    capped = result.total_steps < result.epochs * result.steps_per_epoch
+    until = "train.max_steps" if capped else f"{result.epochs} epochs"
+    return (
+        f"{text}, {_hours(epoch)} an epoch of {result.steps_per_epoch:,} steps, "
+        f"{_hours(whole)} for all {result.total_steps:,} ({until})"
+    )
 
 
 def _hours(seconds: float) -> str:

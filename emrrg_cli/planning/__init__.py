@@ -46,6 +46,8 @@ class Plan:
     """Prediction for one device; bytes and seconds, the latter of an optimizer step.
 
     `seconds_loading` is the time in which the loader brings a step's studies (None: there is no data set to read).
+    `total_steps` are those of all epochs, or `train.max_steps` where that ends the schedule before (None: how many
+    studies there are is not known).
     """
 
     parameters: dict[str, int]
@@ -60,6 +62,7 @@ class Plan:
     seconds_per_step: float
     steps_per_epoch: int | None
     epochs: int
+    total_steps: int | None
     disk: dict[str, int]
     disk_free: int
     proposals: list[str] = field(default_factory=list)
@@ -77,8 +80,10 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`."""
-        seconds = None if self.steps_per_epoch is None else self.seconds_per_step * self.steps_per_epoch
-        return {**asdict(self), "peak": self.peak, "fits": self.fits, "seconds_per_epoch": seconds}
+        counts = (self.steps_per_epoch, self.total_steps)
+        epoch, total = (None if steps is None else self.seconds_per_step * steps for steps in counts)
+        more = {"peak": self.peak, "fits": self.fits, "seconds_per_epoch": epoch, "seconds_total": total}
+        return {**asdict(self), **more}
 
 
 def plan(
@@ -157,6 +162,9 @@ def plan(
     }
     computing = step.seconds * share / micro + step.update
     steps = None if studies is None else max(1, studies // recipe.train.batch_size)
+    total = None if steps is None else steps * recipe.train.epochs
+    if total is not None and recipe.train.max_steps is not None:
+        total = min(total, recipe.train.max_steps)
     result = Plan(
         parameters=parameters,
         trainable=trainable,
@@ -170,6 +178,7 @@ def plan(
         seconds_per_step=_together(computing, loading or 0.0, recipe.data.workers, device.type),
         steps_per_epoch=steps,
         epochs=recipe.train.epochs,
+        total_steps=total,
         disk=_disk(recipe, parameters, trained, llm_weights),
         disk_free=_disk_free(recipe),
     )

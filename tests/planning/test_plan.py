@@ -123,6 +123,28 @@ def test_a_data_set_is_planned_for_as_it_is_trained_on(
     assert "no such dataset directory" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("no_trial")
+def test_the_time_of_all_steps_ends_where_the_schedule_does(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "tiny/finetune", *TINY, "train.epochs=3"]  # 1 s a step of 8
+
+    def planned(*more: str) -> dict[str, Any]:
+        assert main([*arguments, *more, "--json"]) == 0
+        result: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return result
+
+    whole, cut, long = (planned("--studies", "80", f"train.max_steps={n}") for n in ("null", "12", "31"))
+    assert [(r["steps_per_epoch"], r["total_steps"], r["seconds_total"]) for r in (whole, cut, long)] == [
+        (10, 30, 30.0),
+        (10, 12, 12.0),
+        (10, 30, 30.0),
+    ]
+    unknown = planned("train.max_steps=12")
+    assert (unknown["total_steps"], unknown["seconds_total"], unknown["seconds_per_epoch"]) == (None, None, None)
+    for steps, told in (("null", "30 s for all 30 (3 epochs)"), ("12", "12 s for all 12 (train.max_steps)")):
+        assert main([*arguments, "--studies", "80", f"train.max_steps={steps}"]) == 0
+        assert f"10 s an epoch of 10 steps, {told}\n" in capsys.readouterr().out
+
+
 def test_the_views_of_a_study_are_those_that_are_used(tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     views = []
 
