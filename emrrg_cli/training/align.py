@@ -26,7 +26,7 @@ from emrrg_cli.models.text_encoder import load_text_tokenizer, train_text_tokeni
 from emrrg_cli.models.transfer import fill_encoder
 from emrrg_cli.quiet import quiet_libraries
 from emrrg_cli.recipe.alignment import AlignDataSettings, AlignRecipe
-from emrrg_cli.training.checkpoint import last_checkpoint, writing
+from emrrg_cli.training.checkpoint import writing
 from emrrg_cli.training.launch import is_first_process
 from emrrg_cli.training.loop import Summary
 from emrrg_cli.training.progress import TrainingDisplay
@@ -226,8 +226,7 @@ def run_align(
     ) as session:
         tokenizer = _tokenizer(recipe, training, session)
         encoder = build_encoder(recipe.model.encoder, session.scan)
-        begun = resume and last_checkpoint(run_dir / "checkpoints") is not None
-        if recipe.model.encoder.weights is not None and not begun:
+        if recipe.model.encoder.weights is not None and not session.begun:
             transfer = fill_encoder(encoder, recipe.model.encoder.weights)
             if session.accelerator.is_main_process:
                 transfer.show(verbose=verbose)

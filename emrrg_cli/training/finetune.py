@@ -150,7 +150,7 @@ def _train(
     frozen = run_dir / "encoder.safetensors"
     if resume and frozen.is_file():
         load_weights(encoder, frozen)
-    elif recipe.model.encoder.weights is not None:
+    elif recipe.model.encoder.weights is not None and not (session.begun and recipe.model.adapter.targets == "full"):
         transfer = fill_encoder(encoder, recipe.model.encoder.weights)
         if accelerator.is_main_process:
             transfer.show(verbose=verbose)

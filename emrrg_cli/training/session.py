@@ -19,6 +19,7 @@ from emrrg_cli.models.scan import choose_engine
 from emrrg_cli.recipe.load import RUN_RECIPE, dump_recipe
 from emrrg_cli.recipe.schema import LoopSettings, Settings
 from emrrg_cli.reporting.plots import plot_curves
+from emrrg_cli.training.checkpoint import last_checkpoint
 from emrrg_cli.training.environment import (
     ENVIRONMENT,
     choose_precision,
@@ -47,6 +48,11 @@ class Session:
     precision: str
     scan: str
     resume: bool
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a checkpoint to continue from: what is trained comes from there, not from another run."""
+        return self.resume and last_checkpoint(self.run_dir / "checkpoints") is not None
 
     def train(
         self, stage: Stage, dataset: Dataset[Any], collate: Callable[[Sequence[Any]], Any], *, workers: int

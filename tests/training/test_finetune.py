@@ -212,6 +212,24 @@ def test_lora_on_a_frozen_random_encoder_resumes_with_the_same_encoder(
     assert frozen[0] == frozen[1]
 
 
+def test_a_trained_encoder_resumes_without_what_it_was_started_from(
+    finetune: Any, tmp_path: Path, difference: Any
+) -> None:
+    start = tmp_path / "start.safetensors"
+    shutil.copy(finetune("first", "train.max_steps=1").directory / "model" / "encoder.safetensors", start)
+    options = ("model.adapter.targets=full", f"model.encoder.weights={start}", "train.epochs=2")
+    whole = finetune("whole", *options)
+    finetune("part", *options, "train.stop_after_steps=3")
+    (tmp_path / "early").mkdir()
+    shutil.copy(tmp_path / "part" / "recipe.yaml", tmp_path / "early")
+    start.unlink()
+    part = finetune("part", *options, resume=True)
+    assert difference(part.weights, whole.weights) == difference(part.exported, whole.exported) == 0
+    # Stopped before its first checkpoint, a run has nothing else to start from.
+    with pytest.raises(UsageError, match=r"start\.safetensors"):
+        finetune("early", *options, resume=True)
+
+
 def _disturb(module: torch.nn.Module) -> None:
     with torch.no_grad():
         for parameter in module.parameters(recurse=False):
