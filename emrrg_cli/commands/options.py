@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from emrrg_cli.recipe.schema import Settings
+    from emrrg_cli.recipe.alignment import AlignRecipe
+    from emrrg_cli.recipe.pretraining import PretrainRecipe
+    from emrrg_cli.recipe.schema import FinetuneRecipe
 
 Overrides = Annotated[
     list[str] | None,
@@ -27,13 +29,24 @@ PrintRecipe = Annotated[bool, typer.Option("--print-recipe", help="Print the res
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
-def start_processes(context: typer.Context, requested: int | None) -> bool:
-    """Runs the same command in several processes where several are wanted; false when this one is enough."""
+def start_processes(context: typer.Context, requested: int | None, *, batch_size: int | None = None) -> bool:
+    """Runs the same command in several processes where several are wanted; false when this one is enough.
+
+    Args:
+        batch_size: what the processes of a training share; None: nothing.
+
+    Raises:
+        UsageError: when a batch does not divide among the processes, of which none is started then.
+    """
     from emrrg_cli.training.launch import launch, processes_wanted
 
     processes = processes_wanted(requested)
     if processes == 1:
         return False
+    if batch_size is not None:
+        from emrrg_cli.data.batches import check_batch
+
+        check_batch(batch_size, processes)
     launch(context.obj, processes)  # what follows `emrrg`
     return True
 
@@ -41,7 +54,7 @@ def start_processes(context: typer.Context, requested: int | None) -> bool:
 def start_run(
     context: typer.Context,
     recipe: str,
-    settings: Settings,
+    settings: AlignRecipe | FinetuneRecipe | PretrainRecipe,
     *,
     output: Path | None,
     resume: bool,
@@ -53,7 +66,8 @@ def start_run(
     That is so when the recipe was to be printed, and when other processes were started, which have done the work.
 
     Raises:
-        UsageError: when the directory is taken, there is nothing to resume, or the recipe has changed.
+        UsageError: when the directory is taken, there is nothing to resume, the recipe has changed, or its batch does
+            not divide among the processes.
     """
     from emrrg_cli.console import out
     from emrrg_cli.recipe.load import dump_recipe
@@ -63,10 +77,9 @@ def start_run(
     if print_recipe:
         out.print(dump_recipe(settings), end="", markup=False, soft_wrap=True)
         return None
-    stated: str | None = getattr(settings, "output", None)
-    run_dir = output or (Path(stated) if stated else default_run_dir(recipe, resume=resume))
+    run_dir = output or (Path(settings.output) if settings.output else default_run_dir(recipe, resume=resume))
     if is_first_process():
         check_run_dir(run_dir, settings, resume=resume)
-    if not inside_launcher() and start_processes(context, num_processes):
+    if not inside_launcher() and start_processes(context, num_processes, batch_size=settings.train.batch_size):
         return None
     return run_dir

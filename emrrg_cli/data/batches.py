@@ -170,6 +170,41 @@ class Epochs(Dataset[Any]):
         return self._dataset[index]
 
 
+def epoch_length(dataset: Dataset[Any]) -> int:
+    """The examples of an epoch, by the data set's own rule where it has one."""
+    return dataset.epoch_length if isinstance(dataset, DrawsEpoch) else len(dataset)  # type: ignore[arg-type]
+
+
+def check_batch(batch_size: int, processes: int, examples: int | None = None) -> None:
+    """Refuses a batch that the training could not be cut into; quick, so that it is asked before models are loaded.
+
+    Args:
+        batch_size: `train.batch_size`.
+        processes: those that share a batch.
+        examples: of an epoch; None: not known yet.
+
+    Raises:
+        UsageError: when the batch does not divide among the processes, or the split holds less than one batch.
+    """
+    if batch_size % processes:
+        fewer = next(n for n in range(min(processes, batch_size), 0, -1) if batch_size % n == 0)
+        below = batch_size // processes * processes
+        sizes = f"{below} or {below + processes}" if below else str(processes)
+        raise UsageError(
+            f"train.batch_size={batch_size} does not divide among {processes} processes",
+            hint="It counts the examples of an optimizer step over all processes: "
+            f"take --num-processes {fewer}, or train.batch_size={sizes}.",
+        )
+    if examples is not None and examples < batch_size:
+        largest = examples // processes * processes
+        fits = f"train.batch_size={largest or examples}"
+        remedy = fits if largest else f"--num-processes {examples} and {fits}"
+        raise UsageError(
+            f"the training split has {examples} usable examples, fewer than train.batch_size={batch_size}",
+            hint=f"The largest that will do: {remedy}." if examples else None,
+        )
+
+
 class EpochOrder:
     """Which examples make up each micro-batch of this process, the same data whatever the number of processes.
 
@@ -183,7 +218,7 @@ class EpochOrder:
         draw: the examples of an epoch (`DrawsEpoch.draw_epoch`); None: a permutation of `range(length)`.
 
     Raises:
-        UsageError: when the batch does not divide among the processes, or the split holds less than one batch.
+        UsageError: as `check_batch`.
     """
 
     def __init__(
@@ -196,16 +231,7 @@ class EpochOrder:
         seed: int = 0,
         draw: Callable[[torch.Generator], Tensor] | None = None,
     ) -> None:
-        if batch_size % world_size:
-            raise UsageError(
-                f"train.batch_size={batch_size} does not divide among {world_size} processes",
-                hint="It counts the examples of an optimizer step over all processes.",
-            )
-        if length < batch_size:
-            raise UsageError(
-                f"the training split has {length} usable examples, fewer than train.batch_size={batch_size}",
-                hint="Lower train.batch_size.",
-            )
+        check_batch(batch_size, world_size, length)
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.draw = draw or self._permutation

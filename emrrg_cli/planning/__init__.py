@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from emrrg_cli.data.batches import check_batch
 from emrrg_cli.errors import RunError
 from emrrg_cli.models.adapters import plain
 from emrrg_cli.models.build import assemble, build_encoder
@@ -103,7 +104,7 @@ def plan(
         report: is told what is being measured.
 
     Raises:
-        UsageError: when `data.root` is no dataset directory.
+        UsageError: when `data.root` is no dataset directory, or the training would refuse the batch.
         RunError: when the LLM's configuration or the training split cannot be had, or not even one block fits.
     """
     import emrrg_cli.training.finetune  # noqa: F401  (the program's own memory is that of a training process)
@@ -112,17 +113,17 @@ def plan(
     accelerator = make_accelerator(precision, 0)
     device: torch.device = accelerator.device
     config = llm_config(recipe.model)
-    share = math.ceil(recipe.train.batch_size / processes)
-    micro = min(recipe.train.micro_batch_size or share, share)
-
     if recipe.data.root is not None and (studies is None or views is None):
         report("counting studies")
         counted, images = count_studies(recipe)
         studies, views = studies or counted, views or max(1, round(images))
     if studies is not None:
         studies = min(studies, recipe.data.limit or studies)
+    check_batch(recipe.train.batch_size, processes, studies)
     views = views or 1
     views = min(views, recipe.data.max_views or views)
+    share = recipe.train.batch_size // processes
+    micro = min(recipe.train.micro_batch_size or share, share)
 
     loading = None
     if recipe.data.root is not None:
@@ -161,7 +162,7 @@ def plan(
         "gradients": _gradients(4 * trained, activations, accumulates=micro < share, device_type=device.type),
     }
     computing = step.seconds * share / micro + step.update
-    steps = None if studies is None else max(1, studies // recipe.train.batch_size)
+    steps = None if studies is None else studies // recipe.train.batch_size
     total = None if steps is None else steps * recipe.train.epochs
     if total is not None and recipe.train.max_steps is not None:
         total = min(total, recipe.train.max_steps)

@@ -224,6 +224,7 @@ def run_align(
     with open_session(
         recipe, recipe.train, recipe.model.scan, run_dir, resume=resume, expected_processes=expected_processes
     ) as session:
+        session.check_batch(training)
         tokenizer = _tokenizer(recipe, training, session)
         encoder = build_encoder(recipe.model.encoder, session.scan)
         if recipe.model.encoder.weights is not None and not session.begun:

@@ -145,6 +145,7 @@ def _train(
     verbose: bool,
 ) -> Summary:
     run_dir, accelerator, resume = session.run_dir, session.accelerator, session.resume
+    session.check_batch(training)
     tokenizer = _tokenizer(recipe, training, run_dir, accelerator)
     encoder = build_encoder(recipe.model.encoder, session.scan)
     frozen = run_dir / "encoder.safetensors"

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from emrrg_cli.console import err
-from emrrg_cli.data.batches import DrawsEpoch, EpochOrder, Epochs
+from emrrg_cli.data.batches import DrawsEpoch, EpochOrder, Epochs, epoch_length
 from emrrg_cli.data.loading import load_batches
 from emrrg_cli.errors import Interrupted, RunError, UsageError
 from emrrg_cli.files import append_jsonl, atomic_write_text, read_jsonl
@@ -158,7 +158,7 @@ class _Loop:
         self.run_dir, self.accelerator, self.workers = run_dir, accelerator, workers
         draws = dataset if isinstance(dataset, DrawsEpoch) else None
         self.order = EpochOrder(
-            len(dataset) if draws is None else draws.epoch_length,  # type: ignore[arg-type]
+            epoch_length(dataset),
             settings.batch_size,
             settings.micro_batch_size,
             accelerator.process_index,

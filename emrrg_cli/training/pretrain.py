@@ -195,6 +195,8 @@ def run_pretrain(recipe: PretrainRecipe, run_dir: Path, *, resume: bool, expecte
 def _train(recipe: PretrainRecipe, training: ImageSource, validation: ImageSource | None, session: Session) -> Summary:
     size, settings = recipe.model.encoder.image_size, recipe.data
     low, high = settings.crop_scale
+    dataset = ImageDataset(training, size, Augmentation((low, high), settings.flip), recipe.train.seed)
+    session.check_batch(dataset)
     model = build_pretrainer(recipe.model, session.scan)
     model.encoder.gradient_checkpointing = recipe.train.gradient_checkpointing
     stage = PretrainStage(
@@ -205,7 +207,6 @@ def _train(recipe: PretrainRecipe, training: ImageSource, validation: ImageSourc
         session.run_dir,
         session.accelerator,
     )
-    dataset = ImageDataset(training, size, Augmentation((low, high), settings.flip), recipe.train.seed)
     return session.train(stage, dataset, stage.collate, workers=settings.workers)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from emrrg_cli.data.batches import evaluation_batches
+from emrrg_cli.data.batches import check_batch, epoch_length, evaluation_batches
 from emrrg_cli.data.loading import load_batches
 from emrrg_cli.files import atomic_write_text, read_jsonl
 from emrrg_cli.models.scan import choose_engine
@@ -53,6 +53,14 @@ class Session:
     def begun(self) -> bool:
         """Whether there is a checkpoint to continue from: what is trained comes from there, not from another run."""
         return self.resume and last_checkpoint(self.run_dir / "checkpoints") is not None
+
+    def check_batch(self, dataset: Dataset[Any]) -> None:
+        """Refuses a data set that holds less than one batch; asked before models are loaded.
+
+        Raises:
+            UsageError: with the batch that would do.
+        """
+        check_batch(self.settings.batch_size, self.accelerator.num_processes, epoch_length(dataset))
 
     def train(
         self, stage: Stage, dataset: Dataset[Any], collate: Callable[[Sequence[Any]], Any], *, workers: int
@@ -102,13 +110,15 @@ def open_session(
         expected_processes: the number asked for; 0 when nobody asked.
 
     Raises:
-        UsageError: where the recipe does not fit the machine, or names a tracker that is not installed.
+        UsageError: where the recipe does not fit the machine or the number of processes, or names a tracker that is
+            not installed.
         RunError: when the number of processes is not the one asked for.
     """
     precision = choose_precision(settings.precision)
     engine = choose_engine(scan, "cuda" if torch.cuda.is_available() else "cpu")
     trackers = make_trackers(settings.trackers, run_dir, recipe.model_dump())
     accelerator = make_accelerator(precision, expected_processes, trackers)
+    check_batch(settings.batch_size, accelerator.num_processes)
     with _no_false_start(run_dir, accelerator.is_main_process):
         if accelerator.is_main_process:
             if not resume:

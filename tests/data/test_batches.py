@@ -18,6 +18,7 @@ from emrrg_cli.data.batches import (
     EpochOrder,
     Example,
     ReportDataset,
+    check_batch,
     collate,
     evaluation_batches,
 )
@@ -258,6 +259,25 @@ def test_batches_that_do_not_fit_are_refused() -> None:
         EpochOrder(100, 6, world_size=4)
     with pytest.raises(UsageError, match=r"has 5 usable examples, fewer than train\.batch_size=6"):
         EpochOrder(5, 6)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "processes", "examples", "remedy"),
+    [
+        (6, 4, None, "take --num-processes 3, or train.batch_size=4 or 8."),
+        (7, 4, 100, "take --num-processes 1, or train.batch_size=4 or 8."),
+        (2, 4, None, "take --num-processes 2, or train.batch_size=4."),
+        (6, 1, 5, "will do: train.batch_size=5."),
+        (16, 4, 10, "will do: train.batch_size=8."),
+        (8, 4, 3, "will do: --num-processes 3 and train.batch_size=3."),
+    ],
+)
+def test_a_batch_that_does_not_fit_is_refused_with_one_that_does(
+    batch_size: int, processes: int, examples: int | None, remedy: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        check_batch(batch_size, processes, examples)
+    assert str(caught.value.hint).endswith(remedy)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])

@@ -11,6 +11,7 @@ import pytest
 
 from emrrg_cli import planning
 from emrrg_cli.app import main
+from emrrg_cli.errors import UsageError
 from emrrg_cli.planning.llms import llm_config
 from emrrg_cli.planning.trial import Step
 from emrrg_cli.recipe.load import load_recipe
@@ -121,6 +122,13 @@ def test_a_data_set_is_planned_for_as_it_is_trained_on(
     assert f"error: {root}: this dataset directory has no split named train\n" in capsys.readouterr().err
     assert main(["plan", "tiny/finetune", f"data.root={tmp_path / 'gone'}"]) == 2
     assert "no such dataset directory" in capsys.readouterr().err
+
+
+def test_a_batch_that_the_training_would_refuse_is_not_planned() -> None:
+    with pytest.raises(UsageError, match=r"train\.batch_size=6 does not divide among 4 processes"):
+        plan_of("train.batch_size=6", processes=4)
+    with pytest.raises(UsageError, match=r"7 usable examples, fewer than train\.batch_size=8"):
+        plan_of(studies=7)
 
 
 @pytest.mark.usefixtures("no_trial")

@@ -269,6 +269,14 @@ def test_data_that_cannot_serve_is_one_message(align: Any, tiny_dataset: Path, t
         align("run", f"data.root={copy}")
 
 
+def test_a_batch_that_does_not_fit_is_refused_before_anything_is_loaded(
+    align: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("emrrg_cli.training.align._tokenizer", None)
+    with pytest.raises(UsageError, match=r"7 usable examples, fewer than train\.batch_size=8"):
+        align("run", "data.limit=7")
+
+
 def test_an_offline_hub_name_is_told_once_on_the_command_line(tiny_dataset: Path, tmp_path: Path, capsys: Any) -> None:
     arguments = ["align", "phantom/align", f"data.root={tiny_dataset}", *TINY, "-o", str(tmp_path / "run")]
     assert main([*arguments, "model.text.name=emilyalsentzer/Bio_ClinicalBERT-nowhere"]) == 1

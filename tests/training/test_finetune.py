@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from emrrg_cli.app import main
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.recipe.load import load_recipe
 from emrrg_cli.training import finetune as stage3
+from emrrg_cli.training import session
 from emrrg_cli.training.finetune import run_finetune
 
 # What `kill` needs: a process that ends itself in the middle of an optimizer step, by a signal that is a real one.
@@ -343,6 +345,19 @@ def test_a_start_that_fails_leaves_the_place_free(finetune: Any, tmp_path: Path,
     with pytest.raises((UsageError, RunError), match=told):
         finetune("run", wrong)
     assert finetune("run", "train.epochs=1").summary.steps == 2
+
+
+def test_a_batch_that_does_not_fit_is_refused_before_anything_is_loaded(
+    finetune: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage3, "_tokenizer", None)
+    with pytest.raises(UsageError, match=r"fewer than train\.batch_size=17"):
+        finetune("run", "train.batch_size=17")
+    # Under a launcher from outside, which is not asked for a number.
+    monkeypatch.setattr(session, "make_accelerator", lambda *arguments: SimpleNamespace(num_processes=3))
+    with pytest.raises(UsageError, match=r"train\.batch_size=8 does not divide among 3 processes"):
+        finetune("run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_failing_start_removes_nothing_that_it_did_not_write(finetune: Any, tmp_path: Path) -> None:

@@ -141,6 +141,25 @@ def test_an_error_in_all_processes_is_said_once(tiny_overrides: tuple[str, ...],
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("recipe", ["tiny/finetune", "phantom/align", "phantom/pretrain"])
+def test_no_process_is_started_for_a_batch_that_does_not_divide(
+    recipe: str,
+    tiny_dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(launch, "launch", None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    batch = ["train.batch_size=6", "train.micro_batch_size=null"]
+    arguments = [recipe.split("/")[1], recipe, f"data.root={tiny_dataset}", *batch, "-o", str(tmp_path / "run")]
+    assert main([*arguments, "--num-processes", "4"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: train.batch_size=6 does not divide among 4 processes\n")
+    assert "take --num-processes 3, or train.batch_size=4 or 8." in said
+    assert not (tmp_path / "run").exists()
+
+
 def test_another_number_of_processes_than_asked_for_is_refused(
     tiny_overrides: tuple[str, ...],
     tmp_path: Path,

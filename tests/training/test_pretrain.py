@@ -245,6 +245,14 @@ def test_bad_input_is_one_clear_message_and_leaves_nothing(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_batch_that_does_not_fit_is_refused_before_anything_is_loaded(
+    pretrain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("emrrg_cli.training.pretrain.build_pretrainer", None)
+    with pytest.raises(UsageError, match=r"5 usable examples, fewer than train\.batch_size=8"):
+        pretrain("run", "data.limit=5")
+
+
 def test_a_list_of_images_that_is_broken_is_named(pretrain: Any, films: Path, tmp_path: Path) -> None:
     pretrain("run", f"data.root={films}", "train.stop_after_steps=1")
     (tmp_path / "run" / "images.json").write_text("{")
