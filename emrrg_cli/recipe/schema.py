@@ -158,7 +158,7 @@ class LLMSettings(Settings):
     revision: str | None = Field(None, description="hub revision; null: the default branch")
     frozen: bool | None = Field(None, description="null: frozen, unless the LLM starts from scratch")
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="dtype of the LLM's own weights; auto: that of train.precision if frozen, else fp32"
+        "auto", description="of a frozen LLM's weights; auto: that of train.precision. A trained LLM's are always fp32"
     )
     quantization: Literal["none", "8bit", "4bit"] = Field(
         "none", description="of a frozen LLM's weights, through bitsandbytes; LoRA on it is then QLoRA"

@@ -120,6 +120,13 @@ def run_finetune(
         raise UsageError(
             "data.root is not set", hint="Name a dataset directory, as `emrrg preprocess` writes: data.root=DIR."
         )
+    llm = recipe.model.llm
+    # No rule of the recipe itself, so that runs from before can still be resumed, evaluated and used.
+    if not resume and not llm.is_frozen and llm.dtype in ("bf16", "fp16"):
+        raise UsageError(
+            f"model.llm.dtype={llm.dtype} is for a frozen LLM; the weights of one that is trained are fp32",
+            hint="Leave it at auto; what a trained LLM computes in is train.precision.",
+        )
     quiet_libraries()
     splits = open_dataset(recipe.data.root)
     if "train" not in splits:

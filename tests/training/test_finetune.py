@@ -360,6 +360,23 @@ def test_a_batch_that_does_not_fit_is_refused_before_anything_is_loaded(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dtype_that_a_trained_llm_would_not_have_is_refused_and_harms_no_run_that_is_there(
+    finetune: Any, tmp_path: Path
+) -> None:
+    for dtype in ("bf16", "fp16"):
+        with pytest.raises(UsageError, match=rf"model\.llm\.dtype={dtype} is for a frozen LLM") as caught:
+            finetune("run", f"model.llm.dtype={dtype}")
+        assert "train.precision" in str(caught.value.hint)
+    assert not (tmp_path / "run").exists()
+    run = finetune("run", "model.llm.dtype=fp32", "train.epochs=2", "train.stop_after_steps=1").directory
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("dtype: fp32", "dtype: bf16"))  # as it was taken before
+    assert finetune("run", "model.llm.dtype=bf16", "train.epochs=2", resume=True).summary.steps == 4
+    for dtype in ("bf16", "auto"):
+        arguments = ["evaluate", "--model", str(run), "data.limit=1", f"model.llm.dtype={dtype}"]
+        assert main([*arguments, "--output", str(tmp_path / dtype)]) == 0
+
+
 def test_a_failing_start_removes_nothing_that_it_did_not_write(finetune: Any, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
