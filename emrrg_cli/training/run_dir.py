@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, TypeVar
 
+from emrrg_cli.data.study import printable
 from emrrg_cli.errors import UsageError
 from emrrg_cli.recipe.layers import MAPPINGS
 from emrrg_cli.recipe.load import RUN_RECIPE, load_recipe
@@ -44,11 +45,13 @@ def check_run_dir(run_dir: Path, settings: Settings, *, resume: bool) -> None:
     """Makes sure that nothing is overwritten and that a run is continued with its own recipe.
 
     Raises:
-        UsageError: when the directory is taken, when there is nothing to resume, or when the recipe or the content of
-            its dataset directories has changed.
+        UsageError: when the directory is taken or its name is no text, when there is nothing to resume, or when the
+            recipe or the content of its dataset directories has changed.
         RunError: when what the run recorded cannot be read.
     """
     saved = run_dir / RUN_RECIPE
+    if (shown := printable(str(run_dir.absolute()))) != str(run_dir.absolute()):  # a run records where it is
+        raise UsageError(f"the path of a run must be UTF-8 text, got {shown}", hint="Give another --output.")
     if not resume:
         if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
             hint = "Give --resume to continue it, or another --output." if saved.is_file() else "Give another --output."

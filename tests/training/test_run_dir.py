@@ -183,3 +183,9 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(
     for resume, directory in ((False, tmp_path / "new"), (True, started)):
         with pytest.raises(UsageError, match="no permission in"):
             check_run_dir(directory, _recipe("data.root=a"), resume=resume)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_path_that_is_no_text_is_refused(tmp_path: Path, resume: bool) -> None:
+    with pytest.raises(UsageError, match=r"must be UTF-8 text, got .*run\\udce9"):
+        check_run_dir(tmp_path / os.fsdecode(b"run\xe9"), load_recipe("tiny/finetune"), resume=resume)
