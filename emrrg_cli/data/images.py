@@ -301,7 +301,7 @@ def caught_stderr() -> Iterator[list[str]]:
         except OSError:  # no stderr at all
             yield said
             return
-        with tempfile.TemporaryFile() as caught:
+        with _scratch_file() as caught:
             try:
                 os.dup2(caught.fileno(), 2)
                 yield said
@@ -310,6 +310,13 @@ def caught_stderr() -> Iterator[list[str]]:
                 os.close(saved)
                 caught.seek(0)
                 said += caught.read(10_000).decode("utf-8", "replace").splitlines()
+
+
+def _scratch_file() -> IO[bytes]:
+    try:
+        return tempfile.TemporaryFile()
+    except OSError:  # a full disk is no reason not to read an image
+        return Path(os.devnull).open("w+b")
 
 
 def _decode(image: Image.Image, where: str, max_pixels: int, enough: int | None = None) -> Image.Image:
