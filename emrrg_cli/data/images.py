@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import stat
 import tempfile
 import threading
@@ -42,6 +43,7 @@ _UPRIGHT = {
 _JPEG_MAX_SIDE = 65_500  # libjpeg's own limit
 
 _PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0  # of TIFF
+_COMPLAINT = re.compile(r"[A-Za-z]\w*(\.\w+)?: \S")  # of libtiff; a progress bar may draw meanwhile
 _stderr_lock = threading.Lock()
 # Held while Pillow's global size limit is lifted to read a header; `max_pixels` takes its place.
 _header_lock = threading.Lock()
@@ -333,7 +335,7 @@ def _decode(image: Image.Image, where: str, max_pixels: int, enough: int | None 
         if image.format == "TIFF":
             with caught_stderr() as said:
                 image.load()
-            if any("warning" not in line.lower() for line in said):  # libtiff goes on after some errors
+            if any(_COMPLAINT.match(line) and "warning" not in line.lower() for line in said):  # after which it goes on
                 add_notes(image, "damaged: part of it may be missing")
         image.load()
         if reduced:

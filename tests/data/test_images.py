@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, TiffImagePlugin
 
 from emrrg_cli.data.image_notes import image_notes
 from emrrg_cli.data.images import (
@@ -174,6 +174,16 @@ def test_a_damaged_fax_tiff_has_a_note_and_leaves_the_terminal_alone(capfd: pyte
     broken = bytearray(whole)
     broken[100:110] = bytes(range(10, 20))
     assert image_notes(read_image(whole)) == ()
+    load = TiffImagePlugin.TiffImageFile.load
+
+    def beside_a_bar(image: TiffImagePlugin.TiffImageFile) -> object:
+        os.write(2, b"\x1b[2Kwriting reports  1/5  0:00:01\nTIFFReadDirectory: Warning, Unknown field.\n")
+        return load(image)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TiffImagePlugin.TiffImageFile, "load", beside_a_bar)
+        assert image_notes(read_image(whole)) == ()
+    capfd.readouterr()
     assert image_notes(read_image(bytes(broken))) == ("damaged: part of it may be missing",)
     assert capfd.readouterr().err == ""
 
