@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -77,8 +77,17 @@ class EncoderConfig:
         if grid * grid != patches:
             raise RunError(f"no encoder: pos_embed has {patches} patches, which is no square")
         directions, _, d_state = A_log.shape
-        depth = 1 + max(int(number) for number in re.findall(r"^layers\.(\d+)\.", "\n".join(tensors), re.MULTILINE))
-        return cls(weight.shape[0], depth, d_state, grid * PATCH_SIZE, directions, class_token)
+        numbers = {int(number) for number in re.findall(r"^layers\.(\d+)\.", "\n".join(tensors), re.MULTILINE)}
+        return cls(weight.shape[0], depth_of(numbers), d_state, grid * PATCH_SIZE, directions, class_token)
+
+
+def depth_of(numbers: Collection[int]) -> int:
+    """How many blocks there are, by the numbers that tensors name: a number out of all proportion counts for nothing.
+
+    One below twice the count may be the last of blocks of which some are missing; one beyond would have as many blocks
+    looked for as a hostile name says.
+    """
+    return 1 + max((number for number in numbers if number < 2 * len(numbers)), default=0)
 
 
 @dataclass(frozen=True)

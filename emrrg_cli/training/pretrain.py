@@ -215,7 +215,7 @@ def _folder_split(root: Path, recipe: PretrainRecipe, session: Session) -> Folde
     record = session.run_dir / IMAGES
     if session.accelerator.is_main_process and not (session.resume and record.is_file()):
         split = split_folder(root, recipe.data.validation, workers=recipe.data.workers)
-        atomic_write_text(record, json.dumps(asdict(split), indent=1, ensure_ascii=False) + "\n")
+        atomic_write_text(record, json.dumps(asdict(split), indent=1) + "\n")  # ASCII: a name need not be UTF-8
     while not record.is_file():  # not a barrier: those give up after some minutes, and a large folder may take longer
         time.sleep(0.2)
     try:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import lru_cache
 
-_HEADING = re.compile(r" ?([A-Z][A-Z ()/,-]*):(?:\s|$)")
+_HEADING = re.compile(r" *([A-Z][A-Z ()/,-]*):(?:\s|$)")
 
 _MEANINGS = {
     "conclusion": "impression",

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from emrrg_cli.models.transfer import depth_of
+
 if TYPE_CHECKING:
     from transformers import BertConfig
 
@@ -36,7 +38,7 @@ def bert_config(tensors: Mapping[str, Tensor]) -> BertConfig | None:
         architectures=["BertModel"],
         vocab_size=word.shape[0],
         hidden_size=width,
-        num_hidden_layers=max(layers) + 1,
+        num_hidden_layers=depth_of(layers),
         num_attention_heads=width // HEAD_WIDTH if width % HEAD_WIDTH == 0 else 1,
         intermediate_size=hidden.shape[0],
         max_position_embeddings=position.shape[0],

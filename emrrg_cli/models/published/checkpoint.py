@@ -131,6 +131,8 @@ def _unpickled(file: Path) -> Any:
     with file.open("rb") as stream:
         if stream.read(2) == b"PK" and not is_zip:
             raise _damaged(file, "its end is missing")
+    if is_zip and (name := _broken_member(file)):
+        raise _damaged(file, f"{name} in it is not what was written (its checksum)")
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(_ALLOWED):
             warnings.simplefilter("ignore")
@@ -145,6 +147,15 @@ def _unpickled(file: Path) -> Any:
         if "TorchScript" in reason:
             raise RunError(f"{file}: refused: this is a TorchScript program, not a checkpoint") from error
         raise _damaged(file, next(iter(reason.splitlines()), type(error).__name__)) from error
+
+
+def _broken_member(file: Path) -> str | None:
+    # What is mapped is not checked as it is read.
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise _damaged(file, str(error) or type(error).__name__) from error
 
 
 def _refused(file: Path, names: Sequence[str]) -> RunError:

@@ -10,11 +10,12 @@ from pathlib import Path
 from emrrg_cli.errors import UsageError
 from emrrg_cli.files import atomic_directory
 from emrrg_cli.models.published.checkpoint import write_checkpoint
-from emrrg_cli.models.published.directories import RECORD, write_alignment, write_pretrainer, write_record
+from emrrg_cli.models.published.directories import LEFT_OUT, RECORD, write_alignment, write_pretrainer, write_record
 from emrrg_cli.models.published.exporting import export_checkpoint
 from emrrg_cli.models.published.importing import Imported, import_checkpoint
 from emrrg_cli.models.published.run import base_encoder, default_recipe, run_recipe, write_run
 from emrrg_cli.models.published.stages import LABELS, Stage
+from emrrg_cli.recipe.load import RUN_RECIPE
 from emrrg_cli.training.checkpoint import writing
 
 
@@ -61,6 +62,9 @@ def convert_to_ours(
             hint="Name a checkpoint file (.pth, .safetensors), or write what emrrg made back with --to published.",
         )
     _check_directory(out, overwrite=overwrite)
+    for source in (file, base):
+        if source is not None and source.resolve().is_relative_to(out.resolve()):
+            raise UsageError(f"{source} lies in {out}, which is replaced as a whole", hint="Choose another name.")
     imported = import_checkpoint(file, allow)
     given = {"--base": base, "--recipe": recipe, "--llm": llm}
     if imported.stage != "finetune" and (wrong := [name for name, value in given.items() if value is not None]):
@@ -95,6 +99,12 @@ def convert_to_ours(
     return Outcome(imported.stage, lines)
 
 
+# What stands in a converted directory.
+_WRITTEN = (
+    RECORD, LEFT_OUT, "encoder.*", "pretrainer.*", "alignment.*", "text_encoder", RUN_RECIPE, "model", "tokenizer",
+)  # fmt: skip
+
+
 def _check_directory(out: Path, *, overwrite: bool) -> None:
     if not out.exists():
         return
@@ -108,6 +118,12 @@ def _check_directory(out: Path, *, overwrite: bool) -> None:
         raise UsageError(
             f"{out} was not written by `emrrg convert`, so it is not overwritten", hint="Choose another name."
         )
+    for entry in sorted(out.iterdir()):
+        if not any(entry.match(pattern) for pattern in _WRITTEN):
+            raise UsageError(
+                f"{entry} was not written by `emrrg convert`, so {out} is not overwritten",
+                hint="Move it away, or choose another name.",
+            )
 
 
 def convert_to_published(

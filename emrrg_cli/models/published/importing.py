@@ -121,6 +121,9 @@ def import_checkpoint(file: Path, allow: Sequence[str] = ()) -> Imported:
     )
 
 
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
 def _problems(expected: Expected, tensors: dict[str, Tensor]) -> dict[str, str]:
     """Tensors that are missing, misshapen or unknown, each with a sentence that names it."""
     problems = dict(expected.problems)
@@ -133,8 +136,11 @@ def _problems(expected: Expected, tensors: dict[str, Tensor]) -> dict[str, str]:
                 problems.setdefault(name, f"{name} is missing")
             elif tuple(tensor.shape) != shape:
                 problems.setdefault(name, f"{name} is {list(tensor.shape)}, expected {list(shape)}")
-            elif not tensor.is_floating_point():
-                problems.setdefault(name, f"{name} holds {tensor.dtype}, not floating-point numbers")
+            elif tensor.dtype not in _DTYPES:
+                kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+                problems.setdefault(name, f"{name} holds {tensor.dtype}, not one of {kinds}")
+            elif tensor.is_meta:
+                problems.setdefault(name, f"{name} holds no data")
     for name in tensors:
         if name not in known:
             problems.setdefault(name, f"{name} is unknown")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from emrrg_cli.models.arm.encoder import CLUSTER, PATCH_SIZE
-from emrrg_cli.models.transfer import EncoderConfig
+from emrrg_cli.models.transfer import EncoderConfig, depth_of
 
 Shape = tuple[int, ...]
 
@@ -227,7 +227,7 @@ def sizes_of(published: Mapping[str, Tensor], *, class_token: bool) -> EncoderCo
         return None
     grid = math.isqrt(max(0, position.shape[1] - class_token))
     directions = len(SUFFIXES) if class_token else 1
-    return EncoderConfig(width, max(numbers) + 1, d_state, grid * PATCH_SIZE, directions, class_token)
+    return EncoderConfig(width, depth_of(numbers), d_state, grid * PATCH_SIZE, directions, class_token)
 
 
 def _most_common(tensors: Mapping[str, Tensor], ending: str, axis: int) -> int | None:

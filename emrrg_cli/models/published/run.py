@@ -132,7 +132,7 @@ def _llm_here(name: str) -> tuple[int, Any] | None:
     """Width and tokenizer of an LLM that is in a directory or in the local cache; None where it is not.
 
     Raises:
-        RunError: it is a directory without an LLM.
+        RunError: it is a directory without an LLM, or a path to nothing.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -140,7 +140,8 @@ def _llm_here(name: str) -> tuple[int, Any] | None:
         config = AutoConfig.from_pretrained(name, local_files_only=True)
         return config.hidden_size, AutoTokenizer.from_pretrained(name, local_files_only=True)
     except Exception as error:  # not cached, or broken: each part fails in its own way
-        if Path(name).exists() or name.startswith((".", "/", "~")):
+        # A name of the hub has one slash at most.
+        if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise RunError(f"{name}: no LLM with its tokenizer in this directory: {reason}") from error
         return None

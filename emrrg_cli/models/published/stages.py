@@ -24,7 +24,7 @@ from emrrg_cli.models.published.layout import (
     sizes_of,
 )
 from emrrg_cli.models.report_generator import Bridge
-from emrrg_cli.models.transfer import EncoderConfig
+from emrrg_cli.models.transfer import EncoderConfig, depth_of
 
 Stage = Literal["pretrain", "align", "finetune", "encoder"]
 
@@ -130,7 +130,7 @@ def _expect_pretrainer(tensors: Mapping[str, Tensor], expected: Expected) -> Non
     blocks = {int(found[1]) for name in tensors if (found := re.match(r"dec_block\.(\d+)\.", name))}
     if not widths or not blocks:
         raise RunError("the decoder is not whole: ar_token, ar_norm and dec_block, which tell its sizes, are missing")
-    width, depth = max(set(widths), key=widths.count), max(blocks) + 1
+    width, depth = max(set(widths), key=widths.count), depth_of(blocks)
     expected.pieces += [piece.prefixed("", "encoder.") for piece in encoder_pieces(config)]
     expected.pieces += decoder_pieces(config, width, depth)
     sizes = (config.d_model, config.depth, config.image_size, config.d_state, width, depth)

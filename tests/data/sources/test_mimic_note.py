@@ -70,10 +70,17 @@ def test_meanings_of_headings(heading: str, section: str) -> None:
 @pytest.mark.parametrize(
     "line",
     ["Findings: not in capitals.", "The IMPRESSION: is not at the start.", "IMPRESSION without a colon",
-     "TIME 10:30, no heading.", "  IMPRESSION: two spaces before.", "1. FINDINGS: a number before."],
+     "TIME 10:30, no heading.", "1. FINDINGS: a number before."],
 )  # fmt: skip
 def test_what_is_no_heading(line: str) -> None:
     assert [name for name, _ in split_note(_note("INDICATION:  Cough.", line))] == ["preamble", "indication"]
+
+
+@pytest.mark.parametrize("indent", ["", " ", "  ", "   "])
+def test_headings_may_be_indented(indent: str) -> None:
+    # The section files' own expression takes any number of spaces into the name, and strips it.
+    text = _note("INDICATION:  Cough.", f"{indent}FINDINGS:", "The lungs are clear.", f"{indent}IMPRESSION:  Nothing.")
+    assert read_note(text, 1) == Note("The lungs are clear.", "Nothing.", indication="Cough.")
 
 
 def test_the_last_of_several_counts_and_empty_ones_do_not() -> None:

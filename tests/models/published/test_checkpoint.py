@@ -243,3 +243,14 @@ def test_other_contents_are_told_for_what_they_are(tmp_path: Path, content: Any,
 def test_no_file() -> None:
     with pytest.raises(UsageError, match="no such file"):
         read_checkpoint(Path("nowhere.pth"))
+
+
+def test_a_byte_that_changed_in_a_tensor_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "file.pth"
+    torch.save({"model": {"a": torch.full((1000,), 1.5)}}, file)
+    content = bytearray(file.read_bytes())
+    at = content.index(torch.full((100,), 1.5).numpy().tobytes()) + 200
+    content[at] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(RunError, match=r"damaged or cut off: .*data/0 in it is not what was written"):
+        read_checkpoint(file)

@@ -577,3 +577,41 @@ def test_a_run_with_more_than_the_layout_holds(tiny_run: Path, tmp_path: Path) -
     assert torch.equal(
         state["visual_encoder.layers.1.mixer.conv1d_c.weight"][:, 0], own["layers.1.mixer.conv_weight"][2]
     )
+
+
+def test_what_convert_did_not_write_is_not_overwritten(make_state: Make, save_published: Save, tmp_path: Path) -> None:
+    file, out = save_published(make_state("2")), tmp_path / "out"
+    convert_to_ours(file, out)
+    inside = out / "checkpoint.pth"
+    inside.write_bytes(file.read_bytes())
+    with pytest.raises(UsageError, match=r"checkpoint\.pth lies in .*out|checkpoint\.pth was not written by"):
+        convert_to_ours(inside, out, overwrite=True)
+    with pytest.raises(UsageError, match=r"checkpoint\.pth was not written by `emrrg convert`"):
+        convert_to_ours(file, out, overwrite=True)
+    assert inside.read_bytes() == file.read_bytes()
+    inside.unlink()
+    (out / "evaluation").mkdir()
+    with pytest.raises(UsageError, match=r"evaluation was not written by `emrrg convert`"):
+        convert_to_ours(file, out, overwrite=True)
+
+
+def test_a_path_to_no_llm_is_refused(make_state: Make, save_published: Save, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="runs/mine/llm: no LLM with its tokenizer in this directory"):
+        convert_to_ours(save_published(make_state("3")), tmp_path / "out", llm="runs/mine/llm")
+
+
+def test_a_block_number_out_of_all_proportion_is_an_unknown_tensor(make_state: Make, save_published: Save) -> None:
+    for stage, name in (("1", "dec_block.99999999.x"), ("2", "visual_encoder.layers.99999999.norm1.weight")):
+        file = save_published({**make_state(stage), name: torch.zeros(32)}, f"{stage}.pth")
+        with pytest.raises(RunError, match=rf"{name} is unknown"):
+            import_checkpoint(file)
+
+
+def test_numbers_that_cannot_be_converted_are_told(make_state: Make, save_published: Save) -> None:
+    state, name = make_state("2"), "visual_encoder.layers.0.mixer.D"
+    for tensor, told in (
+        (state[name].to(torch.float8_e4m3fn), r"holds torch\.float8_e4m3fn, not one of float32, float16"),
+        (state[name].to("meta"), "holds no data"),
+    ):
+        with pytest.raises(RunError, match=told):
+            import_checkpoint(save_published({**state, name: tensor}))
