@@ -6,7 +6,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -213,11 +213,27 @@ def random_box(rng: np.random.Generator, width: int, height: int, scale: tuple[f
 
 @dataclass(frozen=True)
 class FolderSplit:
-    """The images of a folder, by their paths relative to it, and the reasons why other files are left out."""
+    """The images of a folder, by their paths relative to it, and the reasons why other files are left out.
+
+    `sizes` are those of the files in bytes, training then validation; empty in the record of a run from before.
+    """
 
     train: list[str]
     validation: list[str]
     left_out: dict[str, int]
+    sizes: list[int] = field(default_factory=list)
+
+    def changed(self, root: Path) -> list[str]:
+        """The images that are gone from `root`, or of another size now."""
+        names = [*self.train, *self.validation]
+        return [name for name, size in zip(names, self.sizes, strict=False) if _size(root / name) != size]
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
 
 
 def split_folder(root: Path, validation: float, *, workers: int = 0) -> FolderSplit:
@@ -254,11 +270,10 @@ def split_folder(root: Path, validation: float, *, workers: int = 0) -> FolderSp
             raise RunError(line, hint="Name a folder of PNG, JPEG or DICOM files, or a dataset directory.")
         err.print(line, markup=False, soft_wrap=True)
     split = draw_splits(good, (1 - validation, validation, 0.0), seed=0)
-    return FolderSplit(
-        [name for name in good if split[name] == "train"],
-        [name for name in good if split[name] == "validation"],
-        dict(left_out),
-    )
+    training = [name for name in good if split[name] == "train"]
+    validating = [name for name in good if split[name] == "validation"]
+    sizes = [(root / name).stat().st_size for name in (*training, *validating)]
+    return FolderSplit(training, validating, dict(left_out), sizes)
 
 
 def _problem(file: Path) -> str | None:

@@ -24,6 +24,7 @@ from emrrg_cli.data.image_dataset import (
     collate_images,
     split_folder,
 )
+from emrrg_cli.data.study import printable
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.files import atomic_write_text
 from emrrg_cli.models.arm.pretrainer import WEIGHTS, ArmPretrainer, find_pretrainer, save_pretrainer
@@ -219,6 +220,13 @@ def _folder_split(root: Path, recipe: PretrainRecipe, session: Session) -> Folde
     while not record.is_file():  # not a barrier: those give up after some minutes, and a large folder may take longer
         time.sleep(0.2)
     try:
-        return FolderSplit(**json.loads(record.read_text(encoding="utf-8")))
+        split = FolderSplit(**json.loads(record.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise RunError(f"{record}, the list of this run's images, cannot be read: {error}") from error
+    if session.resume and (changed := split.changed(root)):
+        raise UsageError(
+            f"{len(changed)} images of {root} are not what {session.run_dir} was started with: "
+            f"gone or of another size, first {printable(changed[0])}",
+            hint="Put them back as they were, or start a new run with another --output.",
+        )
+    return split

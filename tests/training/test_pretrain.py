@@ -184,6 +184,27 @@ def test_a_folder_of_images_will_do_and_a_resumed_run_keeps_to_its_list(
     assert all(torch.equal(resumed.weights[name], tensor) for name, tensor in whole.weights.items())
 
 
+def test_a_run_is_not_resumed_on_other_images(pretrain: Any, films: Path) -> None:
+    data = (f"data.root={films}", "data.validation=0.2")
+    pretrain("part", *data, "train.stop_after_steps=1")
+    (films / "0" / "0.png").write_bytes((films / "1" / "1.png").read_bytes() + b"\0")
+    (films / "0" / "2.png").unlink()
+    with pytest.raises(
+        UsageError, match=r"2 images of .*films are not what .*part was started with: .* first 0/[02]\.png"
+    ):
+        pretrain("part", *data, resume=True)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are bytes on POSIX only")
+def test_a_file_whose_name_is_no_text_is_an_image_too(pretrain: Any, films: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    (films / "0" / "0.png").rename(films / "0" / name)
+    data = (f"data.root={films}", "data.validation=0")
+    part = pretrain("part", *data, "train.stop_after_steps=1")
+    assert f"0/{name}" in json.loads((part.directory / "images.json").read_text())["train"]
+    pretrain("part", *data, resume=True)
+
+
 def test_without_validation_images_the_last_model_is_the_result(pretrain: Any, films: Path) -> None:
     run = pretrain("run", f"data.root={films}", "data.validation=0")
     assert run.summary.best is None
