@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 HEAD_WIDTH = 64
 
 
+def usual_heads(width: int) -> int:
+    """The attention heads of a BERT of this width, which its tensors do not tell."""
+    return width // HEAD_WIDTH if width % HEAD_WIDTH == 0 else 1
+
+
 def bert_config(tensors: Mapping[str, Tensor]) -> BertConfig | None:
     """The configuration of the BERT that tensors are of, or None where they are of something else.
 
@@ -39,7 +44,7 @@ def bert_config(tensors: Mapping[str, Tensor]) -> BertConfig | None:
         vocab_size=word.shape[0],
         hidden_size=width,
         num_hidden_layers=depth_of(layers),
-        num_attention_heads=width // HEAD_WIDTH if width % HEAD_WIDTH == 0 else 1,
+        num_attention_heads=usual_heads(width),
         intermediate_size=hidden.shape[0],
         max_position_embeddings=position.shape[0],
         type_vocab_size=token_type.shape[0],

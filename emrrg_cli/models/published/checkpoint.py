@@ -8,6 +8,7 @@ ours that keeps nothing: the class itself is never imported, let alone called.
 
 from __future__ import annotations
 
+import json
 import pickle
 import pickletools
 import re
@@ -106,6 +107,11 @@ def read_checkpoint(file: Path) -> Checkpoint:
     """
     if not file.is_file():
         raise UsageError(f"{file}: no such file")
+    if file.name.endswith(".safetensors.index.json"):
+        return _joined(file)
+    if (part := re.search(r"-\d{5}-of-\d{5}\.safetensors$", file.name)) is not None:
+        index = file.with_name(f"{file.name[: part.start()]}.safetensors.index.json")
+        raise UsageError(f"{file} is one of several files of a model", hint=f"Name their index, {index.name}.")
     try:
         with file.open("rb") as stream:
             head = stream.read(64)
@@ -124,6 +130,20 @@ def read_checkpoint(file: Path) -> Checkpoint:
         raise _refused(file, names)
     what = "empty" if not head else "neither a PyTorch checkpoint nor a safetensors file"
     raise RunError(f"{file}: this file is {what}", hint="Download it again, and compare its size.")
+
+
+def _joined(index: Path) -> Checkpoint:
+    # A model in several safetensors files, beside the index that names them.
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if not all(isinstance(name, str) and name == Path(name).name for name in names):
+            raise ValueError("it names files elsewhere")
+        tensors: dict[str, Tensor] = {}
+        for name in names:
+            tensors |= load_file(index.with_name(name))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise RunError(f"{index}: this index of a model in several files cannot be read: {error}") from error
+    return Checkpoint(tensors, None, {}, [])
 
 
 def _unpickled(file: Path) -> Any:

@@ -27,7 +27,9 @@ from emrrg_cli.models.transfer import ENCODER_FILE, FORMAT, PRETRAINER_FILE, Enc
 
 RECORD = "convert.json"
 LEFT_OUT = "left_out.safetensors"
-ALIGNMENT_FILE = "alignment.safetensors"
+ALIGNMENT_FILE, ALIGNMENT_CONFIG = "alignment.safetensors", "alignment.json"
+# What a published checkpoint does not say of its text tower.
+USUAL_TEXT: dict[str, Any] = {"pooling": "last", "max_text_tokens": 128}
 BRIDGE_FILE = "bridge.safetensors"
 _HEADS = ("vision_proj.", "text_proj.", "logit_scale")
 
@@ -130,8 +132,8 @@ def write_alignment(directory: Path, imported: Imported) -> None:
     if heads := {name: tensor for name, tensor in imported.ours.items() if name.startswith(_HEADS)}:
         save_tensors(heads, directory / ALIGNMENT_FILE)
         dim = heads["vision_proj.weight"].shape[0]
-        config = {"format": FORMAT, "kind": "alignment", "dim": dim, "pooling": "last", "max_text_tokens": 128}
-        atomic_write_text(directory / "alignment.json", json.dumps(config, indent=2) + "\n")
+        config = {"format": FORMAT, "kind": "alignment", "dim": dim, **USUAL_TEXT}
+        atomic_write_text(directory / ALIGNMENT_CONFIG, json.dumps(config, indent=2) + "\n")
     if text := imported.part(TEXT):
         (directory / "text_encoder").mkdir()
         bert = bert_config(text)

@@ -10,12 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emrrg_cli import files
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.models.arm.encoder import CLUSTER
+from emrrg_cli.models.published.bert import usual_heads
 from emrrg_cli.models.published.checkpoint import Checkpoint
 from emrrg_cli.models.published.directories import (
+    ALIGNMENT_CONFIG,
     BRIDGE_FILE,
     LEFT_OUT,
+    USUAL_TEXT,
     load_tensors,
     read_directory_tensors,
     read_record,
@@ -103,10 +107,23 @@ def _pieces(stage: Stage, ours: Mapping[str, Tensor], prefix: str) -> list[Piece
 
 
 def _without_a_place(directory: Path, stage: Stage, ours: Mapping[str, Tensor]) -> list[str]:
-    """Parts of a model of ours that no published checkpoint has: hybrid layers, adapters, an LLM that was trained."""
+    """Parts of a model of ours that no published checkpoint has: hybrid layers, adapters, an LLM that was trained; what
+    a text tower is beyond its tensors, where that is not as in all of them."""
+    if stage == "align":
+        return _unusual_tower(directory)
     if stage != "finetune":
         return []
     parts = [name for name in ours if not name.startswith(("encoder.", "bridge."))]
     # Of a run its `model/`, which may be what was named; `llm/` beside that is a copy of what was never trained.
     trained = directory if (directory / BRIDGE_FILE).is_file() else directory / "model"
     return parts + [name for name in ("adapters/encoder", "adapters/llm", "llm") if (trained / name).is_dir()]
+
+
+def _unusual_tower(directory: Path) -> list[str]:
+    trained = directory if (directory / ALIGNMENT_CONFIG).is_file() else directory / "model"
+    hint = "Convert or train it again."
+    settings = files.read_record(trained / ALIGNMENT_CONFIG, "the settings of an alignment", hint) or {}
+    tower = files.read_record(trained / "text_encoder" / "config.json", "the configuration of BERT", hint) or {}
+    usual = {**USUAL_TEXT, "num_attention_heads": usual_heads(tower.get("hidden_size", 0))}
+    found = {**settings, **tower}
+    return [f"{name}={found[name]}" for name, value in usual.items() if found.get(name, value) != value]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import datetime
+import json
 import os
 import pickle
 import subprocess
@@ -254,3 +255,24 @@ def test_a_byte_that_changed_in_a_tensor_is_told(tmp_path: Path) -> None:
     file.write_bytes(content)
     with pytest.raises(RunError, match=r"damaged or cut off: .*data/0 in it is not what was written"):
         read_checkpoint(file)
+
+
+def test_a_model_in_several_files_is_read_by_its_index(tmp_path: Path) -> None:
+    parts = {f"model-0000{i}-of-00002.safetensors": name for i, name in enumerate(TENSORS, start=1)}
+    for part, name in parts.items():
+        save_file({name: TENSORS[name]}, tmp_path / part)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {name: part for part, name in parts.items()}}))
+    assert _same(read_checkpoint(index).tensors)
+    with pytest.raises(UsageError, match="is one of several files of a model") as caught:
+        read_checkpoint(tmp_path / "model-00001-of-00002.safetensors")
+    assert caught.value.hint == "Name their index, model.safetensors.index.json."
+    for content in (
+        "{",
+        "[]",
+        '{"weight_map": {"a": "../a.safetensors"}}',
+        '{"weight_map": {"a": "gone.safetensors"}}',
+    ):
+        index.write_text(content)
+        with pytest.raises(RunError, match="this index of a model in several files cannot be read"):
+            read_checkpoint(index)

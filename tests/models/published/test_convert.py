@@ -615,3 +615,22 @@ def test_numbers_that_cannot_be_converted_are_told(make_state: Make, save_publis
     ):
         with pytest.raises(RunError, match=told):
             import_checkpoint(save_published({**state, name: tensor}))
+
+
+def test_a_text_tower_that_the_published_layout_cannot_tell_is_not_written_silently(
+    make_state: Make, save_published: Save, tmp_path: Path
+) -> None:
+    convert_to_ours(save_published(make_state("2")), tmp_path / "ours")
+    for file, key, value in (
+        ("alignment.json", "pooling", "mean"),
+        ("alignment.json", "max_text_tokens", 60),
+        ("text_encoder/config.json", "num_attention_heads", 4),
+    ):
+        path = tmp_path / "ours" / file
+        before = path.read_text()
+        path.write_text(json.dumps(json.loads(before) | {key: value}))
+        with pytest.raises(UsageError, match=f"no place for {key}={value}"):
+            convert_to_published(tmp_path / "ours", tmp_path / "back.pth")
+        convert_to_published(tmp_path / "ours", tmp_path / f"{key}.pth", allow=[f"{key}=*"])
+        path.write_text(before)
+    convert_to_published(tmp_path / "ours", tmp_path / "back.pth")
