@@ -337,7 +337,8 @@ def _decode(image: Image.Image, where: str, max_pixels: int, enough: int | None 
                 image.load()
             if any(_COMPLAINT.match(line) and "warning" not in line.lower() for line in said):  # after which it goes on
                 add_notes(image, "damaged: part of it may be missing")
-        image.load()
+        else:
+            image.load()
         if reduced:
             image.format = None  # or its file could be taken for one that can be kept as it is
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error, ...
