@@ -8,21 +8,34 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from emrrg_cli.data.report_text import clean_report
-    from emrrg_cli.generation import Generator, load_generator
-    from emrrg_cli.metrics.nlg import score
+    from emrrg_cli.datasets.report_text import clean_report
+    from emrrg_cli.decoding.reports import Generator, load_generator
+    from emrrg_cli.evaluation.language import score
+    from emrrg_cli.imaging.base import ImageError
+    from emrrg_cli.imaging.read import read_image
     from emrrg_cli.models.arm.pretrainer import load_pretrainer
     from emrrg_cli.models.transfer import load_encoder
 
-__all__ = ["Generator", "clean_report", "load_encoder", "load_generator", "load_pretrainer", "score"]
+__all__ = [
+    "Generator",
+    "ImageError",
+    "clean_report",
+    "load_encoder",
+    "load_generator",
+    "load_pretrainer",
+    "read_image",
+    "score",
+]
 
 _HOMES = {
-    "Generator": "emrrg_cli.generation",
-    "clean_report": "emrrg_cli.data.report_text",
+    "Generator": "emrrg_cli.decoding.reports",
+    "ImageError": "emrrg_cli.imaging.base",
+    "clean_report": "emrrg_cli.datasets.report_text",
     "load_encoder": "emrrg_cli.models.transfer",
-    "load_generator": "emrrg_cli.generation",
+    "load_generator": "emrrg_cli.decoding.reports",
     "load_pretrainer": "emrrg_cli.models.arm.pretrainer",
-    "score": "emrrg_cli.metrics.nlg",
+    "read_image": "emrrg_cli.imaging.read",
+    "score": "emrrg_cli.evaluation.language",
 }
 
 

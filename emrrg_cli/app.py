@@ -10,7 +10,7 @@ import os
 import select
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -18,38 +18,39 @@ from rich.text import Text
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from emrrg_cli.commands.align import align
 from emrrg_cli.commands.convert import convert
 from emrrg_cli.commands.data import app as data_app
 from emrrg_cli.commands.demo import demo
 from emrrg_cli.commands.doctor import doctor
 from emrrg_cli.commands.evaluate import evaluate
-from emrrg_cli.commands.finetune import finetune
 from emrrg_cli.commands.generate import generate
+from emrrg_cli.commands.options import Invocation
 from emrrg_cli.commands.plan import plan
 from emrrg_cli.commands.preprocess import app as preprocess_app
-from emrrg_cli.commands.pretrain import pretrain
 from emrrg_cli.commands.recipe import app as recipe_app
+from emrrg_cli.commands.training import align, finetune, pretrain
 from emrrg_cli.console import err
 from emrrg_cli.errors import EmrrgError, Interrupted
 from emrrg_cli.training.launch import leave_processes, tell_launcher
 from emrrg_cli.versions import installed_versions
 
-# The order of the work, which is that of the help. Typer lists groups after commands by itself.
-ORDER = (
-    "demo",
-    "preprocess",
-    "data",
-    "pretrain",
-    "align",
-    "finetune",
-    "evaluate",
-    "generate",
-    "convert",
-    "plan",
-    "recipe",
-    "doctor",
-)
+# In the order of the work, which the help shows. Typer by itself lists groups after commands.
+COMMANDS: dict[str, Callable[..., None] | typer.Typer] = {
+    "demo": demo,
+    "preprocess": preprocess_app,
+    "data": data_app,
+    "pretrain": pretrain,
+    "align": align,
+    "finetune": finetune,
+    "evaluate": evaluate,
+    "generate": generate,
+    "convert": convert,
+    "plan": plan,
+    "recipe": recipe_app,
+    "doctor": doctor,
+}
+# Commands that do something without any argument.
+_NEED_NO_ARGUMENT = ("demo", "doctor")
 
 # Also what the processes that a command starts go by.
 DEBUG = "EMRRG_DEBUG"
@@ -61,22 +62,15 @@ _ClickError: Any = _WrongCall.__mro__[1]
 
 class _InOrder(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
-        return sorted(self.commands, key=ORDER.index)
+        return sorted(self.commands, key=list(COMMANDS).index)
 
 
 app = typer.Typer(cls=_InOrder, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-app.command("demo")(demo)
-app.add_typer(preprocess_app, name="preprocess")
-app.add_typer(data_app, name="data")
-app.command("pretrain", no_args_is_help=True)(pretrain)
-app.command("align", no_args_is_help=True)(align)
-app.command("finetune", no_args_is_help=True)(finetune)
-app.command("evaluate", no_args_is_help=True)(evaluate)
-app.command("generate", no_args_is_help=True)(generate)
-app.command("convert", no_args_is_help=True)(convert)
-app.command("plan", no_args_is_help=True)(plan)
-app.add_typer(recipe_app, name="recipe")
-app.command("doctor")(doctor)
+for _name, _command in COMMANDS.items():
+    if isinstance(_command, typer.Typer):
+        app.add_typer(_command, name=_name)
+    else:
+        app.command(_name, no_args_is_help=_name not in _NEED_NO_ARGUMENT)(_command)
 
 
 def _print_version(wanted: bool) -> None:
@@ -142,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     try:
         command: Any = get_command(app)
-        with command.make_context("emrrg", list(arguments), obj=tuple(arguments)) as context:
+        with command.make_context("emrrg", list(arguments), obj=Invocation(tuple(arguments), main)) as context:
             command.invoke(context)
     except typer.Exit as end:
         return end.exit_code

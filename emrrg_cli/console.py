@@ -34,3 +34,9 @@ def progress_bar(description: str, total: int, *, enabled: bool = True) -> Itera
             progress.update(task, rate="" if speed is None else f"{speed:.2f}/s")
 
         yield advance
+
+
+def printable(text: str) -> str:
+    """`text` with what no terminal or UTF-8 file can hold written as escapes: control characters, lone surrogates."""
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,11 @@ import numpy as np
 from PIL import Image
 
 from emrrg_cli.console import err
-from emrrg_cli.data.dataset_dir import open_dataset
-from emrrg_cli.data.phantom.reader import read_labels
+from emrrg_cli.datasets.directory import open_dataset
 from emrrg_cli.errors import EmrrgError
+from emrrg_cli.evaluation.findings import finding_scores
 from emrrg_cli.files import read_jsonl
-from emrrg_cli.metrics.findings import finding_scores
+from emrrg_cli.phantom.reader import read_labels
 from emrrg_cli.reporting.page import Card, Page, write_page
 
 INTRO = (
@@ -39,18 +39,21 @@ class DemoResult:
     f1: dict[str, list[float]]
 
 
-def run(arguments: Sequence[str], commands: list[str]) -> None:
+def run(run_command: Callable[[Sequence[str]], int], arguments: Sequence[str], commands: list[str]) -> None:
     """Runs one command of the toolkit in this process, after showing it.
+
+    Args:
+        run_command: Runs a command and returns its exit code.
+        arguments: What follows `emrrg`.
+        commands: The command is added here, as it is typed in a shell.
 
     Raises:
         EmrrgError: when it fails, with its exit code; it has said why.
     """
-    from emrrg_cli.app import main
-
     command = shlex.join(["emrrg", *arguments])
     commands.append(command)
     err.print(f"\n[bold]$[/] {command}", soft_wrap=True)
-    code = main(arguments)
+    code = run_command(arguments)
     if code:
         failed = EmrrgError("the demo ended with the command above")
         failed.exit_code = code

@@ -334,3 +334,34 @@ def _told(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def check_writable(directory: Path) -> None:
+    """Makes sure, before hours of work, that the directory is or can be made and written to. Makes nothing.
+
+    Raises:
+        UsageError: when it, or one above it, is a file or may not be written.
+    """
+    nearest = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise UsageError(f"{directory} cannot be written: {nearest} is a file", hint="Give another --output.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UsageError(f"{directory} cannot be written: no permission in {nearest}", hint="Give another --output.")
+
+
+@contextlib.contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Says in words that tensors could not be written: torch and safetensors have errors of their own for a full disk.
+
+    Raises:
+        RunError: with the space that is left there.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        nearest = next(path for path in (place, *place.absolute().parents) if path.exists())
+        free = shutil.disk_usage(nearest).free / 2**20
+        raise RunError(f"cannot write {place}: {reason}", hint=f"{free:,.1f} MiB are free there.") from error

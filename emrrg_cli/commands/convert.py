@@ -47,7 +47,7 @@ def convert(
     """
     from emrrg_cli.console import err
     from emrrg_cli.errors import UsageError
-    from emrrg_cli.quiet import quiet_libraries
+    from emrrg_cli.silence_libraries import quiet_libraries
 
     if to is Layout.PUBLISHED:
         for option, value in {"--base": base, "--recipe": recipe, "--llm": llm}.items():

@@ -36,7 +36,7 @@ def show(
     Example: emrrg data show data/iu_xray
     """
     from emrrg_cli.console import err, out
-    from emrrg_cli.data.summary import summarise
+    from emrrg_cli.datasets.summary import summarise
     from emrrg_cli.reporting.summary_page import PAGE, SHEET, write_summary
     from emrrg_cli.reporting.summary_sections import terminal
 

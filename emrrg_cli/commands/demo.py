@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 
 def demo(
+    context: typer.Context,
     output: Annotated[Path, typer.Argument(help="Folder for films, model, reports and page.")] = Path("emrrg-demo"),
     count: Annotated[
         int, typer.Option("--count", min=100, help="Synthetic films to draw; a tenth are for testing.")
@@ -28,24 +29,24 @@ def demo(
 
     from emrrg_cli import demo as work
     from emrrg_cli.console import out
-    from emrrg_cli.data.dataset_dir import open_dataset
+    from emrrg_cli.datasets.directory import open_dataset
     from emrrg_cli.errors import UsageError
     from emrrg_cli.reporting.tables import DISCLAIMER, reports_table, score_table
 
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError(f"{output} already exists and is not empty", hint="Name another folder: emrrg demo FOLDER.")
-    data, run, scores = output / "data", output / "run", output / "scores"
+    data, run_dir, scores = output / "data", output / "run", output / "scores"
     commands: list[str] = []
-    work.run(
-        ["preprocess", "phantom", f"{data}", "--count", f"{count}", "--seed", f"{seed}", "--size", "160"], commands
-    )
+
+    def run(*arguments: str) -> None:
+        work.run(context.obj.run, arguments, commands)
+
+    run("preprocess", "phantom", f"{data}", "--count", f"{count}", "--seed", f"{seed}", "--size", "160")
     changes = [f"data.root={data}", *([] if epochs is None else [f"train.epochs={epochs}"])]
-    work.run(["finetune", "phantom/finetune", *changes, "--output", f"{run}"], commands)
-    work.run(
-        ["evaluate", "--model", f"{run}", "--data", f"{data}", "--split", "test", "--output", f"{scores}"], commands
-    )
+    run("finetune", "phantom/finetune", *changes, "--output", f"{run_dir}")
+    run("evaluate", "--model", f"{run_dir}", "--data", f"{data}", "--split", "test", "--output", f"{scores}")
     work.write_films(open_dataset(data)["test"], output / "films", 12)
-    work.run(["generate", f"{output / 'films'}", "--model", f"{run}", "--output", f"{output / 'reports'}"], commands)
+    run("generate", f"{output / 'films'}", "--model", f"{run_dir}", "--output", f"{output / 'reports'}")
 
     result = work.read_result(data, scores)
     language = json.loads((scores / "scores.json").read_text())["scores"]

@@ -35,7 +35,7 @@ def evaluate(
         settings.data.root = str(data)
     if not inside_launcher() and start_processes(context, num_processes):
         return
-    from emrrg_cli.evaluation import describe_protocol, run_evaluation
+    from emrrg_cli.evaluation.run import describe_protocol, run_evaluation
     from emrrg_cli.reporting.tables import DISCLAIMER, score_table
 
     result = run_evaluation(

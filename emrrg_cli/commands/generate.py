@@ -34,9 +34,9 @@ def generate(
     images, overrides = split_arguments(paths)
     settings = load_run_recipe(model, recipe, overrides, "generate")
 
-    from emrrg_cli.data.find import find_images
-    from emrrg_cli.data.study import printable
-    from emrrg_cli.folder import run_generation
+    from emrrg_cli.console import printable
+    from emrrg_cli.decoding.generate_folder import run_generation
+    from emrrg_cli.imaging.image_paths import find_images
     from emrrg_cli.reporting.tables import DISCLAIMER, reports_table
 
     files = find_images(images)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from emrrg_cli.recipe.alignment import AlignRecipe
-    from emrrg_cli.recipe.pretraining import PretrainRecipe
-    from emrrg_cli.recipe.schema import FinetuneRecipe
 
 Overrides = Annotated[
     list[str] | None,
@@ -29,6 +26,19 @@ PrintRecipe = Annotated[bool, typer.Option("--print-recipe", help="Print the res
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
+@dataclass(frozen=True)
+class Invocation:
+    """How the program was called; `context.obj` of every command.
+
+    Attributes:
+        arguments: What follows `emrrg`.
+        run: Runs another command of the program in this process and returns its exit code.
+    """
+
+    arguments: tuple[str, ...]
+    run: Callable[[Sequence[str]], int]
+
+
 def start_processes(context: typer.Context, requested: int | None, *, batch_size: int | None = None) -> bool:
     """Runs the same command in several processes where several are wanted; false when this one is enough.
 
@@ -44,42 +54,8 @@ def start_processes(context: typer.Context, requested: int | None, *, batch_size
     if processes == 1:
         return False
     if batch_size is not None:
-        from emrrg_cli.data.batches import check_batch
+        from emrrg_cli.datasets.epochs import check_batch
 
         check_batch(batch_size, processes)
-    launch(context.obj, processes)  # what follows `emrrg`
+    launch(context.obj.arguments, processes)
     return True
-
-
-def start_run(
-    context: typer.Context,
-    recipe: str,
-    settings: AlignRecipe | FinetuneRecipe | PretrainRecipe,
-    *,
-    output: Path | None,
-    resume: bool,
-    num_processes: int | None,
-    print_recipe: bool,
-) -> Path | None:
-    """What every training command does first: the directory to run in, or None where nothing is left to do here.
-
-    That is so when the recipe was to be printed, and when other processes were started, which have done the work.
-
-    Raises:
-        UsageError: when the directory is taken, there is nothing to resume, the recipe has changed, or its batch does
-            not divide among the processes.
-    """
-    from emrrg_cli.console import out
-    from emrrg_cli.recipe.load import dump_recipe
-    from emrrg_cli.training.launch import inside_launcher, is_first_process
-    from emrrg_cli.training.run_dir import check_run_dir, default_run_dir
-
-    if print_recipe:
-        out.print(dump_recipe(settings), end="", markup=False, soft_wrap=True)
-        return None
-    run_dir = output or (Path(settings.output) if settings.output else default_run_dir(recipe, resume=resume))
-    if is_first_process():
-        check_run_dir(run_dir, settings, resume=resume)
-    if not inside_launcher() and start_processes(context, num_processes, batch_size=settings.train.batch_size):
-        return None
-    return run_dir

@@ -29,11 +29,12 @@ def plan(
     """Predict parameters, memory, time and disk of a training run on this machine. Needs no weights and loads none."""
     from emrrg_cli.console import err, out
     from emrrg_cli.recipe.load import load_recipe
+    from emrrg_cli.recipe.schema import FinetuneRecipe
 
-    settings = load_recipe(recipe, overrides or [], stage="finetune")
+    settings = load_recipe(recipe, overrides or [], stage=FinetuneRecipe)
 
     from emrrg_cli.planning import plan as predict
-    from emrrg_cli.quiet import quiet_libraries
+    from emrrg_cli.silence_libraries import quiet_libraries
 
     quiet_libraries()
     with err.status("planning") as status:

@@ -12,10 +12,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from emrrg_cli.data.pairs import PairBatch
+from emrrg_cli.datasets.align_dataset import PairBatch
 from emrrg_cli.errors import UsageError
+from emrrg_cli.models.outputs import StageOutput
 from emrrg_cli.models.report_generator import IMAGENET_MEAN, IMAGENET_STD, average_views
-from emrrg_cli.training.stage import StageOutput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

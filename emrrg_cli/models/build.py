@@ -8,13 +8,12 @@ frozen encoder) and what is trained under `model/` (`bridge.safetensors`, `adapt
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import nn
 
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.files import atomic_directory, atomic_write_text, read_directory, read_record, whole_directory
@@ -23,6 +22,7 @@ from emrrg_cli.models.arm.encoder import ArmEncoder
 from emrrg_cli.models.hybrid_decoder import add_hybrid_layers, hybrid_parameters
 from emrrg_cli.models.llm import build_scratch_llm, llm_record, load_llm, load_tokenizer
 from emrrg_cli.models.report_generator import ReportGenerator
+from emrrg_cli.models.weights import fitting_tensors, load_weights
 from emrrg_cli.recipe.schema import EncoderSettings, ModelSettings
 
 
@@ -37,38 +37,6 @@ def build_encoder(settings: EncoderSettings, scan: str = "auto") -> ArmEncoder:
         drop_path=settings.drop_path,
         scan=scan,
     )
-
-
-def load_weights(module: nn.Module, file: Path) -> None:
-    """Fills a module from a safetensors file, every tensor of both accounted for.
-
-    Raises:
-        RunError: for a missing or unreadable file, or a missing, unknown or misshapen tensor, which it names.
-    """
-    module.load_state_dict(fitting_tensors(module.state_dict(), file))
-
-
-def fitting_tensors(own: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, after making sure that they are those of `own` by name and shape.
-
-    Raises:
-        RunError: as `load_weights`.
-    """
-    try:
-        tensors: dict[str, Tensor] = load_file(file)
-    except Exception as error:  # safetensors raises its own error types, which it does not export in one place
-        raise RunError(f"{file}: not a readable safetensors file: {error}") from error
-    problems = [f"{name} is missing" for name in own if name not in tensors]
-    problems += [f"{name} is unknown" for name in tensors if name not in own]
-    problems += [
-        f"{name} is {list(tensors[name].shape)}, the model has {list(own[name].shape)}"
-        for name in own
-        if name in tensors and tensors[name].shape != own[name].shape
-    ]
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise RunError(f"{file}: the weights do not fit the model of the recipe: {problems[0]}{more}")
-    return tensors
 
 
 def assemble(settings: ModelSettings, encoder: ArmEncoder, llm: Any, tokenizer: Any) -> ReportGenerator:

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from emrrg_cli.data.batches import IGNORE, Batch
+from emrrg_cli.datasets.report_dataset import IGNORE, Batch
 from emrrg_cli.models.adapters import plain
 from emrrg_cli.models.hybrid_decoder import hybrid_parameters
 from emrrg_cli.models.llm import PROMPT_AFTER, PROMPT_BEFORE
-from emrrg_cli.training.stage import StageOutput
+from emrrg_cli.models.outputs import StageOutput
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase

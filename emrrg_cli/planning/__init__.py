@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from emrrg_cli.data.batches import check_batch
+from emrrg_cli.datasets.epochs import check_batch
 from emrrg_cli.errors import RunError
 from emrrg_cli.models.adapters import plain
 from emrrg_cli.models.build import assemble, build_encoder
@@ -31,7 +31,7 @@ from emrrg_cli.planning.llms import PlanTokenizer, llm_config
 from emrrg_cli.planning.loading import count_studies, seconds_per_study
 from emrrg_cli.planning.trial import measure
 from emrrg_cli.recipe.schema import FinetuneRecipe, ModelSettings
-from emrrg_cli.training.environment import choose_precision, llm_dtype, make_accelerator
+from emrrg_cli.runtime import choose_precision, llm_dtype, make_accelerator
 from emrrg_cli.training.progress import resident_bytes
 
 # Memory of a GPU that torch does not see: the context and kernels of CUDA, as seen on an H100.

@@ -10,9 +10,10 @@ from typing import Any
 import pyarrow.compute as pc
 import torch
 
-from emrrg_cli.data.batches import EpochOrder, ReportDataset, collate
-from emrrg_cli.data.dataset_dir import open_dataset
-from emrrg_cli.data.loading import load_batches
+from emrrg_cli.datasets.directory import open_dataset
+from emrrg_cli.datasets.epochs import EpochOrder
+from emrrg_cli.datasets.loading import load_batches
+from emrrg_cli.datasets.report_dataset import ReportDataset, collate
 from emrrg_cli.errors import RunError
 from emrrg_cli.models.report_generator import encode_report
 from emrrg_cli.planning.llms import PlanTokenizer

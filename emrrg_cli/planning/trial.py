@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emrrg_cli.data.batches import Batch
+from emrrg_cli.datasets.report_dataset import Batch
 from emrrg_cli.models.adapters import plain
 from emrrg_cli.models.build import assemble, build_encoder
 from emrrg_cli.models.hybrid_decoder import decoder_layers
 from emrrg_cli.models.report_generator import ReportGenerator
 from emrrg_cli.planning.llms import PlanTokenizer, quantize
 from emrrg_cli.recipe.schema import EncoderSettings, FinetuneRecipe
-from emrrg_cli.training.environment import llm_dtype
+from emrrg_cli.runtime import llm_dtype
 from emrrg_cli.training.loop import accumulate_gradients, update_weights
 from emrrg_cli.training.schedule import build_optimizer
 

@@ -9,27 +9,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, cast, overload
+from typing import Any, Literal, TypeVar, cast, overload
 
 from pydantic import ValidationError
 
 from emrrg_cli.errors import UsageError
-from emrrg_cli.recipe.alignment import AlignRecipe
 from emrrg_cli.recipe.layers import KeyPath, Layer, merge, with_presets
 from emrrg_cli.recipe.library import find_recipe, read_layer, read_layers
 from emrrg_cli.recipe.overrides import parse_overrides
-from emrrg_cli.recipe.pretraining import PretrainRecipe
 from emrrg_cli.recipe.problems import Problem, find_problems, place_of
 from emrrg_cli.recipe.schema import FinetuneRecipe, PreprocessRecipe, Settings, protocols_for
 from emrrg_cli.recipe.suggest import annotation_at
 from emrrg_cli.recipe.yaml12 import dump
+from emrrg_cli.stages import STAGES
 
-# A stage is one entry here.
-STAGES: dict[str, type[Settings]] = {
-    "align": AlignRecipe,
-    "finetune": FinetuneRecipe,
+S = TypeVar("S", bound=Settings)
+
+# The recipe class of every command that has a recipe of its own.
+RECIPES: dict[str, type[Settings]] = {
     "preprocess": PreprocessRecipe,
-    "pretrain": PretrainRecipe,
+    **{name: stage.load_recipe_class() for name, stage in STAGES.items()},
 }
 # Recipes that are laid over the recipe of a trained run.
 OVERLAYS = ("evaluate", "generate")
@@ -42,22 +41,16 @@ RUN_RECIPE = "recipe.yaml"
 
 
 @overload
-def load_recipe(ref: str, overrides: Sequence[str] = (), *, stage: Literal["align"]) -> AlignRecipe: ...
-@overload
-def load_recipe(ref: str, overrides: Sequence[str] = (), *, stage: Literal["finetune"]) -> FinetuneRecipe: ...
-@overload
-def load_recipe(ref: str, overrides: Sequence[str] = (), *, stage: Literal["preprocess"]) -> PreprocessRecipe: ...
-@overload
-def load_recipe(ref: str, overrides: Sequence[str] = (), *, stage: Literal["pretrain"]) -> PretrainRecipe: ...
+def load_recipe(ref: str, overrides: Sequence[str] = (), *, stage: type[S]) -> S: ...
 @overload
 def load_recipe(ref: str, overrides: Sequence[str] = (), *, stage: str | None = None) -> Settings: ...
-def load_recipe(ref: str, overrides: Sequence[str] = (), *, stage: str | None = None) -> Settings:
+def load_recipe(ref: str, overrides: Sequence[str] = (), *, stage: type[Settings] | str | None = None) -> Settings:
     """The checked settings of a recipe.
 
     Args:
         ref: Name of a shipped recipe (`iu_xray/finetune`), or a path that ends in `.yaml`.
         overrides: `key=value` strings, stronger than the recipe.
-        stage: The stage that the caller runs; None: any.
+        stage: The stage that the caller runs, by name or as its recipe class; None: any.
 
     Raises:
         UsageError: No such recipe, a recipe for another stage, a malformed override, or settings that are unknown, of
@@ -65,12 +58,14 @@ def load_recipe(ref: str, overrides: Sequence[str] = (), *, stage: str | None = 
     """
     layers = _read(ref, overrides)
     found = _stage_of(ref, layers)
+    if isinstance(stage, type):
+        stage = next(name for name, recipe in RECIPES.items() if recipe is stage)
     if stage is not None and found != stage:
         hint = f"`emrrg recipe ls {stage}` lists fitting ones."
         raise UsageError(f"recipe {ref} is for `{found}`, not `{stage}`", hint=hint)
     if found in OVERLAYS:
         raise UsageError(f"recipe {ref} is for `{found}`, which lays it over the recipe of a trained run")
-    return _validated(ref, STAGES[found], _with_presets(found, layers))
+    return _validated(ref, RECIPES[found], _with_presets(found, layers))
 
 
 def load_run_recipe(
@@ -116,7 +111,7 @@ def resolve_recipe(ref: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     layers = _read(ref, overrides)
     stage = _stage_of(ref, layers)
     if stage not in OVERLAYS:
-        return _validated(ref, STAGES[stage], _with_presets(stage, layers)).model_dump()
+        return _validated(ref, RECIPES[stage], _with_presets(stage, layers)).model_dump()
     layers, problems = _overlay(stage, layers)
     # Laid over defaults it may conflict with values that the run has otherwise, so conflicts wait for the run.
     problems += [problem for problem in _problems(FinetuneRecipe, layers)[1] if not problem.conflict]
@@ -135,7 +130,7 @@ def _read(ref: str, overrides: Sequence[str]) -> list[Layer]:
 
 
 def _stage_of(ref: str, layers: Sequence[Layer]) -> str:
-    known = [*STAGES, *OVERLAYS]
+    known = [*RECIPES, *OVERLAYS]
     where, _ = place_of(("stage",), layers)
     if not where:
         raise UsageError(f"{ref}: stage: must be given; one of {', '.join(known)}")

@@ -9,16 +9,17 @@ from pathlib import Path
 
 from PIL import Image
 
-from emrrg_cli.data.images import ImageError, read_image
-from emrrg_cli.data.study import UNKNOWN_VIEW, EncodedImage, printable
-from emrrg_cli.data.summary import SYNTHETIC, Example, Summary
+from emrrg_cli.console import printable
+from emrrg_cli.datasets.summary import SYNTHETIC, Example, Summary
 from emrrg_cli.errors import UsageError
-from emrrg_cli.files import atomic_write_text
+from emrrg_cli.files import atomic_write_text, check_writable
+from emrrg_cli.imaging.base import EncodedImage, ImageError
+from emrrg_cli.imaging.read import read_image
 from emrrg_cli.reporting.contact_sheet import Tile, draw_contact_sheet
 from emrrg_cli.reporting.page import Bar, Card, Page, write_page
 from emrrg_cli.reporting.summary_sections import remarks, sections, title
 from emrrg_cli.reporting.tables import DISCLAIMER
-from emrrg_cli.training.run_dir import check_writable
+from emrrg_cli.vocabulary import UNKNOWN_VIEW
 
 PAGE, SHEET, DATA = "page.html", "sheet.png", "summary.json"
 

@@ -11,8 +11,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from emrrg_cli.data.study import printable
-from emrrg_cli.data.summary import Summary
+from emrrg_cli.console import printable
+from emrrg_cli.datasets.summary import Summary
 from emrrg_cli.reporting.page import Bar
 from emrrg_cli.reporting.tables import DISCLAIMER
 

@@ -12,25 +12,25 @@ import torch
 from torch import Tensor
 
 from emrrg_cli.console import err
-from emrrg_cli.data.batches import Example, ReportDataset, evaluation_batches
-from emrrg_cli.data.dataset_dir import open_dataset
-from emrrg_cli.data.loading import load_batches
-from emrrg_cli.data.pairs import PairBatch, PairDataset, collate_pairs
+from emrrg_cli.datasets.align_dataset import PairBatch, PairDataset, collate_pairs
+from emrrg_cli.datasets.directory import open_dataset
+from emrrg_cli.datasets.epochs import evaluation_batches
+from emrrg_cli.datasets.loading import load_batches
+from emrrg_cli.datasets.report_dataset import Example, ReportDataset
 from emrrg_cli.errors import RunError, UsageError
-from emrrg_cli.files import atomic_directory
-from emrrg_cli.metrics.retrieval import retrieval
+from emrrg_cli.evaluation.retrieval import retrieval
+from emrrg_cli.files import atomic_directory, writing
 from emrrg_cli.models.alignment import MAX_LOGIT_SCALE, Alignment, CachedPairs, contrastive_losses
 from emrrg_cli.models.build import build_encoder
 from emrrg_cli.models.build_alignment import fresh_alignment, save_alignment
 from emrrg_cli.models.text_encoder import load_text_tokenizer, train_text_tokenizer
 from emrrg_cli.models.transfer import fill_encoder
-from emrrg_cli.quiet import quiet_libraries
 from emrrg_cli.recipe.alignment import AlignDataSettings, AlignRecipe
-from emrrg_cli.training.checkpoint import writing
+from emrrg_cli.silence_libraries import quiet_libraries
 from emrrg_cli.training.launch import is_first_process
 from emrrg_cli.training.loop import Summary
 from emrrg_cli.training.progress import TrainingDisplay
-from emrrg_cli.training.session import Session, open_session
+from emrrg_cli.training.run_setup import Session, open_session
 
 
 @dataclass

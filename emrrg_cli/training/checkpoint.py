@@ -10,20 +10,17 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from emrrg_cli.errors import RunError
-from emrrg_cli.files import atomic_directory, atomic_write_text, whole_directory
+from emrrg_cli.files import atomic_directory, atomic_write_text, whole_directory, writing
 
 
 @dataclass
@@ -108,22 +105,6 @@ def save_checkpoint(
         if other.name != target.name:
             shutil.rmtree(other, ignore_errors=True)
     return target
-
-
-@contextmanager
-def writing(place: Path) -> Iterator[None]:
-    """Says in words that tensors could not be written: torch and safetensors have errors of their own for a full disk.
-
-    Raises:
-        RunError: with the space that is left there.
-    """
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        nearest = next(path for path in (place, *place.absolute().parents) if path.exists())
-        free = shutil.disk_usage(nearest).free / 2**20
-        raise RunError(f"cannot write {place}: {reason}", hint=f"{free:,.1f} MiB are free there.") from error
 
 
 def save_progress(directory: Path, progress: Progress) -> None:

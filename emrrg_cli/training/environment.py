@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,69 +18,8 @@ from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.files import atomic_write_text, read_record
 from emrrg_cli.versions import installed_versions
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ENVIRONMENT = "environment.json"
 PACKAGES = ("emrrg", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
-
-
-def choose_precision(requested: str, device_type: str | None = None) -> str:
-    """`bf16`, `fp16` or `fp32`; `auto` is bf16 on a GPU that has it, else fp32.
-
-    Raises:
-        UsageError: for fp16 without a GPU.
-    """
-    device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
-    if requested == "auto":
-        return "bf16" if device_type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    if requested == "fp16" and device_type == "cpu":
-        raise UsageError("train.precision=fp16 needs a GPU", hint="Use auto, bf16 or fp32 on a CPU.")
-    return requested
-
-
-def inference_precision(requested: str, device_type: str) -> str:
-    """The precision to write reports in: that of the training on a GPU, fp32 elsewhere, where half is slower."""
-    return choose_precision(requested, device_type) if device_type == "cuda" else "fp32"
-
-
-def llm_dtype(requested: str, precision: str) -> torch.dtype:
-    """The dtype of a frozen LLM's weights: as requested, or that of the precision."""
-    return DTYPES[precision if requested == "auto" else requested]
-
-
-def make_accelerator(precision: str, expected_processes: int, trackers: Sequence[Any] = ()) -> Any:
-    """`accelerate.Accelerator` for this process.
-
-    Args:
-        precision: `bf16`, `fp16` or `fp32`.
-        expected_processes: the number asked for; 0 when nobody asked.
-        trackers: those of `make_trackers`; `start_trackers` starts them.
-
-    Raises:
-        RunError: when the number of processes is not the one asked for.
-    """
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    # Its functions have the process group of the moment as a default: imported later, by transformers, they would keep
-    # it, and so its threads, until the interpreter is torn down around them.
-    if torch.distributed.is_available():
-        import_module("torch.distributed.nn")
-
-    wanted = "no" if precision == "fp32" else precision
-    if AcceleratorState._shared_state.get("_mixed_precision", wanted) != wanted:
-        AcceleratorState._reset_state()  # an earlier command of this process; Accelerate itself refuses to change
-    accelerator = Accelerator(
-        mixed_precision=wanted,
-        cpu=not torch.cuda.is_available(),
-        log_with=list(trackers) or None,
-        step_scheduler_with_optimizer=False,
-    )
-    if expected_processes and accelerator.num_processes != expected_processes:
-        raise RunError(
-            f"{expected_processes} processes were asked for, {accelerator.num_processes} are there",
-            hint="On a CPU, `accelerate launch` may start one process only: use --num-processes or torchrun.",
-        )
-    return accelerator
 
 
 def make_trackers(names: Sequence[str], run_dir: Path, recipe: Mapping[str, Any]) -> list[Any]:

@@ -8,32 +8,31 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from emrrg_cli.data.batches import IGNORE, Batch, Example, ReportDataset, collate
-from emrrg_cli.data.dataset_dir import open_dataset
+from emrrg_cli.datasets.directory import open_dataset
+from emrrg_cli.datasets.report_dataset import IGNORE, Batch, Example, ReportDataset, collate
+from emrrg_cli.decoding.reports import write_split
 from emrrg_cli.errors import RunError, UsageError
-from emrrg_cli.evaluation import reference_reports
-from emrrg_cli.files import atomic_directory
-from emrrg_cli.generation import write_split
-from emrrg_cli.metrics.nlg import require_java, score
+from emrrg_cli.evaluation.language import require_java, score
+from emrrg_cli.evaluation.run import reference_reports
+from emrrg_cli.files import atomic_directory, writing
 from emrrg_cli.models.build import (
     assemble,
     build_encoder,
     fresh_llm,
     load_run_llm,
-    load_weights,
     save_static,
     save_trained,
 )
 from emrrg_cli.models.llm import load_tokenizer, train_tokenizer
 from emrrg_cli.models.report_generator import ReportGenerator, encode_report
 from emrrg_cli.models.transfer import fill_encoder
-from emrrg_cli.quiet import quiet_libraries
+from emrrg_cli.models.weights import load_weights
 from emrrg_cli.recipe.schema import FinetuneRecipe
-from emrrg_cli.training.checkpoint import writing
-from emrrg_cli.training.environment import llm_dtype
+from emrrg_cli.runtime import llm_dtype
+from emrrg_cli.silence_libraries import quiet_libraries
 from emrrg_cli.training.loop import Summary
 from emrrg_cli.training.progress import TrainingDisplay
-from emrrg_cli.training.session import Session, open_session, validation_loss
+from emrrg_cli.training.run_setup import Session, open_session, validation_loss
 
 
 @dataclass

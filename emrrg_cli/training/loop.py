@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from emrrg_cli.console import err
-from emrrg_cli.data.batches import DrawsEpoch, EpochOrder, Epochs, epoch_length
-from emrrg_cli.data.loading import load_batches
+from emrrg_cli.datasets.epochs import DrawsEpoch, EpochOrder, Epochs, epoch_length
+from emrrg_cli.datasets.loading import load_batches
 from emrrg_cli.errors import Interrupted, RunError, UsageError
 from emrrg_cli.files import append_jsonl, atomic_write_text, read_jsonl
-from emrrg_cli.models.arm.guard import watch
+from emrrg_cli.models.arm.nonfinite_watch import watch
 from emrrg_cli.recipe.schema import LoopSettings
 from emrrg_cli.training.checkpoint import (
     Progress,

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emrrg_cli.data.dataset_dir import is_dataset_dir, open_dataset
-from emrrg_cli.data.image_dataset import (
+from emrrg_cli.console import printable
+from emrrg_cli.datasets.directory import is_dataset_dir, open_dataset
+from emrrg_cli.datasets.image_dataset import (
     Augmentation,
     FolderImages,
     FolderSplit,
@@ -24,20 +25,18 @@ from emrrg_cli.data.image_dataset import (
     collate_images,
     split_folder,
 )
-from emrrg_cli.data.study import printable
 from emrrg_cli.errors import RunError, UsageError
-from emrrg_cli.files import atomic_write_text
+from emrrg_cli.files import atomic_write_text, writing
 from emrrg_cli.models.arm.pretrainer import WEIGHTS, ArmPretrainer, find_pretrainer, save_pretrainer
-from emrrg_cli.models.build import load_weights
+from emrrg_cli.models.outputs import StageOutput
 from emrrg_cli.models.report_generator import IMAGENET_MEAN, IMAGENET_STD
-from emrrg_cli.quiet import quiet_libraries
+from emrrg_cli.models.weights import load_weights
 from emrrg_cli.recipe.pretraining import PretrainModelSettings, PretrainRecipe
 from emrrg_cli.reporting.clusters import draw_predictions
-from emrrg_cli.training.checkpoint import writing
+from emrrg_cli.silence_libraries import quiet_libraries
 from emrrg_cli.training.loop import Summary
 from emrrg_cli.training.progress import TrainingDisplay
-from emrrg_cli.training.session import Session, open_session, validation_loss
-from emrrg_cli.training.stage import StageOutput
+from emrrg_cli.training.run_setup import Session, open_session, validation_loss
 
 IMAGES = "images.json"
 _SHOWN = 4
@@ -155,8 +154,13 @@ def build_pretrainer(settings: PretrainModelSettings, scan: str = "auto") -> Arm
     return model
 
 
-def run_pretrain(recipe: PretrainRecipe, run_dir: Path, *, resume: bool, expected_processes: int) -> Summary:
+def run_pretrain(
+    recipe: PretrainRecipe, run_dir: Path, *, resume: bool, expected_processes: int, verbose: bool = False
+) -> Summary:
     """Trains an encoder on images alone, as the recipe says, and leaves a run directory.
+
+    Args:
+        verbose: Not used: this stage takes no tensors from an earlier one.
 
     Raises:
         UsageError: where the recipe does not fit the data or the machine.

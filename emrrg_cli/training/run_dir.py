@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, TypeVar
 
-from emrrg_cli.data.study import printable
+from emrrg_cli.console import printable
 from emrrg_cli.errors import UsageError
+from emrrg_cli.files import check_writable
 from emrrg_cli.recipe.layers import MAPPINGS
 from emrrg_cli.recipe.load import RUN_RECIPE, load_recipe
+from emrrg_cli.recipe.paths import with_absolute_paths
 from emrrg_cli.recipe.schema import Settings
 
 R = TypeVar("R", bound=Settings)
 
-# Settings that are paths, wherever in a recipe they stand; a `name` is one where there is a directory of that name.
-_PATHS = ("root", "weights")
 
 # Settings that may differ when a run is continued: they change where it stops and what is shown, not what it computes.
 _FREE = {
@@ -94,46 +93,13 @@ def data_fingerprints(recipe: Settings) -> dict[str, str]:
         UsageError: for one that is not there.
         RunError: for one that cannot be read.
     """
-    from emrrg_cli.data.dataset_dir import is_dataset_dir  # imports datasets
-    from emrrg_cli.data.fingerprint import dataset_fingerprint
+    from emrrg_cli.datasets.directory import is_dataset_dir
+    from emrrg_cli.datasets.fingerprint import dataset_fingerprint
 
     data = with_absolute_paths(recipe).model_dump()["data"]
     roots = [one["root"] for one in (data, *data.get("sets", []))]
     plain = {root for root in roots if root is not None and Path(root).is_dir() and not is_dataset_dir(root)}
     return {root: dataset_fingerprint(root) for root in roots if root is not None and root not in plain}
-
-
-def with_absolute_paths(recipe: R) -> R:
-    """The recipe as it means the same from any working directory: paths in it that are relative made absolute."""
-    return type(recipe).model_validate(_absolute(recipe.model_dump()))
-
-
-def _absolute(value: Any, key: str = "") -> Any:
-    if isinstance(value, dict):
-        return {name: _absolute(inner, name) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [_absolute(inner, key) for inner in value]
-    if not isinstance(value, str):
-        return value
-    # Transformers, too, takes a directory for a hub name if there is one.
-    is_path = key in _PATHS or (key == "name" and value != "scratch" and Path(value).is_dir())
-    if not is_path:
-        return value
-    path = Path(value)
-    return str(path.resolve() if ".." in path.parts else path.absolute())  # links stay where they need not be followed
-
-
-def check_writable(directory: Path) -> None:
-    """Makes sure, before hours of work, that the directory is or can be made and written to. Makes nothing.
-
-    Raises:
-        UsageError: when it, or one above it, is a file or may not be written.
-    """
-    nearest = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    if not nearest.is_dir():
-        raise UsageError(f"{directory} cannot be written: {nearest} is a file", hint="Give another --output.")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UsageError(f"{directory} cannot be written: no permission in {nearest}", hint="Give another --output.")
 
 
 def _differences(a: dict[str, Any], b: dict[str, Any], prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:

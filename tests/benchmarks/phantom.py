@@ -18,15 +18,15 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from emrrg_cli.data.images import encode
-from emrrg_cli.data.phantom.anatomy import build_thorax
-from emrrg_cli.data.phantom.bones import bones
-from emrrg_cli.data.phantom.disease import diseased
-from emrrg_cli.data.phantom.film import expose
-from emrrg_cli.data.phantom.ink import Ink
-from emrrg_cli.data.phantom.render import attenuation, case_grid, healthy, render
-from emrrg_cli.data.phantom.source import synthetic_study
-from emrrg_cli.data.phantom.vessels import vessels
+from emrrg_cli.imaging.raster import encode
+from emrrg_cli.ingest.sources.phantom import synthetic_study
+from emrrg_cli.phantom.anatomy import build_thorax
+from emrrg_cli.phantom.bones import bones
+from emrrg_cli.phantom.disease import diseased
+from emrrg_cli.phantom.film import expose
+from emrrg_cli.phantom.ink import Ink
+from emrrg_cli.phantom.render import attenuation, case_grid, healthy, render
+from emrrg_cli.phantom.vessels import vessels
 
 
 def make(index: int, size: int) -> int:

@@ -21,8 +21,8 @@ import joblib
 import numpy as np
 from PIL import Image
 
-from emrrg_cli.data.phantom.render import render
-from emrrg_cli.data.phantom.source import synthetic_study
+from emrrg_cli.ingest.sources.phantom import synthetic_study
+from emrrg_cli.phantom.render import render
 
 ROWS = (2_000, 100_000)
 # Not `getrusage`: what it gives begins with the memory of the process that started this one.
@@ -70,8 +70,8 @@ def throughput(root: Path, out: Path, workers: int, extra: list[str]) -> tuple[f
     parallel(joblib.delayed(decode)(file) for file in files)
     limit = len(files) / (time.perf_counter() - started)
 
-    from emrrg_cli.data.preprocess import preprocess
-    from emrrg_cli.data.sources.r2gen import R2GenSource
+    from emrrg_cli.ingest.preprocess import preprocess
+    from emrrg_cli.ingest.sources.r2gen import R2GenSource
     from emrrg_cli.recipe.load import load_recipe
 
     recipe = load_recipe("default/preprocess", [f"workers={workers}", *extra], stage="preprocess")

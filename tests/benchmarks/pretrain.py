@@ -20,8 +20,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from emrrg_cli.data.dataset_dir import is_dataset_dir, open_dataset
-from emrrg_cli.data.image_dataset import (
+from emrrg_cli.datasets.directory import is_dataset_dir, open_dataset
+from emrrg_cli.datasets.image_dataset import (
     Augmentation,
     FolderImages,
     ImageBatch,
@@ -30,9 +30,9 @@ from emrrg_cli.data.image_dataset import (
     collate_images,
     split_folder,
 )
-from emrrg_cli.data.loading import load_batches
+from emrrg_cli.datasets.loading import load_batches
 from emrrg_cli.recipe.load import load_recipe
-from emrrg_cli.training.environment import choose_precision, make_accelerator
+from emrrg_cli.runtime import choose_precision, make_accelerator
 from emrrg_cli.training.pretrain import PixelPretrainer, build_pretrainer
 from emrrg_cli.training.schedule import build_optimizer
 

@@ -30,9 +30,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from emrrg_cli.data.dataset_dir import open_dataset
-from emrrg_cli.data.image_dataset import ImageDataset, SplitImages, collate_images
-from emrrg_cli.data.loading import load_batches
+from emrrg_cli.datasets.directory import open_dataset
+from emrrg_cli.datasets.image_dataset import ImageDataset, SplitImages, collate_images
+from emrrg_cli.datasets.loading import load_batches
 from emrrg_cli.errors import UsageError
 from emrrg_cli.models.arm.pretrainer import ArmPretrainer, find_pretrainer, load_pretrainer
 from emrrg_cli.models.report_generator import IMAGENET_MEAN, IMAGENET_STD

@@ -11,12 +11,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from emrrg_cli.metrics.retrieval import KS, WAYS, Retrieval, retrieval
+from emrrg_cli.evaluation.retrieval import KS, WAYS, Retrieval, retrieval
 from emrrg_cli.models.build_alignment import load_alignment
-from emrrg_cli.quiet import quiet_libraries
 from emrrg_cli.recipe.load import load_recipe
+from emrrg_cli.runtime import make_accelerator
+from emrrg_cli.silence_libraries import quiet_libraries
 from emrrg_cli.training.align import embed_pairs, open_pairs, read_alike
-from emrrg_cli.training.environment import make_accelerator
 
 
 def measure(dataset: Path, run_dir: Path, split: str, count: int) -> Retrieval:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import pytest
 
 from emrrg_cli import app as app_module
-from emrrg_cli.app import ORDER, main
+from emrrg_cli.app import COMMANDS, main
 from emrrg_cli.errors import Interrupted, RunError, UsageError
 
 
@@ -64,8 +64,8 @@ def test_help_and_recipes_import_nothing_heavy(arguments: list[str], absent: set
 
 def test_help_lists_the_commands_in_the_order_of_the_work() -> None:
     lines = run("--help", COLUMNS="120").stdout.splitlines()
-    listed = [word for line in lines if len(line.split()) > 1 and (word := line.split()[1]) in ORDER]
-    assert listed == list(ORDER)
+    listed = [word for line in lines if len(line.split()) > 1 and (word := line.split()[1]) in COMMANDS]
+    assert listed == list(COMMANDS)
 
 
 def test_version_is_that_of_the_package() -> None:
@@ -185,7 +185,7 @@ def test_a_reader_that_is_gone_ends_quietly(arguments: list[str]) -> None:
 
 def test_every_command_has_its_place_in_the_help() -> None:
     group: Any = app_module.get_command(app_module.app)
-    assert set(group.commands) == set(ORDER)
+    assert set(group.commands) == set(COMMANDS)
 
 
 def test_the_shell_command_is_this_main() -> None:

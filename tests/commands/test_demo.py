@@ -23,7 +23,7 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def predictions(data: Path, folder: Path, answer: Any) -> Path:
-    from emrrg_cli.data.dataset_dir import open_dataset
+    from emrrg_cli.datasets.directory import open_dataset
 
     for row in open_dataset(data)["test"]:
         text = answer(row)
@@ -60,12 +60,12 @@ def test_the_whole_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     ran: list[str] = []
     run = work.run
 
-    def smaller(arguments: list[str], commands: list[str]) -> None:
+    def smaller(start: Any, arguments: list[str], commands: list[str]) -> None:
         ran.append(arguments[0])
         if arguments[0] == "finetune":
             arguments = [*arguments, "model.encoder.d_model=16", "model.encoder.depth=1", "model.encoder.image_size=32"]
             arguments += ["train.validation_limit=2", "train.max_steps=3"]
-        run(arguments, commands)
+        run(start, arguments, commands)
 
     monkeypatch.setattr(work, "run", smaller)
     out = tmp_path / "demo"
@@ -83,5 +83,5 @@ def test_the_whole_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 
 def test_a_failed_step_ends_the_demo_with_its_code() -> None:
     with pytest.raises(EmrrgError) as raised:
-        work.run(["recipe", "show", "nowhere/nothing"], [])
+        work.run(main, ["recipe", "show", "nowhere/nothing"], [])
     assert raised.value.exit_code == 2

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from emrrg_cli.app import main
-from emrrg_cli.data.dataset_dir import open_dataset, read_manifest
+from emrrg_cli.datasets.directory import open_dataset, read_manifest
 
 
 def test_writes_and_prints_a_table(tiny_r2gen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,7 +99,7 @@ def test_the_data_side_imports_no_torch() -> None:
     code = (
         "import sys, emrrg_cli.commands.preprocess as c; heavy = {'torch', 'datasets', 'PIL', 'joblib'};"
         "print(sorted(heavy & set(sys.modules)));"
-        "import emrrg_cli.data.images, emrrg_cli.data.report_text, emrrg_cli.data.sources.r2gen;"
+        "import emrrg_cli.imaging.read, emrrg_cli.datasets.report_text, emrrg_cli.ingest.sources.r2gen;"
         "print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

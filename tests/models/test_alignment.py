@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from emrrg_cli.data.batches import Example
-from emrrg_cli.data.pairs import PairBatch, collate_pairs
+from emrrg_cli.datasets.align_dataset import PairBatch, collate_pairs
+from emrrg_cli.datasets.report_dataset import Example
 from emrrg_cli.models.alignment import Alignment, contrastive_losses, pool_text
 from emrrg_cli.models.text_encoder import build_scratch_text_encoder, train_text_tokenizer
 from emrrg_cli.recipe.alignment import ScratchTextSettings

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from emrrg_cli.data.batches import Batch
+from emrrg_cli.datasets.report_dataset import Batch
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.models import adapters, build
 from emrrg_cli.models.build import (
@@ -22,12 +22,12 @@ from emrrg_cli.models.build import (
     build_encoder,
     fresh_llm,
     load_model,
-    load_weights,
     save_static,
     save_trained,
 )
 from emrrg_cli.models.hybrid_decoder import hybrid_parameters
 from emrrg_cli.models.report_generator import ReportGenerator, generation_config
+from emrrg_cli.models.weights import load_weights
 from emrrg_cli.recipe.schema import GenerationSettings, ModelSettings
 
 ENCODER = {"size": None, "d_model": 32, "depth": 2, "d_state": 4, "image_size": 64, "drop_path": 0.2}

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from peft import get_peft_model
 from torch import Tensor
 
-from emrrg_cli.data.batches import IGNORE, Batch, Example, collate
+from emrrg_cli.datasets.report_dataset import IGNORE, Batch, Example, collate
 from emrrg_cli.models import adapters
 from emrrg_cli.models.arm.encoder import ArmEncoder
 from emrrg_cli.models.hybrid_decoder import add_hybrid_layers, hybrid_parameters

@@ -15,7 +15,7 @@ from emrrg_cli.planning.llms import PlanTokenizer, llm_config
 from emrrg_cli.planning.trial import _SavedBytes, _Trial
 from emrrg_cli.recipe.load import load_recipe
 from emrrg_cli.recipe.schema import FinetuneRecipe
-from emrrg_cli.training.environment import make_accelerator
+from emrrg_cli.runtime import make_accelerator
 
 TINY = [
     "model.encoder.d_model=32",

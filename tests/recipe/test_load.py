@@ -10,11 +10,11 @@ from emrrg_cli.errors import UsageError
 from emrrg_cli.recipe import schema
 from emrrg_cli.recipe.layers import Layer
 from emrrg_cli.recipe.library import recipe_names
-from emrrg_cli.recipe.load import OVERLAYS, STAGES, dump_recipe, load_recipe, load_run_recipe, resolve_recipe
+from emrrg_cli.recipe.load import OVERLAYS, RECIPES, dump_recipe, load_recipe, load_run_recipe, resolve_recipe
 from emrrg_cli.recipe.overrides import parse_overrides
 from emrrg_cli.recipe.yaml12 import dump, parse_layer
 
-KNOWN_STAGES = ", ".join([*STAGES, *OVERLAYS])
+KNOWN_STAGES = ", ".join([*RECIPES, *OVERLAYS])
 
 
 @pytest.fixture

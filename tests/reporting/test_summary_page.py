@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from emrrg_cli.data.study import EncodedImage
-from emrrg_cli.data.summary import Example, Repeated, SplitCounts, Summary, summarise
+from emrrg_cli.datasets.summary import Example, Repeated, SplitCounts, Summary, summarise
 from emrrg_cli.errors import UsageError
+from emrrg_cli.imaging.base import EncodedImage
 from emrrg_cli.reporting.summary_page import write_summary
 from emrrg_cli.reporting.summary_sections import sections, terminal
 from emrrg_cli.reporting.tables import DISCLAIMER

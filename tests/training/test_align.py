@@ -18,13 +18,13 @@ import torch
 from safetensors.torch import load_file
 
 from emrrg_cli.app import main
-from emrrg_cli.data.pairs import collate_pairs
+from emrrg_cli.datasets.align_dataset import collate_pairs
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.models.arm.encoder import ArmEncoder
 from emrrg_cli.models.build_alignment import load_alignment
 from emrrg_cli.recipe.load import load_recipe
+from emrrg_cli.runtime import make_accelerator
 from emrrg_cli.training.align import embed_pairs, open_pairs, run_align
-from emrrg_cli.training.environment import make_accelerator
 
 TINY = (
     "data.section=report",

@@ -12,12 +12,10 @@ import pytest
 import torch
 
 from emrrg_cli.errors import RunError, UsageError
+from emrrg_cli.runtime import choose_precision, llm_dtype, make_accelerator
 from emrrg_cli.training.environment import (
-    choose_precision,
     first_environment,
     git_revision,
-    llm_dtype,
-    make_accelerator,
     make_trackers,
     record_environment,
     start_trackers,

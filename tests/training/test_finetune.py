@@ -22,7 +22,7 @@ from emrrg_cli.app import main
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.recipe.load import load_recipe
 from emrrg_cli.training import finetune as stage3
-from emrrg_cli.training import session
+from emrrg_cli.training import run_setup
 from emrrg_cli.training.finetune import run_finetune
 
 # What `kill` needs: a process that ends itself in the middle of an optimizer step, by a signal that is a real one.
@@ -271,7 +271,7 @@ def test_a_run_is_not_resumed_with_another_llm(finetune: Any, local_llm: Path, d
 def test_loading_processes_get_the_tokenizer_and_not_the_model(tiny_run: Path) -> None:
     import pickle
 
-    from emrrg_cli.data.batches import IGNORE, Example
+    from emrrg_cli.datasets.report_dataset import IGNORE, Example
     from emrrg_cli.models.llm import load_tokenizer
 
     class Model:
@@ -354,7 +354,7 @@ def test_a_batch_that_does_not_fit_is_refused_before_anything_is_loaded(
     with pytest.raises(UsageError, match=r"fewer than train\.batch_size=17"):
         finetune("run", "train.batch_size=17")
     # Under a launcher from outside, which is not asked for a number.
-    monkeypatch.setattr(session, "make_accelerator", lambda *arguments: SimpleNamespace(num_processes=3))
+    monkeypatch.setattr(run_setup, "make_accelerator", lambda *arguments: SimpleNamespace(num_processes=3))
     with pytest.raises(UsageError, match=r"train\.batch_size=8 does not divide among 3 processes"):
         finetune("run")
     assert not (tmp_path / "run").exists()

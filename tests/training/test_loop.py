@@ -14,14 +14,14 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from emrrg_cli.data.batches import EpochOrder
+from emrrg_cli.datasets.epochs import EpochOrder
 from emrrg_cli.errors import Interrupted, RunError, UsageError
 from emrrg_cli.models.arm.encoder import ArmEncoder
+from emrrg_cli.models.outputs import StageOutput
 from emrrg_cli.recipe.schema import TrainSettings
+from emrrg_cli.runtime import make_accelerator
 from emrrg_cli.training import loop
-from emrrg_cli.training.environment import make_accelerator
 from emrrg_cli.training.loop import train
-from emrrg_cli.training.stage import StageOutput
 
 # Two steps an epoch. The rate of the first two blocks is 0 by the paper's formula, that of the third is half of this.
 NOISY = ("model.encoder.depth=3", "model.encoder.drop_path=0.9", "train.epochs=3")
@@ -113,8 +113,8 @@ def test_four_micro_batches_of_two_are_one_batch_of_eight(finetune: Any, differe
 
 
 def test_the_loss_is_a_mean_over_tokens_not_over_reports(finetune: Any, tiny_dataset: Path) -> None:
-    from emrrg_cli.data.batches import ReportDataset
-    from emrrg_cli.data.dataset_dir import open_dataset
+    from emrrg_cli.datasets.directory import open_dataset
+    from emrrg_cli.datasets.report_dataset import ReportDataset
     from emrrg_cli.recipe.schema import DataSettings
 
     reports = ReportDataset(open_dataset(tiny_dataset)["train"], DataSettings(), 32).reports
@@ -123,7 +123,7 @@ def test_the_loss_is_a_mean_over_tokens_not_over_reports(finetune: Any, tiny_dat
     # Before the first step, computed report by report.
     from safetensors.torch import load_file
 
-    from emrrg_cli.data.batches import collate
+    from emrrg_cli.datasets.report_dataset import collate
     from emrrg_cli.models.build import load_model
     from emrrg_cli.recipe.load import load_recipe
 

@@ -32,9 +32,9 @@ def chexpert_plus(
 
     Example: emrrg preprocess chexpert_plus cheXpert_plus/ data/chexpert_plus --annotation annotation.json
     """
-    from emrrg_cli.data.sources.chexpert_plus import FRACTIONS, ChexpertPlusSource
-    from emrrg_cli.data.sources.splits import parse_fractions
+    from emrrg_cli.datasets.splits import parse_fractions
     from emrrg_cli.errors import UsageError
+    from emrrg_cli.ingest.sources.chexpert_plus import FRACTIONS, ChexpertPlusSource
 
     if annotation is not None and split is not None:
         raise UsageError("--annotation and --split exclude each other")

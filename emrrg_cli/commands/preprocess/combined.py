@@ -35,7 +35,7 @@ def combined(
     Example: emrrg preprocess combined clip_annotation.json data/stage2 --root iu_xray=iu/ --root mimic_cxr=mimic/
     --map /data/iu_xray/images=iu/images --map /data/mimic_cxr=mimic/files
     """
-    from emrrg_cli.data.sources.combined import CombinedSource, parse_pairs
+    from emrrg_cli.ingest.sources.combined import CombinedSource, parse_pairs
 
     settings = load_settings(options)
     roots, pairs = parse_pairs("--root", root or []), parse_pairs("--map", moved or [])

@@ -17,7 +17,7 @@ from emrrg_cli.console import out as console
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from emrrg_cli.data.study import StudySource
+    from emrrg_cli.ingest.study import StudySource
     from emrrg_cli.recipe.schema import PreprocessRecipe
 
 Root = Annotated[Path, typer.Argument(metavar="ROOT", help="Folder of the raw data.", show_default=False)]
@@ -197,7 +197,7 @@ def load_settings(options: Options, default: str = "default/preprocess", **given
     flags = ("section", "views", "min_words", "dedupe", "size", "quality", "workers")
     given = {name: getattr(options, name) for name in flags} | {"format": options.image_format} | given
     extra = [f"{key}={value}" for key, value in given.items() if value is not None]
-    return load_recipe(options.recipe or default, [*(options.overrides or []), *extra], stage="preprocess")
+    return load_recipe(options.recipe or default, [*(options.overrides or []), *extra], stage=PreprocessRecipe)
 
 
 def run_source(
@@ -220,14 +220,14 @@ def run_source(
         title: Of the printed table; None: the source's name and the number of studies.
 
     Raises:
-        UsageError, RunError, Interrupted: As `emrrg_cli.data.preprocess.preprocess`.
+        UsageError, RunError, Interrupted: As `emrrg_cli.ingest.preprocess.preprocess`.
     """
     # Here, not above: `emrrg --help` stays fast.
     from emrrg_cli.commands.data import show, summary_folder
-    from emrrg_cli.data.annotation_file import check_annotation
-    from emrrg_cli.data.dataset_writer import is_finishing
-    from emrrg_cli.data.preprocess import dry_run, preprocess
     from emrrg_cli.errors import UsageError
+    from emrrg_cli.ingest.annotation_file import check_annotation
+    from emrrg_cli.ingest.dataset_writer import is_finishing
+    from emrrg_cli.ingest.preprocess import dry_run, preprocess
     from emrrg_cli.reporting.summary_page import check_summary
 
     record = record | {"recipe": options.recipe, "limit": options.limit, "seed": options.seed}

@@ -48,9 +48,9 @@ def folder(
 
     Example: emrrg preprocess folder films/ data/mine --table films.csv --report-column text --patient-column patient
     """
-    from emrrg_cli.data.sources.folder import Columns, FolderSource
-    from emrrg_cli.data.sources.splits import DEFAULT, parse_fractions
+    from emrrg_cli.datasets.splits import DEFAULT, parse_fractions
     from emrrg_cli.errors import UsageError
+    from emrrg_cli.ingest.sources.folder import Columns, FolderSource
 
     columns = Columns(
         image=image_column, report=report_column, findings=findings_column, impression=impression_column,

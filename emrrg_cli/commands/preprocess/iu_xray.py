@@ -39,9 +39,9 @@ def iu_xray(
 
     Example: emrrg preprocess iu_xray openi/ data/iu_xray --annotation annotation.json
     """
-    from emrrg_cli.data.sources.iu_layouts import detect_layout
-    from emrrg_cli.data.sources.iu_xray import iu_xray_source
-    from emrrg_cli.data.sources.splits import DEFAULT, parse_fractions
+    from emrrg_cli.datasets.splits import DEFAULT, parse_fractions
+    from emrrg_cli.ingest.sources.iu_layouts import detect_layout
+    from emrrg_cli.ingest.sources.iu_xray import iu_xray_source
 
     settings = load_settings(options)
     layout = layout or detect_layout(root)

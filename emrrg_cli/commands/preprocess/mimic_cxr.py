@@ -36,7 +36,7 @@ def mimic_cxr(
 
     Example: emrrg preprocess mimic_cxr mimic-cxr-jpg/ data/mimic_cxr --reports mimic-cxr-reports.zip
     """
-    from emrrg_cli.data.sources.mimic_cxr import MimicCxrSource
+    from emrrg_cli.ingest.sources.mimic_cxr import MimicCxrSource
 
     settings = load_settings(options)
     studies = MimicCxrSource(

@@ -24,9 +24,9 @@ def phantom(
 
     Example: emrrg preprocess phantom data/phantom --count 2000 --seed 1
     """
-    from emrrg_cli.data.phantom.source import PhantomSource
-    from emrrg_cli.data.sources.splits import parse_fractions
+    from emrrg_cli.datasets.splits import parse_fractions
     from emrrg_cli.errors import UsageError
+    from emrrg_cli.ingest.sources.phantom import PhantomSource
 
     settings = load_settings(options, "phantom/preprocess")
     if settings.size == "original":

@@ -24,7 +24,7 @@ def r2gen(
 
     Example: emrrg preprocess r2gen iu_xray/ data/iu_xray size=512
     """
-    from emrrg_cli.data.sources.r2gen import R2GenSource
+    from emrrg_cli.ingest.sources.r2gen import R2GenSource
 
     settings = load_settings(options)
     studies = R2GenSource(root, source=source, limit=options.limit)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.files import atomic_directory, read_directory, whole_directory
 from emrrg_cli.models.arm.encoder import CLUSTER, PATCH_SIZE, ArmEncoder, cluster_order, sincos_position_embedding
+from emrrg_cli.models.weights import load_weights
 
 PATCHES_PER_CLUSTER = CLUSTER * CLUSTER
 PIXELS = PATCH_SIZE * PATCH_SIZE * 3  # of a patch
@@ -296,7 +297,6 @@ def load_pretrainer(path: str | Path, scan: str = "auto") -> ArmPretrainer:
 
 
 def _read(directory: Path, scan: str) -> ArmPretrainer:
-    from emrrg_cli.models.build import load_weights
 
     file = directory / CONFIG
     try:

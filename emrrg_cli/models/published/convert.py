@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emrrg_cli.errors import UsageError
-from emrrg_cli.files import atomic_directory
+from emrrg_cli.files import atomic_directory, writing
 from emrrg_cli.models.published.checkpoint import write_checkpoint
 from emrrg_cli.models.published.directories import LEFT_OUT, RECORD, write_alignment, write_pretrainer, write_record
 from emrrg_cli.models.published.exporting import export_checkpoint
@@ -16,7 +16,6 @@ from emrrg_cli.models.published.importing import Imported, import_checkpoint
 from emrrg_cli.models.published.run import base_encoder, default_recipe, run_recipe, write_run
 from emrrg_cli.models.published.stages import LABELS, Stage
 from emrrg_cli.recipe.load import RUN_RECIPE
-from emrrg_cli.training.checkpoint import writing
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from emrrg_cli.models.published.directories import BRIDGE_FILE, save_tensors
 from emrrg_cli.models.published.importing import Imported, import_checkpoint
 from emrrg_cli.models.transfer import ENCODER_FILE, EncoderConfig, encoder_source
 from emrrg_cli.recipe.load import RUN_RECIPE, dump_recipe, load_recipe
+from emrrg_cli.recipe.paths import with_absolute_paths
 from emrrg_cli.recipe.schema import ENCODER_SIZES, FinetuneRecipe
-from emrrg_cli.training.run_dir import with_absolute_paths
 
 # Which recipe a file is of, by its name.
 _RECIPES = (
@@ -82,7 +82,7 @@ def run_recipe(imported: Imported, config: EncoderConfig, recipe: str, llm: str 
     ]
     if (name := llm or _LLMS.get(imported.ours["bridge.proj.weight"].shape[0])) is not None:
         overrides.append(f"model.llm.name={json.dumps(name)}")
-    return with_absolute_paths(load_recipe(recipe, overrides, stage="finetune"))
+    return with_absolute_paths(load_recipe(recipe, overrides, stage=FinetuneRecipe))
 
 
 def write_run(

@@ -1,0 +1,96 @@
+"""`emrrg pretrain`, `emrrg align` and `emrrg finetune`: each trains one stage from a recipe."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from emrrg_cli.commands.options import NumProcesses, Output, Overrides, PrintRecipe, Resume, Verbose, start_processes
+from emrrg_cli.stages import STAGES
+
+Recipe = Annotated[str, typer.Argument(help="Shipped recipe (`emrrg recipe ls`) or a path to one.")]
+
+
+def pretrain(
+    context: typer.Context,
+    recipe: Recipe,
+    overrides: Overrides = None,
+    output: Output = None,
+    resume: Resume = False,
+    num_processes: NumProcesses = None,
+    print_recipe: PrintRecipe = False,
+) -> None:
+    """Stage 1: train vision Mamba to continue X-rays, cluster by cluster; no reports needed."""
+    _train("pretrain", context, recipe, overrides, output, resume, num_processes, print_recipe)
+
+
+def align(
+    context: typer.Context,
+    recipe: Recipe,
+    overrides: Overrides = None,
+    output: Output = None,
+    resume: Resume = False,
+    num_processes: NumProcesses = None,
+    print_recipe: PrintRecipe = False,
+    verbose: Verbose = False,
+) -> None:
+    """Stage 2: train vision Mamba and a text tower to tell which report goes with which X-ray."""
+    _train("align", context, recipe, overrides, output, resume, num_processes, print_recipe, verbose=verbose)
+
+
+def finetune(
+    context: typer.Context,
+    recipe: Recipe,
+    overrides: Overrides = None,
+    output: Output = None,
+    resume: Resume = False,
+    num_processes: NumProcesses = None,
+    verbose: Verbose = False,
+    print_recipe: PrintRecipe = False,
+) -> None:
+    """Stage 3: train vision Mamba, bridge and LLM to write reports."""
+    _train("finetune", context, recipe, overrides, output, resume, num_processes, print_recipe, verbose=verbose)
+
+
+def _train(
+    stage_name: str,
+    context: typer.Context,
+    recipe: str,
+    overrides: list[str] | None,
+    output: Path | None,
+    resume: bool,
+    num_processes: int | None,
+    print_recipe: bool,
+    *,
+    verbose: bool = False,
+) -> None:
+    """Checks the recipe and the run directory, starts further processes where several are wanted, and trains.
+
+    Raises:
+        UsageError: when the directory is taken, there is nothing to resume, the recipe has changed, or its batch does
+            not divide among the processes.
+    """
+    from emrrg_cli.console import err, out
+    from emrrg_cli.recipe.load import dump_recipe, load_recipe
+    from emrrg_cli.training.launch import inside_launcher, is_first_process, processes_expected
+    from emrrg_cli.training.run_dir import check_run_dir, default_run_dir
+
+    stage = STAGES[stage_name]
+    settings = load_recipe(recipe, overrides or [], stage=stage.load_recipe_class())
+    if print_recipe:
+        out.print(dump_recipe(settings), end="", markup=False, soft_wrap=True)
+        return
+    run_dir = output or (Path(settings.output) if settings.output else default_run_dir(recipe, resume=resume))
+    if is_first_process():
+        check_run_dir(run_dir, settings, resume=resume)
+    if not inside_launcher() and start_processes(context, num_processes, batch_size=settings.train.batch_size):
+        return
+    summary = stage.load_runner()(
+        settings, run_dir, resume=resume, expected_processes=processes_expected(num_processes), verbose=verbose
+    )
+    if summary.is_main_process:
+        err.print(summary.table(run_dir))
+        err.print(stage.what_next(shlex.quote(str(run_dir))), markup=False, soft_wrap=True)

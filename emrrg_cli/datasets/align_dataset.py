@@ -1,0 +1,133 @@
+"""Pairs of X-ray and report for stage 2: batches with text tokens, and several data sets mixed by weight."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from emrrg_cli.datasets.report_dataset import Example, ReportDataset
+from emrrg_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """Several studies, each with its report.
+
+    `pixels`: uint8 `[n, size, size]`, all views one after the other; `views`: int64 `[b]`, views of each study, summing
+    to `n`; `input_ids`, `attention_mask`: int64 `[b, t]`, report tokens, padded on the right.
+    """
+
+    indices: list[int]
+    pixels: Tensor
+    views: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def to(self, device: torch.device) -> PairBatch:
+        """The same batch with its tensors on `device`."""
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> PairBatch:
+        """Called by the DataLoader: page-locked tensors, so that the copy to a GPU overlaps with work."""
+        return self._mapped(Tensor.pin_memory)
+
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> PairBatch:
+        return replace(
+            self,
+            pixels=function(self.pixels),
+            views=function(self.views),
+            input_ids=function(self.input_ids),
+            attention_mask=function(self.attention_mask),
+        )
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, int64 `[b, t]`, of texts cut to `max_tokens`, special tokens included.
+
+    Padding always stands on the right, whatever the tokenizer is used to: the first token of a text is then at
+    position 0 beside any other text.
+    """
+    tokens = [torch.tensor(ids) for ids in tokenizer(list(texts), truncation=True, max_length=max_tokens)["input_ids"]]
+    padding = tokenizer.pad_token_id or 0  # masked, so that any token will do
+    input_ids = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=padding)
+    lengths = torch.tensor([len(ids) for ids in tokens])
+    return input_ids, (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
+
+
+def collate_pairs(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> PairBatch:
+    """Joins examples into a batch of pairs; reports are cut to `max_tokens` tokens."""
+    input_ids, attention_mask = encode_texts(tokenizer, [example.report for example in examples], max_tokens)
+    return PairBatch(
+        indices=[example.index for example in examples],
+        pixels=torch.cat([example.pixels for example in examples]),
+        views=torch.tensor([len(example.pixels) for example in examples]),
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+    )
+
+
+class PairDataset(Dataset[Example]):
+    """Studies of one split of several data sets, one after the other, and how often an epoch takes each.
+
+    A data set of `n` studies and weight `w` gives `round(w * n)` studies to every epoch: each of its studies as often
+    as `w` has whole units, and a random part of them, drawn anew for each epoch, once more. So weight 1 is each study
+    once, 2 each twice, and 0.25 another random quarter in every epoch. The studies of all sets are then shuffled
+    together; one that is taken twice may so meet itself in a batch. The draw depends on the seed and the number of the
+    epoch alone.
+
+    Args:
+        parts: the split of each data set.
+        weights: one for each, above 0; None: 1 for all.
+
+    Raises:
+        UsageError: where a weight is so small that it leaves no study.
+    """
+
+    def __init__(self, parts: Sequence[ReportDataset], weights: Sequence[float] | None = None) -> None:
+        self.parts = list(parts)
+        self.counts: list[int] = []
+        for index, (part, weight) in enumerate(zip(self.parts, weights or [1.0] * len(parts), strict=True)):
+            self.counts.append(round(weight * len(part)))
+            if not self.counts[-1]:
+                raise UsageError(
+                    f"data.sets[{index}].weight={weight:g} leaves none of its {len(part)} training studies",
+                    hint="Raise the weight, or take the data set out.",
+                )
+        self._ends = list(accumulate(len(part) for part in self.parts))
+        self.reports = [report for part in self.parts for report in part.reports]
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Example:
+        number = bisect_right(self._ends, index)
+        first = self._ends[number - 1] if number else 0
+        return replace(self.parts[number][index - first], index=index)
+
+    @property
+    def epoch_length(self) -> int:
+        """Studies of an epoch, those that are taken again included."""
+        return sum(self.counts)
+
+    def draw_epoch(self, generator: torch.Generator) -> Tensor:
+        """The studies of an epoch in order: int64 `[epoch_length]`, indices into this data set."""
+        drawn = []
+        for part, end, count in zip(self.parts, self._ends, self.counts, strict=True):
+            whole, rest = divmod(count, len(part))
+            again = torch.randperm(len(part), generator=generator)[:rest]
+            drawn.append(torch.cat([torch.arange(len(part)).repeat(whole), again]) + end - len(part))
+        every = torch.cat(drawn)
+        return every[torch.randperm(len(every), generator=generator)]

@@ -1,0 +1,132 @@
+"""From a dataset directory to the batches of a stage: examples, collation, and the order of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from emrrg_cli.datasets.report_text import clean_report, cleaning_for, select_section
+from emrrg_cli.errors import RunError
+from emrrg_cli.imaging.base import ImageError
+from emrrg_cli.imaging.raster import resize_square
+from emrrg_cli.imaging.read import read_image
+from emrrg_cli.recipe.schema import DataSettings
+
+IGNORE = -100  # label of a position that carries no loss
+
+
+@dataclass(frozen=True)
+class Example:
+    """One study as the model sees it: `pixels` is uint8 `[views, size, size]`, grey."""
+
+    index: int
+    study_id: str
+    pixels: Tensor
+    report: str
+
+
+@dataclass
+class Batch:
+    """Several studies.
+
+    `pixels`: uint8 `[n, size, size]`, all views one after the other; `views`: int64 `[b]`, views of each study, summing
+    to `n`; `labels`: int64 `[b, t]`, report tokens, padded with `IGNORE` (None where reports are to be written).
+    """
+
+    indices: list[int]
+    study_ids: list[str]
+    pixels: Tensor
+    views: Tensor
+    reports: list[str]
+    labels: Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on `device`."""
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """Called by the DataLoader: page-locked tensors, so that the copy to a GPU overlaps with work."""
+        return self._mapped(Tensor.pin_memory)
+
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        labels = None if self.labels is None else function(self.labels)
+        return replace(self, pixels=function(self.pixels), views=function(self.views), labels=labels)
+
+
+class ReportDataset(Dataset[Example]):
+    """Studies of one split with their cleaned reports.
+
+    Args:
+        split: a `datasets.Dataset` with the columns of a dataset directory, images not decoded.
+        settings: section, cleaning, number of views, limit.
+        image_size: side in pixels that images are resized to.
+
+    Raises:
+        RunError: when no study of the split has the text that `settings.section` asks for; on access to a study, when
+            it has no images or one that cannot be read.
+    """
+
+    def __init__(self, split: Any, settings: DataSettings, image_size: int) -> None:
+        self.split = split
+        self.image_size = image_size
+        self.max_views = settings.max_views
+        columns = ("findings", "impression", "report", "source")
+        texts = split.select_columns(list(columns))
+        self.rows: list[int] = []
+        self.reports: list[str] = []
+        for row, record in enumerate(texts):
+            text = select_section(record, settings.section)
+            if not text.strip():
+                continue
+            self.rows.append(row)
+            self.reports.append(clean_report(text, cleaning_for(record["source"] or "", settings.cleaning)))
+            if settings.limit is not None and len(self.rows) == settings.limit:
+                break
+        self.without_text = 0 if settings.limit is not None else len(split) - len(self.rows)
+        if not self.rows:
+            raise RunError(
+                f"no study of the {split.split} split has text for data.section={settings.section}",
+                hint="Look at the columns of the dataset directory, or choose another section.",
+            )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def study_ids(self) -> list[str]:
+        """The ids of the studies, in order."""
+        column = self.split["study_id"]
+        return [column[row] for row in self.rows]
+
+    def __getitem__(self, index: int) -> Example:
+        record = self.split[self.rows[index]]
+        images = record["images"][: self.max_views]
+        if not images:
+            raise RunError(f"study {record['study_id']} has no images")
+        try:
+            views = [read_image(image["bytes"] or image["path"]) for image in images]
+        except ImageError as error:
+            raise RunError(f"study {record['study_id']}: {error}") from error
+        pixels = [torch.from_numpy(resize_square(view, self.image_size)) for view in views]
+        return Example(index, record["study_id"], torch.stack(pixels), self.reports[index])
+
+
+def collate(examples: Sequence[Example], encode: Callable[[str], list[int]] | None = None) -> Batch:
+    """Joins examples into a batch; `encode` turns a report into label tokens, None leaves labels out."""
+    labels = None
+    if encode is not None:
+        tokens = [torch.tensor(encode(example.report)) for example in examples]
+        labels = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=IGNORE)
+    return Batch(
+        indices=[example.index for example in examples],
+        study_ids=[example.study_id for example in examples],
+        pixels=torch.cat([example.pixels for example in examples]),
+        views=torch.tensor([len(example.pixels) for example in examples]),
+        reports=[example.report for example in examples],
+        labels=labels,
+    )

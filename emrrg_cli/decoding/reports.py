@@ -1,0 +1,176 @@
+"""Writing reports: for a split of a dataset directory, and for images from Python (`load_generator`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from emrrg_cli.datasets.epochs import evaluation_batches
+from emrrg_cli.datasets.loading import load_batches
+from emrrg_cli.datasets.report_dataset import ReportDataset, collate
+from emrrg_cli.errors import UsageError
+from emrrg_cli.imaging.raster import resize_square
+from emrrg_cli.imaging.read import read_image
+from emrrg_cli.models.report_generator import ReportGenerator, generation_config
+from emrrg_cli.recipe.schema import FinetuneRecipe, GenerationSettings
+from emrrg_cli.runtime import choose_device
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from PIL.Image import Image
+
+    Picture = Image | Path | str
+    Study = Picture | Sequence[Picture]
+
+
+def write_split(
+    model: ReportGenerator,
+    dataset: ReportDataset,
+    settings: GenerationSettings,
+    accelerator: Any,
+    *,
+    limit: int | None = None,
+    workers: int = 0,
+    advance: Callable[[int], None] = lambda n: None,
+    keep: Callable[[Sequence[int], Sequence[str]], None] = lambda indices, reports: None,
+) -> list[str]:
+    """Writes a report for each study of a dataset, shared among all processes.
+
+    Args:
+        limit: first studies only.
+        advance: called with the number of studies done after each batch.
+        keep: called after each batch with this process's studies and their reports, before anything else can fail.
+
+    Returns:
+        The reports in the order of the dataset, on every process, each study once.
+    """
+    length = len(dataset) if limit is None else min(limit, len(dataset))
+    batches = evaluation_batches(length, settings.batch_size, accelerator.process_index, accelerator.num_processes)
+    make_config = generation_config(settings)
+    written: list[tuple[int, str]] = []
+    for number, batch in enumerate(load_batches(dataset, batches, collate, workers=workers)):
+        seed = settings.seed + number * accelerator.num_processes + accelerator.process_index
+        moved = batch.to(accelerator.device)
+        with accelerator.autocast(), _sampling(settings, seed, accelerator.device):
+            reports = model.generate(moved.pixels, moved.views, make_config())
+        written += zip(batch.indices, reports, strict=True)
+        keep(batch.indices, reports)
+        advance(len(reports) * accelerator.num_processes)
+    if accelerator.num_processes > 1:
+        from accelerate.utils import gather_object
+
+        written = gather_object(written)
+    by_index = dict(written)
+    return [by_index[index] for index in range(length)]
+
+
+class Generator:
+    """Writes reports for images with the model of a run. Made by `load_generator`."""
+
+    def __init__(self, model: ReportGenerator, recipe: FinetuneRecipe, device: torch.device, precision: str) -> None:
+        self.model = model.to(device)
+        self.recipe = recipe
+        self.device = device
+        self.precision = precision
+
+    def generate(self, studies: Sequence[Study]) -> list[str]:
+        """Writes a report for each study.
+
+        Args:
+            studies: each an image or a list of images (the views of one study), as paths or PIL images.
+
+        Returns:
+            One report a study, in order. Research output: not for diagnosis.
+
+        Raises:
+            ImageError: for an image that cannot be read, naming it.
+            UsageError: for a study without images, or one study where a list of them belongs.
+        """
+        if isinstance(studies, str) or not isinstance(studies, Sequence):
+            raise UsageError("generate takes a list of studies", hint="For one image: generate([image]).")
+        size = self.recipe.model.encoder.image_size
+        reports: list[str] = []
+        batch_size = self.recipe.generation.batch_size
+        for start in range(0, len(studies), batch_size):
+            pixels = [study_pixels(study, size) for study in studies[start : start + batch_size]]
+            reports += self.generate_pixels(pixels, first=start)
+        return reports
+
+    def generate_pixels(self, studies: Sequence[torch.Tensor], first: int = 0) -> list[str]:
+        """Writes a report for each study of one batch; each is uint8 `[views, size, size]`.
+
+        Args:
+            first: the number of the first one among all studies: where reports are sampled, each batch draws anew.
+        """
+        settings = self.recipe.generation
+        views = torch.tensor([len(study) for study in studies], device=self.device)
+        with self._autocast(), _sampling(settings, settings.seed + first, self.device):
+            return self.model.generate(torch.cat(list(studies)).to(self.device), views, generation_config(settings)())
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.precision == "fp32":
+            return nullcontext()
+        from emrrg_cli.runtime import DTYPES
+
+        return torch.autocast(self.device.type, DTYPES[self.precision])
+
+
+@contextmanager
+def _sampling(settings: GenerationSettings, seed: int, device: torch.device) -> Iterator[None]:
+    # Draws from `seed` and leaves the caller's generators as they were.
+    if not settings.do_sample:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def study_pixels(study: Study, size: int) -> torch.Tensor:
+    """The views of a study as the model takes them: uint8 `[views, size, size]`.
+
+    Raises:
+        ImageError: for an image that cannot be read.
+        UsageError: for a study without images.
+    """
+    pictures = study if isinstance(study, Sequence) and not isinstance(study, str) else [study]
+    if not pictures:
+        raise UsageError("a study has no images")
+    return torch.stack([torch.from_numpy(resize_square(read_image(picture), size)) for picture in pictures])
+
+
+def load_generator(
+    run_dir: Path | str,
+    *,
+    device: str = "auto",
+    overrides: Sequence[str] = (),
+    recipe: FinetuneRecipe | None = None,
+) -> Generator:
+    """The model of a run directory, ready to write reports.
+
+    Args:
+        run_dir: what `emrrg finetune` wrote.
+        device: `auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1` or `mps`.
+        overrides: `key=value` changes to the run's recipe, such as `generation.num_beams=1`.
+        recipe: the run's recipe with such changes already made.
+
+    Raises:
+        UsageError: when this is no run directory, or an override is wrong.
+        RunError: when the run holds no trained model yet, or its LLM cannot be had.
+    """
+    from emrrg_cli.models.build import load_model
+    from emrrg_cli.recipe.load import load_run_recipe
+    from emrrg_cli.runtime import inference_precision, llm_dtype
+
+    if recipe is None:
+        recipe = load_run_recipe(Path(run_dir), None, overrides, "generate")
+    chosen = choose_device(device)
+    precision = inference_precision(recipe.train.precision, chosen.type)
+    dtype = llm_dtype(recipe.model.llm.dtype, precision)
+    model = load_model(Path(run_dir), recipe.model, dtype)
+    return Generator(model, recipe, chosen, precision)

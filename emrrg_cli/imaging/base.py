@@ -1,0 +1,119 @@
+"""What all readers of images share: the error, opening a file, and the messages of C libraries."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from emrrg_cli.errors import RunError
+
+MAX_PIXELS = 100_000_000
+
+
+DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
+
+
+NOT_AN_IMAGE = "not an image"
+
+
+TRUNCATED = "truncated image"
+
+
+_stderr_lock = threading.Lock()
+
+
+class ImageError(RunError):
+    """An image that cannot be read.
+
+    Attributes:
+        where: The path as it was given, or `<bytes>` or `<image>`.
+        reason: One of a few fixed phrases, fit for counting.
+        detail: What is particular to this file; may be empty.
+    """
+
+    def __init__(self, where: str, reason: str, detail: str = "") -> None:
+        self.where, self.reason, self.detail = where, reason, detail
+        super().__init__(f"{where}: {reason}" + (f" ({detail})" if detail else ""))
+
+    def __reduce__(self) -> tuple[type[ImageError], tuple[str, str, str]]:
+        # Raised in worker processes: an exception's default pickling would call `__init__` with the message alone.
+        return type(self), (self.where, self.reason, self.detail)
+
+
+@contextlib.contextmanager
+def open_stream(path: Path, where: str) -> Iterator[tuple[IO[bytes], int]]:
+    """A regular file, open, and its size in bytes.
+
+    Raises:
+        ImageError: missing image, image path is a folder, not a regular file, no permission to read, cannot be opened.
+    """
+    try:
+        # Looked at first: opening a pipe would wait for ever.
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            readable = os.access(path, os.R_OK | os.X_OK)
+            raise ImageError(where, "image path is a folder" if readable else "no permission to read")
+        if not stat.S_ISREG(mode):
+            raise ImageError(where, "not a regular file")
+        stream = path.open("rb")
+    except (FileNotFoundError, NotADirectoryError):
+        raise ImageError(where, "missing image") from None
+    except PermissionError:
+        raise ImageError(where, "no permission to read") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise ImageError(where, "cannot be opened", getattr(error, "strerror", None) or str(error)) from None
+    with stream:
+        try:
+            yield stream, os.fstat(stream.fileno()).st_size
+        except OSError as error:  # a network share that comes and goes
+            raise ImageError(where, "cannot be opened", error.strerror or str(error)) from None
+
+
+def is_dicom(stream: IO[bytes]) -> bool:
+    """Whether a stream begins with DICOM's preamble. It is left at its start."""
+    head = stream.read(132)
+    stream.seek(0)
+    return head[128:] == b"DICM"
+
+
+@contextlib.contextmanager
+def caught_stderr() -> Iterator[list[str]]:
+    """Keeps what C libraries print about broken data from the terminal; at the end of the block it is in the list."""
+    said: list[str] = []
+    with _stderr_lock:
+        try:
+            saved = os.dup(2)
+        except OSError:  # no stderr at all
+            yield said
+            return
+        with _scratch_file() as caught:
+            try:
+                os.dup2(caught.fileno(), 2)
+                yield said
+            finally:
+                os.dup2(saved, 2)
+                os.close(saved)
+                caught.seek(0)
+                said += caught.read(10_000).decode("utf-8", "replace").splitlines()
+
+
+def _scratch_file() -> IO[bytes]:
+    try:
+        return tempfile.TemporaryFile()
+    except OSError:  # a full disk is no reason not to read an image
+        return Path(os.devnull).open("w+b")
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """The bytes of a JPEG or PNG file and the name it had, relative to the raw data's root."""
+
+    name: str
+    data: bytes

@@ -1,0 +1,201 @@
+"""From the stored values of a DICOM image to 8-bit grey: the rules of PS3.3, and what is done where they do not help.
+
+In this order, for images of one sample a pixel:
+
+1. Padding: pixels of Pixel Padding Value (to Pixel Padding Range Limit) take no part in anything and end as black.
+2. Modality: the Modality LUT, else rescale slope and intercept, else nothing.
+3. Values of interest: the first VOI LUT, else the first window (LINEAR, LINEAR_EXACT or SIGMOID). One that leaves
+   nothing to see (99 percent of the pixels at one end) is ignored, which is said.
+4. Without them: up to 8 bits stored, the whole range of the type; more bits, linear between the 0.1 and the 99.9
+   percentile of the pixels, since markers and dead detector elements stand at the ends.
+5. MONOCHROME1 is inverted, so that air is dark.
+
+All of this depends on a pixel's value alone, so it is worked out once for each value and looked up for each pixel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydicom.dataset import Dataset
+
+from emrrg_cli.imaging.dicom.file import first_value, number, text
+
+_LEVELS = 65_536
+_BLOCK = 4_000_000  # pixels looked up at a time, so that a large film needs little more memory than its result
+_USELESS = 0.99
+_PERCENTILES = (0.1, 99.9)
+
+Levels = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class _Histogram:
+    """Every stored value in use, lowest first (values of more than 16 bits in steps), and how many pixels have it."""
+
+    low: int
+    step: int
+    values: Levels
+    counts: NDArray[np.int64]
+
+
+def grey(values: NDArray[Any], header: Dataset, bits: int, signed: bool) -> tuple[NDArray[np.uint8], list[str]]:
+    """Applies the rules above.
+
+    Args:
+        values: Stored values, `[h, w]`, integers.
+        header: Of the file.
+        bits: Stored bits of a value.
+        signed: Whether values are signed.
+
+    Returns:
+        uint8 `[h, w]`, 0 black to 255 white, and notes for people.
+    """
+    padding = _padding(values, header)
+    if padding is not None and padding.all():
+        return np.zeros(values.shape, np.uint8), ["black: all pixels are padding"]
+    histogram = _histogram(values, padding)
+    modality = _modality(histogram.values, header)
+    shown, notes = _values_of_interest(modality, histogram.counts, header)
+    if shown is None:
+        ends = _type_range(header, bits, signed) if bits <= 8 else _percentiles(modality, histogram.counts)
+        shown = _linear(modality, *ends)
+    if text(header, "PhotometricInterpretation").upper() == "MONOCHROME1":
+        shown = 1 - shown
+    table = np.floor(np.clip(shown, 0, 1) * 255 + 0.5).astype(np.uint8)
+    result = _look_up(values, histogram, table)
+    if padding is not None:
+        result[padding] = 0
+    return result, notes
+
+
+def _padding(values: NDArray[Any], header: Dataset) -> NDArray[np.bool_] | None:
+    first = number(header, "PixelPaddingValue")
+    if first is None:
+        return None
+    limit = number(header, "PixelPaddingRangeLimit")
+    low, high = sorted((first, first if limit is None else limit))
+    if low < 0 <= np.iinfo(values.dtype).min:  # written as signed beside unsigned values
+        low, high = (end % 2 ** (8 * values.itemsize) for end in (low, high))
+    mask = (values >= low) & (values <= high)
+    return mask if mask.any() else None
+
+
+def _histogram(values: NDArray[Any], padding: NDArray[np.bool_] | None) -> _Histogram:
+    used = values if padding is None else values[~padding]
+    low, high = int(used.min()), int(used.max())
+    step = (high - low) // _LEVELS + 1
+    counts = np.zeros((high - low) // step + 1, np.int64)
+    flat = used.reshape(-1)
+    for start in range(0, flat.size, _BLOCK):
+        counts += np.bincount(_level(flat[start : start + _BLOCK], low, step), minlength=len(counts))
+    return _Histogram(low, step, low + step * np.arange(len(counts), dtype=np.float64), counts)
+
+
+def _level(values: NDArray[Any], low: int, step: int) -> NDArray[np.int64]:
+    above = values.astype(np.int64) - low
+    return above if step == 1 else above // step
+
+
+def _look_up(values: NDArray[Any], histogram: _Histogram, table: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    flat = values.reshape(-1)
+    result = np.empty(flat.size, np.uint8)
+    for start in range(0, flat.size, _BLOCK):
+        levels = _level(flat[start : start + _BLOCK], histogram.low, histogram.step)
+        result[start : start + _BLOCK] = table[np.clip(levels, 0, len(table) - 1)]  # padding lies outside
+    return result.reshape(values.shape)
+
+
+def _modality(values: Levels, header: Dataset) -> Levels:
+    if (lut := _first_lut(header, "ModalityLUTSequence")) is not None:
+        return lut.apply(values)
+    slope, intercept = number(header, "RescaleSlope"), number(header, "RescaleIntercept")
+    return values * (slope or 1.0) + (intercept or 0.0)  # a slope of 0 would leave nothing
+
+
+def _type_range(header: Dataset, bits: int, signed: bool) -> tuple[float, float]:
+    """The whole range of the stored type, after the modality's transform."""
+    low = -(2 ** (bits - 1)) if signed else 0
+    ends = _modality(np.array([low, low + 2**bits - 1], np.float64), header)
+    return float(ends.min()), float(ends.max())
+
+
+def _values_of_interest(values: Levels, counts: NDArray[np.int64], header: Dataset) -> tuple[Levels | None, list[str]]:
+    """Values as the file wants them shown, 0 to 1; None where it does not say, or says what cannot be used."""
+    lut = _first_lut(header, "VOILUTSequence")
+    what = "window" if lut is None else "VOI LUT"
+    shown = _window(values, header) if lut is None else lut.apply(values) / lut.white
+    if shown is None:
+        return None, []
+    shown = np.clip(shown, 0, 1)
+    pixels = counts.sum()
+    at_one_end = max(counts[shown <= 0.002].sum(), counts[shown >= 0.998].sum())
+    if len(values) > 1 and at_one_end >= _USELESS * pixels:
+        return None, [f"{what} ignored: it shows nothing of the image"]
+    return shown, []
+
+
+def _window(values: Levels, header: Dataset) -> Levels | None:
+    """The first window by PS3.3 C.11.2.1.2; a width below 1, which LINEAR does not allow, is taken as LINEAR_EXACT."""
+    center, width = number(header, "WindowCenter"), number(header, "WindowWidth")
+    if center is None or width is None or width <= 0:
+        return None
+    function = text(header, "VOILUTFunction").upper()
+    if function == "SIGMOID":
+        return np.asarray(1 / (1 + np.exp(np.clip(-4 * (values - center) / width, -500, 500))))
+    if function == "LINEAR_EXACT" or width < 1:
+        return (values - center) / width + 0.5
+    return (values - (center - 0.5)) / max(width - 1, 1e-6) + 0.5
+
+
+def _linear(values: Levels, low: float, high: float) -> Levels:
+    return (values - low) / (high - low) if high > low else np.zeros_like(values)
+
+
+def _percentiles(values: Levels, counts: NDArray[np.int64]) -> tuple[float, float]:
+    order = np.argsort(values, kind="stable")
+    cumulative = np.cumsum(counts[order])
+    ranks = [percent / 100 * (cumulative[-1] - 1) for percent in _PERCENTILES]
+    low, high = (float(values[order[np.searchsorted(cumulative, rank, side="right")]]) for rank in ranks)
+    return (low, high) if high > low else (float(values.min()), float(values.max()))
+
+
+@dataclass(frozen=True)
+class _Lut:
+    """A look-up table: values below and above it take its first and last entry."""
+
+    first: float
+    entries: Levels
+    white: float
+
+    def apply(self, values: Levels) -> Levels:
+        index = np.clip(np.floor(values - self.first), 0, len(self.entries) - 1).astype(np.int64)
+        return self.entries[index]
+
+
+def _first_lut(header: Dataset, keyword: str) -> _Lut | None:
+    """The first item of a LUT sequence; None where there is none, or none that can be read."""
+    item = first_value(header, keyword)
+    if not isinstance(item, Dataset):
+        return None
+    try:
+        length, first, bits = (int(value) for value in item["LUTDescriptor"].value)
+        data = item["LUTData"].value
+    except Exception:  # absent, of another length, not numbers
+        return None
+    length = length or _LEVELS
+    if isinstance(data, bytes):  # written as words (OW), or as bytes where 8 bits are enough
+        wide = len(data) >= 2 * length
+        order = ">" if header.original_encoding[1] is False else "<"
+        data = np.frombuffer(data[: 2 * length if wide else length], np.dtype(f"{order}u2") if wide else np.uint8)
+    entries = np.atleast_1d(np.asarray(data, np.float64))[:length]
+    if not len(entries) or not np.isfinite(entries).all():
+        return None
+    # The descriptor's bits are often those of the type, with a table that never gets there.
+    white = float(2**bits - 1) if 1 <= bits <= 16 else 65_535.0
+    if entries.max() > white or entries.max() < white / 2:
+        white = float(max(entries.max(), 1.0))
+    return _Lut(float(first), entries, white)

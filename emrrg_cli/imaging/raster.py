@@ -1,0 +1,194 @@
+"""PNG, JPEG, TIFF and the other formats that Pillow decodes: their pixels, as 8-bit grey, and back to bytes."""
+
+from __future__ import annotations
+
+import io
+import re
+import threading
+from typing import IO, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from emrrg_cli.imaging.base import NOT_AN_IMAGE, TRUNCATED, ImageError, caught_stderr
+from emrrg_cli.imaging.notes import add_notes
+
+ImageFormat = Literal["jpeg", "png"]
+
+
+# An allow-list: Pillow also opens formats that run programs (EPS calls Ghostscript) or that hold no radiographs.
+_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "DIB", "WEBP", "GIF", "PPM", "JPEG2000")
+
+
+_ORIENTATION = 0x0112
+
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+_JPEG_MAX_SIDE = 65_500  # libjpeg's own limit
+
+
+_PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0  # of TIFF
+
+
+_COMPLAINT = re.compile(r"[A-Za-z]\w*(\.\w+)?: \S")  # of libtiff; a progress bar may draw meanwhile
+
+
+# Held while Pillow's global size limit is lifted to read a header; `max_pixels` takes its place.
+_header_lock = threading.Lock()
+
+
+def to_grey(image: Image.Image) -> Image.Image:
+    """The second half of `read_image`: upright, mode `L`. The argument is left as it is."""
+    turn = _UPRIGHT.get(_orientation(image))
+    upright = image if turn is None else image.transpose(turn)
+    mode = upright.mode
+    if mode == "L" and "transparency" not in upright.info:
+        return upright.convert("L")  # a copy
+    if mode.startswith("I") or mode == "F":
+        grey = _stretch(upright)
+        # Pillow goes by the tag at 8 bits alone.
+        white_is_zero = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO
+        return ImageOps.invert(grey) if white_is_zero else grey
+    if mode == "LAB":
+        return upright.getchannel("L")
+    if mode in {"RGBa", "La", "PA"}:
+        upright = upright.convert("LA" if mode == "La" else "RGBA")
+    elif "transparency" in upright.info and mode in {"1", "L", "P", "RGB"}:
+        upright = upright.convert("RGBA")
+    if upright.mode in {"LA", "RGBA"}:
+        grey = upright.convert("L")
+        return Image.composite(grey, Image.new("L", grey.size, 0), upright.getchannel("A"))
+    if upright.mode in {"1", "L", "RGB"}:
+        return upright.convert("L")
+    return upright.convert("RGB").convert("L")  # P, CMYK, YCbCr, HSV
+
+
+def is_plain_jpeg(image: Image.Image) -> bool:
+    """Whether a loaded image came from an upright, grey, baseline JPEG, which needs no second compression."""
+    return (
+        image.format == "JPEG" and image.mode == "L" and not image.info.get("progressive") and _orientation(image) == 1
+    )
+
+
+def resize_square(image: Image.Image, size: int) -> NDArray[np.uint8]:
+    """The model's input: bicubic to a square without keeping the aspect ratio (SPEC 3).
+
+    Args:
+        image: Mode `L`, any size.
+        size: Side in pixels.
+
+    Returns:
+        uint8 `[size, size]`.
+    """
+    return np.array(image.resize((size, size), Image.Resampling.BICUBIC), dtype=np.uint8)
+
+
+def fit_shorter_side(image: Image.Image, size: int) -> Image.Image:
+    """Reduction until the shorter side is `size` pixels, keeping the aspect ratio.
+
+    Means of whole pixels down to at least 1.5 times the size, then a Hamming filter: on films it differs from a bicubic
+    reduction by half a grey level (51 dB and more), less than a JPEG of quality 95 does, in a third of the time.
+    A smaller image is returned as it is: enlarging adds bytes, not detail.
+    """
+    shorter = min(image.size)
+    if shorter <= size:
+        return image
+    width, height = (max(size, round(side * size / shorter)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.HAMMING, reducing_gap=1.5)
+
+
+def encode(image: Image.Image, format: ImageFormat, quality: int = 95) -> bytes:
+    """A grey image as the bytes of a file, without metadata.
+
+    Args:
+        image: Mode `L`.
+        format: `jpeg` (baseline) or `png`.
+        quality: Of JPEG, 1 to 100.
+
+    Raises:
+        ImageError: A side is too long for JPEG.
+    """
+    if format == "jpeg" and max(image.size) > _JPEG_MAX_SIDE:
+        raise ImageError("<image>", "too long for JPEG", f"{image.width} x {image.height}")
+    buffer = io.BytesIO()
+    if format == "jpeg":
+        image.save(buffer, "JPEG", quality=quality, comment=None)
+    else:
+        image.save(buffer, "PNG", icc_profile=None)
+    return buffer.getvalue()
+
+
+def open_header(stream: IO[bytes], where: str) -> Image.Image:
+    """Reads the header alone."""
+    with _header_lock:
+        pillow_limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(stream, formats=_FORMATS)
+        except UnidentifiedImageError:
+            raise ImageError(where, NOT_AN_IMAGE) from None
+        except Exception as error:  # a broken header raises whatever its plug-in met
+            raise ImageError(where, "broken image", _short(error)) from None
+        finally:
+            Image.MAX_IMAGE_PIXELS = pillow_limit
+
+
+def decode_image(image: Image.Image, where: str, max_pixels: int, enough: int | None = None) -> Image.Image:
+    if (pixels := image.width * image.height) > max_pixels:
+        raise ImageError(
+            where, "too many pixels", f"{image.width:,} x {image.height:,} = {pixels:,}, limit {max_pixels:,}"
+        )
+    if pixels == 0:
+        raise ImageError(where, "broken image", f"{image.width} x {image.height} pixels")
+    try:
+        reduced = enough is not None and image.format == "JPEG" and min(image.size) > enough
+        if enough is not None and reduced:
+            image.draft("L", (enough, enough))
+        if image.format == "TIFF":
+            with caught_stderr() as said:
+                image.load()
+            if any(_COMPLAINT.match(line) and "warning" not in line.lower() for line in said):  # after which it goes on
+                add_notes(image, "damaged: part of it may be missing")
+        else:
+            image.load()
+        if reduced:
+            image.format = None  # or its file could be taken for one that can be kept as it is
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error, ...
+        detail = _short(error)
+        reason = TRUNCATED if "truncated" in detail.lower() else "broken image"
+        raise ImageError(where, reason, detail) from None
+    return image
+
+
+def _short(error: Exception) -> str:
+    text = str(error).strip().split("\n")[0]
+    return text[:200] or type(error).__name__
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # unreadable EXIF says nothing about the pixels
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _stretch(image: Image.Image) -> Image.Image:
+    """Linear from [min, max] to [0, 255], in float64, rounded to nearest."""
+    values = np.asarray(image).astype(np.float64)
+    finite = np.isfinite(values)
+    low, high = (values[finite].min(), values[finite].max()) if finite.any() else (0.0, 0.0)
+    values = np.clip(np.nan_to_num(values, nan=low, posinf=high, neginf=low), low, high)
+    span = high - low
+    scaled = (values - low) / span * 255 if span > 0 else np.zeros_like(values)
+    return Image.fromarray(np.floor(scaled + 0.5).astype(np.uint8))

@@ -1,0 +1,117 @@
+"""Image files to 8-bit grey, and back to bytes. Imports no torch: decoding runs in many light processes."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import IO
+
+from PIL import Image
+
+from emrrg_cli.imaging.base import (
+    DICOM_SUFFIXES,
+    MAX_PIXELS,
+    NOT_AN_IMAGE,
+    TRUNCATED,
+    ImageError,
+    is_dicom,
+    open_stream,
+)
+from emrrg_cli.imaging.jpeg import MAX_MENDED, mend
+from emrrg_cli.imaging.notes import add_notes
+from emrrg_cli.imaging.raster import decode_image, open_header, to_grey
+
+
+def read_image(source: Path | str | bytes | Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Reads a radiograph as an 8-bit grey image.
+
+    The rules, in this order:
+
+    - PNG, JPEG, JPEG 2000, TIFF, BMP, WebP, GIF, PGM/PPM and DICOM are read, by content, whatever the file is called.
+      A DICOM file without its preamble is known by its name (`.dcm`, `.dicom`, `.ima`).
+    - Width times height above `max_pixels` is refused from the header, before a pixel is decoded.
+    - DICOM has rules of its own: `read_dicom` and `dicom_grey`. MONOCHROME1 is inverted, windows are applied, several
+      frames are refused.
+    - Of any other file with several frames or pages the first is read.
+    - A JPEG that lacks its last bytes is read if 95 percent of its rows are there (`mend` says how that is known); the
+      others have the last brightness before the cut.
+    - The EXIF orientation is applied.
+    - More than 8 bits of grey (integer or float) are stretched linearly: the smallest finite value becomes 0, the
+      largest 255. Files do not say how many of their 16 bits the detector used, so the range of the type would turn a
+      12-bit film almost black. A constant image becomes 0. (Colour with 16 bits a channel is read by its high bytes.)
+    - Palette and transparent colours are resolved; what is transparent shows black, as air does.
+    - Colour, CMYK included, becomes luma (ITU-R 601: 0.299 R + 0.587 G + 0.114 B).
+    - 1-bit images become 0 and 255.
+
+    Args:
+        source: A file, its bytes, or an image already opened.
+        max_pixels: Largest width times height that is decoded.
+
+    Returns:
+        A new image of mode `L`, `[h, w]`, 0 black to 255 white. What should be said about it is in `image_notes`.
+
+    Raises:
+        ImageError: With a short reason: missing image, image path is a folder, not a regular file, no permission to
+            read, cannot be opened, empty file, not an image, too many pixels, truncated image, broken image; of DICOM
+            also file too large, no pixel data, multi-frame DICOM, DICOM compression not supported.
+    """
+    return to_grey(load_image(source, max_pixels))
+
+
+def load_image(
+    source: Path | str | bytes | Image.Image, max_pixels: int = MAX_PIXELS, enough: int | None = None
+) -> Image.Image:
+    """The first half of `read_image`: the first frame, decoded, in the file's own mode and orientation.
+
+    Args:
+        source: As `read_image`.
+        max_pixels: As `read_image`.
+        enough: Pixels that the shorter side needs; a JPEG of more is decoded as grey and at the smallest of 1/2, 1/4
+            and 1/8 of its size that has them, which costs less than to decode it whole. None: the whole size.
+
+    Raises:
+        ImageError: As `read_image`.
+    """
+    if isinstance(source, Image.Image):
+        return decode_image(source, "<image>", max_pixels, enough)
+    if isinstance(source, bytes):
+        return _load(io.BytesIO(source), "<bytes>", len(source), max_pixels, enough)
+    where = str(source)
+    with open_stream(Path(source), where) as (stream, size):
+        return _load(stream, where, size, max_pixels, enough, named_dicom=where.lower().endswith(DICOM_SUFFIXES))
+
+
+def _load(
+    stream: IO[bytes], where: str, size: int, max_pixels: int, enough: int | None = None, *, named_dicom: bool = False
+) -> Image.Image:
+    """Chooses the reader by the first bytes; a name counts only where they say nothing."""
+    if size == 0:
+        raise ImageError(where, "empty file", "0 bytes")
+    if is_dicom(stream):
+        return _load_dicom(stream, where, size, max_pixels)
+    try:
+        image = open_header(stream, where)
+    except ImageError as error:
+        if not named_dicom or error.reason != NOT_AN_IMAGE:
+            raise
+        stream.seek(0)
+        return _load_dicom(stream, where, size, max_pixels)
+    try:
+        return decode_image(image, where, max_pixels, enough)
+    except ImageError as error:
+        if image.format != "JPEG" or error.reason != TRUNCATED:
+            raise
+        stream.seek(0)
+        if (mended := mend(stream.read(MAX_MENDED + 1))) is None:
+            raise
+        # A copy has no format: its file must not be taken for one that can be kept as it is.
+        image = decode_image(open_header(io.BytesIO(mended.data), where), where, max_pixels, enough).copy()
+        add_notes(image, mended.note)
+        return image
+
+
+def _load_dicom(stream: IO[bytes], where: str, size: int, max_pixels: int) -> Image.Image:
+    # Imported where it is needed: the workers of a training read nothing but JPEG and PNG.
+    from emrrg_cli.imaging.dicom.read import read_dicom
+
+    return read_dicom(stream, where, size, max_pixels)

@@ -1,0 +1,350 @@
+"""Writes a dataset directory, and goes on where a run that was killed had stopped.
+
+Beside OUT, on the same file system, until the directory is whole:
+
+.OUT.partial/
+  work.json                       what is being made: a fingerprint of data, recipe and libraries
+  shards/train-00000.parquet      finished
+  journal/train-00000.json        one for every finished shard, written after it
+  finish.json                     how the shards become the directory, once there are all of them
+  dataset/                        becomes OUT
+
+A run that goes on reads the source from its start and leaves out, of each split, as many studies as the journals have:
+the bytes are those of a run that was not interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from emrrg_cli.console import err
+from emrrg_cli.datasets.directory import CARD, MANIFEST, Column, card, dataset_features
+from emrrg_cli.errors import RunError, UsageError
+from emrrg_cli.files import atomic_write_text, put_directory, recover_directory
+from emrrg_cli.ingest.dedupe import Plan, Shard, make_plan, remarks_about
+from emrrg_cli.ingest.prepare import PreparedImages
+from emrrg_cli.ingest.shards import SplitShards, new_parquet, to_disk
+from emrrg_cli.ingest.study import Account, Study
+from emrrg_cli.vocabulary import SPLITS, Split
+
+_FORMAT = 1  # of what lies in the work directory
+
+
+def check_target(out: Path, *, overwrite: bool, protect: Path | None = None) -> None:
+    """Makes sure that a dataset directory may be written to `out`.
+
+    Args:
+        out: The directory.
+        overwrite: Whether a dataset directory that stands there may be replaced.
+        protect: A path (the raw data) that must not lie inside a directory that is replaced.
+
+    Raises:
+        UsageError: `out` is a file; a directory that is not empty, without `overwrite`; or one that `preprocess` did
+            not write, which is never removed.
+    """
+    target = out.resolve()
+    if not target.exists():
+        recover_directory(target)
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise UsageError(f"{out} is a file", hint="OUT is the directory to write.")
+    if protect is not None and protect.resolve().is_relative_to(target):
+        raise UsageError(f"{out} holds the raw data", hint="Choose another directory for the dataset.")
+    if not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise UsageError(f"{out} exists and is not empty", hint="Choose another directory, or pass --overwrite.")
+    if not (target / MANIFEST).is_file():
+        raise UsageError(
+            f"{out} was not written by `emrrg preprocess` (it has no {MANIFEST}), so --overwrite does not remove it",
+            hint="Choose another directory, or remove this one yourself.",
+        )
+
+
+def is_finishing(out: Path) -> bool:
+    """Whether a run that was killed had all its shards, and was making them the directory `out`."""
+    return (_work_directory(out) / "finish.json").exists()
+
+
+def _work_directory(out: Path) -> Path:
+    final = out.resolve()
+    return final.with_name(f".{final.name}.partial")
+
+
+@contextlib.contextmanager
+def open_writer(
+    out: Path,
+    *,
+    fingerprint: str,
+    studies_per_shard: int,
+    overwrite: bool = False,
+    columns: Mapping[str, Column] | None = None,
+    about: str | None = None,
+) -> Iterator[DatasetWriter]:
+    """A writer that makes a dataset directory at `out`, from what an earlier run with the same fingerprint had done.
+
+    If the block ends before `finish`, `out` is as it was, and finished shards stay in the work directory.
+
+    Args:
+        out: The directory to make or to replace; see `check_target`.
+        fingerprint: Of everything that the result depends on.
+        studies_per_shard: Studies in one Parquet file.
+        overwrite: Whether finished shards of other data or settings may be removed.
+        columns: Those beside `FEATURES`; every study's `extra` fills them.
+        about: A paragraph for the dataset card; None: that the terms of the source apply.
+
+    Raises:
+        UsageError: There are finished shards of other data or settings, without `overwrite`.
+        RunError: The disk refuses (full, read-only, ...), or another process is writing to `out`.
+    """
+    final, work = out.resolve(), _work_directory(out)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        with _only_one(work, out):
+            _prepare(work, fingerprint, overwrite)
+            writer = DatasetWriter(work, final, studies_per_shard, columns or {}, about)
+            try:
+                yield writer
+            finally:
+                writer.close()
+                begun = (work / "finish.json").exists() or any((work / "shards").glob("*.parquet"))
+                if writer.finished or not begun:
+                    shutil.rmtree(work, ignore_errors=True)
+    except OSError as error:  # pyarrow's own I/O errors are OSErrors too
+        raise RunError(
+            f"cannot write {out}: {error.strerror or error}",
+            hint="The same command goes on from the shards that are finished." if (work / "shards").exists() else None,
+        ) from error
+
+
+class DatasetWriter:
+    """Fills the work directory and turns it into a dataset directory; made by `open_writer`."""
+
+    def __init__(
+        self,
+        work: Path,
+        final: Path,
+        studies_per_shard: int,
+        columns: Mapping[str, Column],
+        about: str | None,
+    ) -> None:
+        self._work, self._final, self._columns, self._about = work, final, columns, about
+        self._features = dataset_features(columns)
+        complete = (work / "finish.json").exists()
+        self._splits: dict[Split, SplitShards] = {
+            split: SplitShards(work, split, studies_per_shard, self._features, trust=complete) for split in SPLITS
+        }
+        self.finished = False
+
+    @property
+    def studies(self) -> int:
+        """Studies that were written so far, by this run or an earlier one."""
+        return sum(shards.studies for shards in self._splits.values())
+
+    @property
+    def skipped(self) -> int:
+        """Studies that were read and of which no image can be used."""
+        return sum(shards.skipped for shards in self._splits.values())
+
+    @property
+    def safe(self) -> int:
+        """Studies, used or not, that a run after this one need not read again."""
+        return sum(shards.safe for shards in self._splits.values())
+
+    def remaining(self, studies: Iterator[Study]) -> Iterator[Study]:
+        """Those studies of a source, read from its start, that are not in a finished shard."""
+        done = {split: shards.safe for split, shards in self._splits.items()}
+        for study in studies:
+            if done[study.split]:
+                done[study.split] -= 1
+            else:
+                yield study
+
+    def put(self, study: Study, prepared: PreparedImages) -> None:
+        """Appends a study to its split, or counts why none of its images can be used."""
+        self._splits[study.split].put(study, prepared)
+
+    def add_to(self, account: Account) -> None:
+        """Ends the shards and adds what became of their studies, split by split."""
+        for shards in self._splits.values():
+            shards.end_shard()
+            for journal in shards.journals():
+                account.add(journal.skipped, journal.notes)
+
+    def finish(
+        self,
+        manifest: Callable[[Account], Mapping[str, Any]],
+        account: Account,
+        *,
+        dedupe: str = "off",
+        before: Callable[[Path], None] | None = None,
+    ) -> dict[str, Any]:
+        """Ends the shards, writes manifest and card, and puts the directory in its place.
+
+        Args:
+            manifest: Given the whole account, what the writer does not know; counts and `fingerprint` are added.
+            account: Of what was left out while the source was read; what became of the images is added to it.
+            dedupe: `off`, `report` or `drop`; but for `off`, every study that was put had hashes.
+            before: Called with the whole directory before it is put in its place.
+
+        Returns:
+            The manifest as written.
+        """
+        self.add_to(account)
+        dataset = self._work / "dataset"
+        (dataset / "data").mkdir(parents=True, exist_ok=True)  # before the plan: a plan alone tells of a finished run
+        plan = self._plan(dedupe)
+        account.add(plan.skipped, {})
+        account.remarks += remarks_about(plan.duplicates)
+        counts: dict[str, dict[str, int]] = {}
+        for split in SPLITS:
+            chosen = [shard for shard in plan.shards if shard.split == split]
+            for number, shard in enumerate(chosen):
+                self._place(shard, dataset / "data" / f"{split}-{number:05d}-of-{len(chosen):05d}.parquet")
+            if chosen:
+                counts[split] = {
+                    "studies": sum(shard.studies for shard in chosen),
+                    "images": sum(shard.images for shard in chosen),
+                    "shards": len(chosen),
+                }
+        content = {
+            **manifest(account),
+            "studies_written": sum(count["studies"] for count in counts.values()),
+            "studies_skipped": account.studies_skipped,
+            "skipped": account.as_dict(),
+            "notes": account.notes_as_dict(),
+            "remarks": account.remarks,
+            **({"duplicates": plan.duplicates} if plan.duplicates else {}),
+            "splits": counts,
+            "images": sum(count["images"] for count in counts.values()),
+            "fingerprint": self._fingerprint(plan),
+        }
+        text = json.dumps(content, indent=2, ensure_ascii=False)
+        (dataset / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        (dataset / CARD).write_text(card(content, self._columns, self._about), encoding="utf-8")
+        if before is not None:
+            before(dataset)
+        put_directory(dataset, self._final)
+        self.finished = True
+        return content
+
+    def close(self) -> None:
+        """Lets go of open files."""
+        for shards in self._splits.values():
+            with contextlib.suppress(OSError):  # a full disk, most often: the error that led here says so
+                shards.close()
+
+    def _plan(self, dedupe: str) -> Plan:
+        """Written down before the first shard is moved, so that a run that goes on moves the others likewise."""
+        path = self._work / "finish.json"
+        if path.exists():
+            return Plan.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        plan = make_plan(self._splits, look=dedupe != "off", drop=dedupe == "drop")
+        atomic_write_text(path, json.dumps(plan.as_dict(), ensure_ascii=False))
+        return plan
+
+    def _place(self, shard: Shard, target: Path) -> None:
+        source = self._splits[shard.split].path(shard.index)
+        if target.exists():  # by a run that was killed after it
+            source.unlink(missing_ok=True)
+        elif shard.dropped:
+            growing = target.with_suffix(".growing")
+            _copy_without(source, growing, shard, self._features.arrow_schema)
+            to_disk(growing, target)
+            source.unlink()
+        else:
+            source.replace(target)
+
+    def _fingerprint(self, plan: Plan) -> str:
+        """Of all rows: of the digests of the shards and of what was left out of them."""
+        digest = hashlib.blake2b(digest_size=16)
+        for split, shards in self._splits.items():
+            for journal in shards.journals():
+                digest.update(f"{split} {journal.digest}\n".encode())
+        digest.update(json.dumps([shard.dropped for shard in plan.shards]).encode())
+        return digest.hexdigest()
+
+
+def _copy_without(source: Path, target: Path, shard: Shard, schema: pa.Schema) -> None:
+    """A shard without the images that are dropped, and without the studies that have no other."""
+    dropped: dict[int, set[int]] = {}
+    for study, view in shard.dropped:
+        dropped.setdefault(study, set()).add(view)
+    with pq.ParquetFile(source) as file, new_parquet(target, schema) as writer:
+        study = 0
+        for group in range(file.num_row_groups):
+            rows = []
+            for row in file.read_row_group(group).to_pylist():
+                gone = dropped.get(study, set())
+                for key in ("images", "views"):
+                    row[key] = [value for view, value in enumerate(row[key]) if view not in gone]
+                if row["images"]:
+                    rows.append(row)
+                study += 1
+            if rows:
+                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+
+
+def _prepare(work: Path, fingerprint: str, overwrite: bool) -> None:
+    """Empties the work directory unless it holds what the same command left.
+
+    Raises:
+        UsageError: It holds finished shards of another one, without `overwrite`.
+    """
+    mark = work / "work.json"
+    content = json.dumps({"format": _FORMAT, "fingerprint": fingerprint})
+    if mark.exists():
+        if not (work / "dataset").exists() and (work / "finish.json").exists():
+            pass  # a run that was killed after its last step
+        elif mark.read_bytes() == content.encode():
+            return
+        elif not overwrite and any((work / "journal").glob("*")):
+            raise UsageError(
+                f"{work} holds an unfinished run with other data or settings",
+                hint="Give that command once more to finish it, or pass --overwrite to begin anew.",
+            )
+        else:
+            err.print(
+                f"{work} holds an unfinished run with other data or settings; it is removed, and this one begins anew.",
+                markup=False,
+                soft_wrap=True,
+            )
+    for name in ("shards", "journal", "dataset"):
+        shutil.rmtree(work / name, ignore_errors=True)
+    (work / "finish.json").unlink(missing_ok=True)
+    for name in ("shards", "journal"):
+        (work / name).mkdir()
+    atomic_write_text(mark, content)
+
+
+@contextlib.contextmanager
+def _only_one(work: Path, out: Path) -> Iterator[None]:
+    """Holds the work directory for this process, however it ends."""
+    handle = os.open(work / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows
+            pass
+        except BlockingIOError:
+            raise RunError(
+                f"another process is writing {out}", hint="Wait for it, or choose another directory."
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(handle)

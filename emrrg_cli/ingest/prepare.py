@@ -1,0 +1,121 @@
+"""One study's images to the bytes that are written. Runs in worker processes: imports no more than it needs."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from emrrg_cli.imaging.base import EncodedImage, ImageError
+from emrrg_cli.imaging.jpeg import without_metadata
+from emrrg_cli.imaging.notes import INVERTED, image_notes
+from emrrg_cli.imaging.raster import encode, fit_shorter_side, is_plain_jpeg, to_grey
+from emrrg_cli.imaging.read import load_image
+from emrrg_cli.ingest.duplicates import ImageHash, hash_image
+from emrrg_cli.ingest.selection import projection
+from emrrg_cli.ingest.study import ImageProblem, RenderedImage, Study, image_name
+from emrrg_cli.recipe.schema import PreprocessRecipe
+
+# A file is kept as it is only while it is not much larger than its raw pixels (it may carry anything beside them).
+_KEPT_OVERHEAD = 16 * 1024
+
+
+@dataclass(frozen=True)
+class PreparedImages:
+    """A study's images after they were tried: `images` and `views` can be used, `problems` are the others.
+
+    `notes` are pairs of an image's name and what should be said about it; `hashes` are those of the images where
+    duplicates are looked for.
+    """
+
+    images: tuple[EncodedImage, ...]
+    views: tuple[str, ...]
+    problems: tuple[ImageProblem, ...]
+    notes: tuple[tuple[str, str], ...] = ()
+    hashes: tuple[ImageHash, ...] = ()
+
+
+def prepare_studies(
+    studies: Sequence[Study], root: Path | None, recipe: PreprocessRecipe
+) -> tuple[list[PreparedImages], float]:
+    """`prepare_study` for several studies, and the seconds that it took."""
+    _leave_ctrl_c_to_parent()
+    started = time.perf_counter()
+    return [prepare_study(study, root, recipe) for study in studies], time.perf_counter() - started
+
+
+def _leave_ctrl_c_to_parent() -> None:
+    """A terminal sends Ctrl-C to the worker processes too; the one that started them ends them."""
+    is_worker = multiprocessing.current_process().name != "MainProcess"
+    if is_worker and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def prepare_study(study: Study, root: Path | None, recipe: PreprocessRecipe) -> PreparedImages:
+    """Decodes (or renders) and encodes the images of one study.
+
+    An image that is already what would be written (a grey baseline JPEG, upright, not above the size, and JPEG is asked
+    for) keeps its bytes but for its metadata, so that it is not compressed twice; it is decoded all the same, to know
+    that it can be.
+    """
+    images: list[EncodedImage] = []
+    views: list[str] = []
+    problems = list(study.problems)
+    notes: list[tuple[str, str]] = []
+    hashes: list[ImageHash] = []
+    sources: tuple[Path | RenderedImage, ...] = (*study.image_paths, *study.rendered)
+    for image, view in zip(sources, study.views, strict=True):
+        name = image_name(image, root)
+        try:
+            with warnings.catch_warnings():
+                # Pillow warns about odd metadata; an image either decodes or is reported.
+                warnings.simplefilter("ignore")
+                encoded = _from_file(image, recipe) if isinstance(image, Path) else _rendered(image, recipe)
+        except ImageError as error:
+            problems.append(ImageProblem(name, error.reason, error.detail))
+        except OSError as error:  # a network share that comes and goes
+            problems.append(ImageProblem(name, "cannot be opened", error.strerror or str(error)))
+        else:
+            images.append(EncodedImage(name, encoded.data))
+            views.append(view)
+            # Bright lungs are no sign of an inverted film where they are seen from the side.
+            sideways = projection(view) == "lateral"
+            notes += [(name, note) for note in encoded.notes if note != INVERTED or not sideways]
+            hashes += encoded.hashes
+    return PreparedImages(tuple(images), tuple(views), tuple(problems), tuple(notes), tuple(hashes))
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    data: bytes
+    notes: tuple[str, ...] = ()
+    hashes: tuple[ImageHash, ...] = ()
+
+
+def _rendered(image: RenderedImage, recipe: PreprocessRecipe) -> _Encoded:
+    if recipe.size == "original":
+        raise ValueError("a rendered image has no original size")
+    grey = image.render(recipe.size)
+    data = encode(grey, recipe.format, recipe.quality)
+    return _Encoded(data, (), () if recipe.dedupe == "off" else (hash_image(grey, data),))
+
+
+def _from_file(path: Path, recipe: PreprocessRecipe) -> _Encoded:
+    image = load_image(path, recipe.max_pixels, None if recipe.size == "original" else recipe.size)
+    fits = recipe.size == "original" or min(image.size) <= recipe.size
+    small = path.stat().st_size <= image.width * image.height + _KEPT_OVERHEAD
+    plain = recipe.format == "jpeg" and fits and small and is_plain_jpeg(image)
+    kept = without_metadata(path.read_bytes()) if plain else None
+    if kept is not None:
+        grey, data = image, kept
+    else:
+        grey = to_grey(image)
+        if recipe.size != "original":
+            grey = fit_shorter_side(grey, recipe.size)
+        data = encode(grey, recipe.format, recipe.quality)
+    return _Encoded(data, image_notes(grey), () if recipe.dedupe == "off" else (hash_image(grey, data),))

@@ -1,0 +1,101 @@
+"""Which studies and views of a source are asked for, before anything is decoded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from emrrg_cli.datasets.report_text import select_section
+from emrrg_cli.ingest.study import Account, RenderedImage, Study, image_name
+from emrrg_cli.recipe.schema import PreprocessRecipe
+
+Projection = Literal["frontal", "lateral", "oblique", "unknown"]
+
+# A lying or lordotic film is a frontal one too; `POSTERO` and `ANTERO` begin `postero-anterior` and its reverse.
+_FRONTAL = {"PA", "AP", "FRONTAL", "POSTEROANTERIOR", "ANTEROPOSTERIOR", "POSTERO", "ANTERO", "LORDOTIC", "LLD", "RLD"}
+_LATERAL = {"LATERAL", "LAT", "LL", "RL", "L"}
+_OBLIQUE = {"OBLIQUE", "LAO", "RAO", "LPO", "RPO", "SWIMMERS"}
+
+
+def projection(view: str) -> Projection:
+    """What kind of projection the name of a view is.
+
+    The first word that is known decides, so `AP LLD` and `PA` are frontal, `XTABLE LATERAL` and `LL` lateral, `LAO` and
+    `SWIMMERS` oblique; a name without such a word is `unknown`.
+    """
+    for word in re.split(r"[^A-Z]+", view.upper()):
+        if word in _FRONTAL:
+            return "frontal"
+        if word in _LATERAL:
+            return "lateral"
+        if word in _OBLIQUE:
+            return "oblique"
+    return "unknown"
+
+
+def select(studies: Iterable[Study], recipe: PreprocessRecipe, root: Path | None, account: Account) -> Iterator[Study]:
+    """The studies as the recipe asks for them: `report` is its section, `image_paths` are its views.
+
+    - Section `report` is the text by the source's rule, whether there is one or not. Of the others a study needs to
+      have a text, or it is left out; `both` is findings, then impression, or the one that there is.
+    - Of the views, `frontal` or `lateral` leaves out every image that is known to be another projection, and a study
+      that has no other; an image whose projection is not known is kept and noted.
+    - A report of less than `min_words` words (parts between white space) leaves its study out.
+
+    Args:
+        studies: Of a source.
+        recipe: What is asked for.
+        root: Of the source.
+        account: Counts what is left out.
+    """
+    for study in studies:
+        chosen = _with_section(study, recipe, account)
+        if chosen is not None and recipe.views != "all":
+            chosen = _with_views(chosen, recipe.views, root, account)
+        if chosen is not None:
+            yield chosen
+
+
+def _with_section(study: Study, recipe: PreprocessRecipe, account: Account) -> Study | None:
+    if recipe.section != "report":
+        texts = {"report": study.report, "findings": study.findings, "impression": study.impression}
+        text = select_section(texts, recipe.section)
+        if not text.strip():
+            name = {"both": "findings or impression"}.get(recipe.section, recipe.section)
+            account.skip_study(f"no {name}", study.study_id)
+            return None
+        study = replace(study, report=text)
+    if recipe.min_words and (words := len((study.report or "").split())) < recipe.min_words:
+        account.skip_study("report too short", study.study_id, detail=f"{words} of {recipe.min_words} words")
+        return None
+    return study
+
+
+def _with_views(
+    study: Study, wanted: Literal["frontal", "lateral"], root: Path | None, account: Account
+) -> Study | None:
+    kept: list[tuple[Path | RenderedImage, str]] = []
+    left_out: list[tuple[Path | RenderedImage, str]] = []
+    unknown: list[Path | RenderedImage] = []
+    images: tuple[Path | RenderedImage, ...] = (*study.image_paths, *study.rendered)
+    for image, view in zip(images, study.views, strict=True):
+        kind = projection(view)
+        (kept if kind in (wanted, "unknown") else left_out).append((image, view))
+        if kind == "unknown":
+            unknown.append(image)
+    if not kept and left_out:
+        account.skip_study(f"no {wanted} view", study.study_id, detail=", ".join(view for _, view in left_out))
+        return None
+    for image, view in left_out:
+        account.leave_out_image(study.study_id, image_name(image, root), f"not a {wanted} view", view)
+    for image in unknown:
+        account.note_image(study.study_id, image_name(image, root), f"view not known, kept as {wanted}")
+    return replace(
+        study,
+        image_paths=tuple(image for image, _ in kept if isinstance(image, Path)),
+        rendered=tuple(image for image, _ in kept if not isinstance(image, Path)),
+        views=tuple(view for _, view in kept),
+    )

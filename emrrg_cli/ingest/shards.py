@@ -1,0 +1,242 @@
+"""The Parquet shards of one split, and the journal of each, from which an interrupted run goes on.
+
+A shard holds the next studies of its split, in the order of the source, and its journal says how many were read for it
+and what became of them. The journal is written after the shard: from then on the shard is finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Features
+
+from emrrg_cli.files import atomic_write_text
+from emrrg_cli.ingest.prepare import PreparedImages
+from emrrg_cli.ingest.study import Account, Study
+from emrrg_cli.vocabulary import Split
+
+# A row group is the least that a reader fetches and that the writer holds: small, so that a split streams.
+STUDIES_PER_ROW_GROUP = 100
+BYTES_PER_ROW_GROUP = 64 * 2**20
+
+REPORT_HASH_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Journal:
+    """What became of the studies that were read for one shard.
+
+    Attributes:
+        read: Studies that were tried.
+        studies: Those that were written; a shard without any has no file.
+        images: Views that were written.
+        digest: Of the rows, in hexadecimal.
+        views: Number of views of each study written.
+        hashes: Of the images, in hexadecimal; empty where duplicates are not looked for.
+        reports: Of the reports, in hexadecimal, likewise; zeros for a study without one.
+        skipped: As `Account.as_dict`.
+        notes: As `Account.notes_as_dict`.
+    """
+
+    read: int
+    studies: int
+    images: int
+    digest: str
+    views: list[int]
+    hashes: str
+    reports: str
+    skipped: dict[str, Any]
+    notes: dict[str, Any]
+
+
+@dataclass
+class _Segment:
+    """The shard that is being filled, and what was read for it."""
+
+    account: Account = field(default_factory=Account)
+    digest: Any = field(default_factory=lambda: hashlib.blake2b(digest_size=16))
+    read: int = 0
+    views: list[int] = field(default_factory=list)
+    hashes: bytearray = field(default_factory=bytearray)
+    reports: bytearray = field(default_factory=bytearray)
+
+    def journal(self) -> Journal:
+        return Journal(
+            read=self.read,
+            studies=len(self.views),
+            images=sum(self.views),
+            digest=self.digest.hexdigest(),
+            views=self.views,
+            hashes=self.hashes.hex(),
+            reports=self.reports.hex(),
+            skipped=self.account.as_dict(),
+            notes=self.account.notes_as_dict(),
+        )
+
+
+class SplitShards:
+    """Appends the studies of one split to its shards.
+
+    Args:
+        work: Folder with `shards/` and `journal/`.
+        split: The split.
+        studies_per_shard: Studies of a shard.
+        features: Columns of the rows.
+        trust: Take finished shards from the journals alone; their files may have been moved.
+    """
+
+    def __init__(self, work: Path, split: Split, studies_per_shard: int, features: Features, *, trust: bool) -> None:
+        self._work, self._split, self._studies_per_shard = work, split, studies_per_shard
+        self._schema = features.arrow_schema
+        self._finished: list[Journal] = []  # without what can be read again
+        self._segment = _Segment()
+        self._rows: list[dict[str, Any]] = []
+        self._bytes = 0
+        self._writer: pq.ParquetWriter | None = None
+        while (journal := self._read_journal(len(self._finished))) is not None:
+            if journal.studies and not (trust or self.path(len(self._finished)).exists()):
+                break
+            self._finished.append(_summary(journal))
+
+    @property
+    def read(self) -> int:
+        """Studies that were put here, used or not, by this run and those before it."""
+        return sum(journal.read for journal in self._finished) + self._segment.read
+
+    @property
+    def safe(self) -> int:
+        """Those of them that a run after this one need not read again."""
+        return sum(journal.read for journal in self._finished)
+
+    @property
+    def studies(self) -> int:
+        """Studies that were written."""
+        return sum(journal.studies for journal in self._finished) + len(self._segment.views)
+
+    @property
+    def skipped(self) -> int:
+        """Studies of which no image can be used."""
+        return self.read - self.studies
+
+    def path(self, index: int) -> Path:
+        """The file of a finished shard."""
+        return self._work / "shards" / f"{self._split}-{index:05d}.parquet"
+
+    def journals(self) -> Iterator[Journal]:
+        """The journals of all shards, once they are finished."""
+        for index in range(len(self._finished)):
+            journal = self._read_journal(index)
+            assert journal is not None
+            yield journal
+
+    def put(self, study: Study, prepared: PreparedImages) -> None:
+        """Appends a study, or counts why none of its images can be used."""
+        segment = self._segment
+        segment.read += 1
+        if not prepared.images:
+            if prepared.problems:
+                first = prepared.problems[0]
+                segment.account.skip_study(first.reason, study.study_id, path=first.path, detail=first.detail)
+            else:
+                segment.account.skip_study("no image listed", study.study_id)
+            return
+        for problem in prepared.problems:
+            segment.account.drop_image(study.study_id, problem)
+        for name, note in prepared.notes:
+            segment.account.note_image(study.study_id, name, note)
+        text = {
+            "study_id": study.study_id,
+            "patient_id": study.patient_id,
+            "views": list(prepared.views),
+            "findings": study.findings,
+            "impression": study.impression,
+            "report": study.report,
+            "source": study.source,
+            **study.extra,
+        }
+        images = prepared.images
+        self._rows.append(text | {"images": [{"bytes": image.data, "path": image.name} for image in images]})
+        segment.digest.update(json.dumps([text, [(image.name, len(image.data)) for image in images]]).encode())
+        for image in images:
+            segment.digest.update(image.data)
+        segment.views.append(len(images))
+        if prepared.hashes:
+            segment.hashes += b"".join(prepared.hashes)
+            segment.reports += _hash_report(study.report)
+        self._bytes += sum(len(image.data) for image in images)
+        if len(segment.views) == self._studies_per_shard:
+            self.end_shard()
+        elif len(self._rows) == STUDIES_PER_ROW_GROUP or self._bytes >= BYTES_PER_ROW_GROUP:
+            self._end_row_group()
+
+    def end_shard(self) -> None:
+        """Brings the shard to the disk, then its journal."""
+        if not self._segment.read:
+            return
+        index = len(self._finished)
+        self._end_row_group()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+            to_disk(self._growing, self.path(index))
+        journal = self._segment.journal()
+        atomic_write_text(self._journal_path(index), json.dumps(vars(journal), ensure_ascii=False))
+        self._finished.append(_summary(journal))
+        self._segment = _Segment()
+
+    def close(self) -> None:
+        """Lets go of the open file; used when the run ends before its time."""
+        if self._writer is not None:
+            self._writer.close()
+
+    @property
+    def _growing(self) -> Path:
+        return self._work / "shards" / f"{self._split}.growing"
+
+    def _journal_path(self, index: int) -> Path:
+        return self._work / "journal" / f"{self._split}-{index:05d}.json"
+
+    def _read_journal(self, index: int) -> Journal | None:
+        try:
+            return Journal(**json.loads(self._journal_path(index).read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+
+    def _end_row_group(self) -> None:
+        if not self._rows:
+            return
+        if self._writer is None:
+            self._writer = new_parquet(self._growing, self._schema)
+        self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
+        self._rows, self._bytes = [], 0
+
+
+def new_parquet(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    """A Parquet file to write row groups to."""
+    return pq.ParquetWriter(path, schema, use_dictionary=False)
+
+
+def to_disk(written: Path, final: Path) -> None:
+    """Brings a file that was written under a temporary name to the disk and gives it its own."""
+    with written.open("rb+") as file:
+        os.fsync(file.fileno())
+    written.replace(final)
+
+
+def _summary(journal: Journal) -> Journal:
+    return replace(journal, views=[], hashes="", reports="", skipped={}, notes={})
+
+
+def _hash_report(report: str | None) -> bytes:
+    words = " ".join((report or "").split())
+    if not words:
+        return bytes(REPORT_HASH_BYTES)
+    return hashlib.blake2b(words.encode("utf-8", "surrogatepass"), digest_size=REPORT_HASH_BYTES).digest()

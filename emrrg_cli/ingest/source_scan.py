@@ -1,0 +1,138 @@
+"""A source read from end to end without decoding: what there is, whether it may be used, and a fingerprint of it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from emrrg_cli.console import printable
+from emrrg_cli.errors import RunError
+from emrrg_cli.ingest.selection import projection, select
+from emrrg_cli.ingest.sources.temporary_index import scratch_database, scratch_errors
+from emrrg_cli.ingest.study import Account, ImageProblem, Study, StudySource
+from emrrg_cli.recipe.schema import PreprocessRecipe
+from emrrg_cli.vocabulary import SPLITS, Split
+
+_EXAMPLES = 5
+_SAMPLE = 40
+
+
+@dataclass
+class Survey:
+    """What a source holds, as the recipe asks for it.
+
+    Attributes:
+        account: What was left out while reading.
+        studies: Studies to write, by split.
+        images: Views of them, likewise.
+        views: Views of them, by projection.
+        problems: Images that are already known to be unusable, by reason, with the first as `(study, problem)`.
+        leaks: Patients that are in more than one split.
+        leaking: The first of them.
+        digest: Of every study and of the size and time of its files, in hexadecimal.
+        sample: Some studies, evenly from all over.
+    """
+
+    account: Account = field(default_factory=Account)
+    studies: Counter[Split] = field(default_factory=Counter)
+    images: Counter[Split] = field(default_factory=Counter)
+    views: Counter[str] = field(default_factory=Counter)
+    problems: Counter[str] = field(default_factory=Counter)
+    first_problems: dict[str, tuple[str, ImageProblem]] = field(default_factory=dict)
+    leaks: int = 0
+    leaking: list[str] = field(default_factory=list)
+    digest: str = ""
+    sample: list[Study] = field(default_factory=list)
+
+    @property
+    def total(self) -> int:
+        """Studies of all splits."""
+        return self.studies.total()
+
+    def check_leakage(self) -> None:
+        """Makes sure that no patient is in two splits.
+
+        Raises:
+            RunError: One is; names the first.
+        """
+        if self.leaks:
+            some = ", ".join(self.leaking) + (", ..." if self.leaks > len(self.leaking) else "")
+            what = "1 patient is" if self.leaks == 1 else f"{self.leaks:,} patients are"
+            raise RunError(
+                f"{what} in more than one split: {some}",
+                hint="A model would be tested on patients it was trained on. Correct the splits, or pass "
+                "--allow-leakage if a published split has them.",
+            )
+
+
+def survey(source: StudySource, recipe: PreprocessRecipe, told: Callable[[int], None] = lambda read: None) -> Survey:
+    """Reads all studies of a source.
+
+    Args:
+        source: Read once, from its start.
+        recipe: What is asked for.
+        told: Called now and then with the number of studies read.
+    """
+    found = Survey()
+    digest = hashlib.blake2b(digest_size=16)
+    patients = _Patients()
+    step = 1
+    for number, study in enumerate(select(source.studies(found.account), recipe, source.root, found.account)):
+        if number % 256 == 0:
+            told(found.account.read)
+        found.studies[study.split] += 1
+        found.images[study.split] += len(study.views)
+        found.views.update(projection(view) for view in study.views)
+        for problem in study.problems:
+            found.problems[problem.reason] += 1
+            found.first_problems.setdefault(problem.reason, (study.study_id, problem))
+        if study.patient_id is not None and patients.leaks(study.patient_id, study.split):
+            found.leaks += 1
+            if len(found.leaking) < _EXAMPLES:
+                found.leaking.append(f"{printable(study.patient_id)} (study {printable(study.study_id)})")
+        digest.update(_identity(study))
+        if number % step == 0:
+            found.sample.append(study)
+            if len(found.sample) == 2 * _SAMPLE:
+                found.sample, step = found.sample[::2], 2 * step
+    found.digest = digest.hexdigest()
+    return found
+
+
+def _identity(study: Study) -> bytes:
+    """What tells a study from another, or from itself after a file was replaced."""
+    files = [(str(path), *_state(path)) for path in study.image_paths]
+    rendered = [image.name for image in study.rendered]
+    texts: list[Any] = [study.study_id, study.patient_id, study.split, study.source, study.views]
+    texts += [study.findings, study.impression, study.report, sorted(study.extra.items()), study.problems]
+    return repr((texts, files, rendered)).encode("utf-8", "backslashreplace")
+
+
+def _state(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
+
+
+class _Patients:
+    """The splits that each patient was met in, on the disk: a data set may have hundreds of thousands of patients."""
+
+    def __init__(self) -> None:
+        self._database = scratch_database()
+        self._database.execute("CREATE TABLE patient (id TEXT PRIMARY KEY, splits INTEGER) WITHOUT ROWID")
+
+    def leaks(self, patient: str, split: Split) -> bool:
+        """Remembers a patient; true once for each that comes in a second split."""
+        bit = 1 << SPLITS.index(split)
+        with scratch_errors():
+            row = self._database.execute("SELECT splits FROM patient WHERE id = ?", (patient,)).fetchone()
+            before: int = row[0] if row else 0
+            if not before & bit:
+                self._database.execute("INSERT OR REPLACE INTO patient VALUES (?, ?)", (patient, before | bit))
+        return before in (1, 2, 4) and before != bit

@@ -1,0 +1,173 @@
+"""CheXpert Plus: its table of reports, its PNG (or DICOM) images and its CheXbert labels."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from emrrg_cli.datasets.directory import Column
+from emrrg_cli.datasets.report_text import ReportSection
+from emrrg_cli.datasets.splits import drawn_remark
+from emrrg_cli.ingest.sources.annotation import Annotation, AnnotationRow
+from emrrg_cli.ingest.sources.chexpert_labels import COLUMNS, NOT_MENTIONED, label_columns
+from emrrg_cli.ingest.sources.chexpert_table import ChexpertTable, TableStudy, parse_path
+from emrrg_cli.ingest.sources.image_paths import find_image, require_folder
+from emrrg_cli.ingest.sources.temporary_index import SeenIds, scratch_errors
+from emrrg_cli.ingest.sources.texts import lacks_text
+from emrrg_cli.ingest.study import Account, ImageProblem, Study
+from emrrg_cli.vocabulary import UNKNOWN_VIEW, Split
+
+NAME = "chexpert_plus"
+# The parts of the published split (CXPMRG-Bench): 40,463, 5,780 and 11,562 of 57,805 studies.
+FRACTIONS = (0.7, 0.1, 0.2)
+
+_IMAGES = ("PNGs", "PNG", "PNG/PNG", "DICOMs", "DICOM")
+
+_COLUMNS = COLUMNS | {
+    "indication": Column("text", "section of the report: clinical history"),
+    "comparison": Column("text", "section of the report"),
+}
+_ABOUT = (
+    "Studies of CheXpert Plus (Chambon et al., arXiv 2405.19538), under the Stanford University School of Medicine "
+    "research use agreement, which does not allow them to be passed on. Labels by CheXbert."
+)
+
+
+class ChexpertPlusSource:
+    """CheXpert Plus as Stanford AIMI ships it.
+
+    The rows of `df_chexpert_plus_240401.csv` that name views of one study make one study, `patient00001_study1`. Its
+    views carry reports that were anonymised one by one and may differ in dates: the first row's is kept. Paths in the
+    table end in `.jpg`; the images are looked up as `.png`, then under the table's own name, then as DICOM.
+
+    `report` is the findings section, as in CXPMRG-Bench. Labels are CheXbert's of the section that is asked for.
+
+    Args:
+        root: Folder with the table, `PNGs/` (or `PNG/`, `DICOM/`) and `chexbert_labels/`.
+        section: What the report will be, which chooses the labels.
+        annotation: A file in R2Gen's form, whose rows are then the studies: its texts, images and split. The table,
+            where it is there, adds views, sections and labels.
+        fractions: Parts of train, validation and test, drawn by patient, where there is no annotation.
+        seed: Of that draw.
+        limit: First studies of each split that are read; None: all.
+
+    Raises:
+        UsageError: A folder or file is not there.
+        RunError: A file cannot be read, or is not what it should be.
+    """
+
+    name = NAME
+    columns = _COLUMNS
+    about = _ABOUT
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        section: ReportSection = "report",
+        annotation: Path | None = None,
+        fractions: Sequence[float] = FRACTIONS,
+        seed: int = 0,
+        limit: int | None = None,
+    ) -> None:
+        require_folder(root)
+        self.root = root.resolve()
+        self.image_folders = (*(self.root / name for name in _IMAGES if (root / name).is_dir()), self.root)
+        self._section, self._limit = section, limit
+        self._annotation = Annotation(annotation) if annotation else None
+        self._table = ChexpertTable(root, section, needed=annotation is None)
+        self.remarks = list(self._table.remarks)
+        if self._annotation is None:
+            self._table.draw(fractions, seed)
+            self.remarks.append(drawn_remark(fractions, seed))
+
+    def __len__(self) -> int:
+        return (self._table if self._annotation is None else self._annotation).count(self._limit)
+
+    def studies(self, account: Account) -> Iterator[Study]:
+        """Yields train, validation, test, each in the order of the table or the annotation.
+
+        Left out and counted in `account`: rows that cannot be used, studies without the text. Missing images travel
+        with their study as problems.
+        """
+        account.remarks += self.remarks
+        studies = self._listed(account) if self._annotation is None else self._annotated(self._annotation, account)
+        with scratch_errors():
+            for study in studies:
+                if problem := lacks_text(study, self._section):
+                    account.skip_study(problem, study.study_id)
+                else:
+                    yield study
+
+    def _listed(self, account: Account) -> Iterator[Study]:
+        self._table.skip_rows(account)
+        for split, listed in self._table.studies(self._limit):
+            account.read += 1
+            yield self._study(split, listed)
+
+    def _study(self, split: Split, listed: TableStudy) -> Study:
+        found = [(self._find(*_names(path), dicom), view) for path, dicom, view in listed.images]
+        return Study(
+            study_id=listed.study_id,
+            patient_id=listed.patient,
+            split=split,
+            image_paths=tuple(image for image, _ in found if isinstance(image, Path)),
+            views=tuple(view for image, view in found if isinstance(image, Path)),
+            findings=listed.findings or None,
+            impression=listed.impression or None,
+            report=listed.findings or None,
+            source=self.name,
+            problems=(
+                *(image for image, _ in found if isinstance(image, ImageProblem)),
+                *(ImageProblem(path, "listed twice", f"line {line}") for path, line in listed.twice),
+            ),
+            extra=_extra(listed),
+        )
+
+    def _annotated(self, annotation: Annotation, account: Account) -> Iterator[Study]:
+        seen = SeenIds()
+        for row in annotation.first(self._limit):
+            account.read += 1
+            if not seen.skip(row.study_id, row.split, account):
+                yield self._annotated_study(row)
+
+    def _annotated_study(self, row: AnnotationRow) -> Study:
+        images = [(path, parse_path(path)) for path in row.image_paths]
+        first = next((image for _, image in images if image), None)
+        listed = self._table.study(first.study) if first else None
+        found = [(self._find(*_names(path), *_names(image.stem if image else "")), image) for path, image in images]
+        report = row.report if row.report.strip() else None
+        return Study(
+            study_id=row.study_id,
+            patient_id=row.patient_id or (first.patient if first else None),
+            split=row.split,
+            image_paths=tuple(path for path, _ in found if isinstance(path, Path)),
+            views=tuple(
+                self._table.view(image) if image else UNKNOWN_VIEW for path, image in found if isinstance(path, Path)
+            ),
+            # The texts of the published annotation are findings.
+            findings=(listed.findings if listed else "") or report,
+            impression=(listed.impression if listed else "") or None,
+            report=report,
+            source=self.name,
+            problems=tuple(path for path, _ in found if isinstance(path, ImageProblem)),
+            extra=_extra(listed),
+        )
+
+    def _find(self, *names: str) -> Path | ImageProblem:
+        return find_image(tuple(dict.fromkeys(filter(None, names))), self.root, self.image_folders)
+
+
+def _extra(listed: TableStudy | None) -> dict[str, Any]:
+    labels = label_columns(listed.labels if listed else NOT_MENTIONED)
+    texts = {"indication": listed.indication, "comparison": listed.comparison} if listed else {}
+    return {**labels, **{name: texts.get(name) or None for name in ("indication", "comparison")}}
+
+
+def _names(path: str) -> tuple[str, ...]:
+    """Where an image may be: as PNG, as the path says, as JPEG, as DICOM."""
+    path = path.replace("\\", "/")
+    stem = re.sub(r"\.(jpe?g|png|dcm)$", "", path, flags=re.IGNORECASE)
+    return (f"{stem}.png", path, f"{stem}.jpg", f"{stem}.dcm") if stem else ()

@@ -1,0 +1,149 @@
+"""Several data sets in one annotation file, whose images lie in folders of other names, or of another machine."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+
+from emrrg_cli.errors import UsageError
+from emrrg_cli.imaging.views import view_name
+from emrrg_cli.ingest.sources.annotation import Annotation, AnnotationRow
+from emrrg_cli.ingest.sources.image_paths import MISSING, OUTSIDE, locate
+from emrrg_cli.ingest.sources.temporary_index import SeenIds
+from emrrg_cli.ingest.study import Account, ImageProblem, Study
+
+NAME = "combined"
+
+# What the paths of the three public sets say of the patient: CXR2384_IM-0942, p10/p10000032/s50414267, patient00001.
+_PATIENT = re.compile(r"(?:^|/)(?:CXR(\d+)_[^/]*IM-|p\d\d/p(\d+)/s\d|(patient\d+)/study)")
+_VIEW = re.compile(r"/view\d+_(frontal|lateral)\.\w+$")
+
+
+class CombinedSource:
+    """An annotation file in R2Gen's form, of several data sets, such as the one published for stage 2 of MambaXray-VL.
+
+    An image path has its beginning replaced by the longest fitting entry of `moved`, and must then name a file under
+    one of the roots, links followed. A relative path is looked up in each root and in `images/` of it, in their order.
+    The name of the root is the study's `source`, which decides how its report is cleaned: `iu_xray` for IU X-Ray.
+
+    Args:
+        annotation: The file.
+        roots: Folders of the data sets, by name.
+        moved: Beginnings of paths as the file has them, and folders of this machine in their place.
+        limit: First studies of each split that are read; None: all.
+
+    Raises:
+        UsageError: A folder or file is not there, or a folder of `moved` is under no root.
+        RunError: The file is not what it should be.
+
+    Source: CXPMRG-Bench (arXiv 2410.00379).
+    """
+
+    name = NAME
+
+    def __init__(
+        self,
+        annotation: Path,
+        roots: Mapping[str, Path],
+        *,
+        moved: Mapping[str, Path] | None = None,
+        limit: int | None = None,
+    ) -> None:
+        if not roots:
+            raise UsageError("no --root", hint="Name each data set's folder: --root iu_xray=DIR --root mimic_cxr=DIR")
+        for name, folder in roots.items():
+            if not folder.is_dir():
+                raise UsageError(f"--root {name}: no such folder: {folder}")
+        self._roots = {name: folder.resolve() for name, folder in roots.items()}
+        self._moved = {PurePosixPath(old.replace("\\", "/")): new.resolve() for old, new in (moved or {}).items()}
+        for old, new in self._moved.items():
+            if not any(new.is_relative_to(root) for root in self._roots.values()):
+                raise UsageError(f"--map {old}: {new} is under none of the roots", hint="Every image must lie in one.")
+        self.root = Path(os.path.commonpath(list(self._roots.values())))
+        self.image_folders = tuple(self._roots.values())
+        self._annotation, self._limit = Annotation(annotation), limit
+
+    def __len__(self) -> int:
+        return self._annotation.count(self._limit)
+
+    def studies(self, account: Account) -> Iterator[Study]:
+        """Yields train, validation, test, each in the file's order.
+
+        Left out and counted in `account`: an id that the same data set had before, and empty reports. Images that are
+        missing or under no root travel with their study as problems.
+        """
+        seen = SeenIds()
+        for row in self._annotation.first(self._limit):
+            account.read += 1
+            study = self._study(row)
+            if seen.add(f"{study.source}/{row.study_id}", row.split):
+                account.skip_study("id seen before", row.study_id, detail=f"in {row.split}")
+            elif not row.report.strip():
+                account.skip_study("empty report", row.study_id)
+            else:
+                yield study
+
+    def _study(self, row: AnnotationRow) -> Study:
+        found = [self._locate(path) for path in row.image_paths]
+        images = [pair for pair in found if not isinstance(pair, ImageProblem)]
+        patients = (_PATIENT.search(path.replace("\\", "/")) for path in (*row.image_paths, row.study_id))
+        patient = next((match[match.lastindex or 0] for match in patients if match), None)
+        return Study(
+            study_id=row.study_id,
+            patient_id=row.patient_id or patient,
+            split=row.split,
+            image_paths=tuple(image for _, image in images),
+            views=tuple(_view(image) for _, image in images),
+            findings=None,
+            impression=None,
+            report=row.report,
+            source=images[0][0] if images else self.name,
+            problems=tuple(image for image in found if isinstance(image, ImageProblem)),
+        )
+
+    def _locate(self, path: str) -> tuple[str, Path] | ImageProblem:
+        """The image and the name of its root, or why there is none."""
+        here = self._here(path)
+        # An absolute path lies outside all roots but its own; a relative one may lead out of the root that has it.
+        telling = MISSING if Path(here).is_absolute() else OUTSIDE
+        problem: ImageProblem | None = None
+        for name, root in self._roots.items():
+            found = locate(here, root, (root, root / "images"))
+            if isinstance(found, Path):
+                return name, found
+            if problem is None or found.reason == telling:
+                problem = found
+        reason = problem.reason if problem else MISSING
+        return ImageProblem(path, reason, f"looked up as {here}" if here != path else "")
+
+    def _here(self, path: str) -> str:
+        pure = PurePosixPath(path.replace("\\", "/"))
+        fitting = [old for old in self._moved if pure.is_relative_to(old)]
+        if not fitting:
+            return str(pure) if "\\" in path else path
+        old = max(fitting, key=lambda prefix: len(prefix.parts))
+        return str(self._moved[old] / pure.relative_to(old))
+
+
+def parse_pairs(option: str, pairs: Sequence[str]) -> dict[str, str]:
+    """`NAME=DIR` as name and folder, for each; the first `=` divides.
+
+    Raises:
+        UsageError: One has no `=`, nothing before or after it, or a name that was given before.
+    """
+    parsed: dict[str, str] = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        if not name.strip() or not value.strip():
+            raise UsageError(f"{option} {pair!r} has no name or no folder", hint=f"Write {option} NAME=FOLDER.")
+        if name in parsed:
+            raise UsageError(f"{option} {name} is given twice")
+        parsed[name] = value
+    return parsed
+
+
+def _view(image: Path) -> str:
+    match = _VIEW.search(image.as_posix())
+    return view_name(match[1] if match else "")

@@ -1,0 +1,202 @@
+"""IU X-Ray (the Indiana University collection of Open-i), in each of the three forms in which people have it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from emrrg_cli.datasets.directory import Column
+from emrrg_cli.datasets.report_text import ReportSection
+from emrrg_cli.datasets.splits import draw_splits, drawn_remark
+from emrrg_cli.errors import RunError, UsageError
+from emrrg_cli.ingest.sources.annotation import Annotation
+from emrrg_cli.ingest.sources.image_paths import find_image
+from emrrg_cli.ingest.sources.iu_layouts import (
+    Collection,
+    Entry,
+    Layout,
+    detect_layout,
+    find_image_folders,
+    read_flat_layout,
+    read_openi_layout,
+)
+from emrrg_cli.ingest.sources.r2gen import IU_ID, R2GenSource
+from emrrg_cli.ingest.sources.texts import lacks_text
+from emrrg_cli.ingest.study import Account, ImageProblem, Study
+from emrrg_cli.vocabulary import SPLITS, Split
+
+NAME = "iu_xray"
+
+_COLUMNS = {
+    "labels": Column("texts", "headings of the MeSH terms that people gave; `normal` where nothing was found"),
+    "mesh": Column("texts", "those terms whole, with place and degree: `Opacity/lung/upper lobe/right`"),
+    "mesh_automatic": Column("texts", "MeSH terms that a program found; not in the flat release"),
+    "indication": Column("text", "section of the report"),
+    "comparison": Column("text", "section of the report"),
+}
+_ABOUT = (
+    "Chest X-rays and reports of the Indiana University collection of Open-i (Demner-Fushman et al., JAMIA 2016), "
+    "CC BY-NC-ND 4.0. De-identification left XXXX in place of words. Each patient has one study."
+)
+
+
+class IuXraySource:
+    """IU X-Ray as Open-i ships it (`openi`) or in its flat form (`flat`); ids are `CXR` and the number of the study.
+
+    openi: `NLMCXR_reports.tgz`, read in place, or its folder `ecgen-radiology`. Views are unknown, unless
+    `indiana_projections.csv` stands beside. flat: `indiana_reports.csv` and `indiana_projections.csv`. Images are
+    looked up under the names of either release.
+
+    `report` is the findings section, as in R2Gen. Each patient has one study, whose number is the `patient_id`.
+
+    Args:
+        root: Folder of the reports.
+        section: What the report will be; `report`: the findings, and a study without them is left out.
+        layout: Of the two; None: `openi` where its reports are there.
+        images: Folder of the images; None: `NLMCXR_png`, `images_normalized` or `images` in `root`, or `root`.
+        annotation: R2Gen's file, whose ids say which studies are read and into which split they go; None: all, in a
+            split that is drawn.
+        fractions: Parts of train, validation and test in a drawn split.
+        seed: Of that draw, among the studies with images: the same for both layouts.
+        limit: First studies of each split that are read; None: all.
+
+    Raises:
+        UsageError: A folder or file is not there.
+        RunError: A file cannot be read, or is not what it should be.
+    """
+
+    name = NAME
+    columns = _COLUMNS
+    about = _ABOUT
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        section: ReportSection = "report",
+        layout: Layout | None = None,
+        images: Path | None = None,
+        annotation: Path | None = None,
+        fractions: Sequence[float] = (0.8, 0.1, 0.1),
+        seed: int = 0,
+        limit: int | None = None,
+    ) -> None:
+        layout = layout or detect_layout(root)
+        self.image_folders = find_image_folders(root, images)
+        self.root = (images or root).resolve()
+        self._section = section
+        read = read_openi_layout(root) if layout == "openi" else read_flat_layout(root)
+        self.remarks = [*read.remarks, read.counted()]
+        splits = self._published(annotation, read) if annotation else self._drawn(read.entries, fractions, seed)
+        by_split: dict[Split, list[Entry]] = {split: [] for split in SPLITS}
+        for uid in sorted(splits, key=int):
+            by_split[splits[uid]].append(read.entries[uid])
+        self._entries = [(split, entry) for split in SPLITS for entry in by_split[split][:limit]]
+        self._skipped = read.skipped
+
+    def __len__(self) -> int:
+        return len(self._entries) + len(self._skipped)
+
+    def studies(self, account: Account) -> Iterator[Study]:
+        """Yields train, validation, test, each by the number of the study.
+
+        Left out and counted in `account`: reports that cannot be read or are empty, and, with an annotation, studies
+        that it does not name. Missing images travel with their study as problems.
+        """
+        account.remarks += self.remarks
+        for row in self._skipped:
+            account.read += 1
+            account.skip_study(**row)
+        for split, entry in self._entries:
+            account.read += 1
+            study = self._study(split, entry)
+            if problem := lacks_text(study, self._section):
+                account.skip_study(problem, study.study_id)
+            else:
+                yield study
+
+    def _study(self, split: Split, entry: Entry) -> Study:
+        report = entry.report
+        found = [find_image(names, self.root, self.image_folders) for names in entry.images]
+        images = [(image, view) for image, view in zip(found, entry.views, strict=True) if isinstance(image, Path)]
+        return Study(
+            study_id=f"CXR{report.uid}",
+            patient_id=report.uid,
+            split=split,
+            image_paths=tuple(image for image, _ in images),
+            views=tuple(view for _, view in images),
+            findings=report.findings or None,
+            impression=report.impression or None,
+            report=report.findings or None,
+            source=self.name,
+            problems=tuple(image for image in found if isinstance(image, ImageProblem)),
+            extra={
+                "labels": list(dict.fromkeys(term.partition("/")[0] for term in report.mesh)),
+                "mesh": list(report.mesh),
+                "mesh_automatic": list(report.mesh_automatic),
+                "indication": report.indication or None,
+                "comparison": report.comparison or None,
+            },
+        )
+
+    # Splits.
+
+    def _drawn(self, entries: dict[str, Entry], fractions: Sequence[float], seed: int) -> dict[str, Split]:
+        with_images = [uid for uid, entry in entries.items() if entry.images]
+        splits = draw_splits(with_images, fractions, seed)
+        self.remarks.append(drawn_remark(fractions, seed))
+        # The others cannot be written; they are counted under the first split.
+        return {uid: splits.get(uid, "train") for uid in entries}
+
+    def _published(self, annotation: Path, read: Collection) -> dict[str, Split]:
+        splits: dict[str, Split] = {}
+        for row in Annotation(annotation):
+            match = IU_ID.fullmatch(row.study_id)
+            if match is None:
+                raise RunError(
+                    f"{annotation}: id {row.study_id!r} is none of IU X-Ray",
+                    hint="R2Gen's ids look like CXR2384_IM-0942.",
+                )
+            if splits.setdefault(match[1], row.split) != row.split:
+                raise RunError(
+                    f"{annotation}: study CXR{match[1]} is in two splits, {splits[match[1]]} and {row.split}"
+                )
+        for uid in sorted(splits.keys() - read.entries.keys(), key=int):
+            read.skip("report missing", f"CXR{uid}", f"named in {annotation.name}")
+        for uid in sorted(read.entries.keys() - splits.keys(), key=int):
+            read.skip("not in the annotation", f"CXR{uid}")
+        self.remarks.append(f"Split by the ids of {annotation.name}.")
+        return {uid: split for uid, split in splits.items() if uid in read.entries}
+
+
+def iu_xray_source(
+    root: Path,
+    *,
+    section: ReportSection = "report",
+    layout: Layout | None = None,
+    images: Path | None = None,
+    annotation: Path | None = None,
+    fractions: Sequence[float] | None = None,
+    seed: int = 0,
+    limit: int | None = None,
+) -> IuXraySource | R2GenSource:
+    """The source for the layout that `root` holds; see `IuXraySource`.
+
+    In R2Gen's layout the reports are findings: those of its 2,955 studies equal the findings of Open-i's XML.
+
+    Raises:
+        UsageError: As `IuXraySource`, or an option does not fit R2Gen's layout.
+        RunError: As `IuXraySource`.
+    """
+    layout = layout or detect_layout(root)
+    if layout == "r2gen":
+        for option, value in (("--annotation", annotation), ("--images", images), ("--split", fractions)):
+            if value is not None:
+                raise UsageError(f"{option} does not go with R2Gen's layout, whose annotation.json says it all")
+        return R2GenSource(root, source=NAME, findings=True, limit=limit)
+    if annotation is not None and fractions is not None:
+        raise UsageError("--annotation and --split exclude each other")
+    return IuXraySource(
+        root, section=section, layout=layout, images=images, annotation=annotation,
+        fractions=fractions or (0.8, 0.1, 0.1), seed=seed, limit=limit,
+    )  # fmt: skip

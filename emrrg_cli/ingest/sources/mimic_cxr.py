@@ -1,0 +1,199 @@
+"""MIMIC-CXR: the images and tables of MIMIC-CXR-JPG with the notes of MIMIC-CXR."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from emrrg_cli.datasets.directory import Column
+from emrrg_cli.datasets.report_text import ReportSection
+from emrrg_cli.errors import UsageError
+from emrrg_cli.ingest.sources.annotation import Annotation, AnnotationRow
+from emrrg_cli.ingest.sources.chexpert_labels import COLUMNS, label_columns
+from emrrg_cli.ingest.sources.image_paths import locate, require_folder
+from emrrg_cli.ingest.sources.mimic_note import Note, read_note
+from emrrg_cli.ingest.sources.mimic_reports import MimicReports, ReportError
+from emrrg_cli.ingest.sources.mimic_tables import Labeler, MimicTables, number
+from emrrg_cli.ingest.sources.temporary_index import SeenIds, scratch_errors
+from emrrg_cli.ingest.sources.texts import lacks_text
+from emrrg_cli.ingest.study import Account, ImageProblem, Study
+
+NAME = "mimic_cxr"
+_REPORTS = ("mimic-cxr-reports", "mimic-cxr-reports.zip")
+_IMAGE = re.compile(r"(?:.*/)?p\d+/p(\d+)/s(\d+)/([^/]+)\.\w+")
+
+_COLUMNS = COLUMNS | {
+    "indication": Column("text", "section of the note: indication or history"),
+    "comparison": Column("text", "section of the note"),
+}
+_ABOUT = (
+    "Studies of MIMIC-CXR-JPG and MIMIC-CXR (Johnson et al., Scientific Data 2019; PhysioNet), under the PhysioNet "
+    "credentialed health data use agreement, which does not allow them to be passed on."
+)
+
+
+class MimicCxrSource:
+    """MIMIC-CXR-JPG as PhysioNet ships it, with the notes of `mimic-cxr-reports`.
+
+    Studies, their images and the official split come from `mimic-cxr-2.0.0-split.csv.gz`, views from `-metadata`,
+    labels from `-chexpert` or `-negbio`; each gzipped or plain. Images are `files/p10/p10000032/s50414267/*.jpg`. Ids
+    are the tables' numbers.
+
+    `report` is the findings section; in a note with neither findings nor impression, the text after the first paragraph
+    of its last section. See `read_note`.
+
+    Args:
+        root: Folder of MIMIC-CXR-JPG.
+        section: What the report will be; `report`: as above, and a study without one is left out.
+        reports: Folder or zip of the notes; None: `mimic-cxr-reports` or its zip in `root`, or notes beside the images.
+        annotation: R2Gen's file, whose rows are then the studies: its texts, images and split. It has a row an image,
+            so that its ids are those of images. Tables and notes, where they are there, add views, labels, sections.
+        labeler: Whose labels.
+        limit: First studies of each split that are read; None: all.
+
+    Raises:
+        UsageError: A folder or file is not there.
+        RunError: A file cannot be read, or is not what it should be; a patient is in two splits.
+    """
+
+    name = NAME
+    columns = _COLUMNS
+    about = _ABOUT
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        section: ReportSection = "report",
+        reports: Path | None = None,
+        annotation: Path | None = None,
+        labeler: Labeler = "chexpert",
+        limit: int | None = None,
+    ) -> None:
+        require_folder(root)
+        self.root = root.resolve()
+        self.image_folders = (self.root / "files", self.root / "images", self.root)
+        self._section, self._limit = section, limit
+        self._reports = _find_reports(root, reports, needed=annotation is None)
+        self._annotation = Annotation(annotation) if annotation else None
+        self._tables = MimicTables(self.root, labeler, split=annotation is None)
+
+    def __len__(self) -> int:
+        return (self._tables if self._annotation is None else self._annotation).count(self._limit)
+
+    def studies(self, account: Account) -> Iterator[Study]:
+        """Yields train, validation, test, each by patient and study, or in the order of the annotation.
+
+        Left out and counted in `account`: rows that cannot be used, studies whose note is missing, cannot be read or
+        has no text. Missing images travel with their study as problems.
+        """
+        account.remarks += self._tables.remarks
+        studies = self._listed(account) if self._annotation is None else self._annotated(self._annotation, account)
+        with scratch_errors():
+            for study in studies:
+                if problem := lacks_text(study, self._section):
+                    account.skip_study(problem, study.study_id)
+                else:
+                    yield study
+
+    def _listed(self, account: Account) -> Iterator[Study]:
+        self._tables.skip_rows(account)
+        for listed in self._tables.studies(self._limit):
+            account.read += 1
+            study_id = str(listed.study)
+            folder = f"p{str(listed.subject)[:2]}/p{listed.subject}/s{listed.study}"
+            try:
+                note = self._note(listed.subject, listed.study)
+            except ReportError as error:
+                account.skip_study("report cannot be read", study_id, detail=str(error))
+                continue
+            if note is None:
+                account.skip_study("report missing", study_id, path=f"{folder}.txt")
+                continue
+            found = [(self._locate(f"{folder}/{dicom}.jpg"), view) for dicom, view in listed.images]
+            yield Study(
+                study_id=study_id,
+                patient_id=str(listed.subject),
+                split=listed.split,
+                image_paths=tuple(image for image, _ in found if isinstance(image, Path)),
+                views=tuple(view for image, view in found if isinstance(image, Path)),
+                findings=note.findings or None,
+                impression=note.impression or None,
+                report=note.findings or note.last_paragraph or None,
+                source=self.name,
+                problems=(
+                    *(image for image, _ in found if isinstance(image, ImageProblem)),
+                    *(ImageProblem(f"{dicom}.jpg", "listed twice", f"line {line}") for dicom, line in listed.twice),
+                ),
+                extra=self._extra(listed.study, note),
+            )
+
+    def _annotated(self, annotation: Annotation, account: Account) -> Iterator[Study]:
+        seen = SeenIds()
+        for row in annotation.first(self._limit):
+            account.read += 1
+            if not seen.skip(row.study_id, row.split, account):
+                yield self._annotated_study(row)
+
+    def _annotated_study(self, row: AnnotationRow) -> Study:
+        found = [self._locate(path) for path in row.image_paths]
+        matches = [_IMAGE.fullmatch(path.replace("\\", "/")) for path in row.image_paths]
+        views = [self._tables.view(match[3] if match else row.study_id) for match in matches]
+        first = next(filter(None, matches), None)
+        study = number(row.other.get("study_id", "")) or (int(first[2]) if first else None)
+        subject = number(row.patient_id or "") or (int(first[1]) if first else None)
+        note = None
+        if study is not None and subject is not None and self._reports is not None:
+            try:
+                note = self._note(subject, study)
+            except ReportError:
+                note = None  # the annotation has the text
+        report = row.report.strip() and row.report
+        return Study(
+            study_id=row.study_id,
+            patient_id=row.patient_id or (first[1] if first else None),
+            split=row.split,
+            image_paths=tuple(image for image in found if isinstance(image, Path)),
+            views=tuple(view for image, view in zip(found, views, strict=True) if isinstance(image, Path)),
+            # R2Gen's texts are findings.
+            findings=(note.findings if note else "") or report or None,
+            impression=(note.impression if note else "") or None,
+            report=report or None,
+            source=self.name,
+            problems=tuple(image for image in found if isinstance(image, ImageProblem)),
+            extra=self._extra(study, note or Note()),
+        )
+
+    def _note(self, subject: int, study: int) -> Note | None:
+        text = self._reports.read(subject, study) if self._reports else None
+        return None if text is None else read_note(text, study)
+
+    def _locate(self, path: str) -> Path | ImageProblem:
+        return locate(path.replace("\\", "/"), self.root, self.image_folders)
+
+    def _extra(self, study: int | None, note: Note) -> dict[str, Any]:
+        return {
+            **label_columns(self._tables.labels(study)),
+            "indication": note.indication or None,
+            "comparison": note.comparison or None,
+        }
+
+
+def _find_reports(root: Path, reports: Path | None, *, needed: bool) -> MimicReports | None:
+    if reports is not None:
+        return MimicReports(reports)
+    for name in _REPORTS:
+        if (root / name).exists():
+            return MimicReports(root / name)
+    # A few patients will do: there are 65,000.
+    if any(next(patient.glob("s*.txt"), None) for patient in islice(root.glob("files/p*/p*"), 20)):
+        return MimicReports(root)
+    if needed:
+        raise UsageError(
+            f"no notes in {root}: neither {_REPORTS[0]} nor {_REPORTS[1]}",
+            hint="They are part of MIMIC-CXR, not of MIMIC-CXR-JPG: name the folder or zip with --reports.",
+        )
+    return None

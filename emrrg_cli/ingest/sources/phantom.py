@@ -1,0 +1,119 @@
+"""Synthetic studies as a source for the dataset writer."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from emrrg_cli.datasets.directory import Column
+from emrrg_cli.errors import UsageError
+from emrrg_cli.ingest.study import Account, Study
+from emrrg_cli.phantom.parameters import Case
+from emrrg_cli.phantom.render import render
+from emrrg_cli.phantom.report import Report, write_report
+from emrrg_cli.phantom.sampling import draw_case, generator
+from emrrg_cli.vocabulary import Split
+
+NAME = "phantom"
+_ABOUT = (
+    "**Synthetic.** Every image is drawn by a program from random parameters, and every report is written by a grammar "
+    "from the same parameters. They show no patient, and results on them say nothing about clinical performance."
+)
+_COLUMNS = {
+    "labels": Column("texts", "findings that are present; an empty list: none"),
+    "parameters": Column("text", "JSON: what image and report were made from (lengths in cm unless named otherwise)"),
+}
+
+
+def synthetic_study(seed: int, index: int) -> tuple[Case, Report]:
+    """Study `index` of a seed: a pure function of the two, whatever else is made."""
+    rng = generator(seed, index)
+    case = draw_case(rng)
+    return case, write_report(case, rng)
+
+
+def split_of(index: int, fractions: Sequence[float] = (0.8, 0.1, 0.1)) -> Split:
+    """The split of a study, by its index alone, so that it stays where it is when more are made.
+
+    The digits of the index, last one first and shuffled, are its place among 1,000: every ten studies in a row are
+    spread over all tenths, every hundred over all hundredths.
+    """
+    place = index % 10 * 7 % 10 * 100 + index // 10 % 10 * 3 % 10 * 10 + index // 100 % 10
+    if place < round(1000 * fractions[0]):
+        return "train"
+    return "validation" if place < round(1000 * (fractions[0] + fractions[1])) else "test"
+
+
+@dataclass(frozen=True)
+class PhantomImage:
+    """A synthetic radiograph that is drawn when it is asked for."""
+
+    name: str
+    case: Case
+
+    def render(self, size: int) -> Image.Image:
+        """The film, `size` x `size` pixels, mode `L`."""
+        return Image.fromarray(render(self.case, size))
+
+
+class PhantomSource:
+    """`count` synthetic studies, one frontal film each.
+
+    Args:
+        count: Studies.
+        seed: 0 or more.
+        fractions: Parts of train, validation and test, adding up to 1.
+        limit: First studies of each split that are made; None: all.
+
+    Raises:
+        UsageError: A number is out of range.
+    """
+
+    name = NAME
+    root: Path | None = None
+    image_folders: tuple[Path, ...] = ()
+    columns = _COLUMNS
+    about = _ABOUT
+
+    def __init__(
+        self, count: int, *, seed: int = 0, fractions: Sequence[float] = (0.8, 0.1, 0.1), limit: int | None = None
+    ) -> None:
+        if count < 1 or seed < 0:
+            raise UsageError("the number of phantoms must be 1 or more, the seed 0 or more")
+        self._count, self._seed, self._fractions, self._limit = count, seed, fractions, limit
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self._indices())
+
+    def studies(self, account: Account) -> Iterator[Study]:
+        """Studies 0 to `count` - 1; images are drawn later."""
+        for index, split in self._indices():
+            account.read += 1
+            case, report = synthetic_study(self._seed, index)
+            study_id = f"phantom-{self._seed}-{index:06d}"
+            yield Study(
+                study_id=study_id,
+                patient_id=study_id,
+                split=split,
+                image_paths=(),
+                views=(case.film.view,),
+                findings=report.findings,
+                impression=report.impression,
+                report=report.text,
+                source=self.name,
+                rendered=(PhantomImage(f"{study_id}.png", case),),
+                extra={"labels": sorted(case.findings.labels()), "parameters": json.dumps(case.as_dict())},
+            )
+
+    def _indices(self) -> Iterator[tuple[int, Split]]:
+        made: Counter[Split] = Counter()
+        for index in range(self._count):
+            split = split_of(index, self._fractions)
+            if self._limit is None or made[split] < self._limit:
+                made[split] += 1
+                yield index, split

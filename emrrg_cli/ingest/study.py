@@ -1,0 +1,205 @@
+"""What a source hands to the dataset writer: studies, and why some of them cannot be used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+from emrrg_cli.console import printable
+from emrrg_cli.datasets.directory import Column
+from emrrg_cli.vocabulary import Split
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+IMAGE_DROPPED = "image dropped"
+
+
+@dataclass(frozen=True)
+class ImageProblem:
+    """An image that cannot be used: `reason` is one of a few fixed phrases (counted), `detail` is about this file."""
+
+    path: str
+    reason: str
+    detail: str = ""
+
+
+class RenderedImage(Protocol):
+    """An image that is made where it is needed, in a worker process, instead of read from a file."""
+
+    @property
+    def name(self) -> str:
+        """As a file name, for the dataset."""
+
+    def render(self, size: int) -> Image:
+        """The image, mode `L`, `size` pixels at its shorter side."""
+
+
+def image_name(image: Path | RenderedImage, root: Path | None) -> str:
+    """What an image is called in the dataset: its path below the root of the raw data."""
+    if not isinstance(image, Path):
+        return image.name
+    return printable((image if root is None else image.relative_to(root)).as_posix())
+
+
+@dataclass(frozen=True)
+class Study:
+    """One examination as its source describes it; nothing is decoded yet.
+
+    Attributes:
+        image_paths: Files of the views, resolved, inside the source's root.
+        views: Projection of each image (`PA`, `AP`, `LATERAL`, ..., or `unknown`): files first, then `rendered`.
+        report: The text by the source's own rule; `findings` and `impression` where the source tells them apart.
+        problems: Images that the source lists and that are already known to be unusable.
+        rendered: Images that are made, not read.
+        extra: Values of the columns that only this source has; see `HasColumns`.
+    """
+
+    study_id: str
+    patient_id: str | None
+    split: Split
+    image_paths: tuple[Path, ...]
+    views: tuple[str, ...]
+    findings: str | None
+    impression: str | None
+    report: str | None
+    source: str
+    problems: tuple[ImageProblem, ...] = ()
+    rendered: tuple[RenderedImage, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if len(self.views) != (images := len(self.image_paths) + len(self.rendered)):
+            raise ValueError(f"{len(self.views)} views for {images} images")
+
+
+@dataclass
+class Skipped:
+    """One reason: how often it was met, and its first examples."""
+
+    unit: Literal["study", "image"]
+    count: int = 0
+    examples: list[dict[str, str]] = field(default_factory=list)
+
+    def counted(self) -> str:
+        """`3 images`, `1 study`, `2,955 studies`."""
+        plural = {"study": "studies", "image": "images"}[self.unit]
+        return f"{self.count:,} {self.unit if self.count == 1 else plural}"
+
+
+@dataclass
+class Account:
+    """Everything that was read and not used, or used with a reservation. Its memory does not grow with the studies.
+
+    Every study is written or counted here once, under its first problem; an image that a written study lost is counted
+    under `image dropped`.
+
+    Attributes:
+        notes: Flags of images that were written, such as `not chest`.
+        remarks: About the data set as a whole, each a sentence.
+    """
+
+    max_examples: int = 5
+    read: int = 0
+    skipped: dict[str, Skipped] = field(default_factory=dict)
+    notes: dict[str, Skipped] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+
+    def skip_study(self, reason: str, study_id: str, *, path: str = "", detail: str = "") -> None:
+        """Counts a study that is left out."""
+        self._add(self.skipped, "study", reason, study_id, path, detail)
+
+    def drop_image(self, study_id: str, problem: ImageProblem) -> None:
+        """Counts an image that its study does without."""
+        detail = f"{problem.reason}: {problem.detail}" if problem.detail else problem.reason
+        self._add(self.skipped, "image", IMAGE_DROPPED, study_id, problem.path, detail)
+
+    def leave_out_image(self, study_id: str, path: str, reason: str, detail: str = "") -> None:
+        """Counts an image that could be used and was not asked for."""
+        self._add(self.skipped, "image", reason, study_id, path, detail)
+
+    def note_image(self, study_id: str, path: str, note: str) -> None:
+        """Counts a flag of an image that is written as it is, by what stands before its colon."""
+        reason, _, detail = note.partition(": ")
+        self._add(self.notes, "image", reason, study_id, path, detail)
+
+    def _add(
+        self,
+        entries: dict[str, Skipped],
+        unit: Literal["study", "image"],
+        reason: str,
+        study_id: str,
+        path: str,
+        detail: str,
+    ) -> None:
+        entry = entries.setdefault(reason, Skipped(unit))
+        entry.count += 1
+        if len(entry.examples) < self.max_examples:
+            example = {"id": study_id, "path": path, "detail": detail}
+            entry.examples.append({key: printable(value) for key, value in example.items() if value})
+
+    @property
+    def studies_skipped(self) -> int:
+        """Studies left out, for all reasons together."""
+        return sum(entry.count for entry in self.skipped.values() if entry.unit == "study")
+
+    def add(self, skipped: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
+        """Adds what another account holds, given as its `as_dict` and `notes_as_dict`; its examples come last."""
+        for entries, others in ((self.skipped, skipped), (self.notes, notes)):
+            for reason, other in others.items():
+                entry = entries.setdefault(reason, Skipped(other["unit"]))
+                entry.count += other["count"]
+                entry.examples += other["examples"][: self.max_examples - len(entry.examples)]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the manifest: `{reason: {"unit", "count", "examples": [{"id", "path", "detail"}]}}`."""
+        return _counted(self.skipped)
+
+    def notes_as_dict(self) -> dict[str, Any]:
+        """For the manifest, as `as_dict`."""
+        return _counted(self.notes)
+
+
+def _counted(entries: dict[str, Skipped]) -> dict[str, Any]:
+    return {
+        reason: {"unit": entry.unit, "count": entry.count, "examples": entry.examples}
+        for reason, entry in entries.items()
+    }
+
+
+class StudySource(Protocol):
+    """A raw data set: an importer gives one, the dataset writer consumes it."""
+
+    @property
+    def name(self) -> str:
+        """Written to the `source` column; the cleaning rule `auto` goes by it."""
+
+    @property
+    def root(self) -> Path | None:
+        """Resolved folder under which every image lies; None where images are rendered."""
+
+    @property
+    def image_folders(self) -> tuple[Path, ...]:
+        """Folders in which image paths are looked up, first match first."""
+
+    def __len__(self) -> int:
+        """Studies that `studies` reads, the skipped ones included."""
+
+    def studies(self, account: Account) -> Iterator[Study]:
+        """Reads the studies, always in the same order; what cannot be used goes to `account` instead."""
+
+
+@runtime_checkable
+class HasColumns(Protocol):
+    """A source whose studies carry more than image and text (`Study.extra`), and that the dataset card says more of."""
+
+    @property
+    def columns(self) -> Mapping[str, Column]:
+        """By name; every study's `extra` has exactly these."""
+
+    @property
+    def about(self) -> str:
+        """A paragraph for the dataset card."""

@@ -1,0 +1,177 @@
+"""What the training of every stage begins and ends with: records, seeds, trackers, the curve, the validation loss."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from emrrg_cli.datasets.epochs import check_batch, epoch_length, evaluation_batches
+from emrrg_cli.datasets.loading import load_batches
+from emrrg_cli.files import atomic_write_text, read_jsonl
+from emrrg_cli.models.scan import choose_engine
+from emrrg_cli.recipe.load import RUN_RECIPE, dump_recipe
+from emrrg_cli.recipe.paths import with_absolute_paths
+from emrrg_cli.recipe.schema import LoopSettings, Settings
+from emrrg_cli.reporting.plots import plot_curves
+from emrrg_cli.runtime import choose_precision, make_accelerator
+from emrrg_cli.training.checkpoint import last_checkpoint
+from emrrg_cli.training.environment import ENVIRONMENT, make_trackers, record_environment, start_trackers
+from emrrg_cli.training.loop import Summary, train
+from emrrg_cli.training.progress import TrainingDisplay
+from emrrg_cli.training.run_dir import data_fingerprints
+from emrrg_cli.training.stage import Stage
+
+# What a run may write before its first step.
+_FILES = (RUN_RECIPE, ENVIRONMENT, "encoder.safetensors", "llm.json", "images.json")
+_DIRECTORIES = ("tokenizer", "llm", "tracking", "wandb")
+
+
+@dataclass(frozen=True)
+class Session:
+    """One process of a training run: its directory, `accelerate.Accelerator`, precision and engine of the scan."""
+
+    run_dir: Path
+    settings: LoopSettings
+    accelerator: Any
+    precision: str
+    scan: str
+    resume: bool
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a checkpoint to continue from: what is trained comes from there, not from another run."""
+        return self.resume and last_checkpoint(self.run_dir / "checkpoints") is not None
+
+    def check_batch(self, dataset: Dataset[Any]) -> None:
+        """Refuses a data set that holds less than one batch; asked before models are loaded.
+
+        Raises:
+            UsageError: with the batch that would do.
+        """
+        check_batch(self.settings.batch_size, self.accelerator.num_processes, epoch_length(dataset))
+
+    def train(
+        self, stage: Stage, dataset: Dataset[Any], collate: Callable[[Sequence[Any]], Any], *, workers: int
+    ) -> Summary:
+        """Trains a stage to the end and draws its curve, however it ends; see `emrrg_cli.training.loop.train`."""
+        from accelerate.utils import set_seed
+
+        # Every process starts from the same weights, then draws its own noise.
+        set_seed(self.settings.seed, device_specific=True)
+        start_trackers(self.accelerator)
+        try:
+            return train(
+                stage,
+                dataset,
+                collate,
+                self.settings,
+                self.run_dir,
+                self.accelerator,
+                workers=workers,
+                resume=self.resume,
+            )
+        finally:
+            history = self.run_dir / "history.jsonl"
+            if self.accelerator.is_main_process and history.is_file():
+                plot_curves(read_jsonl(history), self.run_dir / "curve.png")
+            self.accelerator.end_training()
+
+
+@contextmanager
+def open_session(
+    recipe: Settings,
+    settings: LoopSettings,
+    scan: str,
+    run_dir: Path,
+    *,
+    resume: bool,
+    expected_processes: int,
+) -> Iterator[Session]:
+    """Starts a run: writes its recipe and its environment, and seeds all processes alike.
+
+    What was written is taken away again where the block fails before the first step of the training.
+
+    Args:
+        recipe: written as `recipe.yaml`, with absolute paths, unless the run is resumed.
+        settings: the part of the recipe that the loop goes by.
+        scan: the recipe's `model.scan`.
+        expected_processes: the number asked for; 0 when nobody asked.
+
+    Raises:
+        UsageError: where the recipe does not fit the machine or the number of processes, or names a tracker that is
+            not installed.
+        RunError: when the number of processes is not the one asked for.
+    """
+    precision = choose_precision(settings.precision)
+    engine = choose_engine(scan, "cuda" if torch.cuda.is_available() else "cpu")
+    trackers = make_trackers(settings.trackers, run_dir, recipe.model_dump())
+    accelerator = make_accelerator(precision, expected_processes, trackers)
+    check_batch(settings.batch_size, accelerator.num_processes)
+    with _no_false_start(run_dir, accelerator.is_main_process):
+        if accelerator.is_main_process:
+            if not resume:
+                atomic_write_text(run_dir / RUN_RECIPE, dump_recipe(with_absolute_paths(recipe)))
+            record_environment(run_dir, accelerator, precision, engine, data_fingerprints(recipe))
+        accelerator.wait_for_everyone()
+        from accelerate.utils import set_seed
+
+        set_seed(settings.seed)
+        yield Session(run_dir, settings, accelerator, precision, engine, resume)
+
+
+@contextmanager
+def _no_false_start(run_dir: Path, is_main_process: bool) -> Iterator[None]:
+    """Takes away what a run wrote that failed before its first step, so that the next try finds the place free."""
+    try:
+        yield
+    except BaseException:
+        started = any((run_dir / name).exists() for name in ("history.jsonl", "checkpoints", "model"))
+        if is_main_process and not started:
+            for name in _FILES:
+                (run_dir / name).unlink(missing_ok=True)
+            for name in _DIRECTORIES:
+                shutil.rmtree(run_dir / name, ignore_errors=True)
+            with suppress(OSError):  # not there, or not empty
+                run_dir.rmdir()
+        raise
+
+
+@torch.no_grad()
+def validation_loss(
+    model: Any,
+    dataset: Dataset[Any],
+    collate: Callable[[Sequence[Any]], Any],
+    settings: LoopSettings,
+    accelerator: Any,
+    display: TrainingDisplay,
+    *,
+    workers: int,
+) -> float:
+    """The mean loss over all items of a split, whatever the batch and the number of processes.
+
+    Args:
+        model: returns `StageOutput` for a batch.
+        collate: as in `emrrg_cli.training.loop.train`.
+        workers: processes that load data.
+    """
+    count = len(dataset)  # type: ignore[arg-type]
+    size = settings.micro_batch_size or settings.batch_size
+    batches = evaluation_batches(count, size, accelerator.process_index, accelerator.num_processes)
+    sizes = [len(batch) for batch in batches if batch]
+    total = torch.zeros(2, device=accelerator.device, dtype=torch.float32)
+    with display.phase("validation: loss", count) as advance:
+        for size, batch in zip(sizes, load_batches(dataset, batches, collate, workers=workers), strict=True):
+            with accelerator.autocast():
+                loss_sum, items = model(batch.to(accelerator.device))
+            total += torch.stack([loss_sum.float(), items.float()])
+            advance(size * accelerator.num_processes)
+    if accelerator.num_processes > 1:
+        total = accelerator.reduce(total, reduction="sum")
+    return float(total[0] / total[1])

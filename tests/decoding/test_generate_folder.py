@@ -1,0 +1,281 @@
+"""Reports for files and folders: what is looked at, what is skipped, and what is left when the work is cut short."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image, ImageFile
+
+from emrrg_cli.decoding import generate_folder as folder
+from emrrg_cli.decoding.generate_folder import run_generation
+from emrrg_cli.errors import Interrupted, UsageError
+from emrrg_cli.imaging.image_paths import find_images
+from emrrg_cli.recipe.load import load_recipe
+from emrrg_cli.recipe.schema import FinetuneRecipe
+
+
+class Writer:
+    """In place of a model: the mean grey value of each image, and what happens before a batch."""
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+        self.first: list[int] = []
+
+    def before(self) -> None: ...
+
+    def generate_pixels(self, studies: list[torch.Tensor], first: int = 0) -> list[str]:
+        self.before()
+        self.batches.append(len(studies))
+        self.first.append(first)
+        return [f'grey "{study.float().mean():.0f}",\n{tuple(study.shape)}' for study in studies]
+
+
+@pytest.fixture
+def writer(monkeypatch: pytest.MonkeyPatch) -> Writer:
+    writer = Writer()
+    monkeypatch.setattr(folder, "load_generator", lambda *arguments, **options: writer)
+    return writer
+
+
+@pytest.fixture
+def recipe() -> FinetuneRecipe:
+    overrides = ["model.encoder.image_size=32", "generation.batch_size=2"]
+    return load_recipe("tiny/finetune", overrides, stage="finetune")
+
+
+def _image(path: Path, grey: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (20, 30), grey).save(path, "PNG")
+    return path
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+# -- which files -------------------------------------------------------------------------------------------------
+
+
+def test_folders_are_looked_through_in_order_hidden_ones_left_out(tmp_path: Path) -> None:
+    names = ["b/2.png", "b/1.png", "a.png", "b/c/3.png", ".hidden/4.png", "b/.5.png", "notes.txt"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = [str(path.relative_to(tmp_path)) for path in find_images([str(tmp_path)])]
+    assert found == ["a.png", "notes.txt", "b/1.png", "b/2.png", "b/c/3.png"]
+
+
+def test_files_are_taken_as_named_and_once(tmp_path: Path) -> None:
+    one, hidden = tmp_path / "1.png", tmp_path / ".2.png"
+    one.touch()
+    hidden.touch()
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
+    named = [str(hidden), str(one), str(tmp_path), str(one), str(tmp_path / "gone.png")]
+    assert find_images(named) == [hidden, one, tmp_path / "gone.png"]
+
+
+def test_a_path_that_is_not_there_or_nothing_at_all_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="none: no such file or folder"):
+        find_images([str(tmp_path / "none")])
+    (tmp_path / "empty" / "deeper").mkdir(parents=True)
+    with pytest.raises(UsageError, match=r"no files in .*empty"):
+        find_images([str(tmp_path / "empty")])
+
+
+# -- what is written ---------------------------------------------------------------------------------------------
+
+
+def test_reports_go_to_json_lines_and_csv_and_the_rest_is_listed_with_its_reason(
+    tmp_path: Path, writer: Writer, recipe: FinetuneRecipe
+) -> None:
+    images = tmp_path / "images"
+    names = ['comma, "quote".png', "line\nbreak.png", "umlaut ü 😀.png"]
+    for number, name in enumerate(names):
+        _image(images / name, grey=100 * number)
+    (images / "fake.png").write_text("no image")
+    (images / "empty.png").touch()
+    (images / "cut.png").write_bytes((images / names[0]).read_bytes()[:40])
+    (images / "gone.png").symlink_to(images / "nowhere")
+    result = run_generation(find_images([str(images)]), tmp_path / "run", recipe, tmp_path / "out")
+
+    rows = _rows(tmp_path / "out" / "reports.jsonl")
+    assert [Path(row["path"]).name for row in rows] == names
+    assert [row["report"] for row in rows] == [f'grey "{grey}",\n(1, 32, 32)' for grey in (0, 100, 200)]
+    assert all(Path(row["path"]).is_file() and row["seconds"] >= 0 for row in rows)
+    with (tmp_path / "out" / "reports.csv").open(newline="", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    assert [(row["path"], row["report"]) for row in table] == [(row["path"], row["report"]) for row in rows]
+    skipped = {Path(row["path"]).name: row["reason"] for row in _rows(tmp_path / "out" / "skipped.jsonl")}
+    assert skipped.keys() == {"fake.png", "empty.png", "cut.png", "gone.png"}
+    assert skipped["fake.png"] == "not an image"
+    assert skipped["gone.png"].startswith("missing image")
+    assert sorted(entry.name for entry in (tmp_path / "out").iterdir()) == [
+        "page.html",
+        "reports.csv",
+        "reports.jsonl",
+        "skipped.jsonl",
+    ]
+    assert (writer.batches, writer.first) == ([2, 1], [0, 2])
+    assert result.as_dict()["reports"] == rows
+    assert "not for diagnosis" in result.as_dict()["note"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are bytes on POSIX only")
+def test_a_name_that_is_no_utf8_is_written_with_escapes(tmp_path: Path, writer: Writer, recipe: FinetuneRecipe) -> None:
+    folder_bytes = os.fsencode(tmp_path / "images")
+    _image(tmp_path / "images" / "a.png")
+    os.rename(folder_bytes + b"/a.png", folder_bytes + b"/caf\xe9.png")  # noqa: PTH104
+    Path(os.fsdecode(folder_bytes + b"/t\xe9.txt")).write_text("no image")
+    run_generation(find_images([str(tmp_path / "images")]), tmp_path / "run", recipe, tmp_path / "out")
+    assert _rows(tmp_path / "out" / "reports.jsonl")[0]["path"].endswith("images/caf\\udce9.png")
+    assert _rows(tmp_path / "out" / "skipped.jsonl")[0]["path"].endswith("images/t\\udce9.txt")
+    assert "caf\\udce9.png" in (tmp_path / "out" / "reports.csv").read_text(encoding="utf-8")
+
+
+def test_no_readable_image_leaves_the_reasons_only(tmp_path: Path, writer: Writer, recipe: FinetuneRecipe) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    result = run_generation([tmp_path / "a.txt"], tmp_path / "run", recipe, tmp_path / "out")
+    assert (result.rows, len(result.skipped), writer.batches) == ([], 1, [])
+    assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["skipped.jsonl"]
+
+
+def test_earlier_reports_are_kept_unless_told_otherwise(tmp_path: Path, writer: Writer, recipe: FinetuneRecipe) -> None:
+    images = [_image(tmp_path / "1.png"), tmp_path / "2.txt"]
+    images[1].write_text("text")
+    arguments = (tmp_path / "run", recipe, tmp_path / "out")
+    run_generation(images, *arguments)
+    before = (tmp_path / "out" / "reports.jsonl").read_text()
+    with pytest.raises(UsageError, match="already holds reports"):
+        run_generation([_image(tmp_path / "3.png")], *arguments)
+    assert (tmp_path / "out" / "reports.jsonl").read_text() == before
+    run_generation([tmp_path / "3.png"], *arguments, overwrite=True)
+    assert [row["path"] for row in _rows(tmp_path / "out" / "reports.jsonl")] == [str(tmp_path / "3.png")]
+    assert not (tmp_path / "out" / "skipped.jsonl").exists()  # nothing was skipped this time
+
+
+def test_earlier_reports_are_replaced_by_a_whole_run_alone(
+    tmp_path: Path, writer: Writer, recipe: FinetuneRecipe
+) -> None:
+    out, files = tmp_path / "out", [_image(tmp_path / f"{index}.png") for index in range(5)]
+    (tmp_path / "text.png").write_text("no image")
+    run_generation([*files, tmp_path / "text.png"], tmp_path / "run", recipe, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    writer.batches.clear()
+
+    # It finds nothing to read,
+    other = tmp_path / "other.txt"
+    other.write_text("text")
+    result = run_generation([other], tmp_path / "run", recipe, out, overwrite=True)
+    assert result.skipped_file == out / "skipped.jsonl.partial"
+    assert str(other) in result.skipped_file.read_text()
+    result.skipped_file.unlink()
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+    # or is stopped,
+    writer.before = lambda: os.kill(os.getpid(), signal.SIGINT) if writer.batches else None  # type: ignore[method-assign]
+    with pytest.raises(Interrupted, match=r"2 reports are in .*reports\.jsonl\.partial, the earlier ones as they were"):
+        run_generation(files[2:], tmp_path / "run", recipe, out, overwrite=True)
+    partial = out / "reports.jsonl.partial"
+    assert [row["path"] for row in _rows(partial)] == [str(file) for file in files[2:4]]
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path != partial} == before
+
+    # or is whole.
+    writer.before = lambda: None  # type: ignore[method-assign]
+    run_generation(files[4:], tmp_path / "run", recipe, out, overwrite=True)
+    assert [row["path"] for row in _rows(out / "reports.jsonl")] == [str(files[4])]
+    assert sorted(path.name for path in out.iterdir()) == ["page.html", "reports.csv", "reports.jsonl"]
+
+
+def test_reports_of_a_run_that_was_killed_are_kept(tmp_path: Path, writer: Writer, recipe: FinetuneRecipe) -> None:
+    image, partial = _image(tmp_path / "1.png"), tmp_path / "out" / "reports.jsonl.partial"
+    partial.parent.mkdir()
+    partial.write_text('{"report": "hours of work"}\n')
+    with pytest.raises(
+        UsageError, match=r"reports\.jsonl\.partial, from a run that was cut short, already holds reports"
+    ):
+        run_generation([image], tmp_path / "run", recipe, tmp_path / "out")
+    assert partial.read_text() == '{"report": "hours of work"}\n'
+    run_generation([image], tmp_path / "run", recipe, tmp_path / "out", overwrite=True)
+    assert not partial.exists()
+
+
+def test_an_output_that_cannot_be_is_refused_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: FinetuneRecipe
+) -> None:
+    def load(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(folder, "load_generator", load)
+    image = _image(tmp_path / "1.png")
+    with pytest.raises(UsageError, match="is a file"):
+        run_generation([image], tmp_path / "run", recipe, image)
+
+
+# -- stops -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interruption_keeps_what_was_written(
+    tmp_path: Path, writer: Writer, recipe: FinetuneRecipe, number: signal.Signals, code: int
+) -> None:
+    files = [_image(tmp_path / f"{index}.png") for index in range(5)]
+    (tmp_path / "0.txt").write_text("text")
+    handlers = [signal.getsignal(watched) for watched in (signal.SIGINT, signal.SIGTERM)]
+    writer.before = lambda: os.kill(os.getpid(), number) if writer.batches else None  # type: ignore[method-assign]
+    with pytest.raises(Interrupted, match="stopped after 3 of 6 files; 2 reports are in") as caught:
+        run_generation([tmp_path / "0.txt", *files], tmp_path / "run", recipe, tmp_path / "out")
+    assert caught.value.exit_code == code
+    assert [row["path"] for row in _rows(tmp_path / "out" / "reports.jsonl")] == [str(file) for file in files[:2]]
+    assert len((tmp_path / "out" / "reports.csv").read_text().splitlines()) > 2
+    assert len(_rows(tmp_path / "out" / "skipped.jsonl")) == 1
+    assert not (tmp_path / "out" / "reports.jsonl.partial").exists()
+    assert [signal.getsignal(watched) for watched in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_an_interruption_while_an_image_is_decoded_is_no_broken_image(
+    tmp_path: Path, writer: Writer, recipe: FinetuneRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [_image(tmp_path / f"{index}.png") for index in range(5)]
+    load = ImageFile.ImageFile.load
+
+    def interrupted(image: ImageFile.ImageFile) -> Any:
+        if writer.batches:
+            os.kill(os.getpid(), signal.SIGINT)
+        return load(image)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", interrupted)
+    with pytest.raises(Interrupted, match="stopped after 2 of 5 files"):
+        run_generation(files, tmp_path / "run", recipe, tmp_path / "out")
+    assert not (tmp_path / "out" / "skipped.jsonl").exists()
+
+
+def test_a_failure_keeps_what_was_written(tmp_path: Path, writer: Writer, recipe: FinetuneRecipe) -> None:
+    files = [_image(tmp_path / f"{index}.png") for index in range(3)]
+
+    def fail() -> None:
+        if writer.batches:
+            raise RuntimeError("out of memory")
+
+    writer.before = fail  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run_generation(files, tmp_path / "run", recipe, tmp_path / "out")
+    assert len(_rows(tmp_path / "out" / "reports.jsonl")) == 2
+
+
+def test_each_batch_is_on_the_disk_when_the_next_begins(tmp_path: Path, writer: Writer, recipe: FinetuneRecipe) -> None:
+    seen: list[int] = []
+
+    def look() -> None:
+        partial = tmp_path / "out" / "reports.jsonl.partial"
+        seen.append(len(_rows(partial)) if partial.exists() else 0)
+
+    writer.before = look  # type: ignore[method-assign]
+    run_generation([_image(tmp_path / f"{i}.png") for i in range(5)], tmp_path / "run", recipe, tmp_path / "out")
+    assert seen == [0, 2, 4]

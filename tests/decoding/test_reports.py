@@ -1,0 +1,281 @@
+"""Writing reports from Python: `load_generator` on a run directory, and whole splits."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import emrrg_cli
+from emrrg_cli.datasets.directory import open_dataset
+from emrrg_cli.datasets.report_dataset import ReportDataset
+from emrrg_cli.decoding.reports import Generator, load_generator, study_pixels, write_split
+from emrrg_cli.errors import RunError, UsageError
+from emrrg_cli.imaging.base import ImageError
+from emrrg_cli.recipe.load import dump_recipe
+from emrrg_cli.recipe.schema import FinetuneRecipe, GenerationSettings
+from emrrg_cli.runtime import choose_device
+
+RECIPE = {
+    "stage": "finetune",
+    "model": {
+        "encoder": {"size": None, "d_model": 32, "depth": 2, "d_state": 4, "image_size": 48},
+        "adapter": {"targets": ["X"], "rank": 4},
+        "llm": {"name": "scratch", "scratch": {"hidden_size": 32, "layers": 2, "heads": 4, "kv_heads": 2}},
+        "hybrid": {"every": 2},
+    },
+    "generation": {"batch_size": 2, "num_beams": 2, "max_new_tokens": 8},
+}
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose reports depend on the image. Not to be changed."""
+    from emrrg_cli.models.build import assemble, build_encoder, fresh_llm, save_static, save_trained
+    from emrrg_cli.models.llm import train_tokenizer
+
+    directory = tmp_path_factory.mktemp("runs") / "run"
+    directory.mkdir()
+    recipe = FinetuneRecipe.model_validate(RECIPE)
+    (directory / "recipe.yaml").write_text(dump_recipe(recipe))
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(["the lungs are clear .", "the heart is enlarged ."] * 2, 300)
+    encoder, llm = build_encoder(recipe.model.encoder), fresh_llm(recipe.model, tokenizer, torch.float32)
+    save_static(directory, recipe.model, encoder, llm, tokenizer)
+    model = assemble(recipe.model, encoder, llm, tokenizer)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter += 0.3 * torch.randn_like(parameter)
+            if name.endswith("warmup"):
+                parameter.fill_(2)
+            if ".lora_B." in name:
+                parameter *= 3
+    save_trained(directory, recipe.model, model)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def generator(run_dir: Path) -> Generator:
+    return load_generator(run_dir, device="cpu")
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> list[Path]:
+    """Three noisy images of different sizes, as files."""
+    rng = np.random.default_rng(0)
+    files = []
+    for number, size in enumerate([(60, 50), (48, 48), (90, 120)]):
+        files.append(tmp_path / f"{number}.png")
+        pixels = rng.integers(0, 256, size, dtype=np.uint8) // (number + 1)
+        Image.fromarray(pixels).save(files[-1])
+    return files
+
+
+def test_paths_strings_and_opened_images_are_the_same(generator: Generator, images: list[Path]) -> None:
+    by_path = generator.generate(images)
+    assert len(by_path) == 3
+    assert len(set(by_path)) == 3
+    assert generator.generate([str(image) for image in images]) == by_path
+    assert generator.generate([Image.open(image) for image in images]) == by_path
+    assert generator.generate([[image] for image in images]) == by_path
+    assert generator.generate([(image,) for image in images]) == by_path
+
+
+def test_a_study_of_several_views(generator: Generator, images: list[Path]) -> None:
+    views = generator.generate([images[:2], images[2], [str(images[1]), Image.open(images[0])]])
+    assert views[1] == generator.generate([images[2]])[0]
+    assert views[0] == views[2]  # the views are averaged
+    assert views[0] == generator.generate([images[:2]])[0]
+    assert views[0] != views[1]
+
+
+def test_reports_do_not_depend_on_the_batch(run_dir: Path, generator: Generator, images: list[Path]) -> None:
+    studies = [images[0], images[1:], images[2], images]
+    one_by_one = load_generator(run_dir, device="cpu", overrides=["generation.batch_size=1"])
+    together = load_generator(run_dir, device="cpu", overrides=["generation.batch_size=99"])
+    assert one_by_one.generate(studies) == together.generate(studies) == generator.generate(studies)
+    assert generator.generate([]) == []
+
+
+def test_the_model_is_ready_to_use(run_dir: Path, generator: Generator) -> None:
+    assert emrrg_cli.load_generator is load_generator
+    assert generator.precision == "fp32"
+    assert not generator.model.training
+    assert not any("lora" in name for name, _ in generator.model.named_parameters())  # merged
+    assert generator.recipe.generation.num_beams == 2
+    assert load_generator(str(run_dir)).device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_overrides_act(run_dir: Path, images: list[Path]) -> None:
+    short = load_generator(run_dir, device="cpu", overrides=["generation.max_new_tokens=1", "generation.num_beams=1"])
+    assert short.recipe.generation.max_new_tokens == 1
+    tokens = [short.model.tokenizer.encode(report) for report in short.generate(images)]
+    assert all(len(row) <= 1 for row in tokens)
+    with pytest.raises(UsageError, match="num_beamz"):
+        load_generator(run_dir, overrides=["generation.num_beamz=1"])
+
+
+def test_sampling_is_repeatable(run_dir: Path, images: list[Path]) -> None:
+    options = ["generation.do_sample=true", "generation.num_beams=1", "generation.temperature=3.0"]
+    one = load_generator(run_dir, device="cpu", overrides=options)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    assert one.generate(images) == one.generate(images)
+    assert torch.equal(torch.get_rng_state(), before)  # the caller's own draws go on as if nothing had happened
+    other = load_generator(run_dir, device="cpu", overrides=[*options, "generation.seed=1"])
+    assert other.generate(images) != one.generate(images)
+
+
+def test_images_that_cannot_be_read_are_named(generator: Generator, images: list[Path], tmp_path: Path) -> None:
+    absent = tmp_path / "absent.png"
+    with pytest.raises(ImageError, match=r"absent\.png: missing image"):
+        generator.generate([images[0], absent])
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(ImageError, match=r"text\.png: not an image"):
+        generator.generate([[images[0], tmp_path / "text.png"]])
+
+
+def test_what_is_no_list_of_studies_is_refused(generator: Generator, images: list[Path]) -> None:
+    with pytest.raises(UsageError, match="a study has no images"):
+        generator.generate([images[0], []])
+    one: Any
+    for one in (str(images[0]), images[0], Image.open(images[0])):
+        with pytest.raises(UsageError, match="takes a list of studies"):
+            generator.generate(one)
+
+
+def test_pixels_of_a_study(images: list[Path]) -> None:
+    pixels = study_pixels(images[:2], 32)
+    assert pixels.shape == (2, 32, 32)
+    assert pixels.dtype == torch.uint8
+    assert torch.equal(study_pixels(images[1], 48)[0], torch.from_numpy(np.asarray(Image.open(images[1])).copy()))
+
+
+def test_directories_that_are_no_runs(run_dir: Path, tmp_path: Path) -> None:
+    for directory in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(UsageError, match=r"is not a run directory: it has no recipe\.yaml"):
+            load_generator(directory)
+    begun = tmp_path / "begun"
+    shutil.copytree(run_dir, begun)
+    shutil.rmtree(begun / "model")
+    with pytest.raises(RunError, match="holds no trained model yet"):
+        load_generator(begun)
+    recipe = (begun / "recipe.yaml").read_text()
+    (begun / "recipe.yaml").write_text(recipe + "surprise: 1\n")
+    with pytest.raises(UsageError, match="surprise"):
+        load_generator(begun)
+
+
+def test_a_run_that_was_moved_still_works(
+    run_dir: Path, generator: Generator, images: list[Path], tmp_path: Path
+) -> None:
+    shutil.copytree(run_dir, tmp_path / "elsewhere")
+    assert load_generator(tmp_path / "elsewhere", device="cpu").generate(images) == generator.generate(images)
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "cuda:-3", "meta"])
+def test_devices_that_are_not_there(name: str, run_dir: Path) -> None:
+    with pytest.raises(UsageError, match="device"):
+        load_generator(run_dir, device=name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("name", ["cuda", "cuda:1", "mps"])
+def test_no_gpu_here(name: str) -> None:
+    if name == "mps" and torch.backends.mps.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(UsageError, match=f"there is no device '{name}' here"):
+        choose_device(name)
+    assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
+
+
+# -- a split --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def accelerator() -> Any:
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=True)
+
+
+def _settings(**options: Any) -> GenerationSettings:
+    return GenerationSettings(**({"num_beams": 1, "max_new_tokens": 8, "batch_size": 3} | options))
+
+
+def test_a_split_is_written_in_order(generator: Generator, tiny_dataset: Path, accelerator: Any) -> None:
+    recipe = generator.recipe
+    dataset = ReportDataset(open_dataset(tiny_dataset)["train"], recipe.data, 48)
+    done: list[int] = []
+    reports = write_split(generator.model, dataset, _settings(), accelerator, advance=done.append)
+    assert len(reports) == 16
+    assert done == [3, 3, 3, 3, 3, 1]
+    pixels = [dataset[i].pixels for i in range(16)]
+    alone = [generator.model.generate(p, torch.tensor([len(p)]), _config()) for p in pixels]
+    assert reports == [report for (report,) in alone]
+    assert len(set(reports)) > 8
+    for other in (_settings(batch_size=1), _settings(batch_size=16)):
+        assert write_split(generator.model, dataset, other, accelerator) == reports
+    assert write_split(generator.model, dataset, _settings(), accelerator, limit=4, workers=1) == reports[:4]
+    assert write_split(generator.model, dataset, _settings(), accelerator, limit=99) == reports
+
+
+def _config() -> Any:
+    from emrrg_cli.models.report_generator import generation_config
+
+    return generation_config(_settings())()
+
+
+def test_a_split_is_shared_among_processes(
+    generator: Generator, tiny_dataset: Path, accelerator: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes one after the other; what they gather comes in the order of the processes."""
+    dataset = ReportDataset(open_dataset(tiny_dataset)["train"], generator.recipe.data, 48)
+    expected = write_split(generator.model, dataset, _settings(), accelerator, limit=7)
+    parts: list[list[Any]] = []
+
+    def gather(written: list[Any]) -> list[Any]:
+        parts.append(written)
+        if len(parts) == 1:
+            raise InterruptedError
+        return [pair for part in parts for pair in part]
+
+    monkeypatch.setattr("accelerate.utils.gather_object", gather)
+
+    def run(rank: int) -> list[str]:
+        process = SimpleNamespace(
+            process_index=rank, num_processes=2, device=torch.device("cpu"), autocast=accelerator.autocast
+        )
+        return write_split(generator.model, dataset, _settings(), process, limit=7)
+
+    with pytest.raises(InterruptedError):
+        run(0)
+    assert run(1) == expected
+    assert [len(part) for part in parts] == [4, 3]
+
+
+def test_batches_of_sampled_reports_differ(run_dir: Path) -> None:
+    options = ["generation.do_sample=true", "generation.num_beams=1", "generation.temperature=3.0"]
+    one_by_one = load_generator(run_dir, device="cpu", overrides=[*options, "generation.batch_size=1"])
+    reports = one_by_one.generate([Image.new("L", (32, 32), 90)] * 4)
+    assert len(set(reports)) > 1
+    assert one_by_one.generate([Image.new("L", (32, 32), 90)] * 4) == reports
+
+
+def test_sampling_a_split_follows_the_seed(generator: Generator, tiny_dataset: Path, accelerator: Any) -> None:
+    dataset = ReportDataset(open_dataset(tiny_dataset)["test"], generator.recipe.data, 48)
+    settings = _settings(do_sample=True, temperature=3.0)
+    one = write_split(generator.model, dataset, settings, accelerator)
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    assert write_split(generator.model, dataset, settings, accelerator) == one
+    assert torch.equal(torch.get_rng_state(), before)
+    other = _settings(do_sample=True, temperature=3.0, seed=1)
+    assert write_split(generator.model, dataset, other, accelerator) != one

@@ -1,0 +1,228 @@
+"""Scoring a run: which references, which studies, and where the result goes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from emrrg_cli.errors import Interrupted, RunError, UsageError
+from emrrg_cli.evaluation import run as evaluation
+from emrrg_cli.evaluation.run import describe_protocol, run_evaluation
+from emrrg_cli.models.report_generator import ReportGenerator
+from emrrg_cli.recipe.load import load_run_recipe
+
+
+@pytest.fixture(autouse=True)
+def no_java(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """METEOR takes seconds to start; `tests/metrics` looks at it."""
+    for name in ("PATH", "JAVA_HOME"):
+        monkeypatch.setenv(name, str(tmp_path))
+
+
+@pytest.fixture
+def evaluate(varied_run: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Evaluates `varied_run` with changes; the result with the predictions beside it."""
+
+    def run(*overrides: str, split: str = "test", name: str = "out") -> dict[str, Any]:
+        recipe = load_run_recipe(varied_run, None, overrides, "evaluate")
+        result = run_evaluation(recipe, varied_run, split, tmp_path / name)
+        assert result is not None
+        lines = (tmp_path / name / "predictions.jsonl").read_text().splitlines()
+        assert json.loads((tmp_path / name / "scores.json").read_text()) == result
+        return {**result, "predictions": [json.loads(line) for line in lines]}
+
+    return run
+
+
+def test_each_study_of_the_split_once_with_its_whole_reference(evaluate: Any) -> None:
+    result = evaluate("data.max_report_tokens=3")
+    assert [row["study_id"] for row in result["predictions"]] == ["study20", "study21", "study22", "study23"]
+    assert [row["reference"] for row in result["predictions"]] == [
+        "study of the chest . the heart is enlarged . no pneumothorax .",
+        "study of the chest . there is a left pleural effusion . no pneumothorax .",
+        "study of the chest . a nodule is seen in the right upper lobe . no pneumothorax .",
+        "study of the chest . the lungs are clear . no pneumothorax .",
+    ]
+    assert (result["studies"], result["split"]) == (4, "test")
+
+
+def test_references_are_cut_to_the_training_length_on_request_alone(evaluate: Any, varied_run: Path) -> None:
+    from emrrg_cli.models.llm import load_tokenizer
+
+    result = evaluate("data.max_report_tokens=12", "evaluation.references=clipped")
+    tokenizer = load_tokenizer(str(varied_run / "tokenizer"))
+    whole = evaluate(name="whole")["predictions"]
+    for row, uncut in zip(result["predictions"], whole, strict=True):
+        assert row["reference"] == " ".join(tokenizer.decode(tokenizer.encode(uncut["reference"])[:12]).split())
+        assert uncut["reference"].startswith(row["reference"])
+        assert row["reference"] != uncut["reference"]
+    # Nothing is cut, and nothing is added either, where a report fits.
+    long = evaluate("data.max_report_tokens=500", "evaluation.references=clipped", name="long")["predictions"]
+    assert [row["reference"] for row in long] == [row["reference"] for row in whole]
+
+
+def test_the_scores_are_those_of_the_predictions(evaluate: Any) -> None:
+    from emrrg_cli.evaluation.language import score
+
+    result = evaluate("generation.min_new_tokens=8", split="train")
+    references, hypotheses = zip(*((row["reference"], row["hypothesis"]) for row in result["predictions"]), strict=True)
+    assert result["scores"] == score(references, hypotheses, meteor=False)
+    assert result["scores"]["METEOR"] is None
+
+
+def test_predictions_do_not_depend_on_the_batch(evaluate: Any) -> None:
+    alone = evaluate("generation.batch_size=1", name="1")["predictions"]
+    assert alone == evaluate("generation.batch_size=3", name="3")["predictions"]
+
+
+def test_decoding_is_that_of_the_overrides(evaluate: Any) -> None:
+    longer, shorter = evaluate(name="longer"), evaluate("generation.max_new_tokens=1", name="shorter")
+    assert shorter["settings"]["generation"]["max_new_tokens"] == 1
+    for short, long in zip(shorter["predictions"], longer["predictions"], strict=True):
+        assert long["hypothesis"].startswith(short["hypothesis"])
+        assert long["hypothesis"] != short["hypothesis"]
+
+
+def test_sampling_is_the_same_twice(evaluate: Any) -> None:
+    sampled = ("generation.do_sample=true", "generation.min_new_tokens=8")
+    first = evaluate(*sampled, name="1")["predictions"]
+    assert first == evaluate(*sampled, name="2")["predictions"]
+    assert first != evaluate(*sampled, "generation.seed=1", name="3")["predictions"]
+
+
+def test_a_split_that_is_not_there_is_refused_with_those_that_are(evaluate: Any, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no split 'dev'") as caught:
+        evaluate(split="dev")
+    assert caught.value.hint == "There are: train, validation, test."
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_data_and_wrong_data_are_refused(varied_run: Path, tmp_path: Path) -> None:
+    recipe = load_run_recipe(varied_run, None, (), "evaluate")
+    recipe.data.root = None
+    with pytest.raises(UsageError, match="no data: give --data DIR"):
+        run_evaluation(recipe, varied_run, "test", tmp_path / "out")
+    recipe.data.root = str(tmp_path / "none")
+    with pytest.raises(UsageError, match="no such dataset directory"):
+        run_evaluation(recipe, varied_run, "test", tmp_path / "out")
+
+
+def test_no_study_with_the_text_asked_for_is_said(evaluate: Any) -> None:
+    with pytest.raises(RunError, match=r"no study of the test split has text for data\.section=findings"):
+        evaluate("data.section=findings")
+
+
+def test_a_run_without_a_model_yet_is_said(varied_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_bytes((varied_run / "recipe.yaml").read_bytes())
+    recipe = load_run_recipe(tmp_path / "run", None, (), "evaluate")
+    with pytest.raises(RunError, match="holds no trained model yet"):
+        run_evaluation(recipe, tmp_path / "run", "test", None)
+
+
+def test_reports_outlive_a_score_that_fails(
+    evaluate: Any, varied_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = evaluate(name="whole")["predictions"]
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise RunError("no score today")
+
+    monkeypatch.setattr(evaluation, "score", fail)
+    with pytest.raises(RunError, match="no score today"):
+        evaluate(name="out")
+    written = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in written] == whole
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["predictions.jsonl"]
+    with pytest.raises(UsageError, match="already holds an evaluation"):
+        evaluate(name="out")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_reports_outlive_an_interruption(
+    evaluate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
+) -> None:
+    whole = evaluate("generation.batch_size=1", name="whole")["predictions"]
+    generate, batches = ReportGenerator.generate, []
+
+    def interrupted(*arguments: Any) -> Any:
+        batches.append(1)
+        if len(batches) == 3:
+            os.kill(os.getpid(), number)
+        return generate(*arguments)
+
+    monkeypatch.setattr(ReportGenerator, "generate", interrupted)
+    with pytest.raises(Interrupted, match=r"2 reports are in .*predictions\.jsonl\.partial") as caught:
+        evaluate("generation.batch_size=1")
+    assert caught.value.exit_code == code
+    written = (tmp_path / "out" / "predictions.jsonl.partial").read_text().splitlines()
+    assert [json.loads(line) for line in written] == whole[:2]
+    with pytest.raises(UsageError, match="already holds an evaluation"):
+        evaluate()
+
+
+def test_a_tokenizer_without_java_is_refused_before_the_model_is_loaded(
+    evaluate: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*arguments: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(evaluation, "load_model", load)
+    with pytest.raises(RunError, match="the ptb tokenizer needs Java"):
+        evaluate("evaluation.tokenizer=ptb")
+
+
+def test_an_evaluation_overwrites_nothing(varied_run: Path, tmp_path: Path) -> None:
+    target = evaluation._target
+    assert target(tmp_path, "test", None, False) == tmp_path / "evaluation" / "test"
+    for name in ("test", "test-2"):
+        (tmp_path / "evaluation" / name).mkdir(parents=True)
+        (tmp_path / "evaluation" / name / "scores.json").touch()
+    assert target(tmp_path, "test", None, False) == tmp_path / "evaluation" / "test-3"
+    assert target(tmp_path, "train", None, False) == tmp_path / "evaluation" / "train"
+    taken = tmp_path / "evaluation" / "test"
+    with pytest.raises(UsageError, match="already holds an evaluation"):
+        target(tmp_path, "test", taken, False)
+    assert target(tmp_path, "test", taken, True) == taken
+
+
+def test_an_output_that_cannot_be_is_refused_before_the_model_is_loaded(
+    varied_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*arguments: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(evaluation, "load_model", load)
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="file is a file"):
+        run_evaluation(load_run_recipe(varied_run, None, (), "evaluate"), varied_run, "test", tmp_path / "file")
+
+
+def test_the_protocol_is_one_line_with_all_that_a_score_depends_on(varied_run: Path) -> None:
+    def described(*overrides: str) -> str:
+        return describe_protocol(load_run_recipe(varied_run, None, overrides, "evaluate"))
+
+    line = described()
+    assert "\n" not in line
+    assert line.startswith("protocol ours: section report, cleaning auto, references whole, tokenizer whitespace, ")
+    assert "backbone trained whole" in line
+    assert "beams 1, new tokens 0-8" in line
+    published = described("protocol=published")
+    assert published.startswith("protocol published: ")
+    assert "references clipped" in published
+    assert "beams 3, new tokens 80-120, repetition penalty 2.0, length penalty 2.0" in published
+    sampled = described("generation.do_sample=true", "generation.temperature=0.5", "generation.top_p=0.9")
+    assert "sampled (temperature 0.5, top-p 0.9)" in sampled
+
+
+@pytest.mark.parametrize(("targets", "told"), [(["X", "Z"], "frozen with LoRA on X, Z"), ("none", "backbone frozen;")])
+def test_the_protocol_says_what_was_trained(varied_run: Path, targets: Any, told: str) -> None:
+    recipe = load_run_recipe(varied_run, None, (), "evaluate")
+    recipe.model.adapter.targets = targets
+    assert told in describe_protocol(recipe)

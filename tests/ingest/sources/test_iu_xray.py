@@ -1,0 +1,353 @@
+"""IU X-Ray in its three layouts, invented and, where it is there, real."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import tarfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from emrrg_cli.errors import RunError, UsageError
+from emrrg_cli.ingest.sources.iu_layouts import detect_layout
+from emrrg_cli.ingest.sources.iu_xray import IuXraySource, iu_xray_source
+from emrrg_cli.ingest.sources.openi import BadReport, OpeniReport, parse_report
+from emrrg_cli.ingest.study import Account, Study
+
+Read = Callable[[Any], tuple[list[Study], Account]]
+
+
+def _reasons(account: Account) -> dict[str, list[str]]:
+    return {reason: [example["id"] for example in entry.examples] for reason, entry in account.skipped.items()}
+
+
+def _pack(openi: Any, name: str = "NLMCXR_reports.tgz") -> Path:
+    """The reports as the archive of the release, in the folder's place."""
+    folder = openi.root / "ecgen-radiology"
+    with tarfile.open(openi.root / name, "w:gz") as archive:
+        archive.add(folder, folder.name)
+    for file in folder.iterdir():
+        file.unlink()
+    return openi.root / name
+
+
+def _add(archive: Path, name: str, data: bytes) -> None:
+    plain = io.BytesIO(gzip.decompress(archive.read_bytes()))
+    with tarfile.open(fileobj=plain, mode="a") as tar:
+        member = tarfile.TarInfo(name)
+        member.size = len(data)
+        tar.addfile(member, io.BytesIO(data))
+    archive.write_bytes(gzip.compress(plain.getvalue()))
+
+
+# The layouts.
+
+
+def test_openi(openi: Any, read: Read) -> None:
+    studies, account = read(iu_xray_source(openi.root))
+    by_id = {study.study_id: study for study in studies}
+    assert sorted(by_id) == [f"CXR{uid}" for uid in range(1, 6)]
+    first = by_id["CXR1"]
+    assert (first.patient_id, first.source, first.views) == ("1", "iu_xray", ("unknown", "unknown"))
+    assert [path.name for path in first.image_paths] == ["CXR1_IM-0001-1001.png", "CXR1_IM-0001-2001.png"]
+    assert (first.findings, first.impression) == ("The lungs are clear in study 1.", "No acute disease.")
+    assert first.report == first.findings
+    assert first.extra == {
+        "labels": ["Opacity", "Scoliosis"],
+        "mesh": ["Opacity/lung/upper lobe/right", "Opacity/lung/lingula", "Scoliosis"],
+        "mesh_automatic": ["opacity"],
+        "indication": "Cough & fever.",
+        "comparison": "None.",
+    }
+    assert _reasons(account) == {"no findings": ["CXR6"]}
+    assert account.remarks == [
+        "6 reports: findings in 5, impression in 6, neither in 0; 12 images listed, none in 0 reports.",
+        "Split drawn by patient with seed 0: 80, 10, 10 percent.",
+    ]
+
+
+def test_the_archive_equals_the_folder(openi: Any, read: Read) -> None:
+    expected, _ = read(iu_xray_source(openi.root))
+    _add(_pack(openi), "../../ecgen-radiology/._7.xml", b"a note of another system")
+    assert read(iu_xray_source(openi.root))[0] == expected
+    assert not list(openi.root.rglob("*.xml"))  # nothing was unpacked
+
+
+def test_the_folder_of_reports_itself(openi: Any, read: Read) -> None:
+    folder = openi.root / "ecgen-radiology"
+    assert detect_layout(folder) == "openi"
+    expected, _ = read(iu_xray_source(openi.root))
+    assert read(iu_xray_source(folder, images=openi.root / "NLMCXR_png"))[0] == expected
+
+
+def test_flat_gives_the_same_studies_in_the_same_split(openi: Any, read: Read) -> None:
+    whole, _ = read(iu_xray_source(openi.root, seed=3))
+    flat, account = read(iu_xray_source(openi.flat, seed=3))
+    assert {study.views for study in flat} == {("FRONTAL", "LATERAL")}
+    assert len(account.remarks) == 2
+
+    def common(study: Study) -> Study:
+        return replace(study, image_paths=(), views=(), extra=dict(study.extra) | {"mesh_automatic": []})
+
+    assert [common(study) for study in flat] == [common(study) for study in whole]
+
+
+def test_images_of_the_other_release_and_from_another_folder(openi: Any, read: Read) -> None:
+    images = openi.flat / "images_normalized"
+    studies, _ = read(iu_xray_source(openi.root, images=images))
+    assert {path.parent for study in studies for path in study.image_paths} == {images}
+    # The flat release's table beside the XML brings the views.
+    (openi.flat / "indiana_projections.csv").rename(openi.root / "indiana_projections.csv")
+    studies, _ = read(iu_xray_source(openi.root))
+    assert {study.views for study in studies} == {("FRONTAL", "LATERAL")}
+
+
+def test_r2gen(tiny_r2gen: Path, tmp_path: Path, openi: Any, read: Read) -> None:
+    studies, _ = read(iu_xray_source(tiny_r2gen))
+    assert len(studies) == 24
+    assert {study.source for study in studies} == {"iu_xray"}
+    assert all(study.findings == study.report for study in studies)
+    for option in ({"annotation": tmp_path}, {"images": tmp_path}, {"fractions": (1.0, 0.0, 0.0)}):
+        with pytest.raises(UsageError, match="does not go with R2Gen's layout"):
+            iu_xray_source(tiny_r2gen, **option)  # type: ignore[arg-type]
+
+
+def test_layouts_are_found_and_forced(openi: Any, tiny_r2gen: Path, tmp_path: Path) -> None:
+    assert detect_layout(openi.root) == "openi"
+    assert detect_layout(openi.flat) == "flat"
+    assert detect_layout(tiny_r2gen) == detect_layout(tiny_r2gen / "annotation.json") == "r2gen"
+    for table in openi.flat.glob("*.csv"):
+        table.rename(openi.root / table.name)
+    assert detect_layout(openi.root) == "openi"
+    assert len(iu_xray_source(openi.root, layout="flat")) == 6
+    with pytest.raises(UsageError, match="is a file"):
+        detect_layout(openi.report(1))
+    with pytest.raises(UsageError, match="in no known layout"):
+        detect_layout(tmp_path / "flat")
+    with pytest.raises(UsageError, match="no such folder"):
+        detect_layout(tmp_path / "none")
+    with pytest.raises(UsageError, match="no reports of Open-i in"):
+        iu_xray_source(tmp_path / "flat", layout="openi")
+    with pytest.raises(UsageError, match=r"no indiana_reports\.csv in"):
+        iu_xray_source(tmp_path / "flat", layout="flat")
+    with pytest.raises(UsageError, match="no such folder of images"):
+        iu_xray_source(openi.root, images=tmp_path / "none")
+
+
+def test_packed_images_are_pointed_out(openi: Any) -> None:
+    (openi.root / "NLMCXR_png").rename(openi.root / "elsewhere")
+    (openi.root / "NLMCXR_png.tgz").touch()
+    with pytest.raises(UsageError, match=r"NLMCXR_png\.tgz is still packed\n.*Unpack it: mkdir"):
+        iu_xray_source(openi.root)
+
+
+# Splits.
+
+
+def test_r2gens_split(openi: Any, tmp_path: Path, read: Read) -> None:
+    rows = [{"id": f"CXR{uid}_IM-000{uid}", "report": "", "image_path": []} for uid in (1, 2, 3, 5, 9)]
+    annotation = tmp_path / "annotation.json"
+    annotation.write_text(json.dumps({"train": rows[:2], "val": rows[2:3], "test": rows[3:]}))
+    studies, account = read(iu_xray_source(openi.root, annotation=annotation))
+    assert [(s.study_id, s.split) for s in studies] == [
+        ("CXR1", "train"), ("CXR2", "train"), ("CXR3", "validation"), ("CXR5", "test"),
+    ]  # fmt: skip
+    assert _reasons(account) == {"report missing": ["CXR9"], "not in the annotation": ["CXR4", "CXR6"]}
+    assert account.remarks[1] == "Split by the ids of annotation.json."
+    with pytest.raises(UsageError, match="--annotation and --split exclude each other"):
+        iu_xray_source(openi.root, annotation=annotation, fractions=(1.0, 0.0, 0.0))
+    annotation.write_text(json.dumps({"train": rows[:2], "val": [], "test": [rows[1] | {"id": "CXR2_IM-1"}]}))
+    with pytest.raises(RunError, match="CXR2 is in two splits, train and test"):
+        iu_xray_source(openi.root, annotation=annotation)
+    annotation.write_text(json.dumps({"train": [rows[0] | {"id": "study1"}], "val": [], "test": []}))
+    with pytest.raises(RunError, match="id 'study1' is none of IU X-Ray"):
+        iu_xray_source(openi.root, annotation=annotation)
+
+
+def test_a_drawn_split_is_the_seeds_and_limit_is_per_split(openi: Any, read: Read) -> None:
+    def splits(**options: Any) -> dict[str, str]:
+        return {s.study_id: s.split for s in read(iu_xray_source(openi.root, section="both", **options))[0]}
+
+    assert Counter(splits(fractions=(0.5, 0.25, 0.25)).values()) == {"train": 3, "validation": 2, "test": 1}
+    assert splits(seed=1) == splits(seed=1)
+    assert len({tuple(splits(seed=seed).items()) for seed in range(5)}) > 1
+    assert len(splits(limit=1)) == 3
+
+
+def test_sections(openi: Any, read: Read) -> None:
+    openi.write(5, findings="", impression="", images=["CXR5_IM-0005-1001"])
+    studies, account = read(IuXraySource(openi.root, section="impression"))
+    assert sorted(study.study_id for study in studies) == ["CXR1", "CXR2", "CXR3", "CXR4", "CXR6"]
+    assert _reasons(account) == {"empty report": ["CXR5"]}
+    assert next(study for study in studies if study.study_id == "CXR6").report is None
+
+
+# What cannot be read.
+
+
+@pytest.mark.parametrize(
+    ("data", "reason", "detail"),
+    [
+        (b"", "report is not valid XML", "no element found"),
+        (b"<eCitation><uId", "report is not valid XML", "unclosed token"),
+        (b"plain text", "report is not valid XML", "syntax error"),
+        (b"<a>\xff</a>", "report is not valid XML", "not well-formed"),
+        (b'<?xml version="1.0" encoding="none"?><a/>', "report is not valid XML", "unknown encoding"),
+        (b"<a>&undefined;</a>", "report is not valid XML", "undefined entity"),
+        (b"<a/>", "no study id", "no uId"),
+        (b'<a><uId id="1000"/></a>', "no study id", "no uId"),
+        (b'<!DOCTYPE a SYSTEM "file:///etc/passwd"><a/>', "report is not plain XML", "document type"),
+        (
+            b'<!DOCTYPE a [<!ENTITY b "xx"><!ENTITY c "&b;&b;&b;">]><a><uId id="CXR1"/>&c;</a>',
+            "report is not plain XML",
+            "document type",
+        ),
+        (
+            '<?xml version="1.0" encoding="utf-16"?><!DOCTYPE a [<!ENTITY b "xx">]><a>&b;</a>'.encode("utf-16"),
+            "report is not plain XML",
+            "document type",
+        ),
+    ],
+)
+def test_reports_that_are_none(openi: Any, read: Read, data: bytes, reason: str, detail: str) -> None:
+    bad = parse_report("3.xml", data)
+    assert isinstance(bad, BadReport)
+    assert (bad.name, bad.reason) == ("3.xml", reason)
+    assert detail in bad.detail
+    openi.report(3).write_bytes(data)
+    studies, account = read(iu_xray_source(openi.root))
+    assert len(studies) == 4
+    assert _reasons(account)[reason] == ["3.xml"]
+
+
+def test_xml_of_other_encodings_is_read() -> None:
+    text = '<?xml version="1.0" encoding="{}"?><a><uId id=" CXR7 "/><AbstractText Label="Findings">Caf\xe9 <b>x</b>'
+    text += "</AbstractText></a>"
+    for encoding in ("utf-8", "utf-16", "iso-8859-1"):
+        report = parse_report("7.xml", text.format(encoding).encode(encoding))
+        assert isinstance(report, OpeniReport)
+        assert (report.uid, report.findings, report.images) == ("7", "Café x", ())
+
+
+def test_a_report_that_is_too_large(openi: Any, read: Read) -> None:
+    data = openi.report(3).read_bytes().replace(b"</eCitation>", b"<x/>" * 300_000 + b"</eCitation>")
+    openi.report(3).write_bytes(data)
+    _, account = read(iu_xray_source(openi.root))
+    assert account.skipped["report cannot be read"].examples == [
+        {"id": "3.xml", "detail": f"it has {len(data):,} bytes, more than 1,048,576"}
+    ]
+    archive = _pack(openi)
+    _, account = read(iu_xray_source(openi.root))
+    assert _reasons(account)["report cannot be read"] == ["3.xml"]
+    assert archive.stat().st_size < 100_000  # much smaller than what it unpacks to
+
+
+def test_a_study_twice(openi: Any, read: Read) -> None:
+    (openi.root / "ecgen-radiology" / "9.xml").write_bytes(openi.report(2).read_bytes())
+    _, account = read(iu_xray_source(openi.root))
+    assert _reasons(account)["id seen before"] == ["CXR2"]
+
+
+@pytest.mark.parametrize("cut", [20, 400])
+def test_an_archive_cut_short(openi: Any, cut: int) -> None:
+    archive = _pack(openi)
+    archive.write_bytes(archive.read_bytes()[:cut])
+    with pytest.raises(RunError, match="is not a whole archive"):
+        iu_xray_source(openi.root)
+
+
+def test_an_archive_without_reports(openi: Any) -> None:
+    archive = _pack(openi)
+    with tarfile.open(archive, "w:gz"):
+        pass
+    with pytest.raises(RunError, match="no XML reports in"):
+        iu_xray_source(openi.root)
+
+
+def test_rows_of_the_flat_tables(openi: Any, read: Read) -> None:
+    reports, views = openi.flat / "indiana_reports.csv", openi.flat / "indiana_projections.csv"
+    lines = reports.read_text().splitlines()
+    lines[2] = lines[2].replace("Cough & fever.", "#NAME?")
+    lines += ["nan,a,b,c,d,e,f,g", "7,too,short", lines[1], "8,,,,,,Caf\xe9.,"]
+    reports.write_bytes("\n".join(lines).encode("cp1252"))
+    views.write_text(views.read_text() + "99,99_IM-1.dcm.png,Frontal\n,x.png,Frontal\n8,,Frontal\n")
+    studies, account = read(iu_xray_source(openi.flat))
+    by_id = {study.study_id: study for study in studies}
+    assert by_id["CXR2"].extra["indication"] is None
+    assert by_id["CXR8"].findings == "Café."
+    assert by_id["CXR8"].image_paths == ()
+    assert {reason: entry.count for reason, entry in account.skipped.items()} == {
+        "row of a table cannot be used": 4, "id seen before": 1, "report missing": 1, "no findings": 1,
+    }  # fmt: skip
+    assert "indiana_reports.csv is not UTF-8: it was read as Windows-1252." in account.remarks
+
+
+def test_missing_images_travel_with_their_study(openi: Any, read: Read) -> None:
+    (openi.root / "NLMCXR_png" / "CXR2_IM-0002-1001.png").unlink()
+    studies, _ = read(iu_xray_source(openi.root))
+    second = next(study for study in studies if study.study_id == "CXR2")
+    assert [(p.path, p.reason) for p in second.problems] == [("CXR2_IM-0002-1001.png", "missing image")]
+    assert len(second.image_paths) == len(second.views) == 1
+
+
+# The real files.
+
+
+@pytest.fixture(scope="module")
+def real(shared_data: Path) -> Path:
+    return shared_data / "iu_text"
+
+
+@pytest.fixture(scope="module")
+def real_openi(real: Path, read: Read) -> tuple[list[Study], Account]:
+    images = real.parent / "iu_sample" / "images"
+    return read(iu_xray_source(real, layout="openi", images=images, section="both"))
+
+
+def test_the_real_archive(real_openi: tuple[list[Study], Account]) -> None:
+    studies, account = real_openi
+    assert account.read == 3955
+    assert _reasons(account).keys() == {"empty report"}
+    assert account.skipped["empty report"].count == 28
+    assert sum(study.findings is not None for study in studies) == 3425
+    assert sum(study.impression is not None for study in studies) == 3921
+    assert account.remarks[0] == (
+        "3,955 reports: findings in 3,425, impression in 3,921, neither in 28; "
+        "7,470 images listed, none in 104 reports."
+    )
+    found = {study.study_id: len(study.image_paths) for study in studies if study.image_paths}
+    assert found == {"CXR1000": 3, "CXR1001": 1}
+    assert len(next(study for study in studies if study.study_id == "CXR1001").problems) == 1
+    assert {study.views for study in studies if study.study_id == "CXR1000"} == {("FRONTAL", "LATERAL", "FRONTAL")}
+
+
+def test_the_real_releases_agree(real: Path, real_openi: tuple[list[Study], Account], read: Read) -> None:
+    whole = {study.study_id: study for study in real_openi[0]}
+    flat = {s.study_id: s for s in read(iu_xray_source(real, layout="flat", section="both"))[0]}
+    assert (len(whole), len(flat)) == (3927, 3826)
+    assert flat.keys() < whole.keys()
+    for study_id, study in flat.items():
+        other = whole[study_id]
+        for part in ("findings", "impression", "split", "patient_id"):
+            assert getattr(study, part) == getattr(other, part), study_id
+        assert study.extra["mesh"] == other.extra["mesh"], study_id
+        # A table cannot tell the word None from an empty cell.
+        comparison = other.extra["comparison"]
+        assert study.extra["comparison"] == (None if comparison in ("None", "none", "NONE", "N/A") else comparison)
+    # Three indications of the flat release were damaged by a spreadsheet.
+    damaged = [key for key, study in flat.items() if study.extra["indication"] != whole[key].extra["indication"]]
+    assert sorted(damaged) == ["CXR1555", "CXR3477", "CXR3784"]
+
+
+def test_the_real_annotation_holds_the_findings(real: Path, read: Read) -> None:
+    studies, account = read(iu_xray_source(real, layout="openi", annotation=real / "annotation.json"))
+    assert Counter(study.split for study in studies) == {"train": 2069, "validation": 296, "test": 590}
+    assert {reason: entry.count for reason, entry in account.skipped.items()} == {"not in the annotation": 1000}
+    texts = {study.study_id.split("_")[0]: study.report for study in read(iu_xray_source(real, layout="r2gen"))[0]}
+    assert {study.study_id: study.report for study in studies} == texts

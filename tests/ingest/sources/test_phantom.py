@@ -1,0 +1,106 @@
+"""Phantoms as a source: pure functions of seed and index, and a dataset directory like any other."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+
+from emrrg_cli.datasets.directory import FEATURES, open_dataset
+from emrrg_cli.errors import UsageError
+from emrrg_cli.imaging.read import read_image
+from emrrg_cli.ingest.preprocess import preprocess
+from emrrg_cli.ingest.sources.phantom import PhantomSource, split_of, synthetic_study
+from emrrg_cli.ingest.study import Account
+from emrrg_cli.phantom.render import render
+from emrrg_cli.recipe.schema import PreprocessRecipe
+
+
+def _make(out: Path, count: int, seed: int = 3, **settings: Any) -> dict[str, Any]:
+    recipe = PreprocessRecipe(stage="preprocess", **({"size": 48, "workers": 1} | settings))
+    return preprocess(PhantomSource(count, seed=seed), out, recipe)
+
+
+def _rows(root: Path) -> dict[str, dict[str, Any]]:
+    return {row["study_id"]: row for split in open_dataset(root).values() for row in split}
+
+
+def test_a_study_is_a_function_of_seed_and_index() -> None:
+    assert synthetic_study(1, 7) == synthetic_study(1, 7)
+    assert synthetic_study(1, 7) != synthetic_study(1, 8)
+    assert synthetic_study(1, 7) != synthetic_study(2, 7)
+
+
+def test_the_same_bytes_whatever_the_workers(tmp_path: Path) -> None:
+    one, two = _make(tmp_path / "one", 70), _make(tmp_path / "two", 70, workers=2)
+    assert one["fingerprint"] == two["fingerprint"]
+    for file in (tmp_path / "one" / "data").iterdir():
+        assert file.read_bytes() == (tmp_path / "two" / "data" / file.name).read_bytes()
+
+
+def test_more_studies_leave_the_first_as_they_were(tmp_path: Path) -> None:
+    _make(tmp_path / "few", 12)
+    _make(tmp_path / "more", 30)
+    few, more = _rows(tmp_path / "few"), _rows(tmp_path / "more")
+    assert len(few) == 12
+    assert all(more[study_id] == row for study_id, row in few.items())
+
+
+def test_the_directory(tmp_path: Path) -> None:
+    manifest = _make(tmp_path / "out", 20, size=64, format="png")
+    assert {split: entry["studies"] for split, entry in manifest["splits"].items()} == {
+        "train": 16,
+        "validation": 2,
+        "test": 2,
+    }
+    assert (manifest["source"], manifest["root"], manifest["studies_skipped"]) == ("phantom", None, 0)
+    opened = open_dataset(tmp_path / "out")
+    assert set(opened["train"].column_names) == {*FEATURES, "labels", "parameters"}
+    for split, rows in opened.items():
+        for row in rows:
+            index = int(row["study_id"].rsplit("-", 1)[1])
+            case, report = synthetic_study(3, index)
+            assert split == split_of(index)
+            assert (row["findings"], row["impression"]) == (report.findings, report.impression)
+            assert (row["report"], row["views"]) == (report.text, [case.film.view])
+            assert (row["labels"], row["source"]) == (sorted(case.findings.labels()), "phantom")
+            assert json.loads(row["parameters"]) == json.loads(json.dumps(case.as_dict()))
+            image = np.asarray(read_image(row["images"][0]["bytes"]))
+            assert np.array_equal(image, render(case, 64))
+
+
+def test_load_dataset_opens_it(tmp_path: Path) -> None:
+    _make(tmp_path / "out", 10)
+    loaded = datasets.load_dataset(str(tmp_path / "out"))
+    assert loaded["train"][0]["images"][0].size == (48, 48)
+    assert isinstance(loaded["test"][0]["labels"], list)
+
+
+def test_it_is_called_synthetic(tmp_path: Path) -> None:
+    _make(tmp_path / "out", 10)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "**Synthetic.**" in card
+    assert "no patient" in card
+    assert "| `labels` |" in card
+    assert "terms of the source" not in card
+
+
+def test_splits_follow_the_index() -> None:
+    for start in (0, 10, 500, 12340):
+        assert Counter(split_of(i) for i in range(start, start + 10)) == {"train": 8, "validation": 1, "test": 1}
+    halves = Counter(split_of(i, (0.55, 0.4, 0.05)) for i in range(1000))
+    assert halves == {"train": 550, "validation": 400, "test": 50}
+    assert {split_of(i, (1.0, 0.0, 0.0)) for i in range(100)} == {"train"}
+
+
+def test_the_source_counts_what_it_gives() -> None:
+    account, source = Account(), PhantomSource(5, seed=1)
+    studies = list(source.studies(account))
+    assert (len(source), account.read, len({study.study_id for study in studies})) == (5, 5, 5)
+    with pytest.raises(UsageError, match="1 or more"):
+        PhantomSource(0)

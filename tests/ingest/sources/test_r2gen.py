@@ -1,0 +1,206 @@
+"""R2Gen's annotation.json: what is read, what is left out and why, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from emrrg_cli.errors import EmrrgError, RunError, UsageError
+from emrrg_cli.ingest.sources.r2gen import R2GenSource
+from emrrg_cli.ingest.study import Account, Study
+
+
+def _row(id: object, /, report: object = "Clear.", images: object = "a.png", **more: object) -> dict[str, object]:
+    return {"id": id, "report": report, "image_path": images, **more}
+
+
+def _write(root: Path, train: Any, val: Any = (), test: Any = (), **more: Any) -> Path:
+    content = {"train": train, "val": list(val), "test": list(test), **more}
+    (root / "annotation.json").write_text(json.dumps(content))
+    if not (root / "a.png").exists():
+        Image.new("L", (4, 4)).save(root / "a.png")
+    return root
+
+
+def _read(root: Path, **options: Any) -> tuple[list[Study], Account]:
+    account = Account()
+    return list(R2GenSource(root, **options).studies(account)), account
+
+
+def test_reads_the_fixture(tiny_r2gen: Path) -> None:
+    source = R2GenSource(tiny_r2gen)
+    account = Account()
+    studies = list(source.studies(account))
+    assert (source.name, len(source), account.read, account.skipped) == ("r2gen", 24, 24, {})
+    assert [s.split for s in studies] == ["train"] * 16 + ["validation"] * 4 + ["test"] * 4
+    first, second = studies[:2]
+    assert (first.study_id, first.patient_id, first.findings, first.impression) == ("study00", None, None, None)
+    assert first.report == "Study of the chest. The heart is enlarged. No pneumothorax."
+    assert first.image_paths == (tiny_r2gen.resolve() / "images" / "study00" / "0.png",)
+    assert second.views == ("unknown", "unknown")
+
+
+def test_root_may_be_the_file_and_images_may_stand_beside_it(tmp_path: Path) -> None:
+    _write(tmp_path, [_row("x", images=["a.png"])])
+    (tmp_path / "annotation.json").rename(tmp_path / "other.json")
+    studies, _ = _read(tmp_path / "other.json")
+    assert studies[0].image_paths == (tmp_path.resolve() / "a.png",)
+
+
+def test_iu_is_recognised_by_all_its_ids(tmp_path: Path) -> None:
+    _write(tmp_path, [_row("CXR2384_IM-0942"), _row("CXR1_1_IM-0001")], [_row("CXR162_IM-0401-1001")])
+    studies, _ = _read(tmp_path)
+    assert [(s.source, s.patient_id) for s in studies] == [("iu_xray", "2384"), ("iu_xray", "1"), ("iu_xray", "162")]
+    assert {s.source for s in _read(tmp_path, source="mine")[0]} == {"mine"}
+    _write(tmp_path, [_row("CXR2384_IM-0942"), _row("other")])
+    studies, _ = _read(tmp_path)
+    assert [(s.source, s.patient_id) for s in studies] == [("r2gen", None)] * 2
+    assert [s.patient_id for s in _read(tmp_path, source="iu_xray")[0]] == ["2384", None]
+
+
+def test_mimic_rows_carry_the_patient(tmp_path: Path) -> None:
+    _write(tmp_path, [_row("02aa804e", subject_id=10000032, study_id=50414267)])
+    assert _read(tmp_path)[0][0].patient_id == "10000032"
+
+
+def test_numbers_as_ids_and_a_byte_order_mark(tmp_path: Path) -> None:
+    _write(tmp_path, [_row(7)])
+    annotation = tmp_path / "annotation.json"
+    annotation.write_bytes(b"\xef\xbb\xbf" + annotation.read_bytes())
+    assert _read(tmp_path)[0][0].study_id == "7"
+
+
+def test_limit_is_per_split(tiny_r2gen: Path) -> None:
+    source = R2GenSource(tiny_r2gen, limit=3)
+    assert len(source) == 9
+    assert [s.study_id for s in source.studies(Account())][3:5] == ["study16", "study17"]
+
+
+def test_ids_twice_and_empty_reports_are_counted(tmp_path: Path) -> None:
+    _write(tmp_path, [_row("x"), _row("x", "Other."), _row("y", " \n"), _row("z", None)], test=[_row("x")])
+    studies, account = _read(tmp_path)
+    assert [(s.study_id, s.report) for s in studies] == [("x", "Clear.")]
+    assert account.read == 5
+    assert {reason: entry.count for reason, entry in account.skipped.items()} == {
+        "id seen before": 2,
+        "empty report": 2,
+    }
+    details = [example["detail"] for example in account.skipped["id seen before"].examples]
+    assert details == ["in train, kept from train", "in test, kept from train"]
+
+
+def test_paths_must_stay_inside(tmp_path: Path) -> None:
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    (root / "images").mkdir(parents=True)
+    outside.mkdir()
+    Image.new("L", (4, 4)).save(outside / "b.png")
+    (root / "link.png").symlink_to(outside / "b.png")
+    (root / "folder").symlink_to(outside)
+    (root / "images" / "inner.png").symlink_to(root / "a.png")
+    (root / "loop").symlink_to(root / "loop")
+    escapes = ["../outside/b.png", str(outside / "b.png"), "link.png", "folder/b.png", "images/../../outside/b.png",
+               "../outside/none.png"]  # fmt: skip
+    inside = ["a.png", "images/../a.png", "./a.png", str(root / "a.png"), "inner.png"]
+    _write(root, [_row(f"bad{i}", images=[path]) for i, path in enumerate(escapes)])
+    studies, _ = _read(root)
+    assert [s.problems[0].reason for s in studies] == ["path outside the data folder"] * len(escapes)
+    assert not any(s.image_paths for s in studies)
+
+    _write(root, [_row("good", images=inside)])
+    assert _read(root)[0][0].image_paths == ((root / "a.png").resolve(),) * len(inside)
+
+    _write(root, [_row("odd", images=["none.png", "a\0.png", "x" * 5000, "loop", "\ud800.png"])])
+    problems = _read(root)[0][0].problems
+    assert problems[0].reason == "missing image"
+    assert {p.reason for p in problems[1:]} <= {"cannot be opened", "missing image"}
+    assert len(problems) == 5
+
+
+def test_partly_missing_images_stay_with_their_study(tmp_path: Path) -> None:
+    _write(tmp_path, [_row("x", images=["none.png", "a.png"]), _row("y", images=[])])
+    studies, _ = _read(tmp_path)
+    assert [p.path for p in studies[0].problems] == ["none.png"]
+    assert studies[0].image_paths == (tmp_path.resolve() / "a.png",)
+    assert len(studies[0].views) == 1
+    assert (studies[1].image_paths, studies[1].problems) == ((), ())
+
+
+def test_half_characters_become_replacement_characters(tmp_path: Path) -> None:
+    (tmp_path / "annotation.json").write_text(
+        '{"train": [{"id": "x", "report": "a\\ud800b", "image_path": []}], "val": [], "test": []}'
+    )
+    assert _read(tmp_path)[0][0].report == "a\ufffdb"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "annotation.json:1:1: not valid JSON"),
+        ('{"train": [\n{"id": 1,,}]}', "annotation.json:2:10: not valid JSON"),
+        ("[]", "the top level is a list, not an object"),
+        ("{}", "no train and no val and no test; keys found: none"),
+        ('{"train": [], "validation": [], "test": []}', "no val; keys found: train, validation, test"),
+        ('{"train": [], "val": [], "test": [], "extra": []}', "unknown split 'extra'"),
+        ('{"train": {}, "val": [], "test": []}', "train is an object, not a list"),
+        ('{"train": [], "val": [], "test": []}', "no studies"),
+        ('{"train": [1], "val": [], "test": []}', r"train\[0\] is a number, not an object"),
+        ('{"train": [], "val": [{"id": "x"}], "test": []}', r"val\[0\] has no 'report'"),
+        ('{"train": [' + "[" * 100_000, "nested too deeply"),
+        ('{"train": [], "val": [], "test": ' + "9" * 5000 + "}", "not valid JSON"),
+    ],
+)
+def test_malformed_files_name_the_place(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "annotation.json").write_text(text)
+    with pytest.raises(RunError, match=message):
+        R2GenSource(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (_row(None), r"train\[1\]: id is null, not text or a whole number"),
+        (_row(True), r"train\[1\]: id is true or false"),
+        (_row(1.5), r"train\[1\]: id is a number, not text or a whole number"),
+        (_row(""), r"train\[1\]: id is empty"),
+        (_row("y", 3), r"train\[1\]: report is a number, not text"),
+        (_row("y", images=None), r"train\[1\]: image_path is null, not a path or a list of paths"),
+        (_row("y", images=["a.png", 2]), r"train\[1\]: image_path\[1\] is a number, not text"),
+        (_row("y", subject_id=[]), r"train\[1\]: subject_id is a list"),
+    ],
+)
+def test_wrong_types_name_the_row(tmp_path: Path, row: dict[str, object], message: str) -> None:
+    with pytest.raises(RunError, match=message):
+        R2GenSource(_write(tmp_path, [_row("x"), row]))
+
+
+def test_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "annotation.json").write_bytes(b'{"train": "\xff"}')
+    with pytest.raises(RunError, match=r"not UTF-8 text \(byte 11\)"):
+        R2GenSource(tmp_path)
+
+
+def test_wrong_roots(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such folder"):
+        R2GenSource(tmp_path / "none")
+    with pytest.raises(UsageError, match=r"no annotation\.json in"):
+        R2GenSource(tmp_path)
+    (tmp_path / "annotation.json").mkdir()
+    with pytest.raises(EmrrgError, match=r"no annotation\.json in"):
+        R2GenSource(tmp_path)
+    with pytest.raises(UsageError, match="--source is empty"):
+        R2GenSource(tmp_path, source=" ")
+
+
+def test_real_annotations(shared_data: Path) -> None:
+    iu = R2GenSource(shared_data / "iu_text")
+    account = Account()
+    studies = list(iu.studies(account))
+    assert (iu.name, account.read, len(studies)) == ("iu_xray", 2955, 2955)
+    assert all(s.patient_id for s in studies)
+    assert sum(len(s.problems) for s in studies) == 5910
+    covid = R2GenSource(shared_data / "covid_chestxray")
+    assert (covid.name, len(covid)) == ("r2gen", 371)

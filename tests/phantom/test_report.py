@@ -1,0 +1,110 @@
+"""The grammar: labels come back from its texts exactly, and it does not repeat itself."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import pytest
+
+from emrrg_cli.datasets.report_text import STYLES, clean_report
+from emrrg_cli.ingest.sources.phantom import synthetic_study
+from emrrg_cli.phantom.parameters import CTR_LIMIT, LABELS
+from emrrg_cli.phantom.reader import read_labels
+
+COUNT = 3000
+STUDIES = [synthetic_study(11, index) for index in range(COUNT)]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_labels_come_back_from_the_text(style: str) -> None:
+    for case, report in STUDIES:
+        truth = case.findings.labels()
+        assert read_labels(clean_report(report.text, style)) == truth, report.text
+        assert read_labels(clean_report(report.findings, style)) == truth, report.findings
+
+
+def test_the_impression_names_every_finding_but_devices() -> None:
+    for case, report in STUDIES:
+        assert read_labels(report.impression) == case.findings.labels() - {"support_device"}, report.impression
+
+
+def test_variety() -> None:
+    assert len({report.text for _, report in STUDIES[:500]}) > 480
+    assert len({report.findings.split(". ")[0] for _, report in STUDIES}) > 60
+    normal = [report.impression for case, report in STUDIES if not case.findings.labels()]
+    assert len(set(normal)) > 5
+    assert max(Counter(normal).values()) < 0.3 * len(normal)
+
+
+def test_labels_are_balanced() -> None:
+    counts = Counter(label for case, _ in STUDIES for label in case.findings.labels())
+    assert set(counts) == set(LABELS)
+    assert all(0.06 < counts[label] / COUNT < 0.25 for label in LABELS), counts
+    assert 0.33 < sum(not case.findings.labels() for case, _ in STUDIES) / COUNT < 0.43
+
+
+def test_findings_keep_company() -> None:
+    failing = [case.findings for case, _ in STUDIES if case.findings.edema]
+    assert sum(bool(f.cardiomegaly) for f in failing) > 0.6 * len(failing)
+    tubes = [case for case, _ in STUDIES if any(d.kind == "endotracheal tube" for d in case.findings.devices)]
+    assert sum(case.film.view == "AP" for case in tubes) > 0.85 * len(tubes)
+
+
+def test_what_cannot_be_seen_together_is_not_drawn_together() -> None:
+    for case, _ in STUDIES:
+        found = case.findings
+        assert (found.ctr > CTR_LIMIT[case.film.view]) == bool(found.cardiomegaly)
+        assert abs(found.ctr - CTR_LIMIT[case.film.view]) > 0.02
+        fluid = {e.side for e in found.effusions}
+        assert not (found.pneumothorax and found.pneumothorax.side in fluid)
+        places = [(c.side, c.zone) for c in found.consolidations]
+        places += [(found.nodule.side, found.nodule.zone)] if found.nodule else []
+        assert len(places) == len(set(places))
+        assert not any(zone == "lower" and side in fluid for side, zone in places)
+
+
+def test_sides_sizes_and_hedges_are_those_of_the_parameters() -> None:
+    for case, report in STUDIES:
+        found, text = case.findings, report.findings.lower()
+        if found.nodule:
+            assert f"{found.nodule.diameter_mm} mm" in text
+        for effusion in found.effusions if len(found.effusions) == 1 else ():
+            assert re.search(rf"{effusion.side} (pleural effusion|costophrenic)", text), text
+        if found.pneumothorax:
+            assert re.search(rf"{found.pneumothorax.side} (apical )?pneumothorax", text), text
+        everything = [*found.effusions, *found.consolidations, *found.atelectases, found.nodule, found.edema]
+        subtle = any(thing.subtle for thing in [*everything, found.pneumothorax] if thing)
+        hedged = re.search(r"possible|cannot be excluded|may be|suspected|questionable", text)
+        if not subtle:
+            assert not hedged, text
+
+
+def test_reports_are_short_and_compare_with_nothing() -> None:
+    for _, report in STUDIES:
+        assert 6 < len(report.text.split()) < 130
+        assert report.text == f"{report.findings} {report.impression}"
+        assert report.findings.endswith(".")
+        assert report.impression.endswith(".")
+        assert "  " not in report.text
+        assert not re.search(r"unchanged|stable|prior|previous|improved|worse|interval|again", report.text.lower())
+
+
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        ("", set()),
+        ("The lungs are clear.", set()),
+        ("no focal consolidation pleural effusion or pneumothorax .", set()),
+        ("Small left pleural effusion without pneumothorax.", {"pleural_effusion"}),
+        ("No pneumothorax but a small left pleural effusion.", {"pleural_effusion"}),
+        ("A small pneumothorax cannot be excluded.", {"pneumothorax"}),
+        ("The heart is not enlarged. Pneumothorax is not seen.", set()),
+        ("the heart is mildly enlarged . there is no pulmonary edema .", {"cardiomegaly"}),
+        ("Neither effusion nor pneumothorax is identified.", set()),
+        ("Effusion is absent. Cardiomegaly with mild edema.", {"cardiomegaly", "edema"}),
+        ("No pneumothorax. Small right apical pneumothorax.", {"pneumothorax"}),
+    ],
+)
+def test_reading(text: str, labels: set[str]) -> None:
+    assert read_labels(text) == labels
