@@ -193,6 +193,7 @@ def load_settings(options: Options, default: str = "default/preprocess", **given
         UsageError: As `load_recipe`.
     """
     from emrrg_cli.recipe.load import load_recipe
+    from emrrg_cli.recipe.schema import PreprocessRecipe
 
     flags = ("section", "views", "min_words", "dedupe", "size", "quality", "workers")
     given = {name: getattr(options, name) for name in flags} | {"format": options.image_format} | given
