@@ -1,0 +1,7 @@
+"""Offline rule-based labels of radiology reports for CheXpert's 14 observations; see `policy` for what they mean."""
+
+from __future__ import annotations
+
+from emrrg_cli.labeling.policy import FIVE, OBSERVATIONS, Label
+
+__all__ = ["FIVE", "OBSERVATIONS", "Label"]
