@@ -1,0 +1,127 @@
+"""Words around findings: negation, doubt, history, requests, the states of organs, and where a scope ends.
+
+Source of the idea: NegEx (Chapman et al., 2001), a cue, its direction and the words that end its scope.
+"""
+
+from __future__ import annotations
+
+_SEEN = (
+    r"(?:seen|identified|visuali[sz]ed|visible|evident|present|demonstrated|appreciated|noted|detected|observed|found"
+    r"|suspected|apparent|shown|recogni[sz]ed|discerned|felt|redemonstrated|suggested)"
+)
+_ADVERB = r"(?:(?:definitely|clearly|definitively|well|currently|significantly|again|also|otherwise|entirely|completely|fully|totally|readily|now|grossly|radiographically) )*"
+_NOT_AFTER_PREPOSITION = "".join(
+    rf"(?<!\b{word} )" for word in ("in", "of", "at", "on", "to", "the", "over", "within", "from")
+)
+_EXCLUDE = r"(?:excluded?|exclusion|ruled out|rule out)"
+
+# In this order: the first that matches at a place wins.
+CUES: tuple[tuple[str, str], ...] = (
+    # Sounds like a negation and is none; ends the scope of an earlier one.
+    (
+        "affirm",
+        r"not (?:entirely |completely )?without|not only|no (?:\w+ ){0,2}?(?:change|changes|increase|progression|worsening|improvement)"
+        r"(?: (?:in|of|since|from|to))?|without (?:\w+ )?(?:change|improvement)|not (?:\w+ ){0,2}?(?:changed|resolved|cleared)"
+        r"|(?:partial(?:ly)?|nearly|almost|mostly|incomplete(?:ly)?)(?: (?:complete(?:ly)?))? (?:resol\w+|clear\w+)",
+    ),
+    # Doubt that holds for what stands before it or after it.
+    (
+        "doubt_around",
+        rf"(?:can ?not|can't|cannot|could not|not|difficult to|hard to|unable to)(?: (?:be|to|been))? {_ADVERB}{_EXCLUDE}"
+        rf"|(?:may|might|could|can)(?: (?:also|still))?(?: be)? (?:present|persist|considered|exist)"
+        rf"|(?:is|are|remains?|be|as) (?:a )?(?:possible|possibilit\w+|suspected|questioned|questionable|conceivable|considered)"
+        rf"|(?:is|are) (?:a |also a )?(?:consideration|concern)|less likely",
+    ),
+    # Absence of what stands before it.
+    (
+        "absent_before",
+        rf"(?:not|never)(?: been)? {_ADVERB}{_SEEN}|no longer(?: {_ADVERB}{_SEEN})?|absent|unlikely(?! to)|excluded|ruled out"
+        rf"|(?:not|less) (?:felt |thought )?(?:to be )?(?:likely|suspected)|none|(?:is|are|:) negative|doubtful",
+    ),
+    # Absence of what stands on either side: "has resolved", "resolved effusion", "resolution of the effusion".
+    ("resolved", r"(?:completely |interval |near )*(?:resolved|resolution(?: of)?|cleared|clearance of|clearing of)"),
+    ("removed", r"(?:interval )?(?:removed|removal(?: of)?|explanted|withdrawn)"),
+    # Requests and limits: what follows is not reported.
+    (
+        "ignore",
+        r"(?:evaluat\w+|assess\w*|correlat\w+|sensitivity|examin\w+|look|looking|screen\w*|workup)(?: \w+){0,2}? (?:for|of)"
+        r"|rule out|r/o|to (?:exclude|rule out|ensure|document|confirm|evaluate|assess)|(?:if|given|clinical) (?:there )?(?:is )?"
+        r"(?:\w+ )?(?:concern|suspicion|suspect\w*)(?: (?:for|of))?|obscur\w+|until|if (?:\w+ )?(?:symptoms|suspected)",
+    ),
+    (
+        "history",
+        r"(?:known )?(?:past )?(?:history|hx|h/o)(?: (?:of|includes?))?|h/o|status[- ]?post|s/p|treated|treatment (?:of|for)",
+    ),
+    # Absence of what follows.
+    (
+        "absent",
+        r"no|without|not|negative for|absence of|lack of|free (?:of|from)|clear (?:of|from)|neither|nor|rather than|cannot see"
+        r"|un ?likely to (?:be|represent)|denies|fails? to|non|excludes?|w/o",
+    ),
+    # Doubt about what follows.
+    (
+        "doubt",
+        r"may|might|could|can(?= (?:be|represent|also|reflect))|possibl[ey]|possibilit\w+|questionabl[ey]|question(?: of)?|query"
+        r"|suspicious|suspected|suspect|suspicion|suggest\w*|concern\w*|worrisome|equivocal|potential(?:ly)?|perhaps|maybe"
+        r"|borderline|differential|consider(?:ed|ation)?|cannot|indicat(?:e|es|ing|ive)|vague|rais\w+",
+    ),
+    ("versus", r"versus|vs\.?"),
+    ("or", r"(?:and ?/ ?)?or"),
+    ("and", r"and|as well as"),
+    # End of a clause.
+    (
+        "stop",
+        r"but|however|although|though|except|aside from|apart from|other than|yet|while|whereas|which|there (?:is|are|has|have)"
+        r"|there's|secondary to|due to|(?<!consistent )(?<!compatible )(?<!associated )(?<!comparison )with(?! respect)"
+        r"|otherwise|status|despite|because|since|please|recommend\w*|then|this (?:is|may)|these (?:are|may)|additionally",
+    ),
+    ("present", rf"(?:is|are|was|were|has been|have been) {_ADVERB}{_SEEN}"),
+    ("verb", r"is|are|was|were|has|have|appears?|remains?|demonstrates?|shows?"),
+    # Words that begin a statement of its own where the comma is missing, as in cleaned reports; `weak` ones may also
+    # stand inside a list ("no effusion, small pneumothorax or consolidation").
+    (
+        "strong",
+        _NOT_AFTER_PREPOSITION + r"(?:mild(?:ly)?|minimal(?:ly)?|stable|unchanged|persistent|residual|scattered|chronic"
+        r"|calcified|increased|increasing|improved|degenerative|old|healed|likely|probabl[ey]|tortuous|low|again|the|this)",
+    ),
+    (
+        "weak",
+        _NOT_AFTER_PREPOSITION + r"(?:small|tiny|trace|moderate(?:ly)?|bilateral|left|right|bibasilar|a|an|mid)",
+    ),
+)
+
+STATES: tuple[tuple[str, str], ...] = (
+    (
+        "borderline",
+        r"(?:at )?borderline(?: (?:to )?(?:mild(?:ly)?|in size))?(?: (?:enlarged|enlargement(?: of)?|large|prominent))?"
+        r"|(?:near|at|within)? ?the upper limits? (?:of )?normal to (?:mildly|slightly) enlarged",
+    ),
+    (
+        "normal",
+        r"(?:within |at |near |towards? |the )*(?:high|upper|top)(?: limits?)?(?: of)?(?: the)? ?-?normal\w*(?: limits)?"
+        r"|(?:with)?in (?:normal |the )*limits(?: of normal)?|within normal \w+|normal(?:ly)?(?: (?:in|for|limits|size|and))?"
+        r"|unremarkable|non-?enlarged|nonenlarged|intact|preserved|maintained|wnl|limits of normal",
+    ),
+    (
+        "large",
+        r"(?:(?:mild|moderate|marked|severe|slight|gross|mass|massive)(?:ly)? )?(?:enlarg\w+|large|big|widen\w*|wide|dilat\w+|globular"
+        r"|increase(?:d)?(?= in (?:the )?(?:heart|cardiac|size))|increased in size)",
+    ),
+    (
+        "prominent",
+        r"promin\w+|increased|increase|accentuat\w+|coarse\w*|thicken\w+|indistinct\w*|diffuse increase|crowd\w+(?= and prom)|full(?:ness)?",
+    ),
+    ("congested", r"congest\w+|engorg\w+|redistribut\w+|cephali\w+|ill-?defined|distended|plethora"),
+    ("blunted", r"blunt\w*|obliterat\w+"),
+    ("clear", r"clear(?! (?:of|from))|sharp(?:ly)?|well[- ]aerated|free(?! (?:of|from))"),
+    (
+        "other",
+        r"(?:hyper|hypo|under|over|well|poorly|normally)?[- ]?(?:inflat\w+|expan\w+|aerat\w+)|low|tortuous|ectatic|calcif\w+|shift\w*"
+        r"|degenerat\w+|deviat\w+|obscured|elevated|hyperlucen\w+|emphysema\w*|midline|volumes?|osteo\w+|atheroscl\w+",
+    ),
+)
+
+NORMAL_REPORT = (
+    r"\b(?:normal|unremarkable|clear|negative|intact|stable chest|within (?:normal )?limits"
+    r"|no (?:\w+ ){0,2}?(?:acute|active|evidence|significant|abnormalit\w+|disease|find\w+))\b"
+)

@@ -1,0 +1,51 @@
+"""Labels of whole reports: read each sentence once, keep the strongest mention of each observation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from functools import lru_cache
+
+from emrrg_cli.labeling.cues import NORMAL_REPORT
+from emrrg_cli.labeling.events import split_sentences
+from emrrg_cli.labeling.policy import OBSERVATIONS, Label, no_finding, stronger
+from emrrg_cli.labeling.scopes import SentenceReader
+
+_NORMAL = re.compile(NORMAL_REPORT)
+
+
+def label_report(text: str) -> dict[str, Label | None]:
+    """Labels of a chest X-ray report for CheXpert's 14 observations, by our own rules (see `policy`).
+
+    They are not the labels of CheXbert or of CheXpert's labeler.
+
+    Args:
+        text: A report in English, raw or cleaned as R2Gen does (lower case, " . " between sentences).
+
+    Returns:
+        `OBSERVATIONS` in order, each "positive", "negative", "uncertain", or None where the report does not speak of
+        it. An empty report has None everywhere.
+    """
+    labels: dict[str, Label | None] = dict.fromkeys(OBSERVATIONS)
+    normal = False
+    for sentence in split_sentences(text):
+        found, calls_normal = _read_sentence(sentence)
+        normal = normal or calls_normal
+        for observation, label in found:
+            labels[observation] = stronger(labels[observation], label)
+    labels["No Finding"] = no_finding(labels, normal)
+    return labels
+
+
+def label_reports(texts: Iterable[str]) -> list[dict[str, Label | None]]:
+    """`label_report` of each text, in order; repeated sentences are read once."""
+    return [label_report(text) for text in texts]
+
+
+# Reports repeat their sentences: about half of those in IU X-Ray stand in several reports.
+@lru_cache(maxsize=65_536)
+def _read_sentence(sentence: str) -> tuple[tuple[tuple[str, Label], ...], bool]:
+    """(observation, label) for each mention that counts, and whether the sentence calls something normal."""
+    mentions = SentenceReader(sentence).read()
+    found = ((name, mention.label) for mention in mentions for name in mention.observations)
+    return tuple((name, label) for name, label in found if label is not None), bool(_NORMAL.search(sentence))

@@ -1,0 +1,206 @@
+"""Words of findings: phrases that mention an observation, and organs whose state ("enlarged", "clear") says something.
+
+Patterns are lower case and matched from the start of a word to its end. `XXXX` is how IU X-Ray blanks a word, often
+"angle" or "vessels". Misspellings are those of real reports. What belongs where follows `policy`.
+"""
+
+from __future__ import annotations
+
+_LOBE = r"(?:(?:left|right|upper|middle|lower|both|the) )*(?:lungs?|lobes?|lingula)"
+
+# Read first: words that look like a finding and are none.
+NOISE: tuple[str, ...] = (
+    r"pericardial (?:fat|effusions?)(?: or (?:pleural )?thickening)?",
+    r"(?:soft[- ]tissue|laryngeal|subcutaneous|peripheral|leg|pedal|arm|facial|bone marrow) (?:o?edema|swelling|infection)",
+    r"o?edema of the (?:\w+ ){0,2}(?:soft tissues?|legs?|arms?|larynx|extremit\w+)",
+    r"(?:mediastinal|breast|thyroid|soft[- ]tissue|neck|abdominal|hilar|chest wall|paratracheal|adrenal|renal) (?:mass(?:es)?|nodules?|lesions?)",
+    r"(?:thyroid|breast|prostate|colon|renal|skin) (?:cancer|carcinoma|malignancy|tumou?r)",
+    r"body mass|mass effect|mass index|nipple shadows?(?: or nodules?)?",
+    r"(?:bone|bony|osseous|metallic|metal|calcific|fat|contrast|barium|vascular|soft[- ]tissue) (?:mineral )?(?:densit\w+|opaci\w+)",
+    r"(?:demineralization|decreased bone) density|density of the bones?",
+    r"(?:vertebra\w*|spin\w*|disc|disk)(?: body)? collapsed?|collapsed? (?:of )?(?:the |a )?(?:\w+ )?vertebra\w*",
+    r"bone scars?|surgical scar\w*|skin scar\w*|valvular calcif\w+",
+    r"nodal calcif\w+|nodular calcif\w+ of the (?:hil\w+|mediastin\w+)",
+    r"pleural line|lead point|heart valve calcif\w+|valve calcif\w+",
+    r"(?:ekg|ecg) leads? artifacts?|in line with|line of sight|costal cartilages?",
+    r"(?:mid ?line|in ?line|air bronchograms?)",
+)
+
+# (observations, patterns): a mention that counts whatever its certainty.
+MENTIONS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
+    (("Pneumothorax", "Pleural Effusion"), (r"hydro-?pneumothora\w*|ha?emo-?pneumothora\w*",)),
+    (("Pneumothorax",), (r"p[ne]{1,2}umoth?[or]+a?[rtx]\w*|pneumothoax|pneumo-?thora\w*|ptx",)),
+    (
+        ("Pleural Effusion",),
+        (
+            r"(?:pleural |subpulmonic )?eff?u[sd]\w*n\w*|pleural fusion",
+            r"(?:pleural|fissural|intrafissural)(?: \w+)? fluid(?: collections?)?",
+            r"fluid (?:with)?in the (?:\w+ )?(?:\w+ )?(?:pleura\w*|fissures?|costophrenic)",
+            r"ha?emothora\w*|hydrothora\w*|empyemas?",
+        ),
+    ),
+    (
+        ("Lung Lesion",),
+        (
+            r"nodular(?:[ -]\w+)? (?:opaci\w*|densit\w*|infiltrat\w*|lesions?|airspace disease)",
+            r"nod(?:u|lu)l\w*|mass(?:es)?|mass-?like \w+|micronodul\w*",
+            r"(?:lung|pulmonary|cavitary|cavitating|spiculated|parenchymal|suspicious) lesions?|cavit(?:ary|ation)\w*",
+            r"neoplas\w*|carcinoma\w*|tumou?rs?|malignan\w*|metasta\w*|(?:lung |bronchogenic )?cancer|lumps?",
+        ),
+    ),
+    (
+        ("Pleural Other",),
+        (
+            r"pleur\w+(?:[ -](?:based|parenchymal|and|or|apical|fluid|parenchyma|pericardial|calcified|surface)){0,2}"
+            r"[ -](?:thick\w*|plaques?|plaquing|scar\w*|calcif\w*|fibro\w*|reaction|nodularity|disease|irregularit\w*)",
+            r"(?:calcif\w+|thicken\w+) (?:of |along )?(?:the )?(?:\w+ )?(?:pleura\w*|plaques?|fissures?)",
+            r"(?:apical|apex)(?: pleural)? (?:cap\w*|thick\w+)|(?:fissur\w+|pleuroparenchymal) thick\w+",
+            r"thick\w+ of (?:the )?(?:\w+ ){0,3}fissures?|fibrothorax|pleuroparenchymal \w+",
+        ),
+    ),
+    (("Consolidation",), (r"consoli\w*",)),
+    (
+        ("Pneumonia",),
+        (r"(?:broncho-?)?pn[eu]{1,2}m[ou]nia\w*|pneumonitis|pneumonic|infecti\w*|superinfection",),
+    ),
+    (("Atelectasis",), (r"at[ea]l[ea]c?t\w*|atelec\w*|collaps(?:e|ed)",)),
+    (
+        ("Edema",),
+        (
+            r"o?edemat?o?u?s?|chf|(?:congestive )?(?:heart|cardiac) failure|(?:cardiac )?decompensation",
+            r"(?:(?:central|pulmonary|vascular|venous|perihilar|hilar|mild) )*congesti(?:on|ve)(?: (?:changes?|failure))?",
+            r"(?:vascular|venous|vessels?|vasculature|vascularity|pulmonary) (?:engorgement|redistribution|prominence"
+            r"|indistinctness|cephalization|fullness)|(?:prominence|engorgement|indistinctness|redistribution) of (?:the )?"
+            r"(?:central |pulmonary |perihilar )*vascul\w+|cephalization",
+            r"(?:fluid|volume) overload\w*|kerley(?: b)? lines?",
+        ),
+    ),
+    (
+        ("Cardiomegaly",),
+        (r"(?:bi-?ventricular |left ventricular |right ventricular )?card[io]*m[eo]g\w*", r"megacardia"),
+    ),
+    (
+        ("Lung Opacity",),
+        (
+            r"(?:hazy |ill-defined |patchy )*(?:air-?space |airspace |air space |interstitial |alveolar )*opaci\w*",
+            r"densit(?:y|ies)|infil\w*|air[ -]?space (?:dis\w+|process\w*|changes?|filling)|hazy|haziness|haze",
+            r"interstitial (?:lung |pulmonary )?(?:diseases?|changes?|thick\w+|prominence|pattern|process\w*|abnormalit\w+"
+            r"|fibro\w*|infiltrat\w*)|(?:prominent|increased) interstiti\w+",
+            r"(?:lung |pulmonary |parenchymal )?(?:scar(?:s|ring|red)?|fibro(?:sis|tic|nodular)(?: changes?)?)",
+            r"reticul\w*(?: \w+)?|cicatri\w+|stranding|ground[- ]glass|honeycomb\w*|bronchiectasis with scarring",
+            r"(?:peri)?-?bronch\w+ (?:wall )?(?:thick\w+|cuffing)|shadowing",
+        ),
+    ),
+    (
+        ("Fracture",),
+        (r"(?:(?:rib|compression|old|healed|prior|remote|previous|clavic\w+) )*fractur\w*|fx|broken|frx",),
+    ),
+    (
+        ("Support Devices",),
+        (
+            r"(?:picc|central|venous|subclavian|jugular|ij|cvc|midline|arterial|cv)(?: venous)?(?: \w+)?[ -]"
+            r"(?:lines?|catheters?|access)|picc|lines?(?= (?:and|or) tubes?)|lines|(?:left|right) ij",
+            r"(?:endotracheal|et|ng|nasogastric|enteric|feeding|tracheostomy|chest|thoracostomy|dobhoff|orogastric"
+            r"|drainage|gastric)[ -]?(?:tubes?|drains?)|tubes?|tubing|tracheostomy(?: cannula)?|pigtail",
+            r"(?:\w*-?catheters?|cath|port-?a-?cath\w*|mediports?|chest ports?|infusion ports?|power ?port|port)",
+            r"pace-?makers?|pacers?|pacing|aicd|icd|defibrillat\w+|stimulat\w+|generators?|leads?|loop recorder",
+            r"(?:valve|valvular|aortic|mitral) (?:replacements?|prosthes\w+)|prosthe\w+|(?:artificial|mechanical|aortic"
+            r"|mitral|heart|cardiac) valves?|annuloplasty|stents?|grafts? markers?|cabg markers?|filter|shunt",
+            r"(?:sternal|sternotomy|cerclage|median sternotomy) (?:xxxx|wires?|sutures?)|wires?|sutures?"
+            r"|(?:surgical|cabg|vascular|cholecystectomy|metallic|bypass)? ?clips?|staples?|(?:suture|staple) (?:lines?|material)",
+            r"hardware|arthroplast\w+|(?:orthopedic |fixation |surgical )?(?:plates?|screws?|rods?|anchors?)"
+            r"|spinal fusion|(?:surgical|posterior|anterior|cervical) fusion|surgical instruments?|embolization coils?|coils?",
+            r"(?:support|medical|implanted|monitoring|cardiac|assist|electronic) (?:devices?|apparatus)|devices?|lvad"
+            r"|balloon pump|cannulas?|drains?|lap-?band|gastric band\w*|reservoir|electrodes?|implants?",
+        ),
+    ),
+)
+
+# Findings so general that only their absence labels an observation ("no acute bony abnormality").
+ABSENCES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
+    (
+        ("Fracture",),
+        (
+            r"(?:bony|bone|osseous|skeletal|rib)(?: (?:structures?|thorax))? (?:abnormalit\w*|find\w+|injur\w+|process\w*)",
+        ),
+    ),
+    (("Pleural Effusion", "Pneumothorax"), (r"pleural (?:abnormalit\w*|process\w*)",)),
+    (("Lung Opacity",), (r"(?:lung|pulmonary|parenchymal) (?:parenchymal )?abnormalit\w*",)),
+)
+
+_HEART = r"(?:heart|cardiac|cardio-?pericardial)"
+
+# Organs; the predicates of `cues` say what state they are in.
+ORGANS: dict[str, tuple[str, ...]] = {
+    "heart_and_mediastinum": (
+        r"(?:cardio-?mediastin\w+|heart mediastin\w+|cardiac mediastinal)(?: silhouettes?| contours?| size)?",
+    ),
+    "heart": (rf"{_HEART}(?: (?:silhouettes?|size|shadow|contours?|xxxx|borders?))*", r"cardiac and"),
+    "mediastinum": (
+        r"(?:superior |upper )?mediastin(?:um|al)(?: (?:silhouettes?|contours?|structures?|xxxx|size|width))*",
+    ),
+    "vessels": (
+        r"(?:central |pulmonary |hilar )*(?:vascula\w+|vessels?)(?: (?:markings?|pattern|structures?|pedicle))?"
+        r"|pulmonary (?:xxxx|venous|veins?)|vascular margins?",
+    ),
+    "markings": (
+        r"(?:\w+ )?(?:interstitial|lung|pulmonary|broncho-?vascular|interstitium)(?: lung)? markings|markings|interstitium",
+    ),
+    "lungs": (rf"{_LOBE}(?: (?:fields?|bases?|apices|xxxx|parenchyma))?", r"pulmonary parenchyma|lung zones"),
+    "pleural_spaces": (r"pleural (?:spaces?|cavit\w+|surfaces?)",),
+    "costophrenic_angles": (
+        r"(?:costo-?phrenic|costovertebral|cp|costodiaphragmatic)(?: (?:angles?|xxxx|sulc\w+|recess\w*|sinus\w*))?|sulc(?:us|i)",
+    ),
+    "bones": (
+        r"(?:bony|osseous|skeletal)(?: (?:structures?|thorax|elements?|xxxx))+|skeleton|bones|ribs"
+        r"|(?:bony|osseous) (?:chest|rib) (?:cage|wall)",
+    ),
+}
+
+# organ -> {state: the labels it gives}
+STATES: dict[str, dict[str, dict[str, str]]] = {
+    "heart": {
+        "normal": {"Cardiomegaly": "negative"},
+        "large": {"Cardiomegaly": "positive"},
+        "borderline": {"Cardiomegaly": "uncertain"},
+    },
+    "mediastinum": {
+        "normal": {"Enlarged Cardiomediastinum": "negative"},
+        "large": {"Enlarged Cardiomediastinum": "positive"},
+        "prominent": {"Enlarged Cardiomediastinum": "positive"},
+        "borderline": {"Enlarged Cardiomediastinum": "uncertain"},
+    },
+    "vessels": {
+        "normal": {"Edema": "negative"},
+        "prominent": {"Edema": "positive"},
+        "congested": {"Edema": "positive"},
+    },
+    "markings": {
+        "normal": {"Lung Opacity": "negative"},
+        "prominent": {"Lung Opacity": "positive"},
+        "large": {"Lung Opacity": "positive"},
+    },
+    "lungs": {
+        "normal": {"Lung Opacity": "negative", "Consolidation": "negative"},
+        "clear": {"Lung Opacity": "negative", "Consolidation": "negative"},
+    },
+    "pleural_spaces": {
+        "normal": {"Pleural Effusion": "negative", "Pneumothorax": "negative"},
+        "clear": {"Pleural Effusion": "negative", "Pneumothorax": "negative"},
+        "blunted": {"Pleural Effusion": "uncertain"},
+    },
+    "costophrenic_angles": {
+        "normal": {"Pleural Effusion": "negative"},
+        "clear": {"Pleural Effusion": "negative"},
+        "blunted": {"Pleural Effusion": "uncertain"},
+    },
+    "bones": {
+        "normal": {"Fracture": "negative"},
+        "clear": {"Fracture": "negative"},
+    },
+}
+STATES["heart"]["prominent"] = STATES["heart"]["large"]
+STATES["heart_and_mediastinum"] = {
+    state: STATES["heart"][state] | STATES["mediastinum"][state]
+    for state in ("normal", "large", "prominent", "borderline")
+}
