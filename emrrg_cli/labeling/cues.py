@@ -10,9 +10,6 @@ _SEEN = (
     r"|suspected|apparent|shown|recogni[sz]ed|discerned|felt|redemonstrated|suggested)"
 )
 _ADVERB = r"(?:(?:definitely|clearly|definitively|well|currently|significantly|again|also|otherwise|entirely|completely|fully|totally|readily|now|grossly|radiographically) )*"
-_NOT_AFTER_PREPOSITION = "".join(
-    rf"(?<!\b{word} )" for word in ("in", "of", "at", "on", "to", "the", "over", "within", "from")
-)
 _EXCLUDE = r"(?:excluded?|exclusion|ruled out|rule out)"
 
 # In this order: the first that matches at a place wins.
@@ -21,7 +18,7 @@ CUES: tuple[tuple[str, str], ...] = (
     (
         "affirm",
         r"not (?:entirely |completely )?without|not only|no (?:\w+ ){0,2}?(?:change|changes|increase|progression|worsening|improvement)"
-        r"(?: (?:in|of|since|from|to))?|without (?:\w+ )?(?:change|improvement)|not (?:\w+ ){0,2}?(?:changed|resolved|cleared)"
+        r"(?: (?:in|of|since|from|to))?|without (?:\w+ ){0,2}?(?:change|improvement)(?: of)?|not (?:\w+ ){0,2}?(?:changed|resolved|cleared)"
         r"|(?:partial(?:ly)?|nearly|almost|mostly|incomplete(?:ly)?)(?: (?:complete(?:ly)?))? (?:resol\w+|clear\w+)",
     ),
     # Doubt that holds for what stands before it or after it.
@@ -29,13 +26,13 @@ CUES: tuple[tuple[str, str], ...] = (
         "doubt_around",
         rf"(?:can ?not|can't|cannot|could not|not|difficult to|hard to|unable to)(?: (?:be|to|been))? {_ADVERB}{_EXCLUDE}"
         rf"|(?:may|might|could|can)(?: (?:also|still))?(?: be)? (?:present|persist|considered|exist)"
-        rf"|(?:is|are|remains?|be|as) (?:a )?(?:possible|possibilit\w+|suspected|questioned|questionable|conceivable|considered)"
+        rf"|(?:is|are|remains?|be|as) (?:also )?(?:a )?(?:possible|possibilit\w+|suspected|questioned|questionable|conceivable|considered)"
         rf"|(?:is|are) (?:a |also a )?(?:consideration|concern)|less likely",
     ),
     # Absence of what stands before it.
     (
         "absent_before",
-        rf"(?:not|never)(?: been)? {_ADVERB}{_SEEN}|no longer(?: {_ADVERB}{_SEEN})?|absent|unlikely(?! to)|excluded|ruled out"
+        rf"(?:not|never)(?: been| be)? {_ADVERB}{_SEEN}|no longer(?: {_ADVERB}{_SEEN})?|absent|unlikely(?! to)|excluded|ruled out"
         rf"|(?:not|less) (?:felt |thought )?(?:to be )?(?:likely|suspected)|none|(?:is|are|:) negative|doubtful",
     ),
     # Absence of what stands on either side: "has resolved", "resolved effusion", "resolution of the effusion".
@@ -46,7 +43,7 @@ CUES: tuple[tuple[str, str], ...] = (
         "ignore",
         r"(?:evaluat\w+|assess\w*|correlat\w+|sensitivity|examin\w+|look|looking|screen\w*|workup)(?: \w+){0,2}? (?:for|of)"
         r"|rule out|r/o|to (?:exclude|rule out|ensure|document|confirm|evaluate|assess)|(?:if|given|clinical) (?:there )?(?:is )?"
-        r"(?:\w+ )?(?:concern|suspicion|suspect\w*)(?: (?:for|of))?|obscur\w+|until|if (?:\w+ )?(?:symptoms|suspected)",
+        r"(?:\w+ )?(?:concern|suspicion|suspect\w*)(?: (?:for|of))?|obscur\w+|detecti\w+|until|if (?:\w+ )?(?:symptoms|suspected)",
     ),
     (
         "history",
@@ -66,14 +63,14 @@ CUES: tuple[tuple[str, str], ...] = (
         r"|borderline|differential|consider(?:ed|ation)?|cannot|indicat(?:e|es|ing|ive)|vague|rais\w+",
     ),
     ("versus", r"versus|vs\.?"),
-    ("or", r"(?:and ?/ ?)?or"),
+    ("or", r"(?:and ?/? ?)?or"),
     ("and", r"and|as well as"),
     # End of a clause.
     (
         "stop",
         r"but|however|although|though|except|aside from|apart from|other than|yet|while|whereas|which|there (?:is|are|has|have)"
-        r"|there's|secondary to|due to|(?<!consistent )(?<!compatible )(?<!associated )(?<!comparison )with(?! respect)"
-        r"|otherwise|status|despite|because|since|please|recommend\w*|then|this (?:is|may)|these (?:are|may)|additionally",
+        r"|there's|with(?<!consistent with)(?<!compatible with)(?<!associated with)(?<!comparison with)(?! respect)"
+        r"|otherwise|status|despite|because|since|please|recommend\w*|then|(?:this|these)(?= (?:is|are|may))|additionally",
     ),
     ("present", rf"(?:is|are|was|were|has been|have been) {_ADVERB}{_SEEN}"),
     ("verb", r"is|are|was|were|has|have|appears?|remains?|demonstrates?|shows?"),
@@ -81,12 +78,12 @@ CUES: tuple[tuple[str, str], ...] = (
     # stand inside a list ("no effusion, small pneumothorax or consolidation").
     (
         "strong",
-        _NOT_AFTER_PREPOSITION + r"(?:mild(?:ly)?|minimal(?:ly)?|stable|unchanged|persistent|residual|scattered|chronic"
-        r"|calcified|increased|increasing|improved|degenerative|old|healed|likely|probabl[ey]|tortuous|low|again|the|this)",
+        r"mild(?:ly)?|minimal(?:ly)?|stable|unchanged|persistent|residual|scattered|chronic"
+        r"|calcified|increased|increasing|improved|degenerative|old|healed|likely|probabl[ey]|tortuous|low|again|(?:the|this)(?! (?:or|and))",
     ),
     (
         "weak",
-        _NOT_AFTER_PREPOSITION + r"(?:small|tiny|trace|moderate(?:ly)?|bilateral|left|right|bibasilar|a|an|mid)",
+        r"small|tiny|trace|moderate(?:ly)?|bilateral|left|right|bibasilar|a|an|mid",
     ),
 )
 
@@ -94,7 +91,8 @@ STATES: tuple[tuple[str, str], ...] = (
     (
         "borderline",
         r"(?:at )?borderline(?: (?:to )?(?:mild(?:ly)?|in size))?(?: (?:enlarged|enlargement(?: of)?|large|prominent))?"
-        r"|(?:near|at|within)? ?the upper limits? (?:of )?normal to (?:mildly|slightly) enlarged",
+        r"|(?:(?:near|at|within|the) )*(?:upper|top)(?: limits?)?(?: of)? normal(?: (?:in|for) size)? (?:or|to) "
+        r"(?:(?:mild|slight|borderline|minimal)(?:ly)? )*(?:enlarged|large|cardiomegaly)",
     ),
     (
         "normal",
@@ -111,6 +109,7 @@ STATES: tuple[tuple[str, str], ...] = (
         "prominent",
         r"promin\w+|increased|increase|accentuat\w+|coarse\w*|thicken\w+|indistinct\w*|diffuse increase|crowd\w+(?= and prom)|full(?:ness)?",
     ),
+    ("abnormal", r"irregular\w*|abnormal"),
     ("congested", r"congest\w+|engorg\w+|redistribut\w+|cephali\w+|ill-?defined|distended|plethora"),
     ("blunted", r"blunt\w*|obliterat\w+"),
     ("clear", r"clear(?! (?:of|from))|sharp(?:ly)?|well[- ]aerated|free(?! (?:of|from))"),

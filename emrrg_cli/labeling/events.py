@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from emrrg_cli.labeling import cues, vocabulary
+from emrrg_cli.labeling.patterns import alternatives, first_characters
 
 
 class Event(NamedTuple):
@@ -20,46 +20,79 @@ class Event(NamedTuple):
 
 
 _SPLIT = re.compile(r"\.(?!\d)|(?<!\d)\.|[;?!\n]|<br>")
+# Cleaning deletes the slash of "scarring/atelectasis".
+_JOINED = re.compile(
+    r"(?<=[a-z]{3})(?=(?:atelecta|airspace|infiltrat|consolidat|effusion|scarring|thicken|defibrill|ectatic|pneumonia))"
+)
 _SPACE = re.compile(r"[^\S\n]+")
 
 
 def split_sentences(text: str) -> list[str]:
     """Lower-case sentences of a report, raw or cleaned (" . " between sentences); a decimal point splits nothing."""
     text = _SPACE.sub(" ", text.lower().replace("vs.", "vs").replace("’", "'"))
+    text = _JOINED.sub(" / ", text)
     return [sentence for part in _SPLIT.split(text) if (sentence := part.strip(" .,"))]
 
 
-def _compile() -> tuple[re.Pattern[str], list[tuple[str, str, tuple[str, ...]]]]:
-    """One pattern with a group for each kind of event, in order of priority, and what each group means."""
-    meanings: list[tuple[str, str, tuple[str, ...]]] = []
-    groups: list[str] = []
-
-    def add(kind: str, name: str, observations: tuple[str, ...], patterns: Iterable[str]) -> None:
-        meanings.append((kind, name, observations))
-        groups.append("(" + "|".join(patterns) + ")")
-
-    add("noise", "", (), vocabulary.NOISE)
-    for observations, patterns in vocabulary.ABSENCES:
-        add("absence", "", observations, patterns)
-    for observations, patterns in vocabulary.MENTIONS:
-        add("mention", "", observations, patterns)
-    for organ, patterns in vocabulary.ORGANS.items():
-        add("organ", organ, (), patterns)
-    for state, pattern in cues.STATES:
-        add("state", state, (), [pattern])
-    for cue, pattern in cues.CUES:
-        add("cue", cue, (), [pattern])
-    return re.compile(r"\b(?:" + "|".join(groups) + r")\b|(,)"), [*meanings, ("comma", "", ())]
+Meaning = tuple[str, str, tuple[str, ...]]
 
 
-_PATTERN, _MEANINGS = _compile()
+def _compile() -> dict[str, tuple[re.Pattern[str], list[Meaning]]]:
+    """For each character an event can begin with: a pattern in order of priority, and what its alternatives mean.
+
+    One pattern for all would try hundreds of alternatives at each word, and takes four times as long.
+    """
+    kinds: list[tuple[Meaning, tuple[str, ...]]] = [(("noise", "", ()), vocabulary.NOISE)]
+    kinds += [(("absence", "", observations), patterns) for observations, patterns in vocabulary.ABSENCES]
+    kinds += [(("mention", "", observations), patterns) for observations, patterns in vocabulary.MENTIONS]
+    kinds += [(("organ", organ, ()), patterns) for organ, patterns in vocabulary.ORGANS.items()]
+    kinds += [(("state", state, ()), (pattern,)) for state, pattern in cues.STATES]
+    kinds += [(("cue", cue, ()), (pattern,)) for cue, pattern in cues.CUES]
+    by_letter: dict[str, list[tuple[str, Meaning]]] = {}
+    for meaning, patterns in kinds:
+        for alternative in (part for pattern in patterns for part in alternatives(pattern)):
+            for letter in first_characters(alternative):
+                by_letter.setdefault(letter, []).append((alternative, meaning))
+    # The empty group at the end of each alternative tells which one matched.
+    return {
+        letter: (re.compile("|".join(rf"{pattern}\b()" for pattern, _ in found)), [meaning for _, meaning in found])
+        for letter, found in by_letter.items()
+    }
+
+
+_PATTERNS = _compile()
+_START = re.compile(r"\b\w|,")
 
 
 def find_events(sentence: str) -> list[Event]:
     """Events of a lower-case sentence, in order; phrases that only look like a finding are left out."""
-    events = []
-    for match in _PATTERN.finditer(sentence):
-        kind, name, observations = _MEANINGS[(match.lastindex or 1) - 1]
-        if kind != "noise":
-            events.append(Event(kind, name, observations, match.start(), match.end()))
+    events: list[Event] = []
+    end = 0
+    for word in _START.finditer(sentence):
+        start = word.start()
+        if start < end:
+            continue
+        if sentence[start] == ",":
+            events.append(Event("comma", "", (), start, start + 1))
+            continue
+        pattern, meanings = _PATTERNS.get(sentence[start], _NOTHING)
+        if match := pattern.match(sentence, start):
+            end = match.end()
+            _append(events, Event(*meanings[(match.lastindex or 1) - 1], start, end))
     return events
+
+
+_NOTHING: tuple[re.Pattern[str], list[Meaning]] = (re.compile(r"(?!)"), [])
+
+
+def _append(events: list[Event], event: Event) -> None:
+    """Adds an event, unless it is noise or the one before shows that it means something else."""
+    before = events[-1] if events and event.start - events[-1].end <= 1 else None
+    if event.kind == "noise" or (before and "Fracture" in event.observations and before.observations == _DEVICES):
+        return  # a catheter or a wire that is broken is no fracture
+    if before and before.kind == "organ" and event.kind == "mention":
+        events.pop()  # in "lung consolidation" the lung is no organ whose state is told
+    events.append(event)
+
+
+_DEVICES = ("Support Devices",)

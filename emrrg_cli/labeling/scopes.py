@@ -23,7 +23,7 @@ _PAST = re.compile(
 )
 _OLD = re.compile(r"\b(?:old|remote|healed)(?: \w+){0,2} $")
 _CONTINUES = re.compile(r" ?(?:to|or|nor|of|,? ?or)\b")
-_PREPOSITION = re.compile(r"\b(?:of|in|within|at|over|from|to)(?: the)? $")
+_PREPOSITION = re.compile(r"\b(?:of|in|within|at|on|over|from|to)(?: the)? $")
 
 
 @dataclass
@@ -109,6 +109,8 @@ class SentenceReader:
         self._verb = False
 
     def _on_state(self, state: str) -> None:
+        if state != "large" and self._scope in ("absent", "doubt") and self._used and not self._joined:
+            self._end_scope()
         fitting = [organ for organ in self._organs if state in STATES[organ]]
         if fitting and not self._stated:
             for organ in fitting:
@@ -128,7 +130,10 @@ class SentenceReader:
                 label = None if label in (None, "negative") else "negative"
             elif given == "uncertain" and label == "positive":
                 label = "uncertain"
-            self.mentions.append(Mention((observation,), label))
+            mention = Mention((observation,), label)
+            self.mentions.append(mention)
+            if label != "negative":
+                self._group.append(mention)
         self._used = True
 
     # Cues
@@ -216,8 +221,10 @@ class SentenceReader:
     def _on_adjective(self, name: str, index: int) -> None:
         if not self._used or self._scope not in ("absent", "doubt"):
             return
-        joined_by_or = self._joined and self.events[index - 1].name == "or"
-        if joined_by_or or (name == "weak" and (self._joined or self._list_goes_on(index, ("or",)))):
+        if _PREPOSITION.search(self.text[: self.events[index].start]):  # "no effusion in the left chest or ..."
+            return
+        listed = self._joined and (self._scope == "doubt" or self.events[index - 1].name == "or")
+        if listed or (name == "weak" and (self._joined or self._list_goes_on(index, ("or",)))):
             return
         self._end_scope()
 
@@ -225,12 +232,9 @@ class SentenceReader:
         if not self._list_goes_on(index, ("or", "and", "absent")):
             self._group = []
         self._prefix = ""
-        if self._scope == "absent":
-            # "no effusion, pneumothorax": a list, unless a word that begins a statement follows.
-            following = self.events[index + 1] if index + 1 < len(self.events) else None
-            if self._used and following and following.kind == "organ":
-                self._end_scope()
-        elif self._scope and self._used and not self._list_goes_on(index, ("or",)):
+        # "No effusion, pneumothorax": a list, unless something else than a finding follows.
+        following = self.events[index + 1] if index + 1 < len(self.events) else None
+        if self._used and (not following or following.kind == "organ"):
             self._end_scope()
 
     def _list_goes_on(self, index: int, joins: tuple[str, ...]) -> bool:

@@ -19,17 +19,29 @@ NOISE: tuple[str, ...] = (
     r"(?:bone|bony|osseous|metallic|metal|calcific|fat|contrast|barium|vascular|soft[- ]tissue) (?:mineral )?(?:densit\w+|opaci\w+)",
     r"(?:demineralization|decreased bone) density|density of the bones?",
     r"(?:vertebra\w*|spin\w*|disc|disk)(?: body)? collapsed?|collapsed? (?:of )?(?:the |a )?(?:\w+ )?vertebra\w*",
+    r"(?:pelvic|hip|femoral|wrist|ankle|foot|finger|knee|tibial) fractures?|(?:impacted |displaced |and |rotated )*fractures?"
+    r" (?:through|of|involving|at) (?:\w+ ){0,4}?(?:femur|hip|scaphoid|metacarpal|wrist|ankle|tibia|fibula|pelvis|radius)",
     r"bone scars?|surgical scar\w*|skin scar\w*|valvular calcif\w+",
     r"nodal calcif\w+|nodular calcif\w+ of the (?:hil\w+|mediastin\w+)",
-    r"pleural line|lead point|heart valve calcif\w+|valve calcif\w+",
+    r"lung volumes?|pleural lines?|(?:lung|septal|b|fissure|skin|azygos)[ -]lines?|breast (?:implants?|prosthes[ie]s)|nipple markers?|lead point|heart valve calcif\w+|valve calcif\w+",
     r"(?:ekg|ecg) leads? artifacts?|in line with|line of sight|costal cartilages?",
     r"(?:mid ?line|in ?line|air bronchograms?)",
 )
 
 # (observations, patterns): a mention that counts whatever its certainty.
 MENTIONS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
+    (
+        ("Support Devices",),
+        (
+            r"(?:catheter|lead|wire|screw|rod|plate)s? (?:is |are |has )?(?:fractur\w*|broken)"
+            r"|(?:fractured|broken|fractures? of(?: the)?) (?:\w+ ){0,3}?(?:leads?|wires?|screws?|rods?|catheters?|sternotomy)",
+        ),
+    ),
     (("Pneumothorax", "Pleural Effusion"), (r"hydro-?pneumothora\w*|ha?emo-?pneumothora\w*",)),
-    (("Pneumothorax",), (r"p[ne]{1,2}umoth?[or]+a?[rtx]\w*|pneumothoax|pneumo-?thora\w*|ptx",)),
+    (
+        ("Pneumothorax",),
+        (r"p[ne]{1,2}umoth?[or]+a?[rtx]\w*|pneumothoax|pneumo-?thora\w*|ptx|pleural (?:or )?air(?: collections?)?",),
+    ),
     (
         ("Pleural Effusion",),
         (
@@ -87,13 +99,15 @@ MENTIONS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
             r"interstitial (?:lung |pulmonary )?(?:diseases?|changes?|thick\w+|prominence|pattern|process\w*|abnormalit\w+"
             r"|fibro\w*|infiltrat\w*)|(?:prominent|increased) interstiti\w+",
             r"(?:lung |pulmonary |parenchymal )?(?:scar(?:s|ring|red)?|fibro(?:sis|tic|nodular)(?: changes?)?)",
-            r"reticul\w*(?: \w+)?|cicatri\w+|stranding|ground[- ]glass|honeycomb\w*|bronchiectasis with scarring",
+            r"reticul\w*(?:[- ]nodul\w*)?|cicatri\w+|stranding|ground[- ]glass|honeycomb\w*|bronchiectasis with scarring",
             r"(?:peri)?-?bronch\w+ (?:wall )?(?:thick\w+|cuffing)|shadowing",
         ),
     ),
     (
         ("Fracture",),
-        (r"(?:(?:rib|compression|old|healed|prior|remote|previous|clavic\w+) )*fractur\w*|fx|broken|frx",),
+        (
+            r"(?:(?:rib|compression|old|healed|prior|remote|previous|clavic\w+) )*fractur\w*|fx|broken (?:\d|(?:\w+ )?(?:ribs?|bones?|clavicles?))\w*|frx",
+        ),
     ),
     (
         ("Support Devices",),
@@ -102,14 +116,14 @@ MENTIONS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
             r"(?:lines?|catheters?|access)|picc|lines?(?= (?:and|or) tubes?)|lines|(?:left|right) ij",
             r"(?:endotracheal|et|ng|nasogastric|enteric|feeding|tracheostomy|chest|thoracostomy|dobhoff|orogastric"
             r"|drainage|gastric)[ -]?(?:tubes?|drains?)|tubes?|tubing|tracheostomy(?: cannula)?|pigtail",
-            r"(?:\w*-?catheters?|cath|port-?a-?cath\w*|mediports?|chest ports?|infusion ports?|power ?port|port)",
+            r"(?:\w*-?catheters?|cath|port-?a-?cath\w*|mediports?|chest ports?|infusion ports?|power ?port|port|xxxx-a-xxxx|(?:chest|injection|infusion) xxxx(?= (?:\w+ ){0,8}?(?:tip|svc|vena)))",
             r"pace-?makers?|pacers?|pacing|aicd|icd|defibrillat\w+|stimulat\w+|generators?|leads?|loop recorder",
             r"(?:valve|valvular|aortic|mitral) (?:replacements?|prosthes\w+)|prosthe\w+|(?:artificial|mechanical|aortic"
             r"|mitral|heart|cardiac) valves?|annuloplasty|stents?|grafts? markers?|cabg markers?|filter|shunt",
             r"(?:sternal|sternotomy|cerclage|median sternotomy) (?:xxxx|wires?|sutures?)|wires?|sutures?"
             r"|(?:surgical|cabg|vascular|cholecystectomy|metallic|bypass)? ?clips?|staples?|(?:suture|staple) (?:lines?|material)",
             r"hardware|arthroplast\w+|(?:orthopedic |fixation |surgical )?(?:plates?|screws?|rods?|anchors?)"
-            r"|spinal fusion|(?:surgical|posterior|anterior|cervical) fusion|surgical instruments?|embolization coils?|coils?",
+            r"|(?:spine|spinal) fusion|internal fixation|septal occluder|neurostimulat\w+|surgical xxxx|(?:surgical|posterior|anterior|cervical) fusion|surgical instruments?|embolization coils?|coils?",
             r"(?:support|medical|implanted|monitoring|cardiac|assist|electronic) (?:devices?|apparatus)|devices?|lvad"
             r"|balloon pump|cannulas?|drains?|lap-?band|gastric band\w*|reservoir|electrodes?|implants?",
         ),
@@ -140,11 +154,11 @@ ORGANS: dict[str, tuple[str, ...]] = {
         r"(?:superior |upper )?mediastin(?:um|al)(?: (?:silhouettes?|contours?|structures?|xxxx|size|width))*",
     ),
     "vessels": (
-        r"(?:central |pulmonary |hilar )*(?:vascula\w+|vessels?)(?: (?:markings?|pattern|structures?|pedicle))?"
+        r"(?:pulmonary )?vascular engorgement(?= appears? with)|(?:central |pulmonary |hilar )*(?:vascula\w+|vessels?)(?: (?:markings?|pattern|structures?|pedicle))?"
         r"|pulmonary (?:xxxx|venous|veins?)|vascular margins?",
     ),
     "markings": (
-        r"(?:\w+ )?(?:interstitial|lung|pulmonary|broncho-?vascular|interstitium)(?: lung)? markings|markings|interstitium",
+        r"(?:interstitial|lung|pulmonary|broncho-?vascular|interstitium)(?: lung)? markings|markings|interstitium",
     ),
     "lungs": (rf"{_LOBE}(?: (?:fields?|bases?|apices|xxxx|parenchyma))?", r"pulmonary parenchyma|lung zones"),
     "pleural_spaces": (r"pleural (?:spaces?|cavit\w+|surfaces?)",),
@@ -179,6 +193,7 @@ STATES: dict[str, dict[str, dict[str, str]]] = {
         "normal": {"Lung Opacity": "negative"},
         "prominent": {"Lung Opacity": "positive"},
         "large": {"Lung Opacity": "positive"},
+        "abnormal": {"Lung Opacity": "positive"},
     },
     "lungs": {
         "normal": {"Lung Opacity": "negative", "Consolidation": "negative"},
