@@ -6,10 +6,13 @@ Source of the idea: NegEx (Chapman et al., 2001), a cue, its direction and the w
 from __future__ import annotations
 
 _SEEN = (
-    r"(?:seen|identified|visuali[sz]ed|visible|evident|present|demonstrated|appreciated|noted|detected|observed|found"
-    r"|suspected|apparent|shown|recogni[sz]ed|discerned|felt|redemonstrated|suggested)"
+    r"(?:seen|identified|visuali[sz]ed|visible|evident|present|demonstrated|appreciated|noted|detected"
+    r"|observed|found|suspected|apparent|shown|recogni[sz]ed|discerned|felt|redemonstrated|suggested)"
 )
-_ADVERB = r"(?:(?:definitely|clearly|definitively|well|currently|significantly|again|also|otherwise|entirely|completely|fully|totally|readily|now|grossly|radiographically) )*"
+_ADVERB = (
+    r"(?:(?:definitely|clearly|definitively|well|currently|significantly|again|also|otherwise|entirely"
+    r"|completely|fully|totally|readily|now|grossly|radiographically) )*"
+)
 _EXCLUDE = r"(?:excluded?|exclusion|ruled out|rule out)"
 
 # In this order: the first that matches at a place wins.
@@ -17,23 +20,32 @@ CUES: tuple[tuple[str, str], ...] = (
     # Sounds like a negation and is none; ends the scope of an earlier one.
     (
         "affirm",
-        r"not (?:entirely |completely )?without|not only|no (?:\w+ ){0,2}?(?:change|changes|increase|progression|worsening|improvement)"
-        r"(?: (?:in|of|since|from|to))?|without (?:\w+ ){0,2}?(?:change|improvement)(?: of)?|not (?:\w+ ){0,2}?(?:changed|resolved|cleared)"
-        r"|(?:partial(?:ly)?|nearly|almost|mostly|incomplete(?:ly)?)(?: (?:complete(?:ly)?))? (?:resol\w+|clear\w+)",
+        r"not (?:entirely |completely )?without|not only"
+        r"|no (?:\w+ ){0,2}?(?:change|changes|increase|progression|worsening|improvement)(?: (?:in|of"
+        r"|since|from|to))?"
+        r"|without (?:\w+ ){0,2}?(?:change|improvement)(?: of)?"
+        r"|not (?:\w+ ){0,2}?(?:changed|resolved|cleared)"
+        r"|(?:partial(?:ly)?|nearly|almost|mostly|incomplete(?:ly)?)(?: (?:complete(?:ly)?))? (?:resol\w+"
+        r"|clear\w+)",
     ),
     # Doubt that holds for what stands before it or after it.
     (
         "doubt_around",
-        rf"(?:can ?not|can't|cannot|could not|not|difficult to|hard to|unable to)(?: (?:be|to|been))? {_ADVERB}{_EXCLUDE}"
-        rf"|(?:may|might|could|can)(?: (?:also|still))?(?: be)? (?:present|persist|considered|exist)"
-        rf"|(?:is|are|remains?|be|as) (?:also )?(?:a )?(?:possible|possibilit\w+|suspected|questioned|questionable|conceivable|considered)"
-        rf"|(?:is|are) (?:a |also a )?(?:consideration|concern)|less likely",
+        r"(?:can ?not|can't|cannot|could not|not|difficult to|hard to|unable to)(?: (?:be|to"
+        rf"|been))? {_ADVERB}{_EXCLUDE}"
+        r"|(?:may|might|could|can)(?: (?:also|still))?(?: be)? (?:present|persist|considered|exist)"
+        r"|(?:is|are|remains?|be|as) (?:also )?(?:a )?(?:possible|possibilit\w+|suspected|questioned"
+        r"|questionable|conceivable|considered)"
+        r"|(?:is|are|be) (?:a |also a |another )?(?:consideration|concern|possibility)"
+        r"|(?:is|are) in the differential|less likely",
     ),
     # Absence of what stands before it.
     (
         "absent_before",
-        rf"(?:not|never)(?: been| be)? {_ADVERB}{_SEEN}|no longer(?: {_ADVERB}{_SEEN})?|absent|unlikely(?! to)|excluded|ruled out"
-        rf"|(?:not|less) (?:felt |thought )?(?:to be )?(?:likely|suspected)|none|(?:is|are|:) negative|doubtful",
+        rf"(?:not|never)(?: been| be)? {_ADVERB}{_SEEN}|no longer(?: {_ADVERB}{_SEEN})?|absent"
+        r"|unlikely(?! to)|excluded|ruled out"
+        r"|(?:not|less) (?:felt |thought )?(?:to be )?(?:likely|suspected)|none|(?:is|are|:) negative"
+        r"|doubtful",
     ),
     # Absence of what stands on either side: "has resolved", "resolved effusion", "resolution of the effusion".
     ("resolved", r"(?:completely |interval |near )*(?:resolved|resolution(?: of)?|cleared|clearance of|clearing of)"),
@@ -41,26 +53,31 @@ CUES: tuple[tuple[str, str], ...] = (
     # Requests and limits: what follows is not reported.
     (
         "ignore",
-        r"(?:evaluat\w+|assess\w*|correlat\w+|sensitivity|examin\w+|look|looking|screen\w*|workup)(?: \w+){0,2}? (?:for|of)"
-        r"|rule out|r/o|to (?:exclude|rule out|ensure|document|confirm|evaluate|assess)|(?:if|given|clinical) (?:there )?(?:is )?"
-        r"(?:\w+ )?(?:concern|suspicion|suspect\w*)(?: (?:for|of))?|obscur\w+|detecti\w+|until|if (?:\w+ )?(?:symptoms|suspected)",
+        r"(?:evaluat\w+|assess\w*|correlat\w+|sensitivity|examin\w+|look|looking|screen\w*"
+        r"|workup)(?: \w+){0,2}? (?:for|of)"
+        r"|rule out|r/o|to (?:exclude|rule out|ensure|document|confirm|evaluate|assess)"
+        r"|(?:if|given|clinical) (?:there )?(?:is )?(?:\w+ )?(?:concern|suspicion|suspect\w*)(?: (?:for"
+        r"|of))?"
+        r"|obscur(?:e|es|ing)|detecti\w+|until|if (?:\w+ )?(?:symptoms|suspected)",
     ),
     (
         "history",
-        r"(?:known )?(?:past )?(?:history|hx|h/o)(?: (?:of|includes?))?|h/o|status[- ]?post|s/p|treated|treatment (?:of|for)",
+        r"(?:known )?(?:past )?(?:history|hx|h/o)(?: (?:of|includes?))?|h/o|status[- ]?post|s/p|treated"
+        r"|treatment (?:of|for)",
     ),
     # Absence of what follows.
     (
         "absent",
-        r"no|without|not|negative for|absence of|lack of|free (?:of|from)|clear (?:of|from)|neither|nor|rather than|cannot see"
-        r"|un ?likely to (?:be|represent)|denies|fails? to|non|excludes?|w/o",
+        r"no|without|not|negative for|absence of|lack of|free (?:of|from)|clear (?:of|from)|neither|nor"
+        r"|rather than|cannot see|un ?likely to (?:be|represent)|denies|fails? to|non|excludes?|w/o",
     ),
     # Doubt about what follows.
     (
         "doubt",
-        r"may|might|could|can(?= (?:be|represent|also|reflect))|possibl[ey]|possibilit\w+|questionabl[ey]|question(?: of)?|query"
-        r"|suspicious|suspected|suspect|suspicion|suggest\w*|concern\w*|worrisome|equivocal|potential(?:ly)?|perhaps|maybe"
-        r"|borderline|differential|consider(?:ed|ation)?|cannot|indicat(?:e|es|ing|ive)|vague|rais\w+",
+        r"may|might|could|can(?= (?:be|represent|also|reflect))|possibl[ey]|possibilit\w+|questionabl[ey]"
+        r"|question(?: of)?|query|suspicious|suspected|suspect|suspicion|suggest\w*|concern\w*|worrisome"
+        r"|equivocal|potential(?:ly)?|perhaps|maybe|borderline|differential|consider(?:ed|ation)?|cannot"
+        r"|indicat(?:e|es|ing|ive)|vague|rais\w+",
     ),
     ("versus", r"versus|vs\.?"),
     ("or", r"(?:and ?/? ?)?or"),
@@ -68,9 +85,11 @@ CUES: tuple[tuple[str, str], ...] = (
     # End of a clause.
     (
         "stop",
-        r"but|however|although|though|except|aside from|apart from|other than|yet|while|whereas|which|there (?:is|are|has|have)"
-        r"|there's|with(?<!consistent with)(?<!compatible with)(?<!associated with)(?<!comparison with)(?! respect)"
-        r"|otherwise|status|despite|because|since|please|recommend\w*|then|(?:this|these)(?= (?:is|are|may))|additionally",
+        r"but|however|although|though|except|aside from|apart from|other than|yet|while|whereas|which"
+        r"|there (?:is|are|has|have)|there's"
+        r"|with(?<!consistent with)(?<!compatible with)(?<!associated with)(?<!comparison with)(?! respect)"
+        r"|otherwise|status|despite|because|since|please|recommend\w*|then"
+        r"|(?:this|these)(?= (?:is|are|may))|additionally",
     ),
     ("present", rf"(?:is|are|was|were|has been|have been) {_ADVERB}{_SEEN}"),
     ("verb", r"is|are|was|were|has|have|appears?|remains?|demonstrates?|shows?"),
@@ -78,8 +97,9 @@ CUES: tuple[tuple[str, str], ...] = (
     # stand inside a list ("no effusion, small pneumothorax or consolidation").
     (
         "strong",
-        r"mild(?:ly)?|minimal(?:ly)?|stable|unchanged|persistent|residual|scattered|chronic"
-        r"|calcified|increased|increasing|improved|degenerative|old|healed|likely|probabl[ey]|tortuous|low|again|(?:the|this)(?! (?:or|and))",
+        r"mild(?:ly)?|minimal(?:ly)?|stable|unchanged|persistent|residual|scattered|chronic|calcified"
+        r"|increased|increasing|improved|degenerative|old|healed|likely|probabl[ey]|tortuous|low|again"
+        r"|(?:the|this)(?! (?:or|and))",
     ),
     (
         "weak",
@@ -90,24 +110,30 @@ CUES: tuple[tuple[str, str], ...] = (
 STATES: tuple[tuple[str, str], ...] = (
     (
         "borderline",
-        r"(?:at )?borderline(?: (?:to )?(?:mild(?:ly)?|in size))?(?: (?:enlarged|enlargement(?: of)?|large|prominent))?"
-        r"|(?:(?:near|at|within|the) )*(?:upper|top)(?: limits?)?(?: of)? normal(?: (?:in|for) size)? (?:or|to) "
-        r"(?:(?:mild|slight|borderline|minimal)(?:ly)? )*(?:enlarged|large|cardiomegaly)",
+        r"(?:at )?borderline(?: (?:to )?(?:mild(?:ly)?|in size))?(?: (?:enlarged|enlargement(?: of)?|large"
+        r"|prominent))?"
+        r"|(?:(?:near|at|within|the) )*(?:upper|top)(?: limits?)?(?: of)? normal(?: (?:in"
+        r"|for) size)? (?:or|to) (?:(?:mild|slight|borderline|minimal)(?:ly)? )*(?:enlarged|large"
+        r"|cardiomegaly)",
     ),
     (
         "normal",
-        r"(?:within |at |near |towards? |the )*(?:high|upper|top)(?: limits?)?(?: of)?(?: the)? ?-?normal\w*(?: limits)?"
-        r"|(?:with)?in (?:normal |the )*limits(?: of normal)?|within normal \w+|normal(?:ly)?(?: (?:in|for|limits|size|and))?"
-        r"|unremarkable|non-?enlarged|nonenlarged|intact|preserved|maintained|wnl|limits of normal",
+        r"(?:within |at |near |towards? |the )*(?:high|upper"
+        r"|top)(?: limits?)?(?: of)?(?: the)? ?-?normal\w*(?: limits)?"
+        r"|(?:with)?in (?:normal |the )*limits(?: of normal)?|within normal \w+"
+        r"|normal(?:ly)?(?: (?:in|for|limits|size|and))?|unremarkable|non-?enlarged|nonenlarged|intact"
+        r"|preserved|maintained|wnl|limits of normal",
     ),
     (
         "large",
-        r"(?:(?:mild|moderate|marked|severe|slight|gross|mass|massive)(?:ly)? )?(?:enlarg\w+|large|big|widen\w*|wide|dilat\w+|globular"
-        r"|increase(?:d)?(?= in (?:the )?(?:heart|cardiac|size))|increased in size)",
+        r"(?:(?:mild|moderate|marked|severe|slight|gross|mass|massive)(?:ly)? )?(?:enlarg\w+|large|big"
+        r"|widen\w*|wide|dilat\w+|globular|increase(?:d)?(?= in (?:the )?(?:heart|cardiac|size))"
+        r"|increased in size)",
     ),
     (
         "prominent",
-        r"promin\w+|increased|increase|accentuat\w+|coarse\w*|thicken\w+|indistinct\w*|diffuse increase|crowd\w+(?= and prom)|full(?:ness)?",
+        r"promin\w+|increased|increase|accentuat\w+|coarse\w*|thicken\w+|indistinct\w*|diffuse increase"
+        r"|crowd\w+(?= and prom)|full(?:ness)?",
     ),
     ("abnormal", r"irregular\w*|abnormal"),
     ("congested", r"congest\w+|engorg\w+|redistribut\w+|cephali\w+|ill-?defined|distended|plethora"),
@@ -115,8 +141,9 @@ STATES: tuple[tuple[str, str], ...] = (
     ("clear", r"clear(?! (?:of|from))|sharp(?:ly)?|well[- ]aerated|free(?! (?:of|from))"),
     (
         "other",
-        r"(?:hyper|hypo|under|over|well|poorly|normally)?[- ]?(?:inflat\w+|expan\w+|aerat\w+)|low|tortuous|ectatic|calcif\w+|shift\w*"
-        r"|degenerat\w+|deviat\w+|obscured|elevated|hyperlucen\w+|emphysema\w*|midline|volumes?|osteo\w+|atheroscl\w+",
+        r"(?:hyper|hypo|under|over|well|poorly|normally)?[- ]?(?:inflat\w+|expan\w+|aerat\w+)|low|tortuous"
+        r"|ectatic|calcif\w+|shift\w*|degenerat\w+|deviat\w+|obscured|elevated|hyperlucen\w+|emphysema\w*"
+        r"|midline|volumes?|osteo\w+|atheroscl\w+",
     ),
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import NamedTuple
 
 from emrrg_cli.labeling import cues, vocabulary
@@ -22,7 +23,7 @@ class Event(NamedTuple):
 _SPLIT = re.compile(r"\.(?!\d)|(?<!\d)\.|[;?!\n]|<br>")
 # Cleaning deletes the slash of "scarring/atelectasis".
 _JOINED = re.compile(
-    r"(?<=[a-z]{3})(?=(?:atelecta|airspace|infiltrat|consolidat|effusion|scarring|thicken|defibrill|ectatic|pneumonia))"
+    r"(?<=[a-z]{3})(?=(?:atelecta|airspace|infiltrat|consolidat|effusion|scarring|thicken|defibrill|pneumonia))"
 )
 _SPACE = re.compile(r"[^\S\n]+")
 
@@ -37,10 +38,12 @@ def split_sentences(text: str) -> list[str]:
 Meaning = tuple[str, str, tuple[str, ...]]
 
 
+@lru_cache(maxsize=1)
 def _compile() -> dict[str, tuple[re.Pattern[str], list[Meaning]]]:
     """For each character an event can begin with: a pattern in order of priority, and what its alternatives mean.
 
-    One pattern for all would try hundreds of alternatives at each word, and takes four times as long.
+    One pattern for all would try hundreds of alternatives at each word, and takes four times as long. Compiled at the
+    first report, so that the import stays quick.
     """
     kinds: list[tuple[Meaning, tuple[str, ...]]] = [(("noise", "", ()), vocabulary.NOISE)]
     kinds += [(("absence", "", observations), patterns) for observations, patterns in vocabulary.ABSENCES]
@@ -60,12 +63,14 @@ def _compile() -> dict[str, tuple[re.Pattern[str], list[Meaning]]]:
     }
 
 
-_PATTERNS = _compile()
 _START = re.compile(r"\b\w|,")
+_NOTHING: tuple[re.Pattern[str], list[Meaning]] = (re.compile(r"(?!)"), [])
+_DEVICES = ("Support Devices",)
 
 
 def find_events(sentence: str) -> list[Event]:
     """Events of a lower-case sentence, in order; phrases that only look like a finding are left out."""
+    compiled = _compile()
     events: list[Event] = []
     end = 0
     for word in _START.finditer(sentence):
@@ -75,14 +80,11 @@ def find_events(sentence: str) -> list[Event]:
         if sentence[start] == ",":
             events.append(Event("comma", "", (), start, start + 1))
             continue
-        pattern, meanings = _PATTERNS.get(sentence[start], _NOTHING)
+        pattern, meanings = compiled.get(sentence[start], _NOTHING)
         if match := pattern.match(sentence, start):
             end = match.end()
             _append(events, Event(*meanings[(match.lastindex or 1) - 1], start, end))
     return events
-
-
-_NOTHING: tuple[re.Pattern[str], list[Meaning]] = (re.compile(r"(?!)"), [])
 
 
 def _append(events: list[Event], event: Event) -> None:
@@ -93,6 +95,3 @@ def _append(events: list[Event], event: Event) -> None:
     if before and before.kind == "organ" and event.kind == "mention":
         events.pop()  # in "lung consolidation" the lung is no organ whose state is told
     events.append(event)
-
-
-_DEVICES = ("Support Devices",)

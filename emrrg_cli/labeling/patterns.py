@@ -1,7 +1,7 @@
 """Small tools on regular expressions: the alternatives of one, and the characters a match can begin with.
 
-They know what the patterns of this package use: letters, digits, `\\w`, `\\d`, `[...]`, `(?:...)`, look-around, `?`, `*`,
-`{m,n}`. No capturing groups.
+They know what the patterns of this package use: letters, digits, `\\w`, `\\d`, `[...]`, `(?:...)`, look-around and
+quantifiers, but no capturing groups.
 """
 
 from __future__ import annotations

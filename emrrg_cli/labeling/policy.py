@@ -50,8 +50,10 @@ What belongs to which observation
     * Pleural Effusion: pleural effusion or fluid, hemothorax, hydropneumothorax (which is Pneumothorax too), empyema.
       Blunting of a costophrenic angle: uncertain. Pericardial effusion is none.
     * Pleural Other: pleural thickening, plaque, scarring or calcification, apical cap, fibrothorax.
-    * Fracture: fractures of any age and bone. A wedge or compression deformity is none unless it is called a fracture.
-    * Support Devices: lines, tubes, catheters, ports, pacemakers, valves, stents, wires, clips, hardware, prostheses.
+    * Fracture: fractures of any age of ribs, spine, sternum and shoulder girdle, not of hands, hips or legs, nor of a
+      catheter or wire. A wedge or compression deformity is none unless it is called a fracture.
+    * Support Devices: lines, tubes, catheters, ports, pacemakers, valves, stents, wires, clips, hardware, joint
+      prostheses. Breast implants are none.
     * No Finding: positive when no observation but Support Devices is positive or uncertain and something in the report
       is negative or said to be normal; otherwise None. Findings outside the 14 (scoliosis, granuloma) do not matter,
       as in CheXpert.

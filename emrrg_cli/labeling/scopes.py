@@ -19,7 +19,8 @@ _SCOPE_LABELS: dict[str, Label | None] = {
     "removed": "positive",
 }
 _PAST = re.compile(
-    r"\b(?:prior|previous|past|treated|resolved)(?: (?!seen|noted|described|exam|study|chest|the)\w+){0,3} $"
+    r"(?<!from )(?<!to )(?<!than )\b(?:prior|previous|past|treated)"
+    r"(?: (?!seen|noted|described|exam|study|chest|the|possibl|with)\w+){0,3} $"
 )
 _OLD = re.compile(r"\b(?:old|remote|healed)(?: \w+){0,2} $")
 _CONTINUES = re.compile(r" ?(?:to|or|nor|of|,? ?or)\b")
@@ -78,9 +79,9 @@ class SentenceReader:
             self._group = []
         mention = Mention(event.observations, self._label(event), event.kind == "absence")
         before = self._group[-1] if self._group else None
-        if self._either and before and before.label == mention.label == "positive" != before.observations:
-            if before.observations != mention.observations:
-                before.label = mention.label = "uncertain"
+        differ = before is not None and before.observations != mention.observations
+        if self._either and before and differ and before.label == mention.label == "positive":
+            before.label = mention.label = "uncertain"
         self.mentions.append(mention)
         self._group.append(mention)
         self._used, self._joined, self._either, self._verb, self._prefix = True, False, False, False, ""
@@ -92,9 +93,9 @@ class SentenceReader:
         if self._scope == "history" and (device or fracture):
             return "positive"
         before = self.text[: event.start]
-        if self._scope != "absent" and not device and not fracture:
-            if _PAST.search(before) or ("Pneumonia" in event.observations and _OLD.search(before)):
-                return None
+        old = "Pneumonia" in event.observations and _OLD.search(before)
+        if self._scope != "absent" and not device and not fracture and (old or _PAST.search(before)):
+            return None
         return _SCOPE_LABELS[self._scope]
 
     def _on_organ(self, event: Event) -> None:
@@ -167,6 +168,7 @@ class SentenceReader:
     def _on_scope(self, name: str) -> None:
         # "No opacity to suggest pneumonia", "no possible source": a doubt inside a negation changes nothing.
         if name == "doubt" and self._scope in ("absent", "ignore", "history"):
+            self._used = False
             return
         self._open(name)
 
@@ -234,7 +236,8 @@ class SentenceReader:
         self._prefix = ""
         # "No effusion, pneumothorax": a list, unless something else than a finding follows.
         following = self.events[index + 1] if index + 1 < len(self.events) else None
-        if self._used and (not following or following.kind == "organ"):
+        ended = self._used and (not following or following.kind == "organ")
+        if ended or (self._scope in ("ignore", "history") and not self._list_goes_on(index, ("or",))):
             self._end_scope()
 
     def _list_goes_on(self, index: int, joins: tuple[str, ...]) -> bool:

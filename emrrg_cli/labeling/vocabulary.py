@@ -11,19 +11,26 @@ _LOBE = r"(?:(?:left|right|upper|middle|lower|both|the) )*(?:lungs?|lobes?|lingu
 # Read first: words that look like a finding and are none.
 NOISE: tuple[str, ...] = (
     r"pericardial (?:fat|effusions?)(?: or (?:pleural )?thickening)?",
-    r"(?:soft[- ]tissue|laryngeal|subcutaneous|peripheral|leg|pedal|arm|facial|bone marrow) (?:o?edema|swelling|infection)",
+    r"(?:soft[- ]tissue|laryngeal|subcutaneous|peripheral|leg|pedal|arm|facial|bone marrow) (?:o?edema"
+    r"|swelling|infection)",
     r"o?edema of the (?:\w+ ){0,2}(?:soft tissues?|legs?|arms?|larynx|extremit\w+)",
-    r"(?:mediastinal|breast|thyroid|soft[- ]tissue|neck|abdominal|hilar|chest wall|paratracheal|adrenal|renal) (?:mass(?:es)?|nodules?|lesions?)",
+    r"(?:mediastinal|breast|thyroid|soft[- ]tissue|neck|abdominal|hilar|chest wall|paratracheal"
+    r"|adrenal|renal) (?:mass(?:es)?|nodules?|lesions?)",
     r"(?:thyroid|breast|prostate|colon|renal|skin) (?:cancer|carcinoma|malignancy|tumou?r)",
     r"body mass|mass effect|mass index|nipple shadows?(?: or nodules?)?",
-    r"(?:bone|bony|osseous|metallic|metal|calcific|fat|contrast|barium|vascular|soft[- ]tissue) (?:mineral )?(?:densit\w+|opaci\w+)",
+    r"(?:bone|bony|osseous|metallic|metal|calcific|fat|contrast|barium|vascular"
+    r"|soft[- ]tissue) (?:mineral )?(?:densit\w+|opaci\w+)",
     r"(?:demineralization|decreased bone) density|density of the bones?",
     r"(?:vertebra\w*|spin\w*|disc|disk)(?: body)? collapsed?|collapsed? (?:of )?(?:the |a )?(?:\w+ )?vertebra\w*",
-    r"(?:pelvic|hip|femoral|wrist|ankle|foot|finger|knee|tibial) fractures?|(?:impacted |displaced |and |rotated )*fractures?"
-    r" (?:through|of|involving|at) (?:\w+ ){0,4}?(?:femur|hip|scaphoid|metacarpal|wrist|ankle|tibia|fibula|pelvis|radius)",
+    r"(?:pelvic|hip|femoral|wrist|ankle|foot|finger|knee|tibial) fractures?"
+    r"|(?:impacted |displaced |and |rotated )*(?:subcapital )?fractures? (?:through|of|involving"
+    r"|at) (?:\w+ ){0,4}?(?:femur|hip|scaphoid|metacarpal|wrist|ankle|tibia|fibula|pelvis|radius)"
+    r"|subcapital fractures?",
     r"bone scars?|surgical scar\w*|skin scar\w*|valvular calcif\w+",
     r"nodal calcif\w+|nodular calcif\w+ of the (?:hil\w+|mediastin\w+)",
-    r"lung volumes?|pleural lines?|(?:lung|septal|b|fissure|skin|azygos)[ -]lines?|breast (?:implants?|prosthes[ie]s)|nipple markers?|lead point|heart valve calcif\w+|valve calcif\w+",
+    r"lung volumes?|pleural lines?|(?:lung|septal|b|fissure|skin|azygos)[ -]lines?"
+    r"|breast (?:implants?|prosthes[ie]s)|nipple markers?|lead point|heart valve calcif\w+"
+    r"|valve calcif\w+",
     r"(?:ekg|ecg) leads? artifacts?|in line with|line of sight|costal cartilages?",
     r"(?:mid ?line|in ?line|air bronchograms?)",
 )
@@ -34,7 +41,8 @@ MENTIONS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
         ("Support Devices",),
         (
             r"(?:catheter|lead|wire|screw|rod|plate)s? (?:is |are |has )?(?:fractur\w*|broken)"
-            r"|(?:fractured|broken|fractures? of(?: the)?) (?:\w+ ){0,3}?(?:leads?|wires?|screws?|rods?|catheters?|sternotomy)",
+            r"|(?:fractured|broken|fractures? of(?: the)?) (?:\w+ ){0,3}?(?:leads?|wires?|screws?|rods?"
+            r"|catheters?|sternotomy)",
         ),
     ),
     (("Pneumothorax", "Pleural Effusion"), (r"hydro-?pneumothora\w*|ha?emo-?pneumothora\w*",)),
@@ -56,15 +64,17 @@ MENTIONS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
         (
             r"nodular(?:[ -]\w+)? (?:opaci\w*|densit\w*|infiltrat\w*|lesions?|airspace disease)",
             r"nod(?:u|lu)l\w*|mass(?:es)?|mass-?like \w+|micronodul\w*",
-            r"(?:lung|pulmonary|cavitary|cavitating|spiculated|parenchymal|suspicious) lesions?|cavit(?:ary|ation)\w*",
+            r"(?:lung|pulmonary|cavitary|cavitating|spiculated|parenchymal|suspicious) lesions?"
+            r"|cavit(?:ary|ation)\w*",
             r"neoplas\w*|carcinoma\w*|tumou?rs?|malignan\w*|metasta\w*|(?:lung |bronchogenic )?cancer|lumps?",
         ),
     ),
     (
         ("Pleural Other",),
         (
-            r"pleur\w+(?:[ -](?:based|parenchymal|and|or|apical|fluid|parenchyma|pericardial|calcified|surface)){0,2}"
-            r"[ -](?:thick\w*|plaques?|plaquing|scar\w*|calcif\w*|fibro\w*|reaction|nodularity|disease|irregularit\w*)",
+            r"pleur\w+(?:[ -](?:based|parenchymal|and|or|apical|fluid|parenchyma|pericardial|calcified"
+            r"|surface)){0,2}[ -](?:thick\w*|plaques?|plaquing|scar\w*|calcif\w*|fibro\w*|reaction|nodularity"
+            r"|disease|irregularit\w*)",
             r"(?:calcif\w+|thicken\w+) (?:of |along )?(?:the )?(?:\w+ )?(?:pleura\w*|plaques?|fissures?)",
             r"(?:apical|apex)(?: pleural)? (?:cap\w*|thick\w+)|(?:fissur\w+|pleuroparenchymal) thick\w+",
             r"thick\w+ of (?:the )?(?:\w+ ){0,3}fissures?|fibrothorax|pleuroparenchymal \w+",
@@ -80,10 +90,13 @@ MENTIONS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
         ("Edema",),
         (
             r"o?edemat?o?u?s?|chf|(?:congestive )?(?:heart|cardiac) failure|(?:cardiac )?decompensation",
-            r"(?:(?:central|pulmonary|vascular|venous|perihilar|hilar|mild) )*congesti(?:on|ve)(?: (?:changes?|failure))?",
-            r"(?:vascular|venous|vessels?|vasculature|vascularity|pulmonary) (?:engorgement|redistribution|prominence"
-            r"|indistinctness|cephalization|fullness)|(?:prominence|engorgement|indistinctness|redistribution) of (?:the )?"
-            r"(?:central |pulmonary |perihilar )*vascul\w+|cephalization",
+            r"(?:(?:central|pulmonary|vascular|venous|perihilar|hilar|mild) )*congesti(?:on|ve)(?: (?:changes?"
+            r"|failure))?",
+            r"(?:vascular|venous|vessels?|vasculature|vascularity|pulmonary) (?:engorgement|redistribution"
+            r"|prominence|indistinctness|cephalization|fullness)"
+            r"|(?:prominence|engorgement|indistinctness|redistribution) of (?:the )?(?:central |pulmonary "
+            r"|perihilar )*vascul\w+"
+            r"|cephalization",
             r"(?:fluid|volume) overload\w*|kerley(?: b)? lines?",
         ),
     ),
@@ -96,36 +109,47 @@ MENTIONS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
         (
             r"(?:hazy |ill-defined |patchy )*(?:air-?space |airspace |air space |interstitial |alveolar )*opaci\w*",
             r"densit(?:y|ies)|infil\w*|air[ -]?space (?:dis\w+|process\w*|changes?|filling)|hazy|haziness|haze",
-            r"interstitial (?:lung |pulmonary )?(?:diseases?|changes?|thick\w+|prominence|pattern|process\w*|abnormalit\w+"
-            r"|fibro\w*|infiltrat\w*)|(?:prominent|increased) interstiti\w+",
+            r"interstitial (?:lung |pulmonary )?(?:diseases?|changes?|thick\w+|prominence|pattern|process\w*"
+            r"|abnormalit\w+|fibro\w*|infiltrat\w*)"
+            r"|(?:prominent|increased) interstiti\w+",
             r"(?:lung |pulmonary |parenchymal )?(?:scar(?:s|ring|red)?|fibro(?:sis|tic|nodular)(?: changes?)?)",
-            r"reticul\w*(?:[- ]nodul\w*)?|cicatri\w+|stranding|ground[- ]glass|honeycomb\w*|bronchiectasis with scarring",
+            r"reticul\w*(?:[- ]nodul\w*)?|cicatri\w+|stranding|ground[- ]glass|honeycomb\w*"
+            r"|bronchiectasis with scarring",
             r"(?:peri)?-?bronch\w+ (?:wall )?(?:thick\w+|cuffing)|shadowing",
         ),
     ),
     (
         ("Fracture",),
         (
-            r"(?:(?:rib|compression|old|healed|prior|remote|previous|clavic\w+) )*fractur\w*|fx|broken (?:\d|(?:\w+ )?(?:ribs?|bones?|clavicles?))\w*|frx",
+            r"(?:(?:rib|compression|old|healed|prior|remote|previous|clavic\w+) )*fractur\w*|fx"
+            r"|broken (?:\d|(?:\w+ )?(?:ribs?|bones?|clavicles?))\w*|frx",
         ),
     ),
     (
         ("Support Devices",),
         (
-            r"(?:picc|central|venous|subclavian|jugular|ij|cvc|midline|arterial|cv)(?: venous)?(?: \w+)?[ -]"
-            r"(?:lines?|catheters?|access)|picc|lines?(?= (?:and|or) tubes?)|lines|(?:left|right) ij",
-            r"(?:endotracheal|et|ng|nasogastric|enteric|feeding|tracheostomy|chest|thoracostomy|dobhoff|orogastric"
-            r"|drainage|gastric)[ -]?(?:tubes?|drains?)|tubes?|tubing|tracheostomy(?: cannula)?|pigtail",
-            r"(?:\w*-?catheters?|cath|port-?a-?cath\w*|mediports?|chest ports?|infusion ports?|power ?port|port|xxxx-a-xxxx|(?:chest|injection|infusion) xxxx(?= (?:\w+ ){0,8}?(?:tip|svc|vena)))",
+            r"(?:picc|central|venous|subclavian|jugular|ij|cvc|midline|arterial"
+            r"|cv)(?: venous)?(?: \w+)?[ -](?:lines?|catheters?|access)"
+            r"|picc|lines?(?= (?:and|or) tubes?)|lines|(?:left|right) ij",
+            r"(?:endotracheal|et|ng|nasogastric|enteric|feeding|tracheostomy|chest|thoracostomy|dobhoff"
+            r"|orogastric|drainage|gastric)[ -]?(?:tubes?|drains?)"
+            r"|tubes?|tubing|tracheostomy(?: cannula)?|pigtail",
+            r"(?:\w*-?catheters?|cath|port-?a-?cath\w*|mediports?|chest ports?|infusion ports?|power ?port"
+            r"|port|xxxx-a-xxxx|(?:chest|injection|infusion) xxxx(?= (?:\w+ ){0,8}?(?:tip|svc|vena)))",
             r"pace-?makers?|pacers?|pacing|aicd|icd|defibrillat\w+|stimulat\w+|generators?|leads?|loop recorder",
-            r"(?:valve|valvular|aortic|mitral) (?:replacements?|prosthes\w+)|prosthe\w+|(?:artificial|mechanical|aortic"
-            r"|mitral|heart|cardiac) valves?|annuloplasty|stents?|grafts? markers?|cabg markers?|filter|shunt",
+            r"(?:valve|valvular|aortic|mitral) (?:replacements?|prosthes\w+)|prosthe\w+"
+            r"|(?:artificial|mechanical|aortic|mitral|heart|cardiac) valves?|annuloplasty|stents?"
+            r"|grafts? markers?|cabg markers?|filter|shunt",
             r"(?:sternal|sternotomy|cerclage|median sternotomy) (?:xxxx|wires?|sutures?)|wires?|sutures?"
-            r"|(?:surgical|cabg|vascular|cholecystectomy|metallic|bypass)? ?clips?|staples?|(?:suture|staple) (?:lines?|material)",
+            r"|(?:surgical|cabg|vascular|cholecystectomy|metallic|bypass)? ?clips?|staples?"
+            r"|(?:suture|staple) (?:lines?|material)",
             r"hardware|arthroplast\w+|(?:orthopedic |fixation |surgical )?(?:plates?|screws?|rods?|anchors?)"
-            r"|(?:spine|spinal) fusion|internal fixation|septal occluder|neurostimulat\w+|surgical xxxx|(?:surgical|posterior|anterior|cervical) fusion|surgical instruments?|embolization coils?|coils?",
-            r"(?:support|medical|implanted|monitoring|cardiac|assist|electronic) (?:devices?|apparatus)|devices?|lvad"
-            r"|balloon pump|cannulas?|drains?|lap-?band|gastric band\w*|reservoir|electrodes?|implants?",
+            r"|(?:spine|spinal) fusion|internal fixation|septal occluder|neurostimulat\w+|surgical xxxx"
+            r"|(?:surgical|posterior|anterior|cervical) fusion|surgical instruments?|embolization coils?"
+            r"|coils?",
+            r"(?:support|medical|implanted|monitoring|cardiac|assist|electronic) (?:devices?|apparatus)"
+            r"|devices?|lvad|balloon pump|cannulas?|drains?|lap-?band|gastric band\w*|reservoir|electrodes?"
+            r"|implants?",
         ),
     ),
 )
@@ -135,7 +159,8 @@ ABSENCES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (
         ("Fracture",),
         (
-            r"(?:bony|bone|osseous|skeletal|rib)(?: (?:structures?|thorax))? (?:abnormalit\w*|find\w+|injur\w+|process\w*)",
+            r"(?:bony|bone|osseous|skeletal|rib)(?: (?:structures?|thorax))? (?:abnormalit\w*|find\w+|injur\w+"
+            r"|process\w*)",
         ),
     ),
     (("Pleural Effusion", "Pneumothorax"), (r"pleural (?:abnormalit\w*|process\w*)",)),
@@ -154,7 +179,9 @@ ORGANS: dict[str, tuple[str, ...]] = {
         r"(?:superior |upper )?mediastin(?:um|al)(?: (?:silhouettes?|contours?|structures?|xxxx|size|width))*",
     ),
     "vessels": (
-        r"(?:pulmonary )?vascular engorgement(?= appears? with)|(?:central |pulmonary |hilar )*(?:vascula\w+|vessels?)(?: (?:markings?|pattern|structures?|pedicle))?"
+        r"(?:pulmonary )?vascular engorgement(?= appears? with)"
+        r"|(?:central |pulmonary |hilar )*(?:vascula\w+|vessels?)(?: (?:markings?|pattern|structures?"
+        r"|pedicle))?"
         r"|pulmonary (?:xxxx|venous|veins?)|vascular margins?",
     ),
     "markings": (
@@ -163,7 +190,9 @@ ORGANS: dict[str, tuple[str, ...]] = {
     "lungs": (rf"{_LOBE}(?: (?:fields?|bases?|apices|xxxx|parenchyma))?", r"pulmonary parenchyma|lung zones"),
     "pleural_spaces": (r"pleural (?:spaces?|cavit\w+|surfaces?)",),
     "costophrenic_angles": (
-        r"(?:costo-?phrenic|costovertebral|cp|costodiaphragmatic)(?: (?:angles?|xxxx|sulc\w+|recess\w*|sinus\w*))?|sulc(?:us|i)",
+        r"(?:costo-?phrenic|costovertebral|cp|costodiaphragmatic)(?: (?:angles?|xxxx|sulc\w+|recess\w*"
+        r"|sinus\w*))?"
+        r"|sulc(?:us|i)",
     ),
     "bones": (
         r"(?:bony|osseous|skeletal)(?: (?:structures?|thorax|elements?|xxxx))+|skeleton|bones|ribs"
