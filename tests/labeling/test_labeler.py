@@ -1,0 +1,75 @@
+"""Labels of whole reports: keys, aggregation, No Finding, odd inputs."""
+
+from __future__ import annotations
+
+import pytest
+
+from emrrg_cli.labeling import FIVE, OBSERVATIONS, label_report, label_reports
+from emrrg_cli.labeling.policy import stronger
+
+
+def test_every_report_has_all_labels_in_order() -> None:
+    assert len(OBSERVATIONS) == 14
+    assert set(FIVE) < set(OBSERVATIONS)
+    for text in ("", "Cardiomegaly.", "lungs are clear ."):
+        assert tuple(label_report(text)) == OBSERVATIONS
+
+
+@pytest.mark.parametrize("text", ["", " .", "\n", "...", "XXXX XXXX", "12345", "胸部X光片", "[[[(((", "a" * 10_000])
+def test_text_without_findings_has_no_label(text: str) -> None:
+    assert set(label_report(text).values()) == {None}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("No effusion. Possible effusion.", "uncertain"),
+        ("Possible effusion. Small left effusion. No right effusion.", "positive"),
+        ("No effusion on the right. No effusion on the left.", "negative"),
+    ],
+)
+def test_strongest_mention_counts(text: str, expected: str) -> None:
+    assert label_report(text)["Pleural Effusion"] == expected
+
+
+def test_order_of_strength() -> None:
+    assert stronger(None, "negative") == "negative"
+    assert stronger("uncertain", "negative") == "uncertain"
+    assert stronger("uncertain", "positive") == "positive"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Heart size is normal. The lungs are clear.", "positive"),
+        ("No acute cardiopulmonary abnormality.", "positive"),
+        ("The lungs are clear. Left chest port with tip in the SVC.", "positive"),
+        ("The lungs are clear. Calcified granuloma. Scoliosis.", "positive"),
+        ("The lungs are clear. Possible small effusion.", None),
+        ("Mild cardiomegaly. The lungs are clear.", None),
+        ("Left chest port.", None),
+        ("Comparison with the study of last week.", None),
+    ],
+)
+def test_no_finding(text: str, expected: str | None) -> None:
+    assert label_report(text)["No Finding"] == expected
+
+
+def test_many_reports_as_one_by_one() -> None:
+    texts = ["Cardiomegaly.", "no pneumothorax .", "Cardiomegaly."]
+    assert label_reports(iter(texts)) == [label_report(text) for text in texts]
+
+
+def test_labels_of_a_repeated_report_are_not_shared() -> None:
+    first, second = label_reports(["Cardiomegaly."] * 2)
+    first["Cardiomegaly"] = None
+    assert second["Cardiomegaly"] == "positive"
+
+
+def test_upper_case_and_white_space_do_not_matter() -> None:
+    assert label_report("MILD\tCARDIOMEGALY.  NO\u00a0EFFUSION") == label_report("mild cardiomegaly . no effusion")
+
+
+def test_decimal_point_does_not_end_a_sentence() -> None:
+    labels = label_report("No nodule larger than 1.5 cm or effusion.")
+    assert labels["Lung Lesion"] == labels["Pleural Effusion"] == "negative"
