@@ -11,7 +11,7 @@ _SEEN = (
 )
 _ADVERB = (
     r"(?:(?:definitely|clearly|definitively|well|currently|significantly|again|also|otherwise|entirely"
-    r"|completely|fully|totally|readily|now|grossly|radiographically) )*"
+    r"|completely|fully|totally|readily|now|grossly|radiographically) ){0,6}"
 )
 _EXCLUDE = r"(?:excluded?|exclusion|ruled out|rule out)"
 
@@ -48,7 +48,10 @@ CUES: tuple[tuple[str, str], ...] = (
         r"|doubtful",
     ),
     # Absence of what stands on either side: "has resolved", "resolved effusion", "resolution of the effusion".
-    ("resolved", r"(?:completely |interval |near )*(?:resolved|resolution(?: of)?|cleared|clearance of|clearing of)"),
+    (
+        "resolved",
+        r"(?:completely |interval |near ){0,6}(?:resolved|resolution(?: of)?|cleared|clearance of|clearing of)",
+    ),
     ("removed", r"(?:interval )?(?:removed|removal(?: of)?|explanted|withdrawn)"),
     # Requests and limits: what follows is not reported.
     (
@@ -112,15 +115,15 @@ STATES: tuple[tuple[str, str], ...] = (
         "borderline",
         r"(?:at )?borderline(?: (?:to )?(?:mild(?:ly)?|in size))?(?: (?:enlarged|enlargement(?: of)?|large"
         r"|prominent))?"
-        r"|(?:(?:near|at|within|the) )*(?:upper|top)(?: limits?)?(?: of)? normal(?: (?:in"
-        r"|for) size)? (?:or|to) (?:(?:mild|slight|borderline|minimal)(?:ly)? )*(?:enlarged|large"
+        r"|(?:(?:near|at|within|the) ){0,6}(?:upper|top)(?: limits?)?(?: of)? normal(?: (?:in"
+        r"|for) size)? (?:or|to) (?:(?:mild|slight|borderline|minimal)(?:ly)? ){0,6}(?:enlarged|large"
         r"|cardiomegaly)",
     ),
     (
         "normal",
-        r"(?:within |at |near |towards? |the )*(?:high|upper"
+        r"(?:within |at |near |towards? |the ){0,6}(?:high|upper"
         r"|top)(?: limits?)?(?: of)?(?: the)? ?-?normal\w*(?: limits)?"
-        r"|(?:with)?in (?:normal |the )*limits(?: of normal)?|within normal \w+"
+        r"|(?:with)?in (?:normal |the ){0,6}limits(?: of normal)?|within normal \w+"
         r"|normal(?:ly)?(?: (?:in|for|limits|size|and))?|unremarkable|non-?enlarged|nonenlarged|intact"
         r"|preserved|maintained|wnl|limits of normal",
     ),

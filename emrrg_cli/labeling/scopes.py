@@ -92,14 +92,14 @@ class SentenceReader:
             return "negative"
         if self._scope == "history" and (device or fracture):
             return "positive"
-        before = self.text[: event.start]
+        before = self._before(event)
         old = "Pneumonia" in event.observations and _OLD.search(before)
         if self._scope != "absent" and not device and not fracture and (old or _PAST.search(before)):
             return None
         return _SCOPE_LABELS[self._scope]
 
     def _on_organ(self, event: Event) -> None:
-        if self._used and not self._joined and not _PREPOSITION.search(self.text[: event.start]):
+        if self._used and not self._joined and not _PREPOSITION.search(self._before(event)):
             self._end_scope()
         if self._prefix:
             self._state_organ(event.name, self._prefix)
@@ -136,6 +136,10 @@ class SentenceReader:
             if label != "negative":
                 self._group.append(mention)
         self._used = True
+
+    def _before(self, event: Event) -> str:
+        """The words before an event. Not all of them: texts that repeat one word thousands of times exist."""
+        return self.text[max(0, event.start - 60) : event.start]
 
     # Cues
 
@@ -223,7 +227,7 @@ class SentenceReader:
     def _on_adjective(self, name: str, index: int) -> None:
         if not self._used or self._scope not in ("absent", "doubt"):
             return
-        if _PREPOSITION.search(self.text[: self.events[index].start]):  # "no effusion in the left chest or ..."
+        if _PREPOSITION.search(self._before(self.events[index])):  # "no effusion in the left chest or ..."
             return
         listed = self._joined and (self._scope == "doubt" or self.events[index - 1].name == "or")
         if listed or (name == "weak" and (self._joined or self._list_goes_on(index, ("or",)))):
@@ -242,7 +246,7 @@ class SentenceReader:
 
     def _list_goes_on(self, index: int, joins: tuple[str, ...]) -> bool:
         """Whether one of `joins` follows in the same clause."""
-        for event in self.events[index + 1 :]:
+        for event in self.events[index + 1 : index + 40]:
             if event.name in joins:
                 return True
             if event.name in ("stop", "verb", "present", "absent_before"):

@@ -6,7 +6,7 @@ Patterns are lower case and matched from the start of a word to its end. `XXXX` 
 
 from __future__ import annotations
 
-_LOBE = r"(?:(?:left|right|upper|middle|lower|both|the) )*(?:lungs?|lobes?|lingula)"
+_LOBE = r"(?:(?:left|right|upper|middle|lower|both|the) ){0,6}(?:lungs?|lobes?|lingula)"
 
 # Read first: words that look like a finding and are none.
 NOISE: tuple[str, ...] = (
@@ -23,7 +23,7 @@ NOISE: tuple[str, ...] = (
     r"(?:demineralization|decreased bone) density|density of the bones?",
     r"(?:vertebra\w*|spin\w*|disc|disk)(?: body)? collapsed?|collapsed? (?:of )?(?:the |a )?(?:\w+ )?vertebra\w*",
     r"(?:pelvic|hip|femoral|wrist|ankle|foot|finger|knee|tibial) fractures?"
-    r"|(?:impacted |displaced |and |rotated )*(?:subcapital )?fractures? (?:through|of|involving"
+    r"|(?:impacted |displaced |and |rotated ){0,6}(?:subcapital )?fractures? (?:through|of|involving"
     r"|at) (?:\w+ ){0,4}?(?:femur|hip|scaphoid|metacarpal|wrist|ankle|tibia|fibula|pelvis|radius)"
     r"|subcapital fractures?",
     r"bone scars?|surgical scar\w*|skin scar\w*|valvular calcif\w+",
@@ -90,12 +90,12 @@ MENTIONS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
         ("Edema",),
         (
             r"o?edemat?o?u?s?|chf|(?:congestive )?(?:heart|cardiac) failure|(?:cardiac )?decompensation",
-            r"(?:(?:central|pulmonary|vascular|venous|perihilar|hilar|mild) )*congesti(?:on|ve)(?: (?:changes?"
+            r"(?:(?:central|pulmonary|vascular|venous|perihilar|hilar|mild) ){0,6}congesti(?:on|ve)(?: (?:changes?"
             r"|failure))?",
             r"(?:vascular|venous|vessels?|vasculature|vascularity|pulmonary) (?:engorgement|redistribution"
             r"|prominence|indistinctness|cephalization|fullness)"
             r"|(?:prominence|engorgement|indistinctness|redistribution) of (?:the )?(?:central |pulmonary "
-            r"|perihilar )*vascul\w+"
+            r"|perihilar ){0,6}vascul\w+"
             r"|cephalization",
             r"(?:fluid|volume) overload\w*|kerley(?: b)? lines?",
         ),
@@ -107,7 +107,7 @@ MENTIONS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (
         ("Lung Opacity",),
         (
-            r"(?:hazy |ill-defined |patchy )*(?:air-?space |airspace |air space |interstitial |alveolar )*opaci\w*",
+            r"(?:hazy |ill-defined |patchy |air-?space |air space |interstitial |alveolar ){0,6}opaci\w*",
             r"densit(?:y|ies)|infil\w*|air[ -]?space (?:dis\w+|process\w*|changes?|filling)|hazy|haziness|haze",
             r"interstitial (?:lung |pulmonary )?(?:diseases?|changes?|thick\w+|prominence|pattern|process\w*"
             r"|abnormalit\w+|fibro\w*|infiltrat\w*)"
@@ -121,7 +121,7 @@ MENTIONS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (
         ("Fracture",),
         (
-            r"(?:(?:rib|compression|old|healed|prior|remote|previous|clavic\w+) )*fractur\w*|fx"
+            r"(?:(?:rib|compression|old|healed|prior|remote|previous|clavic\w+) ){0,6}fractur\w*|fx"
             r"|broken (?:\d|(?:\w+ )?(?:ribs?|bones?|clavicles?))\w*|frx",
         ),
     ),
@@ -180,7 +180,7 @@ ORGANS: dict[str, tuple[str, ...]] = {
     ),
     "vessels": (
         r"(?:pulmonary )?vascular engorgement(?= appears? with)"
-        r"|(?:central |pulmonary |hilar )*(?:vascula\w+|vessels?)(?: (?:markings?|pattern|structures?"
+        r"|(?:central |pulmonary |hilar ){0,6}(?:vascula\w+|vessels?)(?: (?:markings?|pattern|structures?"
         r"|pedicle))?"
         r"|pulmonary (?:xxxx|venous|veins?)|vascular margins?",
     ),

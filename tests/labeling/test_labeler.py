@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from emrrg_cli.labeling import FIVE, OBSERVATIONS, label_report, label_reports
@@ -73,3 +75,11 @@ def test_upper_case_and_white_space_do_not_matter() -> None:
 def test_decimal_point_does_not_end_a_sentence() -> None:
     labels = label_report("No nodule larger than 1.5 cm or effusion.")
     assert labels["Lung Lesion"] == labels["Pleural Effusion"] == "negative"
+
+
+@pytest.mark.parametrize("unit", ["effusion ", "no effusion, ", "left ", "pulmonary central ", "atelectasis"])
+def test_a_word_repeated_thousands_of_times_is_quick(unit: str) -> None:
+    """Degenerate generators write such texts; the time must grow with the length, not with its square."""
+    start = time.process_time()
+    label_report(unit * 4_000)
+    assert time.process_time() - start < 2.0
