@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-from emrrg_cli.data.report_text import clean_report
+from emrrg_cli import clean_report
 from emrrg_cli.labeling import label_reports
 
 
