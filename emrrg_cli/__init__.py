@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from emrrg_cli.evaluation.language import score
     from emrrg_cli.imaging.base import ImageError
     from emrrg_cli.imaging.read import read_image
+    from emrrg_cli.labeling.labeler import label_report
     from emrrg_cli.models.arm.pretrainer import load_pretrainer
     from emrrg_cli.models.transfer import load_encoder
 
@@ -20,6 +21,7 @@ __all__ = [
     "Generator",
     "ImageError",
     "clean_report",
+    "label_report",
     "load_encoder",
     "load_generator",
     "load_pretrainer",
@@ -31,6 +33,7 @@ _HOMES = {
     "Generator": "emrrg_cli.decoding.reports",
     "ImageError": "emrrg_cli.imaging.base",
     "clean_report": "emrrg_cli.datasets.report_text",
+    "label_report": "emrrg_cli.labeling.labeler",
     "load_encoder": "emrrg_cli.models.transfer",
     "load_generator": "emrrg_cli.decoding.reports",
     "load_pretrainer": "emrrg_cli.models.arm.pretrainer",
