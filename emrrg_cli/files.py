@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from rich.markup import escape
 
-from emrrg_cli.console import err
+from emrrg_cli.console import err, printable
 from emrrg_cli.errors import RunError, UsageError
 
 T = TypeVar("T")
@@ -170,6 +170,57 @@ def read_directory(final: Path, read: Callable[[Path], T]) -> T:
             return result
         del result
     raise RunError(f"{final} was replaced each of the {_READS} times that it was read", hint="Try again later.")
+
+
+@contextlib.contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Hold an output directory (or file) for this process: a second command that writes to the same place is refused.
+
+    The lock is a file `.NAME.lock` beside the output, or in it where only the directory itself can be written. The
+    system releases it when the process ends, however it ends, so that a lock file that was left behind blocks nobody.
+    Two names of one place, a link and its target, have one lock.
+
+    Args:
+        output: What will be written. It need not exist, and is not created; the directory above it is.
+
+    Raises:
+        RunError: Another process holds it, or the lock cannot be written.
+        UsageError: The place cannot be written to.
+    """
+    from filelock import FileLock, Timeout
+
+    real = _real(output)
+    beside = os.access(real.parent, os.W_OK | os.X_OK) or not real.is_dir()
+    place = real.with_name(f".{real.name}.lock") if beside else real / ".lock"
+    check_writable(place.parent)
+    lock = FileLock(place, timeout=0)
+    with _told(place), contextlib.suppress(NotImplementedError):  # a file system without locks
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+            place.write_text(f"process {os.getpid()} on {_host()}", encoding="utf-8")
+        except Timeout:
+            raise RunError(
+                f"another process is writing to {output}{_lock_holder(place)}",
+                hint="Wait until it ends, or choose another --output.",
+            ) from None
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            with contextlib.suppress(OSError):  # Windows does not remove an open file
+                place.unlink()  # before the release: a process that waits for the old file notices that it is gone
+            lock.release()
+
+
+def _lock_holder(place: Path) -> str:
+    """Who holds a lock, in brackets; empty where the file does not tell."""
+    try:
+        with place.open("rb") as file:
+            text = printable(file.read(200).decode("utf-8", "replace"))
+    except OSError:
+        return ""
+    return f" ({text})" if text.startswith("process ") else ""
 
 
 def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:

@@ -74,6 +74,7 @@ def _train(
             not divide among the processes.
     """
     from emrrg_cli.console import err, out
+    from emrrg_cli.files import locked
     from emrrg_cli.recipe.load import dump_recipe, load_recipe
     from emrrg_cli.training.launch import inside_launcher, is_first_process, processes_expected
     from emrrg_cli.training.run_dir import check_run_dir, default_run_dir
@@ -85,7 +86,8 @@ def _train(
         return
     run_dir = output or (Path(settings.output) if settings.output else default_run_dir(recipe, resume=resume))
     if is_first_process():
-        check_run_dir(run_dir, settings, resume=resume)
+        with locked(run_dir):  # released at once: the process that writes holds it, and this one may only start others
+            check_run_dir(run_dir, settings, resume=resume)
     if not inside_launcher() and start_processes(context, num_processes, batch_size=settings.train.batch_size):
         return
     summary = stage.load_runner()(

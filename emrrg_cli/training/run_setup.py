@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from torch.utils.data import Dataset
 
 from emrrg_cli.datasets.epochs import check_batch, epoch_length, evaluation_batches
 from emrrg_cli.datasets.loading import load_batches
-from emrrg_cli.files import atomic_write_text, read_jsonl
+from emrrg_cli.errors import UsageError
+from emrrg_cli.files import atomic_write_text, locked, read_jsonl
 from emrrg_cli.models.scan import choose_engine
 from emrrg_cli.recipe.load import RUN_RECIPE, dump_recipe
 from emrrg_cli.recipe.paths import with_absolute_paths
@@ -107,16 +108,19 @@ def open_session(
     Raises:
         UsageError: where the recipe does not fit the machine or the number of processes, or names a tracker that is
             not installed.
-        RunError: when the number of processes is not the one asked for.
+        RunError: when the number of processes is not the one asked for, or another process writes to `run_dir`.
     """
     precision = choose_precision(settings.precision)
     engine = choose_engine(scan, "cuda" if torch.cuda.is_available() else "cpu")
     trackers = make_trackers(settings.trackers, run_dir, recipe.model_dump())
     accelerator = make_accelerator(precision, expected_processes, trackers)
     check_batch(settings.batch_size, accelerator.num_processes)
-    with _no_false_start(run_dir, accelerator.is_main_process):
+    lock = locked(run_dir) if accelerator.is_main_process else nullcontext()
+    with lock, _no_false_start(run_dir, accelerator.is_main_process):
         if accelerator.is_main_process:
             if not resume:
+                if (run_dir / RUN_RECIPE).exists():  # another command was faster
+                    raise UsageError(f"{run_dir} already exists and is not empty", hint="Give another --output.")
                 atomic_write_text(run_dir / RUN_RECIPE, dump_recipe(with_absolute_paths(recipe)))
             record_environment(run_dir, accelerator, precision, engine, data_fingerprints(recipe))
         accelerator.wait_for_everyone()

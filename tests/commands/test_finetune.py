@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from emrrg_cli.app import main
+from emrrg_cli.errors import RunError
+from emrrg_cli.files import locked
 from emrrg_cli.recipe.load import load_recipe
 from emrrg_cli.training.loop import Summary
 
@@ -108,3 +111,33 @@ def test_a_run_is_not_resumed_with_another_recipe(
     assert main(arguments) == 0
     assert main(["finetune", str(tiny_run / "recipe.yaml"), "--resume"]) == 0
     assert [(call["run_dir"], call["resume"]) for call in started] == [(tiny_run, True)] * 2
+
+
+def test_a_second_command_to_one_output_is_refused(
+    tiny_overrides: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["finetune", "tiny/finetune", *tiny_overrides, "train.select=loss", "-o", str(tmp_path / "run")]
+    with locked(tmp_path / "run"):
+        assert main(arguments) == 1
+        assert f"another process is writing to {tmp_path / 'run'} (process {os.getpid()}" in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+    assert main([*arguments, "train.stop_after_steps=1"]) == 0
+    with locked(tmp_path / "run"):
+        assert main([*arguments, "--resume"]) == 1
+    assert main([*arguments, "--resume"]) == 0
+
+
+def test_a_run_holds_the_lock_from_recipe_to_curve(
+    tiny_overrides: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def draw(history: Any, path: Path) -> None:
+        with pytest.raises(RunError, match="another process is writing to"):
+            locked(tmp_path / "run").__enter__()
+        drawn.append(path)
+
+    drawn: list[Path] = []
+    monkeypatch.setattr("emrrg_cli.training.run_setup.plot_curves", draw)
+    arguments = ["finetune", "tiny/finetune", *tiny_overrides, "train.select=loss", "-o", str(tmp_path / "run")]
+    assert main([*arguments, "train.stop_after_steps=1"]) == 0
+    assert len(drawn) == 1
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
