@@ -24,10 +24,11 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Style, format and types; mypy reads the types of the installed dependencies."""
+    """Style, format, import layers and types; mypy reads the types of the installed dependencies."""
     session.install(".[dev]")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    session.run("lint-imports")
     session.run("mypy")
 
 

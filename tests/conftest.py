@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -39,6 +40,53 @@ _FINDINGS = (
 )
 
 
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One worker per core, at most 8; none where single files are named, which are faster in this process."""
+    if any(".py" in argument for argument in config.args):
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 8)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips tests marked `gpu` where torch sees no GPU."""
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU")
+
+
+MakeOnce = Callable[[str, Callable[[Path], object]], Path]
+
+
+@pytest.fixture(scope="session")
+def make_once(tmp_path_factory: pytest.TempPathFactory) -> MakeOnce:
+    """`make_once(name, build)`: the folder `name`, filled by `build(folder)` once for all workers of pytest-xdist."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def make(name: str, build: Callable[[Path], object]) -> Path:
+        folder, built = shared / name, shared / f"{name}.built"
+        with FileLock(shared / f"{name}.lock"):
+            if not built.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # what a failed attempt left
+                folder.mkdir()
+                build(folder)
+                built.touch()
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def no_java(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hides Java, so that no METEOR is computed: it takes seconds."""
+    for name in ("PATH", "JAVA_HOME"):
+        monkeypatch.setenv(name, str(tmp_path))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder of real radiographs and reports, used in development only; tests that ask for it skip without it."""
@@ -50,9 +98,12 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_r2gen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_r2gen(make_once: MakeOnce) -> Path:
     """R2Gen's layout with 24 invented studies, 16/4/4, one or two grey images (160 x 140) each. Not to be changed."""
-    root = tmp_path_factory.mktemp("tiny_r2gen")
+    return make_once("tiny_r2gen", _write_r2gen)
+
+
+def _write_r2gen(root: Path) -> None:
     rng = np.random.default_rng(0)
     annotation: dict[str, list[dict[str, object]]] = {}
     number = 0
@@ -71,19 +122,17 @@ def tiny_r2gen(tmp_path_factory: pytest.TempPathFactory) -> Path:
             annotation[split].append({"id": study_id, "report": report, "image_path": paths, "split": split})
             number += 1
     (root / "annotation.json").write_text(json.dumps(annotation))
-    return root
 
 
 @pytest.fixture(scope="session")
-def tiny_dataset(tiny_r2gen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_dataset(tiny_r2gen: Path, make_once: MakeOnce) -> Path:
     """`tiny_r2gen` as a dataset directory: 16/4/4 studies, source `r2gen`. Not to be changed."""
     from emrrg_cli.ingest.preprocess import preprocess
     from emrrg_cli.ingest.sources.r2gen import R2GenSource
     from emrrg_cli.recipe.schema import PreprocessRecipe
 
-    out = tmp_path_factory.mktemp("tiny_dataset") / "dataset"
-    preprocess(R2GenSource(tiny_r2gen), out, PreprocessRecipe(stage="preprocess", workers=1))
-    return out
+    recipe = PreprocessRecipe(stage="preprocess", workers=1)
+    return make_once("tiny", lambda folder: preprocess(R2GenSource(tiny_r2gen), folder / "dataset", recipe)) / "dataset"
 
 
 @pytest.fixture(scope="session")
@@ -95,22 +144,26 @@ def tiny_overrides(tiny_dataset: Path) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tiny_overrides: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_run(tiny_overrides: tuple[str, ...], make_once: MakeOnce) -> Path:
     """A run directory trained for four steps. Not to be changed."""
     from emrrg_cli.app import main
 
-    run = tmp_path_factory.mktemp("tiny_run") / "run"
-    assert main(["finetune", "tiny/finetune", *tiny_overrides, "--output", str(run)]) == 0
-    return run
+    def train(folder: Path) -> None:
+        assert main(["finetune", "tiny/finetune", *tiny_overrides, "--output", str(folder / "run")]) == 0
+
+    return make_once("tiny_run", train) / "run"
 
 
 @pytest.fixture(scope="session")
-def varied_run(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def varied_run(tiny_run: Path, make_once: MakeOnce) -> Path:
     """`tiny_run` with weights so large that most images get a text of their own. Not to be changed."""
+    return make_once("varied_run", lambda folder: _vary(tiny_run, folder / "run")) / "run"
+
+
+def _vary(source: Path, run: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    run = tmp_path_factory.mktemp("varied_run") / "run"
-    shutil.copytree(tiny_run, run)
+    shutil.copytree(source, run)
     for name, factor in (("encoder", 30), ("llm/model", 50), ("bridge", 50)):
         file = run / "model" / f"{name}.safetensors"
         tensors = load_file(file)
@@ -120,7 +173,6 @@ def varied_run(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
             elif key.endswith("warmup"):  # opens the gates of the hybrid layers
                 tensor.fill_(1.0)
         save_file(tensors, file, {"format": "pt"})
-    return run
 
 
 def _draw_chest(rng: np.random.Generator, finding: str | None) -> Image.Image:

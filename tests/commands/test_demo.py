@@ -55,6 +55,7 @@ def test_page(phantoms: Path, tmp_path: Path) -> None:
     assert "not for diagnosis" in text
 
 
+@pytest.mark.slow
 def test_the_whole_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """With a smaller model, to be quick; the commands are those a user sees."""
     ran: list[str] = []

@@ -210,6 +210,7 @@ def test_a_java_that_hangs_is_stopped(monkeypatch: pytest.MonkeyPatch, capfd: py
         nlg.score(["a " * 100_000 + "b"], ["a b"], tokenizer="ptb")
 
 
+@pytest.mark.slow
 @needs_java
 def test_meteor_of_identical_and_hostile_texts_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LC_ALL", "C")
@@ -219,6 +220,7 @@ def test_meteor_of_identical_and_hostile_texts_is_one(monkeypatch: pytest.Monkey
     assert got["METEOR"] == pytest.approx(1.0, abs=0.02)
 
 
+@pytest.mark.slow
 @needs_java
 def test_meteor_of_nothing_right_is_zero_in_any_locale(monkeypatch: pytest.MonkeyPatch) -> None:
     # A decimal comma would end the conversation, and ASCII would make the two accents one letter.

@@ -201,6 +201,7 @@ def test_a_file_that_vanishes_is_counted(tmp_path: Path, monkeypatch: pytest.Mon
         _run(root, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_sigterm_cleans_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from emrrg_cli.ingest import prepare as module
 
@@ -215,6 +216,7 @@ def test_sigterm_cleans_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_an_image_is_decoded_is_no_broken_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = _annotate(tmp_path / "raw", {"x": ["ok.png"], "y": ["ok.png"]})
     _noise(60, 60).save(root / "ok.png")

@@ -431,6 +431,7 @@ def test_the_same_for_every_backend(
     assert _content(tmp_path / "out") == many[1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("distributed") is None, reason="distributed is not installed")
 def test_the_same_on_a_dask_cluster(many: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
     import distributed
@@ -472,6 +473,7 @@ def test_dask_that_is_not_installed(tiny_r2gen: Path, tmp_path: Path, monkeypatc
     assert "emrrg[dask]" in str(error.value)
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on(
     many: tuple[Path, dict[str, bytes]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -492,6 +494,7 @@ def test_killed_it_goes_on(
             assert (out / name).read_bytes() == data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_stopped_it_says_that_it_goes_on(
     number: signal.Signals,

@@ -154,7 +154,7 @@ def test_cached_gradients_are_those_of_one_batch(make_model: Any, batch_of: Any,
     assert_same_gradients(gradients(model), expected, 1e-5)
 
 
-CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
+CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])

@@ -23,6 +23,7 @@ def plan_of(*overrides: str, **options: Any) -> planning.Plan:
     return planning.plan(load_recipe("tiny/finetune", [*TINY, *overrides], stage="finetune"), **options)
 
 
+@pytest.mark.slow
 def test_parameters_are_those_of_the_model() -> None:
     from emrrg_cli.models.build import assemble, build_encoder, fresh_llm
     from emrrg_cli.models.llm import train_tokenizer
@@ -55,6 +56,7 @@ def test_published_counts() -> None:
         assert parameters["LLM"] == 6_738_415_616  # Llama 2 7B
 
 
+@pytest.mark.slow
 def test_memory_grows_with_what_is_trained_and_with_the_batch() -> None:
     frozen, full = plan_of("model.adapter.targets=none"), plan_of("model.adapter.targets=full")
     assert full.memory["optimizer"] - frozen.memory["optimizer"] == 8 * full.parameters["encoder"]
@@ -76,6 +78,7 @@ def test_quantisation_counts() -> None:
     assert sizes[0] > 1.7 * sizes[1] > 2.8 * sizes[2]
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_given_a_way(monkeypatch: pytest.MonkeyPatch) -> None:
     roomy = plan_of()
     assert roomy.fits
@@ -86,6 +89,7 @@ def test_what_does_not_fit_is_given_a_way(monkeypatch: pytest.MonkeyPatch) -> No
     assert any(proposal.startswith("train.micro_batch_size=") for proposal in tight.proposals)
 
 
+@pytest.mark.slow
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "tiny/finetune", *TINY, "--studies", "80", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)

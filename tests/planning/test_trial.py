@@ -111,6 +111,7 @@ def test_checkpointing_is_timed_as_it_is_trained() -> None:
     assert step.checkpointed < step.saved
 
 
+@pytest.mark.slow
 def test_where_memory_is_short_the_trial_shrinks(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[tuple[int, int]] = []
 

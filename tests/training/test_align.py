@@ -155,6 +155,7 @@ def test_what_was_trained_is_read_back_and_serves_the_next_stage(align: Any, tin
     assert all(torch.equal(frozen[name], tensor) for name, tensor in encoder.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_tower_from_a_directory_trained_or_frozen(align: Any, tmp_path: Path) -> None:
     first = align("first", "train.max_steps=1")
     tower = tmp_path / "tower"
@@ -185,6 +186,7 @@ def test_a_tower_from_a_directory_trained_or_frozen(align: Any, tmp_path: Path) 
 ONE_STEP = ("train.max_steps=1", "train.clip_norm=null", "train.batch_size=16")
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_gradient_of_the_joined_batch(align: Any, in_two: Any) -> None:
     alone = align("alone", *ONE_STEP)
     expected = gradients(alone)
@@ -224,6 +226,7 @@ def test_several_data_sets_are_mixed_by_their_weights(tiny_dataset: Path, align:
     assert "recall@1 (R@1) is 0.1250 by chance" in told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["null", "3"])
 def test_a_run_stopped_and_resumed_is_the_uninterrupted_one(align: Any, tiny_dataset: Path, size: str) -> None:
     sets = f"data.sets=[{{root: {tiny_dataset}, weight: 0.75}}, {{root: {tiny_dataset}, weight: 0.5}}]"
@@ -240,6 +243,7 @@ def test_a_run_stopped_and_resumed_is_the_uninterrupted_one(align: Any, tiny_dat
     assert any(not torch.equal(quiet.weights[name], tensor) for name, tensor in whole.weights.items())
 
 
+@pytest.mark.slow
 def test_it_learns(align: Any) -> None:
     run = align("run", "train.epochs=24", "train.lr=5e-3", "train.validate_every_epochs=24")
     losses = run.series("train/loss")

@@ -81,7 +81,7 @@ def test_a_run_directory_explains_itself(tiny_run: Path, tiny_overrides: tuple[s
 
 
 def test_a_run_names_its_data_wherever_it_was_started_from(
-    finetune: Any, tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch
+    no_java: None, finetune: Any, tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tiny_dataset.parent)
     options = (f"data.root={tiny_dataset.name}", "train.max_steps=1")
@@ -197,6 +197,7 @@ def test_the_exported_model_is_that_of_the_best_step(finetune: Any, monkeypatch:
 # -- what a run starts from --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_lora_on_a_frozen_random_encoder_resumes_with_the_same_encoder(
     finetune: Any, difference: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,6 +215,7 @@ def test_lora_on_a_frozen_random_encoder_resumes_with_the_same_encoder(
     assert frozen[0] == frozen[1]
 
 
+@pytest.mark.slow
 def test_a_trained_encoder_resumes_without_what_it_was_started_from(
     finetune: Any, tmp_path: Path, difference: Any
 ) -> None:
@@ -252,6 +254,7 @@ def local_llm(tmp_path: Path) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_a_run_is_not_resumed_with_another_llm(finetune: Any, local_llm: Path, difference: Any) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -360,8 +363,9 @@ def test_a_batch_that_does_not_fit_is_refused_before_anything_is_loaded(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_dtype_that_a_trained_llm_would_not_have_is_refused_and_harms_no_run_that_is_there(
-    finetune: Any, tmp_path: Path
+    no_java: None, finetune: Any, tmp_path: Path
 ) -> None:
     for dtype in ("bf16", "fp16"):
         with pytest.raises(UsageError, match=rf"model\.llm\.dtype={dtype} is for a frozen LLM") as caught:
@@ -385,6 +389,7 @@ def test_a_failing_start_removes_nothing_that_it_did_not_write(finetune: Any, tm
     assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_later_keeps_what_it_has(finetune: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from emrrg_cli.models.report_generator import ReportGenerator
 
@@ -411,6 +416,7 @@ def test_a_run_that_fails_later_keeps_what_it_has(finetune: Any, monkeypatch: py
 # -- stops and kills ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_then_interrupted_then_resumed_is_the_uninterrupted_run(
     finetune: Any, tiny_overrides: tuple[str, ...], tmp_path: Path, run_of: Any
 ) -> None:
@@ -460,13 +466,14 @@ def bright_or_dark(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", ["full", "[X]"])
 def test_it_learns_to_tell_images_apart(
     finetune: Any,
     bright_or_dark: Path,
     targets: str,
+    no_java: None,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = finetune(
         "run",
@@ -482,8 +489,6 @@ def test_it_learns_to_tell_images_apart(
     assert losses[0] > 4
     # Without the image one bit is left to guess in a report of about seven tokens: a loss of some 0.1.
     assert losses[-1] < 0.03
-    for name in ("PATH", "JAVA_HOME"):  # METEOR takes its time
-        monkeypatch.setenv(name, str(run.directory))
     assert main(["evaluate", "--model", str(run.directory), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["scores"]["BLEU_4"] > 0.99

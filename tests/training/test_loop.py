@@ -98,6 +98,7 @@ def _figures(*pairs: tuple[float, float]) -> list[dict[str, float]]:
 # -- accumulation ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_four_micro_batches_of_two_are_one_batch_of_eight(finetune: Any, difference: Any) -> None:
     options = ("train.epochs=4", "train.validate_every_epochs=4")
     whole = finetune("whole", *options)
@@ -208,6 +209,7 @@ def test_noise_matters_in_these_runs(uninterrupted: Path, run_of: Any, finetune:
     assert difference(quiet.weights, run_of(uninterrupted).weights) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stops", "every"),
     [

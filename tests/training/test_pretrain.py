@@ -110,6 +110,7 @@ def test_training_learns_and_the_rate_follows_the_batch(pretrain: Any) -> None:
 # -- continuation ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stops", [(4,), (3,), (1, 1)])  # within an epoch, between epochs, twice
 def test_a_run_stopped_and_resumed_is_the_uninterrupted_one(pretrain: Any, stops: tuple[int, ...]) -> None:
     whole = pretrain("whole")
@@ -123,6 +124,7 @@ def test_a_run_stopped_and_resumed_is_the_uninterrupted_one(pretrain: Any, stops
     assert resumed.series("validation/loss") == whole.series("validation/loss")
 
 
+@pytest.mark.slow
 def test_epochs_have_crops_of_their_own(pretrain: Any) -> None:
     frozen = ("train.lr=1e-30", "train.micro_batch_size=8", "train.batch_size=24", "train.epochs=3")
     crops = pretrain("crops", *frozen).series("train/loss")
@@ -133,6 +135,7 @@ def test_epochs_have_crops_of_their_own(pretrain: Any) -> None:
     assert not set(other) & set(crops)
 
 
+@pytest.mark.slow
 def test_neither_micro_batches_nor_loading_processes_nor_checkpointing_change_a_run(
     pretrain: Any, difference: Any
 ) -> None:
@@ -147,6 +150,7 @@ def test_neither_micro_batches_nor_loading_processes_nor_checkpointing_change_a_
         assert difference(other.weights, plain.weights) < 1e-5, name
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(options: tuple[str, ...], pretrain: Any, tmp_path: Path, run_of: Any) -> None:
     one = pretrain("one", "train.epochs=1")
     arguments = ["pretrain", "phantom/pretrain", *options, "train.epochs=1", "--output", str(tmp_path / "two")]
@@ -167,6 +171,7 @@ def test_two_processes_do_what_one_does(options: tuple[str, ...], pretrain: Any,
 # -- a folder of images, and a model to go on from ---------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_folder_of_images_will_do_and_a_resumed_run_keeps_to_its_list(
     pretrain: Any, films: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -213,6 +218,7 @@ def test_without_validation_images_the_last_model_is_the_result(pretrain: Any, f
     assert (run.directory / "pictures" / "epoch-002.png").is_file()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_model_of_another(pretrain: Any, difference: Any) -> None:
     first = pretrain("first")
     still = "train.lr=1e-30"
