@@ -47,6 +47,19 @@ class ImageError(RunError):
         return type(self), (self.where, self.reason, self.detail)
 
 
+def too_many_pixels(where: str, width: int, height: int, limit: int) -> ImageError:
+    """The error for an image that is larger than is decoded."""
+    return ImageError(where, "too many pixels", f"{width:,} x {height:,} = {width * height:,}, limit {limit:,}")
+
+
+def short_message(error: Exception) -> str:
+    """The first line of an error that says something, at most 200 characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # pydicom's errors are a heading and one line for each decoder.
+    chosen = lines[1] if len(lines) > 1 and lines[0].endswith(":") else (lines or [""])[0]
+    return chosen[:200] or type(error).__name__
+
+
 @contextlib.contextmanager
 def open_stream(path: Path, where: str) -> Iterator[tuple[IO[bytes], int]]:
     """A regular file, open, and its size in bytes.

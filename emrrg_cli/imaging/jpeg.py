@@ -26,12 +26,19 @@ _ROWS_NEEDED_REFINED = 0.7
 
 
 class Frame(NamedTuple):
-    """Width, height, samples a pixel and bits a sample as the compressed data state them."""
+    """Width, height, samples a pixel and bits a sample as the compressed data state them.
+
+    Attributes:
+        kind: Marker of the frame: 0xc0 to 0xcf for JPEG, 0xf7 for JPEG-LS, 0x51 for JPEG 2000.
+        signed: Whether samples are signed, which JPEG 2000 alone can say.
+    """
 
     width: int
     height: int
     samples: int
     bits: int
+    kind: int
+    signed: bool = False
 
 
 def frame_of(data: bytes) -> Frame | None:
@@ -40,7 +47,7 @@ def frame_of(data: bytes) -> Frame | None:
         if (at := data.find(_J2K_SIZE, 0, 4096)) >= 0:
             right, bottom, left, top = struct.unpack_from(">4I", data, at + 8)
             samples, depth = struct.unpack_from(">HB", data, at + 40)
-            return Frame(right - left, bottom - top, samples, (depth & 0x7F) + 1)
+            return Frame(right - left, bottom - top, samples, (depth & 0x7F) + 1, 0x51, bool(depth & 0x80))
         return _jpeg_frame(data)
     except (struct.error, IndexError):
         return None
@@ -57,7 +64,7 @@ def _jpeg_frame(data: bytes) -> Frame | None:
             continue
         if marker in _FRAMES:
             bits, height, width, samples = struct.unpack_from(">BHHB", data, at + 4)
-            return Frame(width, height, samples, bits)
+            return Frame(width, height, samples, bits, marker)
         at += 2 + struct.unpack_from(">H", data, at + 2)[0]
     return None
 

@@ -11,8 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from emrrg_cli.imaging.base import NOT_AN_IMAGE, TRUNCATED, ImageError, caught_stderr
+from emrrg_cli.imaging.base import (
+    NOT_AN_IMAGE,
+    TRUNCATED,
+    ImageError,
+    caught_stderr,
+    short_message,
+    too_many_pixels,
+)
 from emrrg_cli.imaging.notes import add_notes
+from emrrg_cli.imaging.samples import stretch
 
 ImageFormat = Literal["jpeg", "png"]
 
@@ -56,7 +64,7 @@ def to_grey(image: Image.Image) -> Image.Image:
     if mode == "L" and "transparency" not in upright.info:
         return upright.convert("L")  # a copy
     if mode.startswith("I") or mode == "F":
-        grey = _stretch(upright)
+        grey = Image.fromarray(stretch(np.asarray(upright)))
         # Pillow goes by the tag at 8 bits alone.
         white_is_zero = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO
         return ImageOps.invert(grey) if white_is_zero else grey
@@ -138,16 +146,14 @@ def open_header(stream: IO[bytes], where: str) -> Image.Image:
         except UnidentifiedImageError:
             raise ImageError(where, NOT_AN_IMAGE) from None
         except Exception as error:  # a broken header raises whatever its plug-in met
-            raise ImageError(where, "broken image", _short(error)) from None
+            raise ImageError(where, "broken image", short_message(error)) from None
         finally:
             Image.MAX_IMAGE_PIXELS = pillow_limit
 
 
 def decode_image(image: Image.Image, where: str, max_pixels: int, enough: int | None = None) -> Image.Image:
     if (pixels := image.width * image.height) > max_pixels:
-        raise ImageError(
-            where, "too many pixels", f"{image.width:,} x {image.height:,} = {pixels:,}, limit {max_pixels:,}"
-        )
+        raise too_many_pixels(where, image.width, image.height, max_pixels)
     if pixels == 0:
         raise ImageError(where, "broken image", f"{image.width} x {image.height} pixels")
     try:
@@ -164,15 +170,10 @@ def decode_image(image: Image.Image, where: str, max_pixels: int, enough: int | 
         if reduced:
             image.format = None  # or its file could be taken for one that can be kept as it is
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error, ...
-        detail = _short(error)
+        detail = short_message(error)
         reason = TRUNCATED if "truncated" in detail.lower() else "broken image"
         raise ImageError(where, reason, detail) from None
     return image
-
-
-def _short(error: Exception) -> str:
-    text = str(error).strip().split("\n")[0]
-    return text[:200] or type(error).__name__
 
 
 def _orientation(image: Image.Image) -> int:
@@ -181,14 +182,3 @@ def _orientation(image: Image.Image) -> int:
     except Exception:  # unreadable EXIF says nothing about the pixels
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
-
-
-def _stretch(image: Image.Image) -> Image.Image:
-    """Linear from [min, max] to [0, 255], in float64, rounded to nearest."""
-    values = np.asarray(image).astype(np.float64)
-    finite = np.isfinite(values)
-    low, high = (values[finite].min(), values[finite].max()) if finite.any() else (0.0, 0.0)
-    values = np.clip(np.nan_to_num(values, nan=low, posinf=high, neginf=low), low, high)
-    span = high - low
-    scaled = (values - low) / span * 255 if span > 0 else np.zeros_like(values)
-    return Image.fromarray(np.floor(scaled + 0.5).astype(np.uint8))

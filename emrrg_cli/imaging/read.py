@@ -16,9 +16,11 @@ from emrrg_cli.imaging.base import (
     ImageError,
     is_dicom,
     open_stream,
+    too_many_pixels,
 )
 from emrrg_cli.imaging.jpeg import MAX_MENDED, mend
 from emrrg_cli.imaging.notes import add_notes
+from emrrg_cli.imaging.rare import rare_codec, read_rare, read_unidentified
 from emrrg_cli.imaging.raster import decode_image, open_header, to_grey
 
 
@@ -89,13 +91,21 @@ def _load(
         raise ImageError(where, "empty file", "0 bytes")
     if is_dicom(stream):
         return _load_dicom(stream, where, size, max_pixels)
+    head = stream.read(32)
+    stream.seek(0)
     try:
         image = open_header(stream, where)
     except ImageError as error:
-        if not named_dicom or error.reason != NOT_AN_IMAGE:
+        if named_dicom and error.reason == NOT_AN_IMAGE:
+            stream.seek(0)
+            return _load_dicom(stream, where, size, max_pixels)
+        if (rare := read_unidentified(stream, where, size, max_pixels, error)) is None:
             raise
-        stream.seek(0)
-        return _load_dicom(stream, where, size, max_pixels)
+        return rare
+    if codec := rare_codec(image, head):
+        if (pixels := image.width * image.height) > max_pixels:
+            raise too_many_pixels(where, image.width, image.height, max_pixels)
+        return read_rare(codec, stream, where, size, max_pixels, pixels)
     try:
         return decode_image(image, where, max_pixels, enough)
     except ImageError as error:

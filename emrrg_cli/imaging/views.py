@@ -1,19 +1,58 @@
-"""The names of projections."""
+"""The names of views, and the projection that each of them is: the only table of them."""
 
 from __future__ import annotations
+
+import re
+from typing import Literal
 
 from emrrg_cli.console import printable
 from emrrg_cli.vocabulary import UNKNOWN_VIEW
 
-_LATERAL = ("LL", "RL", "L", "LAT")
+Projection = Literal["frontal", "lateral", "oblique", "unknown"]
+
+LATERAL_VIEW = "LATERAL"
+
+# DICOM's terms of View Position (PS3.3 C.8.1.1), those of MIMIC-CXR, and words. The beam decides: in a decubitus film
+# on the left or right side it goes from front to back, so the picture is frontal; with the patient on the back or the
+# front it goes from side to side. `POSTERO` and `ANTERO` begin `postero-anterior` and its reverse.
+_OBLIQUE = {"OBLIQUE", "OBL", "LAO", "RAO", "LPO", "RPO", "LLO", "RLO", "SWIMMERS", "SWIMMER"}
+_DECUBITUS_ON_A_SIDE = {"LLD", "RLD"}
+_FROM_THE_SIDE = {"DORSAL", "VENTRAL", "SUPINE", "PRONE", "CROSS", "XTABLE", "CROSSTABLE", "HORIZONTAL"}
+_FRONTAL = {
+    *("PA", "AP", "FRONTAL", "POSTEROANTERIOR", "ANTEROPOSTERIOR", "POSTERO", "ANTERO", "LORDOTIC"),
+    *("POSTERIOR", "ANTERIOR"),
+}
+_LATERAL = {"LATERAL", "LAT", "LL", "RL", "L", "LLAT", "RLAT", "XTABLE", "CROSSTABLE", "LATEROMEDIAL", "MEDIOLATERAL"}
+
+
+def projection(view: str) -> Projection:
+    """The projection that the name of a view stands for, whatever the order of its words.
+
+    - Any word for oblique makes it oblique: `LAO`, `LEFT ANTERIOR OBLIQUE`, `RLO`.
+    - Decubitus (`LLD`, `LATERAL DECUBITUS`, `DECUB LEFT`) is frontal, unless it is dorsal, ventral or cross-table.
+    - Otherwise the first word that is known decides: `PA`, `AP AXIAL` frontal; `LL`, `XTABLE LATERAL` lateral.
+    - A name without such a word is `unknown`.
+    """
+    words = [word for word in re.split(r"[^A-Z]+", view.upper()) if word]
+    if any(word in _OBLIQUE for word in words):
+        return "oblique"
+    if any(word in _DECUBITUS_ON_A_SIDE for word in words):
+        return "frontal"
+    if any(word.startswith("DECUB") for word in words):
+        return "lateral" if any(word in _FROM_THE_SIDE for word in words) else "frontal"
+    for word in words:
+        if word in _FRONTAL:
+            return "frontal"
+        if word in _LATERAL:
+            return "lateral"
+    return "unknown"
 
 
 def view_name(text: str) -> str:
-    """A projection as datasets write it: upper case; `LATERAL` for either side; `unknown` for an empty text.
+    """A view as datasets write it: upper case; `LATERAL` for all lateral views; `unknown` for an empty text.
 
     Args:
         text: As a source or DICOM's View Position writes it: `PA`, `AP`, `LL`, `Lateral`, `Frontal`.
     """
-    view = printable(text.strip()).upper()
-    lateral = view in _LATERAL or view.startswith("LATERAL") or view.endswith(" LATERAL")
-    return "LATERAL" if lateral else view or UNKNOWN_VIEW
+    view = " ".join(printable(text.strip()).upper().split())
+    return LATERAL_VIEW if projection(view) == "lateral" else view or UNKNOWN_VIEW

@@ -16,8 +16,8 @@ from emrrg_cli.imaging.jpeg import without_metadata
 from emrrg_cli.imaging.notes import INVERTED, image_notes
 from emrrg_cli.imaging.raster import encode, fit_shorter_side, is_plain_jpeg, to_grey
 from emrrg_cli.imaging.read import load_image
+from emrrg_cli.imaging.views import projection
 from emrrg_cli.ingest.duplicates import ImageHash, hash_image
-from emrrg_cli.ingest.selection import projection
 from emrrg_cli.ingest.study import ImageProblem, RenderedImage, Study, image_name
 from emrrg_cli.recipe.schema import PreprocessRecipe
 

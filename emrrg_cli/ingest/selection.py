@@ -2,38 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from emrrg_cli.datasets.report_text import select_section
+from emrrg_cli.imaging.views import projection
 from emrrg_cli.ingest.study import Account, RenderedImage, Study, image_name
 from emrrg_cli.recipe.schema import PreprocessRecipe
-
-Projection = Literal["frontal", "lateral", "oblique", "unknown"]
-
-# A lying or lordotic film is a frontal one too; `POSTERO` and `ANTERO` begin `postero-anterior` and its reverse.
-_FRONTAL = {"PA", "AP", "FRONTAL", "POSTEROANTERIOR", "ANTEROPOSTERIOR", "POSTERO", "ANTERO", "LORDOTIC", "LLD", "RLD"}
-_LATERAL = {"LATERAL", "LAT", "LL", "RL", "L"}
-_OBLIQUE = {"OBLIQUE", "LAO", "RAO", "LPO", "RPO", "SWIMMERS"}
-
-
-def projection(view: str) -> Projection:
-    """What kind of projection the name of a view is.
-
-    The first word that is known decides, so `AP LLD` and `PA` are frontal, `XTABLE LATERAL` and `LL` lateral, `LAO` and
-    `SWIMMERS` oblique; a name without such a word is `unknown`.
-    """
-    for word in re.split(r"[^A-Z]+", view.upper()):
-        if word in _FRONTAL:
-            return "frontal"
-        if word in _LATERAL:
-            return "lateral"
-        if word in _OBLIQUE:
-            return "oblique"
-    return "unknown"
 
 
 def select(studies: Iterable[Study], recipe: PreprocessRecipe, root: Path | None, account: Account) -> Iterator[Study]:

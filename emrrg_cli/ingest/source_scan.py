@@ -11,7 +11,8 @@ from typing import Any
 
 from emrrg_cli.console import printable
 from emrrg_cli.errors import RunError
-from emrrg_cli.ingest.selection import projection, select
+from emrrg_cli.imaging.views import projection
+from emrrg_cli.ingest.selection import select
 from emrrg_cli.ingest.sources.temporary_index import scratch_database, scratch_errors
 from emrrg_cli.ingest.study import Account, ImageProblem, Study, StudySource
 from emrrg_cli.recipe.schema import PreprocessRecipe

@@ -20,7 +20,7 @@ from pydicom.filereader import dcmread
 from pydicom.uid import JPEG2000Lossless, RLELossless
 
 from emrrg_cli.imaging.base import ImageError
-from emrrg_cli.imaging.dicom.read import read_dicom_facts
+from emrrg_cli.imaging.dicom.facts import read_dicom_facts
 from emrrg_cli.imaging.notes import INVERTED, image_notes, looks_inverted
 from emrrg_cli.imaging.read import read_image
 

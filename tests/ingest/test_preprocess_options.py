@@ -25,9 +25,9 @@ from emrrg_cli.app import main
 from emrrg_cli.datasets.directory import open_dataset
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.imaging.raster import encode
+from emrrg_cli.imaging.views import projection
 from emrrg_cli.ingest.duplicates import NEAR, find_duplicates, hash_image
 from emrrg_cli.ingest.preprocess import dry_run, preprocess
-from emrrg_cli.ingest.selection import projection
 from emrrg_cli.ingest.sources.r2gen import R2GenSource
 from emrrg_cli.ingest.study import Account, Study
 from emrrg_cli.recipe.schema import PreprocessRecipe

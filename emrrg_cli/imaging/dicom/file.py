@@ -5,15 +5,19 @@ Everything here is bounded by the size of the file, whatever lengths it claims.
 
 from __future__ import annotations
 
+import io
 import struct
+import zlib
 from dataclasses import dataclass
 from typing import IO, Any
 
 import pydicom
 from pydicom.dataset import Dataset
-from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian
+from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ExplicitVRLittleEndian
 
-from emrrg_cli.imaging.base import NOT_AN_IMAGE, ImageError, is_dicom
+from emrrg_cli.imaging.base import NOT_AN_IMAGE, TRUNCATED, ImageError, is_dicom, short_message
+
+MAX_HEADER = 64 * 2**20  # bytes
 
 UNSUPPORTED = "DICOM compression not supported"
 NO_PIXELS = "no pixel data"
@@ -77,17 +81,78 @@ class BoundedReader:
         """The stream belongs to the caller."""
 
 
+def inflated(
+    stream: IO[bytes], where: str, size: int, limit: int, *, cut: bool = False
+) -> tuple[IO[bytes], int]:
+    """The stream and its size; of a deflated DICOM file, one of the same content that is not deflated.
+
+    Args:
+        stream: At its start, where it is left.
+        where: For messages.
+        size: Of the stream.
+        limit: Bytes that a data set may inflate to.
+        cut: Return the first `limit` bytes of a larger data set instead of refusing it.
+
+    Raises:
+        ImageError: file too large, truncated image, broken image.
+
+    Source: PS3.5 A.5; there should be no zlib header, and some writers have one.
+    """
+    # The transfer syntax stands in the first group, within a few hundred bytes.
+    head = stream.read(65_536)
+    stream.seek(0)
+    if DeflatedExplicitVRLittleEndian.encode() not in head or head[128:132] != b"DICM":
+        return stream, size
+    start = _end_of_file_meta(head)
+    if DeflatedExplicitVRLittleEndian.encode() not in head[:start]:
+        return stream, size
+    stream.seek(start)
+    deflated = stream.read(size - start)
+    stream.seek(0)
+    has_zlib_header = deflated[:1] == b"\x78" and len(deflated) > 1 and int.from_bytes(deflated[:2], "big") % 31 == 0
+    try:
+        try:
+            data, ended = _inflate(deflated, zlib.MAX_WBITS if has_zlib_header else -zlib.MAX_WBITS, limit)
+        except zlib.error:
+            if not has_zlib_header:
+                raise
+            data, ended = _inflate(deflated, -zlib.MAX_WBITS, limit)  # data that only look like a header
+    except zlib.error as error:
+        raise ImageError(where, "broken image", f"deflated data: {error}") from None
+    if len(data) > limit and not cut:
+        raise ImageError(where, "file too large", f"deflated data of more than {limit:,} bytes")
+    if len(data) <= limit and not ended:
+        raise ImageError(where, TRUNCATED, "deflated data end too early")
+    # The same preamble, and a file meta group that says no more than that this is not deflated any longer.
+    meta = b"\x02\0\x10\0UI\x14\0" + ExplicitVRLittleEndian.encode().ljust(20, b"\0")
+    group = b"\x02\0\0\0UL\x04\0" + len(meta).to_bytes(4, "little")
+    content = head[:132] + group + meta + data
+    return io.BytesIO(content), len(content)
+
+
+def _end_of_file_meta(head: bytes) -> int:
+    """Where the data set begins: after the elements of group 2, which are explicit and little-endian."""
+    at = 132
+    while head[at : at + 2] == b"\x02\0":
+        long_form = head[at + 4 : at + 6] in _LONG_FORM
+        length = int.from_bytes(head[at + 8 : at + 12] if long_form else head[at + 6 : at + 8], "little")
+        at += (12 if long_form else 8) + length
+    return at
+
+
+def _inflate(data: bytes, window: int, limit: int) -> tuple[bytes, bool]:
+    """At most a little more than `limit` bytes, and whether the data came to their end."""
+    inflater = zlib.decompressobj(window)
+    content = inflater.decompress(data, limit + 1)
+    return content, inflater.eof
+
+
 def read_header(stream: IO[bytes], where: str, size: int) -> DicomFile:
     """Reads the header, up to the pixels. A file without preamble is given the benefit of the doubt.
 
     Raises:
-        ImageError: not an image, broken image, DICOM compression not supported.
+        ImageError: not an image, broken image, truncated image.
     """
-    # The whole data set would be inflated at once, to any size; radiographs are not stored so. The transfer syntax
-    # stands in the first group, within a few hundred bytes.
-    if DeflatedExplicitVRLittleEndian.encode() in stream.read(65_536):
-        raise ImageError(where, UNSUPPORTED, "Deflated Explicit VR Little Endian")
-    stream.seek(0)
     has_preamble = is_dicom(stream)
     reader = BoundedReader(stream, size)
     try:
@@ -95,7 +160,7 @@ def read_header(stream: IO[bytes], where: str, size: int) -> DicomFile:
     except Exception as error:  # a broken file raises whatever its parser met, RecursionError included
         if not has_preamble:
             raise ImageError(where, NOT_AN_IMAGE, "no DICOM in spite of its name") from None
-        raise ImageError(where, "broken image", first_line(error)) from None
+        raise ImageError(where, "broken image", short_message(error)) from None
     if not has_preamble and not any(keyword in header for keyword in _WANTED):
         raise ImageError(where, NOT_AN_IMAGE, "no DICOM in spite of its name")
     syntax = text(getattr(header, "file_meta", Dataset()), "TransferSyntaxUID")
@@ -124,14 +189,17 @@ def _find_pixels(reader: BoundedReader, file: DicomFile) -> DicomFile:
 
 
 def read_native(stream: IO[bytes], size: int, file: DicomFile, expected: int) -> bytes:
-    """The first `expected` bytes of uncompressed pixels, or as many as there are."""
+    """The first `expected` bytes of uncompressed pixels, rounded up to whole words, or as many as there are."""
     stream.seek(file.pixels_at or 0)
     claimed = expected if file.length is None else file.length
-    return BoundedReader(stream, size).read(min(expected, claimed))
+    return BoundedReader(stream, size).read(min(expected + expected % 2, claimed))
 
 
 def read_fragments(stream: IO[bytes], where: str, size: int, file: DicomFile) -> list[bytes]:
     """The fragments of compressed pixels, without the offset table; the last one may be cut short by the file's end.
+
+    There is to be an offset table, of four bytes or none for one frame; a first item that is longer and begins as
+    compressed data do is no table.
 
     Raises:
         ImageError: broken image.
@@ -147,7 +215,14 @@ def read_fragments(stream: IO[bytes], where: str, size: int, file: DicomFile) ->
         if tag != _ITEM or length == _UNDEFINED:
             raise ImageError(where, "broken image", "compressed pixels are not in fragments")
         items.append(reader.read(length))
-    return items[1:]
+    return items if items and len(items[0]) > 4 and _begins_as_data(items[0]) else items[1:]
+
+
+def _begins_as_data(item: bytes) -> bool:
+    if item.startswith((b"\xff\xd8\xff", b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  ")):
+        return True
+    # RLE: the number of segments, then where they begin, the first right after this header of 64 bytes.
+    return len(item) >= 64 and 1 <= int.from_bytes(item[:4], "little") <= 15 and item[4:8] == b"\x40\0\0\0"
 
 
 def text(header: Dataset, keyword: str) -> str:
@@ -174,8 +249,3 @@ def first_value(header: Dataset, keyword: str) -> Any:
     if isinstance(value, str | bytes) or not hasattr(value, "__getitem__"):
         return value
     return value[0] if len(value) else None
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error, for a reason."""
-    return (str(error).strip().split("\n")[0] or type(error).__name__)[:200]

@@ -5,7 +5,7 @@ In this order, for images of one sample a pixel:
 1. Padding: pixels of Pixel Padding Value (to Pixel Padding Range Limit) take no part in anything and end as black.
 2. Modality: the Modality LUT, else rescale slope and intercept, else nothing.
 3. Values of interest: the first VOI LUT, else the first window (LINEAR, LINEAR_EXACT or SIGMOID). One that leaves
-   nothing to see (99 percent of the pixels at one end) is ignored, which is said.
+   nothing to see (99 percent of the pixels at one end) is ignored, with a note.
 4. Without them: up to 8 bits stored, the whole range of the type; more bits, linear between the 0.1 and the 99.9
    percentile of the pixels, since markers and dead detector elements stand at the ends.
 5. MONOCHROME1 is inverted, so that air is dark.
@@ -22,15 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
-from emrrg_cli.imaging.dicom.file import first_value, number, text
+from emrrg_cli.imaging.dicom.file import number, text
+from emrrg_cli.imaging.dicom.luts import Levels, first_lut
 
 _LEVELS = 65_536
 _BLOCK = 4_000_000  # pixels looked up at a time, so that a large film needs little more memory than its result
 _USELESS = 0.99
 _PERCENTILES = (0.1, 99.9)
-
-Levels = NDArray[np.float64]
-
 
 @dataclass(frozen=True)
 class _Histogram:
@@ -42,26 +40,52 @@ class _Histogram:
     counts: NDArray[np.int64]
 
 
-def grey(values: NDArray[Any], header: Dataset, bits: int, signed: bool) -> tuple[NDArray[np.uint8], list[str]]:
+@dataclass(frozen=True)
+class Samples:
+    """The values of an image.
+
+    Attributes:
+        values: Integers, `[h, w]` or `[h, w, 3]`.
+        words: The same before what stands beside the stored bits was taken out.
+        bits: Stored bits of a value.
+        signed: Whether values are signed.
+    """
+
+    values: NDArray[Any]
+    words: NDArray[Any]
+    bits: int
+    signed: bool
+
+    @property
+    def low(self) -> int:
+        """The lowest value that can be stored."""
+        return -(1 << self.bits - 1) if self.signed else 0
+
+    @property
+    def high(self) -> int:
+        """The highest value that can be stored."""
+        return self.low + (1 << self.bits) - 1
+
+
+def grey(samples: Samples, header: Dataset) -> tuple[NDArray[np.uint8], list[str]]:
     """Applies the rules above.
 
     Args:
-        values: Stored values, `[h, w]`, integers.
+        samples: Of one sample a pixel.
         header: Of the file.
-        bits: Stored bits of a value.
-        signed: Whether values are signed.
 
     Returns:
         uint8 `[h, w]`, 0 black to 255 white, and notes for people.
     """
-    padding = _padding(values, header)
+    values, signed = samples.values, samples.signed
+    padding = _padding(samples, header)
     if padding is not None and padding.all():
         return np.zeros(values.shape, np.uint8), ["black: all pixels are padding"]
     histogram = _histogram(values, padding)
-    modality = _modality(histogram.values, header)
-    shown, notes = _values_of_interest(modality, histogram.counts, header)
+    modality = _modality(histogram.values, header, signed)
+    shown, notes = _values_of_interest(modality, histogram.counts, header, _negative(samples, header))
     if shown is None:
-        ends = _type_range(header, bits, signed) if bits <= 8 else _percentiles(modality, histogram.counts)
+        ends = _type_range(samples, header) if samples.bits <= 8 else _percentiles(modality, histogram.counts)
         shown = _linear(modality, *ends)
     if text(header, "PhotometricInterpretation").upper() == "MONOCHROME1":
         shown = 1 - shown
@@ -72,16 +96,30 @@ def grey(values: NDArray[Any], header: Dataset, bits: int, signed: bool) -> tupl
     return result, notes
 
 
-def _padding(values: NDArray[Any], header: Dataset) -> NDArray[np.bool_] | None:
+def _padding(samples: Samples, header: Dataset) -> NDArray[np.bool_] | None:
+    """The pixels that are padding; None where there are none.
+
+    The value is to have the sign of the pixels (PS3.3 C.7.5.1.1.2). One that no pixel can have was written with the
+    other sign, or is that of whole words, and its bits are what counts.
+    """
     first = number(header, "PixelPaddingValue")
     if first is None:
         return None
     limit = number(header, "PixelPaddingRangeLimit")
-    low, high = sorted((first, first if limit is None else limit))
-    if low < 0 <= np.iinfo(values.dtype).min:  # written as signed beside unsigned values
-        low, high = (end % 2 ** (8 * values.itemsize) for end in (low, high))
-    mask = (values >= low) & (values <= high)
+    ends = [int(end) for end in (first, first if limit is None else limit)]
+    if all(samples.low <= end <= samples.high for end in ends):
+        mask = _between(samples.values, ends)
+    else:
+        word = 8 * samples.words.itemsize
+        mask = _between(samples.words, [end % 2**word for end in ends])
+        if not mask.any():
+            stored = [end % 2**samples.bits for end in ends]
+            mask = _between(samples.values, [end - 2**samples.bits if end > samples.high else end for end in stored])
     return mask if mask.any() else None
+
+
+def _between(values: NDArray[Any], ends: list[int]) -> NDArray[np.bool_]:
+    return np.asarray((values >= min(ends)) & (values <= max(ends)))
 
 
 def _histogram(values: NDArray[Any], padding: NDArray[np.bool_] | None) -> _Histogram:
@@ -109,23 +147,29 @@ def _look_up(values: NDArray[Any], histogram: _Histogram, table: NDArray[np.uint
     return result.reshape(values.shape)
 
 
-def _modality(values: Levels, header: Dataset) -> Levels:
-    if (lut := _first_lut(header, "ModalityLUTSequence")) is not None:
+def _modality(values: Levels, header: Dataset, signed: bool) -> Levels:
+    if (lut := first_lut(header, "ModalityLUTSequence", signed=signed)) is not None:
         return lut.apply(values)
     slope, intercept = number(header, "RescaleSlope"), number(header, "RescaleIntercept")
     return values * (slope or 1.0) + (intercept or 0.0)  # a slope of 0 would leave nothing
 
 
-def _type_range(header: Dataset, bits: int, signed: bool) -> tuple[float, float]:
+def _type_range(samples: Samples, header: Dataset) -> tuple[float, float]:
     """The whole range of the stored type, after the modality's transform."""
-    low = -(2 ** (bits - 1)) if signed else 0
-    ends = _modality(np.array([low, low + 2**bits - 1], np.float64), header)
+    ends = _modality(np.array([samples.low, samples.high], np.float64), header, samples.signed)
     return float(ends.min()), float(ends.max())
 
 
-def _values_of_interest(values: Levels, counts: NDArray[np.int64], header: Dataset) -> tuple[Levels | None, list[str]]:
+def _negative(samples: Samples, header: Dataset) -> bool:
+    """Whether values may be negative where a VOI LUT is applied; those of a modality LUT never are (C.11.1.1)."""
+    return _type_range(samples, header)[0] < 0
+
+
+def _values_of_interest(
+    values: Levels, counts: NDArray[np.int64], header: Dataset, negative: bool
+) -> tuple[Levels | None, list[str]]:
     """Values as the file wants them shown, 0 to 1; None where it does not say, or says what cannot be used."""
-    lut = _first_lut(header, "VOILUTSequence")
+    lut = first_lut(header, "VOILUTSequence", signed=negative)
     what = "window" if lut is None else "VOI LUT"
     shown = _window(values, header) if lut is None else lut.apply(values) / lut.white
     if shown is None:
@@ -161,41 +205,3 @@ def _percentiles(values: Levels, counts: NDArray[np.int64]) -> tuple[float, floa
     ranks = [percent / 100 * (cumulative[-1] - 1) for percent in _PERCENTILES]
     low, high = (float(values[order[np.searchsorted(cumulative, rank, side="right")]]) for rank in ranks)
     return (low, high) if high > low else (float(values.min()), float(values.max()))
-
-
-@dataclass(frozen=True)
-class _Lut:
-    """A look-up table: values below and above it take its first and last entry."""
-
-    first: float
-    entries: Levels
-    white: float
-
-    def apply(self, values: Levels) -> Levels:
-        index = np.clip(np.floor(values - self.first), 0, len(self.entries) - 1).astype(np.int64)
-        return self.entries[index]
-
-
-def _first_lut(header: Dataset, keyword: str) -> _Lut | None:
-    """The first item of a LUT sequence; None where there is none, or none that can be read."""
-    item = first_value(header, keyword)
-    if not isinstance(item, Dataset):
-        return None
-    try:
-        length, first, bits = (int(value) for value in item["LUTDescriptor"].value)
-        data = item["LUTData"].value
-    except Exception:  # absent, of another length, not numbers
-        return None
-    length = length or _LEVELS
-    if isinstance(data, bytes):  # written as words (OW), or as bytes where 8 bits are enough
-        wide = len(data) >= 2 * length
-        order = ">" if header.original_encoding[1] is False else "<"
-        data = np.frombuffer(data[: 2 * length if wide else length], np.dtype(f"{order}u2") if wide else np.uint8)
-    entries = np.atleast_1d(np.asarray(data, np.float64))[:length]
-    if not len(entries) or not np.isfinite(entries).all():
-        return None
-    # The descriptor's bits are often those of the type, with a table that never gets there.
-    white = float(2**bits - 1) if 1 <= bits <= 16 else 65_535.0
-    if entries.max() > white or entries.max() < white / 2:
-        white = float(max(entries.max(), 1.0))
-    return _Lut(float(first), entries, white)

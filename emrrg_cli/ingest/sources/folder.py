@@ -14,7 +14,7 @@ from emrrg_cli.datasets.directory import Column
 from emrrg_cli.datasets.splits import drawn_key, drawn_remark, shares
 from emrrg_cli.errors import UsageError
 from emrrg_cli.imaging.base import DICOM_SUFFIXES, ImageError, is_dicom, open_stream
-from emrrg_cli.imaging.dicom.read import DicomFacts, read_dicom_facts
+from emrrg_cli.imaging.dicom.facts import DicomFacts, read_dicom_facts
 from emrrg_cli.imaging.image_paths import files_below
 from emrrg_cli.imaging.views import view_name
 from emrrg_cli.ingest.sources.image_paths import locate, require_folder

@@ -1,0 +1,114 @@
+"""What a DICOM header says about its image, for people and for grouping files."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydicom.dataset import Dataset
+
+from emrrg_cli.console import printable
+from emrrg_cli.imaging.base import ImageError, open_stream
+from emrrg_cli.imaging.dicom.file import MAX_HEADER, inflated, read_header, text
+from emrrg_cli.imaging.views import LATERAL_VIEW, view_name
+
+_CHEST = ("CHEST", "THOR", "TORAX", "LUNG", "HEART", "RIB", "STERN", "CLAVIC")
+_RADIOGRAPHS = ("", "CR", "DX", "DR", "RG", "RF", "XA", "OT", "SC", "HC")
+
+
+@dataclass(frozen=True)
+class DicomFacts:
+    """What a header says about its image; empty where it does not.
+
+    Attributes:
+        study_uid: Study Instance UID, by which files are grouped.
+        patient_id: Patient ID.
+        view: `PA`, `AP`, `LATERAL`, or what View Position says (`view_name`).
+        body_part: Body Part Examined, upper case.
+        modality: `CR`, `DX`, ...
+        photometric: Photometric Interpretation.
+        burned_in: Whether the header says that text is part of the pixels.
+        orientation: Patient Orientation of rows and columns, such as `L\\F`.
+    """
+
+    study_uid: str
+    patient_id: str
+    view: str
+    body_part: str
+    modality: str
+    photometric: str
+    burned_in: bool
+    orientation: str
+
+    @property
+    def is_chest(self) -> bool:
+        """False where the header names another part of the body."""
+        return not self.body_part or any(word in self.body_part for word in _CHEST)
+
+    @property
+    def is_lateral(self) -> bool:
+        """Whether the view is a lateral one."""
+        return self.view == LATERAL_VIEW
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What people should know before they trust a report for this image."""
+        notes = []
+        if not self.is_chest:
+            notes.append(f"not chest: body part {self.body_part}")
+        if self.modality not in _RADIOGRAPHS:
+            notes.append(f"not a radiograph: modality {self.modality}")
+        if self.burned_in:
+            notes.append("annotation burned into the pixels")
+        row, _, column = self.orientation.partition("\\")
+        # A chest film hangs with the patient's left to the right of the reader, feet down.
+        if self.is_chest and column and (not column.startswith("F") or (row.startswith("R") and not self.is_lateral)):
+            notes.append(f"may be turned or mirrored: patient orientation {self.orientation}")
+        return tuple(printable(note) for note in notes)
+
+
+def read_dicom_facts(path: Path) -> DicomFacts:
+    """Reads the header alone.
+
+    Raises:
+        ImageError: The file cannot be opened, is no DICOM, or its header is broken.
+    """
+    where = str(path)
+    with open_stream(path, where) as (stream, size), no_warnings():
+        try:
+            stream, size = inflated(stream, where, size, MAX_HEADER)
+        except ImageError as error:
+            if error.reason != "file too large":
+                raise
+            stream, size = inflated(stream, where, size, MAX_HEADER, cut=True)
+        return facts_of(read_header(stream, where, size).header)
+
+
+@contextlib.contextmanager
+def no_warnings() -> Iterator[None]:
+    """pydicom warns of every value against the standard; a file is read, or refused with a reason."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def facts_of(header: Dataset) -> DicomFacts:
+    """The facts of a header that has been read."""
+    view = text(header, "ViewPosition")
+    try:
+        orientation = "\\".join(str(value).upper() for value in header.get("PatientOrientation") or ())
+    except Exception:  # not readable: as if it were not there
+        orientation = ""
+    return DicomFacts(
+        study_uid=text(header, "StudyInstanceUID"),
+        patient_id=text(header, "PatientID"),
+        view=view_name(view) if view else "",
+        body_part=text(header, "BodyPartExamined").upper(),
+        modality=text(header, "Modality").upper(),
+        photometric=text(header, "PhotometricInterpretation").upper(),
+        burned_in=text(header, "BurnedInAnnotation").upper() == "YES",
+        orientation=orientation,
+    )
