@@ -42,7 +42,7 @@ def rare_codec(image: Image.Image, head: bytes) -> str | None:
 
 
 def _pillow_reads(image: Image.Image) -> bool:
-    """Whether Pillow gives the right values: of TIFF, most of 8 bits, and grey of 12 and 16 bits and 32-bit floats."""
+    """Whether Pillow gives the right values: of TIFF, unsigned samples of up to 8 bits, and most of 12 and 16."""
     tags = getattr(image, "tag_v2", {})
     bits, formats = tags.get(258, (1,)), tags.get(339, (1,))
     samples, planar, photometric = tags.get(277, 1), tags.get(284, 1), tags.get(262, 1)
@@ -52,7 +52,7 @@ def _pillow_reads(image: Image.Image) -> bool:
         return True
     if samples > 1:
         return bool(set(formats) == {1} and set(bits) == {16} and planar == 1 and photometric == 2 and samples == 3)
-    return (bits[0], formats[0]) in {(12, 1), (16, 1), (16, 2), (32, 2), (32, 3)}
+    return (bits[0], formats[0]) in {(12, 1), (16, 1)}
 
 
 def read_unidentified(
@@ -76,11 +76,22 @@ def read_unidentified(
     return None if frame is None else _read_jpeg(frame, stream, where, size, max_pixels)
 
 
+def unread_jpeg(stream: IO[bytes]) -> str | None:
+    """What kind of JPEG nobody reads this is; None: one that is read, or is damaged."""
+    stream.seek(0)
+    frame = frame_of(stream.read(2**20))
+    return _unread(frame) if frame else None
+
+
+def _unread(frame: Frame) -> str | None:
+    if frame.kind in _JPEG_KINDS:
+        return _JPEG_KINDS[frame.kind]
+    return None if frame.samples in (1, 3, 4) else f"JPEG of {frame.samples} components is not read"
+
+
 def _read_jpeg(frame: Frame, stream: IO[bytes], where: str, size: int, max_pixels: int) -> Image.Image:
-    if reason := _JPEG_KINDS.get(frame.kind):
-        raise ImageError(where, "broken image", reason)
-    if frame.samples not in (1, 3):
-        raise ImageError(where, "broken image", f"JPEG of {frame.samples} components is not read")
+    if detail := _unread(frame):
+        raise ImageError(where, "broken image", detail)
     if frame.width * frame.height > max_pixels:
         raise too_many_pixels(where, frame.width, frame.height, max_pixels)
     return read_rare("grey-jpeg", stream, where, size, max_pixels)

@@ -20,7 +20,7 @@ from emrrg_cli.imaging.base import (
 )
 from emrrg_cli.imaging.jpeg import MAX_MENDED, mend
 from emrrg_cli.imaging.notes import add_notes
-from emrrg_cli.imaging.rare import rare_codec, read_rare, read_unidentified
+from emrrg_cli.imaging.rare import rare_codec, read_rare, read_unidentified, unread_jpeg
 from emrrg_cli.imaging.raster import decode_image, open_header, to_grey
 
 
@@ -109,6 +109,8 @@ def _load(
     try:
         return decode_image(image, where, max_pixels, enough)
     except ImageError as error:
+        if image.format == "JPEG" and (detail := unread_jpeg(stream)):
+            raise ImageError(where, error.reason, detail) from None
         if image.format != "JPEG" or error.reason != TRUNCATED:
             raise
         stream.seek(0)

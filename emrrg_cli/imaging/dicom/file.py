@@ -81,9 +81,7 @@ class BoundedReader:
         """The stream belongs to the caller."""
 
 
-def inflated(
-    stream: IO[bytes], where: str, size: int, limit: int, *, cut: bool = False
-) -> tuple[IO[bytes], int]:
+def inflated(stream: IO[bytes], where: str, size: int, limit: int, *, cut: bool = False) -> tuple[IO[bytes], int]:
     """The stream and its size; of a deflated DICOM file, one of the same content that is not deflated.
 
     Args:

@@ -30,6 +30,7 @@ _BLOCK = 4_000_000  # pixels looked up at a time, so that a large film needs lit
 _USELESS = 0.99
 _PERCENTILES = (0.1, 99.9)
 
+
 @dataclass(frozen=True)
 class _Histogram:
     """Every stored value in use, lowest first (values of more than 16 bits in steps), and how many pixels have it."""
