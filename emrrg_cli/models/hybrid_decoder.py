@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from emrrg_cli.errors import UsageError
+from emrrg_cli.models.hybrid_probe import check_hybrid_layers
 
 VISUAL_ARGUMENTS = ("visual_tokens", "visual_mask")
 
@@ -135,10 +136,15 @@ def add_hybrid_layers(llm: Any, every: int) -> list[int]:
         The indices of the hybrid layers.
 
     Raises:
-        UsageError: when the architecture lacks what a hybrid layer stands on (separate `q_proj` and `o_proj` under
-            `self_attn`, `input_layernorm` before it).
+        UsageError: when the architecture lacks what a hybrid layer needs (separate `q_proj` and `o_proj` under
+            `self_attn`, `input_layernorm` before it), or does not pass the visual tokens on to its layers.
     """
     layers = decoder_layers(llm)
+    if not hasattr(llm.config, "hidden_size"):
+        raise UsageError(
+            f"hybrid layers do not fit {type(llm).__name__}: it is a model for images and text, not a plain LLM",
+            hint="Name an LLM for text alone, or set model.hybrid.every=null.",
+        )
     chosen = list(range(0, len(layers), every))
     for index in chosen:
         layer: Any = layers[index]
@@ -148,7 +154,7 @@ def add_hybrid_layers(llm: Any, every: int) -> list[int]:
         if norm is None:
             missing.append("input_layernorm")
         heads, kv_heads, head_dim = _head_shape(llm.config, attention)
-        if not missing and attention.q_proj.out_features != heads * head_dim:
+        if not missing and getattr(attention.q_proj, "out_features", None) != heads * head_dim:
             missing.append("q_proj of heads * head_dim rows")
         if missing:
             raise UsageError(
@@ -159,6 +165,7 @@ def add_hybrid_layers(llm: Any, every: int) -> list[int]:
         attention.__dict__["visual_norm"] = norm  # shared with the layer, so not a second entry in the state dict
         _mix_in(attention, _HybridAttention)
     _mix_in(llm, _HybridLLM)
+    check_hybrid_layers(llm, layers, chosen)
     return chosen
 
 
@@ -182,9 +189,10 @@ def decoder_layers(llm: Any) -> nn.ModuleList:
 
 
 def _head_shape(config: Any, attention: Any) -> tuple[int, int, int]:
-    heads = config.num_attention_heads
-    head_dim = getattr(attention, "head_dim", config.hidden_size // heads)
-    return heads, getattr(config, "num_key_value_heads", None) or heads, head_dim
+    text = config.get_text_config(decoder=True)
+    heads = getattr(text, "num_attention_heads", 0) or 1
+    head_dim = getattr(attention, "head_dim", None) or text.hidden_size // heads
+    return heads, getattr(text, "num_key_value_heads", None) or heads, head_dim
 
 
 def _mix_in(module: Any, mixin: type) -> None:

@@ -32,7 +32,7 @@ def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokeni
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main")
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
     except Exception as error:  # a broken file raises whatever its reader met
         raise unavailable(source, "tokenizer", error) from error
     if tokenizer.eos_token_id is None:
@@ -63,6 +63,7 @@ def load_llm(source: str, revision: str | None, dtype: torch.dtype, quantization
             dtype=dtype,
             attn_implementation="sdpa",
             output_loading_info=True,
+            trust_remote_code=False,
             **options,
         )
     except Exception as error:  # a broken file raises whatever its reader met
@@ -183,6 +184,9 @@ def _identity(config: dict[str, Any]) -> dict[str, Any]:
 def _weights_fingerprint(source: str) -> str | None:
     """A hash over the size and 64 samples of each weight file of a directory; None for a hub name.
 
+    Files of `torch.save` are hashed where there are no safetensors files, as transformers reads them only then.
+
+
     A hub model is pinned by its commit. Of local files the whole would take half a minute for a 7B model, at every
     start; samples all over a file tell apart models that share embeddings or norms, and find a cut file.
     """
@@ -192,7 +196,8 @@ def _weights_fingerprint(source: str) -> str | None:
     if not directory.is_dir():
         return None
     digest = hashlib.sha256()
-    for file in sorted(directory.glob("*.safetensors")):
+    files = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("pytorch_model*.bin"))
+    for file in files:
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())
         with file.open("rb") as stream:

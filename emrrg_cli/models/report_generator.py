@@ -169,11 +169,23 @@ class ReportGenerator(nn.Module):
         return [self.decode(row) for row in tokens]
 
     def train(self, mode: bool = True) -> ReportGenerator:
-        """A frozen encoder stays in evaluation mode: stochastic depth would only add noise to it."""
+        """A frozen tower stays in evaluation mode: stochastic depth and dropout would only add noise to it.
+
+        The LLM counts as frozen where nothing but hybrid layers is trained in it; the dropout of LoRA stays on.
+        """
         super().train(mode)
         if not any(parameter.requires_grad for parameter in self.encoder.parameters()):
             self.encoder.eval()
+        if not self._llm_is_trained():
+            for name, module in self.llm.named_modules():
+                # Decoder layers are computed again in the backward pass in training mode only.
+                module.training = mode and (".lora_dropout" in name or getattr(module, "gradient_checkpointing", False))
         return self
+
+    def _llm_is_trained(self) -> bool:
+        added = {name for name, _ in hybrid_parameters(self.llm)}
+        own = (p for name, p in self.llm.named_parameters() if name not in added and ".lora_" not in name)
+        return any(parameter.requires_grad for parameter in own)
 
     # -- parameters ---------------------------------------------------------------------------------------------
 
@@ -186,6 +198,7 @@ class ReportGenerator(nn.Module):
             llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         elif llm.is_gradient_checkpointing:
             llm.gradient_checkpointing_disable()
+        self.train(self.training)
 
     def bridge_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What connects the towers and is trained in every run: bridge and hybrid layers.

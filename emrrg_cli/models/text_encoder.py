@@ -27,7 +27,7 @@ def load_text_tokenizer(source: str, revision: str | None = None) -> PreTrainedT
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source, revision=revision or "main")
+        return AutoTokenizer.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
     except Exception as error:  # a broken file raises whatever its reader met
         raise unavailable(source, "tokenizer", error, _KEY) from error
 
@@ -83,7 +83,11 @@ def load_text_encoder(source: str, revision: str | None, max_tokens: int) -> Pre
 
     try:
         model, loaded = AutoModel.from_pretrained(
-            source, revision=revision or "main", dtype=torch.float32, output_loading_info=True
+            source,
+            revision=revision or "main",
+            dtype=torch.float32,
+            output_loading_info=True,
+            trust_remote_code=False,
         )
     except Exception as error:  # a broken file raises whatever its reader met
         raise unavailable(source, "text encoder", error, _KEY) from error

@@ -75,7 +75,9 @@ def llm_config(settings: ModelSettings) -> Any:
     if known is not None:
         return AutoConfig.for_model(**known)
     try:
-        return AutoConfig.from_pretrained(settings.llm.name, revision=settings.llm.revision or "main")
+        return AutoConfig.from_pretrained(
+            settings.llm.name, revision=settings.llm.revision or "main", trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise RunError(
             f"the configuration of the LLM {settings.llm.name!r} cannot be had: {str(error).splitlines()[0]}",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from emrrg_cli.errors import UsageError
 from emrrg_cli.models.hybrid_decoder import CrossAttention, add_hybrid_layers, decoder_layers, hybrid_parameters
+from emrrg_cli.models.hybrid_probe import check_hybrid_layers
 
 KINDS = ["llama", "qwen2", "qwen3", "mistral"]
 IDS = torch.tensor([[1, 40, 7, 203, 88, 12], [1, 9, 9, 310, 45, 77]])
@@ -485,3 +486,64 @@ def test_a_layer_without_self_attention_is_refused(make_llm: MakeLLM) -> None:
     del decoder_layers(llm)[2].self_attn
     with pytest.raises(UsageError, match="do not fit LlamaForCausalLM"):
         add_hybrid_layers(llm, 2)
+
+
+@pytest.mark.parametrize("name", ["StableLm", "Nemotron"])
+def test_families_that_drop_the_image_are_refused(name: str) -> None:
+    import transformers
+
+    settings = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0}
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "bos_token_id": 1, "eos_token_id": 2}
+    config = getattr(transformers, f"{name}Config")(**settings, **sizes)
+    with pytest.raises(UsageError, match="output does not depend on the image"):
+        add_hybrid_layers(getattr(transformers, f"{name}ForCausalLM")(config), 1)
+
+
+def test_a_family_whose_forward_pass_fails_is_refused() -> None:
+    from transformers import NanoChatConfig, NanoChatForCausalLM
+
+    settings = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0}
+    config = NanoChatConfig(vocab_size=50, hidden_size=32, intermediate_size=32, bos_token_id=1, **settings)
+    with pytest.raises(UsageError, match="hybrid layers do not work in NanoChatForCausalLM: a forward pass"):
+        add_hybrid_layers(NanoChatForCausalLM(config), 1)
+
+
+def test_a_layer_that_cannot_be_trained_is_refused(make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CrossAttention, "keys_and_values", _detached(CrossAttention.keys_and_values))
+    with pytest.raises(UsageError, match=r"layer 0\.kv_proj\.weight gets no gradient"):
+        add_hybrid_layers(make_llm(), 2)
+
+
+def _detached(keys_and_values: Callable[..., Any]) -> Callable[..., Any]:
+    def detached(self: CrossAttention, visual: Tensor) -> Any:
+        key, value = keys_and_values(self, visual)
+        return (key.detach() + 0 * visual.sum(), value.detach())
+
+    return detached
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_probe_leaves_the_llm_as_it_was(kind: str, make_llm: MakeLLM) -> None:
+    plain = make_llm(kind).train()
+    before = torch.get_rng_state()
+    llm = _hybrid(make_llm, kind)
+    llm.train()
+    torch.manual_seed(3)
+    expected = torch.get_rng_state()
+    check_hybrid_layers(llm, decoder_layers(llm), [0, 2])
+    assert torch.equal(torch.get_rng_state(), expected)
+    torch.set_rng_state(before)
+    assert all(module.training for module in llm.modules())
+    assert len(decoder_layers(llm)) == llm.config.num_hidden_layers == 3
+    assert all(cross.warmup.item() == 0 for cross in _crosses(llm))
+    assert all(parameter.grad is None for parameter in llm.parameters())
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, llm.state_dict()[name])
+
+
+def test_the_probe_works_without_weights() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device("meta"):
+        llm = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=2))
+        assert add_hybrid_layers(llm, 2) == [0]

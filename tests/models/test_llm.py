@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
 import shutil
@@ -24,7 +26,9 @@ from emrrg_cli.models.llm import (
     load_tokenizer,
     train_tokenizer,
 )
-from emrrg_cli.recipe.schema import LLMSettings, ScratchLLMSettings
+from emrrg_cli.models.text_encoder import load_text_encoder, load_text_tokenizer
+from emrrg_cli.planning.llms import llm_config
+from emrrg_cli.recipe.schema import LLMSettings, ModelSettings, ScratchLLMSettings
 
 MakeLLM = Callable[..., Any]
 
@@ -232,3 +236,43 @@ def test_quantization_without_bitsandbytes_is_refused(monkeypatch: pytest.Monkey
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match="4bit needs bitsandbytes"):
         load_llm(str(tmp_path), None, torch.float32, "4bit")
+
+
+def test_other_weights_in_a_torch_file_are_another_llm(llm_dir: Path, make_llm: MakeLLM) -> None:
+    (llm_dir / "model.safetensors").unlink()
+    file = llm_dir / "pytorch_model.bin"
+    torch.save(make_llm().state_dict(), file)
+    before = llm_module._weights_fingerprint(str(llm_dir))
+    torch.save(make_llm(seed=1).state_dict(), file)
+    assert llm_module._weights_fingerprint(str(llm_dir)) != before
+
+
+# -- code that comes with a model -----------------------------------------------------------------------------------
+
+
+def test_code_of_a_directory_is_never_run(
+    llm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Where somebody would answer `y` to transformers' question, there is no question."""
+    ran = tmp_path / "ran"
+    (llm_dir / "own.py").write_text(f"open({str(ran)!r}, 'w')\nclass Own: pass\n")
+    own = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own", "AutoModel": "own.Own"}
+    for name, update in (
+        ("config.json", {"auto_map": own, "model_type": "own"}),
+        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}, "tokenizer_class": "Own"}),
+    ):
+        content = json.loads((llm_dir / name).read_text())
+        (llm_dir / name).write_text(json.dumps(content | update))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\ny\ny\n"))
+    for load in (
+        lambda: load_llm(str(llm_dir), None, torch.float32),
+        lambda: load_tokenizer(str(llm_dir)),
+        lambda: load_text_encoder(str(llm_dir), None, 8),
+        lambda: load_text_tokenizer(str(llm_dir)),
+        lambda: llm_config(ModelSettings(llm=LLMSettings(name=str(llm_dir)))),
+    ):
+        with contextlib.suppress(RunError):  # a tokenizer that transformers knows is read without the code
+            load()
+    assert not ran.exists()
+    assert "[y/N]" not in "".join(capfd.readouterr())

@@ -15,6 +15,7 @@ from torch import Tensor
 from emrrg_cli.datasets.report_dataset import IGNORE, Batch, Example, collate
 from emrrg_cli.models import adapters
 from emrrg_cli.models.arm.encoder import ArmEncoder
+from emrrg_cli.models.build import set_trainable
 from emrrg_cli.models.hybrid_decoder import add_hybrid_layers, hybrid_parameters
 from emrrg_cli.models.report_generator import (
     Bridge,
@@ -28,6 +29,7 @@ from emrrg_cli.recipe.schema import GenerationSettings
 
 MakeModel = Callable[..., ReportGenerator]
 VIEWS = [2, 1, 3]
+TEXTS = ["the heart is enlarged .", "the lungs are clear .", "no pneumothorax ."]
 
 
 @pytest.fixture
@@ -572,3 +574,36 @@ def test_names_of_the_bridge_do_not_depend_on_adapters(make_model: MakeModel) ->
     after = dict(model.bridge_parameters())
     assert list(before) == list(after)
     assert all(before[name] is after[name] for name in before)
+
+
+# -- dropout of a frozen LLM ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_frozen_llm_has_no_dropout(make_model: MakeModel, checkpointing: bool) -> None:
+    model = make_model()
+    model.llm.config.attention_dropout = 0.5
+    for layer in model.llm.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    set_trainable(model, encoder=False, llm=False)
+    model.train()
+    model.set_gradient_checkpointing(checkpointing)
+    batch = _batch(model, _examples(TEXTS))
+    first, second = model(batch).loss_sum, model(batch).loss_sum
+    assert torch.equal(first, second)
+    assert any(layer.training for layer in model.llm.model.layers) == checkpointing
+    set_trainable(model, encoder=False, llm=True)
+    model.train()
+    assert not torch.equal(model(batch).loss_sum, model(batch).loss_sum)
+
+
+def test_dropout_of_lora_stays_on_a_frozen_llm(make_model: MakeModel) -> None:
+    model = make_model()
+    model.llm = get_peft_model(model.llm, adapters.llm_lora(["llm"], 2, 2.0, 0.5))
+    set_trainable(model, encoder=False, llm=False)
+    model.train()
+    on = [name for name, module in model.llm.named_modules() if module.training]
+    assert on
+    assert all("lora_dropout" in name for name in on)
+    model.eval()
+    assert not any(module.training for module in model.llm.modules())

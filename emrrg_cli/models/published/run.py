@@ -137,8 +137,9 @@ def _llm_here(name: str) -> tuple[int, Any] | None:
     from transformers import AutoConfig, AutoTokenizer
 
     try:
-        config = AutoConfig.from_pretrained(name, local_files_only=True)
-        return config.hidden_size, AutoTokenizer.from_pretrained(name, local_files_only=True)
+        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        config = AutoConfig.from_pretrained(name, **options)
+        return config.hidden_size, AutoTokenizer.from_pretrained(name, **options)
     except Exception as error:  # not cached, or broken: each part fails in its own way
         # A name of the hub has one slash at most.
         if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
