@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +11,11 @@ import torch
 from emrrg_cli.datasets.epochs import evaluation_batches
 from emrrg_cli.datasets.loading import load_batches
 from emrrg_cli.datasets.report_dataset import ReportDataset, collate
+from emrrg_cli.decoding.writer import Studies, Writer, autocast_of, autocast_without_cache
 from emrrg_cli.errors import UsageError
 from emrrg_cli.imaging.raster import resize_square
 from emrrg_cli.imaging.read import read_image
-from emrrg_cli.models.report_generator import ReportGenerator, generation_config
+from emrrg_cli.models.report_generator import ReportGenerator
 from emrrg_cli.recipe.schema import FinetuneRecipe, GenerationSettings
 from emrrg_cli.runtime import choose_device
 
@@ -43,23 +43,25 @@ def write_split(
 
     Args:
         limit: first studies only.
-        advance: called with the number of studies done after each batch.
-        keep: called after each batch with this process's studies and their reports, before anything else can fail.
+        advance: called with the number of studies done as soon as they are.
+        keep: called with studies of this process and their reports as soon as they are done.
 
     Returns:
         The reports in the order of the dataset, on every process, each study once.
     """
     length = len(dataset) if limit is None else min(limit, len(dataset))
     batches = evaluation_batches(length, settings.batch_size, accelerator.process_index, accelerator.num_processes)
-    make_config = generation_config(settings)
+    writer = Writer(model, settings, accelerator.device, autocast_without_cache(accelerator))
+
+    def studies() -> Iterator[Studies]:
+        for batch in load_batches(dataset, batches, collate, workers=workers):
+            yield Studies(batch.indices, batch.indices, batch.pixels, batch.views)
+
     written: list[tuple[int, str]] = []
-    for number, batch in enumerate(load_batches(dataset, batches, collate, workers=workers)):
-        seed = settings.seed + number * accelerator.num_processes + accelerator.process_index
-        moved = batch.to(accelerator.device)
-        with accelerator.autocast(), _sampling(settings, seed, accelerator.device):
-            reports = model.generate(moved.pixels, moved.views, make_config())
-        written += zip(batch.indices, reports, strict=True)
-        keep(batch.indices, reports)
+    for done in writer.write(studies()):
+        reports = [(study.key, study.text) for study in done]
+        written += reports
+        keep(*zip(*reports, strict=True))
         advance(len(reports) * accelerator.num_processes)
     if accelerator.num_processes > 1:
         from accelerate.utils import gather_object
@@ -77,6 +79,7 @@ class Generator:
         self.recipe = recipe
         self.device = device
         self.precision = precision
+        self.writer = Writer(self.model, recipe.generation, device, autocast_of(device, precision))
 
     def generate(self, studies: Sequence[Study]) -> list[str]:
         """Writes a report for each study.
@@ -94,41 +97,22 @@ class Generator:
         if isinstance(studies, str) or not isinstance(studies, Sequence):
             raise UsageError("generate takes a list of studies", hint="For one image: generate([image]).")
         size = self.recipe.model.encoder.image_size
-        reports: list[str] = []
-        batch_size = self.recipe.generation.batch_size
-        for start in range(0, len(studies), batch_size):
-            pixels = [study_pixels(study, size) for study in studies[start : start + batch_size]]
-            reports += self.generate_pixels(pixels, first=start)
-        return reports
+        return self.generate_pixels([study_pixels(study, size) for study in studies])
 
     def generate_pixels(self, studies: Sequence[torch.Tensor], first: int = 0) -> list[str]:
-        """Writes a report for each study of one batch; each is uint8 `[views, size, size]`.
+        """Writes a report for each study; each is uint8 `[views, size, size]`.
 
         Args:
-            first: the number of the first one among all studies: where reports are sampled, each batch draws anew.
+            first: the number of the first one among all studies, by which sampling draws.
         """
-        settings = self.recipe.generation
-        views = torch.tensor([len(study) for study in studies], device=self.device)
-        with self._autocast(), _sampling(settings, settings.seed + first, self.device):
-            return self.model.generate(torch.cat(list(studies)).to(self.device), views, generation_config(settings)())
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.precision == "fp32":
-            return nullcontext()
-        from emrrg_cli.runtime import DTYPES
-
-        return torch.autocast(self.device.type, DTYPES[self.precision])
-
-
-@contextmanager
-def _sampling(settings: GenerationSettings, seed: int, device: torch.device) -> Iterator[None]:
-    # Draws from `seed` and leaves the caller's generators as they were.
-    if not settings.do_sample:
-        yield
-        return
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
+        numbers = range(first, first + len(studies))
+        size = self.recipe.generation.batch_size
+        batches = (
+            Studies.of(numbers[start : start + size], studies[start : start + size])
+            for start in range(0, len(studies), size)
+        )
+        found = {study.key: study.text for done in self.writer.write(batches) for study in done}
+        return [found[number] for number in numbers]
 
 
 def study_pixels(study: Study, size: int) -> torch.Tensor:

@@ -115,8 +115,8 @@ class ReportGenerator(nn.Module):
         every, every_mask = concatenate_views(self.bridge(tokens), views)
         return prompt, every, prompt_mask, every_mask
 
-    def _prompt(self, pixels: Tensor, views: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
-        # -> embeddings [b, p, hidden], attention mask [b, p], visual arguments of the LLM
+    def prompt(self, pixels: Tensor, views: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
+        """What a report is written from: embeddings `[b, p, hidden]`, mask `[b, p]`, visual arguments of the LLM."""
         visual, every, visual_mask, every_mask = self.visual_tokens(pixels, views)
         embed = self.llm.get_input_embeddings()
         b = visual.shape[0]
@@ -135,7 +135,7 @@ class ReportGenerator(nn.Module):
     def forward(self, batch: Batch) -> StageOutput:
         """Sum of the cross-entropy over the report tokens (EOS included); the prompt carries no loss."""
         assert batch.labels is not None
-        prompt, prompt_mask, visual = self._prompt(batch.pixels, batch.views)
+        prompt, prompt_mask, visual = self.prompt(batch.pixels, batch.views)
         labels = batch.labels
         real = labels != IGNORE
         report = self.llm.get_input_embeddings()(labels.masked_fill(~real, self.pad_token_id))
@@ -161,7 +161,7 @@ class ReportGenerator(nn.Module):
             pixels: uint8 `[n, size, size]`; views: int64 `[b]`, as in `visual_tokens`.
             config: decoding options; padding and end are set here.
         """
-        prompt, mask, visual = self._prompt(pixels, views)
+        prompt, mask, visual = self.prompt(pixels, views)
         config.pad_token_id = self.pad_token_id
         config.eos_token_id = self.tokenizer.eos_token_id
         config.bos_token_id = self.tokenizer.bos_token_id

@@ -274,12 +274,20 @@ class TrainSettings(LoopSettings):
 
 
 class GenerationSettings(Settings):
+    engine: Literal["auto", "own", "transformers"] = Field(
+        "auto", description="how reports are decoded; auto: our own engine where it supports the LLM"
+    )
     batch_size: int = Field(8, ge=1, description="studies generated at a time on one device")
     num_beams: int = Field(3, ge=1)
     min_new_tokens: int = Field(0, ge=0)
     max_new_tokens: int = Field(120, ge=1)
     repetition_penalty: float = Field(1.0, gt=0)
     length_penalty: float = 1.0
+    beam_stop: Literal["running", "candidates"] = Field(
+        "running",
+        description="what finished reports must beat for beam search to stop: the running beams, or all candidates "
+        "of the step, as in transformers 4.44 and the published figures",
+    )
     no_repeat_ngram_size: int = Field(0, ge=0)
     do_sample: bool = False
     temperature: float = Field(1.0, gt=0, description="with do_sample")
@@ -352,6 +360,7 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
             "max_new_tokens": 120,
             "repetition_penalty": 2.0,
             "length_penalty": 2.0,
+            "beam_stop": "candidates",
         },
         "evaluation": {"references": "clipped", "tokenizer": "whitespace"},
     },
@@ -365,6 +374,7 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
             "max_new_tokens": 120,
             "repetition_penalty": 1.0,
             "length_penalty": 1.0,
+            "beam_stop": "running",
         },
         "evaluation": {"references": "whole", "tokenizer": "whitespace"},
     },

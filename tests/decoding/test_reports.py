@@ -216,7 +216,7 @@ def test_a_split_is_written_in_order(generator: Generator, tiny_dataset: Path, a
     done: list[int] = []
     reports = write_split(generator.model, dataset, _settings(), accelerator, advance=done.append)
     assert len(reports) == 16
-    assert done == [3, 3, 3, 3, 3, 1]
+    assert sum(done) == 16  # they leave the running batch one by one
     pixels = [dataset[i].pixels for i in range(16)]
     alone = [generator.model.generate(p, torch.tensor([len(p)]), _config()) for p in pixels]
     assert reports == [report for (report,) in alone]

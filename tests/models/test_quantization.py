@@ -49,7 +49,7 @@ def test_qlora_trains_saves_and_loads(quantization: str, tmp_path: Path) -> None
     pixels = torch.randint(0, 256, (2, 32, 32), dtype=torch.uint8, device=device)
     views = torch.tensor([1, 1], device=device)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    prompt, mask, visual = model._prompt(pixels, views)
+    prompt, mask, visual = model.prompt(pixels, views)
     model.llm(inputs_embeds=prompt, attention_mask=mask, **visual).logits.square().sum().backward()
     assert lora
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in lora.values())

@@ -306,7 +306,7 @@ def test_prompt_embeddings_in_order(make_model: MakeModel, texts: list[str]) -> 
     model = make_model(views="concat", visual_prompt="pooled")
     batch = _batch(model, _examples(texts))
     with torch.no_grad():
-        embeddings, mask, visual = model._prompt(batch.pixels, batch.views)
+        embeddings, mask, visual = model.prompt(batch.pixels, batch.views)
         for row, example in enumerate(_examples(texts)):
             literal, arguments = _literal_prompt(model, example.pixels)
             real = mask[row].bool()
@@ -320,7 +320,7 @@ def test_prompt_embeddings_in_order(make_model: MakeModel, texts: list[str]) -> 
 def test_without_hybrid_layers_the_llm_gets_no_visual_arguments(make_model: MakeModel, texts: list[str]) -> None:
     model = make_model(hybrid=False)
     batch = _batch(model, _examples(texts))
-    assert model._prompt(batch.pixels, batch.views)[2] == {}
+    assert model.prompt(batch.pixels, batch.views)[2] == {}
 
 
 @pytest.mark.parametrize("case", [{}, {"views": "concat"}], ids=str)

@@ -1,0 +1,81 @@
+"""transformers' `generate`, the engine that ours is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from emrrg_cli.decoding.search import Report
+from emrrg_cli.decoding.slots import Prompts
+from emrrg_cli.errors import RunError
+from emrrg_cli.models.adapters import plain
+from emrrg_cli.models.report_generator import generation_config
+from emrrg_cli.recipe.schema import GenerationSettings
+
+_HOOKS = ("_get_running_beams_for_next_iteration", "_check_early_stop_heuristic")
+
+
+def generate_reports(
+    llm: Any, prompts: Prompts, settings: GenerationSettings, end: list[int], pad: int
+) -> list[Report]:
+    """Writes a report for each prompt; the log-probabilities are not known (0).
+
+    Args:
+        end: tokens that end a report.
+        pad: token behind the end.
+    """
+    config = generation_config(settings)()
+    config.pad_token_id, config.eos_token_id = pad, end
+    visual: dict[str, Tensor | None] = {}
+    if prompts.visual_tokens is not None:
+        visual = {"visual_tokens": prompts.visual_tokens, "visual_mask": prompts.visual_mask}
+    with beam_stop(plain(llm), settings):
+        rows = llm.generate(
+            inputs_embeds=prompts.embeddings, attention_mask=prompts.mask, generation_config=config, **visual
+        )
+    return [Report(_until_end(row, end), 0.0) for row in rows.tolist()]
+
+
+def _until_end(tokens: list[int], end: list[int]) -> list[int]:
+    last = next((place for place, token in enumerate(tokens) if token in end), len(tokens))
+    return tokens[: last + 1]
+
+
+@contextmanager
+def beam_stop(llm: Any, settings: GenerationSettings) -> Iterator[None]:
+    """Within it, the beam search of transformers ends as `generation.beam_stop` says.
+
+    transformers 5 compares finished reports with the beams that go on; 4.44 compared them with the best candidate of
+    the step, also with one that has just ended.
+
+    Raises:
+        RunError: when the installed transformers has no such place in its beam search.
+    """
+    if settings.num_beams == 1 or settings.beam_stop == "running":
+        yield
+        return
+    if missing := [name for name in _HOOKS if not hasattr(llm, name)]:
+        raise RunError(
+            f"the installed transformers has no {missing[0]}, so its beam search cannot stop as that of 4.44",
+            hint="Set generation.engine=own, or generation.beam_stop=running.",
+        )
+    choose, check = (getattr(llm, name) for name in _HOOKS)
+    best: list[Tensor] = []
+
+    def choosing(*args: Any, **kwargs: Any) -> Any:
+        best[:] = [kwargs["topk_log_probs"][:, :1]]
+        return choose(*args, **kwargs)
+
+    def checking(*args: Any, **kwargs: Any) -> Any:
+        return check(*args, **(kwargs | {"running_beam_scores": best[0]}))
+
+    try:
+        for name, hook in zip(_HOOKS, (choosing, checking), strict=True):
+            setattr(llm, name, hook)
+        yield
+    finally:
+        for name in _HOOKS:
+            llm.__dict__.pop(name, None)

@@ -1,0 +1,228 @@
+"""Greedy search, sampling and beam search over a batch of studies that are at different lengths.
+
+The state of a search is a dictionary of tensors with one row a study; a step changes it in place and reads no value on
+the host, so that it can be part of a CUDA graph. `b` studies, `k` beams, `t` most new tokens, `v` vocabulary.
+
+The beams of a study share one store of keys and values: the token at step `s` of beam `i` is written there once, and
+`ancestry[i, s]` names the beam in whose place it stands. When beams are chosen, only these tables are rearranged.
+
+Source: the search of transformers, which the tests compare with token by token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from emrrg_cli.decoding.logits import (
+    block_repeated_ngrams,
+    exponential_noise,
+    forbid_early_end,
+    keep_likely,
+    penalize_repetition,
+)
+from emrrg_cli.recipe.schema import GenerationSettings
+
+State = dict[str, Tensor]
+_NEVER = -1.0e9  # as transformers; a sum of log-probabilities never comes near it
+
+
+@dataclass(frozen=True)
+class Report:
+    """The tokens of a report, its end token included, and their mean log-probability after the decoding options."""
+
+    tokens: list[int]
+    log_probability: float
+
+
+class Search:
+    """What beam search and token-by-token search have in common.
+
+    Args:
+        settings: decoding options.
+        end: tokens that end a report.
+        device: of the state.
+    """
+
+    def __init__(self, settings: GenerationSettings, end: list[int], device: torch.device) -> None:
+        self.settings = settings
+        self.beams = settings.num_beams
+        self.most = settings.max_new_tokens
+        self.end = torch.tensor(end, dtype=torch.long, device=device)
+        self.device = device
+
+    def start(self, seeds: list[int]) -> State:
+        """The state of studies of which nothing is written."""
+        b, k, t = len(seeds), self.beams, self.most
+        scores = torch.zeros(b, k, device=self.device)
+        scores[:, 1:] = _NEVER  # the beams are the same at first: one goes on
+        return {
+            "tokens": torch.zeros(b, k, t, dtype=torch.long, device=self.device),
+            "ancestry": torch.zeros(b, k, t, dtype=torch.long, device=self.device),
+            "scores": scores,
+            "length": torch.zeros(b, dtype=torch.long, device=self.device),
+            "done": torch.zeros(b, dtype=torch.bool, device=self.device),
+            "seed": torch.tensor(seeds, dtype=torch.long).to(self.device),
+        }
+
+    def advance(self, state: State, logits: Tensor) -> None:
+        """Chooses the next token of every study, in place. Studies that are done stay as they are.
+
+        Args:
+            logits: `[b, k, v]`, of the token after the last of each beam.
+        """
+        new = self._next(state, logits.float())
+        for name, value in new.items():
+            done = state["done"].view(-1, *[1] * (value.dim() - 1))
+            new[name] = torch.where(done, state[name], value)
+        for name, value in new.items():
+            state[name].copy_(value)
+
+    def reports(self, state: State, rows: list[int]) -> list[Report]:
+        """The reports of studies that are done."""
+        raise NotImplementedError
+
+    def _next(self, state: State, logits: Tensor) -> State:
+        raise NotImplementedError
+
+    def _constrained(self, state: State, scores: Tensor) -> Tensor:
+        settings, tokens, length = self.settings, state["tokens"], state["length"]
+        if settings.repetition_penalty != 1.0:
+            scores = penalize_repetition(scores, tokens, length, settings.repetition_penalty)
+        if settings.no_repeat_ngram_size:
+            scores = block_repeated_ngrams(scores, tokens, length, settings.no_repeat_ngram_size)
+        if settings.min_new_tokens:
+            scores = forbid_early_end(scores, length, settings.min_new_tokens, self.end)
+        if settings.do_sample:
+            keep = 1 if self.beams == 1 else 1 + len(self.end)
+            scores = keep_likely(scores, settings.temperature, settings.top_k, settings.top_p, keep)
+        return scores
+
+    def _drawn(self, state: State, scores: Tensor, count: int) -> Tensor:
+        # Without replacement, as torch.multinomial does it: [b, n] -> [b, count]
+        noise = exponential_noise(state["seed"], state["length"], scores.shape[-1])
+        return (scores.softmax(-1) / noise).topk(count).indices
+
+    def _put(self, table: Tensor, length: Tensor, value: Tensor) -> Tensor:
+        # table [b, k, t] with value [b, k] at position length [b]
+        at = length.clamp(max=self.most - 1)[:, None, None].expand(-1, table.shape[1], 1)
+        return table.scatter(-1, at, value[..., None])
+
+
+class TokenSearch(Search):
+    """The likeliest token, or a drawn one, after another."""
+
+    def _next(self, state: State, logits: Tensor) -> State:
+        scores = self._constrained(state, logits)[:, 0]  # [b, v]
+        token = self._drawn(state, scores, 1) if self.settings.do_sample else scores.argmax(-1, keepdim=True)
+        length = state["length"] + 1
+        log_probability = scores.gather(-1, token) - scores.logsumexp(-1, keepdim=True)
+        return {
+            "tokens": self._put(state["tokens"], state["length"], token),
+            "scores": state["scores"] + log_probability,
+            "length": length,
+            "done": torch.isin(token[:, 0], self.end) | (length >= self.most),
+        }
+
+    def reports(self, state: State, rows: list[int]) -> list[Report]:
+        index = torch.tensor(rows).to(self.device)
+        tokens, lengths, scores = (state[name][index].tolist() for name in ("tokens", "length", "scores"))
+        return [
+            Report(row[0][:length], score[0] / length)
+            for row, length, score in zip(tokens, lengths, scores, strict=True)
+        ]
+
+
+class BeamSearch(Search):
+    """Beam search; with `do_sample` the candidates are drawn.
+
+    Reports that have ended are kept apart: the best `k` of them, by the sum of their log-probabilities over their
+    length to the power of `length_penalty`. A study is done when no running beam can beat the worst of them.
+    """
+
+    def start(self, seeds: list[int]) -> State:
+        state = super().start(seeds)
+        ended = {
+            "ended_tokens": torch.zeros_like(state["tokens"]),
+            "ended_scores": torch.full_like(state["scores"], _NEVER),
+            "ended_length": torch.zeros(len(seeds), self.beams, dtype=torch.long, device=self.device),
+            "has_ended": torch.zeros(len(seeds), self.beams, dtype=torch.bool, device=self.device),
+        }
+        return state | ended
+
+    def _next(self, state: State, logits: Tensor) -> State:
+        b, k, v = logits.shape
+        total = self._constrained(state, logits.log_softmax(-1)) + state["scores"][..., None]
+        top, parent, token = self._candidates(state, total.view(b, k * v), v)  # [b, c]
+        length = state["length"] + 1
+        tokens = self._put(_gather(state["tokens"], parent), state["length"], token)  # [b, c, t]
+        ended = torch.isin(token, self.end) | (length >= self.most)[:, None]
+
+        running = top + ended * _NEVER
+        chosen = running.topk(k).indices
+        ancestry = _gather(_gather(state["ancestry"], parent), chosen)
+        own = torch.arange(k, device=logits.device).expand(b, k)
+        running = running.gather(1, chosen)
+        new = {
+            "tokens": _gather(tokens, chosen),
+            "ancestry": self._put(ancestry, state["length"], own),
+            "scores": running,
+            "length": length,
+        }
+        new |= self._merge(state, tokens, top, ended)
+        best = top if self.settings.beam_stop == "candidates" else running
+        possible = best[:, :1] / self._norm(length)
+        worst = torch.where(new["has_ended"], new["ended_scores"].min(1, keepdim=True).values, _NEVER)
+        new["done"] = ~(possible > worst).any(1) | (length >= self.most)
+        return new
+
+    def _candidates(self, state: State, total: Tensor, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
+        # Enough of them that `k` go on when all others end: scores, beam and token, each [b, c], best first.
+        count = max(2, 1 + len(self.end)) * self.beams
+        if self.settings.do_sample:
+            index = self._drawn(state, total, count)
+            top, order = total.gather(1, index).sort(dim=-1, descending=True)
+            index = index.gather(1, order)
+        else:
+            top, index = total.topk(count)
+        return top, index // vocabulary, index % vocabulary
+
+    def _merge(self, state: State, tokens: Tensor, top: Tensor, ended: Tensor) -> State:
+        # Of candidates that end, only the first `k` count: the others are there to have enough that go on.
+        ending = ended & (torch.arange(top.shape[1], device=top.device) < self.beams)
+        length = state["length"] + 1
+        scores = top / self._norm(length) + ~ending * _NEVER
+        merged = torch.cat([state["ended_scores"], scores], dim=1)
+        best = merged.topk(self.beams).indices
+        lengths = torch.cat([state["ended_length"], length[:, None].expand_as(top)], dim=1)
+        return {
+            "ended_tokens": _gather(torch.cat([state["ended_tokens"], tokens], dim=1), best),
+            "ended_scores": merged.gather(1, best),
+            "ended_length": lengths.gather(1, best),
+            "has_ended": torch.cat([state["has_ended"], ending], dim=1).gather(1, best),
+        }
+
+    def _norm(self, length: Tensor) -> Tensor:
+        return (length.double() ** self.settings.length_penalty).float()[:, None]
+
+    def reports(self, state: State, rows: list[int]) -> list[Report]:
+        index = torch.tensor(rows).to(self.device)
+        names = ("ended_tokens", "ended_length", "ended_scores")
+        tokens, lengths, scores = (state[name][index, 0].tolist() for name in names)
+        penalty = self.settings.length_penalty
+        return [
+            Report(row[:length], score * length**penalty / length)
+            for row, length, score in zip(tokens, lengths, scores, strict=True)
+        ]
+
+
+def make_search(settings: GenerationSettings, end: list[int], device: torch.device) -> Search:
+    """The search that decoding options ask for."""
+    return (TokenSearch if settings.num_beams == 1 else BeamSearch)(settings, end, device)
+
+
+def _gather(table: Tensor, rows: Tensor) -> Tensor:
+    # [b, k, t], [b, c] -> [b, c, t]
+    return table.gather(1, rows[..., None].expand(-1, -1, table.shape[-1]))

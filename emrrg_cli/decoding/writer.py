@@ -1,0 +1,154 @@
+"""From images to reports by the engine that the decoding options choose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emrrg_cli.decoding.choice import choose_engine
+from emrrg_cli.decoding.engine import Engine
+from emrrg_cli.decoding.reference import generate_reports
+from emrrg_cli.decoding.search import Report
+from emrrg_cli.decoding.slots import Prompts
+from emrrg_cli.models.report_generator import ReportGenerator
+from emrrg_cli.recipe.schema import GenerationSettings
+
+Autocast = Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass
+class Studies:
+    """A few studies, on the CPU.
+
+    Args:
+        keys: what they are called; a report comes back under the key of its study.
+        numbers: their numbers among all studies, by which sampling draws.
+        pixels: uint8 `[n, size, size]`, the views of all of them one after the other.
+        views: `[b]`, views of each.
+    """
+
+    keys: Sequence[Any]
+    numbers: Sequence[int]
+    pixels: Tensor
+    views: Tensor
+
+    @classmethod
+    def of(cls, numbers: Sequence[int], studies: Sequence[Tensor]) -> Studies:
+        """Studies of uint8 `[views, size, size]` each, called by their numbers."""
+        return cls(numbers, numbers, torch.cat(list(studies)), torch.tensor([len(study) for study in studies]))
+
+
+@dataclass(frozen=True)
+class WrittenReport:
+    """A report.
+
+    Args:
+        key: of its study.
+        text: without special tokens.
+        log_probability: mean over its tokens; 0 with transformers' engine, which does not tell it.
+    """
+
+    key: Any
+    text: str
+    log_probability: float
+
+
+class Writer:
+    """Writes reports with a model.
+
+    Args:
+        settings: decoding options; `engine` chooses among ours and transformers'.
+        device: of the model.
+        autocast: makes the contexts of the precision, without a cache of casts.
+    """
+
+    def __init__(
+        self, model: ReportGenerator, settings: GenerationSettings, device: torch.device, autocast: Autocast
+    ) -> None:
+        self.model = model
+        self.settings = settings
+        self.device = device
+        self.autocast = autocast
+        self._engine: Engine | None = None
+
+    def write(self, studies: Iterable[Studies]) -> Iterator[list[WrittenReport]]:
+        """Yields reports as soon as they are done, not always in the order of the studies.
+
+        Args:
+            studies: asked for when there is room for them; not more than `batch_size` at a time.
+        """
+        prompts = (self._prompts(some) for some in studies)
+        first = next(prompts, None)
+        if first is None:
+            return
+        following = _chain(first, prompts)
+        if self._is_own(first):
+            if self._engine is None:
+                self._engine = Engine(self.model.llm, self.settings, self._end, self.device, self.autocast)
+            for done in self._engine.write(following):
+                yield [self._written(key, report) for key, report in done]
+        else:
+            for some in following:
+                with torch.no_grad(), self.autocast(), _sampling(self.settings, some.seeds[0], self.device):
+                    reports = generate_reports(self.model.llm, some, self.settings, self._end, self.model.pad_token_id)
+                yield [self._written(key, report) for key, report in zip(some.keys, reports, strict=True)]
+
+    @property
+    def _end(self) -> list[int]:
+        return [self.model.tokenizer.eos_token_id]
+
+    def _is_own(self, first: Prompts) -> bool:
+        # Studies with more views may have longer prompts.
+        longest = first.mask.shape[1] * (1 if self.model.views == "average" else 4) + self.settings.max_new_tokens
+        with self.autocast():
+            return choose_engine(self.model.llm, self.settings, longest) == "own"
+
+    @torch.no_grad()
+    def _prompts(self, studies: Studies) -> Prompts:
+        pixels, views = (tensor.to(self.device, non_blocking=True) for tensor in (studies.pixels, studies.views))
+        with self.autocast():
+            embeddings, mask, visual = self.model.prompt(pixels, views)
+        seeds = [(self.settings.seed << 32) + number for number in studies.numbers]
+        return Prompts(
+            list(studies.keys), seeds, embeddings, mask, visual.get("visual_tokens"), visual.get("visual_mask")
+        )
+
+    def _written(self, key: Any, report: Report) -> WrittenReport:
+        return WrittenReport(key, self.model.decode(report.tokens), report.log_probability)
+
+
+def _chain(first: Prompts, following: Iterator[Prompts]) -> Iterator[Prompts]:
+    yield first
+    yield from following
+
+
+@contextmanager
+def _sampling(settings: GenerationSettings, seed: int, device: torch.device) -> Iterator[None]:
+    # Draws from `seed` and leaves the caller's generators as they were.
+    if not settings.do_sample:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def autocast_of(device: torch.device, precision: str) -> Autocast:
+    """The contexts of `fp32`, `bf16` or `fp16` on a device. Casts are not kept: a CUDA graph would not see them."""
+    from emrrg_cli.runtime import DTYPES
+
+    if precision == "fp32":
+        return nullcontext
+    return lambda: torch.autocast(device.type, DTYPES[precision], cache_enabled=False)
+
+
+def autocast_without_cache(accelerator: Any) -> Autocast:
+    """The contexts of an accelerator's precision."""
+    from accelerate.utils import AutocastKwargs
+
+    return lambda: accelerator.autocast(AutocastKwargs(cache_enabled=False))
