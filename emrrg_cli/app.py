@@ -29,12 +29,13 @@ from emrrg_cli.commands.plan import plan
 from emrrg_cli.commands.preprocess import app as preprocess_app
 from emrrg_cli.commands.recipe import app as recipe_app
 from emrrg_cli.commands.training import align, finetune, pretrain
+from emrrg_cli.commands.usage import use_plain_help, what_to_type
 from emrrg_cli.console import err
 from emrrg_cli.errors import EmrrgError, Interrupted
 from emrrg_cli.training.launch import leave_processes, tell_launcher
 from emrrg_cli.versions import installed_versions
 
-# In the order of the work, which the help shows. Typer by itself lists groups after commands.
+# In the order of the work, which the help keeps. Typer would list groups after commands.
 COMMANDS: dict[str, Callable[..., None] | typer.Typer] = {
     "demo": demo,
     "preprocess": preprocess_app,
@@ -49,13 +50,13 @@ COMMANDS: dict[str, Callable[..., None] | typer.Typer] = {
     "recipe": recipe_app,
     "doctor": doctor,
 }
-# Commands that do something without any argument.
+# Commands that run without arguments.
 _NEED_NO_ARGUMENT = ("demo", "doctor")
 
-# Also what the processes that a command starts go by.
+# The processes that a command starts read it too.
 DEBUG = "EMRRG_DEBUG"
 
-# Typer carries click inside or beside it, depending on its version; its own public exception leads to either one.
+# Depending on its version, Typer contains click or depends on it; its public exception leads to the right classes.
 _WrongCall: Any = typer.BadParameter.__mro__[1]
 _ClickError: Any = _WrongCall.__mro__[1]
 
@@ -71,6 +72,7 @@ for _name, _command in COMMANDS.items():
         app.add_typer(_command, name=_name)
     else:
         app.command(_name, no_args_is_help=_name not in _NEED_NO_ARGUMENT)(_command)
+use_plain_help(app)
 
 
 def _print_version(wanted: bool) -> None:
@@ -85,7 +87,7 @@ def options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
     debug: Annotated[
-        bool, typer.Option("--debug", help=f"Show tracebacks of errors, anywhere in the line; or {DEBUG}=1.")
+        bool, typer.Option("--debug", help=f"Show the traceback of an error; works anywhere in the line, as {DEBUG}=1.")
     ] = False,
 ) -> None:
     """Chest X-ray report generation: a vision Mamba encoder, Partial LoRA and hybrid decoder layers."""
@@ -95,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 done, 1 failed, 2 wrong usage or recipe, 130 interrupted.
 
     Args:
-        arguments: What follows `emrrg`; None: those of the process.
+        arguments: What follows `emrrg`; None takes the arguments of the process.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if "--debug" in given[: given.index("--") if "--" in given else None]:
@@ -103,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ[DEBUG] = "1"
     try:
         code = _run(given)
-        sys.stdout.flush()  # a reader that is gone shows here, not after the last chance to be quiet about it
+        sys.stdout.flush()  # a closed pipe must show here, where the error can still be handled
         return code
     except (EmrrgError, Interrupted) as error:
         _show_traceback()
@@ -115,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _show_traceback()
         return _fail("interrupted", None, 130, label="")
     except SystemExit as error:
-        # Rich ends the program by itself when the reader of its output is gone.
+        # Rich raises SystemExit itself when its output is a closed pipe.
         if isinstance(error.__context__, BrokenPipeError):
             return 141
         raise
@@ -143,10 +145,12 @@ def _run(arguments: list[str]) -> int:
     except typer.Abort:  # Ctrl-C or end of input at a question
         raise KeyboardInterrupt from None
     except _ClickError as error:
-        if type(error).__name__ == "NoArgsIsHelpError":  # the message is the help, which Typer prints as it makes it
+        if type(error).__name__ == "NoArgsIsHelpError":
+            typer.echo(error.format_message(), err=True)
             return 2
         command_path = error.ctx.command_path if isinstance(error, _WrongCall) and error.ctx else "emrrg"
-        return _fail(error.format_message(), f"`{command_path} --help` shows how to use it.", 2)
+        message, advice = what_to_type(error, arguments, list(COMMANDS))
+        return _fail(message, " ".join(filter(None, (advice, f"`{command_path} --help` shows how to use it."))), 2)
     return 0
 
 
@@ -168,13 +172,13 @@ def _show_traceback() -> None:
 
 
 def _reader_is_gone() -> bool:
-    """Whether stdout is a pipe that nobody reads any more; a pipe to some other process may break as well."""
+    """Whether stdout is a closed pipe; the broken pipe may also be one to another process."""
     try:
         output = sys.stdout.fileno()
         watch = select.poll()
         watch.register(output, select.POLLOUT)
         gone = any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(0))
-        if gone:  # or the interpreter complains once more when it closes stdout
+        if gone:  # otherwise the interpreter prints a second error when it closes stdout
             os.dup2(os.open(os.devnull, os.O_WRONLY), output)
         return gone
     except (AttributeError, OSError, ValueError):  # no poll on Windows, no descriptor where stdout is replaced

@@ -38,7 +38,7 @@ def convert(
     verbose: Annotated[bool, typer.Option("--verbose", help="Say what became of every tensor.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier conversion.")] = False,
 ) -> None:
-    """Convert a published checkpoint of any stage into our format, or back.
+    """Convert a published checkpoint to our format, or back.
 
     Stage and sizes are found from the tensors; what is unknown, missing or misshapen is an error. Nothing in the file
     is run. Stages 1 and 2 become a directory for model.encoder.weights, stage 3 a run for `generate` and `evaluate`.

@@ -9,12 +9,12 @@ import typer
 
 from emrrg_cli.commands.options import Json
 
-app = typer.Typer(help="Look into dataset directories.", no_args_is_help=True)
+app = typer.Typer(help="Summarise dataset directories.", no_args_is_help=True)
 
 
 @app.callback()
 def data() -> None:
-    """Look into dataset directories."""
+    """Summarise dataset directories."""
 
 
 @app.command("show", no_args_is_help=True)
@@ -25,13 +25,15 @@ def show(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", "--out", help="Folder for page and sheet; default DIR-summary.", show_default=False
+            "--output", "-o", "--out", help="Folder for the page and the contact sheet; default: DIR-summary.", show_default=False
         ),
     ] = None,
-    examples: Annotated[int, typer.Option("--examples", min=0, max=200, help="Studies on page and sheet.")] = 12,
+    examples: Annotated[int, typer.Option("--examples", min=0, max=200, help="Number of studies on the page and the sheet.")] = 12,
     as_json: Json = False,
 ) -> None:
-    """Count splits, views, labels, report lengths and sentences; show a few studies on a page and a contact sheet.
+    """Summarise a dataset directory and write a page with examples.
+
+    Counts splits, views, labels, report lengths and sentences. Some studies are shown on a page and a contact sheet.
 
     Example: emrrg data show data/iu_xray
     """
@@ -53,6 +55,6 @@ def show(
 
 
 def summary_folder(directory: Path) -> Path:
-    """Where the summary of a dataset directory goes unless another folder is named."""
+    """The default folder for the summary of a dataset directory."""
     named = directory if directory.name not in ("", "..") else directory.resolve()
     return named.with_name(f"{named.name}-summary")

@@ -1,4 +1,4 @@
-"""`emrrg doctor`: what this machine offers and what is missing."""
+"""`emrrg doctor`: what this machine has and what is missing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ _OPTIONAL = {
 
 
 def doctor(as_json: Json = False) -> None:
-    """Show versions, devices, scan engines, Java and free disk of this machine."""
+    """Show versions, GPUs, scan engines, Java and free disk space.
+
+    Example: emrrg doctor --json
+    """
     from emrrg_cli.diagnosis import diagnose
 
     found = diagnose()

@@ -24,7 +24,12 @@ def evaluate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier evaluation in --output.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Score a run on a split: BLEU-1..4, ROUGE-L, METEOR (with Java), CIDEr."""
+    """Write reports for a split and score them.
+
+    Scores are BLEU-1 to BLEU-4, ROUGE-L, METEOR (needs Java) and CIDEr.
+
+    Example: emrrg evaluate --model runs/iu --data data/iu_xray generation.num_beams=1
+    """
     from emrrg_cli.commands.options import start_processes
     from emrrg_cli.console import err, out
     from emrrg_cli.recipe.load import load_run_recipe

@@ -27,7 +27,12 @@ def generate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier reports in --output.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a report for every image of files and folders. Research output: not for diagnosis."""
+    """Write a report for every image in files and folders.
+
+    The reports are research output and are not for diagnosis.
+
+    Example: emrrg generate films/ study.png --model runs/iu --output reports/ generation.num_beams=1
+    """
     from emrrg_cli.console import err, out
     from emrrg_cli.recipe.load import load_run_recipe
 

@@ -11,17 +11,24 @@ import typer
 
 Overrides = Annotated[
     list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Changes to settings of the recipe.", show_default=False),
+]
+TrainingOverrides = Annotated[
+    list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Changes to the recipe, such as train.lr=5e-5.", show_default=False),
+]
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="Name of a shipped recipe (`emrrg recipe ls`) or path of a .yaml file.")
 ]
 NumProcesses = Annotated[
     int | None,
-    typer.Option("--num-processes", help="Processes to start; default: one a GPU, one on a CPU.", show_default=False),
+    typer.Option(
+        "--num-processes", help="Number of processes; default: one per GPU, one without a GPU.", show_default=False
+    ),
 ]
-Verbose = Annotated[
-    bool, typer.Option("--verbose", help="Name every tensor that is taken from another stage, dropped or made.")
-]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="Run directory; default runs/<recipe>.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue from the run's last checkpoint.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show how each tensor of the earlier stage is used.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Run directory; default: runs/<recipe>.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint of the run.")]
 PrintRecipe = Annotated[bool, typer.Option("--print-recipe", help="Print the resolved recipe and stop.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
@@ -40,13 +47,13 @@ class Invocation:
 
 
 def start_processes(context: typer.Context, requested: int | None, *, batch_size: int | None = None) -> bool:
-    """Runs the same command in several processes where several are wanted; false when this one is enough.
+    """Runs the same command in several processes if several are requested; returns False if this one is enough.
 
     Args:
-        batch_size: what the processes of a training share; None: nothing.
+        batch_size: Examples of an optimizer step, which the processes share; None for commands that do not train.
 
     Raises:
-        UsageError: when a batch does not divide among the processes, of which none is started then.
+        UsageError: The batch does not divide among the processes. No process is started.
     """
     from emrrg_cli.training.launch import launch, processes_wanted
 

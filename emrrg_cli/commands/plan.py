@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from emrrg_cli.commands.options import Json, Overrides
+from emrrg_cli.commands.options import Json, RecipeName, TrainingOverrides
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -15,18 +15,23 @@ if TYPE_CHECKING:
 
 
 def plan(
-    recipe: Annotated[str, typer.Argument(help="Shipped recipe (`emrrg recipe ls`) or a path to one.")],
-    overrides: Overrides = None,
+    recipe: RecipeName,
+    overrides: TrainingOverrides = None,
     studies: Annotated[
-        int | None, typer.Option("--studies", min=1, help="Training studies; default: data.root's.")
+        int | None, typer.Option("--studies", min=1, help="Number of training studies; default: those of data.root.")
     ] = None,
     views: Annotated[
-        int | None, typer.Option("--views", min=1, help="Images a study; default: data.root's, or 1.")
+        int | None, typer.Option("--views", min=1, help="Images per study; default: as in data.root, else 1.")
     ] = None,
-    num_processes: Annotated[int, typer.Option("--num-processes", min=1, help="Processes that share a batch.")] = 1,
+    num_processes: Annotated[int, typer.Option("--num-processes", min=1, help="Number of processes that share a batch.")] = 1,
     as_json: Json = False,
 ) -> None:
-    """Predict parameters, memory, time and disk of a training run on this machine. Needs no weights and loads none."""
+    """Predict memory, time and disk space of a training run.
+
+    Runs a few training steps on this machine with random weights. No weights are needed or loaded.
+
+    Example: emrrg plan iu_xray/finetune data.root=data/iu_xray train.micro_batch_size=2
+    """
     from emrrg_cli.console import err, out
     from emrrg_cli.recipe.load import load_recipe
     from emrrg_cli.recipe.schema import FinetuneRecipe

@@ -8,17 +8,19 @@ from typing import Annotated
 
 import typer
 
-from emrrg_cli.commands.options import Json, Overrides
+from emrrg_cli.commands.options import Json, TrainingOverrides
 from emrrg_cli.errors import UsageError
 
-app = typer.Typer(help="List, read, copy and check recipes.", no_args_is_help=True)
+app = typer.Typer(help="List, show, copy and check recipes.", no_args_is_help=True)
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="Shipped recipe, or path to a .yaml.", show_default=False)]
+Name = Annotated[
+    str, typer.Argument(metavar="NAME", help="Name of a shipped recipe or path of a .yaml file.", show_default=False)
+]
 
 
 @app.callback()
 def recipe() -> None:
-    """List, read, copy and check recipes."""
+    """List, show, copy and check recipes."""
 
 
 @app.command("ls")
@@ -28,7 +30,7 @@ def ls(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """List the shipped recipes, each with the command that runs it.
+    """List the shipped recipes with their purpose.
 
     Example: emrrg recipe ls finetune
     """
@@ -41,22 +43,26 @@ def ls(
     for name in names:
         path = find_recipe(name)
         stage = [layer.values["stage"] for layer in read_layers(path) if "stage" in layer.values][-1]
-        entries.append({"name": name, "stage": stage, "command": _first_comment(path), "path": str(path)})
+        command, purpose = _comments(path)
+        entries.append({"name": name, "stage": stage, "purpose": purpose, "command": command, "path": str(path)})
     if as_json:
         typer.echo(json.dumps(entries, indent=2))
         return
     width = max(map(len, names))
     for entry in entries:
-        typer.echo(f"{entry['name']:<{width}}  {entry['command']}")
+        typer.echo(f"{entry['name']:<{width}}  {entry['purpose']}")
+    typer.echo("`emrrg recipe show NAME` prints a recipe; its first line is the command that runs it.", err=True)
 
 
 @app.command("show", no_args_is_help=True)
 def show(
     name: Name,
-    overrides: Overrides = None,
-    resolved: Annotated[bool, typer.Option("--resolved", help="Every setting with its value, as YAML.")] = False,
+    overrides: TrainingOverrides = None,
+    resolved: Annotated[bool, typer.Option("--resolved", help="Print every setting with its value, as YAML.")] = False,
 ) -> None:
-    """Print a recipe: its text, or with --resolved or key=value every setting that it comes to.
+    """Print a recipe, or all of its settings with --resolved.
+
+    With key=value, the changed settings are printed.
 
     Example: emrrg recipe show iu_xray/finetune train.epochs=5
     """
@@ -73,13 +79,13 @@ def show(
 
 @app.command("cp", no_args_is_help=True)
 def cp(
-    name: Annotated[str, typer.Argument(help="Shipped recipe.", show_default=False)],
+    name: Annotated[str, typer.Argument(help="Name of a shipped recipe.", show_default=False)],
     destination: Annotated[
-        Path, typer.Argument(metavar="DEST", help="The .yaml file to write, or a directory.", show_default=False)
+        Path, typer.Argument(metavar="DEST", help="The .yaml file to write, or an existing directory.", show_default=False)
     ],
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
 ) -> None:
-    """Copy a shipped recipe, to be changed and run by its path.
+    """Copy a shipped recipe to a file that you can edit.
 
     Example: emrrg recipe cp iu_xray/finetune mine.yaml
     """
@@ -99,8 +105,10 @@ def cp(
 
 
 @app.command("validate", no_args_is_help=True)
-def validate(name: Name, overrides: Overrides = None) -> None:
-    """Check a recipe and list everything that is wrong with it (exit code 2).
+def validate(name: Name, overrides: TrainingOverrides = None) -> None:
+    """Check a recipe and list all of its problems.
+
+    The exit code is 2 if there are any.
 
     Example: emrrg recipe validate mine.yaml train.lr=5e-5
     """
@@ -111,7 +119,9 @@ def validate(name: Name, overrides: Overrides = None) -> None:
     typer.echo(f"{name}: ok (stage {document['stage']}{protocol})")
 
 
-def _first_comment(path: Path) -> str:
+def _comments(path: Path) -> tuple[str, str]:
+    """The command that runs a shipped recipe and its purpose: the first and the third line of the file."""
     from emrrg_cli.recipe.library import read_text
 
-    return read_text(path).partition("\n")[0].lstrip("# ")
+    lines = [line.lstrip("# ") for line in read_text(path).splitlines()[:3]]
+    return lines[0], lines[2]

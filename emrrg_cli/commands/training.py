@@ -8,50 +8,72 @@ from typing import Annotated
 
 import typer
 
-from emrrg_cli.commands.options import NumProcesses, Output, Overrides, PrintRecipe, Resume, Verbose, start_processes
+from emrrg_cli.commands.options import (
+    NumProcesses,
+    Output,
+    PrintRecipe,
+    RecipeName,
+    Resume,
+    TrainingOverrides,
+    Verbose,
+    start_processes,
+)
 from emrrg_cli.stages import STAGES
-
-Recipe = Annotated[str, typer.Argument(help="Shipped recipe (`emrrg recipe ls`) or a path to one.")]
 
 
 def pretrain(
     context: typer.Context,
-    recipe: Recipe,
-    overrides: Overrides = None,
+    recipe: RecipeName,
+    overrides: TrainingOverrides = None,
     output: Output = None,
     resume: Resume = False,
     num_processes: NumProcesses = None,
     print_recipe: PrintRecipe = False,
 ) -> None:
-    """Stage 1: train vision Mamba to continue X-rays, cluster by cluster; no reports needed."""
+    """Stage 1: pre-train the encoder on X-rays without reports.
+
+    The vision Mamba encoder learns to predict the next cluster of image patches.
+
+    Example: emrrg pretrain xray/pretrain-base data.root=data/all --output runs/pretrain
+    """
     _train("pretrain", context, recipe, overrides, output, resume, num_processes, print_recipe)
 
 
 def align(
     context: typer.Context,
-    recipe: Recipe,
-    overrides: Overrides = None,
+    recipe: RecipeName,
+    overrides: TrainingOverrides = None,
     output: Output = None,
     resume: Resume = False,
     num_processes: NumProcesses = None,
     print_recipe: PrintRecipe = False,
     verbose: Verbose = False,
 ) -> None:
-    """Stage 2: train vision Mamba and a text tower to tell which report goes with which X-ray."""
+    """Stage 2: train the encoder to match X-rays and reports.
+
+    Encoder and text encoder are trained with a contrastive loss.
+
+    Example: emrrg align xray/align-base data.root=data/all model.encoder.weights=runs/pretrain --output runs/align
+    """
     _train("align", context, recipe, overrides, output, resume, num_processes, print_recipe, verbose=verbose)
 
 
 def finetune(
     context: typer.Context,
-    recipe: Recipe,
-    overrides: Overrides = None,
+    recipe: RecipeName,
+    overrides: TrainingOverrides = None,
     output: Output = None,
     resume: Resume = False,
     num_processes: NumProcesses = None,
     verbose: Verbose = False,
     print_recipe: PrintRecipe = False,
 ) -> None:
-    """Stage 3: train vision Mamba, bridge and LLM to write reports."""
+    """Stage 3: train the model to write reports.
+
+    Examples:
+      emrrg finetune iu_xray/finetune data.root=data/iu_xray model.encoder.weights=runs/align --output runs/iu
+      emrrg finetune iu_xray/finetune data.root=data/iu_xray --output runs/iu --resume
+    """
     _train("finetune", context, recipe, overrides, output, resume, num_processes, print_recipe, verbose=verbose)
 
 
@@ -67,10 +89,10 @@ def _train(
     *,
     verbose: bool = False,
 ) -> None:
-    """Checks the recipe and the run directory, starts further processes where several are wanted, and trains.
+    """Checks the recipe and the run directory, starts more processes if requested, and trains.
 
     Raises:
-        UsageError: when the directory is taken, there is nothing to resume, the recipe has changed, or its batch does
+        UsageError: The directory is not empty, there is nothing to resume, the recipe has changed, or the batch does
             not divide among the processes.
     """
     from emrrg_cli.console import err, out

@@ -9,7 +9,7 @@ from emrrg_cli.errors import UsageError
 from emrrg_cli.recipe.layers import COMMAND_LINE, Layer
 from emrrg_cli.recipe.yaml12 import parse_value
 
-_FORM = "An override is key=value with a YAML value, such as train.lr=5e-5, data.root=DIR or train.clip_norm=null."
+_FORM = "Write key=value; the value is YAML: a number, text, [a, list] or null. Flags such as --resume take no value."
 
 
 def parse_overrides(overrides: Sequence[str]) -> Layer:

@@ -15,11 +15,14 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def test_ls_shows_each_recipe_with_its_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["recipe", "ls", "iu_xray/*"]) == 0
-    assert capsys.readouterr().out.splitlines() == [
-        "iu_xray/finetune       emrrg finetune iu_xray/finetune data.root=DIR model.encoder.weights=FILE",
-        "iu_xray/finetune-full  emrrg finetune iu_xray/finetune-full data.root=DIR model.encoder.weights=FILE",
+def test_ls_shows_each_recipe_with_its_purpose(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipe", "ls", "iu_xray/*full"]) == 0
+    shown = capsys.readouterr().out
+    assert shown == "iu_xray/finetune-full  Reports for IU X-Ray; the whole encoder is trained instead of LoRA.\n"
+    assert main(["recipe", "ls", "iu_xray/*", "--json"]) == 0
+    assert [entry["command"] for entry in json.loads(capsys.readouterr().out)] == [
+        "emrrg finetune iu_xray/finetune data.root=DIR model.encoder.weights=FILE",
+        "emrrg finetune iu_xray/finetune-full data.root=DIR model.encoder.weights=FILE",
     ]
 
 
@@ -37,8 +40,11 @@ def test_ls_refuses_a_pattern_that_matches_nothing(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_every_recipe_opens_with_its_command_and_an_example(name: str) -> None:
-    first, second = (recipes_dir() / f"{name}.yaml").read_text().splitlines()[:2]
+def test_every_recipe_opens_with_command_example_and_purpose(name: str) -> None:
+    first, second, third = (recipes_dir() / f"{name}.yaml").read_text().splitlines()[:3]
+    assert third.startswith("# ")
+    assert third.endswith(".")
+    assert len(third) <= 80
     folder, file = name.split("/")
     command = file.split("-")[0]
     if command == "preprocess":

@@ -13,12 +13,12 @@ from emrrg_cli.commands.preprocess.mimic_cxr import mimic_cxr
 from emrrg_cli.commands.preprocess.phantom import phantom
 from emrrg_cli.commands.preprocess.r2gen import r2gen
 
-app = typer.Typer(help="Turn raw data into a dataset directory that the other commands read.", no_args_is_help=True)
+app = typer.Typer(help="Turn raw data into a dataset directory.", no_args_is_help=True)
 
 
 @app.callback()
 def preprocess() -> None:
-    """Turn raw data into a dataset directory that the other commands read."""
+    """Turn raw data into a dataset directory."""
 
 
 app.command("r2gen", no_args_is_help=True)(with_options(r2gen))

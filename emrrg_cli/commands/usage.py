@@ -1,0 +1,116 @@
+"""Help texts as plain text, and what to type instead of a command line that is wrong."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Any
+
+import typer
+from typer.core import TyperCommand
+
+# Options in groups with a heading of their own come after the ungrouped ones.
+_UNGROUPED = "Options"
+
+# Words that people type for a command.
+_MEANT = {
+    "train": ("pretrain", "align", "finetune"),
+    "fit": ("finetune",),
+    "fine-tune": ("finetune",),
+    "tune": ("finetune",),
+    "contrast": ("align",),
+    "test": ("evaluate",),
+    "eval": ("evaluate",),
+    "score": ("evaluate",),
+    "predict": ("generate",),
+    "infer": ("generate",),
+    "inference": ("generate",),
+    "report": ("generate",),
+    "prepare": ("preprocess",),
+    "import": ("convert",),
+    "export": ("convert",),
+    "info": ("doctor",),
+    "recipes": ("recipe",),
+    "list": ("recipe",),
+}
+_TAKE_SETTINGS = ("pretrain", "align", "finetune", "plan", "evaluate", "generate", "preprocess")
+
+
+class HelpfulCommand(TyperCommand):
+    """A command whose help copies well: flags without a value, whole option names, examples on lines of their own."""
+
+    def __init__(self, *arguments: Any, help: str | None = None, **options: Any) -> None:
+        paragraphs = inspect.cleandoc(help or "").split("\n\n")
+        # Click wraps the lines of a paragraph, except after this mark.
+        kept = ["\b\n" + text if text.startswith("Example") else text for text in paragraphs]
+        super().__init__(*arguments, help="\n\n".join(kept) or None, **options)
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Writes the arguments, the options and the groups of options, each under its heading."""
+        groups: dict[str, list[tuple[str, str]]] = {"Arguments": [], _UNGROUPED: []}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is None:
+                continue
+            if parameter.param_type_name == "argument":
+                groups["Arguments"].append((record[0].partition(" <")[0], record[1]))
+            else:
+                heading = getattr(parameter, "rich_help_panel", None) or _UNGROUPED
+                groups.setdefault(heading, []).append(record)
+        for heading, records in groups.items():
+            if records:
+                with formatter.section(heading):
+                    formatter.write_dl(records)
+
+
+def use_plain_help(app: typer.Typer) -> None:
+    """Gives an application, its groups and its commands the help of `HelpfulCommand`, also by `-h`."""
+    app.rich_markup_mode = None
+    app.info.context_settings = {"help_option_names": ["-h", "--help"]}
+    for command in app.registered_commands:
+        command.cls = HelpfulCommand
+    for group in app.registered_groups:
+        if group.typer_instance is not None:
+            use_plain_help(group.typer_instance)
+
+
+def what_to_type(error: Any, arguments: Sequence[str], commands: Sequence[str]) -> tuple[str, str | None]:
+    """The message of a wrong call, and what to type instead; None where nothing is near.
+
+    Args:
+        error: Click's exception.
+        arguments: What follows `emrrg`.
+        commands: The commands of the program.
+    """
+    message: str = error.format_message()
+    kind = type(error).__name__
+    path = error.ctx.command_path if getattr(error, "ctx", None) else "emrrg"
+    command = path.removeprefix("emrrg").strip().partition(" ")[0]
+    if message.startswith("No such command"):
+        message, advice = message.partition(" Did you mean")[0], None
+        names = list(getattr(error.ctx.command, "commands", commands)) if error.ctx else list(commands)
+        if close := _close(message.split("'")[1], names):
+            advice = f"Did you mean {', '.join(f'`{path} {name}`' for name in close)}?"
+        elif names:
+            advice = f"`{path}` takes one of: {', '.join(names)}."
+        return message, advice
+    if kind == "NoSuchOption" and command in _TAKE_SETTINGS and not getattr(error, "possibilities", None):
+        name = error.option_name.lstrip("-").replace("-", "_")
+        key = "data.root" if name in ("data", "root", "dataset") and command != "preprocess" else name
+        place = next((i for i, text in enumerate(arguments) if text.partition("=")[0] == error.option_name), 0)
+        value = arguments[place].partition("=")[2] or next(iter(arguments[place + 1 :]), "VALUE")
+        return message, f"Settings of the recipe are changed by key=value, without dashes: {key}={value}"
+    if kind == "MissingParameter" and command in ("evaluate", "generate") and "--model" in message:
+        given = [argument for argument in arguments[1:] if not argument.startswith("-") and "=" not in argument]
+        inputs = " ".join(given) or "IMAGES"
+        example = f"emrrg evaluate --model {(given or ['RUN'])[0]}" if command == "evaluate" else None
+        return message, f"Name the run directory: `{example or f'emrrg generate {inputs} --model RUN'}`."
+    return message, None
+
+
+def _close(word: str, names: Sequence[str]) -> list[str]:
+    """The names that a word was perhaps meant to be."""
+    known = [name for name in _MEANT.get(word.lower(), ()) if name in names]
+    beginning = [name for name in names if len(word) > 1 and name.startswith(word.lower())]
+    return known or beginning or get_close_matches(word.lower(), names)

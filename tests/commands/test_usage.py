@@ -1,0 +1,89 @@
+"""Help texts, and what to type instead of a command line that is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from emrrg_cli import app as app_module
+from emrrg_cli.app import main
+
+
+def paths(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every command that runs something, by the words that lead to it."""
+    if not hasattr(command, "commands"):
+        yield path, command
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from paths(inner, (*path, name))
+
+
+COMMANDS = dict(paths(app_module.get_command(app_module.app)))
+
+
+def help_of(path: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([*path, "-h"]) == 0
+    shown = capsys.readouterr().out
+    assert main([*path, "--help"]) == 0
+    assert capsys.readouterr().out == shown
+    return shown
+
+
+@pytest.mark.parametrize("path", list(COMMANDS), ids=" ".join)
+def test_help_is_complete_at_80_columns(
+    path: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = help_of(path, capsys, monkeypatch)
+    names = [name for parameter in COMMANDS[path].params for name in parameter.opts if name.startswith("--")]
+    for name in names:
+        assert f"{name} " in shown.replace("\n", " "), name
+    assert "bool" not in shown
+    example = shown.partition("Example")[2]
+    assert f"emrrg {' '.join(path)}" in example.replace("emrrg preprocess combined clip", "emrrg preprocess combined ")
+
+
+@pytest.mark.parametrize("path", list(COMMANDS), ids=" ".join)
+def test_only_commands_that_train_speak_of_train_lr(
+    path: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trains = path[0] in ("pretrain", "align", "finetune", "plan") or path in (("recipe", "show"), ("recipe", "validate"))
+    assert ("train.lr" in help_of(path, capsys, monkeypatch)) == trains
+
+
+def test_the_list_of_commands_has_whole_sentences(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in ((), ("preprocess",), ("recipe",), ("data",)):
+        assert "..." not in help_of(path, capsys, monkeypatch).partition("Commands:")[2]
+
+
+@pytest.mark.parametrize(
+    ("line", "advice"),
+    [
+        ("train", "`emrrg pretrain`, `emrrg align`, `emrrg finetune`"),
+        ("predict", "Did you mean `emrrg generate`?"),
+        ("doctr", "Did you mean `emrrg doctor`?"),
+        ("preprocess iu", "Did you mean `emrrg preprocess iu_xray`?"),
+        ("preprocess openi/ data/iu", "`emrrg preprocess` takes one of: r2gen, folder, iu_xray, mimic_cxr,"),
+        ("finetune --data DIR", "key=value, without dashes: data.root=DIR"),
+        ("finetune tiny/finetune --lr=1e-4", "key=value, without dashes: lr=1e-4"),
+        ("finetune tiny/finetune --resum", "--resume"),
+        ("evaluate runs/iu", "`emrrg evaluate --model runs/iu`"),
+        ("generate films/", "`emrrg generate films/ --model RUN`"),
+        ("finetune tiny/finetune --resume true", "Flags such as --resume take no value."),
+    ],
+)
+def test_a_wrong_call_says_what_to_type(line: str, advice: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(line.split()) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert advice in shown.err
+
+
+def test_a_command_without_its_arguments_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["finetune"]) == 2
+    shown = capsys.readouterr()
+    assert "Usage: emrrg finetune" in shown.out + shown.err
+    assert "error" not in shown.err
