@@ -135,10 +135,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         leave_processes()
 
 
-def _run(arguments: list[str]) -> int:
+def _run(arguments: Sequence[str]) -> int:
     try:
         command: Any = get_command(app)
-        with command.make_context("emrrg", list(arguments), obj=Invocation(tuple(arguments), main)) as context:
+        with command.make_context("emrrg", list(arguments), obj=Invocation(tuple(arguments), _run)) as context:
             command.invoke(context)
     except typer.Exit as end:
         return end.exit_code

@@ -1,11 +1,9 @@
-"""The whole toolkit in one command, on synthetic films: render, train, evaluate, generate, and a page to look at."""
+"""The whole toolkit in one command, on synthetic films: draw, train, evaluate, generate, and write a page."""
 
 from __future__ import annotations
 
 import io
-import shlex
 from collections import Counter
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,51 +11,33 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from emrrg_cli.console import err
 from emrrg_cli.datasets.directory import open_dataset
-from emrrg_cli.errors import EmrrgError
 from emrrg_cli.evaluation.findings import finding_scores
 from emrrg_cli.files import read_jsonl
 from emrrg_cli.phantom.reader import read_labels
 from emrrg_cli.reporting.page import Card, Page, write_page
 
 INTRO = (
-    "Synthetic films of no patient, drawn by emrrg with known findings, and reports by a tiny model that learned from "
-    "others of their kind for about two minutes. It shows that the parts work together; it says nothing about real "
+    "Synthetic films, drawn by emrrg with known findings, and reports by a tiny model that was trained on other "
+    "synthetic films for about two minutes. The page shows that all parts work together. It says nothing about real "
     "radiographs."
+)
+LEGEND = (
+    ("found: in the film and in the report", "good"),
+    ("invented: in the report, not in the film", "bad"),
+    ("missed: in the film, not in the report", "missed"),
 )
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What a demo found: one entry a film of the test split, and F1 scores by finding of three ways to answer."""
+    """Results of a demo: one entry per film of the test split, and by finding the F1 of three kinds of reports."""
 
     study_ids: list[str]
     truth: list[set[str]]
     references: list[str]
     hypotheses: list[str]
     f1: dict[str, list[float]]
-
-
-def run(run_command: Callable[[Sequence[str]], int], arguments: Sequence[str], commands: list[str]) -> None:
-    """Runs one command of the toolkit in this process, after showing it.
-
-    Args:
-        run_command: Runs a command and returns its exit code.
-        arguments: What follows `emrrg`.
-        commands: The command is added here, as it is typed in a shell.
-
-    Raises:
-        EmrrgError: when it fails, with its exit code; it has said why.
-    """
-    command = shlex.join(["emrrg", *arguments])
-    commands.append(command)
-    err.print(f"\n[bold]$[/] {command}", soft_wrap=True)
-    code = run_command(arguments)
-    if code:
-        failed = EmrrgError("the demo ended with the command above")
-        failed.exit_code = code
-        raise failed
 
 
 def write_films(dataset: Any, folder: Path, count: int) -> None:
@@ -70,8 +50,8 @@ def write_films(dataset: Any, folder: Path, count: int) -> None:
 def read_result(data: Path, scores: Path) -> DemoResult:
     """Compares the findings in the predictions of `emrrg evaluate` with the known ones.
 
-    Beside the model stand two that do not look at the image they answer for: the model's own reports dealt to other
-    films, which is the model given shuffled images, and the most frequent report of the training split for every film.
+    Two controls do not look at the image: the model's own reports dealt to other films, and the most frequent report of
+    the training split for every film.
     """
     splits = open_dataset(data)
     predictions = {row["study_id"]: row for row in read_jsonl(scores / "predictions.jsonl")}
@@ -91,6 +71,7 @@ def read_result(data: Path, scores: Path) -> DemoResult:
 
 def write_demo_page(path: Path, data: Path, result: DemoResult, scores: dict[str, Any], commands: list[str]) -> None:
     """Writes the page: scores, commands, and films with reference, generated report and findings."""
+    different = len(set(result.hypotheses))
     test = open_dataset(data)["test"]
     rows = {study: row for row, study in enumerate(test["study_id"])}
     cards = []
@@ -105,7 +86,8 @@ def write_demo_page(path: Path, data: Path, result: DemoResult, scores: dict[str
     findings |= {name: [f"{value:.2f}" for value in row] for name, row in result.f1.items()}
     count = len(result.study_ids)
     tables = [(f"Language, {count} films", language), (f"F1 of findings, {count} films", findings)]
-    write_page(path, Page("emrrg demo: synthetic chest films", INTRO, cards, tables, commands))
+    intro = f"{INTRO} The model wrote {different} different reports for {count} films."
+    write_page(path, Page("emrrg demo: synthetic chest films", intro, cards, tables, commands, LEGEND))
 
 
 def _columns(result: DemoResult) -> tuple[list[str], list[set[str]], list[str], list[str]]:

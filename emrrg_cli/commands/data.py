@@ -25,10 +25,16 @@ def show(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", "--out", help="Folder for the page and the contact sheet; default: DIR-summary.", show_default=False
+            "--output",
+            "-o",
+            "--out",
+            help="Folder for the page and the contact sheet; default: DIR-summary.",
+            show_default=False,
         ),
     ] = None,
-    examples: Annotated[int, typer.Option("--examples", min=0, max=200, help="Number of studies on the page and the sheet.")] = 12,
+    examples: Annotated[
+        int, typer.Option("--examples", min=0, max=200, help="Number of studies on the page and the sheet.")
+    ] = 12,
     as_json: Json = False,
 ) -> None:
     """Summarise a dataset directory and write a page with examples.

@@ -39,7 +39,7 @@ class Invocation:
 
     Attributes:
         arguments: What follows `emrrg`.
-        run: Runs another command of the program in this process and returns its exit code.
+        run: Runs another command of the program in this process and returns its exit code; errors are raised.
     """
 
     arguments: tuple[str, ...]

@@ -23,7 +23,7 @@ def plan(
     views: Annotated[
         int | None, typer.Option("--views", min=1, help="Images per study; default: as in data.root, else 1.")
     ] = None,
-    num_processes: Annotated[int, typer.Option("--num-processes", min=1, help="Number of processes that share a batch.")] = 1,
+    num_processes: Annotated[int, typer.Option("--num-processes", min=1, help="Processes that share a batch.")] = 1,
     as_json: Json = False,
 ) -> None:
     """Predict memory, time and disk space of a training run.

@@ -81,7 +81,8 @@ def show(
 def cp(
     name: Annotated[str, typer.Argument(help="Name of a shipped recipe.", show_default=False)],
     destination: Annotated[
-        Path, typer.Argument(metavar="DEST", help="The .yaml file to write, or an existing directory.", show_default=False)
+        Path,
+        typer.Argument(metavar="DEST", help="The .yaml file to write, or an existing directory.", show_default=False),
     ],
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
 ) -> None:

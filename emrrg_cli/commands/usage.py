@@ -83,7 +83,7 @@ def what_to_type(error: Any, arguments: Sequence[str], commands: Sequence[str]) 
         arguments: What follows `emrrg`.
         commands: The commands of the program.
     """
-    message: str = error.format_message()
+    message: str = getattr(error, "message", "") or error.format_message()
     kind = type(error).__name__
     path = error.ctx.command_path if getattr(error, "ctx", None) else "emrrg"
     command = path.removeprefix("emrrg").strip().partition(" ")[0]
@@ -95,7 +95,11 @@ def what_to_type(error: Any, arguments: Sequence[str], commands: Sequence[str]) 
         elif names:
             advice = f"`{path}` takes one of: {', '.join(names)}."
         return message, advice
-    if kind == "NoSuchOption" and command in _TAKE_SETTINGS and not getattr(error, "possibilities", None):
+    if kind == "NoSuchOption":
+        if close := get_close_matches(error.option_name, error.possibilities or (), cutoff=0.8):
+            return message, f"Did you mean {' or '.join(close)}?"
+        if command not in _TAKE_SETTINGS:
+            return message, None
         name = error.option_name.lstrip("-").replace("-", "_")
         key = "data.root" if name in ("data", "root", "dataset") and command != "preprocess" else name
         place = next((i for i, text in enumerate(arguments) if text.partition("=")[0] == error.option_name), 0)

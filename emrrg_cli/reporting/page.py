@@ -29,7 +29,9 @@ pre { background: var(--soft); padding: .7rem; overflow-x: auto; }
 .card img { width: 100%; image-rendering: auto; } .card h3 { margin: 0 0 .3rem; font-size: .95rem; }
 .tag { display: inline-block; border: 1px solid; border-radius: 1rem; padding: 0 .6rem; margin: 0 .3rem .3rem 0;
   font-size: .85rem; }
-.good { color: var(--good); } .bad { color: var(--bad); text-decoration: line-through; } .missed { color: var(--bad); }
+.good { color: var(--good); } .good::before { content: "✓ "; }
+.bad { color: #fff; background: var(--bad); border-color: var(--bad); } .bad::before { content: "✗ "; }
+.missed { color: var(--bad); border-style: dashed; } .missed::before { content: "○ "; }
 @media (max-width: 50rem) { .card { grid-template-columns: 1fr; } }
 """
 
@@ -38,8 +40,8 @@ pre { background: var(--soft); padding: .7rem; overflow-x: auto; }
 class Card:
     """One study on the page.
 
-    `truth` is None where there is no report to compare with. `tags` are findings with `good` (found), `bad` (said, not
-    there) or `missed`. `heading` stands above the report.
+    `truth` is None where there is no report to compare with. `tags` are findings with `good` (found), `bad` (reported,
+    but not there) or `missed`. `heading` stands above the report.
     """
 
     title: str
@@ -60,13 +62,17 @@ class Bar:
 
 @dataclass
 class Page:
-    """A page: what it shows, figures as tables of `name -> columns`, the commands that made it, and the studies."""
+    """A page: what it shows, figures as tables of `name -> columns`, the commands that made it, and the studies.
+
+    `legend` explains the tags of the cards, each with a tag of its kind.
+    """
 
     title: str
     intro: str
     cards: Sequence[Card]
     tables: Sequence[tuple[str, Mapping[str, Sequence[str | Bar]]]] = ()
     commands: Sequence[str] = field(default_factory=list)
+    legend: Sequence[tuple[str, str]] = ()
 
 
 def write_page(path: Path, page: Page) -> None:
@@ -85,7 +91,8 @@ def write_page(path: Path, page: Page) -> None:
         parts.append("<div class=tables>" + "".join(_table(name, rows) for name, rows in page.tables) + "</div>")
     if page.commands:
         parts.append("<h2>Commands</h2><pre>" + _text("\n".join(page.commands)) + "</pre>")
-    parts += ["<h2>Reports</h2>", *map(_card, page.cards)]
+    legend = f"<p>{_tags(page.legend)}</p>" if page.legend else ""
+    parts += [f"<h2>Reports</h2>{legend}", *map(_card, page.cards)]
     atomic_write_text(path, "\n".join(parts) + "\n")
 
 
@@ -102,13 +109,17 @@ def _cell(cell: str | Bar) -> str:
 
 def _card(card: Card) -> str:
     images = "".join(f"<img alt='' src='{_source(image)}'>" for image in card.images)
-    tags = "".join(f"<span class='tag {kind}'>{_text(name)}</span>" for name, kind in card.tags)
+    tags = _tags(card.tags)
     notes = f"<p class=note>{_text(card.notes)}</p>" if card.notes else ""
     truth = "" if card.truth is None else f"<div><h3>Reference</h3><p>{_text(card.truth)}</p></div>"
     return (
         f"<div class=card><div>{images}<p class=note>{_text(card.title)}</p>{notes}</div>"
         f"<div><h3>{_text(card.heading)}</h3><p>{_text(card.report) or '(empty)'}</p>{tags}</div>{truth}</div>"
     )
+
+
+def _tags(tags: Sequence[tuple[str, str]]) -> str:
+    return "".join(f"<span class='tag {kind}'>{_text(name)}</span>" for name, kind in tags)
 
 
 def _source(image: Image.Image) -> str:
