@@ -43,6 +43,11 @@ _PUNCTUATION = {
 }
 
 
+def unix_line_ends(text: str) -> str:
+    """The text with its lines ended by LF: how they end is a matter of the program that wrote the file."""
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+
+
 def clean_report(text: str, style: CleaningStyle | str) -> str:
     """The report as it is learned and scored.
 

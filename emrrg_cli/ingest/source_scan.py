@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,17 @@ from emrrg_cli.console import printable
 from emrrg_cli.errors import RunError
 from emrrg_cli.imaging.views import projection
 from emrrg_cli.ingest.selection import select
-from emrrg_cli.ingest.sources.temporary_index import scratch_database, scratch_errors
 from emrrg_cli.ingest.study import Account, ImageProblem, Study, StudySource
 from emrrg_cli.recipe.schema import PreprocessRecipe
 from emrrg_cli.vocabulary import SPLITS, Split
 
 _EXAMPLES = 5
+# One object for each set of splits, however many patients have it.
+_SETS = {
+    chosen: chosen
+    for count in range(1, len(SPLITS) + 1)
+    for chosen in map(frozenset[Split], combinations(SPLITS, count))
+}
 _SAMPLE = 40
 
 
@@ -54,6 +60,17 @@ class Survey:
         """Studies of all splits."""
         return self.studies.total()
 
+    def add_patient(self, study: Study, splits_of: dict[str, frozenset[Split]]) -> None:
+        """Remembers the split of the study's patient; counts a patient once, when a second split comes."""
+        patient = study.patient_id or ""
+        before = splits_of.get(patient, frozenset())
+        if len(before) == 1 and study.split not in before:
+            self.leaks += 1
+            if len(self.leaking) < _EXAMPLES:
+                self.leaking.append(f"{printable(patient)} (study {printable(study.study_id)})")
+        if study.split not in before:
+            splits_of[patient] = _SETS[before | {study.split}]
+
     def check_leakage(self) -> None:
         """Makes sure that no patient is in two splits.
 
@@ -80,7 +97,7 @@ def survey(source: StudySource, recipe: PreprocessRecipe, told: Callable[[int], 
     """
     found = Survey()
     digest = hashlib.blake2b(digest_size=16)
-    patients = _Patients()
+    splits_of: dict[str, frozenset[Split]] = {}
     step = 1
     for number, study in enumerate(select(source.studies(found.account), recipe, source.root, found.account)):
         if number % 256 == 0:
@@ -91,10 +108,8 @@ def survey(source: StudySource, recipe: PreprocessRecipe, told: Callable[[int], 
         for problem in study.problems:
             found.problems[problem.reason] += 1
             found.first_problems.setdefault(problem.reason, (study.study_id, problem))
-        if study.patient_id is not None and patients.leaks(study.patient_id, study.split):
-            found.leaks += 1
-            if len(found.leaking) < _EXAMPLES:
-                found.leaking.append(f"{printable(study.patient_id)} (study {printable(study.study_id)})")
+        if study.patient_id is not None:
+            found.add_patient(study, splits_of)
         digest.update(_identity(study))
         if number % step == 0:
             found.sample.append(study)
@@ -119,21 +134,3 @@ def _state(path: Path) -> tuple[int, int]:
     except (OSError, ValueError):
         return -1, -1
     return status.st_size, status.st_mtime_ns
-
-
-class _Patients:
-    """The splits that each patient was met in, on the disk: a data set may have hundreds of thousands of patients."""
-
-    def __init__(self) -> None:
-        self._database = scratch_database()
-        self._database.execute("CREATE TABLE patient (id TEXT PRIMARY KEY, splits INTEGER) WITHOUT ROWID")
-
-    def leaks(self, patient: str, split: Split) -> bool:
-        """Remembers a patient; true once for each that comes in a second split."""
-        bit = 1 << SPLITS.index(split)
-        with scratch_errors():
-            row = self._database.execute("SELECT splits FROM patient WHERE id = ?", (patient,)).fetchone()
-            before: int = row[0] if row else 0
-            if not before & bit:
-                self._database.execute("INSERT OR REPLACE INTO patient VALUES (?, ?)", (patient, before | bit))
-        return before in (1, 2, 4) and before != bit

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from emrrg_cli.console import printable
 from emrrg_cli.datasets.directory import Column
+from emrrg_cli.datasets.report_text import unix_line_ends
 from emrrg_cli.vocabulary import Split
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ class Study:
     Attributes:
         image_paths: Files of the views, resolved, inside the source's root.
         views: Projection of each image (`PA`, `AP`, `LATERAL`, ..., or `unknown`): files first, then `rendered`.
-        report: The text by the source's own rule; `findings` and `impression` where the source tells them apart.
+        report: The text by the source's own rule; `findings` and `impression` where the source tells them apart. Lines
+            of all texts end in LF, whatever the source has.
         problems: Images that the source lists and that are already known to be unusable.
         rendered: Images that are made, not read.
         extra: Values of the columns that only this source has; see `HasColumns`.
@@ -74,6 +76,14 @@ class Study:
     def __post_init__(self) -> None:
         if len(self.views) != (images := len(self.image_paths) + len(self.rendered)):
             raise ValueError(f"{len(self.views)} views for {images} images")
+        for name in ("findings", "impression", "report"):
+            if text := getattr(self, name):
+                object.__setattr__(self, name, unix_line_ends(text))
+        if any(isinstance(value, str) and "\r" in value for value in self.extra.values()):
+            extra = {
+                name: unix_line_ends(value) if isinstance(value, str) else value for name, value in self.extra.items()
+            }
+            object.__setattr__(self, "extra", extra)
 
 
 @dataclass

@@ -14,7 +14,7 @@ from emrrg_cli.ingest.sources.annotation import Annotation, AnnotationRow
 from emrrg_cli.ingest.sources.chexpert_labels import COLUMNS, NOT_MENTIONED, label_columns
 from emrrg_cli.ingest.sources.chexpert_table import ChexpertTable, TableStudy, parse_path
 from emrrg_cli.ingest.sources.image_paths import find_image, require_folder
-from emrrg_cli.ingest.sources.temporary_index import SeenIds, scratch_errors
+from emrrg_cli.ingest.sources.seen_ids import SeenIds
 from emrrg_cli.ingest.sources.texts import lacks_text
 from emrrg_cli.ingest.study import Account, ImageProblem, Study
 from emrrg_cli.vocabulary import UNKNOWN_VIEW, Split
@@ -94,12 +94,11 @@ class ChexpertPlusSource:
         """
         account.remarks += self.remarks
         studies = self._listed(account) if self._annotation is None else self._annotated(self._annotation, account)
-        with scratch_errors():
-            for study in studies:
-                if problem := lacks_text(study, self._section):
-                    account.skip_study(problem, study.study_id)
-                else:
-                    yield study
+        for study in studies:
+            if problem := lacks_text(study, self._section):
+                account.skip_study(problem, study.study_id)
+            else:
+                yield study
 
     def _listed(self, account: Account) -> Iterator[Study]:
         self._table.skip_rows(account)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from emrrg_cli.console import printable
 from emrrg_cli.datasets.report_text import ReportSection
@@ -16,7 +18,6 @@ from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.imaging.views import view_name
 from emrrg_cli.ingest.sources.chexpert_labels import LABELS, NOT_MENTIONED, encode_labels
 from emrrg_cli.ingest.sources.table import CsvFile
-from emrrg_cli.ingest.sources.temporary_index import scratch_database, scratch_errors
 from emrrg_cli.ingest.study import Account
 from emrrg_cli.vocabulary import SPLITS, Split
 
@@ -30,17 +31,6 @@ _REQUIRED = ("path_to_image", "section_findings", "section_impression")
 _OPTIONAL = ("path_to_dcm", "frontal_lateral", "ap_pa", "section_clinical_history", "section_history",
              "section_comparison")  # fmt: skip
 _PATH = re.compile(r"(?:.*/)?(\w+/(patient\d+)/(study\d+)/view\d+_(\w+))\.\w+")
-
-_SCHEMA = """
-CREATE TABLE studies (number INTEGER PRIMARY KEY, id TEXT UNIQUE, patient TEXT, findings TEXT, impression TEXT,
-                      indication TEXT, comparison TEXT, versions INTEGER);
-CREATE TABLE images (number INTEGER PRIMARY KEY, study INTEGER, path TEXT UNIQUE, dicom TEXT, view TEXT);
-CREATE INDEX of_study ON images (study);
-CREATE TABLE twice (study INTEGER, path TEXT, line INTEGER);
-CREATE TABLE labels (path TEXT PRIMARY KEY, code TEXT) WITHOUT ROWID;
-CREATE TABLE skipped (reason TEXT, id TEXT, detail TEXT);
-CREATE TABLE splits (patient TEXT PRIMARY KEY, split INTEGER) WITHOUT ROWID;
-"""
 
 
 @dataclass(frozen=True)
@@ -65,7 +55,7 @@ def parse_path(path: str) -> ImagePath | None:
     return match and ImagePath(match[1], match[2], f"{match[2]}_{match[3]}", view_name(match[4]))
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class TableStudy:
     """A study as the table has it.
 
@@ -81,13 +71,13 @@ class TableStudy:
     impression: str
     indication: str
     comparison: str
-    images: tuple[tuple[str, str, str], ...]
-    twice: tuple[tuple[str, int], ...]
-    labels: str
+    images: list[tuple[str, str, str]] = field(default_factory=list)
+    twice: list[tuple[str, int]] = field(default_factory=list)
+    labels: str = NOT_MENTIONED
 
 
 class ChexpertTable:
-    """The table and the labels, joined on the disk; the rows of a study need not stand together.
+    """The table and the labels, joined in memory; the rows of a study need not stand together.
 
     Args:
         root: Folder with both.
@@ -104,81 +94,45 @@ class ChexpertTable:
 
     def __init__(self, root: Path, section: ReportSection, *, needed: bool = True) -> None:
         self.remarks: list[str] = []
-        self._database = scratch_database()
-        self._database.executescript(_SCHEMA)
+        self._studies: dict[str, TableStudy] = {}
+        self._views: dict[str, str] = {}
+        self._splits: dict[str, Split] = {}
+        self._skipped: list[tuple[str, str, str]] = []
         table = next(iter(sorted(root.glob(_TABLES))), None)
         if table is None and needed:
             raise UsageError(f"no {TABLE} in {root}", hint="ROOT is the folder that holds the table and PNGs/.")
         if table is not None:
-            with scratch_errors():
-                self._read_table(table)
-                self._read_labels(root, section)
+            self._read_table(table)
+            self._read_labels(root, section)
 
     def draw(self, fractions: Sequence[float], seed: int) -> None:
         """Draws the split of each patient, which `studies` goes by."""
-        patients = (patient for (patient,) in self._database.execute("SELECT DISTINCT patient FROM studies"))
-        rows = ((patient, SPLITS.index(split)) for patient, split in draw_splits(patients, fractions, seed).items())
-        with scratch_errors():
-            self._database.execute("BEGIN")
-            self._database.executemany("INSERT INTO splits VALUES (?, ?)", rows)
-            self._database.execute("COMMIT")
+        self._splits = draw_splits((study.patient for study in self._studies.values()), fractions, seed)
 
     def count(self, limit: int | None) -> int:
         """Studies that `studies` yields, and rows that `skip_rows` counts."""
-        query = "SELECT count(*) FROM studies JOIN splits USING (patient) GROUP BY split"
-        counts: list[int] = [count for (count,) in self._database.execute(query)]
-        skipped: int = self._one("SELECT count(*) FROM skipped")[0]
-        return sum(count if limit is None else min(count, limit) for count in counts) + skipped
+        counts = Counter(self._splits[study.patient] for study in self._studies.values()).values()
+        return sum(count if limit is None else min(count, limit) for count in counts) + len(self._skipped)
 
     def skip_rows(self, account: Account) -> None:
         """Counts the rows that cannot be used."""
-        for reason, study_id, detail in self._database.execute("SELECT reason, id, detail FROM skipped"):
+        for reason, study_id, detail in self._skipped:
             account.read += 1
             account.skip_study(reason, study_id, detail=detail)
 
     def studies(self, limit: int | None) -> Iterator[tuple[Split, TableStudy]]:
         """Yields train, validation, test, each in the table's order; only the first `limit` of each."""
-        read = [0] * len(SPLITS)
-        query = "SELECT split, id FROM studies JOIN splits USING (patient) ORDER BY split, number"
-        for split, study_id in self._database.execute(query):
-            read[split] += 1
-            study = self.study(study_id) if limit is None or read[split] <= limit else None
-            if study is not None:
-                yield SPLITS[split], study
+        for split in SPLITS:
+            chosen = (study for study in self._studies.values() if self._splits[study.patient] == split)
+            yield from ((split, study) for study in islice(chosen, limit))
 
     def study(self, study_id: str) -> TableStudy | None:
         """One study, or None where the table has none of that id."""
-        columns = "number, patient, findings, impression, indication, comparison"
-        row = self._one(f"SELECT {columns} FROM studies WHERE id = ?", study_id)
-        if row is None:
-            return None
-        number, patient, findings, impression, indication, comparison = row
-        labels = self._one(
-            "SELECT code FROM images JOIN labels USING (path) WHERE study = ? ORDER BY number LIMIT 1", number
-        )
-        return TableStudy(
-            study_id=study_id,
-            patient=patient,
-            findings=findings,
-            impression=impression,
-            indication=indication,
-            comparison=comparison,
-            images=self._all("SELECT path, dicom, view FROM images WHERE study = ? ORDER BY number", number),
-            twice=self._all("SELECT path, line FROM twice WHERE study = ?", number),
-            labels=labels[0] if labels else NOT_MENTIONED,
-        )
+        return self._studies.get(study_id)
 
     def view(self, image: ImagePath) -> str:
         """The projection of an image: by the table, or by the name of the file."""
-        row = self._one("SELECT view FROM images WHERE path = ?", image.stem)
-        return str(row[0]) if row else image.view
-
-    def _one(self, query: str, *values: object) -> Any:
-        """The first row of the answer, or None."""
-        return self._database.execute(query, values).fetchone()
-
-    def _all(self, query: str, *values: object) -> tuple[Any, ...]:
-        return tuple(self._database.execute(query, values))
+        return self._views.get(image.stem, image.view)
 
     # Reading.
 
@@ -186,36 +140,38 @@ class ChexpertTable:
         table = CsvFile(path, _REQUIRED, _OPTIONAL)
         if table.encoding == "cp1252":
             self.remarks.append(f"{path.name} is not UTF-8: it was read as Windows-1252.")
-        self._database.execute("BEGIN")
+        several: set[str] = set()
         for line, cells in table:
             where = f"{path.name}:{line}"
             if cells is None:
-                self._skip("row of another length than the header", where)
+                self._skipped.append(("row of another length than the header", where, ""))
             elif image := parse_path(cells[0]):
-                self._add(image, cells, line)
+                self._add(image, cells, line, several)
             else:
-                self._skip("no study id", where, f"path_to_image: {printable(cells[0]) or 'empty'}")
-        self._database.execute("COMMIT")
-        (several,) = self._one("SELECT count(*) FROM studies WHERE versions > 1")
+                self._skipped.append(("no study id", where, f"path_to_image: {printable(cells[0]) or 'empty'}"))
         if several:
             self.remarks.append(
-                f"The views of {several:,} studies carry reports that were anonymised differently: the first is kept."
+                f"The views of {len(several):,} studies carry reports that were anonymised differently: "
+                "the first is kept."
             )
 
-    def _add(self, image: ImagePath, cells: tuple[str, ...], line: int) -> None:
-        _, findings, impression, dicom, frontal, projection, history, other_history, comparison = cells
-        execute = self._database.execute
-        study = (image.study, image.patient, findings, impression, history or other_history, comparison)
-        added = execute("INSERT OR IGNORE INTO studies VALUES (NULL, ?, ?, ?, ?, ?, ?, 1)", study).rowcount
-        number, *texts = self._one("SELECT number, findings, impression FROM studies WHERE id = ?", image.study)
-        if not added and texts != [findings, impression]:
-            execute("UPDATE studies SET versions = versions + 1 WHERE number = ?", (number,))
+    def _add(self, image: ImagePath, cells: tuple[str, ...], line: int, several: set[str]) -> None:
+        """Adds one image to its study; `several` gets the studies whose views carry different reports."""
+        _, findings, impression, dicom, frontal, position, history, other_history, comparison = cells
+        study = self._studies.get(image.study)
+        if study is None:
+            texts = (findings, impression, history or other_history, comparison)
+            study = self._studies[image.study] = TableStudy(image.study, image.patient, *texts)
+        elif (study.findings, study.impression) != (findings, impression):
+            several.add(image.study)
         view = view_name(frontal) if frontal else image.view
-        if view == "FRONTAL" and projection:
-            view = view_name(projection)
-        row = (number, image.stem, dicom, view)
-        if not execute("INSERT OR IGNORE INTO images VALUES (NULL, ?, ?, ?, ?)", row).rowcount:
-            execute("INSERT INTO twice VALUES (?, ?, ?)", (number, image.stem, line))
+        if view == "FRONTAL" and position:
+            view = view_name(position)
+        if image.stem in self._views:
+            study.twice.append((image.stem, line))
+        else:
+            self._views[image.stem] = view = sys.intern(view)
+            study.images.append((image.stem, dicom, view))
 
     def _read_labels(self, root: Path, section: ReportSection) -> None:
         name = _LABEL_FILES.get(section, "findings_fixed.json")
@@ -223,13 +179,12 @@ class ChexpertTable:
         if file is None:
             self.remarks.append(f"No {_LABEL_FOLDERS[0]}/{name}: the studies have no labels.")
             return
-        self._database.execute("BEGIN")
-        self._database.executemany("INSERT OR IGNORE INTO labels VALUES (?, ?)", _label_lines(file))
-        self._database.execute("COMMIT")
+        labels: dict[str, str] = {}
+        for stem, code in _label_lines(file):
+            labels.setdefault(stem, sys.intern(code))
+        for study in self._studies.values():
+            study.labels = next((labels[stem] for stem, *_ in study.images if stem in labels), NOT_MENTIONED)
         self.remarks.append(f"Labels: {name}.")
-
-    def _skip(self, reason: str, study_id: str, detail: str = "") -> None:
-        self._database.execute("INSERT INTO skipped VALUES (?, ?, ?)", (reason, study_id, detail))
 
 
 def _label_lines(path: Path) -> Iterator[tuple[str, str]]:

@@ -11,7 +11,7 @@ from emrrg_cli.errors import UsageError
 from emrrg_cli.imaging.views import view_name
 from emrrg_cli.ingest.sources.annotation import Annotation, AnnotationRow
 from emrrg_cli.ingest.sources.image_paths import MISSING, OUTSIDE, locate
-from emrrg_cli.ingest.sources.temporary_index import SeenIds
+from emrrg_cli.ingest.sources.seen_ids import SeenIds
 from emrrg_cli.ingest.study import Account, ImageProblem, Study
 
 NAME = "combined"

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import os
-import pickle
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from emrrg_cli.console import printable
 from emrrg_cli.datasets.directory import Column
-from emrrg_cli.datasets.splits import drawn_key, drawn_remark, shares
+from emrrg_cli.datasets.splits import drawn_remark
 from emrrg_cli.errors import UsageError
 from emrrg_cli.imaging.base import DICOM_SUFFIXES, ImageError, is_dicom, open_stream
 from emrrg_cli.imaging.dicom.facts import DicomFacts, read_dicom_facts
 from emrrg_cli.imaging.image_paths import files_below
 from emrrg_cli.imaging.views import view_name
+from emrrg_cli.ingest.sources.drafts import Draft, Drafts
 from emrrg_cli.ingest.sources.image_paths import locate, require_folder
 from emrrg_cli.ingest.sources.table import Table, cell_list, cell_text, read_table
-from emrrg_cli.ingest.sources.temporary_index import scratch_database, scratch_errors
 from emrrg_cli.ingest.study import Account, ImageProblem, Study
-from emrrg_cli.vocabulary import SPLITS, Split
+from emrrg_cli.vocabulary import Split
 
 _SPLIT_NAMES: dict[str, Split] = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -49,19 +48,6 @@ class Columns:
     def named(self) -> dict[str, str]:
         """Option and column, of those that are given."""
         return {f"--{kind}-column": name for kind, name in vars(self).items() if name is not None}
-
-
-@dataclass
-class _Draft:
-    """A study while its rows are gathered."""
-
-    study_id: str
-    patient_id: str | None = None
-    split: Split | None = None
-    images: dict[Path, str] = field(default_factory=dict)
-    problems: list[ImageProblem] = field(default_factory=list)
-    texts: dict[str, str] = field(default_factory=dict)
-    labels: list[str] = field(default_factory=list)
 
 
 class FolderSource:
@@ -110,15 +96,14 @@ class FolderSource:
         self.about = ""
         self.remarks: list[str] = []
         self._limit = limit
-        self._drafts = _Drafts()
-        with scratch_errors():
-            if table is None:
-                self._from_files()
-            else:
-                self._from_table(read_table(table), columns or Columns())
-            if table is None or columns is None or columns.split is None:
-                alone = self._drafts.draw(fractions, seed)
-                self.remarks.append(drawn_remark(fractions, seed, alone))
+        self._drafts = Drafts()
+        if table is None:
+            self._from_files()
+        else:
+            self._from_table(read_table(table), columns or Columns())
+        if table is None or columns is None or columns.split is None:
+            alone = self._drafts.draw(fractions, seed)
+            self.remarks.append(drawn_remark(fractions, seed, alone))
 
     def __len__(self) -> int:
         return self._drafts.count(self._limit)
@@ -130,24 +115,24 @@ class FolderSource:
         missing or outside the folder travel with their study as problems.
         """
         account.remarks += self.remarks
-        for reason, study_id, detail in self._drafts.skipped():
+        for reason, study_id, detail in self._drafts.skipped:
             account.read += 1
             account.skip_study(reason, study_id, detail=detail)
-        for draft in self._drafts.first(self._limit):
+        for split, draft in self._drafts.first(self._limit):
             account.read += 1
             if draft.texts and not any(draft.texts.values()):
                 account.skip_study("empty report", draft.study_id)
                 continue
-            yield self._study(draft)
+            yield self._study(split, draft)
 
-    def _study(self, draft: _Draft) -> Study:
+    def _study(self, split: Split, draft: Draft) -> Study:
         findings, impression = draft.texts.get("findings"), draft.texts.get("impression")
         report = draft.texts.get("report") or "\n".join(filter(None, (findings, impression)))
         return Study(
             study_id=draft.study_id,
             patient_id=draft.patient_id,
-            split=draft.split or "train",
-            image_paths=tuple(draft.images),
+            split=split,
+            image_paths=tuple(map(Path, draft.images)),
             views=tuple(draft.images.values()),
             findings=findings or None,
             impression=impression or None,
@@ -164,13 +149,13 @@ class FolderSource:
             name = printable(path.relative_to(self.root).as_posix())
             found = locate(str(path), self.root, (self.root,))
             if isinstance(found, ImageProblem):
-                self._drafts.put(_Draft(name, problems=[replace(found, path=name)]))
+                self._drafts.add(Draft(name, problems=[replace(found, path=name)]))
                 continue
             facts = _dicom_facts(found)
             study_id = printable(facts.study_uid) if facts and facts.study_uid else name
-            draft = self._drafts.get(study_id) or _Draft(study_id, patient_id=_patient(facts))
-            draft.images[found] = view_name(facts.view if facts else "")
-            self._drafts.put(draft)
+            draft = self._drafts.get(study_id) or Draft(study_id, patient_id=_patient(facts))
+            draft.images[str(found)] = view_name(facts.view if facts else "")
+            self._drafts.add(draft)
         if not self._drafts.count(None):
             raise UsageError(f"no files in {self.root}")
         self.remarks.append("Without a table there are no reports: this dataset serves stages that need images only.")
@@ -202,7 +187,7 @@ class FolderSource:
             if draft is not None:
                 self._add(draft, where, merge=columns.study is not None)
 
-    def _draft(self, row: dict[str, Any], where: str, columns: Columns, texts: dict[str, str]) -> _Draft | None:
+    def _draft(self, row: dict[str, Any], where: str, columns: Columns, texts: dict[str, str]) -> Draft | None:
         """One row as a study, or None where it cannot be one."""
 
         def cell(column: str | None) -> str:
@@ -219,31 +204,24 @@ class FolderSource:
         if columns.split and split is None:
             self._skip("unknown split", study_id, detail=f"{where}: {cell(columns.split) or 'empty'}")
             return None
-        draft = _Draft(study_id, cell(columns.patient) or None, split)
+        draft = Draft(study_id, cell(columns.patient) or None, split)
         draft.texts = {kind: cell(name) for kind, name in texts.items()}
         draft.labels = cell_list(row.get(columns.labels)) if columns.labels else []
         for path in paths:
-            found = self._locate(path)
+            found = locate(path, self.root, self.image_folders)
             if isinstance(found, ImageProblem):
                 draft.problems.append(found)
                 continue
             # A DICOM file may have any name or none; one named as another kind of image is not opened for it.
             facts = None if found.suffix.lower() in _OTHER_SUFFIXES else _dicom_facts(found)
-            draft.images[found] = view_name(cell(columns.view) or (facts.view if facts else ""))
+            draft.images[str(found)] = view_name(cell(columns.view) or (facts.view if facts else ""))
             draft.patient_id = draft.patient_id or (None if columns.patient else _patient(facts))
         return draft
 
-    def _locate(self, path: str) -> Path | ImageProblem:
-        found = locate(path, self.root, self.image_folders)
-        if isinstance(found, ImageProblem) and "\\" in path:  # a table that was written on Windows
-            other = locate(path.replace("\\", "/"), self.root, self.image_folders)
-            return found if isinstance(other, ImageProblem) else other
-        return found
-
-    def _add(self, draft: _Draft, where: str, *, merge: bool) -> None:
+    def _add(self, draft: Draft, where: str, *, merge: bool) -> None:
         first = self._drafts.get(draft.study_id)
         if first is None:
-            self._drafts.put(draft)
+            self._drafts.add(draft)
             return
         if not merge:
             self._skip("id seen before", draft.study_id, detail=where)
@@ -255,85 +233,14 @@ class FolderSource:
                 return
         for path, view in draft.images.items():
             if path in first.images:
-                first.problems.append(ImageProblem(printable(path.name), "listed twice", where))
+                first.problems.append(ImageProblem(printable(Path(path).name), "listed twice", where))
             else:
                 first.images[path] = view
         first.problems += draft.problems
         first.labels += [label for label in draft.labels if label not in first.labels]
-        self._drafts.put(first)
 
     def _skip(self, reason: str, study_id: str, detail: str = "") -> None:
         self._drafts.skip(reason, study_id, detail)
-
-
-class _Drafts:
-    """The studies of a folder, and the rows that are none, in a database on the disk."""
-
-    def __init__(self) -> None:
-        self._run = scratch_database().execute
-        self._run("CREATE TABLE skipped (reason TEXT, study TEXT, detail TEXT)")
-        # A study has the number of its first row.
-        self._run("CREATE TABLE draft (number INTEGER PRIMARY KEY, study TEXT UNIQUE, unit TEXT, split INT, body BLOB)")
-
-    def skip(self, reason: str, study_id: str, detail: str) -> None:
-        """Remembers a row that is no study."""
-        self._run("INSERT INTO skipped VALUES (?, ?, ?)", (reason, printable(study_id), printable(detail)))
-
-    def skipped(self) -> Iterator[tuple[str, str, str]]:
-        """Reason, study and detail of those rows."""
-        with scratch_errors():
-            yield from self._run("SELECT reason, study, detail FROM skipped ORDER BY rowid")
-
-    def get(self, study_id: str) -> _Draft | None:
-        """The study with an id."""
-        row = self._run("SELECT body FROM draft WHERE study = ?", (study_id,)).fetchone()
-        return None if row is None else _unpacked(row[0])
-
-    def put(self, draft: _Draft) -> None:
-        """Adds a study, or puts it in the place of the one with its id."""
-        split = None if draft.split is None else SPLITS.index(draft.split)
-        self._run(
-            "INSERT INTO draft (study, unit, split, body) VALUES (?, ?, ?, ?)"
-            " ON CONFLICT (study) DO UPDATE SET body = excluded.body",
-            (draft.study_id, _unit(draft), split, pickle.dumps(draft)),
-        )
-
-    def draw(self, fractions: Sequence[float], seed: int) -> int:
-        """Draws the split of each patient as `draw_splits` does; returns how many studies have no patient."""
-        self._run("CREATE TABLE unit (name TEXT PRIMARY KEY, drawn BLOB, split INT)")
-        for (name,) in self._run("SELECT DISTINCT unit FROM draft"):
-            self._run("INSERT INTO unit VALUES (?, ?, NULL)", (name, drawn_key(name, seed)))
-        [total] = self._run("SELECT count(*) FROM unit").fetchone()
-        parts = (split for split, count in enumerate(shares(total, fractions)) for _ in range(count))
-        self._run("CREATE TABLE part (name TEXT PRIMARY KEY, split INT) WITHOUT ROWID")
-        for (name,), split in zip(self._run("SELECT name FROM unit ORDER BY drawn, name"), parts, strict=True):
-            self._run("INSERT INTO part VALUES (?, ?)", (name, split))
-        self._run("UPDATE draft SET split = (SELECT split FROM part WHERE name = unit)")
-        [alone] = self._run("SELECT count(*) FROM draft WHERE substr(unit, 1, 1) = 's'").fetchone()
-        return int(alone)
-
-    def count(self, limit: int | None) -> int:
-        """The first studies of each split, and the rows that are none."""
-        [count] = self._run("SELECT count(*) FROM skipped").fetchone()
-        for (of_split,) in self._run("SELECT count(*) FROM draft GROUP BY split").fetchall():
-            count += of_split if limit is None else min(limit, of_split)
-        return int(count)
-
-    def first(self, limit: int | None) -> Iterator[_Draft]:
-        """The first studies of each split: train, validation, test, each in the order that they came in."""
-        most = -1 if limit is None else limit
-        with scratch_errors():
-            for number, split in enumerate(SPLITS):
-                for (body,) in self._run(
-                    "SELECT body FROM draft WHERE split = ? ORDER BY number LIMIT ?", (number, most)
-                ):
-                    yield replace(_unpacked(body), split=split)
-
-
-def _unpacked(body: bytes) -> _Draft:
-    draft = pickle.loads(body)  # from the process's own memory or nameless file
-    assert isinstance(draft, _Draft)
-    return draft
 
 
 def _dicom_facts(path: Path) -> DicomFacts | None:
@@ -344,11 +251,6 @@ def _dicom_facts(path: Path) -> DicomFacts | None:
         return read_dicom_facts(path) if candidate else None
     except (ImageError, OSError):
         return None
-
-
-def _unit(draft: _Draft) -> str:
-    """What stays together in a split. The letters keep the names of patients and studies apart."""
-    return f"p{draft.patient_id}" if draft.patient_id else f"s{draft.study_id}"
 
 
 def _patient(facts: DicomFacts | None) -> str | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from emrrg_cli.errors import UsageError
@@ -11,6 +13,8 @@ from emrrg_cli.ingest.study import ImageProblem
 
 OUTSIDE = "path outside the data folder"
 MISSING = "missing image"
+
+_DRIVE = re.compile(r"[A-Za-z]:[\\/]|\\\\")  # of Windows, or the name of a server
 
 
 def require_folder(root: Path) -> None:
@@ -26,11 +30,24 @@ def require_folder(root: Path) -> None:
 def locate(path: str, root: Path, folders: tuple[Path, ...]) -> Path | ImageProblem:
     """The file `path` names, resolved and inside `root`, or why there is none.
 
+    A name that really holds a backslash is found first; otherwise backslashes divide the parts of a path, as in files
+    that were written on Windows.
+
     Args:
         path: As the data set writes it; every `..` and symbolic link in it is followed.
         root: Resolved folder of the data set.
         folders: Where `path` is looked up, first match first.
     """
+    found = _locate(path, root, folders)
+    if isinstance(found, Path) or "\\" not in path:
+        return found
+    if _DRIVE.match(path):
+        return ImageProblem(path, OUTSIDE)
+    other = _locate(path.replace("\\", "/"), root, folders)
+    return replace(other, path=path) if isinstance(other, ImageProblem) else other
+
+
+def _locate(path: str, root: Path, folders: tuple[Path, ...]) -> Path | ImageProblem:
     outside = False
     present: Path | None = None
     # Where nothing stands there is nothing to follow, unless the path leads out of the folder: several times as fast.

@@ -17,7 +17,7 @@ from emrrg_cli.ingest.sources.image_paths import locate, require_folder
 from emrrg_cli.ingest.sources.mimic_note import Note, read_note
 from emrrg_cli.ingest.sources.mimic_reports import MimicReports, ReportError
 from emrrg_cli.ingest.sources.mimic_tables import Labeler, MimicTables, number
-from emrrg_cli.ingest.sources.temporary_index import SeenIds, scratch_errors
+from emrrg_cli.ingest.sources.seen_ids import SeenIds
 from emrrg_cli.ingest.sources.texts import lacks_text
 from emrrg_cli.ingest.study import Account, ImageProblem, Study
 
@@ -92,12 +92,11 @@ class MimicCxrSource:
         """
         account.remarks += self._tables.remarks
         studies = self._listed(account) if self._annotation is None else self._annotated(self._annotation, account)
-        with scratch_errors():
-            for study in studies:
-                if problem := lacks_text(study, self._section):
-                    account.skip_study(problem, study.study_id)
-                else:
-                    yield study
+        for study in studies:
+            if problem := lacks_text(study, self._section):
+                account.skip_study(problem, study.study_id)
+            else:
+                yield study
 
     def _listed(self, account: Account) -> Iterator[Study]:
         self._tables.skip_rows(account)

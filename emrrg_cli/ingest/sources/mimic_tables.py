@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from emrrg_cli.console import printable
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.imaging.views import view_name
 from emrrg_cli.ingest.sources.chexpert_labels import LABELS, NOT_MENTIONED, encode_labels
 from emrrg_cli.ingest.sources.table import CsvFile
-from emrrg_cli.ingest.sources.temporary_index import scratch_database, scratch_errors
 from emrrg_cli.ingest.study import Account
 from emrrg_cli.vocabulary import SPLITS, UNKNOWN_VIEW, Split
 
@@ -21,13 +21,15 @@ Labeler = Literal["chexpert", "negbio"]
 
 _SPLIT_NAMES: dict[str, Split] = {"train": "train", "validate": "validation", "test": "test"}
 
-_SCHEMA = """
-CREATE TABLE images (number INTEGER PRIMARY KEY, dicom TEXT UNIQUE, subject INTEGER, study INTEGER, split INTEGER);
-CREATE TABLE twice (study INTEGER, dicom TEXT, line INTEGER);
-CREATE TABLE views (dicom TEXT PRIMARY KEY, view TEXT) WITHOUT ROWID;
-CREATE TABLE labels (study INTEGER PRIMARY KEY, code TEXT);
-CREATE TABLE skipped (reason TEXT, id TEXT, detail TEXT);
-"""
+
+@dataclass(slots=True)
+class _Listed:
+    """A study while its rows are read."""
+
+    split: Split
+    subject: int
+    images: list[str] = field(default_factory=list)
+    twice: list[tuple[str, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class ListedStudy:
 
 
 class MimicTables:
-    """The tables, joined on the disk: they are in no order that would let them be read side by side.
+    """The tables, joined in memory: they are in no order that would let them be read side by side.
 
     Args:
         root: Folder with `mimic-cxr-2.0.0-split.csv.gz`, `-metadata` and the labels; gzipped or plain.
@@ -66,55 +68,40 @@ class MimicTables:
     def __init__(self, root: Path, labeler: Labeler, *, split: bool = True) -> None:
         self._root = root
         self.remarks: list[str] = []
-        self._database = scratch_database()
-        self._database.executescript(_SCHEMA)
-        with scratch_errors():
-            if split:
-                self._read_split()
-            self._read_views()
-            self._read_labels(labeler)
+        self._studies: dict[int, _Listed] = {}
+        self._skipped: list[tuple[str, str, str]] = []
+        if split:
+            self._read_split()
+        self._views = self._read_views()
+        self._labels = self._read_labels(labeler)
 
     def count(self, limit: int | None) -> int:
         """Studies that `studies` yields, and rows that `skip_rows` counts."""
-        query = "SELECT count(DISTINCT study) FROM images GROUP BY split"
-        counts: list[int] = [count for (count,) in self._database.execute(query)]
-        skipped: int = self._one("SELECT count(*) FROM skipped")[0]
-        return sum(count if limit is None else min(count, limit) for count in counts) + skipped
+        counts = Counter(study.split for study in self._studies.values()).values()
+        return sum(count if limit is None else min(count, limit) for count in counts) + len(self._skipped)
 
     def skip_rows(self, account: Account) -> None:
         """Counts the rows of the split that cannot be used."""
-        for reason, study_id, detail in self._database.execute("SELECT reason, id, detail FROM skipped"):
+        for reason, study_id, detail in self._skipped:
             account.read += 1
-            account.skip_study(reason, str(study_id), detail=detail)
+            account.skip_study(reason, study_id, detail=detail)
 
     def studies(self, limit: int | None) -> Iterator[ListedStudy]:
         """Yields train, validation, test, each by patient and study; only the first `limit` of each."""
-        rows = self._database.execute(
-            "SELECT split, subject, study, dicom, view FROM images LEFT JOIN views USING (dicom)"
-            " ORDER BY split, subject, study, number"
-        )
-        read = [0] * len(SPLITS)
-        for (split, subject, study), images in groupby(rows, key=lambda row: row[:3]):
-            read[split] += 1
-            if limit is not None and read[split] > limit:
-                continue
-            listed = tuple((dicom, view or UNKNOWN_VIEW) for *_, dicom, view in images)
-            twice = self._database.execute("SELECT dicom, line FROM twice WHERE study = ?", (study,)).fetchall()
-            yield ListedStudy(SPLITS[split], subject, study, listed, tuple(twice))
+        for split in SPLITS:
+            chosen = ((study.subject, number) for number, study in self._studies.items() if study.split == split)
+            for subject, number in sorted(chosen)[:limit]:
+                study = self._studies[number]
+                images = tuple((dicom, self.view(dicom)) for dicom in study.images)
+                yield ListedStudy(split, subject, number, images, tuple(study.twice))
 
     def view(self, dicom: str) -> str:
         """The projection of an image, or `unknown`."""
-        row = self._one("SELECT view FROM views WHERE dicom = ?", dicom)
-        return str(row[0]) if row else UNKNOWN_VIEW
+        return self._views.get(dicom, UNKNOWN_VIEW)
 
     def labels(self, study: int | None) -> str:
         """The labels of a study, encoded."""
-        row = self._one("SELECT code FROM labels WHERE study = ?", study)
-        return str(row[0]) if row else NOT_MENTIONED
-
-    def _one(self, query: str, *values: object) -> Any:
-        """The first row of the answer, or None."""
-        return self._database.execute(query, values).fetchone()
+        return NOT_MENTIONED if study is None else self._labels.get(study, NOT_MENTIONED)
 
     # Reading.
 
@@ -129,62 +116,60 @@ class MimicTables:
                 f"no mimic-cxr-2.0.0-split.csv.gz in {self._root}",
                 hint="ROOT is the folder of MIMIC-CXR-JPG. With R2Gen's file pass --annotation.",
             )
-        execute = self._database.execute
-        execute("BEGIN")
+        seen: set[str] = set()
+        twice: dict[int, list[tuple[str, int]]] = {}
+        splits: dict[int, Split] = {}
         for line, cells in CsvFile(path, ("dicom_id", "study_id", "subject_id", "split")):
             where = f"{path.name}:{line}"
             if cells is None:
-                self._skip("row of another length than the header", where)
+                self._skipped.append(("row of another length than the header", where, ""))
                 continue
             dicom, study, subject, split = cells[0], number(cells[1]), number(cells[2]), cells[3].lower()
             if not dicom or study is None or subject is None:
-                self._skip("no study id", where, "dicom_id, study_id or subject_id is no id")
+                self._skipped.append(("no study id", where, "dicom_id, study_id or subject_id is no id"))
             elif split not in _SPLIT_NAMES:
-                self._skip("unknown split", str(study), f"{where}: {printable(split) or 'empty'}")
+                self._skipped.append(("unknown split", str(study), f"{where}: {printable(split) or 'empty'}"))
+            elif dicom in seen:
+                twice.setdefault(study, []).append((dicom, line))
             else:
-                row = (dicom, subject, study, SPLITS.index(_SPLIT_NAMES[split]))
-                if not execute("INSERT OR IGNORE INTO images VALUES (NULL, ?, ?, ?, ?)", row).rowcount:
-                    execute("INSERT INTO twice VALUES (?, ?, ?)", (study, dicom, line))
-        execute(
-            "INSERT INTO skipped SELECT 'id seen before', study, 'its images are those of another study' FROM twice"
-            " WHERE study NOT IN (SELECT study FROM images) GROUP BY study"
-        )
-        execute("COMMIT")
-        self._check(path, "subject", "split", "patient {} is in two splits, {} and {}")
-        self._check(path, "study", "subject", "study {} is of two patients, {} and {}")
+                seen.add(dicom)
+                _same(path, f"patient {subject} is in two splits", splits.setdefault(subject, _SPLIT_NAMES[split]),
+                      _SPLIT_NAMES[split])  # fmt: skip
+                listed = self._studies.setdefault(study, _Listed(splits[subject], subject))
+                _same(path, f"study {study} is of two patients", listed.subject, subject)
+                listed.images.append(dicom)
+        for study, images in twice.items():
+            if study in self._studies:
+                self._studies[study].twice = images
+            else:
+                self._skipped.append(("id seen before", str(study), "its images are those of another study"))
 
-    def _check(self, path: Path, of: str, one: str, message: str) -> None:
-        """Makes sure that each value of column `of` has one value of column `one`."""
-        row = self._one(
-            f"SELECT {of}, min({one}), max({one}) FROM images GROUP BY {of} HAVING min({one}) < max({one}) LIMIT 1"
-        )
-        if row:
-            values = [SPLITS[value] for value in row[1:]] if one == "split" else row[1:]
-            raise RunError(f"{path}: {message.format(row[0], *values)}")
-
-    def _read_views(self) -> None:
+    def _read_views(self) -> dict[str, str]:
         path = self._table("metadata")
         if path is None:
             self.remarks.append("No mimic-cxr-2.0.0-metadata.csv.gz: the views are unknown.")
-            return
-        rows = (cells for _, cells in CsvFile(path, ("dicom_id", "ViewPosition")) if cells is not None)
-        self._insert("views", ((dicom, view_name(view)) for dicom, view in rows if view))
+            return {}
+        views: dict[str, str] = {}
+        for _, cells in CsvFile(path, ("dicom_id", "ViewPosition")):
+            if cells is not None and cells[1]:
+                views.setdefault(cells[0], sys.intern(view_name(cells[1])))
+        return views
 
-    def _read_labels(self, labeler: Labeler) -> None:
+    def _read_labels(self, labeler: Labeler) -> dict[int, str]:
         path = self._table(labeler)
         if path is None:
             self.remarks.append(f"No mimic-cxr-2.0.0-{labeler}.csv.gz: the studies have no labels.")
-            return
-        self._insert("labels", _label_rows(path))
+            return {}
         self.remarks.append(f"Labels: {path.name}.")
+        labels: dict[int, str] = {}
+        for study, code in _label_rows(path):
+            labels.setdefault(study, sys.intern(code))
+        return labels
 
-    def _insert(self, table: str, rows: Iterator[tuple[object, object]]) -> None:
-        self._database.execute("BEGIN")
-        self._database.executemany(f"INSERT OR IGNORE INTO {table} VALUES (?, ?)", rows)
-        self._database.execute("COMMIT")
 
-    def _skip(self, reason: str, study_id: str, detail: str = "") -> None:
-        self._database.execute("INSERT INTO skipped VALUES (?, ?, ?)", (reason, study_id, detail))
+def _same(path: Path, message: str, first: object, second: object) -> None:
+    if first != second:
+        raise RunError(f"{path}: {message}, {first} and {second}")
 
 
 def number(text: str) -> int | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from emrrg_cli.errors import UsageError
 from emrrg_cli.ingest.sources.annotation import Annotation, AnnotationRow
 from emrrg_cli.ingest.sources.image_paths import locate
-from emrrg_cli.ingest.sources.temporary_index import SeenIds
+from emrrg_cli.ingest.sources.seen_ids import SeenIds
 from emrrg_cli.ingest.study import Account, ImageProblem, Study
 from emrrg_cli.vocabulary import UNKNOWN_VIEW
 

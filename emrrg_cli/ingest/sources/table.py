@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import codecs
-import contextlib
-import csv
-import gzip
-import io
-import json
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 from emrrg_cli.console import printable
 from emrrg_cli.errors import RunError, UsageError
+from emrrg_cli.ingest.sources.text_files import csv_rows, find_encoding, json_rows, read_lines, reading, tsv_rows
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 
 # What spreadsheets and data frames write where there is nothing.
 _EMPTY = {"nan", "na", "n/a", "null", "none", "<na>"}
 _LONGEST_EMPTY = max(map(len, _EMPTY))
-
-_BYTE_ORDER_MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
-_MAX_CELL = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -78,9 +69,8 @@ class Table:
 def read_table(path: Path) -> Table:
     """Opens a table by the ending of its name, which `.gz` may follow.
 
-    UTF-8 is expected, with or without a byte order mark, and UTF-16 with one; anything else is read as Windows-1252.
-    Commas, semicolons or tabs separate the cells of a `.csv`, whichever the header has most of. The columns of JSON
-    lines are all those that some line has.
+    `find_encoding` and `csv_rows` say how encoding and delimiter are found. The columns of JSON lines are all those
+    that some line has.
 
     Raises:
         UsageError: It does not exist, or its name ends in something else.
@@ -90,8 +80,8 @@ def read_table(path: Path) -> Table:
         raise UsageError(f"no such table: {path}")
     if _kind(path) not in SUFFIXES or not path.is_file():
         raise UsageError(f"{path} is not a table", hint=f"Tables end in {', '.join(SUFFIXES)}, or in those and .gz.")
-    with _reading(path):
-        encoding = _encoding(path)
+    with reading(path):
+        encoding = find_encoding(path)
         rows = _rows_of(path, encoding, header=True)
         columns: dict[str, None] | list[str]
         if _kind(path) == ".jsonl":
@@ -115,14 +105,12 @@ def _kind(path: Path) -> str:
 
 def _rows_of(path: Path, encoding: str, *, header: bool = False) -> Iterator[tuple[int, Any]]:
     """Line and row: an object of JSON lines, or a list of cells, of which the header is the first if asked for."""
-    with _reading(path), _open_bytes(path) as file, _as_text(file, encoding) as lines:
+    with reading(path):
         if _kind(path) == ".jsonl":
-            yield from _json_rows(path, lines)
+            yield from json_rows(path, read_lines(path, encoding))
             return
-        first = lines.readline()
-        lines.seek(0)
-        delimiter = "\t" if _kind(path) == ".tsv" else max(",;\t", key=first.count)
-        yield from islice(_csv_rows(path, lines, delimiter), 0 if header else 1, None)
+        rows = tsv_rows(path, encoding) if _kind(path) == ".tsv" else csv_rows(path, encoding)
+        yield from islice(rows, 0 if header else 1, None)
 
 
 def cell_text(value: Any) -> str:
@@ -162,9 +150,9 @@ class CsvFile:
     def __init__(self, path: Path, required: Sequence[str], optional: Sequence[str] = ()) -> None:
         self.path = path
         self._wanted = (*required, *optional)
-        with _reading(path):
-            self.encoding = _encoding(path)
-            rows = self._rows()
+        with reading(path):
+            self.encoding = find_encoding(path)
+            rows = csv_rows(path, self.encoding)
             columns = next(rows, (0, []))[1]
             if not columns:
                 raise RunError(f"{path} is empty")
@@ -183,8 +171,8 @@ class CsvFile:
         Raises:
             RunError: The file is cut short, or is not CSV from some line on.
         """
-        with _reading(self.path):
-            rows = self._rows()
+        with reading(self.path):
+            rows = csv_rows(self.path, self.encoding)
             columns = next(rows)[1]
             places = [columns.index(column) if column in columns else None for column in self._wanted]
             for number, cells in rows:
@@ -193,80 +181,6 @@ class CsvFile:
                 else:
                     yield number, tuple("" if place is None else cell_text(cells[place]) for place in places)
 
-    def _rows(self) -> Iterator[tuple[int, list[str]]]:
-        with _open_bytes(self.path) as file, _as_text(file, self.encoding) as lines:
-            yield from _csv_rows(self.path, lines, ",")
-
-
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turns what may go wrong while a file is read into an error that names it."""
-    try:
-        yield
-    except EOFError:
-        raise RunError(f"{path} is cut short: the compressed data end too early", hint="Download it again.") from None
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise RunError(f"{path} is not a whole gzip file: {error}", hint="Download it again.") from None
-    except OSError as error:
-        raise RunError(f"{path} cannot be read: {error.strerror or error}") from None
-
-
-def _open_bytes(path: Path) -> IO[bytes]:
-    return cast(IO[bytes], gzip.open(path)) if path.suffix.lower() == ".gz" else path.open("rb")
-
-
-def _as_text(file: IO[bytes], encoding: str) -> io.TextIOWrapper:
-    return io.TextIOWrapper(file, encoding, errors="replace", newline="")
-
 
 def _names(columns: Sequence[str]) -> str:
     return ", ".join(printable(column) for column in columns) or "none"
-
-
-def _encoding(path: Path) -> str:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    with _open_bytes(path) as file:
-        start = file.read(4)
-        for mark, encoding in _BYTE_ORDER_MARKS:
-            if start.startswith(mark):
-                return encoding
-        file.seek(0)
-        try:
-            while block := file.read(2**20):
-                decoder.decode(block)
-            decoder.decode(b"", final=True)
-        except UnicodeDecodeError:
-            return "cp1252"
-    return "utf-8"
-
-
-def _csv_rows(path: Path, lines: Iterator[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Yields the line that each row ends on and its cells, the header first; rows without content are left out."""
-    csv.field_size_limit(_MAX_CELL)
-    # Strict: a quote that is never closed would otherwise swallow the rest of the file.
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    try:
-        yield reader.line_num, [name.strip() for name in next(reader, [])]
-        for cells in reader:
-            if any(cell.strip() for cell in cells):
-                yield reader.line_num, cells
-    except csv.Error as error:
-        raise RunError(
-            f"{path}:{reader.line_num}: not valid CSV: {error}",
-            hint="A cell with a comma, a line break or a quote in it stands between quotes, its own quotes doubled.",
-        ) from None
-
-
-def _json_rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except RecursionError:
-            raise RunError(f"{path}:{number}: nested too deeply") from None
-        except ValueError as error:
-            raise RunError(f"{path}:{number}: not valid JSON: {error}", hint="Each line is an object.") from None
-        if not isinstance(row, dict):
-            raise RunError(f"{path}:{number}: not a JSON object", hint="Each line is an object.")
-        yield number, row

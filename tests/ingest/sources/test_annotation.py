@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from emrrg_cli.errors import RunError, UsageError
-from emrrg_cli.ingest.sources import annotation as module
+from emrrg_cli.ingest.sources import json_stream as module
 from emrrg_cli.ingest.sources.annotation import Annotation
-from emrrg_cli.ingest.sources.temporary_index import SeenIds
+from emrrg_cli.ingest.sources.seen_ids import SeenIds
 from emrrg_cli.ingest.study import Account
 
 

@@ -44,7 +44,7 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "column missing": ("t.csv", b"image,report\na.png,x\n", "no column 'text' (--report-column)"),
     "column twice": ("t.csv", b"image,text,text\na.png,x,y\n", "several columns named 'text'"),
     "image column missing": ("t.csv", b"file,text\na.png,x\n", "no column 'image' (--image-column)"),
-    "quote never closed": ("t.csv", b'image,text\na.png,"x\nb.png,y\n', "t.csv:3: not valid CSV"),
+    "quote never closed": ("t.csv", b'image,text\na.png,"x\nb.png,y\n', "t.csv:2: not valid CSV"),
     "gz cut short": ("t.csv.gz", gzip.compress(GOOD.encode() * 99)[:-20], "t.csv.gz is cut short"),
     "gz broken": ("t.csv.gz", gzip.compress(GOOD.encode())[:20] + b"\0" * 20, "t.csv.gz is not a whole gzip file"),
     "no gz": ("t.csv.gz", GOOD.encode(), "t.csv.gz is not a whole gzip file"),

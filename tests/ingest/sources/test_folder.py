@@ -258,7 +258,7 @@ def test_dicom_in_a_table_brings_its_patient_and_view(films: Path, make_dicom: M
         ("", "t.csv", {}, "is empty"),
         ("image\n", "t.csv", {}, "has no rows"),
         ("image\n\n , \n", "t.csv", {}, "has no rows"),
-        ('image,text\na.png,"never closed\nb.png,x\n', "t.csv", {}, r"t\.csv:3: not valid CSV"),
+        ('image,text\na.png,"never closed\nb.png,x\n', "t.csv", {}, r"t\.csv:2: not valid CSV"),
         ('{"image": "a.png"}\n{"image"\n', "t.jsonl", {}, r"t\.jsonl:2: not valid JSON"),
         ("[1]\n", "t.jsonl", {}, r"t\.jsonl:1: not a JSON object"),
         ("[" * 100_000, "t.jsonl", {}, r"t\.jsonl:1: (nested|not)"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,7 @@ def test_malformed_files_name_the_place(tmp_path: Path, text: str, message: str)
         (_row(1.5), r"train\[1\]: id is a number, not text or a whole number"),
         (_row(""), r"train\[1\]: id is empty"),
         (_row("y", 3), r"train\[1\]: report is a number, not text"),
-        (_row("y", images=None), r"train\[1\]: image_path is null, not a path or a list of paths"),
+        (_row("y", images=3), r"train\[1\]: image_path is a number, not a path or a list of paths"),
         (_row("y", images=["a.png", 2]), r"train\[1\]: image_path\[1\] is a number, not text"),
         (_row("y", subject_id=[]), r"train\[1\]: subject_id is a list"),
     ],
@@ -175,6 +176,43 @@ def test_malformed_files_name_the_place(tmp_path: Path, text: str, message: str)
 def test_wrong_types_name_the_row(tmp_path: Path, row: dict[str, object], message: str) -> None:
     with pytest.raises(RunError, match=message):
         R2GenSource(_write(tmp_path, [_row("x"), row]))
+
+
+@pytest.mark.parametrize("missing", [None, float("nan")])
+def test_null_and_nan_stand_for_what_is_missing(tmp_path: Path, missing: object) -> None:
+    rows = [_row("a"), _row("b", missing), _row("c", images=missing), _row("d", images=["a.png", missing])]
+    _write(tmp_path, [*rows, _row("e", subject_id=missing, note=missing, text='NaN "Infinity" \\ud800')])
+    studies, account = _read(tmp_path)
+    assert [(study.study_id, len(study.image_paths)) for study in studies] == [("a", 1), ("c", 0), ("d", 1), ("e", 1)]
+    assert {reason: entry.count for reason, entry in account.skipped.items()} == {"empty report": 1}
+    assert studies[3].patient_id is None
+
+
+def test_infinity_is_a_number(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"train\[0\]: report is a number, not text"):
+        R2GenSource(_write(tmp_path, [_row("a", float("-inf"))]))
+
+
+def test_paths_that_were_written_on_windows(tmp_path: Path) -> None:
+    for folder in ("s1", "images/s2"):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.new("L", (4, 4)).save(tmp_path / folder / "0.png")
+    good = ["s1\\0.png", ".\\s1\\0.png", "s2\\0.png", "images\\s2/0.png", "s1\\..\\a.png"]
+    bad = ["..\\b.png", "C:\\data\\0.png", "c:/..\\0.png", "\\\\server\\share\\0.png", "s1\\..\\..\\x\\0.png"]
+    _write(tmp_path, [_row("x", images=good), *(_row(f"bad{i}", images=path) for i, path in enumerate(bad))])
+    studies, _ = _read(tmp_path)
+    assert (len(studies[0].image_paths), studies[0].problems) == (5, ())
+    assert [study.problems[0].path for study in studies[1:]] == bad
+    assert {study.problems[0].reason for study in studies[1:]} == {"path outside the data folder"}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="backslashes divide paths")
+def test_a_name_that_holds_a_backslash_is_found_first(tmp_path: Path) -> None:
+    (tmp_path / "s1").mkdir()
+    for name in ("s1\\0.png", "s1/0.png"):
+        Image.new("L", (4, 4)).save(tmp_path / name)
+    _write(tmp_path, [_row("x", images="s1\\0.png")])
+    assert _read(tmp_path)[0][0].image_paths == (tmp_path.resolve() / "s1\\0.png",)
 
 
 def test_not_utf8(tmp_path: Path) -> None:

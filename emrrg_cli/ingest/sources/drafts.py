@@ -1,0 +1,73 @@
+"""Studies of a folder while the rows of a table, or the files, are gathered."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+
+from emrrg_cli.console import printable
+from emrrg_cli.datasets.splits import draw_splits
+from emrrg_cli.ingest.study import ImageProblem
+from emrrg_cli.vocabulary import SPLITS, Split
+
+
+@dataclass(slots=True)
+class Draft:
+    """A study while its rows are gathered. `images` are paths and views."""
+
+    study_id: str
+    patient_id: str | None = None
+    split: Split | None = None
+    images: dict[str, str] = field(default_factory=dict)
+    problems: list[ImageProblem] = field(default_factory=list)
+    texts: dict[str, str] = field(default_factory=dict)
+    labels: list[str] = field(default_factory=list)
+
+    @property
+    def unit(self) -> str:
+        """What stays together in a split. The letters keep the names of patients and studies apart."""
+        return f"p{self.patient_id}" if self.patient_id else f"s{self.study_id}"
+
+
+class Drafts:
+    """The studies by id, in the order that they came in, and the rows that are no study.
+
+    Attributes:
+        skipped: Reason, study and detail of those rows.
+    """
+
+    def __init__(self) -> None:
+        self.skipped: list[tuple[str, str, str]] = []
+        self._drafts: dict[str, Draft] = {}
+
+    def skip(self, reason: str, study_id: str, detail: str) -> None:
+        """Remembers a row that is no study."""
+        self.skipped.append((reason, printable(study_id), printable(detail)))
+
+    def get(self, study_id: str) -> Draft | None:
+        """The study with an id."""
+        return self._drafts.get(study_id)
+
+    def add(self, draft: Draft) -> None:
+        """Adds a study whose id is new."""
+        self._drafts[draft.study_id] = draft
+
+    def draw(self, fractions: Sequence[float], seed: int) -> int:
+        """Draws the split of each patient; returns how many studies have no patient."""
+        splits = draw_splits((draft.unit for draft in self._drafts.values()), fractions, seed)
+        for study_id, draft in self._drafts.items():
+            self._drafts[study_id] = replace(draft, split=splits[draft.unit])
+        return sum(draft.patient_id is None for draft in self._drafts.values())
+
+    def count(self, limit: int | None) -> int:
+        """The first studies of each split, and the rows that are none."""
+        counts = Counter(draft.split for draft in self._drafts.values()).values()
+        return len(self.skipped) + sum(count if limit is None else min(limit, count) for count in counts)
+
+    def first(self, limit: int | None) -> Iterator[tuple[Split, Draft]]:
+        """The first studies of each split: train, validation, test, each in the order that they came in."""
+        for split in SPLITS:
+            chosen = (draft for draft in self._drafts.values() if draft.split == split)
+            yield from ((split, draft) for draft in islice(chosen, limit))

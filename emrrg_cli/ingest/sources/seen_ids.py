@@ -1,0 +1,30 @@
+"""The ids that a source has met."""
+
+from __future__ import annotations
+
+from emrrg_cli.ingest.study import Account
+from emrrg_cli.vocabulary import Split
+
+
+class SeenIds:
+    """The ids that were met so far, each with its split."""
+
+    def __init__(self) -> None:
+        self._splits: dict[str, Split] = {}
+
+    def add(self, study_id: str, split: Split) -> Split | None:
+        """Remembers an id; returns the split it was met in before, or None."""
+        before = self._splits.get(study_id)
+        if before is None:
+            self._splits[study_id] = split
+        return before
+
+    def skip(self, study_id: str, split: Split, account: Account) -> bool:
+        """Whether the id was met before, which is then counted in `account`: the first is kept.
+
+        Otherwise a study would be trained on twice, or trained on and tested on.
+        """
+        before = self.add(study_id, split)
+        if before is not None:
+            account.skip_study("id seen before", study_id, detail=f"in {split}, kept from {before}")
+        return before is not None
