@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -30,7 +29,7 @@ import pyarrow.parquet as pq
 from emrrg_cli.console import err
 from emrrg_cli.datasets.directory import CARD, MANIFEST, Column, card, dataset_features
 from emrrg_cli.errors import RunError, UsageError
-from emrrg_cli.files import atomic_write_text, put_directory, recover_directory
+from emrrg_cli.files import atomic_write_text, locked, put_directory, recover_directory
 from emrrg_cli.ingest.dedupe import Plan, Shard, make_plan, remarks_about
 from emrrg_cli.ingest.prepare import PreparedImages
 from emrrg_cli.ingest.shards import SplitShards, new_parquet, to_disk
@@ -110,8 +109,8 @@ def open_writer(
     """
     final, work = out.resolve(), _work_directory(out)
     try:
-        work.mkdir(parents=True, exist_ok=True)
-        with _only_one(work, out):
+        with locked(out):
+            work.mkdir(parents=True, exist_ok=True)
             _prepare(work, fingerprint, overwrite)
             writer = DatasetWriter(work, final, studies_per_shard, columns or {}, about)
             try:
@@ -326,25 +325,3 @@ def _prepare(work: Path, fingerprint: str, overwrite: bool) -> None:
     for name in ("shards", "journal"):
         (work / name).mkdir()
     atomic_write_text(mark, content)
-
-
-@contextlib.contextmanager
-def _only_one(work: Path, out: Path) -> Iterator[None]:
-    """Holds the work directory for this process, however it ends."""
-    handle = os.open(work / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        try:
-            import fcntl
-
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows
-            pass
-        except BlockingIOError:
-            raise RunError(
-                f"another process is writing {out}", hint="Wait for it, or choose another directory."
-            ) from None
-        except OSError:  # a file system without locks
-            pass
-        yield
-    finally:
-        os.close(handle)
