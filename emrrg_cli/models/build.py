@@ -45,22 +45,28 @@ def assemble(settings: ModelSettings, encoder: ArmEncoder, llm: Any, tokenizer: 
     Raises:
         UsageError: where the recipe does not fit the LLM.
     """
-    if settings.hybrid.every is not None:
-        add_hybrid_layers(llm, settings.hybrid.every)
+    _add_hybrid_layers(llm, settings)
     targets = settings.adapter.targets
     names = targets if isinstance(targets, list) else []
     options = (settings.adapter.rank, settings.adapter.alpha, settings.adapter.dropout)
     encoder_config = adapters.encoder_lora(names, *options)
     llm_config = adapters.llm_lora(names, *options)
-    model = ReportGenerator(
-        _with_lora(encoder, encoder_config),
-        _with_lora(llm, llm_config),
-        tokenizer,
-        settings.visual_prompt,
-        settings.views,
-    )
+    model = _join(settings, _with_lora(encoder, encoder_config), _with_lora(llm, llm_config), tokenizer)
     set_trainable(model, encoder=targets == "full", llm=not settings.llm.is_frozen)
     return model
+
+
+def _join(settings: ModelSettings, encoder: nn.Module, llm: Any, tokenizer: Any) -> ReportGenerator:
+    text = settings.llm
+    return ReportGenerator(
+        encoder, llm, tokenizer, settings.visual_prompt, settings.views, text.begin_token_id, text.end_text
+    )
+
+
+def _add_hybrid_layers(llm: Any, settings: ModelSettings) -> None:
+    hybrid = settings.hybrid
+    if hybrid.every is not None:
+        add_hybrid_layers(llm, hybrid.every, gate=hybrid.gate, query=hybrid.query)
 
 
 def _adapted_towers(settings: ModelSettings) -> set[str]:
@@ -153,15 +159,14 @@ def _load_model(
     whole = trained / "encoder.safetensors"
     load_weights(encoder, whole if whole.is_file() else run_dir / "encoder.safetensors")
     llm = load_run_llm(run_dir, settings, dtype)
-    if settings.hybrid.every is not None:
-        add_hybrid_layers(llm, settings.hybrid.every)
+    _add_hybrid_layers(llm, settings)
     towers: dict[str, Any] = {"encoder": encoder, "llm": llm}
     for name in towers:
         if (directory := trained / "adapters" / name).is_dir():
             towers[name] = adapters.load_adapters(towers[name], directory)
         elif name in _adapted_towers(settings):
             raise RunError(f"{directory}: the adapters of this run are missing")
-    model = ReportGenerator(towers["encoder"], towers["llm"], tokenizer, settings.visual_prompt, settings.views)
+    model = _join(settings, towers["encoder"], towers["llm"], tokenizer)
     parameters = dict(model.bridge_parameters())
     with torch.no_grad():
         for name, tensor in fitting_tensors(parameters, trained / "bridge.safetensors").items():

@@ -24,6 +24,7 @@ from emrrg_cli.models.weights import fitting_tensors
 from emrrg_cli.recipe.alignment import AlignRecipe
 
 FORMAT = 1
+PUBLISHED_TEXT_ENCODER = "emilyalsentzer/Bio_ClinicalBERT"
 HEAD_FILE = "alignment.safetensors"
 _CONFIG = "alignment.json"
 _TEXT_ENCODER = "text_encoder"
@@ -71,18 +72,20 @@ def save_alignment(run_dir: Path, model: Alignment) -> None:
         atomic_write_text(directory / _CONFIG, json.dumps(config, indent=2) + "\n")
 
 
-def load_alignment(run_dir: Path | str, scan: str = "auto") -> Alignment:
-    """The model of an `align` run, in evaluation mode.
+def load_alignment(run_dir: Path | str, scan: str = "auto", tokenizer: str | None = None) -> Alignment:
+    """The model of an `align` run or of a converted stage 2 checkpoint, in evaluation mode.
 
     Args:
         scan: engine of the scan (`emrrg_cli.models.scan`).
+        tokenizer: hub name or directory of the text tower's tokenizer; None: that of the run, or of the published
+            text tower, since a published checkpoint holds no tokenizer.
 
     Raises:
-        RunError: when the run holds no trained model yet, or its parts do not fit together.
+        RunError: when the run holds no trained model yet, its parts do not fit together, or there is no tokenizer.
     """
     run_dir = Path(run_dir)
-    trained = run_dir / "model"
-    if not (trained / HEAD_FILE).is_file():
+    trained = next((place for place in (run_dir / "model", run_dir) if (place / HEAD_FILE).is_file()), None)
+    if trained is None:
         raise RunError(
             f"{run_dir}: there is no trained stage 2 model here",
             hint="Name a directory that `emrrg align` wrote, and let its training reach a validation or its end.",
@@ -94,8 +97,9 @@ def load_alignment(run_dir: Path | str, scan: str = "auto") -> Alignment:
         raise RunError(f"{trained / _CONFIG} cannot be read: {error}") from error
     encoder = load_encoder(run_dir, scan)
     text_encoder = load_text_encoder(str(trained / _TEXT_ENCODER), None, max_text_tokens)
-    tokenizer = load_text_tokenizer(str(run_dir / "tokenizer"))
-    model = Alignment(encoder, text_encoder, tokenizer, dim, pooling, max_text_tokens)
+    own = run_dir / "tokenizer"
+    words = load_text_tokenizer(tokenizer or (str(own) if own.is_dir() else PUBLISHED_TEXT_ENCODER))
+    model = Alignment(encoder, text_encoder, words, dim, pooling, max_text_tokens)
     parameters = model.head_parameters()
     with torch.no_grad():
         for name, tensor in fitting_tensors(parameters, trained / HEAD_FILE).items():

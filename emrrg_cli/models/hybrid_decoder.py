@@ -13,6 +13,7 @@ Source: EMRRG (arXiv 2510.16776) section 3.3.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,13 +36,25 @@ class CrossAttention(nn.Module):
         heads: query heads of the layer.
         kv_heads: key/value heads of the layer (grouped-query attention as in the layer).
         head_dim: width of a head.
+        gate: `states` computes the gate from the text states after the layer's norm, `attention` from the output of
+            self-attention before its output projection.
+        query: `before_rotary` or `after_rotary`, which queries attend to the image.
     """
 
-    def __init__(self, hidden_size: int, heads: int, kv_heads: int, head_dim: int) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        gate: str = "states",
+        query: str = "before_rotary",
+    ) -> None:
         super().__init__()
+        self.gate_from, self.query_from = gate, query
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.kv_proj = nn.Linear(hidden_size, 2 * kv_heads * head_dim, bias=False)
-        self.gate = nn.Linear(hidden_size, 1)
+        self.gate = nn.Linear(hidden_size if gate == "states" else heads * head_dim, 1)
         self.warmup = nn.Parameter(torch.zeros(1))
         nn.init.normal_(self.kv_proj.weight, std=hidden_size**-0.5)
 
@@ -55,8 +68,8 @@ class CrossAttention(nn.Module):
         """The gated context, to be added before the output projection.
 
         Args:
-            hidden: `[b, t, hidden]`, text states after the layer's input norm.
-            query: `[b, t, heads * head_dim]`, the layer's own queries of them, before rotary.
+            hidden: `[b, t, hidden]`, what the gate is computed from.
+            query: `[b, t, heads * head_dim]`, the layer's own queries.
             key, value: `[b, kv_heads, m, head_dim]`.
             mask: `[b, m]`, true where a visual token is real; None: all are.
 
@@ -91,19 +104,36 @@ class _HybridAttention(nn.Module):
         visual_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        attended, *rest = super().forward(hidden_states, *args, **kwargs)
         if visual_tokens is None:
-            return (attended, *rest)
+            return super().forward(hidden_states, *args, **kwargs)
+        heads_out: list[Tensor] = []
+        hook = None
+        if self.cross.gate_from == "attention":
+            hook = self.o_proj.register_forward_pre_hook(lambda _, inputs: heads_out.append(inputs[0]))
+        try:
+            attended, *rest = super().forward(hidden_states, *args, **kwargs)
+        finally:
+            if hook is not None:
+                hook.remove()
         # Found by its type: transformers 5.24 renamed the argument from `past_key_values` to `cache`.
         cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
         key, value = self._visual_keys_and_values(visual_tokens, cache)
         query = self.q_proj(hidden_states)
         if (q_norm := getattr(self, "q_norm", None)) is not None:  # Qwen3 norms each head's query, OLMoE all together
             query = q_norm(query.unflatten(-1, (-1, q_norm.weight.shape[-1]))).flatten(-2)
-        context = self.o_proj(self.cross(hidden_states, query, key, value, visual_mask))
+        if self.cross.query_from == "after_rotary":
+            query = self._rotated(query, kwargs["position_embeddings"])
+        context = self.o_proj(self.cross(heads_out[0] if heads_out else hidden_states, query, key, value, visual_mask))
         if (bias := getattr(self.o_proj, "bias", None)) is not None:
             context = context - bias  # self-attention has added it already
         return (attended + context.to(attended.dtype), *rest)
+
+    def _rotated(self, query: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
+        # By the family's own function, which stands beside its attention.
+        rotate = sys.modules[type(self).__module__].apply_rotary_pos_emb
+        heads = query.view(*query.shape[:2], self.cross.heads, -1).transpose(1, 2)
+        rotated: Tensor = rotate(heads, heads, *positions)[0]
+        return rotated.transpose(1, 2).flatten(2)
 
     def _visual_keys_and_values(self, visual: Tensor, cache: Any) -> tuple[Tensor, Tensor]:
         # In generation they are the same at every step; they live in the cache of this generation and die with it.
@@ -126,11 +156,14 @@ class _HybridLLM:
         super()._validate_model_kwargs(others)  # type: ignore[misc]
 
 
-def add_hybrid_layers(llm: Any, every: int) -> list[int]:
+def add_hybrid_layers(llm: Any, every: int, *, gate: str = "states", query: str = "before_rotary") -> list[int]:
     """Turns every `every`-th decoder layer of a causal LM, from the first, into a hybrid layer, in place.
 
     Afterwards `llm(..., visual_tokens=[b, m, hidden], visual_mask=[b, m] or None)` and `llm.generate(...)` with the
     same arguments attend to the image; without them the LLM is the plain one.
+
+    Args:
+        gate, query: the choices of `CrossAttention`.
 
     Returns:
         The indices of the hybrid layers.
@@ -161,7 +194,7 @@ def add_hybrid_layers(llm: Any, every: int) -> list[int]:
                 f"hybrid layers do not fit {type(llm).__name__}: its decoder layer has no {', '.join(missing)}",
                 hint="Llama, Mistral, Qwen2 and Qwen3 fit. Or set model.hybrid.every=null for a plain LLM.",
             )
-        attention.cross = CrossAttention(llm.config.hidden_size, heads, kv_heads, head_dim)
+        attention.cross = CrossAttention(llm.config.hidden_size, heads, kv_heads, head_dim, gate, query)
         attention.__dict__["visual_norm"] = norm  # shared with the layer, so not a second entry in the state dict
         _mix_in(attention, _HybridAttention)
     _mix_in(llm, _HybridLLM)

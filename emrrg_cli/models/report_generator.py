@@ -46,6 +46,8 @@ class ReportGenerator(nn.Module):
         visual_prompt: `full` puts every visual token into the prompt, `pooled` the class token and 2x2 averages of
             the patches; hybrid layers attend to every token either way.
         views: `average` takes the mean of a study's views token by token, `concat` puts them one after the other.
+        begin_token_id: first token of the prompt; None: the tokenizer's, if it has one.
+        end_text: text that ends a report in place of the tokenizer's end token; generated text is cut there.
 
     Source: EMRRG (arXiv 2510.16776) section 3.
     """
@@ -60,6 +62,8 @@ class ReportGenerator(nn.Module):
         tokenizer: PreTrainedTokenizerBase,
         visual_prompt: str = "full",
         views: str = "average",
+        begin_token_id: int | None = None,
+        end_text: str | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -67,9 +71,11 @@ class ReportGenerator(nn.Module):
         self.tokenizer = tokenizer
         self.visual_prompt = visual_prompt
         self.views = views
+        self.end_text = end_text
         self.bridge = Bridge(plain(encoder).d_model, llm.config.hidden_size)
         self.hybrid = any(True for _ in hybrid_parameters(llm))
-        begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        first = tokenizer.bos_token_id if begin_token_id is None else begin_token_id
+        begin = [] if first is None else [first]
         self.before = begin + tokenizer.encode(PROMPT_BEFORE, add_special_tokens=False)
         self.after = tokenizer.encode(PROMPT_AFTER, add_special_tokens=False)
         self.pad_token_id: int = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -80,12 +86,14 @@ class ReportGenerator(nn.Module):
 
     def encode_report(self, report: str, max_tokens: int | None = None) -> list[int]:
         """Label tokens of a report; see `encode_report`."""
-        return encode_report(self.tokenizer, report, max_tokens)
+        return encode_report(self.tokenizer, report, max_tokens, end_text=self.end_text)
 
     def decode(self, tokens: Sequence[int] | Tensor) -> str:
         """The report that generated tokens spell, special tokens left out."""
         # Scores compare words as R2Gen's rule spaces them: no tokenizer may draw " ." together.
         text: str = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if self.end_text is not None:
+            text = text.split(self.end_text)[0]
         return " ".join(text.split())
 
     # -- image --------------------------------------------------------------------------------------------------
@@ -210,12 +218,27 @@ class ReportGenerator(nn.Module):
             yield f"llm.{name}", parameter
 
 
-def encode_report(tokenizer: PreTrainedTokenizerBase, report: str, max_tokens: int | None = None) -> list[int]:
-    """Label tokens of a report. One that is cut ends without EOS: the report did not end there."""
+def encode_report(
+    tokenizer: PreTrainedTokenizerBase,
+    report: str,
+    max_tokens: int | None = None,
+    *,
+    end_at_limit: bool = True,
+    end_text: str | None = None,
+) -> list[int]:
+    """Label tokens of a report. One that is cut has no end: the report did not end there.
+
+    Args:
+        end_at_limit: a report of exactly `max_tokens` gets its end behind them.
+        end_text: text that ends a report in place of the tokenizer's end token.
+    """
     tokens: list[int] = tokenizer.encode(report, add_special_tokens=False)
-    if max_tokens is not None and len(tokens) > max_tokens:
-        return tokens[:max_tokens]
-    return [*tokens, tokenizer.eos_token_id]
+    end = [tokenizer.eos_token_id] if end_text is None else tokenizer.encode(end_text, add_special_tokens=False)
+    if max_tokens is None:
+        return tokens + end
+    if end_at_limit and len(tokens) <= max_tokens:
+        return tokens + end
+    return (tokens + end)[:max_tokens]
 
 
 def average_views(tokens: Tensor, views: Tensor) -> Tensor:

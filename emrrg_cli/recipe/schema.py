@@ -66,6 +66,9 @@ class DataSettings(Settings):
     section: Section = Field("report", description="which text is the report")
     cleaning: Cleaning = Field("auto", description="R2Gen's rule; auto: the one R2Gen used for the data set's source")
     max_report_tokens: int = Field(100, ge=1, description="training reports are cut to this many LLM tokens")
+    end_at_limit: bool = Field(
+        True, description="a report of exactly max_report_tokens gets an end token; the released code gives it none"
+    )
     max_views: int | None = Field(None, ge=1, description="first views of a study that are used; null: all")
     limit: int | None = Field(None, ge=1, description="first studies of each split that are used; null: all")
     workers: int = Field(2, ge=0, description="processes that decode images")
@@ -164,6 +167,12 @@ class LLMSettings(Settings):
         "none", description="of a frozen LLM's weights, through bitsandbytes; LoRA on it is then QLoRA"
     )
     save: bool = Field(False, description="copy a hub LLM into the run directory")
+    begin_token_id: int | None = Field(
+        None, ge=0, description="token that the prompt begins with; null: the one of the tokenizer, if it has one"
+    )
+    end_text: str | None = Field(
+        None, min_length=1, description="text that ends a report in place of the end token, such as </s>; null: none"
+    )
     scratch: ScratchLLMSettings = Field(default_factory=ScratchLLMSettings)
 
     @model_validator(mode="after")
@@ -184,6 +193,16 @@ class LLMSettings(Settings):
 
 class HybridSettings(Settings):
     every: int | None = Field(8, ge=1, description="every k-th decoder layer, from the first; null: none")
+    gate: Literal["states", "attention"] = Field(
+        "states",
+        description="what the gate is computed from: the text states after the layer's norm, or the output of "
+        "self-attention before its output projection, as in the released code",
+    )
+    query: Literal["before_rotary", "after_rotary"] = Field(
+        "before_rotary",
+        description="the queries that attend to the image: without positions, or after the rotary embedding, as in "
+        "the released code",
+    )
 
 
 class ModelSettings(Settings):
@@ -352,7 +371,7 @@ class PreprocessRecipe(Settings):
 PROTOCOLS: dict[str, dict[str, Any]] = {
     # The settings behind the published figures, as the released code ran them on MIMIC-CXR and CheXpert Plus.
     "published": {
-        "data": {"section": "report", "cleaning": "auto"},
+        "data": {"section": "report", "cleaning": "auto", "end_at_limit": False},
         "model": {"adapter": {"targets": "full"}},
         "generation": {
             "num_beams": 3,
@@ -366,7 +385,7 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
     },
     # The paper's method, scored against whole references, with decoding that may end when the report ends.
     "ours": {
-        "data": {"section": "report", "cleaning": "auto"},
+        "data": {"section": "report", "cleaning": "auto", "end_at_limit": True},
         "model": {"adapter": {"targets": ["X"]}},
         "generation": {
             "num_beams": 3,

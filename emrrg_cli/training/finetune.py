@@ -53,8 +53,15 @@ class FinetuneStage:
     @property
     def collate(self) -> Callable[[Sequence[Example]], Batch]:
         """Examples to a batch with labels; carries the tokenizer alone to the processes that load."""
-        limit = self.recipe.data.max_report_tokens
-        return partial(collate, encode=partial(encode_report, self.model.tokenizer, max_tokens=limit))
+        data = self.recipe.data
+        encode = partial(
+            encode_report,
+            self.model.tokenizer,
+            max_tokens=data.max_report_tokens,
+            end_at_limit=data.end_at_limit,
+            end_text=self.model.end_text,
+        )
+        return partial(collate, encode=encode)
 
     def validate(self, display: TrainingDisplay) -> dict[str, float]:
         """Loss over the validation split; unless `train.select` is `loss`, also scores of generated reports."""

@@ -170,6 +170,8 @@ def test_draws_from_what_transformers_draws_from(
 ) -> None:
     """transformers gets our noise in the place of its own: it then draws the same tokens."""
     llm, prompts = make_model(make_llm), make_prompts()
+    if options["num_beams"] > 1 and "sort" not in inspect.getsource(llm._get_top_k_continuations):
+        pytest.skip("this version of transformers does not sort the candidates that it draws")
     settings = GenerationSettings(**({"max_new_tokens": 12, "batch_size": 8, "do_sample": True} | options))
     steps = iter(range(99))
 

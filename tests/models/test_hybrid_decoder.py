@@ -150,6 +150,57 @@ def test_attention_equals_a_literal_computation(kind: str, options: dict[str, An
             torch.testing.assert_close(out, attended + added, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_choices_of_the_released_code(kind: str, make_llm: MakeLLM) -> None:
+    """Gate from the output of self-attention, queries after the rotary embedding: against a literal computation."""
+    llm = make_llm(kind)
+    add_hybrid_layers(llm, 1, gate="attention", query="after_rotary")
+    _awake(llm)
+    attention = decoder_layers(llm)[1].self_attn
+    cross, heads, width = attention.cross, 4, attention.head_dim
+    assert cross.gate.weight.shape == (1, heads * width)
+    seen: dict[str, Any] = {}
+    attention.register_forward_hook(lambda _, args, kwargs, out: seen.update(kwargs, out=out[0]), with_kwargs=True)
+    inputs: list[Tensor] = []
+    attention.o_proj.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    visual = _visual()
+    with torch.no_grad():
+        llm(input_ids=IDS, visual_tokens=visual, use_cache=False)
+        hidden, (cos, sin) = seen["hidden_states"], seen["position_embeddings"]
+        query = attention.q_proj(hidden).view(2, 6, heads, width)
+        if hasattr(attention, "q_norm"):
+            query = attention.q_norm(query)
+        half = width // 2
+        turned = torch.cat([-query[..., half:], query[..., :half]], dim=-1)
+        query = query * cos[:, :, None] + turned * sin[:, :, None]
+        key, value = cross.keys_and_values(decoder_layers(llm)[1].input_layernorm(visual))
+        contexts = []
+        for head in range(heads):
+            weights = (query[:, :, head] @ key[:, head // 2].transpose(1, 2) / math.sqrt(width)).softmax(-1)
+            contexts.append(weights @ value[:, head // 2])
+        gate = cross.warmup * torch.tanh(inputs[0] @ cross.gate.weight.T + cross.gate.bias)
+        added = (gate * torch.cat(contexts, dim=-1)) @ attention.o_proj.weight.T
+        expected = attention.o_proj(inputs[0]) + added
+    assert float(added.abs().max()) > 0.1
+    torch.testing.assert_close(seen["out"], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("choices", [{"gate": "attention"}, {"query": "after_rotary"}], ids=str)
+def test_the_choices_decode_with_a_cache(choices: dict[str, str], make_llm: MakeLLM) -> None:
+    llm = make_llm()
+    add_hybrid_layers(llm, 2, **choices)
+    _awake(llm)
+    prompt, visual = _prompt(llm, 2), _visual()
+    tokens = llm.generate(
+        inputs_embeds=prompt, visual_tokens=visual, max_new_tokens=6, min_new_tokens=6, pad_token_id=0
+    )
+    for step in range(6):
+        written = llm.get_input_embeddings()(tokens[:, :step])
+        logits = llm(inputs_embeds=torch.cat([prompt, written], 1), visual_tokens=visual, use_cache=False).logits[:, -1]
+        logits[:, 2] = -torch.inf
+        assert torch.equal(logits.argmax(-1), tokens[:, step])
+
+
 def test_query_norm_over_all_heads() -> None:
     """OLMoE norms the queries of all heads together."""
     from transformers import OlmoeConfig, OlmoeForCausalLM

@@ -22,6 +22,7 @@ from emrrg_cli.models.report_generator import (
     ReportGenerator,
     average_views,
     concatenate_views,
+    encode_report,
     generation_config,
     pool_patches,
 )
@@ -348,6 +349,30 @@ def test_reports_end_with_eos_unless_they_are_cut(make_model: MakeModel, texts: 
     assert model.encode_report(texts[0], len(tokens) - 1) == tokens[:-1]
     assert model.encode_report(texts[0], 1) == tokens[:1]
     assert model.encode_report("", 5) == [eos]
+
+
+def test_the_release_gives_a_full_report_no_end(tokenizer: Any, texts: list[str]) -> None:
+    tokens, eos = tokenizer.encode(texts[0], add_special_tokens=False), tokenizer.eos_token_id
+    encode = partial(encode_report, tokenizer, texts[0], end_at_limit=False)
+    assert encode(len(tokens)) == tokens
+    assert encode(len(tokens) + 1) == [*tokens, eos]
+    assert encode(len(tokens) - 1) == tokens[:-1]
+
+
+def test_a_text_in_place_of_the_end_token(make_model: MakeModel, texts: list[str]) -> None:
+    """As the released code trains Qwen: token 0 first, the end in plain letters."""
+    plain = make_model()
+    model = ReportGenerator(plain.encoder, plain.llm, plain.tokenizer, begin_token_id=0, end_text="<end>")
+    assert model.before == [0, *plain.before[1:]]
+    tokens = plain.tokenizer.encode(texts[0], add_special_tokens=False)
+    end = plain.tokenizer.encode("<end>", add_special_tokens=False)
+    assert len(end) > 1
+    assert model.encode_report(texts[0]) == tokens + end
+    assert encode_report(plain.tokenizer, texts[0], len(tokens) + 1, end_at_limit=False, end_text="<end>") == [
+        *tokens,
+        end[0],
+    ]
+    assert model.decode([*tokens, *end, *tokens]) == texts[0]
 
 
 def test_decoding_leaves_special_tokens_out(make_model: MakeModel, texts: list[str]) -> None:

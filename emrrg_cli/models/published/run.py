@@ -80,7 +80,10 @@ def run_recipe(imported: Imported, config: EncoderConfig, recipe: str, llm: str 
         f"model.adapter.targets={'none' if imported.config is None else 'full'}",
         "model.llm.frozen=true",
     ]
-    if (name := llm or _LLMS.get(imported.ours["bridge.proj.weight"].shape[0])) is not None:
+    hidden = imported.ours["bridge.proj.weight"].shape[0]
+    if hidden == 2048:  # the release trains Qwen with token 0 as the first and `</s>` as plain text at the end
+        overrides += ["model.llm.begin_token_id=0", 'model.llm.end_text="</s>"']
+    if (name := llm or _LLMS.get(hidden)) is not None:
         overrides.append(f"model.llm.name={json.dumps(name)}")
     return with_absolute_paths(load_recipe(recipe, overrides, stage=FinetuneRecipe))
 

@@ -20,7 +20,7 @@ from emrrg_cli.models.published.convert import convert_to_ours, convert_to_publi
 from emrrg_cli.models.published.importing import import_checkpoint
 from emrrg_cli.models.published.run import run_recipe
 from emrrg_cli.models.transfer import EncoderConfig
-from emrrg_cli.recipe.load import load_recipe
+from emrrg_cli.recipe.load import load_recipe, load_run_recipe
 from emrrg_cli.recipe.schema import ENCODER_SIZES
 
 State = dict[str, Tensor]
@@ -634,3 +634,29 @@ def test_a_text_tower_that_the_published_layout_cannot_tell_is_not_written_silen
         convert_to_published(tmp_path / "ours", tmp_path / f"{key}.pth", allow=[f"{key}=*"])
         path.write_text(before)
     convert_to_published(tmp_path / "ours", tmp_path / "back.pth")
+
+
+def test_a_converted_alignment_loads(
+    make_state: Make, save_published: Save, tmp_path: Path, tokenizer: Any, reference: Any
+) -> None:
+    from emrrg_cli.models.build_alignment import load_alignment
+
+    state = make_state("2")
+    convert_to_ours(save_published(state), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "alignment.json").read_text())
+    (tmp_path / "out" / "alignment.json").write_text(json.dumps(config | {"max_text_tokens": 32}))
+    with pytest.raises(RunError, match="Bio_ClinicalBERT"):
+        load_alignment(tmp_path / "out")  # tests have no network
+    tokenizer.save_pretrained(tmp_path / "words")
+    model = load_alignment(tmp_path / "out", tokenizer=str(tmp_path / "words"))
+    assert torch.equal(model.text_proj.weight, state["text_proj.weight"])
+    assert model.logit_scale == state["logit_scale"]
+    assert torch.equal(model.encoder.cls_token, state["visual_encoder.cls_token"])
+
+
+def test_files_for_qwen_keep_its_first_token_and_end(make_state: Make, save_published: Save, tmp_path: Path) -> None:
+    convert_to_ours(save_published(make_state("3", hidden=2048)), tmp_path / "qwen")
+    convert_to_ours(save_published(make_state("3", hidden=4096)), tmp_path / "llama")
+    qwen, llama = (load_run_recipe(tmp_path / n, None, [], "generate").model.llm for n in ("qwen", "llama"))
+    assert (qwen.name, qwen.begin_token_id, qwen.end_text) == ("Qwen/Qwen1.5-1.8B-Chat", 0, "</s>")
+    assert (llama.begin_token_id, llama.end_text) == (None, None)
