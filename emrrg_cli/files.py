@@ -7,11 +7,14 @@ dead process of this host left behind are removed by the next write to the same 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +27,8 @@ from emrrg_cli.errors import RunError, UsageError
 T = TypeVar("T")
 
 _READS = 10  # of a directory that is replaced again and again
+_LARGEST_RECORD = 64 * 2**20  # bytes of a JSON file
+_LARGEST_TABLE = 256 * 2**20  # bytes of a JSON-lines file
 
 
 def atomic_write_text(path: Path, text: str) -> None:
@@ -41,8 +46,8 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
     Raises:
         RunError: It cannot be written (no permission, disk full); the old file is as it was.
     """
-    path = _real(path)
-    with _told(path):
+    path = _writable_path(path)
+    with _told(path, len(data)):
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(path)
         temporary = _temporary(path)
@@ -81,7 +86,7 @@ def atomic_directory(final: Path) -> Iterator[Path]:
     Raises:
         RunError: `final` is a file, or a step cannot be carried out.
     """
-    final = _real(final)
+    final = _writable_path(final)
     recover_directory(final)
     if final.exists() and not final.is_dir():
         raise RunError(f"{final} is a file; a directory is to be written there", hint="Move it or choose another name.")
@@ -104,7 +109,7 @@ def put_directory(built: Path, final: Path) -> None:
     Raises:
         RunError: A step cannot be carried out; `final` is as it was.
     """
-    final = _real(final)
+    final = _writable_path(final)
     recover_directory(final)
     previous = _previous(final)
     with _told(final):
@@ -129,7 +134,7 @@ def recover_directory(final: Path) -> None:
     Raises:
         RunError: It cannot be renamed.
     """
-    final = _real(final)
+    final = _writable_path(final)
     previous = _previous(final)
     if not previous.is_dir():
         return
@@ -230,11 +235,29 @@ def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
         RunError: It cannot be written.
     """
     line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8")
+    path = _writable_path(path)
     with _told(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab+") as file:
             line = _mend(file) + line
             file.write(line)
+
+
+def read_bounded(path: Path, limit: int) -> bytes:
+    """The content of a regular file that has at most `limit` bytes. Does not wait, whatever is there.
+
+    Raises:
+        OSError: No regular file, too large a file, or one that cannot be read; `strerror` says so.
+    """
+    # Without O_NONBLOCK, opening a FIFO waits for a writer.
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with os.fdopen(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        data = file.read(limit + 1)  # files of /proc have no size
+    if len(data) > limit:
+        raise OSError(errno.EFBIG, f"larger than {limit:,} bytes", str(path))
+    return data
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -244,7 +267,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         UsageError: No such file, or a line that is no JSON object; the message names it.
     """
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = read_bounded(path, _LARGEST_TABLE).split(b"\n")
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
     rows = []
@@ -253,7 +276,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):  # every whole line ends in a line break
                 err.print(f"[yellow]{escape(str(path))}:{number}: the last line was cut off and is left out[/]")
                 continue
@@ -285,8 +308,77 @@ def _mend(file: Any) -> bytes:
 
 
 def _real(path: Path) -> Path:
-    """The path behind links: renaming onto a link would replace the link, not what it stands for."""
+    """The path behind links, for readers and for places that the user names."""
     return Path(os.path.realpath(path))
+
+
+def _writable_path(path: Path) -> Path:
+    """The path behind links, after making sure that it is one to write to.
+
+    Raises:
+        RunError: A link leads out of its directory, or what is there is neither a regular file nor a directory.
+    """
+    real = _real(path)
+    hint = "Remove it, or choose another --output."
+    if path.is_symlink() and real.parent != _real(path.parent):
+        raise RunError(f"{path} is a link to {printable(str(real))}: nothing is written through such links", hint=hint)
+    with _told(path), contextlib.suppress(FileNotFoundError):
+        if not (stat.S_ISREG(mode := real.stat().st_mode) or stat.S_ISDIR(mode)):
+            raise RunError(f"{path} is not a regular file, so it is not replaced", hint=hint)
+    return real
+
+
+def refuse_links(directory: Path) -> None:
+    """Makes sure that nothing in an output directory leads out of it, before anything is written there.
+
+    Raises:
+        RunError: A link in it points elsewhere, or something in it is neither a file nor a directory (a device, ...).
+    """
+    root = _real(directory)
+    for folder, directories, names in os.walk(root):
+        for name in (*directories, *names):
+            entry = Path(folder) / name
+            if entry.is_symlink():
+                if not _real(entry).is_relative_to(root):
+                    raise RunError(
+                        f"{printable(str(entry))} is a link to {printable(os.readlink(entry))}: "  # noqa: PTH115
+                        "nothing is written into a directory with such links",
+                        hint="Put the file itself in its place, or choose another --output.",
+                    )
+            elif name in names and not stat.S_ISREG(entry.lstat().st_mode):
+                raise RunError(
+                    f"{printable(str(entry))} is not a regular file: nothing is written into its directory",
+                    hint="Remove it, or choose another --output.",
+                )
+
+
+def directory_guard(directory: Path) -> Callable[[], None]:
+    """A function that makes sure that an output directory is still the one it is now, called before each write.
+
+    Without it, the first write after somebody removed the directory would make a new one without the earlier files.
+
+    Raises (the function):
+        RunError: The directory was removed, or another one is in its place.
+    """
+    status = directory.stat()
+
+    def check() -> None:
+        try:
+            now = directory.stat()
+        except OSError:
+            now = None
+        if now is None or (now.st_dev, now.st_ino) != (status.st_dev, status.st_ino):
+            raise RunError(
+                f"{directory} was {'removed' if now is None else 'replaced'} while the program wrote to it",
+                hint="What was in it is lost. Start again, with another --output if something cleans this place up.",
+            )
+
+    return check
+
+
+def is_leftover(entry: Path) -> bool:
+    """Whether a directory entry is a lock or a temporary file of this program: no content of its own."""
+    return entry.name == ".lock" or re.search(r"\.tmp-.+-\d+-[0-9a-f]{8}$", entry.name) is not None
 
 
 def _previous(final: Path) -> Path:
@@ -344,16 +436,17 @@ def read_record(file: Path, what: str, hint: str) -> dict[str, Any] | None:
         hint: What to do when it is broken.
 
     Raises:
-        RunError: It cannot be read, or holds something else.
+        RunError: It cannot be read, is no regular file, is too large or holds something else.
     """
-    if not file.is_file():
-        return None
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = json.loads(read_bounded(file, _LARGEST_RECORD).decode("utf-8"))
         if not isinstance(record, dict):
             raise ValueError("no JSON object")
-    except (OSError, ValueError) as error:
-        raise RunError(f"{file}, {what}, cannot be read: {error}", hint=hint) from error
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        reason = printable(error.strerror or "") if isinstance(error, OSError) else printable(str(error))
+        raise RunError(f"{file}, {what}, cannot be read: {reason}", hint=hint) from error
     return record
 
 
@@ -379,12 +472,14 @@ def _sync_directory(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """Turn a system error into one that says which file could not be written."""
+def _told(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Turn a system error into one that says which file could not be written, on a full disk also the space."""
     try:
         yield
     except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+        full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
+        hint = _space(next(above for above in path.absolute().parents if above.exists()), needed) if full else None
+        raise RunError(f"cannot write {path}: {error.strerror or error}", hint=hint) from error
 
 
 def check_writable(directory: Path) -> None:
@@ -401,18 +496,31 @@ def check_writable(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def writing(place: Path) -> Iterator[None]:
-    """Says in words that tensors could not be written: torch and safetensors have errors of their own for a full disk.
+def writing(place: Path, needed: int | None = None) -> Iterator[None]:
+    """Reports tensors that could not be written: torch and safetensors have errors of their own for a full disk.
+
+    Args:
+        place: The file or directory that is written in the block.
+        needed: About the bytes that it will take, where that is known: a disk without them is refused at once.
 
     Raises:
-        RunError: with the space that is left there.
+        RunError: Names the place, the space it needs and the space that is left.
     """
     from safetensors import SafetensorError
 
+    nearest = next(path for path in (place, *place.absolute().parents) if path.exists())
+    if needed is not None and needed > shutil.disk_usage(nearest).free:
+        raise RunError(f"cannot write {place}: the disk is full", hint=_space(nearest, needed))
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        nearest = next(path for path in (place, *place.absolute().parents) if path.exists())
-        free = shutil.disk_usage(nearest).free / 2**20
-        raise RunError(f"cannot write {place}: {reason}", hint=f"{free:,.1f} MiB are free there.") from error
+        if "inline_container" in reason:  # torch.save checks what it wrote, and not why it is cut off
+            reason = "the file is cut off, most often because the disk is full"
+        raise RunError(f"cannot write {place}: {reason}", hint=_space(nearest, needed)) from error
+
+
+def _space(place: Path, needed: int | None) -> str:
+    free = shutil.disk_usage(place).free / 2**20
+    asked = "" if needed is None else f"It needs about {needed / 2**20:,.1f} MiB; "
+    return f"{asked}{free:,.1f} MiB are free there."

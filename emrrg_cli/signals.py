@@ -1,4 +1,8 @@
-"""Ctrl-C and a scheduler's stop (SIGTERM) as exceptions that say what has become of the work."""
+"""The signals that ask the program to stop, as exceptions that say where the finished work is.
+
+SIGINT (Ctrl-C, exit code 130), SIGTERM (143), and where the system has them SIGHUP (a lost terminal, 129) and SIGUSR1
+(Slurm's warning before the time is up, 138).
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,19 @@ from types import FrameType
 from emrrg_cli.errors import Interrupted
 
 
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """The signals that ask the program to stop, without those that it was started to ignore, as `nohup` does."""
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+    found = [signal.Signals[name] for name in names if hasattr(signal, name)]
+    return tuple(number for number in found if signal.getsignal(number) is not signal.SIG_IGN)
+
+
 @contextmanager
 def interrupted_by(*signals: signal.Signals, message: Callable[[], str]) -> Iterator[None]:
-    """In the block, each of the signals raises `Interrupted` with what `message` returns at that moment.
+    """In the block, each signal of `stop_signals` raises `Interrupted` with what `message` returns at that moment.
+
+    Args:
+        signals: Others that do so too; for callers from before `stop_signals`.
 
     Raises:
         Interrupted: with exit code 128 + the signal's number.
@@ -25,7 +39,7 @@ def interrupted_by(*signals: signal.Signals, message: Callable[[], str]) -> Iter
     if threading.current_thread() is not threading.main_thread():  # where Python takes no signals
         yield
         return
-    before = {number: signal.signal(number, stop) for number in signals}
+    before = {number: signal.signal(number, stop) for number in {*stop_signals(), *signals}}
     try:
         yield
     finally:

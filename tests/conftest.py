@@ -163,6 +163,8 @@ def varied_run(tiny_run: Path, make_once: MakeOnce) -> Path:
 def _vary(source: Path, run: Path) -> None:
     from safetensors.torch import load_file, save_file
 
+    from emrrg_cli.checksums import write_checksums
+
     shutil.copytree(source, run)
     for name, factor in (("encoder", 30), ("llm/model", 50), ("bridge", 50)):
         file = run / "model" / f"{name}.safetensors"
@@ -173,6 +175,7 @@ def _vary(source: Path, run: Path) -> None:
             elif key.endswith("warmup"):  # opens the gates of the hybrid layers
                 tensor.fill_(1.0)
         save_file(tensors, file, {"format": "pt"})
+    write_checksums(run / "model")
 
 
 def _draw_chest(rng: np.random.Generator, finding: str | None) -> Image.Image:

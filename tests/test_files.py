@@ -385,3 +385,100 @@ def test_a_directory_in_a_read_only_one_is_locked(tmp_path: Path, monkeypatch: p
     with files.locked(out):
         assert _names(out) == [".lock"]
     assert _names(out) == []
+
+
+@pytest.mark.parametrize("kind", ["file", "device", "pipe", "link out", "link to a device"])
+def test_only_regular_files_in_place_are_replaced(tmp_path: Path, kind: str) -> None:
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    run.mkdir()
+    outside.write_text("kept")
+    path = run / "curve.png"
+    match kind:
+        case "file":
+            path.write_text("old")
+        case "device":
+            path = Path("/dev/null")
+        case "pipe":
+            os.mkfifo(path)
+        case "link out":
+            path.symlink_to(outside)
+        case "link to a device":
+            path.symlink_to("/dev/null")
+    if kind == "file":
+        files.atomic_write_text(path, "new")
+        assert path.read_text() == "new"
+        return
+    for write in (files.atomic_write_text, lambda path, text: files.append_jsonl(path, {"text": text}), _write):
+        with pytest.raises(RunError, match=r"not a regular file|is a link to"):
+            write(path, "new")
+    assert outside.read_text() == "kept"
+    assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)
+
+
+@pytest.mark.parametrize("entry", ["a link out", "a device", "a pipe", "a deep link", "a link to nothing"])
+def test_a_directory_with_links_out_is_refused(tmp_path: Path, entry: str) -> None:
+    run = tmp_path / "run"
+    (run / "model").mkdir(parents=True)
+    (run / "inside").symlink_to("model")
+    (run / "model" / "up").symlink_to(run)
+    files.refuse_links(run)
+    (tmp_path / "link").symlink_to(run)
+    files.refuse_links(tmp_path / "link")
+    match entry:
+        case "a link out":
+            (run / "bad").symlink_to(tmp_path)
+        case "a device":
+            (run / "bad").symlink_to("/dev/zero")
+        case "a pipe":
+            os.mkfifo(run / "bad")
+        case "a deep link":
+            (run / "model" / "bad").symlink_to("../../elsewhere")
+        case "a link to nothing":
+            (run / "bad").symlink_to("/nowhere\x1b[31m")
+    with pytest.raises(RunError, match=r"bad is (a link to|not a regular file)") as caught:
+        files.refuse_links(run)
+    assert "\x1b" not in str(caught.value)
+
+
+def test_reads_are_bounded_and_never_wait(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    (tmp_path / "large").write_bytes(b"x" * 101)
+    for name in ("pipe", "zero", "large", "."):
+        with pytest.raises(OSError, match=r"not a regular file|larger than|directory"):
+            files.read_bounded(tmp_path / name, 100)
+        if name != "large":
+            with pytest.raises(UsageError, match="cannot read"):
+                files.read_jsonl(tmp_path / name)
+            with pytest.raises(RunError, match="cannot be read"):
+                files.read_record(tmp_path / name, "a record", "")
+    (tmp_path / "deep").write_text("[" * 100_000)
+    with pytest.raises(RunError, match="cannot be read"):
+        files.read_record(tmp_path / "deep", "a record", "")
+
+
+@pytest.mark.parametrize("becomes", ["removed", "replaced", "a file"])
+def test_an_output_that_is_removed_is_noticed(tmp_path: Path, becomes: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    check = files.directory_guard(out)
+    (out / "file").touch()
+    check()
+    out.rename(tmp_path / "moved")
+    match becomes:
+        case "replaced":
+            out.mkdir()
+        case "a file":
+            out.touch()
+    with pytest.raises(RunError, match=r"out was (removed|replaced) while the program wrote to it"):
+        check()
+
+
+def test_a_full_disk_is_reported_with_the_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunError, match=r"cannot write .*curve.png: No space left on device") as caught:
+        files.atomic_write_bytes(tmp_path / "curve.png", bytes(2**20))
+    assert str(caught.value.hint).startswith("It needs about 1.0 MiB; ")

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from emrrg_cli.checksums import check_directory, warn_unchecked, write_checksums
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.files import atomic_directory, atomic_write_text, read_directory, read_record, whole_directory
 from emrrg_cli.models import adapters
@@ -130,6 +131,7 @@ def save_trained(run_dir: Path, settings: ModelSettings, model: ReportGenerator)
             added = {name for name, _ in hybrid_parameters(model.llm)}
             state = {name: tensor for name, tensor in model.llm.state_dict().items() if name not in added}
             model.llm.save_pretrained(directory / "llm", state_dict=state)
+        write_checksums(directory)
 
 
 def load_model(run_dir: Path, settings: ModelSettings, dtype: torch.dtype, *, merge: bool = True) -> ReportGenerator:
@@ -154,6 +156,8 @@ def _load_model(
             f"{run_dir}: this run holds no trained model yet",
             hint="Let the training reach its first validation or end.",
         )
+    if not any([check_directory(trained), check_directory(run_dir)]):
+        warn_unchecked(run_dir)
     tokenizer = _run_tokenizer(run_dir, settings)
     encoder = build_encoder(settings.encoder, settings.scan)
     whole = trained / "encoder.safetensors"

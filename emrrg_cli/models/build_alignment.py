@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from emrrg_cli.checksums import check_directory, warn_unchecked, write_checksums
 from emrrg_cli.errors import RunError
 from emrrg_cli.files import atomic_directory, atomic_write_text
 from emrrg_cli.models.alignment import Alignment
@@ -70,6 +71,7 @@ def save_alignment(run_dir: Path, model: Alignment) -> None:
             "max_text_tokens": model.max_text_tokens,
         }
         atomic_write_text(directory / _CONFIG, json.dumps(config, indent=2) + "\n")
+        write_checksums(directory)
 
 
 def load_alignment(run_dir: Path | str, scan: str = "auto", tokenizer: str | None = None) -> Alignment:
@@ -90,6 +92,8 @@ def load_alignment(run_dir: Path | str, scan: str = "auto", tokenizer: str | Non
             f"{run_dir}: there is no trained stage 2 model here",
             hint="Name a directory that `emrrg align` wrote, and let its training reach a validation or its end.",
         )
+    if not any([check_directory(trained), check_directory(run_dir)]):
+        warn_unchecked(run_dir)
     try:
         config = json.loads((trained / _CONFIG).read_text(encoding="utf-8"))
         dim, pooling, max_text_tokens = config["dim"], config["pooling"], config["max_text_tokens"]

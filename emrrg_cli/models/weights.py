@@ -2,13 +2,52 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from emrrg_cli.checksums import check_file
 from emrrg_cli.errors import RunError
+
+_LARGEST_HEADER = 8 * 2**20  # bytes: some 80,000 tensors
+
+
+def load_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file by name.
+
+    Raises:
+        RunError: The file is missing, unreadable or no regular file, its header is too large, or all values of a
+            tensor are NaN.
+    """
+    try:
+        check_header(file)
+        tensors: dict[str, Tensor] = load_file(file)
+    except Exception as error:  # safetensors raises its own error types, which it does not export in one place
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise RunError(f"{file}: not a readable safetensors file: {reason}") from error
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel() and bool(tensor.isnan().all()):
+            raise RunError(f"{file}: every value of {name} is NaN", hint="Put the file back from a copy.")
+    return tensors
+
+
+def check_header(file: Path) -> None:
+    """Makes sure that a file is regular and the header of its safetensors format is of a size that is read quickly.
+
+    Raises:
+        OSError: `strerror` says what it is.
+    """
+    handle = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with os.fdopen(handle, "rb") as opened:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(file))
+        if (size := int.from_bytes(opened.read(8), "little")) > _LARGEST_HEADER:
+            raise OSError(errno.EFBIG, f"its header claims {size:,} bytes", str(file))
 
 
 def load_weights(module: nn.Module, file: Path) -> None:
@@ -26,10 +65,8 @@ def fitting_tensors(own: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
     Raises:
         RunError: as `load_weights`.
     """
-    try:
-        tensors: dict[str, Tensor] = load_file(file)
-    except Exception as error:  # safetensors raises its own error types, which it does not export in one place
-        raise RunError(f"{file}: not a readable safetensors file: {error}") from error
+    check_file(file)
+    tensors = load_tensors(file)
     problems = [f"{name} is missing" for name in own if name not in tensors]
     problems += [f"{name} is unknown" for name in tensors if name not in own]
     problems += [

@@ -1,14 +1,17 @@
 """Checkpoints that hold all that an exact continuation needs.
 
 A run keeps `checkpoints/step-<n>/`, complete once it has that name, and a text file `checkpoints/last` that names the
-newest. Only what is trained is in it: frozen weights are those of the start. `progress.json` is replaced once the
-validation of its step is done, which changes nothing else.
+newest. Where that file is lost or names none, the newest whole checkpoint is used. Only what is trained is in it:
+frozen weights are those of the start. `progress.json` is replaced once the validation of its step is done, which
+changes nothing else; the other files have their SHA-256 in `checksums.json`.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import random
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,11 +19,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
+from emrrg_cli.checksums import check_directory, warn_unchecked, write_checksums
 from emrrg_cli.errors import RunError
-from emrrg_cli.files import atomic_directory, atomic_write_text, whole_directory, writing
+from emrrg_cli.files import atomic_directory, atomic_write_text, read_bounded, read_record, writing
+from emrrg_cli.models.weights import load_tensors
+
+_WEIGHTS, _STATE, _PROGRESS = "trainable.safetensors", "state.pt", "progress.json"
 
 
 @dataclass
@@ -82,7 +89,7 @@ def save_checkpoint(
     progress: Progress,
     rng_states: list[dict[str, Any]],
 ) -> Path:
-    """Writes `directory/step-<n>`, points `directory/last` at it, then removes the one before.
+    """Writes `directory/step-<n>`, points `directory/last` at it, then removes the earlier ones.
 
     Args:
         rng_states: one a process, in rank order.
@@ -91,18 +98,24 @@ def save_checkpoint(
         RunError: when it cannot be written; the one before is as it was.
     """
     target = _place(directory, progress)
-    with writing(target), atomic_directory(target) as temporary:
-        save_file(trainable_state(model), temporary / "trainable.safetensors")
+    tensors = trainable_state(model)
+    # AdamW keeps two moments for each weight.
+    needed = 3 * sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    with writing(target, needed), atomic_directory(target) as temporary:
+        with writing(target / _WEIGHTS, needed // 3):
+            save_file(tensors, temporary / _WEIGHTS)
         state = {
             "optimizer": optimizer.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "rng": rng_states,
         }
-        torch.save(state, temporary / "state.pt")
-        (temporary / "progress.json").write_text(_as_json(progress))
+        with writing(target / _STATE, needed * 2 // 3):
+            torch.save(state, temporary / _STATE)
+        write_checksums(temporary)
+        (temporary / _PROGRESS).write_text(_as_json(progress))
     atomic_write_text(directory / "last", target.name + "\n")
     for other in directory.glob("step-*"):
-        if other.name != target.name:
+        if (step := _step(other)) is not None and step < progress.step:
             shutil.rmtree(other, ignore_errors=True)
     return target
 
@@ -110,6 +123,26 @@ def save_checkpoint(
 def save_progress(directory: Path, progress: Progress) -> None:
     """Brings the checkpoint of `progress.step` up to date after its validation."""
     atomic_write_text(_place(directory, progress) / "progress.json", _as_json(progress))
+
+
+def _progress(record: dict[str, Any], checkpoint: Path) -> Progress:
+    """A `Progress` from `progress.json`.
+
+    Raises:
+        ValueError: A value is of another kind or cannot be.
+    """
+    progress = Progress(**record)
+    counts = (progress.step, progress.epoch, progress.step_in_epoch, progress.validations_without_gain)
+    if any(type(count) is not int or not 0 <= count < 10**12 for count in counts):
+        raise ValueError(f"{_PROGRESS} holds a count that cannot be: {counts}")
+    if progress.step != _step(checkpoint):
+        raise ValueError(f"{_PROGRESS} is of step {progress.step}")
+    best = progress.best
+    if best is not None and not (len(best) == 2 and all(math.isfinite(value) for value in best)):
+        raise ValueError(f"{_PROGRESS} holds a best result that cannot be: {best}")
+    if progress.best_step is not None and not 0 <= progress.best_step <= progress.step:
+        raise ValueError(f"{_PROGRESS} says that step {progress.best_step} was the best, after {progress.step} steps")
+    return progress
 
 
 def _place(directory: Path, progress: Progress) -> Path:
@@ -121,12 +154,46 @@ def _as_json(progress: Progress) -> str:
 
 
 def last_checkpoint(directory: Path) -> Path | None:
-    """The newest complete checkpoint of a run, or None."""
-    pointer = directory / "last"
-    if not pointer.is_file():
-        return None
-    target = whole_directory(directory / pointer.read_text().strip())
-    return target if (target / "state.pt").is_file() else None
+    """The checkpoint that a run continues from, or None: the one that `last` names, else the newest whole one."""
+    found = {_step(place): place for place in directory.glob("step-*") if _is_whole(place)}
+    whole = {step: place for step, place in found.items() if step is not None}
+    try:
+        named = _step(Path(read_bounded(directory / "last", 100).decode("utf-8").strip()))
+    except (OSError, ValueError):
+        named = None
+    if named in whole:
+        return whole[named]
+    return whole[max(whole)] if whole else None
+
+
+def require_checkpoint(run_dir: Path) -> Path | None:
+    """As `last_checkpoint`; None only where the run has never written one.
+
+    Raises:
+        RunError: The run has written checkpoints, and none of them is whole. To start again at the first step would
+            in the end overwrite what is left of it.
+    """
+    directory = run_dir / "checkpoints"
+    checkpoint = last_checkpoint(directory)
+    places = sorted(place for place in directory.glob("step-*") if _step(place) is not None)
+    written = places or (directory / "last").exists() or (run_dir / "model").exists()
+    if checkpoint is None and written:
+        reason = f"{places[-1].name} is not complete" if places else "there is none left"
+        raise RunError(
+            f"{directory}: the checkpoint of this run is lost: {reason}",
+            hint="Put it back from a copy of the run, or start a new run with another --output.",
+        )
+    return checkpoint
+
+
+def _is_whole(place: Path) -> bool:
+    return not place.is_symlink() and all((place / name).is_file() for name in (_WEIGHTS, _STATE, _PROGRESS))
+
+
+def _step(place: Path) -> int | None:
+    """The step in the name of a checkpoint, also of one that was cut off while it was replaced."""
+    match = re.fullmatch(r"step-(\d{8,12})(\.previous-emrrg)?", place.name, re.ASCII)
+    return int(match[1]) if match else None
 
 
 def load_checkpoint(
@@ -135,15 +202,20 @@ def load_checkpoint(
     """Puts a checkpoint back into model, optimizer, gradient scaler and random number generators.
 
     Raises:
-        RunError: when it cannot be read, or its trainable parameters are not those of the model.
+        RunError: when it cannot be read or is damaged, or its trainable parameters are not those of the model.
     """
     try:
-        tensors = load_file(checkpoint / "trainable.safetensors")
-        state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
-        progress = Progress(**json.loads((checkpoint / "progress.json").read_text()))
+        if not check_directory(checkpoint) and rank == 0:
+            warn_unchecked(checkpoint)
+        tensors = load_tensors(checkpoint / _WEIGHTS)
+        state = torch.load(checkpoint / _STATE, map_location="cpu", weights_only=True)
+        record = read_record(checkpoint / _PROGRESS, "where the training stands", "Put it back from a copy.")
+        progress = _progress(record or {}, checkpoint)
     except Exception as error:  # each of the formats has its own errors
+        reason = error.message if isinstance(error, RunError) else next(iter(str(error).splitlines()), "")
         raise RunError(
-            f"{checkpoint}: this checkpoint cannot be read: {next(iter(str(error).splitlines()), '')}"
+            f"{checkpoint}: this checkpoint cannot be read: {reason}",
+            hint="Put it back from a copy of the run, or start a new run with another --output.",
         ) from error
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if different := sorted(set(tensors) ^ set(parameters)):
@@ -157,9 +229,13 @@ def load_checkpoint(
                     f"{checkpoint}: {name} is {list(tensor.shape)}, the model has {list(parameters[name].shape)}"
                 )
             parameters[name].copy_(tensor)
-    optimizer.load_state_dict(state["optimizer"])
-    if scaler is not None and state["scaler"] is not None:
-        scaler.load_state_dict(state["scaler"])
-    if rank < len(state["rng"]):
-        set_rng_state(state["rng"][rank])
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+        if scaler is not None and state["scaler"] is not None:
+            scaler.load_state_dict(state["scaler"])
+        if rank < len(state["rng"]):
+            set_rng_state(state["rng"][rank])
+    except Exception as error:  # whatever a state of another shape leads to
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise RunError(f"{checkpoint / _STATE}: does not fit the model of the recipe: {reason}") from error
     return progress

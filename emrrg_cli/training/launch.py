@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from emrrg_cli.errors import EmrrgError, Interrupted, RunError, UsageError
+from emrrg_cli.signals import stop_signals
 
 _EXPECTED = "EMRRG_NUM_PROCESSES"
 _TOLD = "EMRRG_ERRORS"  # folder that the processes leave their errors in
@@ -86,7 +87,9 @@ def launch(arguments: Sequence[str], processes: int) -> None:
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, _cores() // processes)))
     with tempfile.TemporaryDirectory(prefix="emrrg-") as told:
         try:
-            with _environment({_EXPECTED: str(processes), _TOLD: told, "OMP_NUM_THREADS": threads}):
+            passed_on = ",".join(number.name for number in stop_signals())
+            variables = {_EXPECTED: str(processes), _TOLD: told, "OMP_NUM_THREADS": threads}
+            with _environment(variables | {"TORCHELASTIC_SIGNALS_TO_HANDLE": passed_on}):
                 elastic_launch(config, sys.executable)("-m", "emrrg_cli", *arguments)
         except SignalException as error:
             raise Interrupted("all processes have ended", exit_code=128 + error.sigval) from None

@@ -22,13 +22,14 @@ from emrrg_cli.console import err
 from emrrg_cli.datasets.epochs import DrawsEpoch, EpochOrder, Epochs, epoch_length
 from emrrg_cli.datasets.loading import load_batches
 from emrrg_cli.errors import Interrupted, RunError, UsageError
-from emrrg_cli.files import append_jsonl, atomic_write_text, read_jsonl
+from emrrg_cli.files import append_jsonl, atomic_write_text, directory_guard, read_jsonl
 from emrrg_cli.models.arm.nonfinite_watch import watch
 from emrrg_cli.recipe.schema import LoopSettings
+from emrrg_cli.signals import stop_signals
 from emrrg_cli.training.checkpoint import (
     Progress,
-    last_checkpoint,
     load_checkpoint,
+    require_checkpoint,
     rng_state,
     save_checkpoint,
     save_progress,
@@ -96,7 +97,7 @@ def train(
         RunError: when the loss is not finite (or, with `detect_non_finite`, the output of a block of an encoder), or
             the checkpoint does not fit.
         UsageError: when the batch does not fit the data or the processes.
-        Interrupted: after SIGINT or SIGTERM, once the checkpoint is written.
+        Interrupted: after a signal of `stop_signals`, once the checkpoint is written.
     """
     if accelerator.distributed_type.value not in ("NO", "MULTI_GPU", "MULTI_CPU"):
         raise UsageError(
@@ -174,6 +175,8 @@ class _Loop:
         self.model, self.optimizer = accelerator.prepare(stage.model, optimizer)
         self.progress = Progress()
         self.history = run_dir / "history.jsonl"
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self.require_run_dir = directory_guard(run_dir)
         self.samples_per_second: float | None = None
         # First step with a loss or gradient that is not finite; 0: none. Read now and then: reading waits for the GPU.
         self.broken_at = torch.zeros((), device=accelerator.device)
@@ -215,6 +218,8 @@ class _Loop:
                 if self._reason_to_end():
                     break
             self.samples_per_second = display.samples_per_second
+        if accelerator.is_main_process:
+            self.require_run_dir()
         if progress.best_step is None and accelerator.is_main_process:
             self.stage.export()  # nothing was validated, or to no finite figure: the result is the model as it is
         accelerator.wait_for_everyone()
@@ -335,6 +340,7 @@ class _Loop:
         if not self.accelerator.is_main_process:
             return
         epoch = self.progress.step / self.order.steps_per_epoch
+        self.require_run_dir()
         append_jsonl(self.history, {"step": self.progress.step, "epoch": round(epoch, 6), **row})
         self.accelerator.log(row, step=self.progress.step)
 
@@ -345,6 +351,8 @@ class _Loop:
             self._stop_validation_if_asked()
             figures = self.stage.validate(self.display)
             better = bool(figures) and self._is_better(figures)
+            if self.accelerator.is_main_process:
+                self.require_run_dir()
             if better and self.accelerator.is_main_process:
                 self.stage.export()
             if isinstance(self.stage, ShowsExamples) and self.accelerator.is_main_process:
@@ -392,6 +400,7 @@ class _Loop:
 
             states = gather_object(states)
         if self.accelerator.is_main_process:
+            self.require_run_dir()
             save_checkpoint(
                 self.run_dir / "checkpoints",
                 self.module,
@@ -404,15 +413,23 @@ class _Loop:
 
     def resume(self) -> None:
         """Puts the run where its last checkpoint left it; at its start where it was stopped before the first one."""
-        checkpoint = last_checkpoint(self.run_dir / "checkpoints")
+        checkpoint = require_checkpoint(self.run_dir)
         if checkpoint is not None:
-            self.progress = load_checkpoint(
+            progress = load_checkpoint(
                 checkpoint,
                 self.module,
                 self.optimizer.optimizer,
                 self.accelerator.scaler,
                 self.accelerator.process_index,
             )
+            steps = progress.epoch * self.order.steps_per_epoch + progress.step_in_epoch
+            if progress.step != steps or progress.step_in_epoch >= self.order.steps_per_epoch:
+                raise RunError(
+                    f"{checkpoint / 'progress.json'}: step {progress.step} is not step {progress.step_in_epoch} of "
+                    f"epoch {progress.epoch}, with {self.order.steps_per_epoch} steps in an epoch",
+                    hint="Put the checkpoint back from a copy of the run, or start a new run with another --output.",
+                )
+            self.progress = progress
         if self.accelerator.is_main_process and self.history.exists():
             # What was logged after the checkpoint is done again.
             kept = [json.dumps(row) + "\n" for row in read_jsonl(self.history) if self._is_done(row)]
@@ -446,7 +463,7 @@ class _Stop:
 
 @contextmanager
 def _stop_signals() -> Iterator[_Stop]:
-    """Notes the first SIGINT or SIGTERM, to be seen between steps and batches; the second acts at once.
+    """Notes the first signal that asks the program to stop, to be seen between steps; the second acts at once.
 
     Under a launcher the second does nothing: the same Ctrl-C arrives from the terminal and from the launcher, which
     ends processes that take too long.
@@ -455,20 +472,19 @@ def _stop_signals() -> Iterator[_Stop]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    watched = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in watched}
+    before = {number: signal.getsignal(number) for number in stop_signals()}
 
     def note(number: int, frame: Any) -> None:
         if not inside_launcher():
-            for watched_number in watched:
-                signal.signal(watched_number, before[watched_number])
-            err.print("stopping as soon as the work so far is in safety; again to stop at once")
+            for watched_number, handler in before.items():
+                signal.signal(watched_number, handler)
+            err.print("Finishing this step and saving a checkpoint. Press Ctrl-C again to quit now.")
         stop.number = stop.number or number
 
-    for number in watched:
+    for number in before:
         signal.signal(number, note)
     try:
         yield stop
     finally:
-        for number in watched:
-            signal.signal(number, before[number])
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from emrrg_cli.console import printable
 from emrrg_cli.errors import UsageError
-from emrrg_cli.files import check_writable
+from emrrg_cli.files import check_writable, is_leftover
 from emrrg_cli.recipe.layers import MAPPINGS
 from emrrg_cli.recipe.load import RUN_RECIPE, load_recipe
 from emrrg_cli.recipe.paths import with_absolute_paths
@@ -52,7 +52,7 @@ def check_run_dir(run_dir: Path, settings: Settings, *, resume: bool) -> None:
     if (shown := printable(str(run_dir.absolute()))) != str(run_dir.absolute()):  # a run records where it is
         raise UsageError(f"the path of a run must be UTF-8 text, got {shown}", hint="Give another --output.")
     if not resume:
-        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        if run_dir.exists() and (not run_dir.is_dir() or any(not is_leftover(entry) for entry in run_dir.iterdir())):
             hint = "Give --resume to continue it, or another --output." if saved.is_file() else "Give another --output."
             raise UsageError(f"{run_dir} already exists and is not empty", hint=hint)
         check_writable(run_dir)

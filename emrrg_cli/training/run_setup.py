@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -12,17 +13,18 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from emrrg_cli.checksums import CHECKSUMS, check_directory, write_checksums
 from emrrg_cli.datasets.epochs import check_batch, epoch_length, evaluation_batches
 from emrrg_cli.datasets.loading import load_batches
-from emrrg_cli.errors import UsageError
-from emrrg_cli.files import atomic_write_text, locked, read_jsonl
+from emrrg_cli.errors import EmrrgError, UsageError
+from emrrg_cli.files import atomic_write_text, locked, read_jsonl, refuse_links
 from emrrg_cli.models.scan import choose_engine
 from emrrg_cli.recipe.load import RUN_RECIPE, dump_recipe
 from emrrg_cli.recipe.paths import with_absolute_paths
 from emrrg_cli.recipe.schema import LoopSettings, Settings
 from emrrg_cli.reporting.plots import plot_curves
 from emrrg_cli.runtime import choose_precision, make_accelerator
-from emrrg_cli.training.checkpoint import last_checkpoint
+from emrrg_cli.training.checkpoint import require_checkpoint
 from emrrg_cli.training.environment import ENVIRONMENT, make_trackers, record_environment, start_trackers
 from emrrg_cli.training.loop import Summary, train
 from emrrg_cli.training.progress import TrainingDisplay
@@ -30,8 +32,10 @@ from emrrg_cli.training.run_dir import data_fingerprints
 from emrrg_cli.training.stage import Stage
 
 # What a run may write before its first step.
-_FILES = (RUN_RECIPE, ENVIRONMENT, "encoder.safetensors", "llm.json", "images.json")
+_FILES = (RUN_RECIPE, ENVIRONMENT, CHECKSUMS, "encoder.safetensors", "llm.json", "images.json")
 _DIRECTORIES = ("tokenizer", "llm", "tracking", "wandb")
+# What does not change once training has begun.
+_STATIC = (RUN_RECIPE, "encoder.safetensors", "llm.json", "images.json", "tokenizer", "llm")
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Session:
     @property
     def begun(self) -> bool:
         """Whether there is a checkpoint to continue from: what is trained comes from there, not from another run."""
-        return self.resume and last_checkpoint(self.run_dir / "checkpoints") is not None
+        return self.resume and require_checkpoint(self.run_dir) is not None
 
     def check_batch(self, dataset: Dataset[Any]) -> None:
         """Refuses a data set that holds less than one batch; asked before models are loaded.
@@ -64,6 +68,8 @@ class Session:
         """Trains a stage to the end and draws its curve, however it ends; see `emrrg_cli.training.loop.train`."""
         from accelerate.utils import set_seed
 
+        if self.accelerator.is_main_process and not (self.resume and (self.run_dir / CHECKSUMS).is_file()):
+            write_checksums(self.run_dir, _STATIC)
         # Every process starts from the same weights, then draws its own noise.
         set_seed(self.settings.seed, device_specific=True)
         start_trackers(self.accelerator)
@@ -79,9 +85,11 @@ class Session:
                 resume=self.resume,
             )
         finally:
+            failed = sys.exception() is not None
             history = self.run_dir / "history.jsonl"
             if self.accelerator.is_main_process and history.is_file():
-                plot_curves(read_jsonl(history), self.run_dir / "curve.png")
+                with suppress(EmrrgError) if failed else nullcontext():  # the first error says what happened
+                    plot_curves(read_jsonl(history), self.run_dir / "curve.png")
             self.accelerator.end_training()
 
 
@@ -116,9 +124,14 @@ def open_session(
     accelerator = make_accelerator(precision, expected_processes, trackers)
     check_batch(settings.batch_size, accelerator.num_processes)
     lock = locked(run_dir) if accelerator.is_main_process else nullcontext()
-    with lock, _no_false_start(run_dir, accelerator.is_main_process):
+    # A run that is resumed keeps what it has: to clean up after it would remove its recipe and its tokenizer.
+    clean = _no_false_start(run_dir) if accelerator.is_main_process and not resume else nullcontext()
+    with lock, clean:
         if accelerator.is_main_process:
-            if not resume:
+            if resume:
+                refuse_links(run_dir)
+                check_directory(run_dir)
+            else:
                 if (run_dir / RUN_RECIPE).exists():  # another command was faster
                     raise UsageError(f"{run_dir} already exists and is not empty", hint="Give another --output.")
                 atomic_write_text(run_dir / RUN_RECIPE, dump_recipe(with_absolute_paths(recipe)))
@@ -131,13 +144,12 @@ def open_session(
 
 
 @contextmanager
-def _no_false_start(run_dir: Path, is_main_process: bool) -> Iterator[None]:
-    """Takes away what a run wrote that failed before its first step, so that the next try finds the place free."""
+def _no_false_start(run_dir: Path) -> Iterator[None]:
+    """Removes what a new run wrote that failed before its first step, so that the next try finds the place free."""
     try:
         yield
     except BaseException:
-        started = any((run_dir / name).exists() for name in ("history.jsonl", "checkpoints", "model"))
-        if is_main_process and not started:
+        if not any((run_dir / name).exists() for name in ("history.jsonl", "checkpoints", "model")):
             for name in _FILES:
                 (run_dir / name).unlink(missing_ok=True)
             for name in _DIRECTORIES:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ from emrrg_cli.training.checkpoint import (
     Progress,
     last_checkpoint,
     load_checkpoint,
+    require_checkpoint,
     rng_state,
     save_checkpoint,
     save_progress,
@@ -137,12 +142,16 @@ def test_a_full_disk_is_said_in_words(tmp_path: Path, monkeypatch: pytest.Monkey
             raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 143744 vs 143636\nand more")
 
+    full_file = {
+        "save_file": r"trainable\.safetensors: Error while serializing: I/O error: No space left on device",
+        "torch.save": r"state\.pt: the file is cut off, most often because the disk is full",
+    }[full]
     _, _, before = _save(tmp_path, 3)
     monkeypatch.setattr(*((checkpoints, full) if full == "save_file" else (torch, "save")), fail)
-    with pytest.raises(RunError, match=r"cannot write .*step-00000005: (Error while|\[enforce)") as caught:
+    with pytest.raises(RunError, match=rf"cannot write .*step-00000005/{full_file}") as caught:
         _save(tmp_path, 5)
     assert "\n" not in caught.value.message
-    assert "MiB are free there" in str(caught.value.hint)
+    assert re.fullmatch(r"It needs about [\d.]+ MiB; [\d,.]+ MiB are free there\.", str(caught.value.hint))
     assert last_checkpoint(tmp_path) == before
 
 
@@ -193,3 +202,126 @@ def test_a_broken_checkpoint_is_named(tmp_path: Path, file: str) -> None:
     with pytest.raises(RunError, match="step-00000003: this checkpoint cannot be read"):
         load_checkpoint(saved, model, optimizer, None, 0)
     assert torch.equal(model[0].weight, before)
+
+
+def test_a_full_disk_is_found_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(100, 0, 100))
+    with pytest.raises(RunError, match=r"cannot write .*step-00000003: the disk is full"):
+        _save(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _break(directory: Path, what: str) -> None:
+    last, step = directory / "last", directory / "step-00000005"
+    match what:
+        case "no last":
+            last.unlink()
+        case "empty last":
+            last.write_text("")
+        case "binary last":
+            last.write_bytes(b"\xff\xfe\x00")
+        case "last names another":
+            last.write_text("step-00000009\n")
+        case "last leads elsewhere":
+            last.write_text("../../etc\n")
+        case "last is a link":
+            last.unlink()
+            last.symlink_to("/dev/zero")
+        case "last is a directory":
+            last.unlink()
+            last.mkdir()
+        case "last is a pipe":
+            last.unlink()
+            os.mkfifo(last)
+        case _:
+            (step / what).unlink()
+
+
+_LOST = ("no last", "empty last", "binary last", "last names another", "last leads elsewhere", "last is a link",
+         "last is a directory", "last is a pipe")  # fmt: skip
+
+
+@pytest.mark.parametrize("what", _LOST)
+def test_the_newest_whole_one_is_used_without_last(tmp_path: Path, what: str) -> None:
+    _, _, newest = _save(tmp_path / "checkpoints", 5)
+    shutil.copytree(newest, newest.with_name("step-00000003"))
+    _break(tmp_path / "checkpoints", what)
+    assert require_checkpoint(tmp_path) == newest
+
+
+@pytest.mark.parametrize("file", ["state.pt", "trainable.safetensors", "progress.json"])
+def test_an_incomplete_one_is_refused(tmp_path: Path, file: str) -> None:
+    _, _, newest = _save(tmp_path / "checkpoints", 5)
+    _break(tmp_path / "checkpoints", file)
+    with pytest.raises(RunError, match="the checkpoint of this run is lost: step-00000005 is not complete"):
+        require_checkpoint(tmp_path)
+    assert newest.is_dir()
+
+
+def test_a_run_without_a_checkpoint_starts_again(tmp_path: Path) -> None:
+    assert require_checkpoint(tmp_path) is None
+    (tmp_path / "checkpoints" / "step-00000005.tmp-host-12-0123abcd").mkdir(parents=True)  # a kill during the first
+    assert require_checkpoint(tmp_path) is None
+    (tmp_path / "model").mkdir()
+    with pytest.raises(RunError, match="there is none left"):
+        require_checkpoint(tmp_path)
+
+
+def test_a_newer_checkpoint_is_never_removed(tmp_path: Path) -> None:
+    _save(tmp_path, 8)
+    _save(tmp_path, 3)
+    _save(tmp_path, 5)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["last", "step-00000005", "step-00000008"]
+    assert last_checkpoint(tmp_path) == tmp_path / "step-00000005"
+
+
+@pytest.mark.parametrize("file", ["trainable.safetensors", "state.pt"])
+@pytest.mark.parametrize("place", [0.1, 0.5, 0.999])
+def test_a_flipped_bit_is_noticed(tmp_path: Path, file: str, place: float) -> None:
+    _, _, saved = _save(tmp_path)
+    data = bytearray((saved / file).read_bytes())
+    data[int(place * len(data))] ^= 16
+    (saved / file).write_bytes(data)
+    model, optimizer = _trained(1)
+    with pytest.raises(RunError, match=rf"this checkpoint cannot be read: .*{file} is damaged"):
+        load_checkpoint(saved, model, optimizer, None, 0)
+
+
+def test_one_of_an_earlier_version_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, _, saved = _save(tmp_path)
+    (saved / "checksums.json").unlink()
+    model, optimizer = _trained(1)
+    assert load_checkpoint(saved, model, optimizer, None, 0).step == 3
+    assert capsys.readouterr().err.count("has no checksums (an earlier version wrote it)") == 1
+
+
+def test_a_tensor_of_nan_alone_is_refused(tmp_path: Path) -> None:
+    model, optimizer = _trained()
+    with torch.no_grad():
+        model[0].bias.fill_(torch.nan)
+    saved = save_checkpoint(tmp_path, model, optimizer, None, Progress(step=3), [rng_state()])
+    with pytest.raises(RunError, match=r"every value of 0\.bias is NaN"):
+        load_checkpoint(saved, *_trained(), None, 0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": 4},
+        {"step": -1},
+        {"step": 3.0},
+        {"step": True},
+        {"epoch": 10**30},
+        {"best": [0.1]},
+        {"best": [float("nan"), 1.0]},
+        {"best": ["a", "b"]},
+        {"best_step": 9},
+        {"unknown": 1},
+    ],
+)
+def test_an_impossible_progress_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    _, _, saved = _save(tmp_path)
+    record = json.loads((saved / "progress.json").read_text()) | change
+    (saved / "progress.json").write_text(json.dumps(record))
+    with pytest.raises(RunError, match="step-00000003: this checkpoint cannot be read"):
+        load_checkpoint(saved, *_trained(1), None, 0)

@@ -185,3 +185,12 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(
 def test_a_path_that_is_no_text_is_refused(tmp_path: Path, resume: bool) -> None:
     with pytest.raises(UsageError, match=r"must be UTF-8 text, got .*run\\udce9"):
         check_run_dir(tmp_path / os.fsdecode(b"run\xe9"), load_recipe("tiny/finetune"), resume=resume)
+
+
+def test_what_a_kill_during_the_first_write_left_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml.tmp-host-123-0123abcd").write_text("stage: fin")
+    (tmp_path / ".lock").touch()
+    check_run_dir(tmp_path, _recipe(), resume=False)
+    (tmp_path / "recipe.yaml.tmp").touch()
+    with pytest.raises(UsageError, match="not empty"):
+        check_run_dir(tmp_path, _recipe(), resume=False)

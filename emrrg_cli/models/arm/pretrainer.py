@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from emrrg_cli.checksums import write_checksums
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.files import atomic_directory, read_directory, whole_directory
 from emrrg_cli.models.arm.encoder import CLUSTER, PATCH_SIZE, ArmEncoder, cluster_order, sincos_position_embedding
@@ -262,6 +263,7 @@ def save_pretrainer(directory: Path, model: ArmPretrainer) -> None:
     with atomic_directory(directory) as temporary:
         save_file(state, temporary / WEIGHTS, {"format": "pt"})
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_checksums(temporary)
 
 
 def find_pretrainer(path: Path) -> Path:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from emrrg_cli.checksums import CHECKSUMS, write_checksums
 from emrrg_cli.errors import UsageError
 from emrrg_cli.files import atomic_directory, writing
 from emrrg_cli.models.published.checkpoint import write_checkpoint
@@ -78,6 +79,7 @@ def convert_to_ours(
         with writing(out), atomic_directory(out) as directory:
             writers[imported.stage](directory, imported)
             write_record(directory, imported)
+            write_checksums(directory)
         return Outcome(imported.stage, lines)
     if imported.config is not None:
         if base is not None:
@@ -95,12 +97,14 @@ def convert_to_ours(
     with writing(out), atomic_directory(out) as directory:
         lines += write_run(directory, imported, config, encoder, settings)
         write_record(directory, imported)
+        write_checksums(directory)
     return Outcome(imported.stage, lines)
 
 
 # What stands in a converted directory.
 _WRITTEN = (
-    RECORD, LEFT_OUT, "encoder.*", "pretrainer.*", "alignment.*", "text_encoder", RUN_RECIPE, "model", "tokenizer",
+    RECORD, LEFT_OUT, CHECKSUMS, "encoder.*", "pretrainer.*", "alignment.*", "text_encoder", RUN_RECIPE, "model",
+    "tokenizer",
 )  # fmt: skip
 
 
