@@ -37,6 +37,8 @@ def write_checksums(directory: Path, names: Iterable[str] | None = None) -> None
         for file in ([start] if start.is_file() else start.rglob("*"))
         if file.is_file() and file.name != CHECKSUMS
     )
+    if not files:
+        return
     with ThreadPoolExecutor() as pool:  # hashing releases Python's lock
         found = list(pool.map(_sha256, files))
     sums = {file.relative_to(directory).as_posix(): one for file, one in zip(files, found, strict=True)}

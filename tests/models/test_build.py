@@ -351,6 +351,7 @@ def test_all_parts_of_a_model_come_from_one_export(
 
 def test_parts_that_are_missing(make_run: Callable[..., Run], llm_dir: Path) -> None:
     run = make_run(["X", "llm"], {"name": str(llm_dir)})
+    (run.directory / "model" / "checksums.json").unlink()
     for part in ("encoder", "llm"):
         directory = run.directory / "model" / "adapters" / part
         directory.rename(directory.with_suffix(".away"))
@@ -368,6 +369,7 @@ def test_a_trained_llm_that_is_missing_is_not_replaced_by_the_plain_one(
 ) -> None:
     run = make_run("none", {"name": str(llm_dir), "frozen": False})
     shutil.rmtree(run.directory / "model" / "llm")
+    (run.directory / "model" / "checksums.json").unlink()
     with pytest.raises(RunError, match="the trained LLM of this run is missing"):
         run.load()
 
@@ -375,6 +377,7 @@ def test_a_trained_llm_that_is_missing_is_not_replaced_by_the_plain_one(
 def test_a_bridge_that_does_not_fit(make_run: Callable[..., Run]) -> None:
     run = make_run("none", SCRATCH)
     file = run.directory / "model" / "bridge.safetensors"
+    (run.directory / "model" / "checksums.json").unlink()
     whole = load_file(file)
     save_file(whole | {"bridge.proj.bias": torch.zeros(1)}, file)  # would broadcast
     with pytest.raises(RunError, match=r"bridge\.proj\.bias is \[1\], the model has \[32\]"):

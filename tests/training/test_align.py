@@ -91,12 +91,14 @@ def test_a_run_from_the_command_line(tiny_dataset: Path, tmp_path: Path, run_of:
     told = capsys.readouterr().err
     assert f"Next:  emrrg finetune RECIPE model.encoder.weights={run}" in told
     assert {entry.name for entry in run.iterdir()} == {
-        *("recipe.yaml", "environment.json", "history.jsonl", "curve.png", "tokenizer", "model", "checkpoints")
+        *("recipe.yaml", "environment.json", "history.jsonl", "curve.png", "tokenizer", "model", "checkpoints"),
+        "checksums.json",
     }
     names = {str(file.relative_to(run / "model")) for file in (run / "model").rglob("*") if file.is_file()}
     assert names == {
         *("encoder.safetensors", "encoder.json", "alignment.safetensors", "alignment.json"),
         *("text_encoder/config.json", "text_encoder/model.safetensors"),
+        "checksums.json",
     }
     sizes = json.loads((run / "model" / "encoder.json").read_text())
     assert sizes == {"format": 1, "kind": "encoder", "d_model": 16, "depth": 2, "d_state": 4, "image_size": 32}

@@ -302,7 +302,7 @@ def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(
     with pytest.raises(Interrupted, match=r"stopped at step [34] of 6") as caught:
         fit(stage)
     assert caught.value.exit_code == code
-    assert "stopping as soon as the work so far is in safety; again to stop at once" in capsys.readouterr().err
+    assert "Finishing this step and saving a checkpoint. Press Ctrl-C again to quit now." in capsys.readouterr().err
     steps = len(stage.model.seen)
     assert (tmp_path / "checkpoints" / "last").read_text() == f"step-{steps:08d}\n"
     assert [signal.getsignal(watched) for watched in (signal.SIGINT, signal.SIGTERM)] == handlers

@@ -78,7 +78,9 @@ def test_a_run_directory_explains_itself_and_its_model_loads(pretrain: Any, opti
     with Image.open(run.directory / "pictures" / "epoch-002.png") as picture:
         picture.load()
         assert picture.width > 500
-    assert {path.name for path in (run.directory / "model").iterdir()} == {"pretrainer.json", "pretrainer.safetensors"}
+    assert {path.name for path in (run.directory / "model").iterdir()} == {
+        *("pretrainer.json", "pretrainer.safetensors", "checksums.json")
+    }
     model = emrrg_cli.load_pretrainer(run.directory)
     assert run.summary.best_step == 6
     for name, tensor in run.weights.items():
@@ -283,5 +285,8 @@ def test_a_batch_that_does_not_fit_is_refused_before_anything_is_loaded(
 def test_a_list_of_images_that_is_broken_is_named(pretrain: Any, films: Path, tmp_path: Path) -> None:
     pretrain("run", f"data.root={films}", "train.stop_after_steps=1")
     (tmp_path / "run" / "images.json").write_text("{")
+    with pytest.raises(RunError, match=r"images\.json is damaged"):
+        pretrain("run", f"data.root={films}", resume=True)
+    (tmp_path / "run" / "checksums.json").unlink()  # as in a run of an earlier version
     with pytest.raises(RunError, match=r"images\.json, the list of this run's images, cannot be read"):
         pretrain("run", f"data.root={films}", resume=True)
