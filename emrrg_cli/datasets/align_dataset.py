@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from emrrg_cli.datasets.finding_targets import finding_targets
 from emrrg_cli.datasets.report_dataset import Example, ReportDataset
 from emrrg_cli.errors import UsageError
 
@@ -24,7 +25,8 @@ class PairBatch:
     """Several studies, each with its report.
 
     `pixels`: uint8 `[n, size, size]`, all views one after the other; `views`: int64 `[b]`, views of each study, summing
-    to `n`; `input_ids`, `attention_mask`: int64 `[b, t]`, report tokens, padded on the right.
+    to `n`; `input_ids`, `attention_mask`: int64 `[b, t]`, report tokens, padded on the right; `findings`:
+    `[b, 14]` as `finding_targets` gives them (None where no head learns them).
     """
 
     indices: list[int]
@@ -32,6 +34,7 @@ class PairBatch:
     views: Tensor
     input_ids: Tensor
     attention_mask: Tensor
+    findings: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -51,6 +54,7 @@ class PairBatch:
             views=function(self.views),
             input_ids=function(self.input_ids),
             attention_mask=function(self.attention_mask),
+            findings=None if self.findings is None else function(self.findings),
         )
 
 
@@ -67,8 +71,13 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_t
     return input_ids, (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
 
 
-def collate_pairs(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> PairBatch:
-    """Joins examples into a batch of pairs; reports are cut to `max_tokens` tokens."""
+def collate_pairs(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_tokens: int, *, findings: bool = False
+) -> PairBatch:
+    """Joins examples into a batch of pairs; reports are cut to `max_tokens` tokens.
+
+    `findings` reads the targets of the head on findings from the reports.
+    """
     input_ids, attention_mask = encode_texts(tokenizer, [example.report for example in examples], max_tokens)
     return PairBatch(
         indices=[example.index for example in examples],
@@ -76,6 +85,7 @@ def collate_pairs(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBas
         views=torch.tensor([len(example.pixels) for example in examples]),
         input_ids=input_ids,
         attention_mask=attention_mask,
+        findings=finding_targets([example.report for example in examples]) if findings else None,
     )
 
 

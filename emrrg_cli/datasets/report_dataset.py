@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from emrrg_cli.datasets.finding_targets import finding_targets
 from emrrg_cli.datasets.report_text import clean_report, cleaning_for, select_section
 from emrrg_cli.errors import RunError
 from emrrg_cli.imaging.base import ImageError
@@ -35,7 +36,8 @@ class Batch:
     """Several studies.
 
     `pixels`: uint8 `[n, size, size]`, all views one after the other; `views`: int64 `[b]`, views of each study, summing
-    to `n`; `labels`: int64 `[b, t]`, report tokens, padded with `IGNORE` (None where reports are to be written).
+    to `n`; `labels`: int64 `[b, t]`, report tokens, padded with `IGNORE` (None where reports are to be written);
+    `findings`: `[b, 14]` as `finding_targets` gives them (None where no head learns them).
     """
 
     indices: list[int]
@@ -44,6 +46,7 @@ class Batch:
     views: Tensor
     reports: list[str]
     labels: Tensor | None = None
+    findings: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -55,7 +58,9 @@ class Batch:
 
     def _mapped(self, function: Callable[[Tensor], Tensor]) -> Batch:
         labels = None if self.labels is None else function(self.labels)
-        return replace(self, pixels=function(self.pixels), views=function(self.views), labels=labels)
+        findings = None if self.findings is None else function(self.findings)
+        pixels, views = function(self.pixels), function(self.views)
+        return replace(self, pixels=pixels, views=views, labels=labels, findings=findings)
 
 
 class ReportDataset(Dataset[Example]):
@@ -116,8 +121,13 @@ class ReportDataset(Dataset[Example]):
         return Example(index, record["study_id"], torch.stack(pixels), self.reports[index])
 
 
-def collate(examples: Sequence[Example], encode: Callable[[str], list[int]] | None = None) -> Batch:
-    """Joins examples into a batch; `encode` turns a report into label tokens, None leaves labels out."""
+def collate(
+    examples: Sequence[Example], encode: Callable[[str], list[int]] | None = None, *, findings: bool = False
+) -> Batch:
+    """Joins examples into a batch; `encode` turns a report into label tokens, None leaves labels out.
+
+    `findings` reads the targets of the head on findings from the reports.
+    """
     labels = None
     if encode is not None:
         tokens = [torch.tensor(encode(example.report)) for example in examples]
@@ -129,4 +139,5 @@ def collate(examples: Sequence[Example], encode: Callable[[str], list[int]] | No
         views=torch.tensor([len(example.pixels) for example in examples]),
         reports=[example.report for example in examples],
         labels=labels,
+        findings=finding_targets([example.report for example in examples]) if findings else None,
     )

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from emrrg_cli.datasets.align_dataset import PairBatch
 from emrrg_cli.errors import UsageError
+from emrrg_cli.models.augment import augmented
+from emrrg_cli.models.findings_head import FindingsHead
 from emrrg_cli.models.outputs import StageOutput
 from emrrg_cli.models.report_generator import IMAGENET_MEAN, IMAGENET_STD, average_views
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from emrrg_cli.models.arm.encoder import ArmEncoder
+    from emrrg_cli.recipe.schema import AugmentSettings
 
 FIRST_LOGIT_SCALE = math.log(1 / 0.07)
 MAX_LOGIT_SCALE = math.log(100)
@@ -109,6 +112,8 @@ class Alignment(nn.Module):
         self.encoder = encoder
         self.text_encoder = text_encoder
         self.tokenizer = tokenizer
+        self.augment: AugmentSettings | None = None  # in training
+        self.findings: FindingsHead | None = None
         self.pooling = pooling
         self.max_text_tokens = max_text_tokens
         self.vision_proj = nn.Linear(encoder.d_model, dim)
@@ -126,8 +131,15 @@ class Alignment(nn.Module):
             pixels: uint8 `[n, size, size]`, the views of all studies one after the other.
             views: int64 `[b]`, views of each study, summing to `n`.
         """
-        images = (pixels[:, None].float() / 255 - self.mean) / self.std  # [n, 3, size, size]
-        tokens = self.encoder(images)  # [n, l + 1, d]
+        return self._image_embeddings(self.encode(pixels), views)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """The encoder's tokens `[n, l + 1, d]` of images, uint8 `[n, size, size]`; in training of augmented ones."""
+        grey = augmented(pixels, self.augment) if self.training and self.augment else pixels.float()
+        tokens: Tensor = self.encoder((grey[:, None] / 255 - self.mean) / self.std)
+        return tokens
+
+    def _image_embeddings(self, tokens: Tensor, views: Tensor) -> Tensor:
         studies = average_views(tokens.mean(dim=1, keepdim=True), views)[:, 0]  # [b, d]
         return F.normalize(self.vision_proj(studies).float(), dim=-1)
 
@@ -142,10 +154,13 @@ class Alignment(nn.Module):
 
     def embed(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
         """Embeddings of the images and the texts of a batch, each fp32 `[b, dim]`."""
-        return (
-            self.embed_images(batch.pixels, batch.views),
-            self.embed_texts(batch.input_ids, batch.attention_mask),
-        )
+        return self._embed(batch)[1:]
+
+    def _embed(self, batch: PairBatch) -> tuple[Tensor, Tensor, Tensor]:
+        # also the encoder's tokens
+        tokens = self.encode(batch.pixels)
+        text = self.embed_texts(batch.input_ids, batch.attention_mask)
+        return tokens, self._image_embeddings(tokens, batch.views), text
 
     # -- objective ----------------------------------------------------------------------------------------------
 
@@ -160,12 +175,15 @@ class Alignment(nn.Module):
                 torch.set_rng_state(batch.rng)
                 if batch.cuda_rng is not None:
                     torch.cuda.set_rng_state(batch.cuda_rng, device)
-                image, text = self.embed(batch.pairs)
-            contrast = batch.contrast
+                tokens, image, text = self._embed(batch.pairs)
+            pairs, contrast = batch.pairs, batch.contrast
         else:
-            image, text = self.embed(batch)
-            contrast = self.contrast(image, text)
-        return StageOutput(contrast.loss_sum(image, text, self.logit_scale), torch.tensor(len(image)))
+            tokens, image, text = self._embed(batch)
+            pairs, contrast = batch, self.contrast(image, text)
+        loss = contrast.loss_sum(image, text, self.logit_scale)
+        if self.findings is not None and self.training and pairs.findings is not None:
+            loss = loss + self.findings.loss_sum(tokens, pairs.views, pairs.findings)
+        return StageOutput(loss, torch.tensor(len(image)))
 
     @torch.no_grad()
     def cache_gradients(self, batches: Sequence[PairBatch]) -> list[CachedPairs]:
@@ -227,7 +245,7 @@ class Alignment(nn.Module):
 
     def head_parameters(self) -> dict[str, nn.Parameter]:
         """What joins the towers, by name: the two projections and `logit_scale`."""
-        towers = ("encoder.", "text_encoder.")
+        towers = ("encoder.", "text_encoder.", "findings.")
         return {name: parameter for name, parameter in self.named_parameters() if not name.startswith(towers)}
 
     def train(self, mode: bool = True) -> Alignment:

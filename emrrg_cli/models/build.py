@@ -16,12 +16,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from emrrg_cli.checksums import check_directory, warn_unchecked, write_checksums
+from emrrg_cli.datasets.finding_targets import FINDINGS
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.files import atomic_directory, atomic_write_text, read_directory, read_record, whole_directory
 from emrrg_cli.models import adapters
 from emrrg_cli.models.arm.encoder import ArmEncoder
+from emrrg_cli.models.findings_head import FindingsHead
 from emrrg_cli.models.hybrid_decoder import add_hybrid_layers, hybrid_parameters
-from emrrg_cli.models.llm import build_scratch_llm, llm_record, load_llm, load_tokenizer
+from emrrg_cli.models.llm import add_dropout, build_scratch_llm, llm_record, load_llm, load_tokenizer
 from emrrg_cli.models.report_generator import ReportGenerator
 from emrrg_cli.models.weights import fitting_tensors, load_weights
 from emrrg_cli.recipe.schema import EncoderSettings, ModelSettings
@@ -47,6 +49,8 @@ def assemble(settings: ModelSettings, encoder: ArmEncoder, llm: Any, tokenizer: 
         UsageError: where the recipe does not fit the LLM.
     """
     _add_hybrid_layers(llm, settings)
+    if settings.llm.name == "scratch":
+        add_dropout(llm, settings.llm.scratch.dropout)
     targets = settings.adapter.targets
     names = targets if isinstance(targets, list) else []
     options = (settings.adapter.rank, settings.adapter.alpha, settings.adapter.dropout)
@@ -59,9 +63,12 @@ def assemble(settings: ModelSettings, encoder: ArmEncoder, llm: Any, tokenizer: 
 
 def _join(settings: ModelSettings, encoder: nn.Module, llm: Any, tokenizer: Any) -> ReportGenerator:
     text = settings.llm
-    return ReportGenerator(
+    model = ReportGenerator(
         encoder, llm, tokenizer, settings.visual_prompt, settings.views, text.begin_token_id, text.end_text
     )
+    if settings.findings:
+        model.findings = FindingsHead(model.bridge.proj.in_features, len(FINDINGS))
+    return model
 
 
 def _add_hybrid_layers(llm: Any, settings: ModelSettings) -> None:

@@ -2,7 +2,7 @@
 
 A run directory holds `tokenizer/` at its top and under `model/`, replaced as a whole: `encoder.safetensors` with
 `encoder.json`, `text_encoder/` as Hugging Face writes it, `alignment.safetensors` (`vision_proj.*`, `text_proj.*`,
-`logit_scale`) and `alignment.json`.
+`logit_scale`), `alignment.json` and, where findings are learned, `findings.safetensors`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ import torch
 from safetensors.torch import save_file
 
 from emrrg_cli.checksums import check_directory, warn_unchecked, write_checksums
+from emrrg_cli.datasets.finding_targets import FINDINGS
 from emrrg_cli.errors import RunError
 from emrrg_cli.files import atomic_directory, atomic_write_text
 from emrrg_cli.models.alignment import Alignment
 from emrrg_cli.models.arm.encoder import ArmEncoder
+from emrrg_cli.models.findings_head import FindingsHead
 from emrrg_cli.models.text_encoder import build_scratch_text_encoder, load_text_encoder, load_text_tokenizer
 from emrrg_cli.models.transfer import load_encoder, save_encoder
 from emrrg_cli.models.weights import fitting_tensors
@@ -27,6 +29,7 @@ from emrrg_cli.recipe.alignment import AlignRecipe
 FORMAT = 1
 PUBLISHED_TEXT_ENCODER = "emilyalsentzer/Bio_ClinicalBERT"
 HEAD_FILE = "alignment.safetensors"
+FINDINGS_FILE = "findings.safetensors"
 _CONFIG = "alignment.json"
 _TEXT_ENCODER = "text_encoder"
 
@@ -52,6 +55,8 @@ def fresh_alignment(recipe: AlignRecipe, encoder: ArmEncoder, tokenizer: Any, ru
     if settings.frozen:
         text_encoder.requires_grad_(False)
     model = Alignment(encoder, text_encoder, tokenizer, recipe.model.dim, settings.pooling, max_tokens)
+    if recipe.model.findings:
+        model.findings = FindingsHead(encoder.d_model, len(FINDINGS))
     model.set_gradient_checkpointing(recipe.train.gradient_checkpointing)
     return model
 
@@ -62,6 +67,8 @@ def save_alignment(run_dir: Path, model: Alignment) -> None:
         save_encoder(directory, model.encoder)
         head = {name: parameter.detach().cpu().contiguous() for name, parameter in model.head_parameters().items()}
         save_file(head, directory / HEAD_FILE)
+        if model.findings is not None:
+            save_file(model.findings.state_dict(), directory / FINDINGS_FILE)
         model.text_encoder.save_pretrained(directory / _TEXT_ENCODER)
         config = {
             "format": FORMAT,

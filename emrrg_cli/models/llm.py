@@ -123,6 +123,22 @@ def build_scratch_llm(settings: ScratchLLMSettings, tokenizer: PreTrainedTokeniz
     return with_plain_decoding(LlamaForCausalLM(config))
 
 
+def add_dropout(llm: Any, rate: float) -> None:
+    """Puts dropout on the output of the attention and of the MLP of each decoder layer; it acts in training alone.
+
+    Hooks rather than modules: the names of the weights stay those of the plain LLM.
+    """
+    if rate == 0:
+        return
+
+    def drop(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.dropout(output, rate, module.training)
+
+    for layer in llm.model.layers:
+        layer.self_attn.o_proj.register_forward_hook(drop)
+        layer.mlp.register_forward_hook(drop)
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
     """A byte-level BPE tokenizer trained on reports: no text is out of its vocabulary.
 

@@ -12,12 +12,16 @@ from torch import Tensor, nn
 
 from emrrg_cli.datasets.report_dataset import IGNORE, Batch
 from emrrg_cli.models.adapters import plain
+from emrrg_cli.models.augment import augmented
+from emrrg_cli.models.findings_head import FindingsHead
 from emrrg_cli.models.hybrid_decoder import hybrid_parameters
 from emrrg_cli.models.llm import PROMPT_AFTER, PROMPT_BEFORE
 from emrrg_cli.models.outputs import StageOutput
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+    from emrrg_cli.recipe.schema import AugmentSettings
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -69,6 +73,10 @@ class ReportGenerator(nn.Module):
         self.encoder = encoder
         self.llm = llm
         self.tokenizer = tokenizer
+        self.augment: AugmentSettings | None = None  # in training
+        self.findings: FindingsHead | None = None
+        self.report_tokens = 1.0  # of a mean training report; scales the loss on findings, which counts studies
+        self.label_smoothing = 0.0  # in training; the loss of a validation is without
         self.visual_prompt = visual_prompt
         self.views = views
         self.end_text = end_text
@@ -109,8 +117,16 @@ class ReportGenerator(nn.Module):
             prompt tokens `[b, p, hidden]`, all visual tokens `[b, m, hidden]`, and for each a mask `[b, p]`, `[b, m]`
             that is true on real tokens (None where all are).
         """
-        images = (pixels[:, None].float() / 255 - self.mean) / self.std  # [n, 3, size, size]
-        tokens = self.encoder(images)  # [n, l + 1, d]
+        return self.join_views(self.encode(pixels), views)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """The encoder's tokens `[n, l + 1, d]` of images, uint8 `[n, size, size]`; in training of augmented ones."""
+        grey = augmented(pixels, self.augment) if self.training and self.augment else pixels.float()
+        tokens: Tensor = self.encoder((grey[:, None] / 255 - self.mean) / self.std)
+        return tokens
+
+    def join_views(self, tokens: Tensor, views: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """From the encoder's tokens `[n, l + 1, d]` on; arguments and result as in `visual_tokens`."""
         pooled = pool_patches(tokens) if self.visual_prompt == "pooled" else tokens
         if self.views == "average":
             prompt, every = self.bridge(average_views(pooled, views)), None
@@ -125,7 +141,11 @@ class ReportGenerator(nn.Module):
 
     def prompt(self, pixels: Tensor, views: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
         """What a report is written from: embeddings `[b, p, hidden]`, mask `[b, p]`, visual arguments of the LLM."""
-        visual, every, visual_mask, every_mask = self.visual_tokens(pixels, views)
+        return self._prompt_of(self.encode(pixels), views)
+
+    def _prompt_of(self, tokens: Tensor, views: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
+        # the same from the tokens of `encode`
+        visual, every, visual_mask, every_mask = self.join_views(tokens, views)
         embed = self.llm.get_input_embeddings()
         b = visual.shape[0]
         # Made on the CPU and sent, since with `device=` the host waits for all that the device has to do.
@@ -141,9 +161,13 @@ class ReportGenerator(nn.Module):
     # -- objective and generation -------------------------------------------------------------------------------
 
     def forward(self, batch: Batch) -> StageOutput:
-        """Sum of the cross-entropy over the report tokens (EOS included); the prompt carries no loss."""
+        """Sum of the cross-entropy over the report tokens (EOS included); the prompt carries no loss.
+
+        In training the loss of the head on findings is added where there is one.
+        """
         assert batch.labels is not None
-        prompt, prompt_mask, visual = self.prompt(batch.pixels, batch.views)
+        tokens = self.encode(batch.pixels)
+        prompt, prompt_mask, visual = self._prompt_of(tokens, batch.views)
         labels = batch.labels
         real = labels != IGNORE
         report = self.llm.get_input_embeddings()(labels.masked_fill(~real, self.pad_token_id))
@@ -158,7 +182,15 @@ class ReportGenerator(nn.Module):
             logits_to_keep=labels.shape[1] + 1,  # the last prompt token predicts the first of the report
             **visual,
         ).logits[:, :-1]
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+        loss = F.cross_entropy(
+            logits.flatten(0, 1).float(),
+            labels.flatten(),
+            ignore_index=IGNORE,
+            reduction="sum",
+            label_smoothing=self.label_smoothing if self.training else 0.0,
+        )
+        if self.findings is not None and self.training and batch.findings is not None:
+            loss = loss + self.report_tokens * self.findings.loss_sum(tokens, batch.views, batch.findings)
         return StageOutput(loss, real.sum())
 
     @torch.no_grad()
@@ -209,11 +241,13 @@ class ReportGenerator(nn.Module):
         self.train(self.training)
 
     def bridge_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What connects the towers and is trained in every run: bridge and hybrid layers.
+        """What connects the towers and is trained in every run: bridge, hybrid layers, and the head on findings.
 
         The names are those without adapters, so that they do not depend on where LoRA was put.
         """
         yield from self.bridge.named_parameters(prefix="bridge")
+        if self.findings is not None:
+            yield from self.findings.named_parameters(prefix="findings")
         for name, parameter in hybrid_parameters(plain(self.llm)):
             yield f"llm.{name}", parameter
 

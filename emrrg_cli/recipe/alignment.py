@@ -6,7 +6,17 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from emrrg_cli.recipe.schema import Cleaning, DataSettings, EncoderSettings, LoopSettings, ScanEngine, Section, Settings
+from emrrg_cli.recipe.schema import (
+    FINDINGS_WEIGHT,
+    AugmentSettings,
+    Cleaning,
+    DataSettings,
+    EncoderSettings,
+    LoopSettings,
+    ScanEngine,
+    Section,
+    Settings,
+)
 
 
 class DataSetSettings(Settings):
@@ -28,6 +38,7 @@ class AlignDataSettings(Settings):
     max_text_tokens: int = Field(128, ge=2, description="reports are cut to this many tokens of the text tower")
     max_views: int | None = Field(None, ge=1, description="first views of a study that are used; null: all")
     limit: int | None = Field(None, ge=1, description="first studies of each split of a data set; null: all")
+    augment: AugmentSettings = Field(default_factory=AugmentSettings)
     workers: int = Field(2, ge=0, description="processes that decode images")
 
     @model_validator(mode="after")
@@ -88,6 +99,9 @@ class AlignModelSettings(Settings):
     encoder: EncoderSettings = Field(default_factory=EncoderSettings)
     text: TextSettings = Field(default_factory=TextSettings)
     dim: int = Field(2048, ge=1, description="width of the space that images and reports share")
+    findings: bool = Field(
+        False, description="a head that tells the 14 observations of the rules labeler from the encoder's tokens"
+    )
     scan: ScanEngine = Field("auto", description="engine of the selective scan")
 
 
@@ -100,6 +114,7 @@ class AlignTrainSettings(LoopSettings):
     micro_batch_size: int | None = Field(
         None, ge=1, description="pairs in memory at a time on one device, by gradient caching; null: all"
     )
+    findings_weight: float = FINDINGS_WEIGHT
     validation_limit: int | None = Field(None, ge=2, description="pairs of a validation, drawn once; null: all")
     select: Literal["score", "loss"] = Field(
         "score", description="what the best model is chosen by; score: mean of recall@1, 5 and 10 both ways"

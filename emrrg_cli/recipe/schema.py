@@ -61,6 +61,16 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, validate_default=True)
 
 
+class AugmentSettings(Settings):
+    """Random changes of the training images, drawn for each view. None mirrors: left and right are findings."""
+
+    rotate: float = Field(0.0, ge=0, le=45, description="degrees, at most, either way")
+    shift: float = Field(0.0, ge=0, le=0.5, description="part of the side, at most, in either direction")
+    scale: float = Field(0.0, ge=0, lt=1, description="larger or smaller by this part, at most")
+    brightness: float = Field(0.0, ge=0, lt=1, description="lighter or darker by this part of the range, at most")
+    contrast: float = Field(0.0, ge=0, lt=1, description="more or less contrast by this part, at most")
+
+
 class DataSettings(Settings):
     root: str | None = Field(None, description="dataset directory written by `emrrg preprocess`")
     section: Section = Field("report", description="which text is the report")
@@ -71,6 +81,7 @@ class DataSettings(Settings):
     )
     max_views: int | None = Field(None, ge=1, description="first views of a study that are used; null: all")
     limit: int | None = Field(None, ge=1, description="first studies of each split that are used; null: all")
+    augment: AugmentSettings = Field(default_factory=AugmentSettings)
     workers: int = Field(2, ge=0, description="processes that decode images")
 
 
@@ -146,6 +157,7 @@ class ScratchLLMSettings(Settings):
     heads: int = Field(4, ge=1)
     kv_heads: int = Field(2, ge=1)
     vocab_size: int = Field(2000, ge=300)
+    dropout: float = Field(0.0, ge=0, lt=1, description="on the output of each layer's two halves, in training")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -214,6 +226,9 @@ class ModelSettings(Settings):
         "full", description="full: every visual token in the prompt; pooled: 2x2 averages and the class token"
     )
     views: Literal["average", "concat"] = Field("average", description="how a study's views are joined")
+    findings: bool = Field(
+        False, description="a head that tells the 14 observations of the rules labeler from the encoder's tokens"
+    )
     scan: ScanEngine = Field("auto", description="engine of the selective scan")
 
     @model_validator(mode="after")
@@ -224,6 +239,19 @@ class ModelSettings(Settings):
         if self.visual_prompt == "pooled" and self.hybrid.every is None:
             raise ValueError("visual_prompt: pooled needs hybrid layers (hybrid.every), which see the tokens left out")
         return self
+
+
+class LrScaleSettings(Settings):
+    """What the learning rate is multiplied by for each part of a model."""
+
+    encoder: float = Field(1.0, gt=0, description="the vision encoder, where it is trained whole")
+    adapters: float = Field(1.0, gt=0, description="LoRA, on either tower")
+    llm: float = Field(1.0, gt=0, description="the LLM or the text tower, where it is trained whole")
+    new: float = Field(1.0, gt=0, description="what joins the towers: bridge, hybrid layers, projections, heads")
+
+
+# Of the stages that train the head on findings.
+FINDINGS_WEIGHT: float = Field(0.5, gt=0, description="of the loss on findings, with model.findings: true")
 
 
 class LoopSettings(Settings):
@@ -240,6 +268,7 @@ class LoopSettings(Settings):
     lr_batch_size: int | None = Field(
         None, ge=1, description="lr is for this batch size and grows in proportion to batch_size; null: lr as it is"
     )
+    lr_scale: LrScaleSettings = Field(default_factory=LrScaleSettings)
     min_lr: float = Field(0.0, ge=0)
     schedule: Literal["cosine", "constant"] = "cosine"
     schedule_unit: Literal["step", "epoch"] = Field("step", description="how often the learning rate moves")
@@ -247,6 +276,12 @@ class LoopSettings(Settings):
     weight_decay: float = Field(0.01, ge=0, description="not applied to biases, norms and other vectors")
     betas: list[float] = Field(default_factory=lambda: [0.9, 0.999], min_length=2, max_length=2)
     clip_norm: float | None = Field(1.0, gt=0)
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="decay of a moving average of the weights, which is what is kept; null: none",
+    )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto", description="auto: bf16 on a GPU that has it, else fp32"
     )
@@ -281,6 +316,10 @@ class TrainSettings(LoopSettings):
     """Training of stage 3, whose validation also writes and scores reports."""
 
     validation_limit: int | None = Field(None, ge=1, description="studies that are generated in a validation")
+    findings_weight: float = FINDINGS_WEIGHT
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="part of each target that is spread over the vocabulary, in training"
+    )
     select: Literal["score", "loss"] = Field("score", description="what the best checkpoint is chosen by")
     score_weights: dict[str, float] = Field(default_factory=lambda: {"BLEU_4": 0.8, "CIDEr": 0.2})
 

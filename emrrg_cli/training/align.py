@@ -15,6 +15,7 @@ from emrrg_cli.console import err
 from emrrg_cli.datasets.align_dataset import PairBatch, PairDataset, collate_pairs
 from emrrg_cli.datasets.directory import open_dataset
 from emrrg_cli.datasets.epochs import evaluation_batches
+from emrrg_cli.datasets.finding_targets import finding_targets
 from emrrg_cli.datasets.loading import load_batches
 from emrrg_cli.datasets.report_dataset import Example, ReportDataset
 from emrrg_cli.errors import RunError, UsageError
@@ -51,7 +52,12 @@ class AlignStage:
     @property
     def collate(self) -> Callable[[Sequence[Example]], PairBatch]:
         """Examples to a batch; carries the tokenizer alone to the processes that load."""
-        return partial(collate_pairs, tokenizer=self.model.tokenizer, max_tokens=self.model.max_text_tokens)
+        return partial(
+            collate_pairs,
+            tokenizer=self.model.tokenizer,
+            max_tokens=self.model.max_text_tokens,
+            findings=self.recipe.model.findings,
+        )
 
     def prepare_step(self, batches: list[PairBatch]) -> list[PairBatch] | list[CachedPairs]:
         """Gradients for the micro-batches of a step; a batch that is in one piece needs none."""
@@ -232,6 +238,10 @@ def run_align(
             if session.accelerator.is_main_process:
                 transfer.show(verbose=verbose)
         model = fresh_alignment(recipe, encoder, tokenizer, run_dir if resume else None)
+        model.augment = recipe.data.augment
+        if model.findings is not None:
+            model.findings.weight = recipe.train.findings_weight
+            model.findings.set_balance(finding_targets(training.reports))
         stage = AlignStage(model, recipe, validation, run_dir, session.accelerator)
         return session.train(stage, training, stage.collate, workers=recipe.data.workers)
 

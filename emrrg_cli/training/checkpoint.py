@@ -29,6 +29,8 @@ from emrrg_cli.models.weights import load_tensors
 
 _WEIGHTS, _STATE, _PROGRESS = "trainable.safetensors", "state.pt", "progress.json"
 
+AVERAGE = "average.safetensors"
+
 
 @dataclass
 class Progress:
@@ -88,11 +90,13 @@ def save_checkpoint(
     scaler: Any,
     progress: Progress,
     rng_states: list[dict[str, Any]],
+    average: dict[str, torch.Tensor] | None = None,
 ) -> Path:
     """Writes `directory/step-<n>`, points `directory/last` at it, then removes the earlier ones.
 
     Args:
         rng_states: one a process, in rank order.
+        average: the average of the trainable parameters (`train.ema`); None: there is none.
 
     Raises:
         RunError: when it cannot be written; the one before is as it was.
@@ -104,6 +108,8 @@ def save_checkpoint(
     with writing(target, needed), atomic_directory(target) as temporary:
         with writing(target / _WEIGHTS, needed // 3):
             save_file(tensors, temporary / _WEIGHTS)
+        if average is not None:
+            save_file(average, temporary / AVERAGE)
         state = {
             "optimizer": optimizer.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
@@ -239,3 +245,12 @@ def load_checkpoint(
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise RunError(f"{checkpoint / _STATE}: does not fit the model of the recipe: {reason}") from error
     return progress
+
+
+def load_average(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The average of the trainable parameters (`train.ema`) in a checkpoint.
+
+    Raises:
+        RunError: when it cannot be read.
+    """
+    return load_tensors(checkpoint / AVERAGE)

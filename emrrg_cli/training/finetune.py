@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from emrrg_cli.datasets.directory import open_dataset
+from emrrg_cli.datasets.finding_targets import finding_targets
 from emrrg_cli.datasets.report_dataset import IGNORE, Batch, Example, ReportDataset, collate
 from emrrg_cli.decoding.reports import write_split
 from emrrg_cli.errors import RunError, UsageError
@@ -61,7 +62,7 @@ class FinetuneStage:
             end_at_limit=data.end_at_limit,
             end_text=self.model.end_text,
         )
-        return partial(collate, encode=encode)
+        return partial(collate, encode=encode, findings=self.recipe.model.findings)
 
     def validate(self, display: TrainingDisplay) -> dict[str, float]:
         """Loss over the validation split; unless `train.select` is `loss`, also scores of generated reports."""
@@ -177,9 +178,21 @@ def _train(
         with writing(run_dir):
             save_static(run_dir, recipe.model, encoder, llm, tokenizer)
     model = assemble(recipe.model, encoder, llm, tokenizer)
+    _set_objective(model, recipe, training.reports)
     model.set_gradient_checkpointing(recipe.train.gradient_checkpointing)
     stage = FinetuneStage(model, recipe, validation, run_dir, accelerator)
     return session.train(stage, training, stage.collate, workers=recipe.data.workers)
+
+
+def _set_objective(model: ReportGenerator, recipe: FinetuneRecipe, reports: Sequence[str]) -> None:
+    """What the model does in training alone."""
+    model.label_smoothing = recipe.train.label_smoothing
+    model.augment = recipe.data.augment
+    if model.findings is not None:
+        model.findings.weight = recipe.train.findings_weight
+        model.findings.set_balance(finding_targets(reports))
+        limit = recipe.data.max_report_tokens
+        model.report_tokens = sum(len(model.encode_report(report, limit)) for report in reports) / len(reports)
 
 
 def _tokenizer(recipe: FinetuneRecipe, training: ReportDataset, run_dir: Path, accelerator: Any) -> Any:

@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -26,8 +26,10 @@ from emrrg_cli.files import append_jsonl, atomic_write_text, directory_guard, re
 from emrrg_cli.models.arm.nonfinite_watch import watch
 from emrrg_cli.recipe.schema import LoopSettings
 from emrrg_cli.signals import stop_signals
+from emrrg_cli.training.average import WeightAverage
 from emrrg_cli.training.checkpoint import (
     Progress,
+    load_average,
     load_checkpoint,
     require_checkpoint,
     rng_state,
@@ -173,6 +175,7 @@ class _Loop:
         optimizer = build_optimizer(stage.model, settings)
         self.module = stage.model  # as it is under DistributedDataParallel
         self.model, self.optimizer = accelerator.prepare(stage.model, optimizer)
+        self.average = None if settings.ema is None else WeightAverage(self.module, settings.ema)
         self.progress = Progress()
         self.history = run_dir / "history.jsonl"
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -221,7 +224,8 @@ class _Loop:
         if accelerator.is_main_process:
             self.require_run_dir()
         if progress.best_step is None and accelerator.is_main_process:
-            self.stage.export()  # nothing was validated, or to no finite figure: the result is the model as it is
+            with self._averaged():
+                self.stage.export()  # nothing was validated, or to no finite figure: the result is the model as it is
         accelerator.wait_for_everyone()
         return Summary(
             progress.step,
@@ -272,7 +276,7 @@ class _Loop:
         accelerator, settings, progress = self.accelerator, self.settings, self.progress
         lr = learning_rate(progress.step, self.order.steps_per_epoch, self.total_steps, settings)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         items = sum(self.stage.items(batch) for batch in batches)
         shared = torch.tensor([float(items), float(stop_signal)], dtype=torch.float64)
         if accelerator.num_processes > 1:
@@ -286,6 +290,8 @@ class _Loop:
         norm = update_weights(self.model, self.optimizer, settings.clip_norm, accelerator)
 
         progress.step += 1
+        if self.average is not None:
+            self.average.update(progress.step)
         finite = loss_sum.isfinite()
         if norm is not None and accelerator.scaler is None:  # with a scaler, such steps are left out
             finite = finite & torch.as_tensor(norm).isfinite()
@@ -346,7 +352,7 @@ class _Loop:
 
     def _validate(self) -> None:
         progress = self.progress
-        with self.display.paused(), _own_rng(self.accelerator.device):
+        with self.display.paused(), _own_rng(self.accelerator.device), self._averaged():
             self.model.eval()
             self._stop_validation_if_asked()
             figures = self.stage.validate(self.display)
@@ -370,6 +376,9 @@ class _Loop:
         self.accelerator.wait_for_everyone()
         shown = "  ".join(f"{key.removeprefix('validation/')} {number:.4f}" for key, number in figures.items())
         self.display.message(f"step {progress.step}: validation {shown}{'  (best so far)' if better else ''}")
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.average is None else self.average.in_place()
 
     def _stop_validation_if_asked(self) -> None:
         # Its checkpoint is written, so that nothing is lost. One process of several must not leave the others alone.
@@ -408,6 +417,7 @@ class _Loop:
                 self.accelerator.scaler,
                 self.progress,
                 states,
+                None if self.average is None else self.average.tensors(),
             )
         self.accelerator.wait_for_everyone()
 
@@ -430,6 +440,8 @@ class _Loop:
                     hint="Put the checkpoint back from a copy of the run, or start a new run with another --output.",
                 )
             self.progress = progress
+            if self.average is not None:
+                self.average.load(load_average(checkpoint))
         if self.accelerator.is_main_process and self.history.exists():
             # What was logged after the checkpoint is done again.
             kept = [json.dumps(row) + "\n" for row in read_jsonl(self.history) if self._is_done(row)]

@@ -13,19 +13,35 @@ from emrrg_cli.recipe.schema import LoopSettings
 def build_optimizer(model: nn.Module, settings: LoopSettings) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; vectors (biases, norms, gates, tokens) and `A_log` carry no weight decay.
 
+    Each group has `lr_scale`, what the learning rate of a step is multiplied by for it.
+
     Raises:
         ValueError: when nothing is trainable.
     """
-    decay: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_plain = parameter.ndim < 2 or name.endswith(("bias", "A_log", ".D", "_token", "pos_embed"))
-            (plain if is_plain else decay).append(parameter)
-    if not decay and not plain:
+            scale = float(getattr(settings.lr_scale, part_of(name)))
+            groups.setdefault((is_plain, scale), []).append(parameter)
+    if not groups:
         raise ValueError("the model has no trainable parameter")
-    groups = [{"params": decay, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.peak_lr, betas=tuple(settings.betas))  # type: ignore[arg-type]
+    options = [
+        {"params": groups[key], "weight_decay": 0.0 if key[0] else settings.weight_decay, "lr_scale": key[1]}
+        for key in sorted(groups)
+    ]
+    return torch.optim.AdamW(options, lr=settings.peak_lr, betas=tuple(settings.betas))  # type: ignore[arg-type]
+
+
+def part_of(name: str) -> str:
+    """The part of a model, as `train.lr_scale` names it, that a parameter belongs to by its name."""
+    if ".lora_" in name:
+        return "adapters"
+    if name.startswith(("encoder.", "pretrainer.encoder.")):
+        return "encoder"
+    if name.startswith(("llm.", "text_encoder.")) and ".cross." not in name:
+        return "llm"
+    return "new"
 
 
 def learning_rate(step: int, steps_per_epoch: int, total_steps: int, settings: LoopSettings) -> float:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from emrrg_cli.recipe.schema import LoopSettings, TrainSettings
-from emrrg_cli.training.schedule import build_optimizer, learning_rate
+from emrrg_cli.recipe.schema import LoopSettings, LrScaleSettings, TrainSettings
+from emrrg_cli.training.schedule import build_optimizer, learning_rate, part_of
 
 
 def _rates(steps: int, per_epoch: int, total: int | None = None, **settings: Any) -> list[float]:
@@ -107,3 +107,28 @@ def test_vectors_and_the_state_matrix_carry_no_decay_and_frozen_parameters_are_l
 def test_nothing_trainable_is_an_error() -> None:
     with pytest.raises(ValueError, match="no trainable"):
         build_optimizer(nn.Linear(2, 2).requires_grad_(False), TrainSettings())
+
+
+def test_each_part_of_a_model_has_a_rate_of_its_own() -> None:
+    names = {
+        "encoder.layers.0.mixer.X.weight": "encoder",
+        "encoder.base_model.model.layers.0.mixer.X.lora_A.default.weight": "adapters",
+        "llm.base_model.model.model.layers.0.self_attn.q_proj.lora_B.default.weight": "adapters",
+        "llm.model.layers.0.self_attn.q_proj.weight": "llm",
+        "llm.model.layers.0.self_attn.cross.kv_proj.weight": "new",
+        "text_encoder.embeddings.word.weight": "llm",
+        "pretrainer.encoder.layers.0.mixer.X.weight": "encoder",
+        "pretrainer.enc2dec.weight": "new",
+        "bridge.proj.weight": "new",
+        "findings.attention.weight": "new",
+        "logit_scale": "new",
+    }
+    assert {name: part_of(name) for name in names} == names
+
+    model = nn.ModuleDict({"encoder": nn.Linear(2, 2), "bridge": nn.Linear(2, 2)})
+    settings = TrainSettings(lr_scale=LrScaleSettings(encoder=0.1))
+    scales = {
+        (group["lr_scale"], group["weight_decay"] > 0): len(group["params"])
+        for group in build_optimizer(model, settings).param_groups
+    }
+    assert scales == {(0.1, True): 1, (0.1, False): 1, (1.0, True): 1, (1.0, False): 1}

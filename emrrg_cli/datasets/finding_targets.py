@@ -1,0 +1,22 @@
+"""What a head on findings learns: the labels of the rules labeler as numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from emrrg_cli.labeling import OBSERVATIONS, label_report
+
+FINDINGS = tuple(OBSERVATIONS)
+
+# A report that does not speak of an observation is taken to have seen none: reports name what is there.
+_NUMBERS = {"positive": 1.0, "negative": 0.0, None: 0.0, "uncertain": math.nan}
+
+
+def finding_targets(reports: Sequence[str]) -> Tensor:
+    """`[reports, 14]`, fp32: 1 for positive, 0 for negative or not spoken of, NaN for uncertain."""
+    rows = [[_NUMBERS[label] for label in label_report(report).values()] for report in reports]
+    return torch.tensor(rows, dtype=torch.float32).view(len(reports), len(FINDINGS))

@@ -1,0 +1,67 @@
+"""A moving average of the weights, which is validated and kept in place of the weights themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class WeightAverage:
+    """An exponential moving average of the trainable parameters.
+
+    After step `t`, counted from 1, the average moves towards the weights by `1 - min(decay, (1 + t) / (10 + t))`: early
+    weights, which are little better than random, are soon forgotten.
+
+    Args:
+        model: its trainable parameters as they are now begin the average.
+        decay: between 0 and 1.
+
+    Source: Polyak and Juditsky, Acceleration of stochastic approximation by averaging (1992); the early decay is that
+        of TensorFlow's `ExponentialMovingAverage`.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self._names, self._parameters = list(named), list(named.values())
+        self._average = [parameter.detach().clone() for parameter in self._parameters]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Takes in the weights after optimizer step `step`, counted from 1."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self._average, [parameter.detach() for parameter in self._parameters], 1 - decay)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The model holds the average inside the block, and its own weights again after it, however it ends."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        # The values are exchanged, not the tensors: the optimizer and DistributedDataParallel hold these.
+        for parameter, average in zip(self._parameters, self._average, strict=True):
+            kept = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(kept)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The average by the names of the parameters, on the CPU."""
+        return {name: tensor.cpu().contiguous() for name, tensor in zip(self._names, self._average, strict=True)}
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Puts back what `tensors` gave.
+
+        Raises:
+            KeyError: a parameter is missing there.
+        """
+        for name, tensor in zip(self._names, self._average, strict=True):
+            tensor.copy_(tensors[name])

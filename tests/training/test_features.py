@@ -1,0 +1,55 @@
+"""Settings of training that are off by default: what each does in a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+
+@pytest.mark.slow
+def test_a_scaled_rate_moves_its_part_of_the_model_alone(finetune: Any) -> None:
+    first = finetune("first", "train.max_steps=1")
+    slow = finetune("slow", "train.max_steps=1", "train.lr_scale.encoder=1e-12")
+    moved = [name for name, tensor in first.weights.items() if not torch.equal(tensor, slow.weights[name])]
+    assert moved
+    assert all(name.startswith("encoder.") for name in moved)
+
+
+@pytest.mark.slow
+def test_smoothing_and_dropout_are_for_training_alone(finetune: Any) -> None:
+    options = ("train.max_steps=1", "train.lr=1e-30")
+    plain = finetune("plain", *options)
+    for name, setting in (("smooth", "train.label_smoothing=0.3"), ("drop", "model.llm.scratch.dropout=0.5")):
+        run = finetune(name, *options, setting)
+        assert run.series("validation/loss") == pytest.approx(plain.series("validation/loss"), rel=1e-6)
+        assert run.series("train/loss") != pytest.approx(plain.series("train/loss"), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_only_training_images_are_changed(finetune: Any) -> None:
+    options = ("train.epochs=1", "train.lr=1e-30")  # so that the weights stand still
+    plain = finetune("plain", *options)
+    changed = finetune("changed", *options, "data.augment.rotate=20", "data.augment.brightness=0.4")
+    assert changed.series("validation/loss") == pytest.approx(plain.series("validation/loss"), rel=1e-5)
+    assert changed.series("train/loss") != plain.series("train/loss")
+
+
+@pytest.mark.slow
+def test_a_run_trains_saves_and_loads_the_head(finetune: Any) -> None:
+    from emrrg_cli.models.build import load_model
+    from emrrg_cli.recipe.load import load_recipe
+
+    plain = finetune("plain", "train.epochs=1")
+    run = finetune("run", "train.epochs=1", "model.findings=true", "train.findings_weight=2")
+    half = finetune("half", "train.epochs=1", "model.findings=true", "train.findings_weight=1")
+    assert "bridge.safetensors:findings.evidence.weight" in run.exported
+    assert "bridge.safetensors:findings.evidence.weight" not in plain.exported
+    # The loss is that of the reports and the weighted one of the findings, each at the first step.
+    words, one, two = (made.series("train/loss")[0] for made in (plain, half, run))
+    assert two - one == pytest.approx(one - words, rel=1e-4)
+    assert one - words > 0.1
+    recipe = load_recipe(str(run.directory / "recipe.yaml"), [], stage="finetune")
+    model = load_model(run.directory, recipe.model, torch.float32)
+    assert torch.equal(model.findings.evidence.weight, run.exported["bridge.safetensors:findings.evidence.weight"])
