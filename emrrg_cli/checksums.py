@@ -18,6 +18,8 @@ from emrrg_cli.errors import RunError
 from emrrg_cli.files import atomic_write_text, read_record
 
 CHECKSUMS = "checksums.json"
+# People edit recipe.yaml, for example after they moved the data.
+_NOT_LISTED = (CHECKSUMS, "recipe.yaml")
 _HINT = "Put the file back from a copy."
 
 
@@ -35,7 +37,7 @@ def write_checksums(directory: Path, names: Iterable[str] | None = None) -> None
         file
         for start in starts
         for file in ([start] if start.is_file() else start.rglob("*"))
-        if file.is_file() and file.name != CHECKSUMS
+        if file.is_file() and file.name not in _NOT_LISTED
     )
     if not files:
         return

@@ -34,7 +34,7 @@ from emrrg_cli.training.stage import Stage
 # What a run may write before its first step.
 _FILES = (RUN_RECIPE, ENVIRONMENT, CHECKSUMS, "encoder.safetensors", "llm.json", "images.json")
 _DIRECTORIES = ("tokenizer", "llm", "tracking", "wandb")
-# What does not change once training has begun. People edit recipe.yaml, for example after they moved the data.
+# What does not change once training has begun.
 _STATIC = ("encoder.safetensors", "llm.json", "images.json", "tokenizer", "llm")
 
 

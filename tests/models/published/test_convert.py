@@ -153,6 +153,7 @@ def test_stage_2(make_state: Make, save_published: Save, tmp_path: Path) -> None
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "alignment.json",
         "alignment.safetensors",
+        "checksums.json",
         "convert.json",
         "encoder.json",
         "encoder.safetensors",
@@ -645,6 +646,7 @@ def test_a_converted_alignment_loads(
     convert_to_ours(save_published(state), tmp_path / "out")
     config = json.loads((tmp_path / "out" / "alignment.json").read_text())
     (tmp_path / "out" / "alignment.json").write_text(json.dumps(config | {"max_text_tokens": 32}))
+    (tmp_path / "out" / "checksums.json").unlink()
     with pytest.raises(RunError, match="Bio_ClinicalBERT"):
         load_alignment(tmp_path / "out")  # tests have no network
     tokenizer.save_pretrained(tmp_path / "words")
