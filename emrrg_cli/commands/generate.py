@@ -3,49 +3,110 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from emrrg_cli.commands.options import Json
 
+if TYPE_CHECKING:
+    from emrrg_cli.decoding.generate_folder import Written
+    from emrrg_cli.decoding.studies import StudyFiles
+
 
 def generate(
     paths: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             metavar="PATH|KEY=VALUE",
-            help="Images and folders of images; changes such as generation.num_beams=1.",
+            help="Images, folders of images and glob patterns; changes such as generation.num_beams=1.",
         ),
-    ],
-    model: Annotated[Path, typer.Option("--model", "-m", help="Run directory of `emrrg finetune`.")],
+    ] = None,
+    model: Annotated[Path | None, typer.Option("--model", "-m", help="Run directory of `emrrg finetune`.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for reports.jsonl and reports.csv.")] = Path(
         "reports"
     ),
     recipe: Annotated[str | None, typer.Option("--recipe", help="Generation recipe laid over the run's own.")] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
+    study_by: Annotated[
+        str,
+        typer.Option(
+            "--study-by",
+            help="What makes a study of several images: auto (DICOM study, or a subfolder of at most 8 images), "
+            "folder, or file (each image alone).",
+        ),
+    ] = "auto",
+    table: Annotated[
+        Path | None,
+        typer.Option("--table", metavar="FILE", help="CSV, TSV or JSON lines that list the images instead of PATH."),
+    ] = None,
+    image_column: Annotated[str, typer.Option("--image-column", help="Column of --table with image paths.")] = "image",
+    study_column: Annotated[
+        str | None, typer.Option("--study-column", help="Column of --table by which rows are one study.")
+    ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option("--shard", metavar="I/N", help="Write part I (from 0) of N only; auto: from Slurm or Kubernetes."),
+    ] = None,
+    merge: Annotated[
+        Path | None, typer.Option("--merge", metavar="DIR", help="Join the finished shards of a folder, and end.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier reports in --output.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a report for every image in files and folders.
+    """Write a report for every study in files and folders.
 
-    The reports are research output and are not for diagnosis.
+    The reports are research output and are not for diagnosis. The same command again continues: studies that have a
+    report from the same model and options are skipped.
 
     Example: emrrg generate films/ study.png --model runs/iu --output reports/ generation.num_beams=1
     """
-    from emrrg_cli.console import err, out
+    from emrrg_cli.console import err
+
+    if merge is not None:
+        from emrrg_cli.decoding.outputs import merge_shards
+
+        err.print(f"{len(merge_shards(merge))} reports in {merge / 'reports.jsonl'}", markup=False, soft_wrap=True)
+        return
+
+    from emrrg_cli.errors import UsageError
     from emrrg_cli.recipe.load import load_run_recipe
 
-    images, overrides = split_arguments(paths)
+    images, overrides = split_arguments(paths or [], needed=table is None)
+    if model is None:
+        raise UsageError("no model: give --model RUN", hint="A run directory, as `emrrg finetune` writes it.")
     settings = load_run_recipe(model, recipe, overrides, "generate")
 
-    from emrrg_cli.console import printable
     from emrrg_cli.decoding.generate_folder import run_generation
-    from emrrg_cli.imaging.image_paths import find_images
+    from emrrg_cli.decoding.outputs import Shard
+
+    part = None if shard is None else Shard.parse(shard)
+    studies = _studies(images, study_by, table, image_column, study_column)
+    result = run_generation(studies, model, settings, output, device=device, overwrite=overwrite, shard=part)
+    _print(result, output, as_json=as_json)
+    if not result.rows:
+        raise typer.Exit(1)
+
+
+def _studies(
+    images: list[str], study_by: str, table: Path | None, image_column: str, study_column: str | None
+) -> list[StudyFiles]:
+    from emrrg_cli.decoding.studies import find_studies, table_studies
+    from emrrg_cli.errors import UsageError
+
+    if table is not None:
+        if images:
+            raise UsageError(f"--table lists the images, and {images[0]} was named too", hint="Give one of the two.")
+        return table_studies(table, image_column, study_column)
+    if study_by not in ("auto", "folder", "file"):
+        raise UsageError(f"unknown --study-by {study_by!r}", hint="Known: auto, folder, file.")
+    return find_studies(images, study_by)  # type: ignore[arg-type]
+
+
+def _print(result: Written, output: Path, *, as_json: bool) -> None:
+    from emrrg_cli.console import err, out, printable
     from emrrg_cli.reporting.tables import DISCLAIMER, reports_table
 
-    files = find_images(images)
-    result = run_generation(files, model, settings, output, device=device, overwrite=overwrite)
     if as_json:
         out.print_json(data=result.as_dict())
         err.print(DISCLAIMER)
@@ -60,18 +121,23 @@ def generate(
         err.print(f"note on {printable(path)}: {note}", markup=False, soft_wrap=True)
     if len(noted) > 10:
         err.print(f"... and notes on {len(noted) - 10} more, in {output / 'reports.jsonl'}", markup=False)
-    rate = len(result.rows) / result.seconds if result.seconds else 0.0
+    if result.earlier:
+        err.print(f"{result.earlier} reports were there already", markup=False)
+    written = len(result.rows) - result.earlier
+    rate = written / result.seconds if result.seconds else 0.0
     err.print(
-        f"{len(result.rows)} reports, {len(result.skipped)} files skipped, {rate:.2f} reports a second, in {output}",
+        f"{written} reports, {len(result.skipped)} files skipped, {rate:.2f} reports a second, in {output}",
         markup=False,
         soft_wrap=True,
     )
-    if not result.rows:
-        raise typer.Exit(1)
 
 
-def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Paths and `key=value` changes apart; an argument that exists as a path is one, whatever its name."""
+def split_arguments(arguments: list[str], *, needed: bool = True) -> tuple[list[str], list[str]]:
+    """Paths and `key=value` changes apart; an argument that exists as a path is one, whatever its name.
+
+    Args:
+        needed: whether there must be a path.
+    """
     import re
 
     paths: list[str] = []
@@ -79,7 +145,7 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
     for argument in arguments:
         is_override = re.match(r"[a-z_]+(\.[a-zA-Z_]+)*=", argument) and not Path(argument).exists()
         (overrides if is_override else paths).append(argument)
-    if not paths:
+    if needed and not paths:
         from emrrg_cli.errors import UsageError
 
         raise UsageError("no images: name at least one image or folder")

@@ -1,14 +1,12 @@
-"""Reports for files and folders of images."""
+"""Reports for the studies in files and folders."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import signal
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,12 +15,15 @@ import torch
 from PIL.Image import Image
 
 from emrrg_cli.console import progress_bar
+from emrrg_cli.decoding.outputs import Output, Row, Shard, fingerprint_of
 from emrrg_cli.decoding.reports import load_generator, study_pixels
-from emrrg_cli.errors import UsageError
-from emrrg_cli.files import append_jsonl, atomic_write_text, check_writable
+from emrrg_cli.decoding.studies import StudyFiles, path_name
+from emrrg_cli.decoding.writer import Studies, WrittenReport
+from emrrg_cli.files import atomic_write_text, check_writable, locked
 from emrrg_cli.imaging.base import ImageError
 from emrrg_cli.imaging.notes import image_notes
 from emrrg_cli.imaging.read import read_image
+from emrrg_cli.labeling.labeler import label_report
 from emrrg_cli.recipe.schema import FinetuneRecipe
 from emrrg_cli.reporting.page import Card, Page, write_page
 from emrrg_cli.reporting.tables import DISCLAIMER
@@ -34,9 +35,10 @@ PAGE_LIMIT = 60  # films shown on the page
 
 @dataclass
 class Written:
-    """Outcome of `run_generation`: rows with `path`, `report`, `seconds`, `notes`; skipped files with their reasons."""
+    """Outcome of `run_generation`: the records, and skipped files with their reasons."""
 
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)  # those of earlier runs among them
+    earlier: int = 0  # records that were there before
     skipped: list[tuple[str, str]] = field(default_factory=list)
     seconds: float = 0.0
     pictures: dict[str, Image] = field(default_factory=dict)  # small, of the first files, for the page
@@ -49,117 +51,185 @@ class Written:
 
 
 def run_generation(
-    files: list[Path],
+    studies: Sequence[StudyFiles],
     run_dir: Path,
     recipe: FinetuneRecipe,
     output: Path,
     *,
     device: str = "auto",
     overwrite: bool = False,
+    shard: Shard | None = None,
 ) -> Written:
-    """Writes a report for each readable image and leaves `reports.jsonl`, `reports.csv` and `page.html` in `output`.
+    """Writes a report for each study with a readable image into `reports.jsonl` (and `reports.csv`, `page.html`).
 
-    Rows are put in safety batch by batch in `reports.jsonl.partial`, which becomes `reports.jsonl` at the end, also
-    when the run is interrupted. Earlier reports are replaced by a whole run alone: one that is cut short, or that finds
-    no readable image, leaves them and what belongs to them as they were, and its own in `.partial`.
+    Records are saved as soon as they are written, in `reports.jsonl.partial`, which becomes `reports.jsonl` at the end,
+    also when the run is interrupted. Studies that an earlier run with the same model and options has written are
+    skipped. With `overwrite`, earlier reports are replaced only after the new run completes.
+
+    Args:
+        shard: write only this part of the studies, into files of its own, with a `.done` file at the end.
 
     Raises:
-        UsageError: when `output` already holds reports, or those of a run that was killed, and `overwrite` is false;
-            or when it cannot be written.
-        RunError: when the model cannot be loaded.
+        UsageError: when `output` holds reports of another model or other options and `overwrite` is false, or when it
+            cannot be written.
+        RunError: when another process writes there, the model cannot be loaded, or the output is removed.
         Interrupted: after SIGINT or SIGTERM; what was written so far is kept.
     """
     check_writable(output)
-    partial = output / "reports.jsonl.partial"
-    earlier = (output / "reports.jsonl").exists()
-    if (earlier or partial.exists()) and not overwrite:
-        where = output if earlier else f"{partial}, from a run that was cut short,"
-        raise UsageError(f"{where} already holds reports", hint="Give --overwrite, or another --output.")
-    quiet_libraries()
-    generator = load_generator(run_dir, device=device, recipe=recipe)
-    partial.unlink(missing_ok=True)
-    result = Written()
-    whole = False
-    began = time.perf_counter()
-
-    def stopped() -> str:
-        done = len(result.rows) + len(result.skipped)
-        where = f"{partial}, the earlier ones as they were" if earlier else output
-        return f"stopped after {done} of {len(files)} files; {len(result.rows)} reports are in {where}"
-
-    try:
-        with (
-            interrupted_by(signal.SIGINT, signal.SIGTERM, message=stopped),
-            progress_bar("writing reports", len(files)) as advance,
-        ):
-            for batch in _readable_batches(files, recipe, result, advance):
-                started = time.perf_counter()
-                reports = generator.generate_pixels([pixels for _, pixels, _ in batch], first=len(result.rows))
-                seconds = round((time.perf_counter() - started) / len(batch), 4)
-                for (path, _, notes), report in zip(batch, reports, strict=True):
-                    row = {"path": _name(path), "report": report, "seconds": seconds, "notes": list(notes)}
-                    append_jsonl(partial, row)
-                    result.rows.append(row)
-                advance(len(batch))
-        whole = True
-    finally:
-        result.seconds = time.perf_counter() - began
-        _finish(output, partial, result, replace=not earlier or (whole and bool(result.rows)))
-    return result
+    place = Output(output, shard, fingerprint_of(run_dir, recipe))
+    with locked(output if shard is None else place.reports):
+        own = list(studies) if shard is None else list(studies[shard.index :: shard.count])
+        return _Run(own, run_dir, recipe, place, overwrite).run(device)
 
 
-def _readable_batches(
-    files: list[Path], recipe: FinetuneRecipe, result: Written, advance: Any
-) -> Iterable[list[tuple[Path, torch.Tensor, tuple[str, ...]]]]:
-    """Batches of a file, its pixels and what should be said about it."""
-    batch: list[tuple[Path, torch.Tensor, tuple[str, ...]]] = []
-    for file in files:
+class _Run:
+    def __init__(
+        self, studies: list[StudyFiles], run_dir: Path, recipe: FinetuneRecipe, place: Output, overwrite: bool
+    ) -> None:
+        self.studies, self.run_dir, self.recipe, self.place = studies, run_dir, recipe, place
+        self.result = Written(rows=[] if overwrite else place.earlier_rows())
+        self.result.earlier = len(self.result.rows)
+        self.replaces = overwrite and place.reports.exists()
+        self.notes: dict[str, tuple[StudyFiles, list[Path], tuple[str, ...]]] = {}  # of studies in decoding
+
+    def run(self, device: str) -> Written:
+        result, place = self.result, self.place
+        done = {row["study"] for row in result.rows}
+        left = [study for study in self.studies if study.name not in done]
+        quiet_libraries()
+        whole, began = False, time.perf_counter()
         try:
-            with warnings.catch_warnings():
-                # Pillow warns about odd metadata; an image either decodes or is reported.
-                warnings.simplefilter("ignore")
-                image = read_image(file)
-            if len(result.pictures) < PAGE_LIMIT:
-                small = image.copy()
-                small.thumbnail((480, 480))
-                result.pictures[_name(file)] = small
-            batch.append((file, study_pixels(image, recipe.model.encoder.image_size), image_notes(image)))
-        except ImageError as error:
-            result.skipped.append((_name(file), ": ".join(filter(None, [error.reason, error.detail]))))
-            advance(1)
-            continue
-        if len(batch) == recipe.generation.batch_size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+            if left:
+                generator = load_generator(self.run_dir, device=device, recipe=self.recipe)
+                if not result.earlier:
+                    place.partial.unlink(missing_ok=True)
+                place.done_marker.unlink(missing_ok=True)
+                began = time.perf_counter()
+                with (
+                    interrupted_by(signal.SIGINT, signal.SIGTERM, message=self._stopped),
+                    progress_bar("writing reports", len(left)) as advance,
+                ):
+                    self._write(generator, left, advance)
+            whole = True
+        finally:
+            result.seconds = time.perf_counter() - began
+            if left or place.partial.exists():
+                self._finish(whole)
+        if whole and place.shard is not None:
+            atomic_write_text(place.done_marker, f"{len(result.rows)} reports, {len(result.skipped)} skipped\n")
+        return result
+
+    def _stopped(self) -> str:
+        result, place = self.result, self.place
+        written = len(result.rows) - result.earlier
+        where = f"{place.partial}, the earlier ones as they were" if self.replaces else place.folder
+        done = written + len(result.skipped)
+        return f"stopped after {done} of {len(self.studies) - result.earlier} files; {written} reports are in {where}"
+
+    def _write(self, generator: Any, left: list[StudyFiles], advance: Callable[[int], None]) -> None:
+        last = time.perf_counter()
+        for done in generator.write(self._readable(left, advance)):
+            now = time.perf_counter()
+            seconds, last = round((now - last) / len(done), 4), now
+            for report in done:
+                row = self._record(report, seconds)
+                self.place.append(row)
+                self.result.rows.append(row)
+            advance(len(done))
+
+    def _record(self, report: WrittenReport, seconds: float) -> Row:
+        study, files, notes = self.notes.pop(report.key)
+        labels = label_report(report.text)
+        return {
+            "study": study.name,
+            "path": path_name(files[0]),
+            "files": [path_name(file) for file in files],
+            "views": [view or None for file, view in zip(study.files, study.views, strict=True) if file in files],
+            "report": report.text,
+            "findings": {name: label for name, label in labels.items() if label is not None},
+            "log_probability": round(report.log_probability, 4),
+            "seconds": seconds,
+            "notes": list(notes),
+            "fingerprint": self.place.fingerprint,
+        }
+
+    def _readable(self, studies: list[StudyFiles], advance: Callable[[int], None]) -> Iterator[Studies]:
+        """Studies with at least one readable image, a batch at a time."""
+        size, most = self.recipe.generation.batch_size, self.recipe.data.max_views
+        batch: list[tuple[StudyFiles, torch.Tensor]] = []
+        for study in studies:
+            pixels = self._pixels(study, most)
+            if pixels is None:
+                advance(1)
+                continue
+            batch.append((study, pixels))
+            if len(batch) == size:
+                yield _joined(batch)
+                batch = []
+        if batch:
+            yield _joined(batch)
+
+    def _pixels(self, study: StudyFiles, most: int | None) -> torch.Tensor | None:
+        # uint8 [views, size, size]; None where no image can be read
+        views: list[torch.Tensor] = []
+        used: list[Path] = []
+        notes: list[str] = []
+        for file in study.files:
+            if len(used) == most:
+                break
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # Pillow warns about odd metadata
+                    image = read_image(file)
+                if len(self.result.pictures) < PAGE_LIMIT and not used:
+                    small = image.copy()
+                    small.thumbnail((480, 480))
+                    self.result.pictures[path_name(file)] = small
+                views.append(study_pixels(image, self.recipe.model.encoder.image_size))
+                notes += image_notes(image)
+                used.append(file)
+            except ImageError as error:
+                reason = ": ".join(filter(None, [error.reason, error.detail]))
+                self.result.skipped.append((path_name(file), reason))
+        if not used:
+            return None
+        if (unread := len(study.files) - len(used)) and len(used) != most:
+            notes.append(f"{unread} of {len(study.files)} images could not be read")
+        self.notes[study.name] = (study, used, tuple(dict.fromkeys(notes)))
+        return torch.cat(views)
+
+    def _finish(self, whole: bool) -> None:
+        result, place = self.result, self.place
+        order = {study.name: number for number, study in enumerate(self.studies)}
+        result.rows.sort(key=lambda row: order.get(row["study"], -1))  # those of other folders come first
+        keep_partial = self.replaces and not (whole and result.rows)
+        partial_list = place.skipped.with_name(place.skipped.name + ".partial")
+        result.skipped_file = partial_list if keep_partial else place.skipped
+        if result.skipped:
+            lines = [json.dumps({"path": p, "reason": reason}, ensure_ascii=False) for p, reason in result.skipped]
+            atomic_write_text(result.skipped_file, "\n".join(lines) + "\n")
+        else:
+            result.skipped_file.unlink(missing_ok=True)
+        place.finish(result.rows, keep_partial=keep_partial)
+        if result.rows and not keep_partial:
+            partial_list.unlink(missing_ok=True)
+            if place.shard is None:
+                self._write_page()
+
+    def _write_page(self) -> None:
+        result = self.result
+        cards = [
+            Card(row["path"], [result.pictures[row["path"]]], row["report"], notes="; ".join(row["notes"]))
+            for row in result.rows
+            if row["path"] in result.pictures
+        ]
+        intro = (
+            f"{len(result.rows)} reports; the first {len(cards)} are shown. All are in reports.jsonl and reports.csv."
+        )
+        write_page(self.place.folder / "page.html", Page("Generated reports", intro, cards))
 
 
-def _name(path: Path) -> str:
-    # Bytes of a file name that are no UTF-8 fit into no JSON file.
-    return str(path).encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _finish(output: Path, partial: Path, result: Written, *, replace: bool) -> None:
-    result.skipped_file = output / ("skipped.jsonl" if replace else "skipped.jsonl.partial")
-    if result.skipped:
-        lines = [json.dumps({"path": path, "reason": reason}, ensure_ascii=False) for path, reason in result.skipped]
-        atomic_write_text(result.skipped_file, "\n".join(lines) + "\n")
-    else:
-        result.skipped_file.unlink(missing_ok=True)
-    if not result.rows or not replace:
-        return
-    (output / "skipped.jsonl.partial").unlink(missing_ok=True)
-    table = io.StringIO()
-    writer = csv.DictWriter(table, ["path", "report", "seconds", "notes"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(row | {"notes": "; ".join(row["notes"])} for row in result.rows)
-    atomic_write_text(output / "reports.csv", table.getvalue())
-    partial.replace(output / "reports.jsonl")
-    cards = [
-        Card(row["path"], [result.pictures[row["path"]]], row["report"], notes="; ".join(row["notes"]))
-        for row in result.rows
-        if row["path"] in result.pictures
-    ]
-    intro = f"{len(result.rows)} reports; the first {len(cards)} are shown. All are in reports.jsonl and reports.csv."
-    write_page(output / "page.html", Page("Generated reports", intro, cards))
+def _joined(batch: list[tuple[StudyFiles, torch.Tensor]]) -> Studies:
+    names = [study.name for study, _ in batch]
+    views = torch.tensor([len(pixels) for _, pixels in batch])
+    return Studies(names, [study.number for study, _ in batch], torch.cat([pixels for _, pixels in batch]), views)

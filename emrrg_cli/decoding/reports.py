@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import torch
 from emrrg_cli.datasets.epochs import evaluation_batches
 from emrrg_cli.datasets.loading import load_batches
 from emrrg_cli.datasets.report_dataset import ReportDataset, collate
-from emrrg_cli.decoding.writer import Studies, Writer, autocast_of, autocast_without_cache
+from emrrg_cli.decoding.writer import Studies, Writer, WrittenReport, autocast_of, autocast_without_cache
 from emrrg_cli.errors import UsageError
 from emrrg_cli.imaging.raster import resize_square
 from emrrg_cli.imaging.read import read_image
@@ -98,6 +98,10 @@ class Generator:
             raise UsageError("generate takes a list of studies", hint="For one image: generate([image]).")
         size = self.recipe.model.encoder.image_size
         return self.generate_pixels([study_pixels(study, size) for study in studies])
+
+    def write(self, studies: Iterable[Studies]) -> Iterator[list[WrittenReport]]:
+        """Yields reports as soon as they are done; see `Writer.write`."""
+        return self.writer.write(studies)
 
     def generate_pixels(self, studies: Sequence[torch.Tensor], first: int = 0) -> list[str]:
         """Writes a report for each study; each is uint8 `[views, size, size]`.

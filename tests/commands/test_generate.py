@@ -119,3 +119,39 @@ def test_an_argument_that_exists_is_a_path_whatever_its_name(tmp_path: Path, mon
     assert overrides == ["generation.num_beams=2", "seed=1"]
     with pytest.raises(UsageError, match="no images"):
         split_arguments(["seed=1"])
+
+
+def test_the_same_command_again_continues(
+    tiny_run: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["generate", str(images), "--model", str(tiny_run), "-o", str(tmp_path / "out"), "--study-by", "file"]
+    assert main(arguments) == 0
+    Image.new("L", (30, 20), 30).save(images / "new.png")
+    assert main(arguments) == 0
+    assert "2 reports were there already" in capsys.readouterr().err
+    rows = [json.loads(line) for line in (tmp_path / "out" / "reports.jsonl").read_text().splitlines()]
+    assert sorted(Path(row["path"]).name for row in rows) == ["[bold]ü.png", "a b.png", "new.png"]
+
+
+def test_shards_and_their_merge(
+    tiny_run: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    for shard in ("0/2", "1/2"):
+        assert main(["generate", str(images), "-m", str(tiny_run), "-o", str(out), "--shard", shard]) in (0, 1)
+    assert not (out / "reports.jsonl").exists()
+    capsys.readouterr()
+    assert main(["generate", "--merge", str(out)]) == 0
+    assert "2 reports in" in capsys.readouterr().err
+    assert len((out / "reports.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_table_in_place_of_paths(tiny_run: Path, images: Path, tmp_path: Path) -> None:
+    (images / "table.csv").write_text("scan,study\na b.png,s\ndeeper/[bold]ü.png,s\n")
+    columns = ["--image-column", "scan", "--study-column", "study"]
+    table = ["generate", "-m", str(tiny_run), "-o", str(tmp_path / "out"), "--table", str(images / "table.csv")]
+    assert main([*table, *columns]) == 0
+    (row,) = [json.loads(line) for line in (tmp_path / "out" / "reports.jsonl").read_text().splitlines()]
+    assert row["study"] == "s"
+    assert len(row["files"]) == 2
+    assert main([*table, str(images)]) == 2

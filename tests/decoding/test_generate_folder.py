@@ -5,17 +5,23 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFile
 
 from emrrg_cli.decoding import generate_folder as folder
-from emrrg_cli.decoding.generate_folder import run_generation
-from emrrg_cli.errors import Interrupted, UsageError
+from emrrg_cli.decoding.generate_folder import Written
+from emrrg_cli.decoding.outputs import Shard, merge_shards
+from emrrg_cli.decoding.studies import StudyFiles, find_studies, table_studies
+from emrrg_cli.decoding.writer import Studies, WrittenReport
+from emrrg_cli.errors import Interrupted, RunError, UsageError
 from emrrg_cli.imaging.image_paths import find_images
 from emrrg_cli.recipe.load import load_recipe
 from emrrg_cli.recipe.schema import FinetuneRecipe
@@ -26,15 +32,23 @@ class Writer:
 
     def __init__(self) -> None:
         self.batches: list[int] = []
-        self.first: list[int] = []
+        self.numbers: list[int] = []
 
     def before(self) -> None: ...
 
-    def generate_pixels(self, studies: list[torch.Tensor], first: int = 0) -> list[str]:
-        self.before()
-        self.batches.append(len(studies))
-        self.first.append(first)
-        return [f'grey "{study.float().mean():.0f}",\n{tuple(study.shape)}' for study in studies]
+    def write(self, studies: Iterable[Studies]) -> Iterator[list[WrittenReport]]:
+        for some in studies:
+            self.before()
+            self.batches.append(len(some.keys))
+            self.numbers += some.numbers
+            pixels = torch.split(some.pixels, some.views.tolist())
+            texts = [f'grey "{study.float().mean():.0f}",\n{tuple(study.shape)}' for study in pixels]
+            yield [WrittenReport(key, text, -0.5) for key, text in zip(some.keys, texts, strict=True)]
+
+
+def run_generation(files: list[Any], *arguments: Any, **options: Any) -> Written:
+    studies = [file if isinstance(file, StudyFiles) else StudyFiles.single(file) for file in files]
+    return folder.run_generation(studies, *arguments, **options)
 
 
 @pytest.fixture
@@ -122,7 +136,8 @@ def test_reports_go_to_json_lines_and_csv_and_the_rest_is_listed_with_its_reason
         "reports.jsonl",
         "skipped.jsonl",
     ]
-    assert (writer.batches, writer.first) == ([2, 1], [0, 2])
+    assert writer.batches == [2, 1]
+    assert len(set(writer.numbers)) == 3
     assert result.as_dict()["reports"] == rows
     assert "not for diagnosis" in result.as_dict()["note"]
 
@@ -152,8 +167,9 @@ def test_earlier_reports_are_kept_unless_told_otherwise(tmp_path: Path, writer: 
     arguments = (tmp_path / "run", recipe, tmp_path / "out")
     run_generation(images, *arguments)
     before = (tmp_path / "out" / "reports.jsonl").read_text()
+    other = recipe.model_copy(update={"generation": recipe.generation.model_copy(update={"num_beams": 7})})
     with pytest.raises(UsageError, match="already holds reports"):
-        run_generation([_image(tmp_path / "3.png")], *arguments)
+        run_generation([_image(tmp_path / "3.png")], tmp_path / "run", other, tmp_path / "out")
     assert (tmp_path / "out" / "reports.jsonl").read_text() == before
     run_generation([tmp_path / "3.png"], *arguments, overwrite=True)
     assert [row["path"] for row in _rows(tmp_path / "out" / "reports.jsonl")] == [str(tmp_path / "3.png")]
@@ -279,3 +295,214 @@ def test_each_batch_is_on_the_disk_when_the_next_begins(tmp_path: Path, writer: 
     writer.before = look  # type: ignore[method-assign]
     run_generation([_image(tmp_path / f"{i}.png") for i in range(5)], tmp_path / "run", recipe, tmp_path / "out")
     assert seen == [0, 2, 4]
+
+
+# -- again -------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_command_again_writes_what_is_missing(tmp_path: Path, writer: Writer, recipe: FinetuneRecipe) -> None:
+    files = [_image(tmp_path / f"{index}.png", 20 * index) for index in range(7)]
+    arguments = (tmp_path / "run", recipe, tmp_path / "out")
+    writer.before = lambda: os.kill(os.getpid(), signal.SIGINT) if writer.batches else None  # type: ignore[method-assign]
+    with pytest.raises(Interrupted):
+        run_generation(files, *arguments)
+    writer.before = lambda: None  # type: ignore[method-assign]
+    result = run_generation(files, *arguments)
+    assert (result.earlier, writer.batches) == (2, [2, 2, 2, 1])
+    rows = _rows(tmp_path / "out" / "reports.jsonl")
+    assert [row["path"] for row in rows] == [str(file) for file in files]
+    assert len((tmp_path / "out" / "reports.csv").read_text().splitlines()) == 1 + 2 * 7
+    before = (tmp_path / "out" / "reports.jsonl").stat().st_mtime_ns
+    result = run_generation(files, *arguments)  # nothing is left to do
+    assert (result.earlier, len(result.rows), sum(writer.batches)) == (7, 7, 7)
+    assert (tmp_path / "out" / "reports.jsonl").stat().st_mtime_ns == before
+
+
+def test_a_killed_run_loses_nothing_and_repeats_nothing(
+    tmp_path: Path, writer: Writer, recipe: FinetuneRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [_image(tmp_path / f"{index}.png", 20 * index) for index in range(5)]
+    arguments = (tmp_path / "run", recipe, tmp_path / "out")
+    whole = run_generation(files, tmp_path / "run", recipe, tmp_path / "whole")
+
+    def killed() -> None:
+        if len(writer.batches) > 4:
+            raise KeyboardInterrupt
+
+    writer.before = killed  # type: ignore[method-assign]
+    with monkeypatch.context() as patch:
+        patch.setattr(folder._Run, "_finish", lambda *_: None)  # as after kill -9
+        with pytest.raises(KeyboardInterrupt):
+            run_generation(files, *arguments)
+    partial = tmp_path / "out" / "reports.jsonl.partial"
+    assert len(_rows(partial)) == 4
+    with partial.open("a") as file:
+        file.write('{"study": "cut of')
+    writer.before = lambda: None  # type: ignore[method-assign]
+    result = run_generation(files, *arguments)
+    assert [row["report"] for row in result.rows] == [row["report"] for row in whole.rows]
+    assert not partial.exists()
+    assert writer.batches[5:] == [1]
+
+
+def test_records_of_other_weights_are_not_mixed(tmp_path: Path, writer: Writer, recipe: FinetuneRecipe) -> None:
+    weights = tmp_path / "run" / "model" / "bridge.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(bytes(200_000))
+    arguments = ([_image(tmp_path / "1.png")], tmp_path / "run", recipe, tmp_path / "out")
+    run_generation(*arguments)
+    assert run_generation(*arguments).earlier == 1
+    weights.write_bytes(bytes(100_000) + b"1" + bytes(99_999))
+    run_generation(*arguments, overwrite=True)
+    weights.write_bytes(b"1" + bytes(199_999))
+    with pytest.raises(UsageError, match="of another model, of other options"):
+        run_generation(*arguments)
+
+
+def test_a_record_has_everything(tmp_path: Path, writer: Writer, recipe: FinetuneRecipe) -> None:
+    run_generation([_image(tmp_path / "1.png")], tmp_path / "run", recipe, tmp_path / "out")
+    (row,) = _rows(tmp_path / "out" / "reports.jsonl")
+    keys = "study path files views report findings log_probability seconds notes fingerprint"
+    assert list(row) == keys.split()
+    assert row["files"] == [row["path"]] == [row["study"]]
+    assert (row["log_probability"], row["views"]) == (-0.5, [None])
+
+
+def test_an_output_that_is_removed_meanwhile_is_an_error(
+    tmp_path: Path, writer: Writer, recipe: FinetuneRecipe
+) -> None:
+    files = [_image(tmp_path / f"{index}.png") for index in range(5)]
+    writer.before = lambda: shutil.rmtree(tmp_path / "out") if writer.batches else None  # type: ignore[method-assign]
+    with pytest.raises(RunError, match=r"reports\.jsonl\.partial was removed during the run"):
+        run_generation(files, tmp_path / "run", recipe, tmp_path / "out")
+
+
+def test_a_second_process_is_refused(tmp_path: Path, writer: Writer, recipe: FinetuneRecipe) -> None:
+    from emrrg_cli.files import locked
+
+    with locked(tmp_path / "out"), pytest.raises(RunError, match="another process is writing"):
+        run_generation([_image(tmp_path / "1.png")], tmp_path / "run", recipe, tmp_path / "out")
+
+
+# -- shards ------------------------------------------------------------------------------------------------------
+
+
+def test_shards_together_are_one_run(tmp_path: Path, writer: Writer, recipe: FinetuneRecipe) -> None:
+    files = [_image(tmp_path / f"{index}.png", 20 * index) for index in range(7)]
+    one = run_generation(files, tmp_path / "run", recipe, tmp_path / "one")
+    out = tmp_path / "out"
+    with pytest.raises(UsageError, match="there are no finished shards"):
+        merge_shards(out)
+    for index in (2, 0):
+        run_generation(files, tmp_path / "run", recipe, out, shard=Shard(index, 3))
+    with pytest.raises(UsageError, match="shard 1 is not finished"):
+        merge_shards(out)
+    run_generation(files, tmp_path / "run", recipe, out, shard=Shard(1, 3))
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        f"reports-{index}-of-3.{suffix}" for index in range(3) for suffix in ("jsonl", "done")
+    )
+    merged = merge_shards(out)
+
+    def texts(rows: list[dict[str, Any]]) -> set[tuple[str, str]]:
+        return {(row["path"], row["report"]) for row in rows}
+
+    assert len(merged) == 7
+    assert texts(merged) == texts(one.rows) == texts(_rows(out / "reports.jsonl"))
+    assert run_generation(files, tmp_path / "run", recipe, out, shard=Shard(1, 3)).earlier == 2
+
+
+@pytest.mark.parametrize("text", ["4/4", "1", "a/b", "-1/3", "1/0", "1/3/5", ""])
+def test_what_is_no_shard(text: str) -> None:
+    with pytest.raises(UsageError, match="is not i/N"):
+        Shard.parse(text)
+
+
+def test_shards_of_slurm_and_kubernetes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Shard.parse("0/4") == Shard(0, 4)
+    with pytest.raises(UsageError, match="SLURM_ARRAY_TASK_ID"):
+        Shard.parse("auto")
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "2")
+    monkeypatch.setenv("JOB_COMPLETIONS", "5")
+    assert Shard.parse("auto") == Shard(2, 5)
+    for name, value in (("ID", "7"), ("MIN", "5"), ("COUNT", "3")):
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
+    assert Shard.parse("auto") == Shard(2, 3)
+
+
+# -- studies -----------------------------------------------------------------------------------------------------
+
+
+def _names(studies: list[StudyFiles], root: Path) -> list[tuple[str, list[str]]]:
+    return [
+        (study.name.removeprefix(f"{root}/"), [str(file.relative_to(root)) for file in study.files])
+        for study in studies
+    ]
+
+
+def test_a_subfolder_is_a_study_unless_it_is_a_collection(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "s1/1.png", "s1/2.png", "deep/s2/1.png", *(f"many/{i}.png" for i in range(9))):
+        _image(tmp_path / name)
+    found = _names(find_studies([str(tmp_path)]), tmp_path)
+    assert found[:2] == [("a.png", ["a.png"]), ("b.png", ["b.png"])]
+    assert ("s1", ["s1/1.png", "s1/2.png"]) in found
+    assert ("deep/s2", ["deep/s2/1.png"]) in found
+    assert ("many/3.png", ["many/3.png"]) in found
+    assert len(found) == 4 + 9
+    assert len(find_studies([str(tmp_path)], "file")) == 14
+    by_folder = dict(_names(find_studies([str(tmp_path)], "folder"), tmp_path))
+    assert len(by_folder["many"]) == 9
+    assert by_folder[str(tmp_path)] == ["a.png", "b.png"]
+    assert find_studies([str(tmp_path / "s1")])[0].files == (
+        tmp_path / "s1" / "1.png",
+    )  # named itself: a folder of films
+
+
+def test_dicom_files_of_a_study_belong_together(tmp_path: Path, make_dicom: Any) -> None:
+    pixels = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    for name, uid, view in (("1", "1.2.3", "PA"), ("x/2", "1.2.3", "LATERAL"), ("3", "1.2.4", "AP")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(make_dicom(pixels, StudyInstanceUID=uid, ViewPosition=view))
+    (tmp_path / "broken.dcm").write_bytes(b"no image")
+    studies = {study.name: study for study in find_studies([str(tmp_path)])}
+    assert studies["1.2.3"].files == (tmp_path / "1", tmp_path / "x" / "2")
+    assert studies["1.2.3"].views == ("PA", "LATERAL")
+    assert studies["1.2.4"].files == (tmp_path / "3",)
+    assert str(tmp_path / "broken.dcm") in studies
+
+
+def test_patterns_that_the_shell_left(tmp_path: Path) -> None:
+    for name in ("1.png", "2.png", "3.jpg", "[x].png"):
+        _image(tmp_path / name)
+    assert len(find_studies([str(tmp_path / "*.png")])) == 3
+    assert len(find_studies([str(tmp_path / "[x].png")])) == 1  # a file of that name
+    with pytest.raises(UsageError, match="no file matches this pattern"):
+        find_studies([str(tmp_path / "*.bmp")])
+
+
+def test_a_table_lists_studies(tmp_path: Path) -> None:
+    for name in ("1.png", "2.png", "3.png"):
+        _image(tmp_path / name)
+    table = tmp_path / "studies.csv"
+    table.write_text("study,image\ns1,1.png\ns1,2.png\ns2,3.png|1.png\n")
+    found = table_studies(table, "image", "study")
+    assert _names(found, tmp_path) == [("s1", ["1.png", "2.png"]), ("s2", ["3.png", "1.png"])]
+    assert len(table_studies(table)) == 3  # each row is one
+    with pytest.raises(UsageError, match="has no column 'scan'"):
+        table_studies(table, "scan")
+
+
+def test_the_views_of_a_study_go_in_together(tmp_path: Path, writer: Writer, recipe: FinetuneRecipe) -> None:
+    files = (_image(tmp_path / "1.png", 50), tmp_path / "2.png", _image(tmp_path / "3.png", 150))
+    files[1].write_text("no image")
+    study = StudyFiles("s", files, ("PA", "", "lateral"))
+    result = run_generation([study], tmp_path / "run", recipe, tmp_path / "out")
+    (row,) = result.rows
+    assert row["report"].endswith("(2, 32, 32)")
+    assert row["files"] == [str(files[0]), str(files[2])]
+    assert row["views"] == ["PA", "lateral"]
+    assert row["notes"] == ["1 of 3 images could not be read"]
+    assert result.skipped == [(str(files[1]), "not an image")]
+    limited = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_views": 1})})
+    (row,) = run_generation([study], tmp_path / "run", limited, tmp_path / "limited").rows
+    assert row["report"].endswith("(1, 32, 32)")
+    assert row["notes"] == []
