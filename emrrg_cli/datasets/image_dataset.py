@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 from emrrg_cli.console import err, printable, progress_bar
 from emrrg_cli.datasets.splits import draw_splits
+from emrrg_cli.datasets.stored_images import stored_image
 from emrrg_cli.errors import RunError
 from emrrg_cli.imaging.base import ImageError
 from emrrg_cli.imaging.image_paths import find_images
@@ -97,12 +98,12 @@ class SplitImages:
 
     def read(self, index: int) -> bytes | Path:
         """The bytes of an image."""
-        image = self._table()[index].as_py()
-        return image["bytes"] or Path(image["path"])
+        return stored_image(self._table()[index].as_py(), self._split, self.name(index))
 
     def name(self, index: int) -> str:
         """The name that the image had in the raw data."""
-        return f"{self._table()[index].as_py()['path']} of the {self._split.split} split"
+        image = self._table()[index].as_py() or {}
+        return f"{printable(str(image.get('path') or f'image {index}'))} of the {self._split.split} split"
 
 
 class FolderImages:

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from emrrg_cli.console import printable
 from emrrg_cli.datasets.finding_targets import finding_targets
 from emrrg_cli.datasets.report_text import clean_report, cleaning_for, select_section
+from emrrg_cli.datasets.stored_images import stored_image
 from emrrg_cli.errors import RunError
 from emrrg_cli.imaging.base import ImageError
 from emrrg_cli.imaging.raster import resize_square
@@ -71,6 +73,9 @@ class ReportDataset(Dataset[Example]):
         settings: section, cleaning, number of views, limit.
         image_size: side in pixels that images are resized to.
 
+    Attributes:
+        reports, study_ids: of the studies, in order.
+
     Raises:
         RunError: when no study of the split has the text that `settings.section` asks for; on access to a study, when
             it has no images or one that cannot be read.
@@ -80,15 +85,17 @@ class ReportDataset(Dataset[Example]):
         self.split = split
         self.image_size = image_size
         self.max_views = settings.max_views
-        columns = ("findings", "impression", "report", "source")
+        columns = ("study_id", "findings", "impression", "report", "source")
         texts = split.select_columns(list(columns))
         self.rows: list[int] = []
         self.reports: list[str] = []
+        self.study_ids: list[str] = []  # read once: a column is read whole each time it is asked for
         for row, record in enumerate(texts):
             text = select_section(record, settings.section)
             if not text.strip():
                 continue
             self.rows.append(row)
+            self.study_ids.append(record["study_id"])
             self.reports.append(clean_report(text, cleaning_for(record["source"] or "", settings.cleaning)))
             if settings.limit is not None and len(self.rows) == settings.limit:
                 break
@@ -102,21 +109,16 @@ class ReportDataset(Dataset[Example]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    @property
-    def study_ids(self) -> list[str]:
-        """The ids of the studies, in order."""
-        column = self.split["study_id"]
-        return [column[row] for row in self.rows]
-
     def __getitem__(self, index: int) -> Example:
         record = self.split[self.rows[index]]
-        images = record["images"][: self.max_views]
+        where = f"study {printable(str(record['study_id']))}"
+        images = (record["images"] or [])[: self.max_views]
         if not images:
-            raise RunError(f"study {record['study_id']} has no images")
+            raise RunError(f"{where} has no images")
         try:
-            views = [read_image(image["bytes"] or image["path"]) for image in images]
+            views = [read_image(stored_image(image, self.split, where)) for image in images]
         except ImageError as error:
-            raise RunError(f"study {record['study_id']}: {error}") from error
+            raise RunError(f"{where}: {error}") from error
         pixels = [torch.from_numpy(resize_square(view, self.image_size)) for view in views]
         return Example(index, record["study_id"], torch.stack(pixels), self.reports[index])
 

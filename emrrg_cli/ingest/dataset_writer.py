@@ -27,7 +27,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from emrrg_cli.console import err
-from emrrg_cli.datasets.directory import CARD, MANIFEST, Column, card, dataset_features
+from emrrg_cli.datasets.card import CARD, card
+from emrrg_cli.datasets.directory import Column, dataset_features
+from emrrg_cli.datasets.manifest import MANIFEST
+from emrrg_cli.datasets.shard_files import shard_digest
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.files import atomic_write_text, locked, put_directory, recover_directory
 from emrrg_cli.ingest.dedupe import Plan, Shard, make_plan, remarks_about
@@ -226,6 +229,7 @@ class DatasetWriter:
             "remarks": account.remarks,
             **({"duplicates": plan.duplicates} if plan.duplicates else {}),
             "splits": counts,
+            "files": {f"data/{file.name}": shard_digest(file) for file in sorted((dataset / "data").glob("*.parquet"))},
             "images": sum(count["images"] for count in counts.values()),
             "fingerprint": self._fingerprint(plan),
         }

@@ -58,8 +58,6 @@ def remarks(summary: Summary) -> list[str]:
     said += [printable(remark) for remark in summary.manifest.get("remarks") or []]
     if summary.patients_in_several_splits:
         said.append(f"{summary.patients_in_several_splits:,} patients are in more than one split.")
-    if summary.uncertainty:
-        said.append(f"Up to {summary.uncertainty:,} may be missing from the numbers of labels and sentences.")
     if summary.is_synthetic:
         said.append("Synthetic images: a program drew them, they show no patient.")
     return said

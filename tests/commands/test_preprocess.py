@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from emrrg_cli.app import main
-from emrrg_cli.datasets.directory import open_dataset, read_manifest
+from emrrg_cli.datasets.directory import open_dataset
+from emrrg_cli.datasets.manifest import read_manifest
 
 
 def test_writes_and_prints_a_table(tiny_r2gen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from emrrg_cli.datasets.directory import open_dataset, read_manifest
+from emrrg_cli.datasets.directory import open_dataset
+from emrrg_cli.datasets.manifest import read_manifest
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.imaging.base import EncodedImage
 from emrrg_cli.imaging.raster import encode
@@ -321,8 +322,13 @@ def test_what_cannot_be_opened(tmp_path: Path) -> None:
     out = _write(tmp_path / "out")
     shard = next((out / "data").iterdir())
     shard.write_bytes(shard.read_bytes()[:200])
+    with pytest.raises(RunError, match=r"is not the file that manifest\.json lists"):
+        open_dataset(out)
+    manifest = (out / "manifest.json").read_bytes()
+    (out / "manifest.json").unlink()
     with pytest.raises(RunError, match="cannot open the dataset"):
         open_dataset(out)
+    (out / "manifest.json").write_bytes(manifest)
     shard.unlink()
     with pytest.raises(RunError, match="has lost its Parquet files"):
         open_dataset(out)

@@ -24,7 +24,7 @@ import pytest
 from PIL import Image
 
 from emrrg_cli.app import main
-from emrrg_cli.datasets.directory import read_manifest
+from emrrg_cli.datasets.manifest import read_manifest
 
 MakeDicom = Callable[..., bytes]
 Content = bytes | Callable[[Path], None]

@@ -14,7 +14,7 @@ from imagecodecs import htj2k_encode, jpeg2k_encode, jpeg_encode, jpegls_encode
 from PIL import Image
 
 from emrrg_cli.app import main
-from emrrg_cli.datasets.directory import read_manifest
+from emrrg_cli.datasets.manifest import read_manifest
 from emrrg_cli.imaging.base import ImageError
 from emrrg_cli.imaging.dicom.facts import read_dicom_facts
 from emrrg_cli.imaging.notes import image_notes

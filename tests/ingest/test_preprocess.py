@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from emrrg_cli.datasets.directory import open_dataset, read_manifest
+from emrrg_cli.datasets.directory import open_dataset
+from emrrg_cli.datasets.manifest import read_manifest
 from emrrg_cli.errors import Interrupted, RunError, UsageError
 from emrrg_cli.imaging.read import read_image
 from emrrg_cli.ingest.preprocess import preprocess

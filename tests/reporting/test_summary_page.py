@@ -32,7 +32,6 @@ def odd() -> Summary:
         labels={"labels": {"[bold]edema": {"train": 1, "test": 0}}},
         words={1: 1},
         sentences=[("<script>alert(1)</script>", 1)],
-        uncertainty=3,
         repeated=Repeated(1, 1, 2, 0, [("[/red] " + "long " * 99, 2)]),
         patients_in_several_splits=4,
         examples=[Example("a\x1b[31m<i>", "train", "phantom", [broken, broken], ["<b>PA", "unknown"], "")],
@@ -66,7 +65,7 @@ def test_the_page_holds_all_and_executes_nothing(odd: Summary, tmp_path: Path) -
         "4 patients are in more than one split",
     ):
         assert said in text
-    for said in ("Look &amp; see.", "cannot be decoded", "· train · &lt;b&gt;PA · synthetic", "Up to 3 may be missing"):
+    for said in ("Look &amp; see.", "cannot be decoded", "· train · &lt;b&gt;PA · synthetic"):
         assert said in text
     assert "class=bar style='width:12.00rem'" in text
     assert not re.search(r"(src|href)='?http", text)

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from emrrg_cli.app import main
-from emrrg_cli.datasets.directory import open_dataset, read_manifest
+from emrrg_cli.datasets.directory import open_dataset
+from emrrg_cli.datasets.manifest import read_manifest
 
 GOOD = "image,text,who\na.png,Clear.,1\nb.png,Large heart.,2\n"
 

@@ -1,0 +1,51 @@
+"""The manifest of a dataset directory: what `emrrg preprocess` recorded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from emrrg_cli.errors import RunError, UsageError
+from emrrg_cli.files import whole_directory
+
+MANIFEST = "manifest.json"
+
+_MAX_BYTES = 64 * 2**20
+
+
+def read_manifest(root: str | Path) -> dict[str, Any]:
+    """The manifest of a dataset directory.
+
+    Raises:
+        UsageError: No such directory, or it has no manifest.
+        RunError: The manifest is not valid JSON.
+    """
+    folder = whole_directory(Path(root))
+    check_folder(folder)
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UsageError(f"{folder} has no {MANIFEST}", hint="It is written by `emrrg preprocess`.")
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+        if len(content) > _MAX_BYTES:
+            raise ValueError(f"it has more than {_MAX_BYTES:,} bytes")
+        manifest = json.loads(content)
+    except (ValueError, OSError, RecursionError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from None
+    if not isinstance(manifest, dict):
+        raise RunError(f"{path} is not a manifest")
+    return manifest
+
+
+def check_folder(folder: Path) -> None:
+    """Makes sure that a folder is there.
+
+    Raises:
+        UsageError: It is not, or is a file.
+    """
+    if not folder.exists():
+        raise UsageError(f"no such dataset directory: {folder}", hint="Make one with `emrrg preprocess`.")
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is a file, not a dataset directory", hint="Make one with `emrrg preprocess`.")
