@@ -75,22 +75,30 @@ def _check_manifest(folder: Path, shards: Mapping[str, list[Path]], manifest: Ma
             raise RunError(
                 f"{folder}: {MANIFEST} lists {_count(wanted)} of split {split}, the folder has {found}", hint=_AGAIN
             )
-    digests = manifest.get("files")
-    for split, files in shards.items():
-        for file in files:
-            name = f"data/{file.name}"
-            if isinstance(digests, Mapping) and digests.get(name) not in (None, shard_digest(file)):
-                other = next((key for key, digest in digests.items() if digest == shard_digest(file)), None)
-                what = f"has the content of {other}" if other else f"is not the file that {MANIFEST} lists"
-                raise RunError(f"{folder}: {name} {what}", hint=_AGAIN)
-        studies = listed.get(split, {}).get("studies") if isinstance(listed.get(split), Mapping) else None
-        # Directories from before the digests: swapped splits show by their numbers.
-        if not digests and isinstance(studies, int) and (rows := sum(map(_rows, files))) != studies:
-            raise RunError(
-                f"{folder}: split {split} has {rows:,} studies, {MANIFEST} says {studies:,}: are its files those of "
-                "another split?",
-                hint=_AGAIN,
-            )
+    _check_places(folder, shards, manifest.get("files"))
+    # Directories from before `files`: splits that were swapped show by their numbers.
+    studies = {split: counts.get("studies") for split, counts in listed.items() if isinstance(counts, Mapping)}
+    if "files" not in manifest and len(set(studies.values())) > 1:
+        rows = {split: sum(map(_rows, files)) for split, files in shards.items()}
+        for split, found in rows.items():
+            other = next((name for name, count in studies.items() if name != split and count == found), None)
+            if other and found != studies.get(split):
+                raise RunError(
+                    f"{folder}: the files of split {split} hold {found:,} studies, as {MANIFEST} says of split {other}",
+                    hint=_AGAIN,
+                )
+
+
+def _check_places(folder: Path, shards: Mapping[str, list[Path]], digests: Any) -> None:
+    """Makes sure that no shard is in the place of another; one that was edited is accepted."""
+    if not isinstance(digests, Mapping):
+        return
+    places = {digest: name for name, digest in digests.items()}
+    for file in (file for files in shards.values() for file in files):
+        name = f"data/{file.name}"
+        place = places.get(shard_digest(file), name)
+        if place != name:
+            raise RunError(f"{folder}: {name} has the content of {place}", hint=_AGAIN)
 
 
 def _count(shards: int) -> str:

@@ -270,7 +270,7 @@ def test_data_that_cannot_serve_is_one_message(align: Any, tiny_dataset: Path, t
             align("run", *overrides)
         assert not (tmp_path / "run").exists()
     copy = tmp_path / "copy"
-    shutil.copytree(tiny_dataset, copy, ignore=shutil.ignore_patterns("train-*"))
+    shutil.copytree(tiny_dataset, copy, ignore=shutil.ignore_patterns("train-*", "manifest.json"))
     with pytest.raises(RunError, match="has no split named train"):
         align("run", f"data.root={copy}")
 
@@ -309,7 +309,7 @@ def test_studies_without_text_are_left_out_and_counted(
 
 def test_without_a_validation_split_the_last_model_is_kept(align: Any, tiny_dataset: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
-    shutil.copytree(tiny_dataset, copy, ignore=shutil.ignore_patterns("validation-*"))
+    shutil.copytree(tiny_dataset, copy, ignore=shutil.ignore_patterns("validation-*", "manifest.json"))
     run = align("run", f"data.root={copy}")
     assert run.summary.best is None
     assert load_alignment(run.directory).vision_proj.out_features == 24

@@ -53,7 +53,7 @@ def without_split(tiny_dataset: Path, tmp_path: Path) -> Callable[[str], str]:
 
     def copy(split: str) -> str:
         root = tmp_path / f"without_{split}"
-        shutil.copytree(tiny_dataset, root, ignore=shutil.ignore_patterns(f"{split}-*"))
+        shutil.copytree(tiny_dataset, root, ignore=shutil.ignore_patterns(f"{split}-*", "manifest.json"))
         return f"data.root={root}"
 
     return copy
