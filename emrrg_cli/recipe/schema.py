@@ -82,6 +82,9 @@ class DataSettings(Settings):
     max_views: int | None = Field(None, ge=1, description="first views of a study that are used; null: all")
     limit: int | None = Field(None, ge=1, description="first studies of each split that are used; null: all")
     augment: AugmentSettings = Field(default_factory=AugmentSettings)
+    balance: float = Field(
+        1.0, ge=1, description="how often an epoch of training shows each study with a finding of the rules labeler"
+    )
     workers: int = Field(2, ge=0, description="processes that decode images")
 
 
@@ -325,7 +328,7 @@ class TrainSettings(LoopSettings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        known = {"BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "ROUGE_L", "METEOR", "CIDEr"}
+        known = {"BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "ROUGE_L", "METEOR", "CIDEr", "F1_rules"}
         if unknown := sorted(set(self.score_weights) - known):
             raise ValueError(f"score_weights names unknown scores {unknown}; known: {sorted(known)}")
         return self

@@ -8,14 +8,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from emrrg_cli.datasets.balance import BalancedStudies
 from emrrg_cli.datasets.directory import open_dataset
 from emrrg_cli.datasets.finding_targets import finding_targets
 from emrrg_cli.datasets.report_dataset import IGNORE, Batch, Example, ReportDataset, collate
 from emrrg_cli.decoding.reports import write_split
 from emrrg_cli.errors import RunError, UsageError
+from emrrg_cli.evaluation.findings import finding_scores
 from emrrg_cli.evaluation.language import require_java, score
 from emrrg_cli.evaluation.run import reference_reports
 from emrrg_cli.files import atomic_directory, writing
+from emrrg_cli.labeling import label_reports
 from emrrg_cli.models.build import (
     assemble,
     build_encoder,
@@ -87,6 +90,8 @@ class FinetuneStage:
         references = reference_reports(self.model, self.validation.reports[:count], self.recipe)
         weights = settings.score_weights
         scores = score(references, hypotheses, tokenizer=self.recipe.evaluation.tokenizer, meteor="METEOR" in weights)
+        if "F1_rules" in weights:
+            scores["F1_rules"] = finding_scores(_positives(references), _positives(hypotheses))["micro"]["f1"]
         figures |= {f"validation/{name}": value for name, value in scores.items() if value is not None}
         figures["validation/score"] = sum(weight * (scores[name] or 0.0) for name, weight in weights.items())
         return figures
@@ -107,6 +112,10 @@ class FinetuneStage:
         """Replaces `model/` of the run directory."""
         with writing(self.run_dir / "model"):
             save_trained(self.run_dir, self.recipe.model, self.model)
+
+
+def _positives(reports: Sequence[str]) -> list[set[str]]:
+    return [{name for name, label in labels.items() if label == "positive"} for labels in label_reports(reports)]
 
 
 def run_finetune(
@@ -181,7 +190,9 @@ def _train(
     _set_objective(model, recipe, training.reports)
     model.set_gradient_checkpointing(recipe.train.gradient_checkpointing)
     stage = FinetuneStage(model, recipe, validation, run_dir, accelerator)
-    return session.train(stage, training, stage.collate, workers=recipe.data.workers)
+    balance = recipe.data.balance
+    shown = training if balance == 1 else BalancedStudies(training, balance)
+    return session.train(stage, shown, stage.collate, workers=recipe.data.workers)
 
 
 def _set_objective(model: ReportGenerator, recipe: FinetuneRecipe, reports: Sequence[str]) -> None:

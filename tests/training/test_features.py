@@ -53,3 +53,26 @@ def test_a_run_trains_saves_and_loads_the_head(finetune: Any) -> None:
     recipe = load_recipe(str(run.directory / "recipe.yaml"), [], stage="finetune")
     model = load_model(run.directory, recipe.model, torch.float32)
     assert torch.equal(model.findings.evidence.weight, run.exported["bridge.safetensors:findings.evidence.weight"])
+
+
+@pytest.mark.slow
+def test_balance_lengthens_the_epoch_by_studies_with_findings(finetune: Any, tiny_dataset: Any) -> None:
+    from emrrg_cli.datasets.balance import BalancedStudies
+    from emrrg_cli.datasets.directory import open_dataset
+    from emrrg_cli.datasets.report_dataset import ReportDataset
+    from emrrg_cli.recipe.schema import DataSettings
+
+    studies = ReportDataset(open_dataset(tiny_dataset)["train"], DataSettings(), 32)
+    longer = BalancedStudies(studies, 8.0).epoch_length
+    assert longer > len(studies)
+    run = finetune("run", "train.epochs=1", "train.batch_size=1", "data.balance=8")
+    assert run.last_step() == longer
+
+
+@pytest.mark.slow
+def test_findings_can_choose_the_best_model(finetune: Any) -> None:
+    options = ("train.epochs=1", "train.select=score", "generation.max_new_tokens=4")
+    run = finetune("run", *options, "train.score_weights={F1_rules: 2.0}")
+    (score,) = run.series("validation/score")
+    assert 0 <= score <= 2
+    assert score == 2 * run.series("validation/F1_rules")[0]

@@ -1,0 +1,48 @@
+"""Epochs that show studies with a finding more often than normal ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from emrrg_cli.datasets.finding_targets import FINDINGS, finding_targets
+from emrrg_cli.datasets.report_dataset import Example, ReportDataset
+
+
+class BalancedStudies(Dataset[Example]):
+    """The studies of a data set, those with a finding `factor` times in an epoch.
+
+    A study has a finding where the rules labeler reads one of its observations but No Finding and Support Devices as
+    positive. Each such study is taken as often as `factor` has whole units, and a random part of them, drawn anew for
+    each epoch, once more. The draw depends on the seed and the number of the epoch alone.
+
+    Args:
+        dataset: the training studies.
+        factor: 1 or more.
+    """
+
+    def __init__(self, dataset: ReportDataset, factor: float) -> None:
+        self.dataset = dataset
+        counted = [FINDINGS.index(name) for name in FINDINGS if name not in ("No Finding", "Support Devices")]
+        abnormal = (finding_targets(dataset.reports)[:, counted] == 1).any(dim=1)
+        self.abnormal, self.normal = abnormal.nonzero().flatten(), (~abnormal).nonzero().flatten()
+        self._taken = round(factor * len(self.abnormal))
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.dataset[index]
+
+    @property
+    def epoch_length(self) -> int:
+        """Studies of an epoch, those that are taken again included."""
+        return len(self.normal) + self._taken
+
+    def draw_epoch(self, generator: torch.Generator) -> Tensor:
+        """The studies of an epoch in order: int64 `[epoch_length]`."""
+        whole, rest = divmod(self._taken, max(1, len(self.abnormal)))
+        again = self.abnormal[torch.randperm(len(self.abnormal), generator=generator)[:rest]]
+        every = torch.cat([self.normal, self.abnormal.repeat(whole), again])
+        return every[torch.randperm(len(every), generator=generator)]
