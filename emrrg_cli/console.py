@@ -13,7 +13,7 @@ err = Console(stderr=True, highlight=False)
 
 @contextmanager
 def progress_bar(description: str, total: int, *, enabled: bool = True) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr with count, rate and time left; yields a function that is told how many items are done."""
+    """A bar on stderr with count, rate and time left; yields a function that adds finished items."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -37,6 +37,6 @@ def progress_bar(description: str, total: int, *, enabled: bool = True) -> Itera
 
 
 def printable(text: str) -> str:
-    """`text` with what no terminal or UTF-8 file can hold written as escapes: control characters, lone surrogates."""
+    """`text` with control characters and lone surrogates as escapes, so that terminals and UTF-8 files can hold it."""
     text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -1,4 +1,4 @@
-"""What this machine offers: versions, devices, scan engines, Java, disk. A check that fails is an entry too."""
+"""What this machine has: versions, devices, scan engines, Java, disk. A failed check is reported as an entry."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _GIB = 2**30
 
 
 def diagnose() -> dict[str, Any]:
-    """Everything that `emrrg doctor` shows, by topic; a topic that cannot be found out holds `{"problem": reason}`."""
+    """Everything that `emrrg doctor` shows, by topic; a topic whose check fails holds `{"problem": reason}`."""
     checks: dict[str, Callable[[], dict[str, Any]]] = {
         "versions": versions,
         "devices": devices,
@@ -48,7 +48,7 @@ def versions() -> dict[str, Any]:
 def devices() -> dict[str, Any]:
     """GPUs (name, memory in GiB, whether bf16 is native), what torch was built for, cores and RAM in GiB.
 
-    `bf16` is what `train.precision: auto` goes by: every GPU has it; None without a GPU.
+    `bf16` is True if every GPU supports it, which `train.precision: auto` requires; None without a GPU.
     """
     import torch
 
@@ -91,7 +91,7 @@ def java() -> dict[str, Any]:
     path = java_path()
     if path is None:
         return {"path": None, "version": None}
-    # A launcher may be there without a Java behind it, as on a fresh macOS.
+    # The launcher may exist without Java, as on a new macOS.
     done = subprocess.run([path, "-version"], capture_output=True, text=True, timeout=20)
     lines = (done.stderr or done.stdout).strip().splitlines()
     if done.returncode != 0:
@@ -117,12 +117,12 @@ def hub() -> dict[str, Any]:
 def _checked(check: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return check()
-    except Exception as error:  # whatever is broken on a machine is what people run this for
+    except Exception as error:  # people run this command to find what is broken
         return {"problem": f"{type(error).__name__}: {error}"}
 
 
 def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):  # Linux: those this process may run on, fewer than there are in a batch job
+    if hasattr(os, "sched_getaffinity"):  # Linux: the cores of this process, which a batch system may limit
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 

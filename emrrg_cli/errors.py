@@ -1,4 +1,4 @@
-"""Errors that are shown to people: what is wrong, where, and what to do about it."""
+"""Errors for people: what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class EmrrgError(Exception):
 
 
 class RunError(EmrrgError):
-    """The request was fine, the run failed: exit code 1."""
+    """The request is valid, but the run failed: exit code 1."""
 
 
 class UsageError(EmrrgError):
@@ -33,10 +33,10 @@ class UsageError(EmrrgError):
 
 
 class Interrupted(BaseException):
-    """Stopped by the user (Ctrl-C) or by the system after the work so far was put in safety: exit code 130 or 143.
+    """Stopped by a signal, such as Ctrl-C, after the finished work was saved. Exit code: 128 + the signal's number.
 
-    No `Exception`, as `KeyboardInterrupt` is none: a signal comes in the middle of anything, and what takes each
-    failure of a decoder for a broken file must let it pass.
+    Like `KeyboardInterrupt`, it is not an `Exception`: code that treats exceptions of a decoder as broken files must
+    not catch it.
     """
 
     def __init__(self, message: str, *, hint: str | None = None, exit_code: int = 130) -> None:

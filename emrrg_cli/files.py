@@ -261,7 +261,7 @@ def read_bounded(path: Path, limit: int) -> bytes:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file. A last line that a crash cut off is left out, and this is said on stderr.
+    """Rows of a JSON-lines file. A last line that a crash cut off is left out, with a message on stderr.
 
     Raises:
         UsageError: No such file, or a line that is no JSON object; the message names it.
@@ -417,7 +417,7 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def _alive(pid: int) -> bool:
-    if pid == os.getpid() or os.name != "posix":  # elsewhere signal 0 is no question: it would end the process
+    if pid == os.getpid() or os.name != "posix":  # on Windows, os.kill(pid, 0) terminates the process
         return True
     try:
         os.kill(pid, 0)

@@ -1,4 +1,4 @@
-"""Keeps the libraries' own bars and advice off the terminal: the commands show their own progress."""
+"""Turns off progress bars and advice of libraries: the commands show their own progress."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import warnings
 
 
 def quiet_libraries() -> None:
-    """Called once by each command before it loads a model or a data set."""
+    """Call once in each command before a model or a data set is loaded."""
     import datasets
     import transformers
 
-    # Tokenizers fork badly once they have used threads; the DataLoader's processes are the parallelism here.
+    # Tokenizers that have used threads must not be forked. The DataLoader's processes are parallel already.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it; it advises on kernels for each CPU
-    # The penalty cannot see the image; that it leaves the prompt out is how the paper's decoding works too.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it logs advice about CPU kernels
+    # The penalty ignores the prompt, as in the paper.
     warnings.filterwarnings("ignore", message="Passing `repetition_penalty`")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch")

@@ -1,8 +1,8 @@
-"""The table of training stages: everything outside a stage's own modules that knows the stages reads it here.
+"""The table of training stages, for all code outside the modules of a stage.
 
 A stage has an entry in `STAGES`, a recipe class (`recipe/`), a runner (`training/`), a command (`commands/training.py`)
-and at least one shipped recipe. Classes and runners are named, not imported: the command line starts without torch
-and pydantic.
+and at least one shipped recipe. Classes and runners are named, not imported, so that the command line starts without
+torch and pydantic.
 """
 
 from __future__ import annotations

@@ -53,6 +53,9 @@ def convert(
         for option, value in {"--base": base, "--recipe": recipe, "--llm": llm}.items():
             if value is not None:
                 raise UsageError(f"{option} does not go with --to published")
+    for given in (file, base):  # before torch is imported
+        if given is not None and not given.exists():
+            raise UsageError(f"{given}: no such file or directory")
     quiet_libraries()
     from emrrg_cli.models.published.convert import convert_to_ours, convert_to_published
 

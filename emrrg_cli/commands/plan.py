@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from emrrg_cli.commands.options import Json, RecipeName, TrainingOverrides
+from emrrg_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -37,6 +39,9 @@ def plan(
     from emrrg_cli.recipe.schema import FinetuneRecipe
 
     settings = load_recipe(recipe, overrides or [], stage=FinetuneRecipe)
+    root = settings.data.root
+    if root is not None and not Path(root).is_dir():  # before torch is imported
+        raise UsageError(f"no such dataset directory: {root}", hint="Make one with `emrrg preprocess`.")
 
     from emrrg_cli.planning import plan as predict
     from emrrg_cli.silence_libraries import quiet_libraries

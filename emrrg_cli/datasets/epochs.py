@@ -38,7 +38,7 @@ class Epochs(Dataset[Any]):
     """The examples of a data set by epoch and index, so that one set of loading processes serves all epochs.
 
     Args:
-        dataset: it is told of another epoch where its examples follow epochs (`FollowsEpochs`).
+        dataset: a `FollowsEpochs` dataset is notified of each new epoch.
     """
 
     def __init__(self, dataset: Dataset[Any]) -> None:

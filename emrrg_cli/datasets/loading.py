@@ -43,7 +43,7 @@ def load_batches(
     )
     # Workers seed themselves from torch's generator: give them one that is not part of the training state.
     loader.generator = torch.Generator()
-    with _signals_held():  # until the new processes have told that they do not want them
+    with _signals_held():  # until the new processes ignore them
         iterator = iter(loader)
     try:
         for batch in iterator:

@@ -40,7 +40,7 @@ def draw_splits(patients: Iterable[str], fractions: Sequence[float], seed: int) 
 
 
 def drawn_remark(fractions: Sequence[float], seed: int, alone: int = 0) -> str:
-    """What is said about a drawn split; `alone` are the studies whose patient is not known."""
+    """The remark about a drawn split; `alone` is the number of studies whose patient is not known."""
     without = f"; studies without a patient ({alone:,}) count as patients of their own" if alone else ""
     parts = ", ".join(f"{100 * part:g}" for part in fractions)
     return f"Split drawn by patient with seed {seed}: {parts} percent{without}."

@@ -1,4 +1,4 @@
-"""From one stage to the next: where an encoder is found, how it fits another one, and an account of every tensor.
+"""From one stage to the next: where an encoder is found, how it fits another one, and how each tensor was used.
 
 Stage 1 leaves one scan direction and no class token; stages 2 and 3 have four directions and a class token in the
 middle. Image sizes may differ from stage to stage. The source may be a file or any directory that a command left.
@@ -113,7 +113,7 @@ class EncoderSource:
 
 @dataclass
 class TransferReport:
-    """What became of every tensor of a source, and where the rest of the encoder came from.
+    """How each tensor of a source was used, and where the rest of the encoder comes from.
 
     Args:
         source: the file.
@@ -130,7 +130,7 @@ class TransferReport:
     notes: list[str] = field(default_factory=list)
 
     def lines(self, *, verbose: bool = False) -> list[str]:
-        """The account as text: a line of counts and the notes; with `verbose` also a line a tensor."""
+        """The report as text: one line of counts and the notes; with `verbose` also one line per tensor."""
         counts = f"{len(self.used)} tensors used, {len(self.dropped)} dropped, {len(self.made)} made"
         lines = [f"encoder from {self.source}: {counts}{'' if verbose else ' (--verbose names them)'}", *self.notes]
         if verbose:
@@ -139,7 +139,7 @@ class TransferReport:
         return lines
 
     def show(self, *, verbose: bool = False) -> None:
-        """Prints the account on stderr."""
+        """Prints the report on stderr."""
         from emrrg_cli.console import err
 
         for line in self.lines(verbose=verbose):
@@ -230,7 +230,7 @@ def fill_encoder(encoder: ArmEncoder, source: EncoderSource | Path | str) -> Tra
         source: what `encoder_source` returned, or a path for it.
 
     Returns:
-        The account: every tensor of the source is used or dropped, every other one of the encoder is made.
+        The report: every tensor of the source is used or dropped; all other tensors of the encoder are made.
 
     Raises:
         UsageError: for a path without an encoder, or one of another width, depth or state size.

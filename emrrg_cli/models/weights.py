@@ -1,4 +1,4 @@
-"""Safetensors files into modules, every tensor accounted for."""
+"""Loads safetensors files into modules; every tensor must match."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def check_header(file: Path) -> None:
 
 
 def load_weights(module: nn.Module, file: Path) -> None:
-    """Fills a module from a safetensors file, every tensor of both accounted for.
+    """Loads a safetensors file into a module. File and module must have the same tensors.
 
     Raises:
         RunError: for a missing or unreadable file, or a missing, unknown or misshapen tensor, which it names.

@@ -101,7 +101,7 @@ def plan(
         studies: training studies, for the time of an epoch; None: those of `data.root`, or unknown without one.
         views: images a study; None: the mean of those of `data.root`, or 1 without one.
         processes: processes that share `train.batch_size`.
-        report: is told what is being measured.
+        report: called with a description of each measurement.
 
     Raises:
         UsageError: when `data.root` is no dataset directory, or the training would refuse the batch.

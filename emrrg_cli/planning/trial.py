@@ -68,7 +68,7 @@ def measure(
         micro: studies of a micro-batch.
         views: images a study.
         llm_parameters: of the whole LLM.
-        report: is told what is being measured.
+        report: called with a description of each measurement.
 
     Raises:
         torch.cuda.OutOfMemoryError: when not even one block and one layer fit, for one study.

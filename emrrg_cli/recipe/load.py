@@ -30,7 +30,7 @@ RECIPES: dict[str, type[Settings]] = {
     "preprocess": PreprocessRecipe,
     **{name: stage.load_recipe_class() for name, stage in STAGES.items()},
 }
-# Recipes that are laid over the recipe of a trained run.
+# Recipes whose settings replace settings of a trained run.
 OVERLAYS = ("evaluate", "generate")
 # What the run has already settled, so that no overlay can change it,
 _SETTLED = ("output", "train", "model")
@@ -71,7 +71,7 @@ def load_recipe(ref: str, overrides: Sequence[str] = (), *, stage: type[Settings
 def load_run_recipe(
     run_dir: Path, recipe_ref: str | None, overrides: Sequence[str], stage: Literal["evaluate", "generate"]
 ) -> FinetuneRecipe:
-    """The recipe of a trained run with the settings of an `evaluate` or `generate` recipe laid over it.
+    """The recipe of a trained run with the settings of an `evaluate` or `generate` recipe on top.
 
     A `protocol` in the overlay brings its text, decoding and scoring, and leaves the model as it was trained.
 
@@ -168,7 +168,7 @@ def _overlay(stage: str, layers: Sequence[Layer], run: Layer | None = None) -> t
 
 
 def _divide(values: Mapping[str, Any], section: KeyPath = ()) -> tuple[dict[str, Any], list[KeyPath]]:
-    """The settings that may be laid over a run, and the places of those that the run has settled."""
+    """The settings that may replace those of a run, and the keys of those that may not."""
     free: dict[str, Any] = {}
     settled: list[KeyPath] = []
     for key, value in values.items():

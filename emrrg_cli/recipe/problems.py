@@ -116,7 +116,7 @@ def _unknown_key(schema: type[BaseModel], path: KeyPath) -> str:
 
 
 def _place_of_conflict(section: KeyPath, message: str, layers: Sequence[Layer]) -> tuple[str, tuple[int, int]]:
-    """The strongest statement about a key that the message names: most often the one that broke the peace."""
+    """The last layer that sets a key named in the message: usually the one that caused the conflict."""
     words = set(re.findall(r"[A-Za-z_0-9]+", message))
     for index in range(len(layers) - 1, -1, -1):
         layer = layers[index]

@@ -211,7 +211,7 @@ class _Loop:
                 )
                 every = settings.checkpoint_every_steps
                 due = epoch_ended if every is None else progress.step % every == 0
-                # Before the validation, which takes long: whatever happens there, the training is in safety.
+                # Before the validation, which takes long: the training is saved whatever happens there.
                 if due or progress.validation_due or signal_number or self._reason_to_end():
                     self._save()
                 if signal_number:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,25 @@ def test_help_and_recipes_import_nothing_heavy(arguments: list[str], absent: set
     packages = {line.rsplit("|", 1)[1].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
     assert "typer" in packages
     assert packages & absent == set()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["plan", "tiny/finetune", "data.root=nowhere"], "no such dataset directory: nowhere"),
+        (["convert", "nowhere.pth", "out"], "nowhere.pth: no such file or directory"),
+        (["demo", "."], "already exists and is not empty"),
+        (["evaluate", "--model", "nowhere"], "nowhere"),
+        (["generate", "film.png", "--model", "nowhere"], "nowhere"),
+        (["finetune", "nowhere/nothing"], "no shipped recipe"),
+    ],
+)
+def test_a_cheap_mistake_is_found_before_torch_is_imported(arguments: list[str], said: str) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "emrrg_cli", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert not re.search(r"\| +torch$", done.stderr, re.M)
 
 
 def test_help_lists_the_commands_in_the_order_of_the_work() -> None:

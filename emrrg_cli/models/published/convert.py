@@ -50,7 +50,7 @@ def convert_to_ours(
         base: for a stage 3 file without an encoder: the stage 2 file or directory that has it.
         recipe: of stage 3: which recipe the run is of; None: by the name of the file.
         llm: of stage 3: hub name or directory of the LLM; None: the published one of the bridge's width.
-        verbose: name every tensor in the account.
+        verbose: list every tensor.
 
     Raises:
         UsageError: for a wrong path or option.

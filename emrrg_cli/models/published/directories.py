@@ -1,7 +1,8 @@
 """Where converted checkpoints live: the directory of each stage, written from our tensors and read back.
 
-Beside what the commands read, every directory has `convert.json`, the account of the conversion, and where some
-published tensors have no place among ours `left_out.safetensors`: with both, the checkpoint comes back to the bit.
+In addition to the files that the commands read, every directory has `convert.json`, which records the conversion. If
+some published tensors have no counterpart in our layout, they are in `left_out.safetensors`. Both together give the
+original checkpoint back, bit for bit.
 """
 
 from __future__ import annotations

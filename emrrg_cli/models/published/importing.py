@@ -1,4 +1,4 @@
-"""From a published checkpoint to our tensors, with an account of every tensor."""
+"""From a published checkpoint to our tensors, with a record of how each tensor was used."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Imported:
         return {name.removeprefix(prefix): t for name, t in self.ours.items() if name.startswith(prefix)}
 
     def lines(self, *, verbose: bool = False) -> list[str]:
-        """The account as text: what was found, counts and notes; with `verbose` also a line a tensor."""
+        """The record as text: what was found, counts and notes; with `verbose` also one line per tensor."""
         what = LABELS[self.stage]
         if (config := self.config) is not None:
             what += f", width {config.d_model}, depth {config.depth}, state {config.d_state}, {config.image_size} px"
