@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from emrrg_cli.checksums import check_file
 from emrrg_cli.errors import RunError, UsageError
+from emrrg_cli.files import read_record
+from emrrg_cli.models.weights import load_tensors
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -32,6 +35,15 @@ ENCODER_TARGETS: dict[str, str] = {
 }
 # As in the paper's Table 6: LoRA on the LLM goes on the query and value projections.
 LLM_TARGETS = ["q_proj", "v_proj"]
+
+
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# What PEFT can do to an adapter that this program never asks for.
+_UNUSED = (
+    "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "modules_to_save", "exclude_modules",
+    "layers_to_transform", "layers_pattern", "layer_replication", "megatron_config", "loftq_config", "eva_config",
+    "trainable_token_indices", "target_parameters", "lora_bias",
+)  # fmt: skip
 
 
 def encoder_lora(targets: Iterable[str], rank: int, alpha: float, dropout: float = 0.0) -> LoraConfig | None:
@@ -112,22 +124,30 @@ def save_adapters(module: nn.Module, directory: Path) -> None:
     module.save_pretrained(str(directory), save_embedding_layers=False)  # type: ignore[operator]
 
 
-def load_adapters(module: nn.Module, directory: Path) -> nn.Module:
+def load_adapters(module: nn.Module, directory: Path, expected: LoraConfig | None = None) -> nn.Module:
     """Puts saved adapters on a plain tower, frozen.
 
+    The configuration beside them is only compared: no pattern of it is run, and nothing that it names is imported.
+
+    Args:
+        expected: what the recipe says they are; None: any adapters that this program writes.
+
     Raises:
-        RunError: when they do not fit the tower.
+        RunError: when they do not fit the tower, or are not those of the recipe.
     """
     import warnings
 
     from peft import PeftModel
-    from safetensors.torch import load_file
 
     try:
-        saved = set(load_file(directory / "adapter_model.safetensors"))
+        check_file(directory / _ADAPTER_WEIGHTS)
+        saved = set(load_tensors(directory / _ADAPTER_WEIGHTS))
+        config = _read_config(directory)
+        if expected is not None and (changed := _first_difference(config, expected)):
+            raise ValueError(f"{changed} is not that of the recipe")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT only warns of tensors that are missing; they are named below
-            adapted: nn.Module = PeftModel.from_pretrained(module, str(directory))
+            adapted: nn.Module = PeftModel.from_pretrained(module, str(directory), config=config)
     except Exception as error:  # PEFT and safetensors raise whatever they met
         raise RunError(f"{directory}: these adapters do not fit the model: {error}") from error
     own = {name.replace(".default.", ".") for name, _ in adapted.named_parameters() if ".lora_" in name}
@@ -135,3 +155,42 @@ def load_adapters(module: nn.Module, directory: Path) -> nn.Module:
         state = "missing" if different[0] in own else "unknown"
         raise RunError(f"{directory}: these adapters do not fit the model: {different[0]} is {state}")
     return adapted
+
+
+def _read_config(directory: Path) -> LoraConfig:
+    """The configuration of saved adapters, made anew from the three values in it that matter.
+
+    Raises:
+        ValueError: It is not one that `encoder_lora` or `llm_lora` makes.
+    """
+    from peft import LoraConfig
+
+    hint = "Put it back from a copy of the run."
+    record = read_record(directory / "adapter_config.json", "the configuration of these adapters", hint)
+    if record is None:
+        raise ValueError("adapter_config.json is missing")
+    rank, alpha, targets = record.get("r"), record.get("lora_alpha"), record.get("target_modules")
+    fits = isinstance(rank, int) and 0 < rank <= 2**14 and isinstance(alpha, int | float) and 0 < alpha < 10**9
+    if not fits:
+        raise ValueError("adapter_config.json: r or lora_alpha is no number that can be")
+    patterns = {f"(?:{pattern})" for pattern in ENCODER_TARGETS.values()}
+    if isinstance(targets, list):
+        known = sorted(map(str, targets)) == sorted(LLM_TARGETS)
+    else:
+        # No pattern holds "|(?:", so that the joined ones come apart again.
+        parts = str(targets).split("|(?:")
+        known = {parts[0], *(f"(?:{part}" for part in parts[1:])} <= patterns
+    if not known:
+        raise ValueError("adapter_config.json: target_modules are not of this program's making")
+    if changed := [name for name in _UNUSED if record.get(name)]:
+        raise ValueError(f"adapter_config.json: {changed[0]} is not supported")
+    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, inference_mode=True)
+
+
+def _first_difference(config: LoraConfig, expected: LoraConfig) -> str | None:
+    same = {
+        "r": config.r == expected.r,
+        "lora_alpha": float(config.lora_alpha) == float(expected.lora_alpha),
+        "target_modules": config.target_modules == expected.target_modules,
+    }
+    return next((name for name, equal in same.items() if not equal), None)

@@ -77,6 +77,13 @@ def _add_hybrid_layers(llm: Any, settings: ModelSettings) -> None:
         add_hybrid_layers(llm, hybrid.every, gate=hybrid.gate, query=hybrid.query)
 
 
+def _lora_config(settings: ModelSettings, tower: str) -> Any:
+    """The LoRA configuration that a recipe gives to the tower `encoder` or `llm`; None where it gives none."""
+    targets = settings.adapter.targets
+    make = adapters.encoder_lora if tower == "encoder" else adapters.llm_lora
+    return make(targets if isinstance(targets, list) else [], settings.adapter.rank, settings.adapter.alpha)
+
+
 def _adapted_towers(settings: ModelSettings) -> set[str]:
     targets = settings.adapter.targets
     return {"llm" if target == "llm" else "encoder" for target in targets} if isinstance(targets, list) else set()
@@ -174,7 +181,7 @@ def _load_model(
     towers: dict[str, Any] = {"encoder": encoder, "llm": llm}
     for name in towers:
         if (directory := trained / "adapters" / name).is_dir():
-            towers[name] = adapters.load_adapters(towers[name], directory)
+            towers[name] = adapters.load_adapters(towers[name], directory, _lora_config(settings, name))
         elif name in _adapted_towers(settings):
             raise RunError(f"{directory}: the adapters of this run are missing")
     model = _join(settings, towers["encoder"], towers["llm"], tokenizer)

@@ -6,8 +6,11 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from emrrg_cli.console import printable
 from emrrg_cli.errors import RunError, UsageError
+from emrrg_cli.files import read_bounded
 from emrrg_cli.recipe.layers import Layer
+from emrrg_cli.recipe.limits import MAX_BYTES
 from emrrg_cli.recipe.yaml12 import parse_layer
 
 _SUFFIXES = (".yaml", ".yml")
@@ -58,8 +61,13 @@ def find_recipe(ref: str, *, relative_to: Path | None = None) -> Path:
     """
     names = recipe_names()
     if is_path(ref):
-        path = (relative_to or Path()) / Path(ref).expanduser()
-        if path.is_file():
+        try:
+            path = (relative_to or Path()) / Path(ref).expanduser()
+            found = path.is_file()
+        except (RuntimeError, OSError, ValueError) as error:  # ~nouser, a name that is too long or holds a null
+            reason = getattr(error, "strerror", None) or str(error)
+            raise UsageError(f"no path of a recipe: {printable(ref[:200])}: {printable(reason)}") from error
+        if found:
             return path
         bare = str(Path(ref).with_suffix(""))
         hint = f"A shipped recipe is named without .yaml: {bare}" if bare in names else None
@@ -82,6 +90,8 @@ def read_layers(path: Path) -> list[Layer]:
     seen: list[Path] = []
     while True:
         real = path.resolve()
+        if len(seen) == 20:
+            raise UsageError(f"{display_name(path)}: more than 20 recipes extend each other")
         if real in seen:
             circle = " -> ".join(display_name(step) for step in [*seen, real])
             raise UsageError(f"recipes extend each other in a circle: {circle}")
@@ -116,7 +126,7 @@ def read_text(path: Path) -> str:
         UsageError: The file cannot be read or is not UTF-8.
     """
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read_bounded(path, MAX_BYTES).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except OSError as error:
         raise UsageError(f"cannot read recipe {display_name(path)}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:

@@ -17,7 +17,7 @@ from emrrg_cli.errors import UsageError
 from emrrg_cli.recipe.layers import KeyPath, Layer, merge, with_presets
 from emrrg_cli.recipe.library import find_recipe, read_layer, read_layers
 from emrrg_cli.recipe.overrides import parse_overrides
-from emrrg_cli.recipe.problems import Problem, find_problems, place_of
+from emrrg_cli.recipe.problems import MAX_PROBLEMS, Problem, find_problems, place_of
 from emrrg_cli.recipe.schema import FinetuneRecipe, PreprocessRecipe, Settings, protocols_for
 from emrrg_cli.recipe.suggest import annotation_at
 from emrrg_cli.recipe.yaml12 import dump
@@ -205,7 +205,8 @@ def _refuse(ref: str, problems: Sequence[Problem]) -> None:
         return
     lines = [str(problem) for problem in problems]
     if len(lines) > 1:
-        lines.insert(0, f"{len(lines)} problems in recipe {ref}:")
+        count = f"{len(lines)} or more" if len(lines) >= MAX_PROBLEMS else str(len(lines))
+        lines.insert(0, f"{count} problems in recipe {ref}:")
     unknown = any(problem.message == "unknown key" for problem in problems)
     hint = "`emrrg recipe show NAME --resolved` prints every key there is, with its value." if unknown else None
     raise UsageError("\n  ".join(lines), hint=hint)

@@ -7,6 +7,7 @@ from typing import Any
 
 from emrrg_cli.errors import UsageError
 from emrrg_cli.recipe.layers import COMMAND_LINE, Layer
+from emrrg_cli.recipe.limits import MAX_DEPTH
 from emrrg_cli.recipe.yaml12 import parse_value
 
 _FORM = "Write key=value; the value is YAML: a number, text, [a, list] or null. Flags such as --resume take no value."
@@ -25,6 +26,8 @@ def parse_overrides(overrides: Sequence[str]) -> Layer:
         keys = key.split(".")
         if not equals:
             raise UsageError(f"{COMMAND_LINE}: {override}: not of the form key=value", hint=_FORM)
+        if len(keys) > MAX_DEPTH:
+            raise UsageError(f"{COMMAND_LINE}: {override[:80]}: the key has more than {MAX_DEPTH} parts", hint=_FORM)
         if not all(part.strip() for part in keys):
             raise UsageError(f"{COMMAND_LINE}: {override}: the key has an empty part", hint=_FORM)
         if not text.strip():  # most often a shell variable that is not set

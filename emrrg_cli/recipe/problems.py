@@ -13,6 +13,8 @@ from pydantic import BaseModel, ValidationError
 from emrrg_cli.recipe.layers import KeyPath, Layer
 from emrrg_cli.recipe.suggest import annotation_at, is_literal, is_section, members, nearest_keys
 
+MAX_PROBLEMS = 50  # of one recipe; to suggest a name for each unknown key takes time
+
 _LIMITS = {
     "greater_than": "must be more than {gt:.10g}, got {got}",
     "greater_than_equal": "must be {ge:.10g} or more, got {got}",
@@ -51,7 +53,7 @@ def find_problems(
         layers: The layers it was merged from, weakest first.
     """
     by_path: dict[KeyPath, Any] = {}
-    for entry in error.errors(include_url=False):
+    for entry in error.errors(include_url=False)[:MAX_PROBLEMS]:
         path = _path_in(values, entry["loc"], missing=entry["type"] == "missing")
         # The branches of a union report one place each: a broken limit says more than "not of this type".
         if path not in by_path or entry["type"] in _LIMITS:
@@ -141,12 +143,12 @@ def show(value: Any) -> str:
         case bool():
             return str(value).lower()
         case str():
-            return f'the text "{value}"'
+            return f'the text "{value if len(value) <= 200 else value[:200] + "..."}"'
         case dict():
             return "a mapping"
         case list():
             return "a list"
-    return str(value)
+    return str(value) if isinstance(value, float) or abs(value) < 10**30 else f"{value:.6g}"
 
 
 _PLAIN: dict[Any, tuple[str, str]] = {

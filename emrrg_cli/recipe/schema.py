@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from emrrg_cli.recipe.limits import check_size
 
 Section = Literal["report", "findings", "impression", "both"]
 Cleaning = Literal["auto", "r2gen-iu", "r2gen-mimic", "none"]
@@ -59,6 +61,12 @@ class Settings(BaseModel):
     """Base of every section: strict types, no unknown key."""
 
     model_config = ConfigDict(extra="forbid", strict=True, validate_default=True)
+
+    @field_validator("*")
+    @classmethod
+    def _within_limits(cls, value: Any, info: ValidationInfo) -> Any:
+        check_size(info.field_name, value)
+        return value
 
 
 class AugmentSettings(Settings):

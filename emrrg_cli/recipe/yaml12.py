@@ -10,11 +10,14 @@ import math
 import re
 from collections.abc import Hashable
 from typing import Any
+from unicodedata import category
 
 import yaml
 
+from emrrg_cli.console import printable
 from emrrg_cli.errors import UsageError
 from emrrg_cli.recipe.layers import KeyPath, Layer
+from emrrg_cli.recipe.limits import MAX_DEPTH, MAX_DIGITS, MAX_VALUES
 
 _TAG = "tag:yaml.org,2002:"
 _SCALARS: list[tuple[str, str, str]] = [
@@ -97,6 +100,7 @@ def dump(values: dict[str, Any]) -> str:
 
 def _compose(text: str, name: str) -> yaml.Node | None:
     try:
+        _check_nesting(text, name)
         node: yaml.Node | None = yaml.compose(text, Loader=_Loader)
         return node
     except yaml.MarkedYAMLError as error:
@@ -104,8 +108,25 @@ def _compose(text: str, name: str) -> yaml.Node | None:
         where = name if mark is None else f"{name}:{mark.line + 1}"
         reason = ", ".join(part for part in (error.context, error.problem) if part)
         raise UsageError(f"{where}: not valid YAML: {reason}") from error
+    except yaml.reader.ReaderError as error:  # its own text holds the character
+        character = error.character if isinstance(error.character, int) else ord(error.character)
+        raise UsageError(f"{name}: not valid YAML: character #x{character:04x} is not allowed") from error
     except yaml.YAMLError as error:
-        raise UsageError(f"{name}: not valid YAML: {error}") from error
+        raise UsageError(f"{name}: not valid YAML: {printable(str(error))}") from error
+    except (RecursionError, ValueError) as error:
+        raise UsageError(f"{name}: not valid YAML: {type(error).__name__}") from error
+
+
+def _check_nesting(text: str, name: str) -> None:
+    """Refuses a document that is too deep or too long before it is built, which takes time and memory."""
+    depth = 0
+    for count, event in enumerate(yaml.parse(text, Loader=_Loader)):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            line = event.start_mark.line + 1 if event.start_mark else 0
+            raise UsageError(f"{name}:{line}: more than {MAX_DEPTH} sections or lists inside each other")
+        if count > MAX_VALUES:
+            raise UsageError(f"{name}: more than {MAX_VALUES:,} values")
 
 
 def _line(node: yaml.Node) -> int:
@@ -124,8 +145,14 @@ class _Reader:
         self.lines: dict[KeyPath, int] = {}
         self.problems: list[str] = []
         self._open: set[int] = set()
+        self._count = 0
 
     def read(self, node: yaml.Node, path: KeyPath) -> Any:
+        self._count += 1
+        if self._count > MAX_VALUES:  # aliases of aliases
+            raise UsageError(f"{self.name}: more than {MAX_VALUES:,} values, aliases counted as often as they stand")
+        if len(self._open) > MAX_DEPTH:
+            raise UsageError(f"{self.name}:{_line(node)}: more than {MAX_DEPTH} sections or lists inside each other")
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(node)
         if id(node) in self._open:  # an alias to something that holds it
@@ -141,6 +168,8 @@ class _Reader:
             if not isinstance(key_node, yaml.ScalarNode):
                 raise UsageError(f"{self.name}:{_line(key_node)}: a key must be a single word")
             key = str(key_node.value)  # keys are text as written, also those that look like numbers
+            if len(key) > 200 or not key.isprintable():
+                raise UsageError(f"{self.name}:{_line(key_node)}: no key has this name: {printable(key[:200])}")
             if key in values:
                 first = self.lines[(*path, key)]
                 full = ".".join((*path, key))
@@ -160,6 +189,11 @@ class _Reader:
     def _scalar(self, node: yaml.ScalarNode) -> Any:
         text = str(node.value)
         kind = node.tag.removeprefix(_TAG)
+        where = f"{self.name}:{_line(node)}"
+        if any(category(letter) in ("Cc", "Cs") and letter not in "\n\t" for letter in text):
+            raise UsageError(f"{where}: {printable(text[:80])!r} holds a control character")
+        if kind in ("int", "float") and len(text) > MAX_DIGITS:
+            raise UsageError(f"{where}: a number of {len(text):,} digits: {text[:MAX_DIGITS]}...")
         try:
             match kind:
                 case "str":
@@ -174,4 +208,5 @@ class _Reader:
                     return number
         except (KeyError, ValueError):
             pass
-        raise UsageError(f"{self.name}:{_line(node)}: cannot read {text!r} as {node.tag.replace(_TAG, '!!')}")
+        tag = printable(node.tag.replace(_TAG, "!!"))
+        raise UsageError(f"{where}: cannot read {text[:80]!r} as {tag}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -335,6 +336,33 @@ def test_adapters_that_do_not_fit_are_refused(make_encoder: Callable[..., ArmEnc
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(RunError, match="do not fit"):
         adapters.load_adapters(make_encoder(depth=2), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target_modules": "(a+)+$"}, "target_modules are not of this program's making"),
+        ({"target_modules": ["X"]}, "target_modules are not of this program's making"),
+        ({"r": 10**9}, "r or lora_alpha is no number that can be"),
+        ({"lora_alpha": "16"}, "r or lora_alpha is no number that can be"),
+        ({"use_rslora": True}, "use_rslora is not supported"),
+        ({"lora_alpha": 99.0}, "lora_alpha is not that of the recipe"),
+        ({"target_modules": r"(?:layers\.\d+\.mixer\.Z)"}, "target_modules is not that of the recipe"),
+    ],
+)
+def test_a_changed_adapter_config_is_refused(
+    make_encoder: Callable[..., ArmEncoder], tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    adapters.save_adapters(_adapted(make_encoder(depth=2), ["X"]), tmp_path)
+    file = tmp_path / "adapter_config.json"
+    saved = json.loads(file.read_text())
+    expected = adapters.encoder_lora(["X"], saved["r"], saved["lora_alpha"])
+    adapters.load_adapters(make_encoder(depth=2), tmp_path, expected)
+    file.write_text(json.dumps(saved | {"auto_mapping": {"parent_library": "antigravity"}}))  # imported by PEFT
+    adapters.load_adapters(make_encoder(depth=2), tmp_path, expected)
+    file.write_text(json.dumps(saved | change))
+    with pytest.raises(RunError, match=message):
+        adapters.load_adapters(make_encoder(depth=2), tmp_path, expected)
 
 
 def test_effective_weight_of_a_linear_and_its_adapters() -> None:
