@@ -1,37 +1,96 @@
-"""`emrrg evaluate`: writes reports for a split and scores them."""
+"""`emrrg evaluate`: writes reports for a split and scores them, or scores a file of predictions."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from emrrg_cli.commands.options import Json, NumProcesses, Overrides
+from emrrg_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from emrrg_cli.evaluation.assess import Options
+
+_FILES = "Files of predictions"
 
 
 def evaluate(
     context: typer.Context,
-    model: Annotated[Path, typer.Option("--model", "-m", help="Run directory of `emrrg finetune`.")],
     overrides: Overrides = None,
+    model: Annotated[Path | None, typer.Option("--model", "-m", help="Run directory of `emrrg finetune`.")] = None,
     data: Annotated[Path | None, typer.Option("--data", "-d", help="Dataset directory; default: the run's.")] = None,
     split: Annotated[str, typer.Option("--split", help="Split of the dataset directory.")] = "test",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Where scores and predictions go; default: in the run.")
     ] = None,
     recipe: Annotated[str | None, typer.Option("--recipe", help="Evaluation recipe laid over the run's own.")] = None,
+    train: Annotated[
+        Path | None, typer.Option("--train", help="Dataset directory of the training reports; default: --data.")
+    ] = None,
+    image_controls: Annotated[
+        bool, typer.Option("--image-controls", help="Also write reports for blank films and for those of others.")
+    ] = False,
+    reference_labels: Annotated[
+        bool, typer.Option("--reference-labels", help="Take the labels of references from the dataset.")
+    ] = False,
+    chexbert: Annotated[
+        str | None, typer.Option("--chexbert", help="chexbert.pth, or a hub repository that has it.")
+    ] = None,
+    no_meteor: Annotated[bool, typer.Option("--no-meteor", help="Leave METEOR out; it takes longest.")] = False,
     num_processes: NumProcesses = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier evaluation in --output.")] = False,
     as_json: Json = False,
+    predictions: Annotated[
+        Path | None,
+        typer.Option("--predictions", help="Score this file (.jsonl, .csv, .json).", rich_help_panel=_FILES),
+    ] = None,
+    references: Annotated[
+        Path | None, typer.Option("--references", help="References, where they are not in it.", rich_help_panel=_FILES)
+    ] = None,
+    id_column: Annotated[
+        str | None, typer.Option("--id-column", help="Column or key of the study ids.", rich_help_panel=_FILES)
+    ] = None,
+    hypothesis_column: Annotated[
+        str | None,
+        typer.Option("--hypothesis-column", help="Column or key of generated reports.", rich_help_panel=_FILES),
+    ] = None,
+    reference_column: Annotated[
+        str | None, typer.Option("--reference-column", help="Column or key of references.", rich_help_panel=_FILES)
+    ] = None,
+    rexrank: Annotated[
+        Path | None,
+        typer.Option("--write-rexrank", help="Also write the reports as ReXrank's JSON.", rich_help_panel=_FILES),
+    ] = None,
 ) -> None:
-    """Write reports for a split and score them.
+    """Write reports for a split and score them, or score a file of predictions.
 
-    Scores are BLEU-1 to BLEU-4, ROUGE-L, METEOR (needs Java) and CIDEr.
+    Scores are BLEU-1 to BLEU-4, ROUGE-L, METEOR (needs Java), CIDEr and the agreement of clinical findings, beside
+    controls: the same reports dealt to other studies, and the most frequent training report.
 
     Example: emrrg evaluate --model runs/iu --data data/iu_xray generation.num_beams=1
+
+    Example: emrrg evaluate --predictions theirs.csv --references ours.jsonl
     """
+    if (model is None) == (predictions is None):
+        raise UsageError(
+            "give either --model or --predictions",
+            hint="emrrg evaluate --model RUN_DIR, or emrrg evaluate --predictions FILE.",
+        )
+    if predictions is not None:
+        from emrrg_cli.evaluation.predictions import Columns
+
+        if overrides:
+            raise UsageError(f"a file of predictions is scored as it is: {overrides[0]} has no effect")
+        columns = Columns(id_column, hypothesis_column, reference_column)
+        result = _evaluate_file(
+            predictions, references, columns, train, output, _options(chexbert, no_meteor), overwrite, rexrank
+        )
+        _show(result, str(predictions), as_json)
+        return
+    assert model is not None
     from emrrg_cli.commands.options import start_processes
-    from emrrg_cli.console import err, out
     from emrrg_cli.recipe.load import load_run_recipe
     from emrrg_cli.training.launch import inside_launcher, processes_expected
 
@@ -40,31 +99,79 @@ def evaluate(
         settings.data.root = str(data)
     if not inside_launcher() and start_processes(context, num_processes):
         return
-    from emrrg_cli.evaluation.run import describe_protocol, run_evaluation
-    from emrrg_cli.reporting.tables import DISCLAIMER, score_table
+    from emrrg_cli.evaluation.run import RunOptions, run_evaluation
 
-    result = run_evaluation(
-        settings,
-        model,
-        split,
-        output,
-        overwrite=overwrite,
-        expected_processes=processes_expected(num_processes),
-    )
-    if result is None:  # not the main process
+    options = RunOptions(overwrite, image_controls, reference_labels, train, _options(chexbert, no_meteor))
+    expected = processes_expected(num_processes)
+    found = run_evaluation(settings, model, split, output, expected_processes=expected, options=options)
+    if found is None:  # not the main process
         return
+    if rexrank is not None:
+        _write_rexrank(Path(found["output"]) / "predictions.jsonl", rexrank)
+    _show(found, f"{split} split of {settings.data.root}", as_json)
+
+
+def _options(chexbert: str | None, no_meteor: bool) -> Options:
+    from emrrg_cli.evaluation.assess import Options
+
+    if chexbert is None:
+        return Options(meteor=not no_meteor)
+    from emrrg_cli.evaluation.chexbert import load_chexbert
+
+    return Options(meteor=not no_meteor, labelers={"chexbert": load_chexbert(chexbert)})
+
+
+def _evaluate_file(
+    predictions: Path,
+    references: Path | None,
+    columns: Any,
+    train: Path | None,
+    output: Path | None,
+    options: Options,
+    overwrite: bool,
+    rexrank: Path | None,
+) -> dict[str, Any]:
+    from dataclasses import replace
+
+    from emrrg_cli.evaluation.file_evaluation import evaluate_file, training_reports
+    from emrrg_cli.evaluation.predictions import read_predictions, write_rexrank
+
+    read = read_predictions(predictions, references, columns)
+    if train is not None:
+        options = replace(options, train_reports=training_reports(train, read))
+    result = evaluate_file(read, output, options, overwrite=overwrite)
+    if rexrank is not None:
+        write_rexrank(rexrank, read)
+    return result
+
+
+def _write_rexrank(file: Path, target: Path) -> None:
+    from emrrg_cli.evaluation.predictions import read_predictions, write_rexrank
+
+    write_rexrank(target, read_predictions(file))
+
+
+def _show(result: dict[str, Any], what: str, as_json: bool) -> None:
+    from emrrg_cli.console import err, out
+    from emrrg_cli.reporting.evaluation_tables import evaluation_tables
+    from emrrg_cli.reporting.tables import DISCLAIMER
+
     if as_json:
         out.print_json(data=result)
         err.print(DISCLAIMER)
         return
-    out.print(score_table(result["scores"], f"{split} split of {settings.data.root}, {result['studies']} studies"))
-    out.print(describe_protocol(settings), markup=False, soft_wrap=True)
+    for table in evaluation_tables(result, f"{what}, {result['studies']} studies"):
+        out.print(table)
+    out.print(result["protocol_line"], markup=False, soft_wrap=True)
+    style = None if result["image_matters"] else "bold red"
+    out.print(result["image"], markup=False, soft_wrap=True, style=style)
     if result["scores"]["METEOR"] is None:
-        err.print("METEOR was left out: it needs Java (`emrrg doctor` says what was looked for).")
-    err.print(
-        f"{result['studies']} reports in {result['seconds']:.1f} s, {result['reports_per_second']:.2f} a second. "
-        f"Scores and predictions: {result['output']}",
-        markup=False,
-        soft_wrap=True,
-    )
+        reason = result["left_out"].get("METEOR", "")
+        java = "it needs Java (`emrrg doctor` says what was looked for)"
+        err.print(f"METEOR was left out: {java if 'Java' in reason else reason}.", markup=False, soft_wrap=True)
+    if result.get("seconds"):
+        rate = f"{result['seconds']:.1f} s, {result['reports_per_second']:.2f} a second"
+        err.print(f"{result['studies']} reports in {rate}.")
+    if result["output"]:
+        err.print(f"Scores and predictions: {result['output']}", markup=False, soft_wrap=True)
     err.print(DISCLAIMER)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 from rich.markup import escape
 
@@ -11,12 +11,16 @@ from emrrg_cli.console import err
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.evaluation import meteor as java
 from emrrg_cli.evaluation.meteor import java_path
+from emrrg_cli.evaluation.score_inputs import paired_texts
+from emrrg_cli.evaluation.scores import NAMES
 
 __all__ = ["METRICS", "Tokenizer", "java_path", "require_java", "score"]
 
 Tokenizer = Literal["whitespace", "ptb"]
 
-METRICS = ("BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "ROUGE_L", "METEOR", "CIDEr")
+METRICS = NAMES
+
+Texts = Iterable[str] | Iterable[Sequence[str]]
 
 _NO_PTB = "the ptb tokenizer needs Java"
 _NO_PTB_HINT = "Install a Java runtime (8 or newer), or use the whitespace tokenizer (evaluation.tokenizer=whitespace)."
@@ -47,8 +51,8 @@ def require_java(tokenizer: Tokenizer, *, meteor: bool = False) -> None:
 
 
 def score(
-    references: Sequence[str] | Sequence[Sequence[str]],
-    hypotheses: Sequence[str],
+    references: Texts | Mapping[Any, str | Sequence[str]],
+    hypotheses: Iterable[str] | Mapping[Any, str | Sequence[str]],
     tokenizer: Tokenizer = "whitespace",
     *,
     meteor: bool = True,
@@ -60,8 +64,10 @@ def score(
     counts as wrong; it is not left out.
 
     Args:
-        references: For each item its report, or a list of reports that are all right.
-        hypotheses: For each item the generated report, in the same order.
+        references: For each item its report, or a list of reports that are all right: a list, column, array or
+            generator of them, or a dictionary from ids, as in `{"study1": ["text"]}`.
+        hypotheses: For each item the generated report, in the same order; with a dictionary of references, a
+            dictionary with the same ids.
         tokenizer: `whitespace` compares the strings as they are, split at white space, as the published scores do;
             `ptb` applies the Penn Treebank tokenizer first, which lower-cases and drops punctuation, and needs Java.
         meteor: Compute METEOR, which needs Java and some seconds to start.
@@ -71,19 +77,16 @@ def score(
         was not asked for or cannot run; the reason is printed once on stderr.
 
     Raises:
-        UsageError: Different numbers of items, no items, an item that is no text, or references that are all empty.
+        UsageError: Different numbers of items, ids that do not match, no items, an item that is no text, or references
+            that are all empty.
         RunError: `ptb` was asked for and Java is missing or fails.
 
     Source: Chen et al., "Microsoft COCO Captions" (2015), whose evaluation code pycocoevalcap packages.
     """
     if tokenizer not in ("whitespace", "ptb"):
         raise UsageError(f"unknown tokenizer {tokenizer!r}", hint="Choose whitespace or ptb.")
-    truth, written = _checked(references, hypotheses)
-    if tokenizer == "ptb":
-        truth, written = _ptb(truth, written)
-    else:
-        truth = [[_spaced(text) for text in texts] for texts in truth]
-        written = [_spaced(text) for text in written]
+    truth, written = paired_texts(references, hypotheses)
+    truth, written = _tokenized(truth, written, tokenizer)
     if not any(text for texts in truth for text in texts):
         raise UsageError("every reference is empty: there is nothing to score against")
     scores: dict[str, float | None] = dict.fromkeys(METRICS)
@@ -93,25 +96,18 @@ def score(
     return scores
 
 
-def _checked(
-    references: Sequence[str] | Sequence[Sequence[str]], hypotheses: Sequence[str]
-) -> tuple[list[list[str]], list[str]]:
-    """References as lists, both sides checked, so that a mistake names the item and not a line of a library."""
-    if isinstance(references, str) or isinstance(hypotheses, str):
-        raise UsageError("references and hypotheses must be lists of texts, not one text")
-    if len(references) != len(hypotheses):
-        raise UsageError(f"{len(references)} references for {len(hypotheses)} hypotheses: one of each is needed")
-    if not hypotheses:
-        raise UsageError("there is nothing to score: no references and no hypotheses")
-    truth: list[list[str]] = []
-    for index, (texts, hypothesis) in enumerate(zip(references, hypotheses, strict=True)):
-        if not isinstance(hypothesis, str):
-            raise UsageError(f"hypothesis {index} is not a text but {type(hypothesis).__name__}")
-        items = [texts] if isinstance(texts, str) else list(texts) if isinstance(texts, Sequence) else []
-        if not items or not all(isinstance(text, str) for text in items):
-            raise UsageError(f"reference {index} must be a text or a list of texts with at least one entry")
-        truth.append(items)
-    return truth, list(hypotheses)
+def tokenized(
+    references: Sequence[str], hypotheses: Sequence[str], tokenizer: Tokenizer
+) -> tuple[list[str], list[str]]:
+    """Both sides as `score` compares them: words of the tokenizer with single spaces between."""
+    truth, written = _tokenized([[text] for text in references], list(hypotheses), tokenizer)
+    return [text for (text,) in truth], written
+
+
+def _tokenized(truth: list[list[str]], written: list[str], tokenizer: Tokenizer) -> tuple[list[list[str]], list[str]]:
+    if tokenizer == "ptb":
+        return _ptb(truth, written)
+    return [[_spaced(text) for text in texts] for texts in truth], [_spaced(text) for text in written]
 
 
 def _spaced(text: str) -> str:

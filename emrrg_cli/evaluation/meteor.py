@@ -18,6 +18,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
+import numpy as np
+from numpy.typing import NDArray
+
 MISSING = "no Java found on PATH or under JAVA_HOME"
 
 # Whatever the locale of the machine is: UTF-8, and a decimal point, since METEOR reads numbers back by the locale.
@@ -28,6 +31,12 @@ _PTB_JAR = "tokenizer/stanford-corenlp-3.4.1.jar"
 # Start-up reads a 60 MB table (seconds); a report then takes milliseconds. Both limits leave a slow machine ample room.
 _START_LIMIT_S = 180.0
 _LIMIT_PER_TEXT_S = 0.25
+
+# METEOR 1.5's parameters for English: alpha weighs recall, beta and gamma punish fragments, delta (here _CONTENT)
+# weighs content words, and a match counts by its matcher: exact, stem, synonym, paraphrase.
+_ALPHA, _BETA, _GAMMA, _CONTENT = 0.85, 0.2, 0.6, 0.75
+_MATCHERS = (1.0, 0.6, 0.8, 0.6)
+_COUNTS = 23
 
 
 class JavaFailure(Exception):
@@ -54,29 +63,62 @@ def meteor(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> fl
 
     Source: Denkowski and Lavie, "Meteor Universal" (2014).
     """
+    with _meteor_process(len(hypotheses)) as ask:
+        lines = [_pair(ask, texts, hypothesis) for texts, hypothesis in zip(references, hypotheses, strict=True)]
+        # One score for each item, then that of the corpus, which is no mean of the others.
+        return _number(ask(" ||| ".join(["EVAL", *lines]), len(hypotheses) + 1)[-1])
+
+
+def statistics(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> NDArray[np.float64]:
+    """What METEOR counts in each pair, `[n, 23]`; `combine` makes scores of sums. Pairs that repeat are counted once.
+
+    Raises:
+        JavaFailure: As `meteor`.
+    """
+    pairs = list(zip(map(tuple, references), hypotheses, strict=True))
+    distinct = dict.fromkeys(pairs)
+    with _meteor_process(len(distinct)) as ask:
+        counted = {pair: [float(value) for value in _pair(ask, *pair).split()] for pair in distinct}
+    if any(len(counts) != _COUNTS for counts in counted.values()):
+        raise JavaFailure("METEOR answered with other counts than version 1.5 does")
+    counts = np.array([counted[pair] for pair in pairs], np.float64).reshape(len(pairs), _COUNTS)
+    # In a corpus, METEOR counts no chunk for a pair of equal texts.
+    equal = (counts[:, 20] == 1) & (counts[:, 21] == counts[:, 0]) & (counts[:, 22] == counts[:, 1])
+    counts[equal, 20] = 0
+    return counts
+
+
+def combine(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """METEOR of a corpus `[...]` from sums `[..., 23]` of its pairs' counts, with the parameters of English.
+
+    The counts: length and function words of both sides, for each of four matchers the matched content and function
+    words of both sides, chunks, and matched words of both sides.
+    """
+    weights = np.array(_MATCHERS)
+    matched = sums[..., 4:20].reshape(*sums.shape[:-1], 4, 4)
+    share = np.array([_CONTENT, _CONTENT, 1 - _CONTENT, 1 - _CONTENT])
+    weighted = np.einsum("...mk,m,k->...k", matched, weights, share)  # content and function words of test, reference
+    found, covered = weighted[..., 0] + weighted[..., 2], weighted[..., 1] + weighted[..., 3]
+    lengths = [_CONTENT * (sums[..., i] - sums[..., i + 2]) + (1 - _CONTENT) * sums[..., i + 2] for i in (0, 1)]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        precision, recall = found / lengths[0], covered / lengths[1]
+        mean = 1 / ((1 - _ALPHA) / precision + _ALPHA / recall)
+        fragments = sums[..., 20] / ((sums[..., 21] + sums[..., 22]) / 2)
+    scores: NDArray[np.float64] = np.nan_to_num(mean * (1 - _GAMMA * fragments**_BETA), nan=0.0)
+    return scores
+
+
+def _meteor_process(pairs: int) -> contextlib.AbstractContextManager[_Ask]:
     jar = _bundled(_METEOR_JAR)
     _bundled(_METEOR_PARAPHRASES)  # the jar looks for it beside itself, and scores differently without it
-    command = [
-        _java(),
-        *_LOCALE_OPTIONS,
-        "-XX:+UseSerialGC",
-        "-Xmx2G",
-        "-jar",
-        str(jar),
-        "-",
-        "-",
-        "-stdio",
-        "-l",
-        "en",
-        "-norm",
-    ]
-    with _conversation(command, cwd=jar.parent, limit_s=_limit(len(hypotheses))) as ask:
-        statistics = []
-        for texts, hypothesis in zip(references, hypotheses, strict=True):
-            line = " ||| ".join(["SCORE", *map(_one_field, texts), _one_field(hypothesis)])
-            statistics.append(" ".join(str(_number(value)) for value in ask(line, 1)[0].split()))
-        # One score for each item, then that of the corpus, which is no mean of the others.
-        return _number(ask(" ||| ".join(["EVAL", *statistics]), len(hypotheses) + 1)[-1])
+    command = [_java(), *_LOCALE_OPTIONS, "-XX:+UseSerialGC", "-Xmx2G", "-jar", str(jar)]
+    command += ["-", "-", "-stdio", "-l", "en", "-norm"]
+    return _conversation(command, cwd=jar.parent, limit_s=_limit(pairs))
+
+
+def _pair(ask: _Ask, texts: Sequence[str], hypothesis: str) -> str:
+    line = " ||| ".join(["SCORE", *map(_one_field, texts), _one_field(hypothesis)])
+    return " ".join(str(_number(value)) for value in ask(line, 1)[0].split())
 
 
 def ptb_tokenize(texts: Sequence[str]) -> list[str]:

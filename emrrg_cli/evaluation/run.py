@@ -1,30 +1,53 @@
-"""Scoring a run on a split of a dataset directory."""
+"""Assessing a run on a split of a dataset directory, or a file of predictions."""
 
 from __future__ import annotations
 
 import json
-import signal
 import time
-from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from emrrg_cli.console import progress_bar
 from emrrg_cli.datasets.directory import open_dataset
 from emrrg_cli.datasets.report_dataset import ReportDataset
-from emrrg_cli.decoding.reports import write_split
 from emrrg_cli.errors import UsageError
-from emrrg_cli.evaluation.language import require_java, score
-from emrrg_cli.files import append_jsonl, atomic_write_text, check_writable
+from emrrg_cli.evaluation.assess import Options, assess
+from emrrg_cli.evaluation.image_controls import FilmControls
+from emrrg_cli.evaluation.language import require_java
+from emrrg_cli.evaluation.outputs import DATA, write_assessment
+from emrrg_cli.evaluation.predictions import Predictions
+from emrrg_cli.evaluation.protocol import describe_protocol, reference_reports
+from emrrg_cli.evaluation.split_reports import MADE_WITH, kept_predictions, made_with, write_predictions
+from emrrg_cli.files import atomic_write_text, check_writable, read_record
+from emrrg_cli.labeling import OBSERVATIONS
 from emrrg_cli.models.build import load_model
-from emrrg_cli.models.report_generator import ReportGenerator
 from emrrg_cli.recipe.schema import FinetuneRecipe
 from emrrg_cli.reporting.tables import DISCLAIMER
 from emrrg_cli.runtime import inference_precision, llm_dtype, make_accelerator
-from emrrg_cli.signals import interrupted_by
 from emrrg_cli.silence_libraries import quiet_libraries
+
+__all__ = ["RunOptions", "describe_protocol", "run_evaluation"]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What an evaluation of a run does beside writing and scoring reports.
+
+    Attributes:
+        overwrite: Replace an earlier evaluation.
+        image_controls: Write reports for blank films and for those of other studies too, and find the nearest
+            training studies.
+        reference_labels: Take the labels of the references from the data set.
+        train: Dataset directory of the training reports; None: that of the data.
+    """
+
+    overwrite: bool = False
+    image_controls: bool = False
+    reference_labels: bool = False
+    train: Path | None = None
+    assess: Options = field(default_factory=Options)
 
 
 def run_evaluation(
@@ -35,11 +58,12 @@ def run_evaluation(
     *,
     overwrite: bool = False,
     expected_processes: int = 0,
+    options: RunOptions | None = None,
 ) -> dict[str, Any] | None:
     """Writes a report for each study of a split and scores them; adapters are merged.
 
-    Reports are put in safety batch by batch, in `predictions.jsonl.partial` (of each process `predictions-RANK...`),
-    and are all in `predictions.jsonl` before they are scored.
+    Reports are saved after every batch, and are all in `predictions.jsonl` before they are scored. Reports that an
+    earlier evaluation wrote with the same model, data and settings are scored again, not written again.
 
     Args:
         recipe: the run's recipe with the changes of the evaluation made.
@@ -54,6 +78,7 @@ def run_evaluation(
         RunError: when the run or the data cannot be read, or the tokenizer needs a Java that is not there.
         Interrupted: after SIGINT or SIGTERM; what was written so far is kept.
     """
+    options = options or RunOptions(overwrite=overwrite)
     if recipe.data.root is None:
         raise UsageError("no data: give --data DIR", hint="A dataset directory, as `emrrg preprocess` writes it.")
     require_java(recipe.evaluation.tokenizer)
@@ -61,43 +86,31 @@ def run_evaluation(
     splits = open_dataset(recipe.data.root)
     if split not in splits:
         raise UsageError(f"{recipe.data.root}: no split {split!r}", hint=f"There are: {', '.join(splits)}.")
-    target = _target(run_dir, split, output, overwrite)
-    dataset = ReportDataset(splits[split], recipe.data, recipe.model.encoder.image_size)
+    check_writable(output or run_dir / "evaluation")
     precision = inference_precision(recipe.train.precision, "cuda" if torch.cuda.is_available() else "cpu")
-    accelerator = make_accelerator(precision, expected_processes)
-    model = load_model(run_dir, recipe.model, llm_dtype(recipe.model.llm.dtype, precision))
-    model.to(accelerator.device)
-
-    references = reference_reports(model, dataset.reports, recipe)
-    rank = f"-{accelerator.process_index}" if accelerator.num_processes > 1 else ""
-    partial = target / f"predictions{rank}.jsonl.partial"
-    partial.unlink(missing_ok=True)  # of an evaluation that is to be overwritten
-    kept = 0
-
-    def keep(indices: Sequence[int], reports: Sequence[str]) -> None:
-        nonlocal kept
-        for index, report in zip(indices, reports, strict=True):
-            append_jsonl(partial, _prediction(dataset.study_ids[index], references[index], report))
-        kept += len(reports)
-
-    began = time.perf_counter()
-    with (
-        interrupted_by(signal.SIGINT, signal.SIGTERM, message=lambda: f"stopped; {kept} reports are in {partial}"),
-        progress_bar("writing reports", len(dataset), enabled=accelerator.is_main_process) as advance,
-    ):
-        hypotheses = write_split(
-            model, dataset, recipe.generation, accelerator, workers=recipe.data.workers, advance=advance, keep=keep
-        )
-    seconds = time.perf_counter() - began
-    accelerator.end_training()  # what follows is the main process's alone
-    if not accelerator.is_main_process:
-        return None
-    predictions = map(_prediction, dataset.study_ids, references, hypotheses)
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in predictions]
-    (target / "scores.json").unlink(missing_ok=True)  # those of other predictions
-    atomic_write_text(target / "predictions.jsonl", "".join(lines))
-    for left in target.glob("predictions*.jsonl.partial"):
-        left.unlink()
+    record = made_with(recipe, run_dir, split, precision)
+    target = _target(run_dir, split, output, overwrite or options.overwrite, record)
+    dataset = ReportDataset(splits[split], recipe.data, recipe.model.encoder.image_size)
+    train = _train_dataset(splits, recipe, options)
+    predictions = kept_predictions(target, record)
+    others: dict[str, list[str]] = {}
+    reused = predictions is not None
+    if predictions is None or options.image_controls:
+        written = _write(recipe, run_dir, target, dataset, record, expected_processes, train, options.image_controls)
+        if written is None:
+            return None
+        predictions, others = written
+    labels = reference_labels(dataset) if options.reference_labels else None
+    how = replace(
+        options.assess,
+        train_reports=None if train is None else train.reports,
+        others=others,
+        reference_labels=labels,
+        tokenizer=recipe.evaluation.tokenizer,
+    )
+    found = assess(predictions, how)
+    kept = read_record(target / MADE_WITH, "the record of an evaluation", "Give --overwrite.") or {}
+    seconds = float(kept.get("seconds", 0.0))
     result = {
         "note": DISCLAIMER,
         "model": str(run_dir),
@@ -105,63 +118,113 @@ def run_evaluation(
         "split": split,
         "studies": len(dataset),
         "studies_without_text": dataset.without_text,
-        "scores": score(references, hypotheses, tokenizer=recipe.evaluation.tokenizer),
+        **found.record,
         "protocol": recipe.protocol,
-        "settings": {
-            "data": recipe.data.model_dump(include={"section", "cleaning", "max_report_tokens", "max_views", "limit"}),
-            "generation": recipe.generation.model_dump(),
-            "evaluation": recipe.evaluation.model_dump(),
-        },
+        "protocol_line": describe_protocol(recipe),
+        "settings": _settings(recipe),
         "seconds": round(seconds, 3),
-        "reports_per_second": round(len(dataset) / seconds, 4),
+        "reports_per_second": round(len(dataset) / seconds, 4) if seconds else None,
         "precision": precision,
+        "predictions_reused": reused,
         "output": str(target),
     }
-    atomic_write_text(target / "scores.json", json.dumps(result, indent=2) + "\n")
-    return result
+    return write_assessment(target, result, predictions, found, films=dataset)
 
 
-def _prediction(study_id: str, reference: str, hypothesis: str) -> dict[str, str]:
-    return {"study_id": study_id, "reference": reference, "hypothesis": hypothesis}
+def _write(
+    recipe: FinetuneRecipe,
+    run_dir: Path,
+    target: Path,
+    dataset: ReportDataset,
+    record: dict[str, Any],
+    expected_processes: int,
+    train: ReportDataset | None,
+    image_controls: bool,
+) -> tuple[Predictions, dict[str, list[str]]] | None:
+    """Reports of the split, and of the controls that look at films; None on all processes but the main one."""
+    accelerator = make_accelerator(record["precision"], expected_processes)
+    model = load_model(run_dir, recipe.model, llm_dtype(recipe.model.llm.dtype, record["precision"]))
+    model.to(accelerator.device)
+    references = reference_reports(model, dataset.reports, recipe)
+    predictions = kept_predictions(target, record)
+    if predictions is None:
+        if accelerator.is_main_process:
+            for stale in (target / DATA, target / MADE_WITH, *target.glob("predictions_*.jsonl")):
+                stale.unlink(missing_ok=True)  # of other predictions
+        began = time.perf_counter()
+        predictions = write_predictions(model, dataset, references, recipe, accelerator, folder=target)
+        if accelerator.is_main_process:
+            kept_with = {"made_with": record, "seconds": time.perf_counter() - began}
+            atomic_write_text(target / MADE_WITH, json.dumps(kept_with, indent=2) + "\n")
+    others = {}
+    if image_controls:
+        films = FilmControls(model, dataset, references, recipe, accelerator)
+        others = films.reports(target, record, train)
+    accelerator.end_training()  # what follows is the main process's alone
+    return (predictions, others) if accelerator.is_main_process else None
 
 
-def reference_reports(model: ReportGenerator, reports: list[str], recipe: FinetuneRecipe) -> list[str]:
-    """The reports to score against: whole, or cut to the training length as the released code does."""
-    if recipe.evaluation.references == "whole":
-        return reports
-    limit = recipe.data.max_report_tokens
-    return [model.decode(model.encode_report(report)[:limit]) for report in reports]
+def reference_labels(dataset: ReportDataset) -> list[dict[str, str | None]]:
+    """The labels of the references that the data set carries.
+
+    Raises:
+        UsageError: it carries none, or others than CheXpert's.
+    """
+    names = {"labels": "positive", "labels_uncertain": "uncertain", "labels_absent": "negative"}
+    if missing := [name for name in names if name not in dataset.split.column_names]:
+        raise UsageError(f"the data set has no column {missing[0]}: --reference-labels cannot be used")
+    rows: list[dict[str, str | None]] = []
+    table = dataset.split.select_columns(list(names)).select(dataset.rows)
+    for record in table:
+        row: dict[str, str | None] = dict.fromkeys(OBSERVATIONS)
+        for column, value in names.items():
+            row |= dict.fromkeys(record[column] or [], value)
+        if unknown := sorted(set(row) - set(OBSERVATIONS)):
+            raise UsageError(f"the data set's labels are not CheXpert's: {', '.join(unknown[:3])}")
+        rows.append(row)
+    return rows
 
 
-def describe_protocol(recipe: FinetuneRecipe) -> str:
-    """One line that says what a score was made with; printed with every score."""
-    generation = recipe.generation
-    decoding = f"beams {generation.num_beams}, new tokens {generation.min_new_tokens}-{generation.max_new_tokens}"
-    if generation.do_sample:
-        decoding += f", sampled (temperature {generation.temperature}, top-p {generation.top_p})"
-    targets = recipe.model.adapter.targets
-    backbone = {"full": "trained whole", "none": "frozen"}.get(targets) if isinstance(targets, str) else None
-    return (
-        f"protocol {recipe.protocol}: section {recipe.data.section}, cleaning {recipe.data.cleaning}, "
-        f"references {recipe.evaluation.references}, tokenizer {recipe.evaluation.tokenizer}, "
-        f"backbone {backbone or 'frozen with LoRA on ' + ', '.join(targets)}; {decoding}, "
-        f"repetition penalty {generation.repetition_penalty}, length penalty {generation.length_penalty}"
-    )
+def _train_dataset(splits: Any, recipe: FinetuneRecipe, options: RunOptions) -> ReportDataset | None:
+    if options.train is not None:
+        splits = open_dataset(options.train)
+    if "train" not in splits:
+        return None
+    return ReportDataset(splits["train"], _without_limit(recipe), recipe.model.encoder.image_size)
 
 
-def _target(run_dir: Path, split: str, output: Path | None, overwrite: bool) -> Path:
-    check_writable(output or run_dir / "evaluation")
+def _without_limit(recipe: FinetuneRecipe) -> Any:
+    return recipe.data.model_copy(update={"limit": None})
+
+
+def _settings(recipe: FinetuneRecipe) -> dict[str, Any]:
+    return {
+        "data": recipe.data.model_dump(include={"section", "cleaning", "max_report_tokens", "max_views", "limit"}),
+        "generation": recipe.generation.model_dump(),
+        "evaluation": recipe.evaluation.model_dump(),
+        "train": {"seed": recipe.train.seed},
+    }
+
+
+def _target(
+    run_dir: Path, split: str, output: Path | None, overwrite: bool, record: dict[str, Any] | None = None
+) -> Path:
+    """Where the evaluation goes: an output whose reports can be used again, or one that is free."""
+
+    def usable(folder: Path) -> bool:
+        return record is not None and kept_predictions(folder, record) is not None
+
     if output is not None:
-        if _taken(output) and not overwrite:
+        if not overwrite and ((output / DATA).exists() or (_taken(output) and not usable(output))):
             raise UsageError(f"{output} already holds an evaluation", hint="Give --overwrite, or another --output.")
         return output
     base = run_dir / "evaluation" / split
     target, number = base, 2
-    while _taken(target):
+    while _taken(target) and not usable(target):
         target, number = base.with_name(f"{split}-{number}"), number + 1
     return target
 
 
 def _taken(target: Path) -> bool:
     # By an evaluation, or by what one that was cut short has left.
-    return (target / "scores.json").exists() or any(target.glob("predictions*.jsonl*"))
+    return (target / DATA).exists() or any(target.glob("predictions*.jsonl*"))

@@ -16,7 +16,7 @@ from emrrg_cli.decoding.reports import write_split
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.evaluation.findings import finding_scores
 from emrrg_cli.evaluation.language import require_java, score
-from emrrg_cli.evaluation.run import reference_reports
+from emrrg_cli.evaluation.protocol import reference_reports
 from emrrg_cli.files import atomic_directory, writing
 from emrrg_cli.labeling import label_reports
 from emrrg_cli.models.build import (

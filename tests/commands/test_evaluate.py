@@ -94,3 +94,55 @@ def test_what_is_no_run(tmp_path: Path, tiny_dataset: Path, capsys: pytest.Captu
         assert main(["evaluate", "--model", str(directory)]) == 2
         assert "is not a run directory" in capsys.readouterr().err
     assert main(["evaluate"]) == 2
+
+
+def _predictions(folder: Path) -> Path:
+    lines = [
+        {"study_id": f"s{i}", "reference": text, "hypothesis": text if i % 3 else "no effusion ."}
+        for i, text in enumerate(["the heart is enlarged .", "no pneumothorax .", "lungs are clear ."] * 8)
+    ]
+    path = folder / "p.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def test_a_file_is_scored_with_its_controls(
+    tiny_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["evaluate", "--predictions", str(_predictions(tmp_path)), "--json"]
+    assert main([*arguments, "--train", str(tiny_dataset)]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert {"scores", "controls", "clinical", "image_matters", "image_p", "protocol"} <= set(result)
+    assert list(result["controls"]) == ["dealt", "most_frequent"]
+    for made in result["controls"].values():
+        assert list(made["scores"]) == list(result["scores"])
+    assert result["image_matters"] is True
+    assert result["controls"]["most_frequent"]["report"].startswith("study of the chest .")
+    assert main(arguments) == 0
+    assert list(json.loads(capsys.readouterr().out)["controls"]) == ["dealt"]
+
+
+def test_a_file_is_shown_as_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = _predictions(tmp_path)
+    assert main(["evaluate", "--predictions", str(path), "--write-rexrank", str(tmp_path / "rexrank.json")]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for said in ("dealt to other studies", "rules (ours; not CheXbert)", "The image matters", "protocol file: texts"):
+        assert said in printed
+    assert main(["evaluate", "--predictions", str(tmp_path / "rexrank.json"), "--json"]) == 0
+    back = json.loads(capsys.readouterr().out)
+    assert main(["evaluate", "--predictions", str(path), "--json"]) == 0
+    assert back["scores"] == json.loads(capsys.readouterr().out)["scores"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--split", "test"], "give either --model or --predictions"),
+        (["--model", "a", "--predictions", "b"], "give either --model or --predictions"),
+        (["--predictions", "none.jsonl"], "cannot read none.jsonl"),
+        (["--predictions", "p.jsonl", "data.limit=1"], "data.limit=1 has no effect"),
+    ],
+)
+def test_wrong_use_is_explained(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", *arguments]) == 2
+    assert told in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import Any
 import pytest
 
 from emrrg_cli.errors import Interrupted, RunError, UsageError
+from emrrg_cli.evaluation import assess
 from emrrg_cli.evaluation import run as evaluation
 from emrrg_cli.evaluation.run import describe_protocol, run_evaluation
+from emrrg_cli.files import read_jsonl
 from emrrg_cli.models.report_generator import ReportGenerator
 from emrrg_cli.recipe.load import load_run_recipe
 
@@ -134,14 +137,72 @@ def test_reports_outlive_a_score_that_fails(
     def fail(*arguments: Any, **options: Any) -> None:
         raise RunError("no score today")
 
-    monkeypatch.setattr(evaluation, "score", fail)
+    monkeypatch.setattr(assess, "score", fail)
     with pytest.raises(RunError, match="no score today"):
         evaluate(name="out")
     written = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in written] == whole
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["predictions.jsonl"]
-    with pytest.raises(UsageError, match="already holds an evaluation"):
-        evaluate(name="out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["made_with.json", "predictions.jsonl"]
+
+
+def test_a_second_evaluation_writes_no_report_again(
+    varied_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(varied_run, run)
+    recipe = load_run_recipe(run, None, (), "evaluate")
+    first = run_evaluation(recipe, run, "test", None)
+    assert first is not None
+
+    def load(*arguments: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluation, "load_model", load)
+        second = run_evaluation(recipe, run, "test", None)
+        assert second == first | {"predictions_reused": True}
+        assert run_evaluation(recipe, run, "test", tmp_path / "run" / "evaluation" / "test", overwrite=True) == second
+    assert first["predictions_reused"] is False
+    # Other settings, or another model, are another evaluation.
+    changed = load_run_recipe(run, None, ("generation.max_new_tokens=2",), "evaluate")
+    other = run_evaluation(changed, run, "test", None)
+    assert other is not None
+    assert (Path(other["output"]).name, other["predictions_reused"]) == ("test-2", False)
+    os.utime(run / "model" / "bridge.safetensors", (1, 1))
+    other = run_evaluation(recipe, run, "test", None)
+    assert other is not None
+    assert (Path(other["output"]).name, other["predictions_reused"]) == ("test-3", False)
+
+
+def test_image_controls_show_other_films(varied_run: Path, tmp_path: Path) -> None:
+    recipe = load_run_recipe(varied_run, None, (), "evaluate")
+    options = evaluation.RunOptions(image_controls=True)
+    result = run_evaluation(recipe, varied_run, "test", tmp_path / "out", options=options)
+    assert result is not None
+    names = ["dealt", "most_frequent", "blank_films", "other_films", "nearest_training_study"]
+    assert list(result["controls"]) == names
+    texts = {
+        name: [row["hypothesis"] for row in read_jsonl(tmp_path / "out" / f"predictions{name}.jsonl")]
+        for name in ("", "_blank_films", "_other_films")
+    }
+    assert len(set(texts["_blank_films"])) == 1  # every film is the same
+    assert len(set(texts[""])) > 1
+    assert sorted(texts["_other_films"]) == sorted(texts[""])
+    assert texts["_other_films"] != texts[""]
+
+
+def test_study_ids_are_read_once(tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from emrrg_cli.datasets.directory import open_dataset
+    from emrrg_cli.datasets.report_dataset import ReportDataset
+    from emrrg_cli.recipe.schema import DataSettings
+
+    split = open_dataset(tiny_dataset)["train"]
+    reads = []
+    read = type(split).__getitem__
+    monkeypatch.setattr(type(split), "__getitem__", lambda rows, key: reads.append(key) or read(rows, key))
+    dataset = ReportDataset(split, DataSettings(), 32)
+    assert [dataset.study_ids[i] for i in range(len(dataset))] == [f"study{i:02d}" for i in range(16)]
+    assert len([key for key in reads if isinstance(key, str)]) <= 1
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -1,0 +1,208 @@
+"""Everything that is said of a set of reports: scores, intervals, controls, clinical figures, what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.markup import escape
+
+from emrrg_cli.console import err
+from emrrg_cli.evaluation import bootstrap, clinical, controls
+from emrrg_cli.evaluation.comparison import Corpus, Floats, Pairs
+from emrrg_cli.evaluation.language import Tokenizer, score, tokenized
+from emrrg_cli.evaluation.predictions import Predictions
+from emrrg_cli.evaluation.scores import SCORES, Unavailable
+from emrrg_cli.labeling import label_reports
+
+Labels = Sequence[clinical.Labels]
+Labeler = Callable[[Sequence[str]], Labels]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How reports are assessed.
+
+    Attributes:
+        train_reports: Reports of training, for the most frequent one; None: not known.
+        others: Reports of other controls by name, one a study, such as those for blank films.
+        labelers: Beside `rules`, by name.
+        reference_labels: Labels of the references that the data set has, used instead of a labeler's reading.
+        meteor: Compute METEOR, which needs Java.
+        tokenizer: As for `score`.
+    """
+
+    train_reports: Sequence[str] | None = None
+    others: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    labelers: Mapping[str, Labeler] = field(default_factory=dict)
+    reference_labels: Labels | None = None
+    meteor: bool = True
+    tokenizer: Tokenizer = "whitespace"
+    resamples: int = bootstrap.RESAMPLES
+
+
+@dataclass
+class Assessment:
+    """What `assess` finds; `record` is written as JSON, the rest is for tables, tests and the page."""
+
+    record: dict[str, Any]
+    statistics: dict[str, Floats]  # by the first name of a score, [n, k]
+    labels: dict[str, tuple[Labels, Labels]]  # by labeler, of references and hypotheses
+    dealt_cider: Floats  # [n], mean over the deals
+
+
+def assess(predictions: Predictions, options: Options | None = None) -> Assessment:
+    """Scores reports beside their controls.
+
+    Raises:
+        UsageError: Nothing to score, or references that are all empty.
+        RunError: The tokenizer needs a Java that is not there.
+    """
+    options = options or Options()
+    values = score(predictions.references, predictions.hypotheses, options.tokenizer, meteor=False)
+    references, hypotheses = tokenized(predictions.references, predictions.hypotheses, options.tokenizer)
+    judge = _Judge(references, options.meteor)
+    own = judge.pairs(hypotheses)
+    statistics = judge.statistics(own)
+    values |= {name: value for name, value in judge.scores(statistics).items() if name == "METEOR"}
+    labels = _read_labels(predictions, options)
+    record: dict[str, Any] = {"scores": values}
+    record["intervals"] = judge.intervals(statistics, options.resamples)
+    record["controls"], dealt_cider = _controls(judge, hypotheses, labels, options)
+    record["clinical"] = {name: _clinical(*pair, options.resamples) for name, pair in labels.items()}
+    record["left_out"] = judge.left_out
+    cider = statistics["CIDEr"][:, 0]
+    p = bootstrap.p_greater(cider - dealt_cider) if len(dealt_cider) else 1.0
+    record["image_matters"], record["image_p"] = bool(p < controls.ALPHA), p
+    if "dealt" in record["controls"]:
+        dealt = record["controls"]["dealt"]["scores"]["CIDEr"]
+        record["image"] = controls.image_sentence(record["image_matters"], p, float(cider.mean()), dealt)
+    else:
+        record["image"] = "One study cannot show whether the image is used: there is no other to deal its report to."
+    return Assessment(record, statistics, labels, dealt_cider)
+
+
+class _Judge:
+    """Scores sets of reports against the same references; a score that is not available is left out from then on."""
+
+    def __init__(self, references: Sequence[str], meteor: bool) -> None:
+        self.references = references
+        self.corpus = Corpus(references)
+        self.left_out: dict[str, str] = {} if meteor else {"METEOR": "not asked for"}
+
+    def pairs(self, hypotheses: Sequence[str]) -> Pairs:
+        return self.corpus.compare(self.references, hypotheses)
+
+    def statistics(self, pairs: Pairs, *, slow: bool = True) -> dict[str, Floats]:
+        found = {}
+        for one in SCORES:
+            if (one.slow and not slow) or one.names[0] in self.left_out:
+                continue
+            try:
+                found[one.names[0]] = one.statistics(pairs)
+            except Unavailable as reason:
+                self.left_out[one.names[0]] = str(reason)
+                err.print(f"[yellow]{one.names[0]} is left out:[/] {escape(str(reason))}", soft_wrap=True)
+        return found
+
+    def scores(self, statistics: Mapping[str, Floats]) -> dict[str, float | None]:
+        """All scores in the registry's order; None for what was not computed."""
+        values: dict[str, float | None] = {}
+        for one in SCORES:
+            counted = statistics.get(one.names[0])
+            row = None if counted is None else one.combine(counted.sum(axis=0), len(counted)).tolist()
+            values.update(zip(one.names, row or [None] * len(one.names), strict=True))
+        return values
+
+    def intervals(self, statistics: Mapping[str, Floats], resamples: int) -> dict[str, list[float]]:
+        ends: dict[str, list[float]] = {}
+        for one in SCORES:
+            if (counted := statistics.get(one.names[0])) is not None:
+                rows = bootstrap.intervals(counted, one.combine, resamples)
+                ends.update(zip(one.names, rows.tolist(), strict=True))
+        return ends
+
+
+def _read_labels(predictions: Predictions, options: Options) -> dict[str, tuple[Labels, Labels]]:
+    labelers: dict[str, Labeler] = {"rules": label_reports, **options.labelers}
+    found = {}
+    for name, read in labelers.items():
+        truth = options.reference_labels if options.reference_labels is not None else read(predictions.references)
+        found[name] = (truth, read(predictions.hypotheses))
+    return found
+
+
+def _clinical(truth: Labels, found: Labels, resamples: int = 0) -> dict[str, Any]:
+    """The grid of one labeler; intervals of the two headline figures where resamples are asked for."""
+    grid: dict[str, Any] = {}
+    for policy in clinical.POLICIES:
+        counted = clinical.label_statistics(clinical.present(truth, policy), clinical.present(found, policy))
+        grid[policy] = clinical.clinical_figures(counted.sum(axis=0), len(counted))
+        if resamples:
+            ends = bootstrap.intervals(counted, clinical.headline, resamples)
+            grid[policy]["intervals"] = dict(zip(clinical.HEADLINE, ends.tolist(), strict=True))
+    return grid
+
+
+def _controls(
+    judge: _Judge, hypotheses: Sequence[str], labels: Mapping[str, tuple[Labels, Labels]], options: Options
+) -> tuple[dict[str, Any], Floats]:
+    """The controls that can be made, and the mean CIDEr `[n]` of each study's dealt reports."""
+    made: dict[str, Any] = {}
+    orders = controls.derangements(len(hypotheses))
+    dealt_cider: Floats = np.zeros(0)
+    if orders:
+        made["dealt"], dealt_cider = _dealt(judge, hypotheses, labels, orders)
+    others = dict(options.others)
+    usual = controls.most_frequent(options.train_reports) if options.train_reports else None
+    if usual is not None:
+        others = {"most_frequent": [usual] * len(hypotheses), **others}
+    for name, reports in others.items():
+        _, written = tokenized([], reports, options.tokenizer)
+        statistics = judge.statistics(judge.pairs(written))
+        made[name] = {"scores": judge.scores(statistics)}
+        readers: dict[str, Labeler] = {"rules": label_reports, **options.labelers}
+        made[name]["clinical"] = {
+            labeler: _brief(_clinical(truth, readers[labeler](reports))) for labeler, (truth, _) in labels.items()
+        }
+    if usual is not None:
+        made["most_frequent"]["report"] = usual
+    return made, dealt_cider
+
+
+def _dealt(
+    judge: _Judge,
+    hypotheses: Sequence[str],
+    labels: Mapping[str, tuple[Labels, Labels]],
+    orders: Sequence[NDArray[np.int64]],
+) -> tuple[dict[str, Any], Floats]:
+    rows, cider, grids = [], [], []
+    for number, order in enumerate(orders):
+        pairs = judge.pairs([hypotheses[i] for i in order])
+        statistics = judge.statistics(pairs, slow=number < controls.SLOW_DEALS)
+        rows.append(judge.scores(statistics))
+        cider.append(statistics["CIDEr"][:, 0])
+        grids.append(
+            {name: _brief(_clinical(truth, [found[i] for i in order])) for name, (truth, found) in labels.items()}
+        )
+    means: dict[str, float | None] = {}
+    deviations: dict[str, float | None] = {}
+    for name in rows[0]:
+        known = [value for row in rows if (value := row[name]) is not None]
+        means[name] = float(np.mean(known)) if known else None
+        deviations[name] = float(np.std(known)) if known else None
+    result = {
+        "scores": means,
+        "deviations": deviations,
+        "deals": len(orders),
+        "clinical": controls.mean_of(grids),
+    }
+    return result, np.mean(cider, axis=0)
+
+
+def _brief(grid: Mapping[str, Any]) -> dict[str, Any]:
+    """A labeler's grid without the figures of single labels."""
+    return {policy: {name: figures[name] for name in clinical.SETS} for policy, figures in grid.items()}

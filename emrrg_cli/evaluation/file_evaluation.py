@@ -1,0 +1,63 @@
+"""Assessing a file of predictions. Imports no torch, so that it starts at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from emrrg_cli.datasets.directory import open_dataset
+from emrrg_cli.datasets.report_text import clean_report, cleaning_for, select_section
+from emrrg_cli.errors import UsageError
+from emrrg_cli.evaluation.assess import Options, assess
+from emrrg_cli.evaluation.language import require_java
+from emrrg_cli.evaluation.outputs import DATA, write_assessment
+from emrrg_cli.evaluation.predictions import Predictions
+from emrrg_cli.files import check_writable
+from emrrg_cli.reporting.tables import DISCLAIMER
+
+
+def evaluate_file(
+    predictions: Predictions, output: Path | None, options: Options, *, overwrite: bool = False
+) -> dict[str, Any]:
+    """Scores predictions of any origin, their texts as they are.
+
+    Args:
+        output: receives `scores.json` and the page; None: nothing is written.
+
+    Raises:
+        UsageError: nothing to score, or an output that is taken.
+    """
+    require_java(options.tokenizer)
+    if output is not None:
+        check_writable(output)
+        if (output / DATA).exists() and not overwrite:
+            raise UsageError(f"{output} already holds an evaluation", hint="Give --overwrite, or another --output.")
+    found = assess(predictions, options)
+    line = f"protocol file: texts as they are, tokenizer {options.tokenizer}"
+    result = {
+        "note": DISCLAIMER,
+        "predictions": predictions.origin,
+        "studies": len(predictions),
+        **found.record,
+        "protocol": "file",
+        "protocol_line": "; ".join([line, *predictions.remarks]),
+        "output": None if output is None else str(output),
+    }
+    return result if output is None else write_assessment(output, result, predictions, found)
+
+
+def training_reports(root: Path, predictions: Predictions) -> list[str]:
+    """The training reports of a dataset directory, cleaned if the references are, as R2Gen's files are.
+
+    Raises:
+        UsageError: it has no training split.
+    """
+    splits = open_dataset(root)
+    if "train" not in splits:
+        raise UsageError(f"{root} has no training split", hint=f"There are: {', '.join(splits)}.")
+    cleaned = not any(any(letter.isupper() for letter in text) for text in predictions.references)
+    reports = []
+    for row in splits["train"].select_columns(["findings", "impression", "report", "source"]):
+        if (text := select_section(row, "report")).strip():
+            reports.append(clean_report(text, cleaning_for(row["source"] or "", "auto") if cleaned else "none"))
+    return reports

@@ -1,0 +1,310 @@
+"""Prediction files of any origin: JSON lines, CSV, R2Gen's result JSON, ReXrank's JSON. Texts are kept as they are."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from emrrg_cli.console import printable
+from emrrg_cli.errors import UsageError
+from emrrg_cli.evaluation.score_inputs import check_ids
+from emrrg_cli.files import atomic_write_text
+
+# Names that columns and keys have in published files; the first that is there is taken.
+ID_NAMES = ("study_id", "id", "uid", "study", "image_id", "dicom_id", "filename", "image")
+HYPOTHESIS_NAMES = (
+    "hypothesis", "model_prediction", "prediction", "predicted", "pred", "generated", "generated_report", "hyp",
+    "output", "report", "findings", "impression", "text",
+)  # fmt: skip
+REFERENCE_NAMES = (
+    "reference", "ground_truth", "groundtruth", "gt", "ref", "reference_report", "target", "label", "report",
+    "findings", "impression", "text",
+)  # fmt: skip
+
+_MAX_BYTES = 2 * 2**30
+_CELL = 2**24  # characters
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns (or keys) of a file; None: the first known name that is there."""
+
+    study_id: str | None = None
+    hypothesis: str | None = None
+    reference: str | None = None
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Generated reports beside the references, one entry a study, and where they come from in a few words."""
+
+    study_ids: Sequence[str]
+    references: Sequence[str]
+    hypotheses: Sequence[str]
+    origin: str = ""
+    remarks: Sequence[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.study_ids)
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Rows of a file: names of its columns, records, where each stands, and whether rows have no ids of their own."""
+
+    path: Path
+    records: Sequence[Mapping[str, Any]]
+    places: Sequence[str]
+    layout: str
+
+
+def read_predictions(path: Path, references: Path | None = None, columns: Columns | None = None) -> Predictions:
+    """Reads generated reports and the references that belong to them.
+
+    Args:
+        path: `.jsonl`, `.csv`, `.tsv` or `.json`. JSON: a list of records; R2Gen's `{id: ["text"]}`; ReXrank's
+            `{id: {"model_prediction": "text", ...}}`.
+        references: A file of the same kinds; None: they stand in `path`.
+        columns: Names of columns or keys, where they are not among the known ones.
+
+    Raises:
+        UsageError: A file cannot be read, a column is missing, an id occurs twice, a cell holds no text, or the ids of
+            the two files do not match.
+    """
+    columns = columns or Columns()
+    table = _read(path)
+    hypotheses = _column(table, "hypothesis", columns.hypothesis, HYPOTHESIS_NAMES, columns.study_id)
+    remarks = [f"{path.name}: {table.layout}"]
+    if references is None:
+        if table.layout == _REXRANK and columns.reference is None and not _named(table, ("reference",)):
+            truth = {name: _rexrank_reference(row) for name, row in zip(hypotheses, table.records, strict=True)}
+        else:
+            names = tuple(name for name in REFERENCE_NAMES if name != _chosen(table, columns.hypothesis))
+            truth = _column(table, "reference", columns.reference, names, columns.study_id)
+    else:
+        other = _read(references)
+        remarks.append(f"{references.name}: {other.layout}")
+        if other.layout == _REXRANK and columns.reference is None and not _named(other, ("reference",)):
+            ids = _ids(other, columns.study_id)
+            truth = {name: _rexrank_reference(row) for name, row in zip(ids, other.records, strict=True)}
+        else:
+            truth = _column(
+                other, "reference", columns.reference, (*REFERENCE_NAMES, *HYPOTHESIS_NAMES), columns.study_id
+            )
+        check_ids(truth, hypotheses)
+    for what, texts in (("hypotheses", hypotheses), ("references", truth)):
+        if empty := sum(not text.strip() for text in texts.values()):
+            remarks.append(f"{empty} {what} are empty: they count as wrong")
+    ids = list(hypotheses)
+    return Predictions(ids, [truth[i] for i in ids], [hypotheses[i] for i in ids], path.name, remarks)
+
+
+def write_rexrank(path: Path, predictions: Predictions) -> None:
+    """Writes predictions in ReXrank's layout, with the reference as its findings.
+
+    Raises:
+        RunError: It cannot be written.
+    """
+    rows = {
+        study: {"model_prediction": text, "section_findings": truth, "section_impression": None, "reference": truth}
+        for study, truth, text in zip(
+            predictions.study_ids, predictions.references, predictions.hypotheses, strict=True
+        )
+    }
+    atomic_write_text(path, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+
+
+_REXRANK = "ReXrank's JSON"
+
+
+def _read(path: Path) -> _Table:
+    text = _text(path)
+    if path.suffix.lower() in (".csv", ".tsv"):
+        return _read_csv(path, text)
+    if path.suffix.lower() == ".jsonl":
+        return _read_lines(path, text)
+    if path.suffix.lower() == ".json":
+        return _read_json(path, text)
+    raise UsageError(f"{path} is of an unknown kind", hint="Give a file that ends in .jsonl, .csv, .tsv or .json.")
+
+
+def _text(path: Path) -> str:
+    try:
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{path} is not a file", hint="Give a file of predictions (.jsonl, .csv or .json).")
+        if path.stat().st_size > _MAX_BYTES:
+            raise UsageError(f"{path} is larger than {_MAX_BYTES >> 30} GB: this is no file of reports")
+        data = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UsageError(
+            f"{path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x})",
+            hint=f"Convert it first: iconv -f LATIN1 -t UTF-8 {path.name} > utf8{path.suffix}",
+        ) from error
+
+
+def _read_csv(path: Path, text: str) -> _Table:
+    csv.field_size_limit(_CELL)
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    try:
+        rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if row]
+    except csv.Error as error:
+        raise UsageError(f"{path} is not a CSV file: {error}") from error
+    if not rows:
+        raise UsageError(f"{path} is empty")
+    head = [name.strip() for name in rows[0]]
+    known = {*ID_NAMES, *HYPOTHESIS_NAMES, *REFERENCE_NAMES}
+    if len(head) == 1 and head[0].lower() not in known:
+        # R2Gen's res.csv and gts.csv: one report a row, no heads, no ids.
+        records = [{"text": row[0]} for row in rows]
+        return _Table(path, records, [f"row {n}" for n in range(1, len(rows) + 1)], "CSV of one column without heads")
+    if len(set(head)) != len(head):
+        raise UsageError(f"{path}: two columns have the same name: {', '.join(map(printable, head))}")
+    places = [f"row {number}" for number in range(2, len(rows) + 1)]
+    for place, row in zip(places, rows[1:], strict=True):
+        if len(row) != len(head):
+            raise UsageError(
+                f"{path}, {place}: {len(row)} cells under {len(head)} heads",
+                hint="Texts with commas or line breaks stand in double quotes.",
+            )
+    return _Table(path, [dict(zip(head, row, strict=True)) for row in rows[1:]], places, "CSV")
+
+
+def _read_lines(path: Path, text: str) -> _Table:
+    records, places = [], []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        records.append(_object(_json(line, f"{path}:{number}"), f"{path}:{number}"))
+        places.append(f"line {number}")
+    return _Table(path, records, places, "JSON lines")
+
+
+def _read_json(path: Path, text: str) -> _Table:
+    content = _json(text, str(path), _unique_keys)
+    if isinstance(content, list):
+        places = [f"entry {number}" for number in range(1, len(content) + 1)]
+        records = [_object(row, f"{path}, {place}") for place, row in zip(places, content, strict=True)]
+        return _Table(path, records, places, "JSON list of records")
+    _object(content, str(path))
+    places = [f"id {name}" for name in content]
+    if content and all(isinstance(row, Mapping) for row in content.values()):
+        records = [{**row, _KEY: name} for name, row in content.items()]
+        layout = _REXRANK if any("model_prediction" in row for row in content.values()) else "JSON by id"
+        layout = _REXRANK if any("section_findings" in row for row in content.values()) else layout
+        return _Table(path, records, places, layout)
+    return _Table(path, [{_KEY: name, "text": _alone(row)} for name, row in content.items()], places, "R2Gen's JSON")
+
+
+_KEY = "\0id"  # the id of a record that is the value of a JSON object
+
+
+def _json(text: str, where: str, pairs: Any = None) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=pairs)
+    except (ValueError, RecursionError) as error:
+        reason = error if isinstance(error, ValueError) else "it is nested too deeply"
+        raise UsageError(f"{where}: not JSON: {reason}") from None
+    except UsageError as error:
+        raise UsageError(f"{where}: {error.message}", hint=error.hint) from None
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise UsageError(f"the key {twice!r} occurs twice", hint="Give each study once.")
+    return made
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UsageError(f"{where}: expected an object, found {type(value).__name__}")
+    return value
+
+
+def _alone(value: Any) -> Any:
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
+def _named(table: _Table, names: Iterable[str]) -> str | None:
+    """The first of `names` that the records have, whatever the case of its letters."""
+    there = {key.lower(): key for key in (table.records[0] if table.records else {})}
+    return next((there[name] for name in names if name in there), None)
+
+
+def _chosen(table: _Table, given: str | None) -> str | None:
+    name = given or _named(table, HYPOTHESIS_NAMES)
+    return name and name.lower()
+
+
+def _ids(table: _Table, given: str | None) -> list[str]:
+    if not table.records:
+        raise UsageError(f"{table.path} has no studies")
+    first = table.records[0]
+    name = _KEY if _KEY in first and given is None else given or _named(table, ID_NAMES)
+    if name is None:
+        return [f"row {number}" for number in range(1, len(table.records) + 1)]
+    places: dict[str, str] = {}
+    for place, row in zip(table.places, table.records, strict=True):
+        value = row.get(name)
+        if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
+            raise UsageError(f"{table.path}, {place}: no id under {name!r}", hint=_heads(table))
+        study = str(value).strip()
+        if study in places:
+            raise UsageError(
+                f"{table.path}: the id {printable(study)} occurs twice ({places[study]} and {place})",
+                hint="Give each study once; --id-column names another column.",
+            )
+        places[study] = place
+    return list(places)
+
+
+def _column(table: _Table, what: str, given: str | None, names: Sequence[str], id_column: str | None) -> dict[str, str]:
+    ids = _ids(table, id_column)
+    name = given if given is not None else _named(table, names)
+    if name is None or (name not in table.records[0]):
+        missing = f"no column {given!r}" if given is not None else f"no column with the {what}"
+        raise UsageError(f"{table.path}: {missing}", hint=f"{_heads(table)} Name it with --{what}-column.")
+    texts = {}
+    for study, place, row in zip(ids, table.places, table.records, strict=True):
+        value = _alone(row.get(name))
+        if not isinstance(value, str) or value.strip().lower() == "nan":
+            raise UsageError(
+                f"{table.path}, {place}: the {what} is not a text but {_shown(value)}",
+                hint='An empty report is written as an empty text ("").',
+            )
+        texts[study] = value
+    return texts
+
+
+def _heads(table: _Table) -> str:
+    return f"There are: {', '.join(printable(str(key)) for key in table.records[0] if key != _KEY)}."
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, str) or (isinstance(value, float) and value != value):
+        return "NaN (an empty cell)"
+    return f"{type(value).__name__} ({printable(str(value))[:40]})"
+
+
+def _rexrank_reference(row: Mapping[str, Any]) -> str:
+    """The reference as ReXrank's own script joins it, the word None for a section that is not there included."""
+
+    def section(name: str) -> Any:
+        value = row.get(f"section_{name}", row.get(name))
+        return value if isinstance(value, str) else None
+
+    return f"Findings: {section('findings')} Impression: {section('impression')}"

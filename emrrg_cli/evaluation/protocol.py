@@ -1,0 +1,33 @@
+"""What scores were made with: the references, and one line that says all that they depend on."""
+
+from __future__ import annotations
+
+from emrrg_cli.models.report_generator import ReportGenerator
+from emrrg_cli.recipe.schema import FinetuneRecipe
+
+
+def reference_reports(model: ReportGenerator, reports: list[str], recipe: FinetuneRecipe) -> list[str]:
+    """The reports to score against: whole, or cut to the training length as the released code does.
+
+    Words have single spaces between them, as in generated reports: ROUGE-L would count the emptiness between two.
+    """
+    if recipe.evaluation.references == "whole":
+        return [" ".join(report.split()) for report in reports]
+    limit = recipe.data.max_report_tokens
+    return [model.decode(model.encode_report(report)[:limit]) for report in reports]
+
+
+def describe_protocol(recipe: FinetuneRecipe) -> str:
+    """One line that says what a score was made with; printed with every score."""
+    generation = recipe.generation
+    decoding = f"beams {generation.num_beams}, new tokens {generation.min_new_tokens}-{generation.max_new_tokens}"
+    if generation.do_sample:
+        decoding += f", sampled (temperature {generation.temperature}, top-p {generation.top_p})"
+    targets = recipe.model.adapter.targets
+    backbone = {"full": "trained whole", "none": "frozen"}.get(targets) if isinstance(targets, str) else None
+    return (
+        f"protocol {recipe.protocol}: section {recipe.data.section}, cleaning {recipe.data.cleaning}, "
+        f"references {recipe.evaluation.references}, tokenizer {recipe.evaluation.tokenizer}, "
+        f"backbone {backbone or 'frozen with LoRA on ' + ', '.join(targets)}; {decoding}, "
+        f"repetition penalty {generation.repetition_penalty}, length penalty {generation.length_penalty}"
+    )

@@ -1,0 +1,119 @@
+"""The registry of scores. A new score is a class here and an entry in `SCORES`.
+
+A score turns each pair of reports into statistics, and sums of these over studies into its value. Controls, intervals
+and tests follow from that. The values themselves equal those of the packages named.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from emrrg_cli.evaluation import meteor
+from emrrg_cli.evaluation.comparison import ORDERS, Floats, Pairs
+
+
+class Score(Protocol):
+    """One score, or several that share their statistics.
+
+    Attributes:
+        names: Keys in results.
+        slow: Milliseconds a pair or more, so that few deals of the control are scored.
+    """
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    @property
+    def slow(self) -> bool: ...
+
+    def statistics(self, pairs: Pairs) -> Floats:
+        """`[n, k]`, one row a pair. Raises `Unavailable` where something that the score needs is missing."""
+        ...
+
+    def combine(self, sums: Floats, studies: int) -> Floats:
+        """Scores `[..., len(names)]` from sums `[..., k]` over so many studies."""
+        ...
+
+
+class Unavailable(Exception):
+    """A score cannot be computed here; the message is the reason, in half a sentence."""
+
+
+class Bleu:
+    """BLEU-1 to 4 of the corpus (Papineni et al., 2002), as pycocoevalcap computes it."""
+
+    names = ("BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4")
+    slow = False
+
+    def statistics(self, pairs: Pairs) -> Floats:
+        possible = np.maximum(0, pairs.lengths[:, None] - np.arange(ORDERS))
+        return np.concatenate(
+            [pairs.matches, possible, pairs.lengths[:, None], pairs.reference_lengths[:, None]], axis=1
+        )
+
+    def combine(self, sums: Floats, studies: int) -> Floats:
+        matches, possible = sums[..., :ORDERS], sums[..., ORDERS : 2 * ORDERS]
+        # The small numbers are pycocoevalcap's, against division by zero.
+        precision = np.cumprod((matches + 1e-15) / (possible + 1e-9), axis=-1) ** (1 / np.arange(1, ORDERS + 1))
+        ratio = (sums[..., -2] + 1e-15) / (sums[..., -1] + 1e-9)
+        with np.errstate(over="ignore"):
+            brevity = np.where(ratio < 1, np.exp(1 - 1 / np.minimum(ratio, 1)), 1.0)
+        return np.asarray(precision * brevity[..., None], np.float64)
+
+
+class RougeL:
+    """ROUGE-L with beta = 1.2, mean over studies (Lin, 2004)."""
+
+    names = ("ROUGE_L",)
+    slow = False
+
+    def statistics(self, pairs: Pairs) -> Floats:
+        precision = pairs.subsequences / np.maximum(1, pairs.lengths)
+        recall = pairs.subsequences / np.maximum(1, pairs.reference_lengths)
+        weight = 1.2**2
+        divisor = recall + weight * precision
+        return np.divide((1 + weight) * precision * recall, divisor, np.zeros_like(divisor), where=divisor > 0)[:, None]
+
+    def combine(self, sums: Floats, studies: int) -> Floats:
+        return sums / max(1, studies)
+
+
+class Cider:
+    """CIDEr-D, mean over studies, from 0 to 10 (Vedantam et al., 2015)."""
+
+    names = ("CIDEr",)
+    slow = False
+
+    def statistics(self, pairs: Pairs) -> Floats:
+        norms = pairs.norms * pairs.reference_norms
+        cosines = np.divide(pairs.products, norms, np.zeros_like(norms), where=norms > 0)
+        # pycocoevalcap takes the number of bigrams for the length of a text.
+        bigrams, reference_bigrams = (np.maximum(0, n - 1) for n in (pairs.lengths, pairs.reference_lengths))
+        penalty = np.exp(-((bigrams - reference_bigrams) ** 2) / (2 * 6.0**2))
+        return np.asarray(10 * cosines.mean(axis=1) * penalty, np.float64)[:, None]
+
+    def combine(self, sums: Floats, studies: int) -> Floats:
+        return sums / max(1, studies)
+
+
+class Meteor:
+    """METEOR 1.5 of the corpus (Denkowski and Lavie, 2014), by its own Java program."""
+
+    names = ("METEOR",)
+    slow = True
+
+    def statistics(self, pairs: Pairs) -> Floats:
+        try:
+            return meteor.statistics([[text] for text in pairs.references], pairs.hypotheses)
+        except meteor.JavaFailure as failure:
+            raise Unavailable(str(failure)) from failure
+
+    def combine(self, sums: Floats, studies: int) -> Floats:
+        return meteor.combine(sums)[..., None]
+
+
+SCORES: tuple[Score, ...] = (Bleu(), RougeL(), Meteor(), Cider())
+
+NAMES: tuple[str, ...] = tuple(name for score in SCORES for name in score.names)

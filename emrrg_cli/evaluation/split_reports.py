@@ -1,0 +1,143 @@
+"""Writing a report for each study of a split, kept on the disk as they come and used again by a second evaluation."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from emrrg_cli.console import progress_bar
+from emrrg_cli.datasets.directory import find_shards
+from emrrg_cli.datasets.report_dataset import Example, ReportDataset
+from emrrg_cli.decoding.reports import write_split
+from emrrg_cli.evaluation.predictions import Predictions
+from emrrg_cli.files import append_jsonl, atomic_write_text, read_jsonl, read_record, whole_directory
+from emrrg_cli.models.report_generator import ReportGenerator
+from emrrg_cli.recipe.schema import FinetuneRecipe
+from emrrg_cli.signals import interrupted_by
+from emrrg_cli.versions import installed_versions
+
+MADE_WITH = "made_with.json"
+PREDICTIONS = "predictions.jsonl"
+
+
+def made_with(recipe: FinetuneRecipe, run_dir: Path, split: str, precision: str) -> dict[str, Any]:
+    """All that the reports of a split depend on; equal records mean equal reports."""
+    data = whole_directory(Path(recipe.data.root or ""))
+    data_settings = {"section", "cleaning", "max_report_tokens", "max_views", "limit"}
+    return {
+        "emrrg": installed_versions(["emrrg"])["emrrg"],
+        "model": {str(file.relative_to(run_dir)): _stamp(file) for file in sorted((run_dir / "model").rglob("*"))},
+        "data": {str(file): _stamp(file) for file in find_shards(data).get(split, [])},
+        "split": split,
+        "settings": {
+            "data": recipe.data.model_dump(mode="json", include=data_settings),
+            "generation": recipe.generation.model_dump(mode="json", exclude={"batch_size"}),
+            "references": recipe.evaluation.references,
+        },
+        "precision": precision,
+    }
+
+
+def kept_predictions(folder: Path, record: dict[str, Any], name: str = PREDICTIONS) -> Predictions | None:
+    """The reports that an earlier evaluation left in `folder`, if they were made with the same model and settings."""
+    kept = read_record(folder / MADE_WITH, "the record of an evaluation", "Give --overwrite.")
+    if kept is None or kept.get("made_with") != record:
+        return None
+    if not (folder / name).is_file():
+        return None
+    rows = read_jsonl(folder / name)
+    columns = [[row[key] for row in rows] for key in ("study_id", "reference", "hypothesis")]
+    return Predictions(columns[0], columns[1], columns[2])
+
+
+def write_predictions(
+    model: ReportGenerator,
+    dataset: ReportDataset,
+    references: Sequence[str],
+    recipe: FinetuneRecipe,
+    accelerator: Any,
+    *,
+    folder: Path,
+    name: str = PREDICTIONS,
+    films: Dataset[Example] | None = None,
+) -> Predictions:
+    """Writes reports, batch by batch to `NAME.partial` (of each process `NAME-RANK...`), and all of them to `NAME`.
+
+    Args:
+        films: the dataset with other films in place of its own, for a control; None: its own.
+
+    Raises:
+        Interrupted: after SIGINT or SIGTERM; what was written so far is kept.
+    """
+    study_ids = dataset.study_ids
+    stem = name.removesuffix(".jsonl")
+    rank = f"-{accelerator.process_index}" if accelerator.num_processes > 1 else ""
+    partial = folder / f"{stem}{rank}.jsonl.partial"
+    partial.unlink(missing_ok=True)  # of an evaluation that is to be overwritten
+    kept = 0
+
+    def keep(indices: Sequence[int], reports: Sequence[str]) -> None:
+        nonlocal kept
+        for index, report in zip(indices, reports, strict=True):
+            append_jsonl(partial, _row(study_ids[index], references[index], report))
+        kept += len(reports)
+
+    with (
+        interrupted_by(signal.SIGINT, signal.SIGTERM, message=lambda: f"stopped; {kept} reports are in {partial}"),
+        progress_bar("writing reports", len(dataset), enabled=accelerator.is_main_process) as advance,
+    ):
+        hypotheses = write_split(
+            model,
+            dataset if films is None else films,  # type: ignore[arg-type]
+            recipe.generation,
+            accelerator,
+            workers=recipe.data.workers,
+            advance=advance,
+            keep=keep,
+        )
+    if accelerator.is_main_process:
+        lines = [
+            json.dumps(_row(*row), ensure_ascii=False) + "\n"
+            for row in zip(study_ids, references, hypotheses, strict=True)
+        ]
+        atomic_write_text(folder / name, "".join(lines))
+        for left in folder.glob(f"{stem}*.jsonl.partial"):
+            left.unlink(missing_ok=True)
+    return Predictions(study_ids, references, hypotheses)
+
+
+class OtherFilms(Dataset[Example]):
+    """A dataset whose studies show the films of others, or blank ones, with their own reports.
+
+    Args:
+        order: whose films each study shows; None: blank (black) ones.
+    """
+
+    def __init__(self, dataset: ReportDataset, order: Sequence[int] | None) -> None:
+        self.dataset = dataset
+        self.order = order
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Example:
+        own = index if self.order is None else self.order[index]
+        shown = self.dataset[own]
+        pixels = torch.zeros_like(shown.pixels) if self.order is None else shown.pixels
+        return replace(shown, index=index, pixels=pixels, report=self.dataset.reports[index])
+
+
+def _row(study_id: str, reference: str, hypothesis: str) -> dict[str, str]:
+    return {"study_id": study_id, "reference": reference, "hypothesis": hypothesis}
+
+
+def _stamp(file: Path) -> list[int]:
+    status = file.stat()
+    return [status.st_size if file.is_file() else 0, status.st_mtime_ns if file.is_file() else 0]

@@ -1,0 +1,83 @@
+"""Tables of an evaluation for the terminal: scores beside their controls, and clinical figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+LABELS = {f"BLEU_{n}": f"BLEU-{n}" for n in (1, 2, 3, 4)} | {"ROUGE_L": "ROUGE-L"}
+CONTROLS = {
+    "dealt": "dealt to other studies",
+    "most_frequent": "most frequent report",
+    "blank_films": "blank films",
+    "other_films": "films of others",
+    "nearest_training_study": "nearest training study",
+}
+POLICY = {"uncertain_positive": "positive", "uncertain_negative": "negative"}
+AVERAGES = {
+    "micro": "micro",
+    "macro": "macro",
+    "macro_defined": "macro, defined only",
+    "example": "example",
+}
+
+
+def evaluation_tables(result: Mapping[str, Any], title: str) -> list[Table]:
+    """Scores with intervals and controls, then each labeler's grid."""
+    tables = [_scores(result, title)]
+    tables += [_clinical(name, grid, result["controls"]) for name, grid in result["clinical"].items()]
+    return tables
+
+
+def labeler_name(name: str) -> str:
+    """How a labeler is called in tables."""
+    return {"rules": "rules (ours; not CheXbert)", "chexbert": "CheXbert"}.get(name, name)
+
+
+def _scores(result: Mapping[str, Any], title: str) -> Table:
+    controls = {name: made["scores"] for name, made in result["controls"].items()}
+    reasons = result["left_out"]
+    table = Table(title=Text(title), title_justify="left", title_style="bold", min_width=len(title))
+    table.add_column("score")
+    table.add_column("value", justify="right")
+    table.add_column("95 % interval", justify="right")
+    for name in controls:
+        table.add_column(CONTROLS.get(name, name), justify="right")
+    for name, value in result["scores"].items():
+        ends = result["intervals"].get(name)
+        shown = "" if ends is None else f"{ends[0]:.3f}-{ends[1]:.3f}"
+        cells = [Text(shown), *(_value(scores.get(name), reasons.get(name, "")) for scores in controls.values())]
+        table.add_row(Text(LABELS.get(name, name)), _value(value, reasons.get(name, "")), *cells)
+    return table
+
+
+def _clinical(name: str, grid: Mapping[str, Any], controls: Mapping[str, Any]) -> Table:
+    table = Table(title=Text(f"Clinical findings by {labeler_name(name)}"), title_justify="left", title_style="bold")
+    for head in ("uncertain as", "labels", "average"):
+        table.add_column(head)
+    for head in ("precision", "recall", "F1"):
+        table.add_column(head, justify="right")
+    shown = [control for control, made in controls.items() if name in made.get("clinical", {})]
+    for control in shown:
+        table.add_column(f"F1, {CONTROLS.get(control, control)}", justify="right")
+    for policy, figures in grid.items():
+        for labels in ("14", "5"):
+            for average, words in AVERAGES.items():
+                if average == "macro_defined" and not figures[labels]["undefined"]:
+                    continue
+                row = figures[labels][average]
+                others = [controls[c]["clinical"][name][policy][labels][average]["f1"] for c in shown]
+                cells = [row["precision"], row["recall"], row["f1"], *others]
+                table.add_row(POLICY[policy], labels, words, *(f"{value:.3f}" for value in cells))
+    if undefined := max(figures["14"]["undefined"] for figures in grid.values()):
+        table.caption = f"{undefined} of 14 labels occur on neither side; macro counts them as 0."
+    return table
+
+
+def _value(value: float | None, reason: str) -> Text:
+    if value is not None:
+        return Text(f"{value:.4f}")
+    return Text("needs Java" if "Java" in reason else "left out", style="dim")

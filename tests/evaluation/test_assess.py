@@ -1,0 +1,142 @@
+"""Scores beside their controls, and whether the image matters, on reports whose truth is known."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from emrrg_cli.errors import UsageError
+from emrrg_cli.evaluation import controls
+from emrrg_cli.evaluation.assess import Options, assess
+from emrrg_cli.evaluation.language import score
+from emrrg_cli.evaluation.predictions import Predictions
+from emrrg_cli.labeling import label_reports
+
+FINDINGS = (
+    "the heart is enlarged .",
+    "there is a small left pleural effusion .",
+    "there is a right pneumothorax .",
+    "no acute cardiopulmonary abnormality .",
+)
+OPTIONS = Options(meteor=False, resamples=200)
+
+
+def _studies(seed: int, count: int = 80) -> list[str]:
+    draw = random.Random(seed)
+    parts = ("the lungs are clear .", "bones are intact .", "the mediastinum is normal .", "no free air .")
+    return [" ".join([draw.choice(FINDINGS), draw.choice(parts), draw.choice(parts)]) for _ in range(count)]
+
+
+def _predictions(references: list[str], hypotheses: list[str]) -> Predictions:
+    return Predictions([f"s{i}" for i in range(len(references))], references, hypotheses)
+
+
+def test_a_derangement_leaves_nothing_at_its_place() -> None:
+    for studies in (2, 3, 50):
+        orders = controls.derangements(studies)
+        assert len(orders) == 20
+        for order in orders:
+            assert sorted(order) == list(range(studies))
+            assert all(order != np.arange(studies))
+    assert controls.derangements(1) == []
+    again = controls.derangements(50)
+    assert all(np.array_equal(a, b) for a, b in zip(again, controls.derangements(50), strict=True))
+    assert len({tuple(order) for order in again}) == 20
+
+
+def test_the_image_matters_where_reports_are_their_own() -> None:
+    references = _studies(0)
+    draw = random.Random(1)
+    # Right for two studies in three, another's report for the rest.
+    hypotheses = [text if draw.random() < 0.66 else draw.choice(references) for text in references]
+    record = assess(_predictions(references, hypotheses), OPTIONS).record
+    assert record["image_matters"] is True
+    assert record["image_p"] < 0.001
+    assert record["controls"]["dealt"]["scores"]["CIDEr"] < record["scores"]["CIDEr"] / 2
+    assert record["image"].startswith("The image matters: CIDEr")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_image_does_not_matter_where_reports_are_drawn(seed: int) -> None:
+    references = _studies(0)
+    record = assess(_predictions(references, _studies(seed + 10)), OPTIONS).record
+    assert record["image_matters"] is False
+    assert record["image_p"] > 0.01
+    assert record["image"].startswith("NOTHING SHOWS THAT THE IMAGE IS USED")
+
+
+def test_one_report_for_everybody_shows_nothing() -> None:
+    references = _studies(0)
+    record = assess(_predictions(references, [references[0]] * len(references)), OPTIONS).record
+    assert (record["image_matters"], record["image_p"]) == (False, 1.0)
+    assert record["controls"]["dealt"]["scores"] == pytest.approx(record["scores"])
+
+
+def test_controls_have_the_scores_of_their_reports() -> None:
+    references, train = _studies(0), _studies(5, 300)
+    hypotheses = _studies(3)
+    others = {"blank_films": _studies(4)}
+    options = Options(meteor=False, resamples=100, train_reports=train, others=others)
+    record = assess(_predictions(references, hypotheses), options).record
+    assert list(record["controls"]) == ["dealt", "most_frequent", "blank_films"]
+    usual, count = Counter(train).most_common(1)[0]
+    assert count > 1
+    assert record["controls"]["most_frequent"]["report"] == usual
+    wanted = score(references, [usual] * len(references), meteor=False)
+    assert record["controls"]["most_frequent"]["scores"] == pytest.approx(wanted, abs=1e-9)
+    wanted = score(references, others["blank_films"], meteor=False)
+    assert record["controls"]["blank_films"]["scores"] == pytest.approx(wanted, abs=1e-9)
+    dealt = [
+        score(references, [hypotheses[i] for i in order], meteor=False)
+        for order in controls.derangements(len(references))
+    ]
+    for name in ("BLEU_4", "ROUGE_L", "CIDEr"):
+        mean = np.mean([one[name] for one in dealt])  # type: ignore[arg-type]
+        assert record["controls"]["dealt"]["scores"][name] == pytest.approx(mean, abs=1e-9)
+    assert all(list(made["scores"]) == list(record["scores"]) for made in record["controls"].values())
+
+
+def test_intervals_hold_the_scores() -> None:
+    record = assess(_predictions(_studies(0), _studies(3)), OPTIONS).record
+    for name, value in record["scores"].items():
+        if value is not None:
+            low, high = record["intervals"][name]
+            assert low < value < high
+    assert "METEOR" not in record["intervals"]
+    assert record["left_out"] == {"METEOR": "not asked for"}
+
+
+def test_clinical_figures_are_those_of_the_rules() -> None:
+    references, hypotheses = _studies(0), _studies(3)
+    figures = assess(_predictions(references, hypotheses), OPTIONS).record["clinical"]
+    assert list(figures) == ["rules"]
+    truth, found = label_reports(references), label_reports(hypotheses)
+    hits = sum(t["Cardiomegaly"] == f["Cardiomegaly"] == "positive" for t, f in zip(truth, found, strict=True))
+    wanted = sum(row["Cardiomegaly"] == "positive" for row in truth)
+    got = figures["rules"]["uncertain_positive"]["labels"]["Cardiomegaly"]
+    assert got["support"] == wanted > 0
+    assert got["recall"] == pytest.approx(hits / wanted)
+
+
+def test_labels_of_the_data_set_replace_those_of_references() -> None:
+    references = ["the heart is enlarged ."] * 3
+    known = label_reports(["there is a right pneumothorax ."] * 3)
+    options = Options(meteor=False, resamples=50, reference_labels=known)
+    figures = assess(_predictions(references, references), options).record["clinical"]["rules"]
+    assert figures["uncertain_positive"]["labels"]["Pneumothorax"]["support"] == 3
+    assert figures["uncertain_positive"]["14"]["micro"]["f1"] == 0.0
+
+
+def test_one_study_has_no_dealt_control() -> None:
+    record = assess(_predictions(["no effusion ."], ["no effusion ."]), OPTIONS).record
+    assert record["controls"] == {}
+    assert (record["image_matters"], record["image_p"]) == (False, 1.0)
+    assert "One study cannot show" in record["image"]
+
+
+def test_empty_references_are_refused() -> None:
+    with pytest.raises(UsageError, match="every reference is empty"):
+        assess(_predictions(["", " "], ["a", "b"]), OPTIONS)

@@ -1,0 +1,64 @@
+"""Intervals and p values against known distributions and against the scores of resampled texts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from emrrg_cli.evaluation import bootstrap
+from emrrg_cli.evaluation.scores import Bleu
+
+
+def _mean(sums: np.ndarray, studies: int) -> np.ndarray:
+    return sums / studies
+
+
+def test_the_interval_of_a_mean_is_that_of_theory() -> None:
+    values = np.random.default_rng(1).normal(3.0, 2.0, 900)[:, None]
+    ((low, high),) = bootstrap.intervals(values, _mean, resamples=4000)
+    assert low == pytest.approx(values.mean() - 1.96 * 2 / 30, abs=0.02)
+    assert high == pytest.approx(values.mean() + 1.96 * 2 / 30, abs=0.02)
+
+
+def test_equal_seeds_draw_the_same_studies() -> None:
+    statistics = np.random.default_rng(0).random((50, 3))
+    first = bootstrap.resampled_sums(statistics, 700, seed=4)
+    assert np.array_equal(first, bootstrap.resampled_sums(statistics, 700, seed=4))
+    assert not np.array_equal(first, bootstrap.resampled_sums(statistics, 700, seed=5))
+    # Another column beside them changes no draw: runs are compared on the same resamples.
+    wider = bootstrap.resampled_sums(np.concatenate([statistics, statistics], axis=1), 700, seed=4)
+    assert wider[:, :3] == pytest.approx(first)
+
+
+def test_each_resample_has_as_many_studies() -> None:
+    sums = bootstrap.resampled_sums(np.ones((17, 1)), 1200)
+    assert sums.shape == (1200, 1)
+    assert np.all(sums == 17)
+
+
+@pytest.mark.parametrize(("shift", "low", "high"), [(0.0, 0.05, 0.95), (0.5, 0.0, 0.001), (-0.5, 0.999, 1.0)])
+def test_p_says_whether_differences_are_above_zero(shift: float, low: float, high: float) -> None:
+    differences = np.random.default_rng(3).normal(shift, 1.0, 400)
+    differences -= differences.mean() - shift  # exactly
+    assert low <= bootstrap.p_greater(differences) <= high
+
+
+def test_equal_reports_are_no_evidence() -> None:
+    assert bootstrap.p_greater(np.zeros(30)) == 1.0
+    assert bootstrap.p_greater(np.full(30, 1e-16)) == 1.0
+    same = bootstrap.resampled_sums(np.random.default_rng(0).random((30, 2)), 200)
+    assert bootstrap.p_two_sided(same, same).tolist() == [1.0, 1.0]
+
+
+def test_false_alarms_are_as_rare_as_they_say() -> None:
+    draw = np.random.default_rng(0)
+    alarms = [bootstrap.p_greater(draw.normal(0, 1, 200), 2000, seed=i) < 0.05 for i in range(200)]
+    assert 0.01 <= np.mean(alarms) <= 0.09
+
+
+def test_a_corpus_score_is_resampled_as_a_whole() -> None:
+    # BLEU is no mean over studies: the interval of two kinds of studies lies around the score of the corpus.
+    statistics = np.array([[5, 4, 3, 2, 10, 9, 8, 7, 10, 10], [9, 8, 7, 6, 10, 9, 8, 7, 10, 10]] * 100, float)
+    value = Bleu().combine(statistics.sum(axis=0), 200)
+    ends = bootstrap.intervals(statistics, Bleu().combine)
+    assert np.all((ends[:, 0] < value) & (value < ends[:, 1]))

@@ -1,0 +1,118 @@
+"""Statistics of pairs, and the scores made of their sums, against pycocoevalcap called directly."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from emrrg_cli.datasets.report_text import clean_report
+from emrrg_cli.evaluation import scores as registry
+from emrrg_cli.evaluation.comparison import Corpus
+from emrrg_cli.evaluation.language import java_path
+
+WORDS = [
+    "the",
+    "lungs",
+    "are",
+    "clear",
+    ".",
+    "heart",
+    "size",
+    "is",
+    "normal",
+    "no",
+    "effusion",
+    "left",
+    "right",
+    "small",
+]
+
+
+def _texts(seed: int, count: int = 60) -> tuple[list[str], list[str]]:
+    """Random reports of 0 to 30 words, many of them repeated within one report and between reports."""
+    draw = random.Random(seed)
+    made = [" ".join(draw.choices(WORDS, k=draw.randrange(1, 30))) for _ in range(count)]
+    written = [draw.choice([*made, " ".join(draw.choices(WORDS, k=draw.randrange(1, 30)))]) for _ in made]
+    written[3], written[7] = "", made[7]
+    return made, written
+
+
+def _pycocoevalcap(references: list[str], hypotheses: list[str]) -> dict[str, Any]:
+    """Corpus scores, and ROUGE-L and CIDEr of each item."""
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    truth = {i: [text] for i, text in enumerate(references)}
+    written = {i: [text] for i, text in enumerate(hypotheses)}
+    bleu, _ = Bleu(4).compute_score(truth, written, verbose=0)
+    _, rouge = Rouge().compute_score(truth, written)
+    cider, each = Cider().compute_score(truth, written)
+    return {"bleu": bleu, "rouge": rouge, "cider": cider, "each": each}
+
+
+def _check(references: list[str], hypotheses: list[str]) -> None:
+    wanted = _pycocoevalcap(references, hypotheses)
+    pairs = Corpus(references).compare(references, hypotheses)
+    bleu, rouge, cider = registry.Bleu(), registry.RougeL(), registry.Cider()
+    assert bleu.combine(bleu.statistics(pairs).sum(axis=0), len(pairs)) == pytest.approx(wanted["bleu"], abs=1e-9)
+    assert rouge.statistics(pairs)[:, 0] == pytest.approx(np.array(wanted["rouge"]), abs=1e-9)
+    assert cider.statistics(pairs)[:, 0] == pytest.approx(np.array(wanted["each"]), abs=1e-9)
+    mean = cider.combine(cider.statistics(pairs).sum(axis=0), len(pairs))
+    assert mean == pytest.approx([wanted["cider"]], abs=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_scores_of_sums_equal_pycocoevalcap(seed: int) -> None:
+    _check(*_texts(seed))
+
+
+def test_dealt_reports_equal_pycocoevalcap() -> None:
+    references, hypotheses = _texts(9)
+    order = np.random.default_rng(0).permutation(len(references))
+    dealt = [hypotheses[i] for i in order]
+    corpus = Corpus(references)
+    corpus.compare(references, hypotheses)  # texts seen before change nothing
+    cider = registry.Cider().statistics(corpus.compare(references, dealt))[:, 0]
+    assert cider == pytest.approx(np.array(_pycocoevalcap(references, dealt)["each"]), abs=1e-9)
+
+
+def test_the_590_iu_pairs_equal_pycocoevalcap(shared_data: Path) -> None:
+    rows = json.loads((shared_data / "iu_text" / "annotation.json").read_text())
+    test, train = (
+        # Single spaces: pycocoevalcap's ROUGE-L alone counts the empty words between two spaces.
+        [" ".join(clean_report(row["report"], "r2gen-iu").split()) for row in rows[name]]
+        for name in ("test", "train")
+    )
+    draw = random.Random(0)
+    _check(test, [draw.choice(train) for _ in test])
+
+
+@pytest.mark.skipif(java_path() is None, reason="needs Java")
+def test_meteor_of_sums_equals_that_of_the_jar() -> None:
+    from emrrg_cli.evaluation import meteor
+
+    references = [
+        "the heart is normal in size . the lungs are clear .",
+        "there is a small left pleural effusion .",
+        "big hearts are enlarged in the chest",
+        "lungs are clear",
+        "no acute disease",
+    ]
+    hypotheses = [
+        "the heart is normal . lungs clear .",
+        "there is a large right pleural effusions .",
+        "a large heart is seen within the thorax in size enlarge",
+        "lungs are clear",
+        "",
+    ]
+    for count in range(1, len(references) + 1):
+        pairs = [[text] for text in references[:count]]
+        counted = meteor.statistics(pairs, hypotheses[:count])
+        wanted = meteor.meteor(pairs, hypotheses[:count])
+        assert meteor.combine(counted.sum(axis=0)) == pytest.approx(wanted, abs=1e-9)
