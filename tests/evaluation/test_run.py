@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 
 from emrrg_cli.errors import Interrupted, RunError, UsageError
-from emrrg_cli.evaluation import assess
+from emrrg_cli.evaluation import assess, split_reports
 from emrrg_cli.evaluation import run as evaluation
 from emrrg_cli.evaluation.run import describe_protocol, run_evaluation
 from emrrg_cli.files import read_jsonl
-from emrrg_cli.models.report_generator import ReportGenerator
 from emrrg_cli.recipe.load import load_run_recipe
 
 
@@ -210,15 +209,15 @@ def test_reports_outlive_an_interruption(
     evaluate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
 ) -> None:
     whole = evaluate("generation.batch_size=1", name="whole")["predictions"]
-    generate, batches = ReportGenerator.generate, []
+    save, saved = split_reports.append_jsonl, []
 
-    def interrupted(*arguments: Any) -> Any:
-        batches.append(1)
-        if len(batches) == 3:
+    def interrupted(*arguments: Any) -> None:
+        saved.append(1)
+        if len(saved) == 3:
             os.kill(os.getpid(), number)
-        return generate(*arguments)
+        save(*arguments)
 
-    monkeypatch.setattr(ReportGenerator, "generate", interrupted)
+    monkeypatch.setattr(split_reports, "append_jsonl", interrupted)
     with pytest.raises(Interrupted, match=r"2 reports are in .*predictions\.jsonl\.partial") as caught:
         evaluate("generation.batch_size=1")
     assert caught.value.exit_code == code
