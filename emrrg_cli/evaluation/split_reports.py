@@ -13,8 +13,8 @@ import torch
 from torch.utils.data import Dataset
 
 from emrrg_cli.console import progress_bar
-from emrrg_cli.datasets.directory import find_shards
 from emrrg_cli.datasets.report_dataset import Example, ReportDataset
+from emrrg_cli.datasets.shard_files import find_shards
 from emrrg_cli.decoding.reports import write_split
 from emrrg_cli.evaluation.predictions import Predictions
 from emrrg_cli.files import append_jsonl, atomic_write_text, read_jsonl, read_record, whole_directory
