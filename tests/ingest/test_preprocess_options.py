@@ -284,9 +284,9 @@ def test_dry_run_from_the_command_line(tiny_r2gen: Path, tmp_path: Path, capsys:
     arguments = ["preprocess", "r2gen", str(tiny_r2gen), str(tmp_path / "out"), "--dry-run"]
     assert main(arguments) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "to be tried │ 24 │ 36" in printed
+    assert "to be written │ 24 │ 36" in printed
     assert "Views: 36 unknown." in printed
-    assert "24 studies from all over were decoded" in printed
+    assert "24 studies from all parts of the source decoded as a sample" in printed
     assert "Nothing was written" in printed
     assert main([*arguments, "--json", "--section", "findings"]) == 0
     plan = json.loads(capsys.readouterr().out)

@@ -15,8 +15,6 @@ from emrrg_cli.commands.options import Json, Overrides
 from emrrg_cli.console import out as console
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from emrrg_cli.ingest.study import StudySource
     from emrrg_cli.recipe.schema import PreprocessRecipe
 
@@ -60,14 +58,16 @@ class Options:
     ] = None
     min_words: Annotated[
         int | None,
-        typer.Option("--min-words", min=0, help="Shortest report.", show_default=False, rich_help_panel=_CHOICE),
+        typer.Option(
+            "--min-words", min=0, help="Leave out reports of fewer words.", show_default=False, rich_help_panel=_CHOICE
+        ),
     ] = None
     dedupe: Annotated[
         str | None,
         typer.Option(
             "--dedupe",
             metavar="off|report|drop",
-            help="Images that are there twice, exactly or nearly: report them, or keep each once.",
+            help="Duplicate images, exact or near: report them, or keep one copy of each.",
             show_default=False,
             rich_help_panel=_CHOICE,
         ),
@@ -82,7 +82,7 @@ class Options:
             rich_help_panel=_CHOICE,
         ),
     ] = None
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of what is drawn.", rich_help_panel=_CHOICE)] = 0
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Random seed for the split.", rich_help_panel=_CHOICE)] = 0
     allow_leakage: Annotated[
         bool,
         typer.Option("--allow-leakage", help="Accept patients in more than one split.", rich_help_panel=_CHOICE),
@@ -99,15 +99,18 @@ class Options:
     ] = None
     image_format: Annotated[
         str | None,
-        typer.Option("--format", metavar="jpeg|png", show_default=False, rich_help_panel=_IMAGES),
+        typer.Option(
+            "--format", metavar="jpeg|png", help="Format of the images.", show_default=False, rich_help_panel=_IMAGES
+        ),
     ] = None
     quality: Annotated[
-        int | None, typer.Option("--quality", help="Of JPEG, 1 to 100.", show_default=False, rich_help_panel=_IMAGES)
+        int | None,
+        typer.Option("--quality", help="JPEG quality, 1 to 100.", show_default=False, rich_help_panel=_IMAGES),
     ] = None
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Say what would be done and the first problems; write nothing.", rich_help_panel=_RUN
+            "--dry-run", help="Report what would be done and the first problems; write nothing.", rich_help_panel=_RUN
         ),
     ] = False
     export_annotation: Annotated[
@@ -125,7 +128,7 @@ class Options:
         typer.Option(
             "--workers",
             min=1,
-            help="Processes that decode; default one a core.",
+            help="Number of decoding processes; default: one per core.",
             show_default=False,
             rich_help_panel=_RUN,
         ),
@@ -135,7 +138,7 @@ class Options:
         typer.Option(
             "--backend",
             metavar="loky|threading|dask|NAME",
-            help="Of joblib: processes here, or a cluster.",
+            help="joblib backend: loky (processes on this machine), threading, sequential or dask.",
             show_default=False,
             rich_help_panel=_RUN,
         ),
@@ -143,7 +146,11 @@ class Options:
     scheduler: Annotated[
         str | None,
         typer.Option(
-            "--scheduler", metavar="ADDRESS", help="Of a Dask cluster.", show_default=False, rich_help_panel=_RUN
+            "--scheduler",
+            metavar="ADDRESS",
+            help="Address of a Dask scheduler.",
+            show_default=False,
+            rich_help_panel=_RUN,
         ),
     ] = None
     overwrite: Annotated[
@@ -152,7 +159,7 @@ class Options:
     summary: Annotated[
         bool,
         typer.Option(
-            "--summary/--no-summary", help="Afterwards what `emrrg data show OUT` does.", rich_help_panel=_RUN
+            "--summary/--no-summary", help="Write the page of `emrrg data show OUT` afterwards.", rich_help_panel=_RUN
         ),
     ] = True
     as_json: Json = False
@@ -225,6 +232,7 @@ def run_source(
     """
     # Here, not above: `emrrg --help` stays fast.
     from emrrg_cli.commands.data import show, summary_folder
+    from emrrg_cli.commands.preprocess.outcome import print_manifest, print_plan
     from emrrg_cli.errors import UsageError
     from emrrg_cli.ingest.annotation_file import check_annotation
     from emrrg_cli.ingest.dataset_writer import is_finishing
@@ -246,7 +254,7 @@ def run_source(
         if options.as_json:
             console.print_json(data=plan)
         else:
-            _print_plan(plan, out, title)
+            print_plan(plan, out, title)
         return
     manifest = preprocess(
         source,
@@ -262,78 +270,9 @@ def run_source(
     if options.as_json:
         console.print_json(data=manifest)
         return
-    console.print(_summary(manifest, title or _title(manifest), "written", manifest["studies_written"]))
-    _print_account(manifest, f"{manifest['studies_skipped']:,} studies skipped", "written, but look at")
+    print_manifest(manifest, title)
     console.print(f"Written to {out} in {manifest['seconds']:.1f} s.", markup=False, soft_wrap=True)
     if options.export_annotation is not None:
         console.print(f"Exported to {options.export_annotation}.", markup=False, soft_wrap=True)
     if options.summary:
         show(out)
-
-
-def _print_plan(plan: dict[str, Any], out: Path, title: str | None) -> None:
-    sample = plan["sample"]
-    studies = sum(count["studies"] for count in plan["splits"].values())
-    console.print(_summary(plan, title or _title(plan), "to be tried", studies))
-    views = ", ".join(f"{count:,} {view}" for view, count in plan["views"].items())
-    console.print(f"Views: {views or 'none'}.", markup=False, soft_wrap=True)
-    _print_account(plan, f"{plan['studies_skipped']:,} studies left out", "to be looked at")
-    for reason, entry in plan["known_problems"].items():
-        first = ", ".join(dict.fromkeys((entry["id"], entry["path"])))
-        console.print(
-            f"{entry['count']:,} images cannot be used: {reason}, first: {first}", markup=False, soft_wrap=True
-        )
-    console.print(f"{sample['studies']} studies from all over were decoded:", markup=False, soft_wrap=True)
-    for kind in ("problems", "notes"):
-        for reason, entry in sample[kind].items():
-            first = ", ".join(dict.fromkeys(entry["examples"][0].values()))
-            console.print(f"  {reason}: {entry['count']} {entry['unit']}, first: {first}", markup=False, soft_wrap=True)
-    console.print(
-        f"  about {sample['bytes'] / 1e9:.2f} GB and {sample['seconds'] / 60:.1f} minutes of one core for the whole.",
-        markup=False,
-        soft_wrap=True,
-    )
-    console.print(f"Nothing was written; {out} would be.", markup=False, soft_wrap=True)
-
-
-def _title(manifest: dict[str, Any]) -> str:
-    return f"{manifest['source']}: {manifest['studies_read']:,} studies read"
-
-
-def _print_account(manifest: dict[str, Any], skipped: str, noted: str) -> None:
-    if manifest["skipped"]:
-        console.print(_reasons(manifest["skipped"], skipped))
-    if manifest["notes"]:
-        console.print(_reasons(manifest["notes"], noted))
-    for remark in manifest["remarks"]:
-        console.print(remark, markup=False, soft_wrap=True)
-
-
-# Names go in as Text: they may hold what rich reads as markup.
-def _summary(manifest: dict[str, Any], title: str, last: str, studies: int) -> Table:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=Text(title), title_justify="left")
-    for name in ("split", "studies", "images"):
-        table.add_column(name, justify="left" if name == "split" else "right")
-    for split, count in manifest["splits"].items():
-        table.add_row(split, f"{count['studies']:,}", f"{count['images']:,}")
-    table.add_section()
-    table.add_row(last, f"{studies:,}", f"{manifest['images']:,}")
-    return table
-
-
-def _reasons(entries: dict[str, Any], title: str) -> Table:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=title, title_justify="left")
-    table.add_column("reason")
-    table.add_column("count", justify="right")
-    table.add_column("first", overflow="fold")
-    for reason, entry in entries.items():
-        first = Text(", ".join(dict.fromkeys(entry["examples"][0].values())))  # an id is often the path
-        unit = {"study": "studies", "image": "images"}[entry["unit"]] if entry["count"] != 1 else entry["unit"]
-        table.add_row(reason, f"{entry['count']:,} {unit}", first)
-    return table

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from emrrg_cli.commands.preprocess.common import Options, Out, Root, SourceName, load_settings, run_source
 
-Column = Annotated[str | None, typer.Option(metavar="NAME", show_default=False)]
+
+def _column(content: str) -> Any:
+    return typer.Option(metavar="NAME", help=f"Column with {content}.", show_default=False)
 
 
 def folder(
@@ -20,31 +22,43 @@ def folder(
         Path | None,
         typer.Option("--table", metavar="FILE", help="CSV, TSV or JSON lines with paths, texts and more."),
     ] = None,
-    image_column: Annotated[str, typer.Option(metavar="NAME", help="Paths below ROOT or ROOT/images.")] = "image",
-    report_column: Column = None,
-    findings_column: Column = None,
-    impression_column: Column = None,
+    image_column: Annotated[
+        str, typer.Option(metavar="NAME", help="Column with image paths below ROOT or ROOT/images.")
+    ] = "image",
+    report_column: Annotated[str | None, _column("the report")] = None,
+    findings_column: Annotated[str | None, _column("the findings section")] = None,
+    impression_column: Annotated[str | None, _column("the impression section")] = None,
     split_column: Annotated[
-        str | None, typer.Option(metavar="NAME", help="train, validation or test.", show_default=False)
+        str | None, typer.Option(metavar="NAME", help="Column with train, validation or test.", show_default=False)
     ] = None,
-    patient_column: Column = None,
+    patient_column: Annotated[str | None, _column("the patient id")] = None,
     study_column: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Rows of one study are its views.", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Column with the study id; rows of one study are its views.", show_default=False
+        ),
     ] = None,
-    view_column: Column = None,
+    view_column: Annotated[str | None, _column("the view: PA, AP, lateral")] = None,
     labels_column: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A JSON list, or names divided by | or ;.", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Column with labels: a JSON list, or names separated by | or ;.", show_default=False
+        ),
     ] = None,
     split: Annotated[
         str | None,
-        typer.Option(metavar="PARTS", help="Parts drawn by patient; default 0.8,0.1,0.1.", show_default=False),
+        typer.Option(
+            metavar="PARTS",
+            help="Fractions of train, validation and test, by patient; default 0.8,0.1,0.1.",
+            show_default=False,
+        ),
     ] = None,
     source: SourceName = None,
 ) -> None:
     """Any folder of images and DICOM files, with or without a table.
 
-    Without a table, DICOM files are grouped into studies and every other image is one, without a report. With one, its
-    rows name the images. Files that cannot be used are counted and explained; the rest goes on.
+    Without a table, DICOM files are grouped into studies, and every other image is a study of its own without a report.
+    With a table, its rows name the images. Files that cannot be used are counted and explained; the others are written.
 
     Example: emrrg preprocess folder films/ data/mine --table films.csv --report-column text --patient-column patient
     """

@@ -16,19 +16,26 @@ def iu_xray(
     options: Options,
     layout: Annotated[
         Literal["openi", "flat", "r2gen"] | None,
-        typer.Option("--layout", help="Of ROOT; default: the first of these that is there.", show_default=False),
+        typer.Option("--layout", help="Layout of ROOT; default: the first one found.", show_default=False),
     ] = None,
     images: Annotated[
         Path | None,
-        typer.Option("--images", metavar="DIR", help="Images, if not in a folder of ROOT.", show_default=False),
+        typer.Option("--images", metavar="DIR", help="Folder of images, at any depth below it.", show_default=False),
     ] = None,
     annotation: Annotated[
         Path | None,
-        typer.Option("--annotation", metavar="JSON", help="R2Gen's file: its studies and split.", show_default=False),
+        typer.Option(
+            "--annotation",
+            metavar="JSON",
+            help="R2Gen annotation file that gives the studies and their split.",
+            show_default=False,
+        ),
     ] = None,
     split: Annotated[
         str | None,
-        typer.Option(metavar="PARTS", help="Parts that are drawn; default 0.8,0.1,0.1.", show_default=False),
+        typer.Option(
+            metavar="PARTS", help="Fractions of train, validation and test; default 0.8,0.1,0.1.", show_default=False
+        ),
     ] = None,
 ) -> None:
     """IU X-Ray (Open-i): the XML release, the flat release, or R2Gen's layout.

@@ -18,6 +18,7 @@ from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.imaging.views import view_name
 from emrrg_cli.ingest.sources.chexpert_labels import LABELS, NOT_MENTIONED, encode_labels
 from emrrg_cli.ingest.sources.table import CsvFile
+from emrrg_cli.ingest.sources.text_files import read_lines, reading
 from emrrg_cli.ingest.study import Account
 from emrrg_cli.vocabulary import SPLITS, Split
 
@@ -190,22 +191,21 @@ class ChexpertTable:
 def _label_lines(path: Path) -> Iterator[tuple[str, str]]:
     """The path of each image, without its ending, and its labels."""
     try:
-        with path.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                where = f"{path}:{number}"
-                try:
-                    row = json.loads(line)
-                    image = parse_path(row["path_to_image"])
-                    code = encode_labels(row.get(label) for label in LABELS)
-                except (ValueError, RecursionError) as error:
-                    raise RunError(f"{where}: not a line of labels: {error}") from None
-                except (TypeError, KeyError, AttributeError):
-                    raise RunError(f"{where}: not an object with path_to_image", hint="One a line.") from None
-                if image is not None:
-                    yield image.stem, code
+        with reading(path):
+            for number, line in enumerate(read_lines(path, "utf-8-sig", errors="strict"), start=1):
+                if line.strip() and (labels := _label_line(f"{path}:{number}", line)):
+                    yield labels
     except UnicodeDecodeError:
         raise RunError(f"{path}: not UTF-8 text") from None
-    except OSError as error:
-        raise RunError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _label_line(where: str, line: str) -> tuple[str, str] | None:
+    try:
+        row = json.loads(line)
+        image = parse_path(row["path_to_image"])
+        code = encode_labels(row.get(label) for label in LABELS)
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{where}: not a line of labels: {error}") from None
+    except (TypeError, KeyError, AttributeError):
+        raise RunError(f"{where}: not an object with path_to_image", hint="One a line.") from None
+    return None if image is None else (image.stem, code)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from emrrg_cli.errors import RunError, UsageError
+from emrrg_cli.imaging.image_paths import files_below
 from emrrg_cli.imaging.views import view_name
 from emrrg_cli.ingest.sources.image_paths import require_folder
 from emrrg_cli.ingest.sources.openi import BadReport, OpeniReport, read_openi
@@ -170,7 +171,7 @@ def _reports(root: Path) -> Path | None:
 
 
 def find_image_folders(root: Path, images: Path | None) -> tuple[Path, ...]:
-    """Where the images are looked up: `images`, or the known folders of `root` that there are.
+    """Where the images are looked up: `images` and what lies below it, or the known folders of `root` that there are.
 
     Raises:
         UsageError: No such folder, or the images are still packed.
@@ -179,7 +180,7 @@ def find_image_folders(root: Path, images: Path | None) -> tuple[Path, ...]:
     if images is not None:
         if not images.is_dir():
             raise UsageError(f"no such folder of images: {images}")
-        return (images.resolve(),)
+        return _folders_of_images(images.resolve())
     known = [root.resolve() / name for name in _IMAGES if (root / name).is_dir()]
     if not known and (root / _IMAGE_ARCHIVE).is_file():
         raise UsageError(
@@ -187,6 +188,12 @@ def find_image_folders(root: Path, images: Path | None) -> tuple[Path, ...]:
             hint=f"Unpack it: mkdir {root / _IMAGES[0]} && tar xzf {root / _IMAGE_ARCHIVE} -C {root / _IMAGES[0]}",
         )
     return (*known, root.resolve())
+
+
+def _folders_of_images(images: Path) -> tuple[Path, ...]:
+    """The folder and all folders below it that hold files, however deep."""
+    files = files_below(images, lambda error: None)
+    return tuple(dict.fromkeys((images, *(file.parent for file in files))))
 
 
 def _names(image: str) -> tuple[str, ...]:

@@ -7,12 +7,13 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import ijson
 from ijson.common import ObjectBuilder
 
 from emrrg_cli.errors import RunError, UsageError
+from emrrg_cli.ingest.sources.text_files import open_regular
 
 _BLOCK = 2**20  # bytes
 _MAX_VALUE = 2**24  # bytes of one value; a broken file is given up there, not read to its end
@@ -37,7 +38,7 @@ def open_json(path: Path) -> Iterator[JsonDocument]:
         RunError: It cannot be read, or is not JSON; names the line. Raised inside the block too.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             try:
                 yield JsonDocument(file)
             except (ijson.JSONError, UnicodeDecodeError, ValueError) as error:
@@ -51,7 +52,7 @@ def open_json(path: Path) -> Iterator[JsonDocument]:
 class JsonDocument:
     """The events of a file; made by `open_json`."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: IO[bytes]) -> None:
         self._source = _Source(file)
         self._events: Iterator[Event] = iter(ijson.basic_parse(self._source, buf_size=_BLOCK))
 
@@ -100,7 +101,7 @@ class _Source:
         unread: Bytes that were read since this was set to 0.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: IO[bytes]) -> None:
         self.unread = 0
         self._file, self._held = file, b""
         start = file.read(3)
@@ -135,7 +136,7 @@ class _Source:
         return b"".join([*done, rest[:keep]])
 
 
-def _is_odd(file: BinaryIO) -> bool:
+def _is_odd(file: IO[bytes]) -> bool:
     start, tail = file.tell(), b""
     odd = False
     while not odd and (block := file.read(_BLOCK)):

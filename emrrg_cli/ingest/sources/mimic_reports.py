@@ -6,7 +6,9 @@ import zipfile
 import zlib
 from pathlib import Path
 
+from emrrg_cli.datasets.report_text import unix_line_ends
 from emrrg_cli.errors import RunError, UsageError
+from emrrg_cli.ingest.sources.text_files import open_regular
 
 _MAX_BYTES = 2**20  # of one note; those of the release have up to some 10 KB
 _PREFIXES = ("", "files/", "mimic-cxr-reports/files/")
@@ -62,15 +64,15 @@ class MimicReports:
         if b"\0" in data:
             raise ReportError("not text")
         try:
-            return data.decode("utf-8-sig")
+            return unix_line_ends(data.decode("utf-8-sig"))
         except UnicodeDecodeError:
-            return data.decode("cp1252", "replace")
+            return unix_line_ends(data.decode("cp1252", "replace"))
 
     def _from_folder(self, name: str) -> bytes | None:
         for prefix in _PREFIXES:
             file = self.path / prefix / name
             if file.exists():
-                with file.open("rb") as content:
+                with open_regular(file) as content:
                     return content.read(_MAX_BYTES + 1)
         return None
 

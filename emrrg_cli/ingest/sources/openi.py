@@ -12,7 +12,11 @@ from xml.etree import ElementTree
 
 from emrrg_cli.console import printable
 from emrrg_cli.errors import RunError
+from emrrg_cli.ingest.sources.text_files import open_regular
 
+_MAX_NAME = 2**16  # bytes
+_READ_WHOLE = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE,
+               tarfile.SOLARIS_XHDTYPE)  # fmt: skip
 _MAX_BYTES = 2**20  # of one report; those of the release have 4 to 11 KB
 _UID = re.compile(r"CXR(\d+)")
 
@@ -121,7 +125,7 @@ def _folder(path: Path) -> Iterator[tuple[str, bytes | str]]:
         if file.name.startswith("."):
             continue
         try:
-            with file.open("rb") as content:
+            with open_regular(file) as content:
                 data = content.read(_MAX_BYTES + 1)
         except OSError as error:
             yield printable(file.name), error.strerror or str(error)
@@ -129,11 +133,22 @@ def _folder(path: Path) -> Iterator[tuple[str, bytes | str]]:
         yield printable(file.name), data if len(data) <= _MAX_BYTES else _too_large(file.stat().st_size)
 
 
+class _BoundedHeader(tarfile.TarInfo):
+    """A header of an archive, whose long names and extra headers are read whole and so must be short."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _BoundedHeader:
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in _READ_WHOLE and header.size > _MAX_NAME:
+            raise tarfile.ReadError(f"a name of {header.size:,} bytes")
+        return header
+
+
 def _archive(path: Path) -> Iterator[tuple[str, bytes | str]]:
     hint = "Download it again: https://openi.nlm.nih.gov/faq#collection"
     try:
         # As a stream: members are read as they come, and none is written anywhere, whatever its name.
-        with tarfile.open(path, "r|*") as archive:
+        with open_regular(path) as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=_BoundedHeader) as archive:
             for member in archive:
                 name = Path(member.name).name
                 if not member.isfile() or not name.endswith(".xml") or name.startswith("."):

@@ -44,21 +44,32 @@ def reading(path: Path) -> Iterator[None]:
         raise RunError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def _open_bytes(path: Path) -> IO[bytes]:
+def open_regular(path: Path) -> IO[bytes]:
+    """A file, open for reading.
+
+    Looked at first: opening a pipe would wait for ever, and devices and files of the system may have no end.
+
+    Raises:
+        OSError: It cannot be opened, or is no regular file.
+    """
     mode = path.stat().st_mode
-    # Looked at first: opening a pipe would wait for ever, and a device may have no end.
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)) or path.resolve().is_relative_to("/proc"):
         raise OSError(0, "not a regular file")
-    return cast(IO[bytes], gzip.open(path)) if path.suffix.lower() == ".gz" else path.open("rb")
+    return path.open("rb")
 
 
-def read_lines(path: Path, encoding: str) -> Iterator[str]:
+def _open_bytes(path: Path) -> IO[bytes]:
+    file = open_regular(path)
+    return cast(IO[bytes], gzip.open(file)) if path.suffix.lower() == ".gz" else file
+
+
+def read_lines(path: Path, encoding: str, errors: str = "replace") -> Iterator[str]:
     """The lines of a text file, plain or gzipped (`.gz`), with their ends.
 
     Raises:
         RunError: A line is longer than any line of a table.
     """
-    with _open_bytes(path) as file, io.TextIOWrapper(file, encoding, errors="replace", newline="") as lines:
+    with _open_bytes(path) as file, io.TextIOWrapper(file, encoding, errors=errors, newline="") as lines:
         number = 0
         while line := lines.readline(_MAX_LINE):
             number += 1

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import tarfile
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +16,9 @@ from typing import Any
 
 import pytest
 
+from emrrg_cli.app import main
 from emrrg_cli.errors import RunError, UsageError
+from emrrg_cli.ingest.sources.annotation import Annotation
 from emrrg_cli.ingest.sources.iu_layouts import detect_layout
 from emrrg_cli.ingest.sources.iu_xray import IuXraySource, iu_xray_source
 from emrrg_cli.ingest.sources.openi import BadReport, OpeniReport, parse_report
@@ -351,3 +355,52 @@ def test_the_real_annotation_holds_the_findings(real: Path, read: Read) -> None:
     assert {reason: entry.count for reason, entry in account.skipped.items()} == {"not in the annotation": 1000}
     texts = {study.study_id.split("_")[0]: study.report for study in read(iu_xray_source(real, layout="r2gen"))[0]}
     assert {study.study_id: study.report for study in studies} == texts
+
+
+def test_images_at_any_depth_and_the_layout_is_named(
+    openi: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    expected = [study.image_paths for study in iu_xray_source(openi.root).studies(Account())]
+    images = tmp_path / "elsewhere" / "deep" / "er"
+    images.mkdir(parents=True)
+    for paths in expected:
+        for path in paths:
+            path.rename(images / path.name)
+    source = iu_xray_source(openi.root, images=tmp_path / "elsewhere")
+    found = [study.image_paths for study in source.studies(Account())]
+    assert [[path.name for path in paths] for paths in found] == [[path.name for path in paths] for paths in expected]
+    assert any(found)
+    arguments = ["preprocess", "iu_xray", str(openi.root), str(tmp_path / "out"), "--images"]
+    assert main([*arguments, str(tmp_path / "elsewhere")]) == 0
+    assert "iu_xray, layout openi: " in capfd.readouterr().out
+
+
+def test_a_long_name_in_an_archive_is_refused(openi: Any) -> None:
+    archive = _pack(openi, "NLMCXR_reports.tar.gz")
+    header = tarfile.TarInfo("././@LongLink")
+    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 300_000_000
+    # Zeros to the size that the header claims, in a few hundred kilobytes.
+    with gzip.open(archive, "wb") as file:
+        file.write(header.tobuf(tarfile.GNU_FORMAT))
+        for _ in range(300):
+            file.write(bytes(1_000_000))
+    tracemalloc.start()
+    try:
+        with pytest.raises(RunError, match="not a whole archive: a name of 300,000,000 bytes"):
+            iu_xray_source(openi.root)
+        assert tracemalloc.get_traced_memory()[1] < 50_000_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes")
+def test_pipes_are_not_opened(openi: Any, tmp_path: Path, read: Read) -> None:
+    os.mkfifo(openi.root / "ecgen-radiology" / "9999.xml")
+    _, account = read(iu_xray_source(openi.root))
+    assert account.skipped["report cannot be read"].examples == [{"id": "9999.xml", "detail": "not a regular file"}]
+    os.mkfifo(tmp_path / "annotation.json")
+    with pytest.raises(RunError, match="cannot be read: not a regular file"):
+        Annotation(tmp_path / "annotation.json")
+    (tmp_path / "other.json").symlink_to("/dev/zero")
+    with pytest.raises(RunError, match="cannot be read: not a regular file"):
+        Annotation(tmp_path / "other.json")

@@ -1,0 +1,92 @@
+"""What the preprocess commands print after a run or a dry run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from emrrg_cli.console import out as console
+
+
+def print_plan(plan: dict[str, Any], out: Path, title: str | None) -> None:
+    """Prints what a dry run found; `title` of the table, None: the source and its number of studies."""
+    sample = plan["sample"]
+    studies = sum(count["studies"] for count in plan["splits"].values())
+    console.print(_summary(plan, title or _title(plan), "to be written", studies))
+    views = ", ".join(f"{count:,} {view}" for view, count in plan["views"].items())
+    _line(f"Views: {views or 'none'}.")
+    _print_account(plan, f"{_counted(plan['studies_skipped'], 'study')} left out", "To check")
+    for reason, entry in plan["known_problems"].items():
+        first = ", ".join(dict.fromkeys((entry["id"], entry["path"])))
+        _line(
+            f"{_counted(entry['count'], 'image')} cannot be used: {reason}, first: {first}",
+        )
+    _line(
+        f"{_counted(sample['studies'], 'study')} from all parts of the source decoded as a sample:",
+    )
+    for kind in ("problems", "notes"):
+        for reason, entry in sample[kind].items():
+            first = ", ".join(dict.fromkeys(entry["examples"][0].values()))
+            _line(f"  {reason}: {_counted(entry['count'], entry['unit'])}, first: {first}")
+    _line(
+        f"  The whole data set needs about {sample['bytes'] / 1e9:.2f} GB and "
+        f"{sample['seconds'] / 60:.1f} minutes of one core.",
+    )
+    _line(f"Nothing was written. Without --dry-run, {out} is written.")
+
+
+def print_manifest(manifest: dict[str, Any], title: str | None) -> None:
+    """Prints what was written, and what was not."""
+    console.print(_summary(manifest, title or _title(manifest), "written", manifest["studies_written"]))
+    _print_account(manifest, f"{_counted(manifest['studies_skipped'], 'study')} skipped", "Written, but check")
+
+
+def _line(text: str) -> None:
+    console.print(text, markup=False, soft_wrap=True)
+
+
+def _title(manifest: dict[str, Any]) -> str:
+    layout = manifest["options"].get("layout")
+    name = manifest["source"] if layout in (None, manifest["source"]) else f"{manifest['source']}, layout {layout}"
+    return f"{name}: {_counted(manifest['studies_read'], 'study')} read"
+
+
+def _counted(count: int, unit: str) -> str:
+    """`1 study`, `2,955 studies`."""
+    many = {"study": "studies"}.get(unit, f"{unit}s")
+    return f"{count:,} {unit if count == 1 else many}"
+
+
+def _print_account(manifest: dict[str, Any], skipped: str, noted: str) -> None:
+    if manifest["skipped"]:
+        console.print(_reasons(manifest["skipped"], skipped))
+    if manifest["notes"]:
+        console.print(_reasons(manifest["notes"], noted))
+    for remark in manifest["remarks"]:
+        _line(remark)
+
+
+# Names go in as Text: they may hold what rich reads as markup.
+def _summary(manifest: dict[str, Any], title: str, last: str, studies: int) -> Table:
+    table = Table(title=Text(title), title_justify="left")
+    for name in ("split", "studies", "images"):
+        table.add_column(name, justify="left" if name == "split" else "right")
+    for split, count in manifest["splits"].items():
+        table.add_row(split, f"{count['studies']:,}", f"{count['images']:,}")
+    table.add_section()
+    table.add_row(last, f"{studies:,}", f"{manifest['images']:,}")
+    return table
+
+
+def _reasons(entries: dict[str, Any], title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("reason")
+    table.add_column("count", justify="right")
+    table.add_column("first", overflow="fold")
+    for reason, entry in entries.items():
+        first = Text(", ".join(dict.fromkeys(entry["examples"][0].values())))  # an id is often the path
+        table.add_row(reason, _counted(entry["count"], entry["unit"]), first)
+    return table
