@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import warnings
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -127,6 +129,31 @@ class FolderImages:
     def name(self, index: int) -> str:
         """Its path."""
         return str(self.read(index))
+
+
+class JoinedImages:
+    """The images of several sources, one after the other."""
+
+    def __init__(self, sources: Sequence[ImageSource]) -> None:
+        self._sources = list(sources)
+        self._ends = list(accumulate(len(source) for source in sources))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def read(self, index: int) -> bytes | Path:
+        """The file of an image, or its bytes."""
+        source, own = self._place(index)
+        return source.read(own)
+
+    def name(self, index: int) -> str:
+        """As its source names it."""
+        source, own = self._place(index)
+        return source.name(own)
+
+    def _place(self, index: int) -> tuple[ImageSource, int]:
+        number = bisect_right(self._ends, index)
+        return self._sources[number], index - (self._ends[number - 1] if number else 0)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ R = TypeVar("R", bound=Settings)
 
 
 # Settings that are paths, wherever in a recipe they stand; a `name` is one where there is a directory of that name.
-_PATHS = ("root", "weights")
+_PATHS = ("root", "weights", "held_out")
 
 
 def with_absolute_paths(recipe: R) -> R:

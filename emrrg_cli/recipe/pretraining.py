@@ -9,9 +9,21 @@ from pydantic import Field, model_validator
 from emrrg_cli.recipe.schema import EncoderSize, LoopSettings, ScanEngine, Settings
 
 
+class ImageSetSettings(Settings):
+    """One of several data sets of images."""
+
+    root: str = Field(description="dataset directory written by `emrrg preprocess`, or any folder of images")
+
+
 class PretrainDataSettings(Settings):
     root: str | None = Field(
         None, description="dataset directory written by `emrrg preprocess`, or any folder of images"
+    )
+    sets: list[ImageSetSettings] = Field(default_factory=list, description="several data sets; root is null then")
+    held_out: list[str] = Field(
+        default_factory=list,
+        description="dataset directories whose validation and test studies may not be among the images: by study_id, "
+        "or by a folder or file of that name",
     )
     crop_scale: list[float] = Field(
         default_factory=lambda: [0.2, 1.0],
@@ -31,6 +43,8 @@ class PretrainDataSettings(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.root is not None and self.sets:
+            raise ValueError("root and sets both name data; put the one data set of root into sets, or leave sets out")
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise ValueError(f"crop_scale must rise and lie in (0, 1], got {self.crop_scale}")

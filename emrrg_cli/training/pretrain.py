@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from emrrg_cli.console import printable
-from emrrg_cli.datasets.directory import is_dataset_dir, open_dataset
 from emrrg_cli.datasets.image_dataset import (
     Augmentation,
-    FolderImages,
-    FolderSplit,
     ImageBatch,
     ImageDataset,
     ImageSource,
-    SplitImages,
     collate_images,
-    split_folder,
 )
-from emrrg_cli.errors import RunError, UsageError
-from emrrg_cli.files import atomic_write_text, writing
+from emrrg_cli.files import writing
 from emrrg_cli.models.arm.pretrainer import WEIGHTS, ArmPretrainer, find_pretrainer, save_pretrainer
 from emrrg_cli.models.outputs import StageOutput
 from emrrg_cli.models.report_generator import IMAGENET_MEAN, IMAGENET_STD
@@ -35,10 +26,10 @@ from emrrg_cli.recipe.pretraining import PretrainModelSettings, PretrainRecipe
 from emrrg_cli.reporting.clusters import draw_predictions
 from emrrg_cli.silence_libraries import quiet_libraries
 from emrrg_cli.training.loop import Summary
+from emrrg_cli.training.pretrain_data import check_roots, open_images
 from emrrg_cli.training.progress import TrainingDisplay
 from emrrg_cli.training.run_setup import Session, open_session, validation_loss
 
-IMAGES = "images.json"
 _SHOWN = 4
 
 
@@ -167,33 +158,12 @@ def run_pretrain(
         RunError: when the images cannot be read or training fails.
         Interrupted: after Ctrl-C, with a checkpoint written.
     """
-    if recipe.data.root is None:
-        raise UsageError(
-            "data.root is not set",
-            hint="Name a dataset directory, as `emrrg preprocess` writes, or a folder of images: data.root=DIR.",
-        )
+    roots = check_roots(recipe)
     quiet_libraries()
-    root = Path(recipe.data.root)
-    if not root.is_dir():
-        raise UsageError(f"data.root={root}: " + ("not a folder" if root.exists() else "no such folder"))
-    splits = open_dataset(root) if is_dataset_dir(root) else None
-    if splits is not None and "train" not in splits:
-        raise RunError(f"{root}: this dataset directory has no split named train")
     with open_session(
         recipe, recipe.train, recipe.model.scan, run_dir, resume=resume, expected_processes=expected_processes
     ) as session:
-        limit = recipe.data.limit
-        training: ImageSource
-        validation: ImageSource | None = None
-        if splits is not None:
-            training = SplitImages(splits["train"], limit)
-            if "validation" in splits:
-                validation = SplitImages(splits["validation"], limit)
-        else:
-            split = _folder_split(root, recipe, session)
-            training = FolderImages(root, split.train[:limit])
-            if split.validation:
-                validation = FolderImages(root, split.validation[:limit])
+        training, validation = open_images(recipe, roots, session)
         return _train(recipe, training, validation, session)
 
 
@@ -213,24 +183,3 @@ def _train(recipe: PretrainRecipe, training: ImageSource, validation: ImageSourc
         session.accelerator,
     )
     return session.train(stage, dataset, stage.collate, workers=settings.workers)
-
-
-def _folder_split(root: Path, recipe: PretrainRecipe, session: Session) -> FolderSplit:
-    """The images of a folder as the run began with them: a file added later does not change what a resumed run sees."""
-    record = session.run_dir / IMAGES
-    if session.accelerator.is_main_process and not (session.resume and record.is_file()):
-        split = split_folder(root, recipe.data.validation, workers=recipe.data.workers)
-        atomic_write_text(record, json.dumps(asdict(split), indent=1) + "\n")  # ASCII: a name need not be UTF-8
-    while not record.is_file():  # not a barrier: those give up after some minutes, and a large folder may take longer
-        time.sleep(0.2)
-    try:
-        split = FolderSplit(**json.loads(record.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise RunError(f"{record}, the list of this run's images, cannot be read: {error}") from error
-    if session.resume and (changed := split.changed(root)):
-        raise UsageError(
-            f"{len(changed)} images of {root} are not what {session.run_dir} was started with: "
-            f"gone or of another size, first {printable(changed[0])}",
-            hint="Put them back as they were, or start a new run with another --output.",
-        )
-    return split

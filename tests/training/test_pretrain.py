@@ -17,10 +17,12 @@ from PIL import Image
 
 import emrrg_cli
 from emrrg_cli.app import main
+from emrrg_cli.datasets.image_dataset import FolderImages, JoinedImages
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.models.arm.pretrainer import load_pretrainer
 from emrrg_cli.recipe.load import load_recipe
 from emrrg_cli.training.pretrain import run_pretrain
+from emrrg_cli.training.pretrain_data import held_out_ids, parts_of, refuse_held_out
 
 MODEL = "model.encoder={d_model: 16, depth: 4, d_state: 4, image_size: 128}"
 LOOP = "train={epochs: 2, batch_size: 8, lr: 0.002, warmup_epochs: 0, log_every: 1, validate_every_epochs: 1}"
@@ -235,6 +237,70 @@ def test_a_run_goes_on_from_the_model_of_another(pretrain: Any, difference: Any)
     assert not (first.directory.parent / "other").exists()
 
 
+# -- several data sets, and studies that must not be among them -----------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_folder_and_a_dataset_directory_are_trained_on_together(
+    pretrain: Any, films: Path, tiny_dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = f"data.sets=[{{root: {films}}}, {{root: {tiny_dataset}}}]"
+    data = ("data.root=null", sets, "data.validation=0.2")
+    whole = pretrain("whole", *data)
+    (record,) = json.loads((whole.directory / "images.json").read_text())
+    assert (len(record["train"]), len(record["validation"])) == (13, 3)
+    assert whole.last_step() == 2 * ((13 + 24) // 8)
+    pretrain("part", *data, "train.stop_after_steps=3")
+    resumed = pretrain("part", *data, resume=True)
+    assert all(torch.equal(resumed.weights[name], tensor) for name, tensor in whole.weights.items())
+
+
+def test_joined_images_are_those_of_their_sources(films: Path) -> None:
+    names = [f"{i % 2}/{i}.png" for i in range(5)]
+    joined = JoinedImages([FolderImages(films, names[:2]), FolderImages(films, names[2:])])
+    assert [joined.read(i) for i in range(len(joined))] == [films / name for name in names]
+    assert [joined.name(i) for i in range(5)] == [str(films / name) for name in names]
+
+
+@pytest.mark.parametrize("place", ["{study}/0.png", "deep/{study}.png"])
+def test_a_held_out_study_among_the_images_is_refused(
+    pretrain: Any, films: Path, tiny_dataset: Path, place: str
+) -> None:
+    from emrrg_cli.datasets.directory import open_dataset
+
+    held_out = (f"data.root={films}", "data.validation=0", f"data.held_out=[{tiny_dataset}]")
+    pretrain("clean", *held_out, "train.max_steps=1")
+    target = films / place.format(study=open_dataset(tiny_dataset)["test"]["study_id"][0])
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(films / "0" / "0.png", target)
+    with pytest.raises(UsageError, match=r"films: 1 of its images or studies are kept for validation or test in"):
+        pretrain("bad", *held_out)
+    assert not (films.parent / "bad").exists()
+
+
+def test_a_dataset_directory_may_train_beside_its_own_held_out_studies(pretrain: Any, tiny_dataset: Path) -> None:
+    from emrrg_cli.datasets.directory import open_dataset
+
+    assert pretrain("run", f"data.held_out=[{tiny_dataset}]", "train.max_steps=1").last_step() == 1
+    held_out = held_out_ids([str(tiny_dataset)])
+    study = open_dataset(tiny_dataset)["validation"]["study_id"][0]
+    with pytest.raises(UsageError, match=f"1 of its images or studies .* first {study}"):
+        refuse_held_out(tiny_dataset, [(study, {study}), ("other", {"other"})], held_out)
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("images/CXR2384_IM-0942-1001.png", "CXR2384"),
+        ("CXR2384/0.jpg", "CXR2384"),
+        ("CXR1_1_IM-0001/1.jpg", "CXR1_1_IM-0001"),
+    ],
+)
+def test_a_path_of_iu_x_ray_tells_its_report(name: str, known: str) -> None:
+    assert known in parts_of(name)
+    assert "CXR238" not in parts_of(name)
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------
 
 
@@ -242,6 +308,7 @@ def test_a_run_goes_on_from_the_model_of_another(pretrain: Any, difference: Any)
     ("override", "said"),
     [
         ("data.root=null", "data.root is not set"),
+        ("data.sets=[{root: a}]", "root and sets both name data"),
         ("data.root={empty}", "no files in"),
         ("data.root={gone}", "gone: no such folder"),
         ("data.root={texts}", "1 of 1 files are left out: 1 not an image; first: a.txt"),

@@ -1,0 +1,168 @@
+"""The images of stage 1: one data set or several, and a check that none is of a study kept for validation or test."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from emrrg_cli.console import printable
+from emrrg_cli.datasets.directory import is_dataset_dir, open_dataset
+from emrrg_cli.datasets.image_dataset import (
+    FolderImages,
+    FolderSplit,
+    ImageSource,
+    JoinedImages,
+    SplitImages,
+    split_folder,
+)
+from emrrg_cli.errors import RunError, UsageError
+from emrrg_cli.files import atomic_write_text
+from emrrg_cli.recipe.pretraining import PretrainRecipe
+from emrrg_cli.training.run_setup import Session
+
+IMAGES = "images.json"
+_IU_UID = re.compile(r"CXR\d+(?=_|$)")
+
+
+def check_roots(recipe: PretrainRecipe) -> list[Path]:
+    """The folders that a recipe names, asked for before anything is written.
+
+    Raises:
+        UsageError: none is named, or one is not there.
+    """
+    named = {"data.root": recipe.data.root} if recipe.data.root is not None else {}
+    named |= {f"data.sets[{number}].root": one.root for number, one in enumerate(recipe.data.sets)}
+    if not named:
+        raise UsageError(
+            "data.root is not set",
+            hint="Name a dataset directory, as `emrrg preprocess` writes, or a folder of images: data.root=DIR; "
+            "several are data.sets.",
+        )
+    for key, root in named.items():
+        if not Path(root).is_dir():
+            raise UsageError(f"{key}={root}: " + ("not a folder" if Path(root).exists() else "no such folder"))
+    return [Path(root) for root in named.values()]
+
+
+def open_images(
+    recipe: PretrainRecipe, roots: Sequence[Path], session: Session
+) -> tuple[ImageSource, ImageSource | None]:
+    """The images to train and to validate on; None where there are none to validate on.
+
+    Each data set gives its own images for validation: a dataset directory its split, a folder a part of its files.
+
+    Raises:
+        UsageError: an image is of a held-out study, or the images are not those that a resumed run began with.
+        RunError: the images cannot be read.
+    """
+    opened = [open_dataset(root) if is_dataset_dir(root) else None for root in roots]
+    for root, splits in zip(roots, opened, strict=True):
+        if splits is not None and "train" not in splits:
+            raise RunError(f"{root}: this dataset directory has no split named train")
+    listed = _folder_splits(
+        [root for root, splits in zip(roots, opened, strict=True) if splits is None], recipe, session
+    )
+    held_out = held_out_ids(recipe.data.held_out)
+    limit = recipe.data.limit
+    training: list[ImageSource] = []
+    validation: list[ImageSource] = []
+    for root, splits in zip(roots, opened, strict=True):
+        if splits is not None:
+            refuse_held_out(root, _ids_of(splits["train"]), held_out)
+            training.append(SplitImages(splits["train"], limit))
+            if "validation" in splits:
+                validation.append(SplitImages(splits["validation"], limit))
+        else:
+            split = listed[root]
+            refuse_held_out(root, ((name, parts_of(name)) for name in (*split.train, *split.validation)), held_out)
+            training.append(FolderImages(root, split.train[:limit]))
+            if split.validation:
+                validation.append(FolderImages(root, split.validation[:limit]))
+    return _joined(training), _joined(validation) if validation else None
+
+
+def _joined(sources: Sequence[ImageSource]) -> ImageSource:
+    return sources[0] if len(sources) == 1 else JoinedImages(sources)
+
+
+def held_out_ids(directories: Iterable[str]) -> dict[str, str]:
+    """The ids of the studies that dataset directories keep for validation and test, each with the directory."""
+    found: dict[str, str] = {}
+    for directory in directories:
+        splits = open_dataset(directory)
+        for name in ("validation", "test"):
+            if name in splits:
+                for _, ids in _ids_of(splits[name]):
+                    found |= dict.fromkeys(ids, directory)
+    return found
+
+
+def _ids_of(split: Any) -> Iterator[tuple[str, set[str]]]:
+    # each study with the ids that it and its patient are known by
+    for study, patient, source in zip(split["study_id"], split["patient_id"], split["source"], strict=True):
+        yield study, _with_uids({study}) | ({f"patient {patient} of {source}"} if patient else set())
+
+
+def parts_of(name: str) -> set[str]:
+    """What a path may tell of the study of a file: its folders and its name without suffix."""
+    path = Path(name)
+    return _with_uids({*path.parent.parts, path.stem})
+
+
+def _with_uids(ids: set[str]) -> set[str]:
+    # IU X-Ray's names begin with the number of the report: CXR2384_IM-0942, and CXR2384_IM-0942-1001 for an image.
+    return ids | {match[0] for name in ids if (match := _IU_UID.match(name))}
+
+
+def refuse_held_out(root: Path, named: Iterable[tuple[str, set[str]]], held_out: dict[str, str]) -> None:
+    """Refuses a data set with a study that is kept for validation or test.
+
+    Args:
+        named: each image or study with the ids that it may be known by.
+        held_out: those of `held_out_ids`.
+
+    Raises:
+        UsageError: names the first and counts them.
+    """
+    if not held_out:
+        return
+    found = [(name, study) for name, ids in named for study in ids if study in held_out]
+    if found:
+        name, study = found[0]
+        raise UsageError(
+            f"{root}: {len(found):,} of its images or studies are kept for validation or test in {held_out[study]}, "
+            f"first {printable(name)}",
+            hint="Take them out of the data to train on: figures on them would be worth nothing.",
+        )
+
+
+def _folder_splits(roots: Sequence[Path], recipe: PretrainRecipe, session: Session) -> dict[Path, FolderSplit]:
+    """The images of folders as the run began with them: a file added later does not change what a resumed run sees."""
+    if not roots:
+        return {}
+    record = session.run_dir / IMAGES
+    if session.accelerator.is_main_process and not (session.resume and record.is_file()):
+        made = [asdict(split_folder(root, recipe.data.validation, workers=recipe.data.workers)) for root in roots]
+        content: Any = made[0] if recipe.data.root is not None else made
+        atomic_write_text(record, json.dumps(content, indent=1) + "\n")  # ASCII: a name need not be UTF-8
+    while not record.is_file():  # not a barrier: those give up after some minutes, and a large folder may take longer
+        time.sleep(0.2)
+    try:
+        content = json.loads(record.read_text(encoding="utf-8"))
+        rows = [content] if isinstance(content, dict) else content
+        splits = {root: FolderSplit(**row) for root, row in zip(roots, rows, strict=True)}
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(f"{record}, the list of this run's images, cannot be read: {error}") from error
+    for root, split in splits.items():
+        if session.resume and (changed := split.changed(root)):
+            raise UsageError(
+                f"{len(changed)} images of {root} are not what {session.run_dir} was started with: "
+                f"gone or of another size, first {printable(changed[0])}",
+                hint="Put them back as they were, or start a new run with another --output.",
+            )
+    return splits
