@@ -27,6 +27,7 @@ SHIPPED = [
     "xray/pretrain-huge",
     "xray/pretrain-large",
 ]
+IU_XRAY = ["align", "finetune", "finetune-full", "finetune-small", "pretrain"]
 
 
 def test_every_shipped_recipe_is_listed() -> None:
@@ -35,7 +36,7 @@ def test_every_shipped_recipe_is_listed() -> None:
 
 def test_names_are_sorted_and_match_wildcards_or_a_part() -> None:
     assert recipe_names() == sorted(recipe_names())
-    assert recipe_names("iu_xray/*") == ["iu_xray/finetune", "iu_xray/finetune-full"]
+    assert recipe_names("iu_xray/*") == [f"iu_xray/{name}" for name in IU_XRAY]
     assert recipe_names("default") == ["default/evaluate", "default/generate", "default/preprocess"]
     assert recipe_names("*/finetun?") == [name for name in recipe_names() if name.endswith("/finetune")]
     assert recipe_names("nothing") == []
