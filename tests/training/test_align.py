@@ -315,3 +315,19 @@ def test_without_a_validation_split_the_last_model_is_kept(align: Any, tiny_data
     assert load_alignment(run.directory).vision_proj.out_features == 24
     with pytest.raises(RunError, match="there is no trained stage 2 model here"):
         load_alignment(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_head_on_findings_is_trained_and_kept(align: Any) -> None:
+    plain = align("plain", "train.max_steps=1")
+    one = align("one", "train.max_steps=1", "model.findings=true", "train.findings_weight=1")
+    two = align("two", "train.max_steps=1", "model.findings=true", "train.findings_weight=2")
+    words, half, whole = (run.series("train/loss")[0] for run in (plain, one, two))
+    assert whole - half == pytest.approx(half - words, rel=1e-4)
+    assert half - words > 0.1
+    assert "findings.safetensors:evidence.weight" in one.exported
+    # Gradient caching sees the same images, changed in the same way, and the same findings.
+    options = ("train.max_steps=1", "model.findings=true", "data.augment.rotate=10")
+    split = align("split", *options, "train.micro_batch_size=2")
+    assert split.series("train/loss")[0] > 0
+    assert any("findings" in name for name in split.weights)
