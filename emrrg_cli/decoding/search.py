@@ -1,7 +1,7 @@
 """Greedy search, sampling and beam search over a batch of studies that are at different lengths.
 
 The state of a search is a dictionary of tensors with one row a study; a step changes it in place and reads no value on
-the host, so that it can be part of a CUDA graph. `b` studies, `k` beams, `t` most new tokens, `v` vocabulary.
+the host, so that it can be part of a CUDA graph. `b` studies, `k` beams, `t` room for new tokens, `v` vocabulary.
 
 The beams of a study share one store of keys and values: the token at step `s` of beam `i` is written there once, and
 `ancestry[i, s]` names the beam in whose place it stands. When beams are chosen, only these tables are rearranged.
@@ -50,12 +50,13 @@ class Search:
         self.settings = settings
         self.beams = settings.num_beams
         self.most = settings.max_new_tokens
+        self.room = -(-self.most // 8) * 8  # attention kernels want lengths that are multiples of 8
         self.end = torch.tensor(end, dtype=torch.long, device=device)
         self.device = device
 
     def start(self, seeds: list[int]) -> State:
         """The state of studies of which nothing is written."""
-        b, k, t = len(seeds), self.beams, self.most
+        b, k, t = len(seeds), self.beams, self.room
         scores = torch.zeros(b, k, device=self.device)
         scores[:, 1:] = _NEVER  # the beams are the same at first: one goes on
         return {
@@ -107,7 +108,7 @@ class Search:
 
     def _put(self, table: Tensor, length: Tensor, value: Tensor) -> Tensor:
         # table [b, k, t] with value [b, k] at position length [b]
-        at = length.clamp(max=self.most - 1)[:, None, None].expand(-1, table.shape[1], 1)
+        at = length.clamp(max=self.room - 1)[:, None, None].expand(-1, table.shape[1], 1)
         return table.scatter(-1, at, value[..., None])
 
 

@@ -5,7 +5,7 @@ tokens of one sequence, and the attention mask says which of the tokens written 
 copied when beams are chosen, and hybrid layers keep one set of visual keys and values a study. Everything has a fixed
 size, so that a step can be captured as a CUDA graph.
 
-`n` places in use, `k` beams, `p` most prompt tokens, `t` most new tokens, `m` most visual tokens.
+`n` places in use, `k` beams, `p` room for prompt tokens, `t` for new tokens, `m` for visual tokens.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ class Slots:
         device = prompts.embeddings.device
         width = prompts.embeddings.shape[1]
         self.prompt_room = -(-width // 16) * 16
-        length = self.prompt_room + self.search.most * self.search.beams
+        length = self.prompt_room + self.search.room * self.search.beams
         blank = self.search.start([0])
         self.state = {name: value.repeat(self.places, *[1] * (value.dim() - 1)) for name, value in blank.items()}
         self.state["done"].fill_(True)
@@ -208,7 +208,7 @@ class Slots:
 
     def bucket(self, longest: int) -> int:
         """New tokens that a step looks at when the longest report has `longest`."""
-        return min(self.search.most, -(-longest // self.step_buckets) * self.step_buckets)
+        return min(self.search.room, -(-longest // self.step_buckets) * self.step_buckets)
 
     def step(self, count: int, steps: int) -> None:
         """Writes the next token of the first `count` places, of which none has more than `steps`."""
@@ -216,7 +216,7 @@ class Slots:
         k = self.search.beams
         last = (state["length"] - 1)[:, None]  # [n, 1]
         tokens = state["tokens"].gather(-1, last[..., None].expand(-1, k, 1))[..., 0]  # [n, k]
-        room = self.prompt_room + self.search.most * k
+        room = self.prompt_room + self.search.room * k
         own = torch.arange(k, device=last.device)
         places = torch.arange(count, device=last.device)[:, None] * room
         self.cache.begin((places + self.prompt_room + last * k + own).flatten(), count, self.prompt_room + steps * k)

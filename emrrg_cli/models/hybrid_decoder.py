@@ -77,14 +77,14 @@ class CrossAttention(nn.Module):
             `[b, t, heads * head_dim]`.
         """
         b, t, _ = query.shape
+        # Every text state sees every visual token, so the heads that share a key head are more queries of one head.
         query = query.view(b, t, self.heads, self.head_dim).transpose(1, 2)
-        groups = self.heads // self.kv_heads
         context = F.scaled_dot_product_attention(
-            query,
-            key.to(query.dtype).repeat_interleave(groups, dim=1),
-            value.to(query.dtype).repeat_interleave(groups, dim=1),
+            query.reshape(b, self.kv_heads, -1, self.head_dim),
+            key.to(query.dtype),
+            value.to(query.dtype),
             attn_mask=None if mask is None else mask[:, None, None, :].bool(),
-        )
+        ).reshape(b, self.heads, t, self.head_dim)
         gate = self.warmup * torch.tanh(self.gate(hidden.to(self.gate.weight.dtype)))  # [b, t, 1]
         return gate.to(context.dtype) * context.transpose(1, 2).reshape(b, t, -1)
 
