@@ -216,6 +216,7 @@ class ReportGenerator(nn.Module):
         super().train(mode)
         if not any(parameter.requires_grad for parameter in self.encoder.parameters()):
             self.encoder.eval()
+        plain(self.encoder).freeze_mixers()  # weights are written between two calls of this, if at all
         if not self._llm_is_trained():
             for name, module in self.llm.named_modules():
                 # Decoder layers are computed again in the backward pass in training mode only.

@@ -172,6 +172,11 @@ class ArmEncoder(nn.Module):
         out: Tensor = self.norm_f(last)
         return out
 
+    def freeze_mixers(self) -> None:
+        """Keeps what the mixers stack of their weights, where nothing trains these; see `Mixer.freeze`."""
+        for layer in self.layers:
+            layer.mixer.freeze()  # type: ignore[operator,union-attr]
+
     def embed(self, images: Tensor) -> Tensor:
         """What enters the first block: patches with class token and position embedding; shapes as in `forward`."""
         if images.shape[1:] != (3, self.image_size, self.image_size):

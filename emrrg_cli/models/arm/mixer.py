@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +27,6 @@ class Direction(nn.Module):
     ordinary LoRA on a module name; the price is that LoRA on all three does not share its A matrix.
     """
 
-    # How often a layer was put in. PEFT writes merged weights where nothing else tells: through `.data`, which leaves
-    # a tensor's version as it was; but it puts a layer of its own in before, and the plain one back afterwards.
-    changes = 0
-
     def __init__(self, d_model: int, d_state: int, dt_rank: int) -> None:
         super().__init__()
         self.dt = nn.Linear(d_model, dt_rank, bias=False)
@@ -42,11 +39,6 @@ class Direction(nn.Module):
         dt = torch.exp(torch.empty(d_model).uniform_(math.log(1e-3), math.log(1e-1))).clamp(min=1e-4)
         with torch.no_grad():
             self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if isinstance(value, nn.Module):
-            self.__dict__["changes"] = self.changes + 1
 
 
 class Mixer(nn.Module):
@@ -74,7 +66,7 @@ class Mixer(nn.Module):
     ) -> None:
         super().__init__()
         self.engine = choose_engine(scan)
-        self._kept: tuple[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]] | None = None
+        self._kept: tuple[Tensor, Tensor, Tensor] | None = None
         self.X = nn.Linear(d_model, d_model, bias=False)
         self.Z = nn.Linear(d_model, d_model, bias=False)
         conv = [nn.Conv1d(d_model, d_model, d_conv, groups=d_model) for _ in range(directions)]
@@ -93,43 +85,58 @@ class Mixer(nn.Module):
         """What the scan takes after the tokens, adapters included, in its order; `K` leads each shape."""
         return self.conv_weight, self.conv_bias, *self._stacked(), self.A_log, self.D
 
+    def freeze(self) -> None:
+        """Keeps the stacked weights of the directions until `release`, so that they are not stacked at every call.
+
+        Nothing may write to them or replace their layers in between. Where some are trained or have adapters, nothing
+        is kept.
+        """
+        self.release()
+        layers = self._layers()
+        parameters = [p for layer in layers for p in layer.parameters()]
+        if all(type(layer) is nn.Linear for layer in layers) and not any(p.requires_grad for p in parameters):
+            with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be trained through later
+                self._kept = self._stack([p.clone() if p.is_inference() else p for p in parameters])
+
+    def release(self) -> None:
+        """Drops what `freeze` kept: the weights may change again."""
+        self._kept = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # What is kept moves with the module, to another device or dtype.
+        if self._kept is not None:
+            projection, dt_weight, dt_bias = map(fn, self._kept)
+            self._kept = projection, dt_weight, dt_bias
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.release()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _layers(self) -> list[nn.Module]:
+        # From the modules' dictionaries: attributes of modules, 16 here, take the host longer than the three results.
+        return [layer for direction in self.directions for layer in direction._modules.values() if layer is not None]
+
     def _stacked(self) -> tuple[Tensor, Tensor, Tensor]:
         """`projection` `[K, r + 2n, d]`, `dt_weight` `[K, d, r]` and `dt_bias` `[K, d]` of the scan.
 
-        Read as weights, adapters included, rather than called: the scan takes all directions in one piece. Where none
-        is trained they are kept, until a weight is written to or a layer replaced, in the dtype that autocast asks for.
-        What is written through `.data` is not seen.
+        Read as weights, adapters included, rather than called: the scan takes all directions in one piece.
         """
-        # From the modules' dictionaries: attributes of modules, 16 here, take the host longer than the three results.
-        layers = [layer for direction in self.directions for layer in direction._modules.values() if layer is not None]
-        if not all(type(layer) is nn.Linear for layer in layers):
-            adapted = [(effective_weight(layer), base_layer(layer).bias) for layer in layers]
-            return self._stack([of for pair in adapted for of in pair if of is not None])
-        parameters: list[Tensor] = [of for layer in layers for of in layer._parameters.values() if of is not None]
-        key = self._frozen_state(parameters)
-        if key is None:
-            return self._stack(parameters)
-        if self._kept is None or self._kept[0] != key:
-            with torch.inference_mode(False):  # tensors made in it could not be trained through later
-                projection, dt_weight, dt_bias = self._stack(parameters)
-                self._kept = key, (projection.to(key[0]), dt_weight.to(key[0]), dt_bias)
-        return self._kept[1]
+        if self._kept is not None:
+            return self._kept
+        layers = self._layers()
+        if all(type(layer) is nn.Linear for layer in layers):
+            return self._stack([p for layer in layers for p in layer._parameters.values() if p is not None])
+        adapted = [(effective_weight(layer), base_layer(layer).bias) for layer in layers]
+        return self._stack([of for pair in adapted for of in pair if of is not None])
 
     @staticmethod
-    def _stack(of: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _stack(of: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         # Five of each direction: the weights of dt, B, C and dt_proj, and the last one's bias.
         rows = [weight for i, weight in enumerate(of) if i % 5 < 3]
-        return torch.cat(rows).view(len(of) // 5, -1, rows[0].shape[1]), torch.stack(of[3::5]), torch.stack(of[4::5])
-
-    def _frozen_state(self, parameters: list[Tensor]) -> tuple[Any, ...] | None:
-        # Dtype to compute in, what was put in, place and version of every tensor; None where these may not be kept.
-        if any(p.requires_grad or p.is_inference() for p in parameters) or torch.compiler.is_compiling():
-            return None
-        device = parameters[0].device.type
-        autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else parameters[0].dtype
-        changes = (direction.changes for direction in self.directions)
-        return (dtype, *changes, *((p.data_ptr(), p._version) for p in parameters))
+        projection = torch.cat(rows).view(len(of) // 5, -1, rows[0].shape[1])
+        return projection, torch.stack(list(of[3::5])), torch.stack(list(of[4::5]))
 
     def forward(self, x: Tensor, order: Tensor) -> Tensor:
         """Mixes tokens along every direction.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -244,7 +245,10 @@ def test_a_frozen_encoder_that_has_run_follows_a_merge_of_adapters(run_adapted: 
     torch.manual_seed(0)
     encoder = ArmEncoder(32, 2, image_size=32, d_state=4).requires_grad_(False).eval()
     images = torch.randn(1, 3, 32, 32)
-    before = encoder(images)  # keeps what it stacks
+    encoder.freeze_mixers()
+    before = encoder(images)
+    for layer in encoder.layers:
+        layer.mixer.release()
     adapted: Any = get_peft_model(encoder, encoder_lora(["dt", "B", "C", "dt_proj"], 4, 8.0))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
@@ -252,6 +256,7 @@ def test_a_frozen_encoder_that_has_run_follows_a_merge_of_adapters(run_adapted: 
                 parameter.normal_()
     expected = adapted(images).detach() if run_adapted else None
     merged = adapted.merge_and_unload().requires_grad_(False)
+    merged.freeze_mixers()
     after = merged(images)
     fresh = ArmEncoder(32, 2, image_size=32, d_state=4).eval()
     fresh.load_state_dict(merged.state_dict())
@@ -265,8 +270,47 @@ def test_a_frozen_mixer_can_be_trained_through_after_inference() -> None:
     mixer, order = Mixer(16, 8).requires_grad_(False), direction_orders(2)
     tokens = torch.randn(1, 5, 16)
     with torch.inference_mode():
+        mixer.freeze()
         mixer(tokens, order)
     tokens.requires_grad_()
     mixer(tokens, order).sum().backward()
     assert tokens.grad is not None
     assert tokens.grad.any()
+
+
+def test_frozen_weights_are_kept_until_they_are_released() -> None:
+    torch.manual_seed(0)
+    mixer, order = Mixer(16, 8).requires_grad_(False), direction_orders(2)
+    tokens = torch.randn(1, 5, 16)
+    before = mixer(tokens, order)
+    mixer.freeze()
+    assert torch.equal(mixer(tokens, order), before)
+    with torch.no_grad():
+        mixer.directions[0].dt.weight.mul_(5)
+    assert torch.equal(mixer(tokens, order), before)  # as the caller promised, nobody looks
+    mixer.release()
+    after = mixer(tokens, order)
+    assert not torch.allclose(after, before)
+    mixer.freeze()
+    assert torch.equal(mixer(tokens, order), after)
+
+
+def test_kept_weights_move_and_give_way_to_loaded_ones() -> None:
+    torch.manual_seed(0)
+    mixer, order = Mixer(16, 8).requires_grad_(False), direction_orders(2)
+    tokens = torch.randn(1, 5, 16)
+    mixer.freeze()
+    expected = copy.deepcopy(mixer).double()
+    expected.release()
+    assert torch.equal(mixer.double()(tokens.double(), order), expected(tokens.double(), order))
+    other = Mixer(16, 8).double()
+    mixer.load_state_dict(other.state_dict())
+    assert torch.equal(mixer(tokens.double(), order), other(tokens.double(), order))
+
+
+def test_weights_that_are_trained_are_not_kept() -> None:
+    mixer, order = Mixer(16, 8).requires_grad_(False), direction_orders(2)
+    mixer.directions[2].B.weight.requires_grad = True
+    mixer.freeze()
+    mixer(torch.randn(1, 5, 16), order).sum().backward()
+    assert mixer.directions[2].B.weight.grad is not None
