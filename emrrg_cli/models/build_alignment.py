@@ -20,9 +20,10 @@ from emrrg_cli.errors import RunError
 from emrrg_cli.files import atomic_directory, atomic_write_text
 from emrrg_cli.models.alignment import Alignment
 from emrrg_cli.models.arm.encoder import ArmEncoder
+from emrrg_cli.models.encoder_files import save_encoder
 from emrrg_cli.models.findings_head import FindingsHead
 from emrrg_cli.models.text_encoder import build_scratch_text_encoder, load_text_encoder, load_text_tokenizer
-from emrrg_cli.models.transfer import load_encoder, save_encoder
+from emrrg_cli.models.transfer import load_encoder
 from emrrg_cli.models.weights import fitting_tensors
 from emrrg_cli.recipe.alignment import AlignRecipe
 

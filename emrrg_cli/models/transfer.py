@@ -1,114 +1,25 @@
-"""From one stage to the next: where an encoder is found, how it fits another one, and how each tensor was used.
+"""From one stage to the next: an encoder fitted to another one, with a list of how each tensor was used.
 
 Stage 1 leaves one scan direction and no class token; stages 2 and 3 have four directions and a class token in the
-middle. Image sizes may differ from stage to stage. The source may be a file or any directory that a command left.
+middle. Image sizes may differ from stage to stage.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import re
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from emrrg_cli.errors import RunError, UsageError
-from emrrg_cli.files import atomic_write_text, read_directory
-from emrrg_cli.models.arm.encoder import PATCH_SIZE, ArmEncoder
+from emrrg_cli.models.arm.encoder import ArmEncoder
+from emrrg_cli.models.encoder_files import EncoderConfig, EncoderSource, encoder_source
 
-FORMAT = 1
-ENCODER_FILE = "encoder.safetensors"
-PRETRAINER_FILE = "pretrainer.safetensors"
-_PREFIX = "encoder."
-_OTHER = "no part of the encoder"
-_HINT = "Name a safetensors file, a run directory, or a directory that `emrrg convert` wrote."
 # Tensors of a mixer with a leading axis over the directions.
 _PER_DIRECTION = ("conv_weight", "conv_bias", "A_log", "D")
-
-
-@dataclass(frozen=True)
-class EncoderConfig:
-    """The sizes of an encoder: what its tensors tell.
-
-    Args:
-        d_model: width `d`.
-        depth: number of blocks.
-        d_state: `n`, the SSM state size.
-        image_size: side of the square input in pixels.
-        directions: scan directions; 1 in stage 1, 4 after.
-        class_token: whether there is one; its row is in the middle of the position embedding.
-    """
-
-    d_model: int
-    depth: int
-    d_state: int
-    image_size: int
-    directions: int = 4
-    class_token: bool = True
-
-    @property
-    def grid(self) -> int:
-        """Patches on a side."""
-        return self.image_size // PATCH_SIZE
-
-    @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> EncoderConfig:
-        """The sizes that an encoder's tensors have.
-
-        Raises:
-            RunError: when they are none of an encoder; the message does not name the file.
-        """
-        needed = ("patch_embed.weight", "pos_embed", "layers.0.mixer.A_log")
-        if missing := [name for name in needed if name not in tensors]:
-            raise RunError(f"no encoder: {missing[0]} is missing")
-        weight, pos_embed, A_log = (tensors[name] for name in needed)
-        if pos_embed.dim() != 3 or A_log.dim() != 3:
-            raise RunError("no encoder: pos_embed and A_log have three axes each")
-        class_token = "cls_token" in tensors
-        patches = pos_embed.shape[1] - class_token
-        grid = math.isqrt(patches)
-        if grid * grid != patches:
-            raise RunError(f"no encoder: pos_embed has {patches} patches, which is no square")
-        directions, _, d_state = A_log.shape
-        numbers = {int(number) for number in re.findall(r"^layers\.(\d+)\.", "\n".join(tensors), re.MULTILINE)}
-        return cls(weight.shape[0], depth_of(numbers), d_state, grid * PATCH_SIZE, directions, class_token)
-
-
-def depth_of(numbers: Collection[int]) -> int:
-    """How many blocks there are, by the numbers that tensors name: a number out of all proportion counts for nothing.
-
-    One below twice the count may be the last of blocks of which some are missing; one beyond would have as many blocks
-    looked for as a hostile name says.
-    """
-    return 1 + max((number for number in numbers if number < 2 * len(numbers)), default=0)
-
-
-@dataclass(frozen=True)
-class EncoderSource:
-    """An encoder as it was found.
-
-    Args:
-        config: its sizes.
-        tensors: its tensors by the names of `ArmEncoder`.
-        file: where they are.
-        names: for each of `tensors` its name in the file.
-        others: tensors found beside them that are no part of the encoder, with the part that they are of.
-        notes: what a reader must know.
-    """
-
-    config: EncoderConfig
-    tensors: dict[str, Tensor]
-    file: Path
-    names: dict[str, str]
-    others: dict[str, str]
-    notes: list[str]
 
 
 @dataclass
@@ -144,78 +55,6 @@ class TransferReport:
 
         for line in self.lines(verbose=verbose):
             err.print(line, markup=False, soft_wrap=True)
-
-
-def encoder_source(path: Path | str) -> EncoderSource:
-    """Finds and reads an encoder.
-
-    Args:
-        path: a run directory of `pretrain`, `align` or `finetune`, a directory that `emrrg convert` wrote, the `model/`
-            of a run, or a safetensors file with the tensors of an encoder, under their names or under `encoder.`.
-
-    Raises:
-        UsageError: for a path that is not there or holds no encoder, or a file to be converted first.
-        RunError: for a file that cannot be read.
-    """
-    path = Path(path)
-    if path.is_dir():
-        return read_directory(path / "model", lambda model: _read_directory(path, model))
-    if not path.is_file():
-        raise UsageError(f"{path}: no such file or directory; an encoder is to be there", hint=_HINT)
-    return _read_file(path)
-
-
-def _read_directory(path: Path, model: Path) -> EncoderSource:
-    # `model/` of a run holds what was trained, its top what was frozen. An encoder comes before one with a decoder.
-    places = [folder / name for name in (ENCODER_FILE, PRETRAINER_FILE) for folder in (model, path)]
-    file = next((place for place in places if place.is_file()), None)
-    if file is None and (path / "recipe.yaml").is_file():
-        raise UsageError(f"{path}: this run has left no encoder yet", hint="Let its training end, or reach an export.")
-    if file is None:
-        raise UsageError(f"{path}: there is no encoder in this directory", hint=_HINT)
-    source = _read_file(file)
-    source.others.update(_tensors_beside(path, file))
-    if (adapters := model / "adapters" / "encoder").is_dir():
-        source.notes.append(f"{adapters}: adapters are not merged; the frozen encoder under them is taken")
-    return source
-
-
-def _read_file(file: Path) -> EncoderSource:
-    names = _names_in(file)
-    if any(name.startswith("visual_encoder.") or ".patch_embed.proj." in f".{name}" for name in names):
-        raise UsageError(f"{file}: this file has the published layout", hint=f"First: emrrg convert {file} DIRECTORY")
-    prefix = _PREFIX if f"{_PREFIX}patch_embed.weight" in names else ""
-    own = {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
-    with safe_open(file, framework="pt") as opened:
-        tensors = {name: opened.get_tensor(stored) for name, stored in own.items()}
-    try:
-        config = EncoderConfig.of(tensors)
-    except RunError as error:
-        raise UsageError(f"{file}: {error.message}", hint="It is to hold the tensors of an encoder.") from error
-    others = {name: _OTHER for name in names if not name.startswith(prefix)}
-    return EncoderSource(config, tensors, file, own, others, [])
-
-
-def _names_in(file: Path) -> list[str]:
-    try:
-        with file.open("rb") as stream:
-            start = stream.read(2)
-        if start in (b"PK", b"\x80\x02"):  # a zip archive or a pickle: PyTorch's own formats
-            hint = f"A published checkpoint is converted first: emrrg convert {file} DIRECTORY"
-            raise UsageError(f"{file}: not a safetensors file but a PyTorch checkpoint", hint=hint)
-        with safe_open(file, framework="pt") as opened:
-            return list(opened.keys())
-    except (SafetensorError, OSError) as error:
-        raise RunError(f"{file}: not a readable safetensors file: {error}") from error
-
-
-def _tensors_beside(directory: Path, file: Path) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for other in sorted(directory.rglob("*.safetensors")):
-        place = other.relative_to(directory)
-        if other != file and place.parts[0] != "checkpoints":
-            found |= {f"{place.as_posix()}:{name}": _OTHER for name in _names_in(other)}
-    return found
 
 
 def fill_encoder(encoder: ArmEncoder, source: EncoderSource | Path | str) -> TransferReport:
@@ -352,20 +191,6 @@ def fit_positions(pos_embed: Tensor, grid: int, *, class_token: bool) -> Tensor:
         pos_embed = image.permute(0, 2, 3, 1).reshape(1, grid * grid, -1)
     middle = grid * grid // 2
     return torch.cat([pos_embed[:, :middle], row.to(pos_embed.dtype), pos_embed[:, middle:]], dim=1)
-
-
-def save_encoder(directory: Path, encoder: ArmEncoder) -> None:
-    """Writes `encoder.safetensors` and `encoder.json` into a directory that is there."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
-    save_file(state, directory / ENCODER_FILE)
-    write_encoder_config(directory, EncoderConfig.of(state))
-
-
-def write_encoder_config(directory: Path, config: EncoderConfig) -> None:
-    """Writes `encoder.json`: the sizes, for people and other programs; ours reads them from the tensors."""
-    sizes = {name: value for name, value in asdict(config).items() if name not in ("directions", "class_token")}
-    text = json.dumps({"format": FORMAT, "kind": "encoder", **sizes}, indent=2)
-    atomic_write_text(directory / "encoder.json", text + "\n")
 
 
 def load_encoder(path: Path | str, scan: str = "auto") -> ArmEncoder:

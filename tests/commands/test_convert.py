@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from emrrg_cli.app import main
 from emrrg_cli.models.arm.encoder import ArmEncoder
-from emrrg_cli.models.transfer import save_encoder
+from emrrg_cli.models.encoder_files import save_encoder
 
 
 @pytest.fixture

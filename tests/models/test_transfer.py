@@ -17,7 +17,8 @@ import emrrg_cli
 from emrrg_cli.app import main
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.models.arm.encoder import ArmEncoder, sincos_position_embedding
-from emrrg_cli.models.transfer import encoder_source, fill_encoder, fit_positions, save_encoder
+from emrrg_cli.models.encoder_files import encoder_source, save_encoder
+from emrrg_cli.models.transfer import fill_encoder, fit_positions
 
 D, DEPTH, N = 32, 2, 4
 

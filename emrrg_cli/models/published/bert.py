@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from emrrg_cli.models.transfer import depth_of
+from emrrg_cli.models.encoder_files import depth_of
 
 if TYPE_CHECKING:
     from transformers import BertConfig

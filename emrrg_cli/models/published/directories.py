@@ -21,10 +21,10 @@ from torch import Tensor
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.files import atomic_write_text, whole_directory
 from emrrg_cli.models.arm.pretrainer import ArmPretrainer, default_taps
+from emrrg_cli.models.encoder_files import ENCODER_FILE, FORMAT, PRETRAINER_FILE, EncoderConfig, write_encoder_config
 from emrrg_cli.models.published.bert import bert_config
 from emrrg_cli.models.published.importing import Imported
 from emrrg_cli.models.published.stages import TEXT, Stage
-from emrrg_cli.models.transfer import ENCODER_FILE, FORMAT, PRETRAINER_FILE, EncoderConfig, write_encoder_config
 
 RECORD = "convert.json"
 LEFT_OUT = "left_out.safetensors"

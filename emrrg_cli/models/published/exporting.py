@@ -13,6 +13,7 @@ from torch import Tensor
 from emrrg_cli import files
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.models.arm.encoder import CLUSTER
+from emrrg_cli.models.encoder_files import EncoderConfig
 from emrrg_cli.models.published.bert import usual_heads
 from emrrg_cli.models.published.checkpoint import Checkpoint
 from emrrg_cli.models.published.directories import (
@@ -35,7 +36,6 @@ from emrrg_cli.models.published.layout import (
     to_published,
 )
 from emrrg_cli.models.published.stages import ENCODER, TEXT, Stage
-from emrrg_cli.models.transfer import EncoderConfig
 
 
 def export_checkpoint(directory: Path, allow: Sequence[str] = ()) -> tuple[Stage, Checkpoint, list[str]]:

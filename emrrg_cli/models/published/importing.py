@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from emrrg_cli.errors import RunError
+from emrrg_cli.models.encoder_files import EncoderConfig
 from emrrg_cli.models.published.checkpoint import Checkpoint, read_checkpoint
 from emrrg_cli.models.published.layout import to_ours, to_published
 from emrrg_cli.models.published.stages import LABELS, TEXT, Expected, Stage, expect, stage_of
-from emrrg_cli.models.transfer import EncoderConfig
 
 # What DataParallel puts before every name.
 PARALLEL = "module."

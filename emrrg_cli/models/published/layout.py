@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from emrrg_cli.models.arm.encoder import CLUSTER, PATCH_SIZE
-from emrrg_cli.models.transfer import EncoderConfig, depth_of
+from emrrg_cli.models.encoder_files import EncoderConfig, depth_of
 
 Shape = tuple[int, ...]
 

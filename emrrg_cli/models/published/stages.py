@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from emrrg_cli.errors import RunError
 from emrrg_cli.models.arm.encoder import ArmEncoder
 from emrrg_cli.models.arm.pretrainer import ArmPretrainer
+from emrrg_cli.models.encoder_files import EncoderConfig, depth_of
 from emrrg_cli.models.published.bert import HEAD_WIDTH, bert_config, bert_shapes
 from emrrg_cli.models.published.layout import (
     Piece,
@@ -24,7 +25,6 @@ from emrrg_cli.models.published.layout import (
     sizes_of,
 )
 from emrrg_cli.models.report_generator import Bridge
-from emrrg_cli.models.transfer import EncoderConfig, depth_of
 
 Stage = Literal["pretrain", "align", "finetune", "encoder"]
 

@@ -15,11 +15,11 @@ from torch import Tensor
 import emrrg_cli
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.models.arm.pretrainer import load_pretrainer
+from emrrg_cli.models.encoder_files import EncoderConfig
 from emrrg_cli.models.published.checkpoint import read_checkpoint
 from emrrg_cli.models.published.convert import convert_to_ours, convert_to_published
 from emrrg_cli.models.published.importing import import_checkpoint
 from emrrg_cli.models.published.run import run_recipe
-from emrrg_cli.models.transfer import EncoderConfig
 from emrrg_cli.recipe.load import load_recipe, load_run_recipe
 from emrrg_cli.recipe.schema import ENCODER_SIZES
 
@@ -535,7 +535,7 @@ def test_nothing_else_is_overwritten(make_state: Make, save_published: Save, tmp
 def test_runs_of_ours_in_the_published_layout(tmp_path: Path, make_state: Make, reference: Any) -> None:
     from emrrg_cli.models.arm.encoder import ArmEncoder
     from emrrg_cli.models.arm.pretrainer import ArmPretrainer, save_pretrainer
-    from emrrg_cli.models.transfer import save_encoder
+    from emrrg_cli.models.encoder_files import save_encoder
 
     torch.manual_seed(0)
     pretrainer = ArmPretrainer(32, 4, 128, 4, decoder_width=32).eval()

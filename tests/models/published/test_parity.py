@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import emrrg_cli
+from emrrg_cli.models.encoder_files import EncoderConfig
 from emrrg_cli.models.published.convert import convert_to_ours
 from emrrg_cli.models.published.layout import decoder_pieces, encoder_pieces, to_published
-from emrrg_cli.models.transfer import EncoderConfig
 
 # Of the norm of each tensor. In double precision nothing but the architecture could make a difference.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-11}
