@@ -77,7 +77,7 @@ def _rows(file: Path) -> list[dict[str, Any]]:
 # -- which files -------------------------------------------------------------------------------------------------
 
 
-def test_folders_are_looked_through_in_order_hidden_ones_left_out(tmp_path: Path) -> None:
+def test_folders_are_searched_in_order_without_hidden_ones(tmp_path: Path) -> None:
     names = ["b/2.png", "b/1.png", "a.png", "b/c/3.png", ".hidden/4.png", "b/.5.png", "notes.txt"]
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -106,9 +106,7 @@ def test_a_path_that_is_not_there_or_nothing_at_all_is_an_error(tmp_path: Path) 
 # -- what is written ---------------------------------------------------------------------------------------------
 
 
-def test_reports_go_to_json_lines_and_csv_and_the_rest_is_listed_with_its_reason(
-    tmp_path: Path, writer: Writer, recipe: FinetuneRecipe
-) -> None:
+def test_reports_and_skipped_files_are_written(tmp_path: Path, writer: Writer, recipe: FinetuneRecipe) -> None:
     images = tmp_path / "images"
     names = ['comma, "quote".png', "line\nbreak.png", "umlaut ü 😀.png"]
     for number, name in enumerate(names):
@@ -222,7 +220,7 @@ def test_reports_of_a_run_that_was_killed_are_kept(tmp_path: Path, writer: Write
     assert not partial.exists()
 
 
-def test_an_output_that_cannot_be_is_refused_before_the_model_is_loaded(
+def test_a_wrong_output_is_refused_before_the_model_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: FinetuneRecipe
 ) -> None:
     def load(*arguments: Any, **options: Any) -> None:
@@ -255,7 +253,7 @@ def test_an_interruption_keeps_what_was_written(
     assert [signal.getsignal(watched) for watched in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
-def test_an_interruption_while_an_image_is_decoded_is_no_broken_image(
+def test_an_interruption_while_decoding_is_no_broken_image(
     tmp_path: Path, writer: Writer, recipe: FinetuneRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = [_image(tmp_path / f"{index}.png") for index in range(5)]

@@ -252,7 +252,7 @@ def test_an_evaluation_overwrites_nothing(varied_run: Path, tmp_path: Path) -> N
     assert target(tmp_path, "test", taken, True) == taken
 
 
-def test_an_output_that_cannot_be_is_refused_before_the_model_is_loaded(
+def test_a_wrong_output_is_refused_before_the_model_loads(
     varied_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def load(*arguments: Any) -> None:

@@ -217,7 +217,7 @@ def test_trainable_parameters_of_lora_x(size: str, expected: int, make_llm: Call
     ],
     ids=str,
 )
-def test_freezing_leaves_adapters_bridge_and_hybrid_layers_trainable(
+def test_freezing_leaves_adapters_and_bridge_trainable(
     targets: Any,
     llm: dict[str, Any],
     make_encoder: Callable[..., ArmEncoder],

@@ -110,7 +110,7 @@ def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor],
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
-def test_values_and_gradients_are_those_of_a_literal_implementation(
+def test_values_and_gradients_equal_a_literal_implementation(
     make_model: Any, examples: list[Example], batch_of: Any, pooling: str
 ) -> None:
     model = make_model(pooling)
@@ -214,7 +214,7 @@ def test_a_gradient_step_brings_the_scale_back(make_model: Any, batch_of: Any) -
     assert model.logit_scale.item() < math.log(100)
 
 
-def test_pooling_takes_the_last_real_token_whatever_side_is_padded() -> None:
+def test_pooling_takes_the_last_real_token_on_any_padding_side() -> None:
     hidden = torch.arange(24.0).reshape(2, 4, 3)
     right = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
     left = torch.tensor([[0, 0, 1, 1], [0, 0, 0, 1]])
@@ -237,7 +237,7 @@ def test_a_study_is_embedded_alike_in_any_company(make_model: Any, batch_of: Any
     assert (texts @ texts.T).fill_diagonal_(0).max() < 0.999  # and they differ
 
 
-def test_a_frozen_text_tower_gives_the_same_text_the_same_place_in_training(make_model: Any, batch_of: Any) -> None:
+def test_a_frozen_text_tower_is_deterministic_in_training(make_model: Any, batch_of: Any) -> None:
     model = make_model(dropout=0.5)
     batch = batch_of([0, 1])
     model.train()

@@ -323,7 +323,7 @@ def test_a_run_without_a_model(make_run: Callable[..., Run]) -> None:
         run.load()
 
 
-def test_a_model_is_read_while_it_is_being_replaced_and_left_where_it_is(make_run: Callable[..., Run]) -> None:
+def test_a_model_can_be_read_while_it_is_replaced(make_run: Callable[..., Run]) -> None:
     run = make_run("none", SCRATCH)
     (run.directory / "model").rename(run.directory / "model.previous-emrrg")
     before = sorted(run.directory.rglob("*"))
@@ -364,9 +364,7 @@ def test_parts_that_are_missing(make_run: Callable[..., Run], llm_dir: Path) -> 
         run.load()
 
 
-def test_a_trained_llm_that_is_missing_is_not_replaced_by_the_plain_one(
-    make_run: Callable[..., Run], llm_dir: Path
-) -> None:
+def test_a_missing_trained_llm_is_not_replaced_by_the_plain_one(make_run: Callable[..., Run], llm_dir: Path) -> None:
     run = make_run("none", {"name": str(llm_dir), "frozen": False})
     shutil.rmtree(run.directory / "model" / "llm")
     (run.directory / "model" / "checksums.json").unlink()

@@ -208,7 +208,7 @@ def test_loss_of_cut_reports(make_model: MakeModel, texts: list[str]) -> None:
     assert int(items) == sum(n + 1 if n <= limit else limit for n in lengths)
 
 
-def test_the_loss_sees_the_image_through_prompt_and_hybrid_layers(make_model: MakeModel, texts: list[str]) -> None:
+def test_the_loss_sees_the_image_by_prompt_and_hybrid_layers(make_model: MakeModel, texts: list[str]) -> None:
     model = make_model()
     examples = _examples(texts, [1])
     other = [Example(0, "s", 255 - examples[0].pixels, examples[0].report)]

@@ -294,7 +294,7 @@ def test_unfit_tensors_are_named(tmp_path: Path, change: Callable[[dict[str, Ten
     assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
 
 
-def test_misshapen_tensors_of_stage_1_are_named_with_their_own_shapes(pretrainer: Path) -> None:
+def test_misshapen_stage_1_tensors_are_named_with_shapes(pretrainer: Path) -> None:
     file = pretrainer / "pretrainer.safetensors"
     state = load_file(file)
     state["encoder.layers.0.mixer.D"] = torch.zeros(1, 31)

@@ -10,16 +10,25 @@ With `torch.use_deterministic_algorithms(True)` sums over channels are formed in
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 from functools import cache, wraps
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
-from triton.runtime import driver
 
 from emrrg_cli.models.scan import kernels
+from emrrg_cli.models.scan.triton_parts import (
+    TOKENS,
+    WIDE,
+    Launcher,
+    ceil_div,
+    convolved,
+    index_maps,
+    product,
+    projected,
+    tiles,
+)
 
 # Channels of a scanning program, which is one warp.
 _CHANNELS = 32
@@ -79,21 +88,21 @@ def _scan_all(x: Tensor, z: Tensor, weights: Sequence[Tensor], order: Tensor, sa
     b, length, d = x.shape
     A_log, D = weights[5:]
     directions, _, n = A_log.shape
-    order, back = _index_maps(order)
+    order, back = index_maps(order)
     kept = (b, directions, _sections(length), d, n) if save else (0,)  # outputs of an operator may not be one tensor
-    launch = _Launcher((x, z, *weights), save)
+    launch = Launcher((x, z, *weights), save)
     out = mean = states = x  # each is made where it is first written: by then something else is gone
     for part in _parts(b, _FORWARD_PART // (directions * length * d)):
         launch.take(part)
         part_x, part_z = (x, z) if part is None else (x[part], z[part])
         size = part_x.shape[0]
-        u = _convolved(launch, part_x, order, weights)
+        u = convolved(launch, part_x, order, weights)
         weights = _narrowed(weights, x.dtype)  # once there is a kernel at work, for which the device waits
-        _, dt, BC = _projected(launch, u, weights)
+        _, dt, BC = projected(launch, u, weights)
         if states is x:
             states = torch.empty(kept, dtype=torch.float32, device=x.device)
         launch(
-            kernels.scan_forward, (_ceil(d, _CHANNELS), directions * size, 1),
+            kernels.scan_forward, (ceil_div(d, _CHANNELS), directions * size, 1),
             u, dt, BC, A_log, D, BC if not save else states if part is None else states[part], size, length, d,
             N=n, C=_CHANNELS, CHUNK=_CHUNK, EVERY=_EVERY, SAVE=save, **_ONE_WARP,
         )  # fmt: skip
@@ -103,9 +112,9 @@ def _scan_all(x: Tensor, z: Tensor, weights: Sequence[Tensor], order: Tensor, sa
             mean = torch.empty_like(x) if save else x.new_empty(0)
         part_out, part_mean = (out, mean) if part is None else (out[part], mean[part])
         launch(
-            kernels.gate_forward, _tiles(d, length, size),
+            kernels.gate_forward, tiles(d, length, size),
             dt, part_z, back, part_out, part_mean if save else part_out, size, length, d,
-            K=directions, SAVE=save, T=_TOKENS, C=_WIDE,
+            K=directions, SAVE=save, T=TOKENS, C=WIDE,
         )  # fmt: skip
         del dt
     return out, mean, states, *weights[2:4]
@@ -160,12 +169,12 @@ def _backward(
     grad_x, grad_z = torch.empty_like(x), torch.empty_like(z)
     weights = _narrowed((conv_weight, conv_bias, projection, dt_weight, dt_bias, A_log, D), x.dtype)
     # A part has so many channel blocks that each of the programs that run at a time gets as many.
-    blocks, programs = directions * _ceil(d, _CHANNELS), _programs(x.device)
+    blocks, programs = directions * ceil_div(d, _CHANNELS), _programs(x.device)
     rounds = max(1, _BACKWARD_PART // (programs * _CHANNELS * length))
-    maps = _index_maps(order)
+    maps = index_maps(order)
     sums: _Sums | None = None
     tensors = (grad, x, z, mean, states, grad_x, grad_z)
-    launch = _Launcher((*tensors, *weights), parameters, torch.are_deterministic_algorithms_enabled())
+    launch = Launcher((*tensors, *weights), parameters, torch.are_deterministic_algorithms_enabled())
     for part in _parts(b, rounds * programs // blocks):
         launch.take(part)
         sums = _backward_of(part, launch, weights, maps, parameters, sums, *tensors)
@@ -182,21 +191,9 @@ def _backward(
 _Sums = tuple[Tensor, Tensor, Tensor]
 
 
-def _product(a: Tensor, b: Tensor, total: Tensor | None = None) -> Tensor:
-    # The batched matrix product in fp32, added to `total` where there is one.
-    if a.dtype == torch.float32 or (a.is_cuda and _WIDE_PRODUCTS):
-        wide: dict[str, Any] = {} if a.dtype == torch.float32 else {"out_dtype": torch.float32}
-        return torch.bmm(a, b, **wide) if total is None else torch.baddbmm(total, a, b, **wide, out=total)
-    product = torch.bmm(a, b).float()
-    return product if total is None else total.add_(product)
-
-
-_WIDE_PRODUCTS = hasattr(torch.ops.aten.baddbmm, "dtype_out")  # from torch 2.8
-
-
 def _backward_of(
     part: slice | None,
-    launch: _Launcher,
+    launch: Launcher,
     weights: Sequence[Tensor],
     maps: tuple[Tensor, Tensor],
     parameters: bool,
@@ -214,21 +211,21 @@ def _backward_of(
     conv_weight, conv_bias, projection, dt_weight, _, A_log, D = weights
     order, back = maps
     x = x if part is None else x[part]
-    u = _convolved(launch, x, order, weights)  # before all else: the device waits for it
+    u = convolved(launch, x, order, weights)  # before all else: the device waits for it
     if part is not None:
         grad, z, mean, states, grad_x, grad_z = (of[part] for of in (grad, z, mean, states, grad_x, grad_z))
     size, length, d = x.shape
     directions, _, n = A_log.shape
     rank, stride, taps = dt_weight.shape[2], projection.shape[1], conv_weight.shape[2]
-    rows, blocks = size * length, _ceil(d, _CHANNELS)
+    rows, blocks = size * length, ceil_div(d, _CHANNELS)
     atomic = not torch.are_deterministic_algorithms_enabled()
     fp32: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
     shape = (directions, rows, 2 * n)
     grad_BC = torch.empty(shape if atomic else (blocks, *shape), **fp32)
-    low, dt, BC = _projected(launch, u, weights, parameters, grad_BC if atomic else None)
+    low, dt, BC = projected(launch, u, weights, parameters, grad_BC if atomic else None)
     grad_y = grad_x  # until that is written
     launch(
-        kernels.gate_backward, (_ceil(x.numel(), 1024), 1, 1),
+        kernels.gate_backward, (ceil_div(x.numel(), 1024), 1, 1),
         grad, z, mean, grad_z, grad_y, x.numel(), K=directions, BLOCK=1024,
     )  # fmt: skip
     programs = min(blocks * directions * size, _programs(x.device))
@@ -250,24 +247,24 @@ def _backward_of(
     torch.bmm(grad_dt, dt_weight, out=grad_proj[..., :rank])
     grad_BC = grad_BC if atomic else grad_BC.sum(0)
     launch(
-        kernels.finish_BC, (_ceil(directions * rows, 32), 1, 1),
+        kernels.finish_BC, (ceil_div(directions * rows, 32), 1, 1),
         grad_BC, grad_proj, directions * rows, rank, stride, N=n, M=32,
     )  # fmt: skip
     del grad_BC
     if parameters:
-        of_projection = _product(grad_proj.mT, u, of_projection)
-        of_dt_weight = _product(grad_dt.mT, low, of_dt_weight)
+        of_projection = product(grad_proj.mT, u, of_projection)
+        of_dt_weight = product(grad_dt.mT, low, of_dt_weight)
         sums = small, of_projection, of_dt_weight
     del u, low, dt, grad_dt
     torch.baddbmm(grad_u, grad_proj, projection, out=grad_u)
     launch(
-        kernels.conv_backward, (_ceil(d, _WIDE), directions * size, 1),
+        kernels.conv_backward, (ceil_div(d, WIDE), directions * size, 1),
         x, order, conv_weight, conv_bias, grad_u, small, size, length, d,
-        W=taps, C=_WIDE, FIRST=n + 2, num_warps=2, **common,
+        W=taps, C=WIDE, FIRST=n + 2, num_warps=2, **common,
     )  # fmt: skip
     launch(
-        kernels.sum_directions, _tiles(d, length, size),
-        grad_u, back, grad_x, size, length, d, K=directions, T=_TOKENS, C=_WIDE,
+        kernels.sum_directions, tiles(d, length, size),
+        grad_u, back, grad_x, size, length, d, K=directions, T=TOKENS, C=WIDE,
     )  # fmt: skip
     return sums
 
@@ -323,9 +320,6 @@ class _Scan(torch.autograd.Function):
         return (*grads, *[None] * (10 - len(grads)))
 
 
-_TOKENS, _WIDE = 16, 128  # tile of the kernels that go over tokens and channels
-
-
 def _sections(length: int) -> int:
     return (length - 1) // _EVERY
 
@@ -348,108 +342,7 @@ def _parts(batch: int, size: int) -> list[slice | None]:
     return [slice(start, min(start + size, batch)) for start in range(0, batch, size)] if size < batch else [None]
 
 
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _tiles(d: int, length: int, rows: int) -> tuple[int, int, int]:
-    return (_ceil(d, _WIDE), _ceil(length, _TOKENS), rows)
-
-
-# By the tensor itself: an encoder's order never changes.
-_maps: MutableMapping[Tensor, tuple[Tensor, Tensor]] = WeakIdKeyDictionary()
-
-
-def _index_maps(order: Tensor) -> tuple[Tensor, Tensor]:
-    # The order and its inverse, [K, l] int32: the step at which a direction visits a token.
-    if (known := _maps.get(order)) is not None:
-        return known
-    steps = torch.arange(order.shape[1], device=order.device, dtype=torch.int32).expand(order.shape)
-    maps = order.to(torch.int32), torch.empty_like(order, dtype=torch.int32).scatter_(1, order.long(), steps)
-    _maps[order] = maps
-    return maps
-
-
 def _narrowed(weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
     # The same, with those of matrix products in the dtype of these.
     conv_weight, conv_bias, projection, dt_weight, *rest = weights
     return conv_weight, conv_bias, projection.to(dtype), dt_weight.to(dtype), *rest
-
-
-def _convolved(launch: _Launcher, x: Tensor, order: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    # `u` in the order of each direction, [K, b * l, d].
-    conv_weight, conv_bias, *_ = weights
-    b, length, d = x.shape
-    directions, _, taps = conv_weight.shape
-    u = x.new_empty(directions, b * length, d)
-    launch(
-        kernels.conv_forward, (_ceil(d, _WIDE), _ceil(length, 2 * _TOKENS), directions * b),
-        x, order, conv_weight, conv_bias, u, b, length, d, W=taps, T=2 * _TOKENS, C=_WIDE, num_warps=2,
-    )  # fmt: skip
-    return u
-
-
-def _projected(
-    launch: _Launcher,
-    u: Tensor,
-    weights: Sequence[Tensor],
-    keep_low: bool = False,
-    cleared: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    # What else the recurrence reads: after softplus, dt [K, b * l, d]; B and C [K, b * l, 2 n] in fp32. Before them,
-    # where asked for, what dt was projected from, [K, b * l, r]. Fills `cleared`, as large as B and C, with zeros.
-    _, _, projection, dt_weight, dt_bias, A_log, _ = weights
-    directions, rows, d = u.shape
-    rank, n = dt_weight.shape[2], A_log.shape[2]
-    proj = _product(u, projection.mT)
-    dt = torch.empty_like(u)
-    low = u.new_empty(directions, rows, rank) if keep_low else dt
-    BC = torch.empty(directions, rows, 2 * n, dtype=torch.float32, device=u.device)
-    launch(
-        kernels.dt_forward, (_ceil(d, 128), _ceil(rows, 64), directions),
-        proj, dt_weight, dt_bias, low, dt, BC, BC if cleared is None else cleared, rows, d, rank, proj.shape[2],
-        N=n, M=64, C=128, R=max(16, 1 << (rank - 1).bit_length()), LOW=keep_low, CLEAR=cleared is not None,
-    )  # fmt: skip
-    return low, dt, BC
-
-
-_configurations: dict[tuple[Any, ...], int] = {}
-_launches: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
-
-
-class _Launcher:
-    """`launch(kernel, grid, *arguments, **constants)` does what `kernel[grid](...)` does in less of the host's time, of
-    which a small kernel takes more than of the device's.
-
-    A kernel is compiled for types, sizes and alignment of its arguments. Here these are looked at once for all kernels
-    of a pass; after a first launch pointers are handed over as numbers.
-
-    Args:
-        tensors: those that came from outside, whole, the first on the device to launch on. All others must be made
-            here, so that they are aligned, or be a part of the batch of these.
-        flags: whatever else the other arguments' types depend on.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor], *flags: int) -> None:
-        device = tensors[0].device
-        found = [(tensor.dtype, tensor.shape, tensor.data_ptr() % 16) for tensor in tensors]
-        key = (device.index, *flags, *found)
-        self._whole = _configurations.setdefault(key, len(_configurations))
-        self._configuration: tuple[int, ...] = (self._whole,)
-        # Without the object that `torch.cuda.current_stream` makes, for which a host may need 20 us.
-        self._stream = driver.active.get_current_stream(device.index) if device.type == "cuda" else None
-
-    def take(self, part: slice | None) -> None:
-        """The launches that follow are for this part of the batch; None: for all of it."""
-        self._configuration = (self._whole,) if part is None else (self._whole, part.start, part.stop)
-
-    def __call__(self, kernel: Any, grid: tuple[int, int, int], *arguments: Any, **constants: Any) -> None:
-        key = (kernel.fn.__name__, self._configuration, grid, *constants.values())
-        if key in _launches:
-            launch, values = _launches[key]
-            plain = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-            launch(*plain, *values, stream=self._stream)
-            return
-        compiled = kernel[grid](*arguments, **constants)
-        if hasattr(compiled, "run"):  # else interpreted
-            _launches[key] = compiled[grid], tuple(constants[name] for name in kernel.arg_names[len(arguments) :])

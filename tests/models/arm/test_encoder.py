@@ -49,7 +49,7 @@ def test_output_is_every_token(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [48, 64])
-def test_tokens_enter_in_row_order_with_the_class_token_in_the_middle(size: int) -> None:
+def test_tokens_enter_in_row_order_class_token_in_the_middle(size: int) -> None:
     encoder = _encoder(size).eval()
     entered: list[Tensor] = []
     encoder.layers[0].register_forward_pre_hook(lambda module, args: entered.append(args[0].detach()))

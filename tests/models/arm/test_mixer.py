@@ -239,7 +239,7 @@ def test_bf16_autocast_is_close_to_fp32() -> None:
 
 
 @pytest.mark.parametrize("run_adapted", [False, True])
-def test_a_frozen_encoder_that_has_run_follows_a_merge_of_adapters(run_adapted: bool) -> None:
+def test_a_frozen_encoder_follows_a_merge_of_adapters(run_adapted: bool) -> None:
     from peft import get_peft_model
 
     torch.manual_seed(0)

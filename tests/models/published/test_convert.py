@@ -601,7 +601,7 @@ def test_a_path_to_no_llm_is_refused(make_state: Make, save_published: Save, tmp
         convert_to_ours(save_published(make_state("3")), tmp_path / "out", llm="runs/mine/llm")
 
 
-def test_a_block_number_out_of_all_proportion_is_an_unknown_tensor(make_state: Make, save_published: Save) -> None:
+def test_a_far_too_large_block_number_is_an_unknown_tensor(make_state: Make, save_published: Save) -> None:
     for stage, name in (("1", "dec_block.99999999.x"), ("2", "visual_encoder.layers.99999999.norm1.weight")):
         file = save_published({**make_state(stage), name: torch.zeros(32)}, f"{stage}.pth")
         with pytest.raises(RunError, match=rf"{name} is unknown"):
@@ -618,9 +618,7 @@ def test_numbers_that_cannot_be_converted_are_told(make_state: Make, save_publis
             import_checkpoint(save_published({**state, name: tensor}))
 
 
-def test_a_text_tower_that_the_published_layout_cannot_tell_is_not_written_silently(
-    make_state: Make, save_published: Save, tmp_path: Path
-) -> None:
+def test_a_text_tower_the_layout_cannot_hold_is_refused(make_state: Make, save_published: Save, tmp_path: Path) -> None:
     convert_to_ours(save_published(make_state("2")), tmp_path / "ours")
     for file, key, value in (
         ("alignment.json", "pooling", "mean"),
