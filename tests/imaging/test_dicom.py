@@ -178,6 +178,11 @@ def test_monochrome1_is_inverted(make_dicom: MakeDicom) -> None:
     assert inverted[0, 0] == 255
 
 
+def test_a_narrow_window_ends_half_a_value_from_its_center(make_dicom: MakeDicom) -> None:
+    # LINEAR, PS3.3 C.11.2.1.2: (x - (c - 0.5)) / (w - 1) + 0.5. In a wide window the halves do not show.
+    assert _grey(make_dicom, [0, 1, 2, 3], WindowCenter=2, WindowWidth=3) == [0, 64, 191, 255]
+
+
 def test_windows(make_dicom: MakeDicom) -> None:
     values = [0, 1000, 1500, 2000, 4000]
     # PS3.3 C.11.2.1.2.1: ((x - (c - 0.5)) / (w - 1) + 0.5), here (x - 999.5) / 1001.

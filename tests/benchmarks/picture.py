@@ -1,0 +1,63 @@
+"""The picture of the README, made from the folder of a demo.
+
+    emrrg demo && python tests/benchmarks/picture.py emrrg-demo tests/readme/demo.png
+
+Shows four films of the test split with reference and generated report, findings in both marked as on the demo's page.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+import textwrap
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from PIL import Image
+
+from emrrg_cli.datasets.directory import open_dataset
+from emrrg_cli.demo import read_result
+from emrrg_cli.files import atomic_write_bytes
+from emrrg_cli.phantom.reader import read_labels
+
+COUNT = 4
+
+
+def main() -> None:
+    folder, target = Path(sys.argv[1]), Path(sys.argv[2])
+    result = read_result(folder / "data", folder / "scores")
+    studies = list(zip(result.study_ids, result.truth, result.references, result.hypotheses, strict=True))
+    # Films with findings, in the order of the split: hits, inventions and misses as they come.
+    chosen = [study for study in studies if study[1]][:COUNT]
+    test = open_dataset(folder / "data")["test"]
+    rows = {study: row for row, study in enumerate(test["study_id"])}
+    figure = Figure(figsize=(10, 2.1 * COUNT), dpi=80)
+    places = figure.subplots(COUNT, 2, width_ratios=[1, 3.6])
+    for (film, text), (study, truth, reference, report) in zip(places, chosen, strict=True):
+        film.imshow(Image.open(io.BytesIO(test[rows[study]]["images"][0]["bytes"])), cmap="gray")
+        found = read_labels(report)
+        marks = [f"✓ {name}" for name in sorted(found & truth)] + [
+            f"✗ {name} (invented)" for name in sorted(found - truth)
+        ]
+        marks += [f"○ {name} (missed)" for name in sorted(truth - found)]
+        lines = [*_wrapped("Reference: ", reference), "", *_wrapped("Generated: ", report), "", "   ".join(marks)]
+        text.text(0, 1, "\n".join(lines), va="top", fontsize=9, family="DejaVu Sans")
+    for axis in figure.axes:
+        axis.axis("off")
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    small = Image.open(buffer).convert("L").quantize(32)
+    buffer = io.BytesIO()
+    small.save(buffer, "PNG", optimize=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_bytes(target, buffer.getvalue())
+    print(f"{target}: {len(buffer.getvalue()):,} bytes; the first report: {chosen[0][3]}")
+
+
+def _wrapped(label: str, text: str) -> list[str]:
+    return textwrap.wrap(label + text, 105)
+
+
+if __name__ == "__main__":
+    main()
