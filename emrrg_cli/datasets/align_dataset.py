@@ -139,5 +139,5 @@ class PairDataset(Dataset[Example]):
             whole, rest = divmod(count, len(part))
             again = torch.randperm(len(part), generator=generator)[:rest]
             drawn.append(torch.cat([torch.arange(len(part)).repeat(whole), again]) + end - len(part))
-        every = torch.cat(drawn)
-        return every[torch.randperm(len(every), generator=generator)]
+        studies = torch.cat(drawn)
+        return studies[torch.randperm(len(studies), generator=generator)]

@@ -34,7 +34,7 @@ def load_batches(
         EmrrgError: what reading an example raised, as it was raised.
     """
     loader: DataLoader[Any] = DataLoader(
-        _Told(dataset),
+        _ErrorsAsExamples(dataset),
         batch_sampler=(list(batch) for batch in batches if batch),
         collate_fn=partial(_join, collate),
         num_workers=workers,
@@ -69,7 +69,7 @@ def _signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-class _Told(Dataset[Any]):
+class _ErrorsAsExamples(Dataset[Any]):
     """Errors as examples: torch would put the traceback of the other process into their message."""
 
     def __init__(self, dataset: Dataset[Any]) -> None:

@@ -68,7 +68,7 @@ def open_stream(path: Path, where: str) -> Iterator[tuple[IO[bytes], int]]:
         ImageError: missing image, image path is a folder, not a regular file, no permission to read, cannot be opened.
     """
     try:
-        # Looked at first: opening a pipe would wait for ever.
+        # Looked at first: opening a pipe would never return.
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
             readable = os.access(path, os.R_OK | os.X_OK)
@@ -99,22 +99,22 @@ def is_dicom(stream: IO[bytes]) -> bool:
 @contextlib.contextmanager
 def caught_stderr() -> Iterator[list[str]]:
     """Keeps what C libraries print about broken data from the terminal; at the end of the block it is in the list."""
-    said: list[str] = []
+    messages: list[str] = []
     with _stderr_lock:
         try:
             saved = os.dup(2)
         except OSError:  # no stderr at all
-            yield said
+            yield messages
             return
         with _scratch_file() as caught:
             try:
                 os.dup2(caught.fileno(), 2)
-                yield said
+                yield messages
             finally:
                 os.dup2(saved, 2)
                 os.close(saved)
                 caught.seek(0)
-                said += caught.read(10_000).decode("utf-8", "replace").splitlines()
+                messages += caught.read(10_000).decode("utf-8", "replace").splitlines()
 
 
 def _scratch_file() -> IO[bytes]:

@@ -20,7 +20,7 @@ def find_images(paths: Iterable[str]) -> list[Path]:
         UsageError: for a path that does not exist, or when there is no file at all.
     """
     found: dict[Path, None] = {}
-    unreadable: list[Path] = []  # for the reader to say so
+    unreadable: list[Path] = []  # the reader reports them
     for name in paths:
         path = Path(name)
         try:

@@ -161,9 +161,11 @@ def decode_image(image: Image.Image, where: str, max_pixels: int, enough: int | 
         if enough is not None and reduced:
             image.draft("L", (enough, enough))
         if image.format == "TIFF":
-            with caught_stderr() as said:
+            with caught_stderr() as messages:
                 image.load()
-            if any(_COMPLAINT.match(line) and "warning" not in line.lower() for line in said):  # after which it goes on
+            if any(
+                _COMPLAINT.match(line) and "warning" not in line.lower() for line in messages
+            ):  # libtiff continues after an error
                 add_notes(image, "damaged: part of it may be missing")
         else:
             image.load()

@@ -50,7 +50,7 @@ def read_image(source: Path | str | bytes | Image.Image, max_pixels: int = MAX_P
         max_pixels: Largest width times height that is decoded.
 
     Returns:
-        A new image of mode `L`, `[h, w]`, 0 black to 255 white. What should be said about it is in `image_notes`.
+        A new image of mode `L`, `[h, w]`, 0 black to 255 white. `image_notes` returns the notes about it.
 
     Raises:
         ImageError: With a short reason: missing image, image path is a folder, not a regular file, no permission to

@@ -5,7 +5,7 @@ Beside OUT, on the same file system, until the directory is whole:
 .OUT.partial/
   work.json                       what is being made: a fingerprint of data, recipe and libraries
   shards/train-00000.parquet      finished
-  journal/train-00000.json        one for every finished shard, written after it
+  journal/train-00000.json        one for each finished shard, written after it
   finish.json                     how the shards become the directory, once there are all of them
   dataset/                        becomes OUT
 
@@ -126,7 +126,7 @@ def open_writer(
     except OSError as error:  # pyarrow's own I/O errors are OSErrors too
         raise RunError(
             f"cannot write {out}: {error.strerror or error}",
-            hint="The same command goes on from the shards that are finished." if (work / "shards").exists() else None,
+            hint="The same command continues after the finished shards." if (work / "shards").exists() else None,
         ) from error
 
 
@@ -178,7 +178,7 @@ class DatasetWriter:
         self._splits[study.split].put(study, prepared)
 
     def add_to(self, account: Account) -> None:
-        """Ends the shards and adds what became of their studies, split by split."""
+        """Finishes the shards and adds their skipped items and notes, split by split."""
         for shards in self._splits.values():
             shards.end_shard()
             for journal in shards.journals():
@@ -196,7 +196,7 @@ class DatasetWriter:
 
         Args:
             manifest: Given the whole account, what the writer does not know; counts and `fingerprint` are added.
-            account: Of what was left out while the source was read; what became of the images is added to it.
+            account: Of what was left out while the source was read; the skipped images are added to it.
             dedupe: `off`, `report` or `drop`; but for `off`, every study that was put had hashes.
             before: Called with the whole directory before it is put in its place.
 
@@ -245,7 +245,7 @@ class DatasetWriter:
     def close(self) -> None:
         """Lets go of open files."""
         for shards in self._splits.values():
-            with contextlib.suppress(OSError):  # a full disk, most often: the error that led here says so
+            with contextlib.suppress(OSError):  # usually a full disk, which the first error reports
                 shards.close()
 
     def _plan(self, dedupe: str) -> Plan:
@@ -315,11 +315,11 @@ def _prepare(work: Path, fingerprint: str, overwrite: bool) -> None:
         elif not overwrite and any((work / "journal").glob("*")):
             raise UsageError(
                 f"{work} holds an unfinished run with other data or settings",
-                hint="Give that command once more to finish it, or pass --overwrite to begin anew.",
+                hint="Give that command once more to finish it, or pass --overwrite to start from the beginning.",
             )
         else:
             err.print(
-                f"{work} holds an unfinished run with other data or settings; it is removed, and this one begins anew.",
+                f"{work} holds an unfinished run with other data or settings; this run replaces it.",
                 markup=False,
                 soft_wrap=True,
             )

@@ -68,7 +68,7 @@ def open_pool(backend: str | None, workers: int | None, studies: int, scheduler:
         return
     if backend == "multiprocessing":
         raise UsageError(
-            "--backend multiprocessing forks a process that has threads, which may then wait for ever",
+            "--backend multiprocessing forks a process that has threads, which can deadlock",
             hint="Use loky, which starts new processes.",
         )
     try:
@@ -95,12 +95,12 @@ def prepare_all(
     size = 1
     hook = threading.excepthook
 
-    def of_others(args: threading.ExceptHookArgs) -> None:
-        """Work that is given up may leave a KeyError in loky's own thread: nobody needs its traceback."""
+    def ignore_loky(args: threading.ExceptHookArgs) -> None:
+        """Cancelled work may leave a KeyError in loky's own thread; its traceback helps nobody."""
         if args.thread is None or args.thread.name != _LOKY_THREAD:
             hook(args)
 
-    threading.excepthook = of_others
+    threading.excepthook = ignore_loky
     try:
         while True:
             while len(under_way) < _BLOCKS and (
@@ -121,8 +121,8 @@ def prepare_all(
         if not isinstance(error, BrokenProcessPool) and type(error).__name__ != "KilledWorker":
             raise
         raise RunError(
-            "a decoding process was ended by the system, most often for want of memory",
-            hint="Use fewer processes (--workers 1) or a lower max_pixels; the same command goes on from here.",
+            "the system ended a decoding process, most often because memory ran out",
+            hint="Use fewer processes (--workers 1) or a lower max_pixels; the same command continues from here.",
         ) from None
     finally:
         if under_way:

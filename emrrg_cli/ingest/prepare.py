@@ -29,7 +29,7 @@ _KEPT_OVERHEAD = 16 * 1024
 class PreparedImages:
     """A study's images after they were tried: `images` and `views` can be used, `problems` are the others.
 
-    `notes` are pairs of an image's name and what should be said about it; `hashes` are those of the images where
+    `notes` are pairs of an image's name and a note about it; `hashes` are those of the images where
     duplicates are looked for.
     """
 

@@ -19,10 +19,10 @@ from emrrg_cli.console import err, printable
 from emrrg_cli.errors import RunError
 from emrrg_cli.ingest.annotation_file import export_annotation
 from emrrg_cli.ingest.dataset_writer import DatasetWriter, check_target, open_writer
-from emrrg_cli.ingest.parallel import open_pool, prepare_all
+from emrrg_cli.ingest.parallel import Pool, open_pool, prepare_all
 from emrrg_cli.ingest.prepare import prepare_study
 from emrrg_cli.ingest.selection import select
-from emrrg_cli.ingest.source_scan import Survey, survey
+from emrrg_cli.ingest.source_scan import SourceScan, scan_source
 from emrrg_cli.ingest.study import Account, HasColumns, StudySource
 from emrrg_cli.recipe.schema import PreprocessRecipe
 from emrrg_cli.signals import interrupted_by
@@ -50,8 +50,8 @@ def preprocess(
 
     The source is read twice: once without decoding, to find what is wrong with it as a whole before hours are spent,
     then shard by shard. What an earlier run with the same data and settings finished is taken over. The directory's
-    Parquet files are the same for any number of workers, any backend and any number of interruptions. Memory does not
-    grow with the number of studies, but for 40 bytes an image where duplicates are looked for.
+    Parquet files are the same for any number of workers, any backend and any number of interruptions. Memory grows
+    with the ids of studies and patients alone, and by 40 bytes an image where duplicates are looked for.
 
     Args:
         source: Studies to read.
@@ -77,13 +77,13 @@ def preprocess(
     check_target(out, overwrite=overwrite, protect=source.root)
     described = source if isinstance(source, HasColumns) else None
     writer: DatasetWriter | None = None
-    # Ctrl-C, or SIGTERM of a scheduler: it cleans up, leaves no process behind, and says that it can go on.
+    # Ctrl-C, or SIGTERM of a scheduler: clean up, leave no process behind, and report how to continue.
     with (
         interrupted_by(signal.SIGINT, signal.SIGTERM, message=lambda: _stopped(writer)),
         open_pool(backend, recipe.workers, len(source), scheduler) as pool,
         _progress() as progress,
     ):
-        found = _survey(source, recipe, progress)
+        found = _scan(source, recipe, progress)
         if not allow_leakage:
             found.check_leakage()
         elif found.leaks:
@@ -96,25 +96,7 @@ def preprocess(
             columns=described.columns if described else None,
             about=described.about if described else None,
         ) as writer:
-            if writer.safe:
-                progress.console.print(
-                    f"{writer.safe:,} of {found.total:,} studies are there from a run that was not finished.",
-                    highlight=False,
-                )
-            task = progress.add_task("preprocess", total=found.total, skipped=0, rate=0.0)
-            images, begun = 0, time.monotonic()
-            # What is left out before decoding was counted by the survey.
-            studies = writer.remaining(select(source.studies(Account()), recipe, source.root, Account()))
-            for study, prepared in prepare_all(studies, source.root, recipe, pool):
-                writer.put(study, prepared)
-                images += len(prepared.images)
-                progress.update(
-                    task,
-                    completed=writer.studies + writer.skipped,
-                    skipped=found.account.studies_skipped + writer.skipped,
-                    rate=images / (time.monotonic() - begun),
-                )
-            progress.update(task, completed=found.total)
+            _write_studies(source, recipe, found, writer, pool, progress)
             if not writer.studies:
                 writer.add_to(found.account)
                 raise _nothing_usable(source, found.account)
@@ -134,6 +116,36 @@ def preprocess(
             )
 
 
+def _write_studies(
+    source: StudySource,
+    recipe: PreprocessRecipe,
+    found: SourceScan,
+    writer: DatasetWriter,
+    pool: Pool,
+    progress: Progress,
+) -> None:
+    """Prepares the studies that no finished shard has, and hands them to the writer."""
+    if writer.safe:
+        progress.console.print(
+            f"{writer.safe:,} of {found.total:,} studies were finished by an earlier run; continuing after them.",
+            highlight=False,
+        )
+    task = progress.add_task("preprocess", total=found.total, skipped=0, rate=0.0)
+    images, begun = 0, time.monotonic()
+    # Studies that are left out before decoding were counted by the scan.
+    studies = writer.remaining(select(source.studies(Account()), recipe, source.root, Account()))
+    for study, prepared in prepare_all(studies, source.root, recipe, pool):
+        writer.put(study, prepared)
+        images += len(prepared.images)
+        progress.update(
+            task,
+            completed=writer.studies + writer.skipped,
+            skipped=found.account.studies_skipped + writer.skipped,
+            rate=images / (time.monotonic() - begun),
+        )
+    progress.update(task, completed=found.total)
+
+
 def dry_run(
     source: StudySource,
     out: Path,
@@ -143,19 +155,19 @@ def dry_run(
     options: dict[str, Any] | None = None,
     allow_leakage: bool = False,
 ) -> dict[str, Any]:
-    """What `preprocess` would do: everything is read, a few studies from all over are decoded, nothing is written.
+    """What `preprocess` would do: the source is read, a sample of studies is decoded, nothing is written.
 
     Returns:
-        As much of the manifest as is known; `splits` and `images` are those to be tried. Beside it `views` (by
+        As much of the manifest as is known; `splits` and `images` are those to be written. Also `views` (by
         projection), `known_problems` (images, by reason, with the first) and `sample`: studies and images decoded,
-        what was wrong with them, and what the whole would come to (`bytes`, `seconds` of one core).
+        what was wrong with them, and an estimate for the whole (`bytes`, `seconds` of one core).
 
     Raises:
         UsageError, RunError: As `preprocess`, before it decodes.
     """
     check_target(out, overwrite=overwrite, protect=source.root)
     with _progress() as progress:
-        found = _survey(source, recipe, progress)
+        found = _scan(source, recipe, progress)
     if not allow_leakage:
         found.check_leakage()
     counts = {split: {"studies": found.studies[split], "images": found.images[split]} for split in SPLITS}
@@ -179,7 +191,7 @@ def dry_run(
     }
 
 
-def _sample(source: StudySource, recipe: PreprocessRecipe, found: Survey) -> dict[str, Any]:
+def _sample(source: StudySource, recipe: PreprocessRecipe, found: SourceScan) -> dict[str, Any]:
     """Decodes studies from all over the source, as many as there is time for."""
     # In no order, so that they are from all over even if the time is up before the last.
     chosen = sorted(found.sample, key=lambda study: hashlib.blake2b(study.study_id.encode("utf-8", "replace")).digest())
@@ -207,20 +219,20 @@ def _sample(source: StudySource, recipe: PreprocessRecipe, found: Survey) -> dic
     }
 
 
-def _survey(source: StudySource, recipe: PreprocessRecipe, progress: Progress) -> Survey:
+def _scan(source: StudySource, recipe: PreprocessRecipe, progress: Progress) -> SourceScan:
     task = progress.add_task("read", total=len(source), skipped=0, rate=0.0, visible=False)
     # Shown only where it takes a while.
     started = time.monotonic()
 
-    def told(read: int) -> None:
+    def report_progress(read: int) -> None:
         progress.update(task, completed=read, visible=time.monotonic() - started > 2)
 
-    found = survey(source, recipe, told)
+    found = scan_source(source, recipe, report_progress)
     progress.remove_task(task)
     return found
 
 
-def _fingerprint(source: StudySource, recipe: PreprocessRecipe, found: Survey) -> str:
+def _fingerprint(source: StudySource, recipe: PreprocessRecipe, found: SourceScan) -> str:
     """Of everything that the written bytes depend on."""
     described = source if isinstance(source, HasColumns) else None
     settings = recipe.model_dump(exclude={"workers"})
@@ -254,7 +266,7 @@ def _printable(value: Any) -> Any:
 def _stopped(writer: DatasetWriter | None) -> str:
     if writer is None or not writer.safe:
         return "stopped; nothing was written"
-    return f"stopped; the same command goes on after the first {writer.safe:,} studies"
+    return f"stopped; the same command continues after the first {writer.safe:,} studies"
 
 
 def _nothing_usable(source: StudySource, account: Account) -> RunError:

@@ -1,7 +1,7 @@
 """The Parquet shards of one split, and the journal of each, from which an interrupted run goes on.
 
 A shard holds the next studies of its split, in the order of the source, and its journal says how many were read for it
-and what became of them. The journal is written after the shard: from then on the shard is finished.
+and which of their images were skipped. The journal is written after the shard: then the shard is finished.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ REPORT_HASH_BYTES = 8
 
 @dataclass(frozen=True)
 class Journal:
-    """What became of the studies that were read for one shard.
+    """The studies that were read for one shard: what was written and what was skipped.
 
     Attributes:
         read: Studies that were tried.

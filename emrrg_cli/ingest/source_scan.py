@@ -29,7 +29,7 @@ _SAMPLE = 40
 
 
 @dataclass
-class Survey:
+class SourceScan:
     """What a source holds, as the recipe asks for it.
 
     Attributes:
@@ -87,21 +87,23 @@ class Survey:
             )
 
 
-def survey(source: StudySource, recipe: PreprocessRecipe, told: Callable[[int], None] = lambda read: None) -> Survey:
+def scan_source(
+    source: StudySource, recipe: PreprocessRecipe, report_progress: Callable[[int], None] = lambda read: None
+) -> SourceScan:
     """Reads all studies of a source.
 
     Args:
         source: Read once, from its start.
         recipe: What is asked for.
-        told: Called now and then with the number of studies read.
+        report_progress: Called now and then with the number of studies read.
     """
-    found = Survey()
+    found = SourceScan()
     digest = hashlib.blake2b(digest_size=16)
     splits_of: dict[str, frozenset[Split]] = {}
     step = 1
     for number, study in enumerate(select(source.studies(found.account), recipe, source.root, found.account)):
         if number % 256 == 0:
-            told(found.account.read)
+            report_progress(found.account.read)
         found.studies[study.split] += 1
         found.images[study.split] += len(study.views)
         found.views.update(projection(view) for view in study.views)

@@ -11,7 +11,7 @@ import pytest
 from emrrg_cli.app import main
 
 
-def test_show_prints_counts_and_writes_page_and_sheet_beside_the_data(
+def test_show_prints_counts_and_writes_page_and_sheet(
     tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(tiny_dataset, tmp_path / "my [set] é")

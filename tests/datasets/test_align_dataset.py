@@ -95,7 +95,7 @@ def tokenizer(parts: list[ReportDataset]) -> Any:
     return train_text_tokenizer(parts[0].reports, 320)
 
 
-def test_texts_end_with_the_same_token_cut_or_not_and_are_padded_on_the_right(tokenizer: Any) -> None:
+def test_texts_end_with_one_token_and_are_padded_on_the_right(tokenizer: Any) -> None:
     long = "there is a left pleural effusion . " * 5
     for side in ("right", "left"):
         tokenizer.padding_side = side

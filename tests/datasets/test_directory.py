@@ -149,9 +149,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failure_leaves_finished_shards_and_the_next_run_goes_on(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_after_a_failure_the_next_run_continues(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     whole = _write(tmp_path / "whole", 5, per_shard=2)
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):

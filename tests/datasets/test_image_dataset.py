@@ -50,7 +50,7 @@ def _all(root: Path) -> FolderImages:
 # -- crops -------------------------------------------------------------------------------------------------------
 
 
-def test_boxes_lie_in_the_image_and_take_uniform_parts_of_its_area() -> None:
+def test_boxes_lie_in_the_image_with_uniform_areas() -> None:
     rng = np.random.default_rng(0)
     parts, ratios, centres = [], [], []
     for _ in range(4000):

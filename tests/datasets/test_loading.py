@@ -60,7 +60,7 @@ def test_other_processes_read_and_leave_signals_to_this_one() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_error_comes_as_it_was_raised_after_the_batches_before(workers: int) -> None:
+def test_an_error_is_raised_after_the_batches_before_it(workers: int) -> None:
     error = RunError("study s1: image 1 is broken", hint="look at it")
     seen = []
     with pytest.raises(RunError) as caught:  # noqa: PT012

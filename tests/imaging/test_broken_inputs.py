@@ -15,7 +15,7 @@ import tarfile
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from PIL import Image
 
 from emrrg_cli.app import main
 from emrrg_cli.datasets.manifest import read_manifest
+from emrrg_cli.decoding.writer import Studies, WrittenReport
 
 MakeDicom = Callable[..., bytes]
 Content = bytes | Callable[[Path], None]
@@ -224,9 +225,10 @@ def _put(path: Path, content: Content) -> None:
 class _Stub:
     """In place of the model."""
 
-    def generate_pixels(self, studies: list[Any], first: int = 0) -> list[str]:
-        assert all(study.shape == (1, 32, 32) for study in studies)
-        return ["The lungs are clear."] * len(studies)
+    def write(self, studies: Iterable[Studies]) -> Iterator[list[WrittenReport]]:
+        for batch in studies:
+            assert batch.pixels.shape == (len(batch.keys), 32, 32)
+            yield [WrittenReport(key, "The lungs are clear.", -1.0) for key in batch.keys]
 
 
 @pytest.fixture

@@ -253,7 +253,7 @@ def test_look_up_tables(make_dicom: MakeDicom, as_bytes: bool) -> None:
     assert _grey(make_dicom, [0, 1, 2, 3], ModalityLUTSequence=modality, RescaleSlope=9, **window) == [0, 128, 255, 255]
 
 
-def test_a_table_that_does_not_reach_its_bits_is_white_at_its_top(make_dicom: MakeDicom) -> None:
+def test_a_table_below_its_bits_is_white_at_its_top(make_dicom: MakeDicom) -> None:
     voi = _lut(0, [0, 2048, 4095], 16)
     assert _grey(make_dicom, [0, 1, 2], VOILUTSequence=voi) == [0, 128, 255]
 
@@ -383,7 +383,7 @@ def test_lengths_of_pixels_that_fit_no_encoding(make_dicom: MakeDicom) -> None:
     assert _reason(data.replace(item, b"abcdefgh")) == ("broken image", "compressed pixels are not in fragments")
 
 
-def test_the_size_of_compressed_data_is_checked_before_it_is_decoded(
+def test_the_size_of_compressed_data_is_checked_first(
     make_dicom: MakeDicom, make_jpeg_dicom: MakeDicom, chest: np.ndarray[Any, Any]
 ) -> None:
     detail = "header says 40 x 30 x 1, compressed data 160 x 140 x 1"

@@ -161,7 +161,7 @@ def test_a_tiff_in_which_white_is_zero(mode: str, turned: bool) -> None:
     np.testing.assert_array_equal(np.asarray(read_image(white)), 255 - expected)
 
 
-def test_a_damaged_fax_tiff_has_a_note_and_leaves_the_terminal_alone(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_fax_tiff_has_a_note_and_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     noise = np.random.default_rng(0).random((64, 64)) > 0.5
     whole = _bytes(Image.fromarray((noise * 255).astype(np.uint8)).convert("1"), "TIFF", compression="group4")
     broken = bytearray(whole)
@@ -436,7 +436,7 @@ def test_a_large_jpeg_is_decoded_at_no_more_than_it_needs(mode: str) -> None:
     assert is_plain_jpeg(load_image(data, enough=400)) == (mode == "L")
 
 
-def test_a_large_jpeg_that_lost_its_end_is_mended_at_a_smaller_size_too() -> None:
+def test_a_large_cut_jpeg_is_mended_at_a_smaller_size_too() -> None:
     film = Image.fromarray(np.random.default_rng(0).integers(0, 256, (400, 480), dtype=np.uint8))
     data = _bytes(film, "JPEG", quality=95)
     image = load_image(data[: int(len(data) * 0.98)], enough=100)

@@ -154,9 +154,7 @@ def test_min_words(tmp_path: Path) -> None:
 # Leakage.
 
 
-def test_a_patient_in_two_splits_is_an_error_before_anything_is_decoded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_patient_in_two_splits_is_an_error_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "raw"
     patients = [("a", "train", "p1"), ("b", "test", "p1"), ("c", "validation", "p1"), ("d", "train", "p2")]
     patients += [("e", "validation", "p2"), ("f", "train", "p3"), ("g", "train", None), ("h", "test", None)]
@@ -196,7 +194,7 @@ def test_copies_of_one_picture_are_found_and_others_are_not() -> None:
     assert min(distances) > 3 * NEAR
 
 
-def test_kept_is_the_one_of_the_first_rank_and_near_views_of_one_study_stay() -> None:
+def test_the_first_rank_is_kept_and_near_views_of_a_study_stay() -> None:
     one, other = _smooth(1, 200), _smooth(2, 200)
     near = one.resize((150, 150))
     assert _found([one, near], study=[0, 0]) == set()
@@ -316,7 +314,7 @@ def test_an_exported_annotation_is_read_back(tiny_r2gen: Path, tmp_path: Path) -
     assert not (tmp_path / "third").exists()
 
 
-def test_an_export_replaces_nothing_unasked_and_the_raw_data_never(
+def test_an_export_replaces_only_what_it_may(
     tiny_r2gen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     raw, out, exported = tmp_path / "raw", tmp_path / "out", tmp_path / "r2gen" / "annotation.json"
@@ -343,7 +341,7 @@ def test_an_export_replaces_nothing_unasked_and_the_raw_data_never(
     assert not [path for path in exported.parent.rglob("*") if path.name.endswith(".growing")]
 
 
-def test_a_summary_that_cannot_be_written_is_said_before_the_work(
+def test_a_summary_that_cannot_be_written_stops_the_run_early(
     tiny_r2gen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "out-summary").touch()
@@ -487,7 +485,9 @@ def test_killed_it_goes_on(
     assert process.wait() == -signal.SIGKILL
     assert not out.exists()
     assert main(arguments) == 0
-    assert "of 120 studies are there from a run that was not finished" in " ".join(capfd.readouterr().err.split())
+    assert "of 120 studies were finished by an earlier run; continuing after them" in " ".join(
+        capfd.readouterr().err.split()
+    )
     assert not work.exists()
     for name, data in many[1].items():
         if name != "manifest":  # it holds the options
@@ -515,7 +515,7 @@ def test_stopped_it_says_that_it_goes_on(
     recipe = _recipe(size=64, studies_per_shard=10, dedupe="drop")
     with monkeypatch.context() as patch:
         patch.setattr(shards.SplitShards, "end_shard", terminated)
-        with pytest.raises(Interrupted, match="goes on after the first 10 studies") as error:
+        with pytest.raises(Interrupted, match="continues after the first 10 studies") as error:
             preprocess(R2GenSource(many[0]), tmp_path / "out", recipe)
     assert error.value.exit_code == code
     preprocess(R2GenSource(many[0]), tmp_path / "out", recipe)

@@ -47,7 +47,7 @@ class Samples:
 
     Attributes:
         values: Integers, `[h, w]` or `[h, w, 3]`.
-        words: The same before what stands beside the stored bits was taken out.
+        words: The same with the bits above and below the stored ones.
         bits: Stored bits of a value.
         signed: Whether values are signed.
     """

@@ -61,7 +61,7 @@ def _locate(path: str, root: Path, folders: tuple[Path, ...]) -> Path | ImagePro
                 outside = True
             elif resolved.is_file():
                 return resolved
-            elif resolved.exists():  # a folder: the decoder says so, unless a later place has a file
+            elif resolved.exists():  # a folder: the decoder reports it, unless a later place has a file
                 present = present or resolved
         except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL inside, a circle of links
             return ImageProblem(path, "cannot be opened", str(error))

@@ -44,8 +44,8 @@ class IuXraySource:
     """IU X-Ray as Open-i ships it (`openi`) or in its flat form (`flat`); ids are `CXR` and the number of the study.
 
     openi: `NLMCXR_reports.tgz`, read in place, or its folder `ecgen-radiology`. Views are unknown, unless
-    `indiana_projections.csv` stands beside. flat: `indiana_reports.csv` and `indiana_projections.csv`. Images are
-    looked up under the names of either release.
+    `indiana_projections.csv` is in the same folder. flat: `indiana_reports.csv` and `indiana_projections.csv`. Images
+    are looked up under the names of either release.
 
     `report` is the findings section, as in R2Gen. Each patient has one study, whose number is the `patient_id`.
 

@@ -47,7 +47,7 @@ def reading(path: Path) -> Iterator[None]:
 def open_regular(path: Path) -> IO[bytes]:
     """A file, open for reading.
 
-    Looked at first: opening a pipe would wait for ever, and devices and files of the system may have no end.
+    Looked at first: opening a pipe would never return, and devices and system files may have no end.
 
     Raises:
         OSError: It cannot be opened, or is no regular file.

@@ -7,7 +7,7 @@ from emrrg_cli.ingest.study import Study
 
 
 def lacks_text(study: Study, section: ReportSection) -> str | None:
-    """Why a study cannot have the section as its report; None: it can, or the selection that follows will say so.
+    """Why a study cannot have the section as its report; None: it can, or the selection that follows reports it.
 
     Only the source knows what `report` stands for: it leaves `Study.report` empty where its rule finds nothing.
     """
