@@ -5,7 +5,12 @@ The public names below are loaded at first use, so that the command line starts 
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
+
+# Before torch is imported: its threads would keep a core busy while they wait for each other, and with other programs
+# on the machine a step of a small model takes ten times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from emrrg_cli.datasets.report_text import clean_report

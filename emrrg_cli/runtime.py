@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
+import psutil
 import torch
 
 from emrrg_cli.errors import RunError, UsageError
@@ -71,6 +73,40 @@ def make_accelerator(precision: str, expected_processes: int, trackers: Sequence
             hint="On a CPU, `accelerate launch` may start one process only: use --num-processes or torchrun.",
         )
     return accelerator
+
+
+def fit_threads(parameters: int) -> int:
+    """Sets the threads of torch to what the model can use and other programs leave free; returns their number.
+
+    A number that the user set (`OMP_NUM_THREADS`) stays. On a GPU nothing is changed.
+
+    Args:
+        parameters: Of the model: below a few million, more than four threads wait for each other.
+    """
+    if "OMP_NUM_THREADS" in os.environ or torch.cuda.is_available():
+        return torch.get_num_threads()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    free = cores - round(psutil.getloadavg()[0])
+    useful = min(cores, 4) if parameters < 5_000_000 else cores
+    # A quarter of the cores even on a busy machine: the others may be done soon.
+    torch.set_num_threads(max(1, min(useful, max(free, cores // 4))))
+    return torch.get_num_threads()
+
+
+def slowdown_advice(seconds_per_step: float, busy: float) -> str | None:
+    """One line for steps that crawl because other programs use the processor; None where they do not.
+
+    Args:
+        seconds_per_step: Of late.
+        busy: Seconds of the processor that this process used in a second, over all threads.
+    """
+    load, cores = psutil.getloadavg()[0], os.cpu_count() or 1
+    if torch.cuda.is_available() or seconds_per_step < 2 or busy > 0.7 or load < 1.5 * cores:
+        return None
+    return (
+        f"Steps are slow ({seconds_per_step:.1f} s) because other programs use the processor (load {load:.0f} on "
+        f"{cores} cores). Wait for them, or continue later with --resume."
+    )
 
 
 def choose_device(name: str) -> torch.device:

@@ -85,7 +85,7 @@ def record_environment(
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": installed_versions(PACKAGES),
-        "git_revision": git_revision(Path(__file__).parent),
+        "git_revision": git_revision(Path(__file__).parent) or "none: an installed release",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {os.cpu_count()} cores",
         "processes": accelerator.num_processes,
         "precision": precision,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +35,7 @@ from emrrg_cli.models.weights import load_weights
 from emrrg_cli.recipe.schema import FinetuneRecipe
 from emrrg_cli.runtime import llm_dtype
 from emrrg_cli.silence_libraries import quiet_libraries
-from emrrg_cli.training.loop import Summary
+from emrrg_cli.training.loop import MIN_BLEU_4, Summary
 from emrrg_cli.training.progress import TrainingDisplay
 from emrrg_cli.training.run_setup import Session, open_session, validation_loss
 
@@ -48,6 +49,7 @@ class FinetuneStage:
     validation: ReportDataset | None
     run_dir: Path
     accelerator: Any
+    score_explained: bool = False
 
     def items(self, batch: Batch) -> int:
         """Report tokens of a batch."""
@@ -87,6 +89,7 @@ class FinetuneStage:
                 workers=self.recipe.data.workers,
                 advance=advance,
             )
+        self._comment(hypotheses, display)
         references = reference_reports(self.model, self.validation.reports[:count], self.recipe)
         weights = settings.score_weights
         scores = score(references, hypotheses, tokenizer=self.recipe.evaluation.tokenizer, meteor="METEOR" in weights)
@@ -95,6 +98,19 @@ class FinetuneStage:
         figures |= {f"validation/{name}": value for name, value in scores.items() if value is not None}
         figures["validation/score"] = sum(weight * (scores[name] or 0.0) for name, weight in weights.items())
         return figures
+
+    def _comment(self, reports: Sequence[str], display: TrainingDisplay) -> None:
+        """Says once what the score is, and each time when nearly all reports are the same text."""
+        if not self.score_explained:
+            self.score_explained = True
+            parts = " + ".join(f"{weight:g} {name}" for name, weight in self.recipe.train.score_weights.items())
+            display.message(f"score = {parts}; the loss chooses the best model until BLEU_4 is above {MIN_BLEU_4}")
+        same = Counter(reports).most_common(1)[0][1] if reports else 0
+        if len(reports) >= 8 and same >= 0.9 * len(reports):
+            display.message(
+                f"warning: {same} of {len(reports)} validation reports are the same text, so they do not depend on the "
+                "image. Train longer, or look at the loss: it should fall."
+            )
 
     def _validation_loss(self, display: TrainingDisplay) -> float:
         assert self.validation is not None

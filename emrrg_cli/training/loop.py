@@ -6,6 +6,7 @@ import json
 import math
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from emrrg_cli.errors import Interrupted, RunError, UsageError
 from emrrg_cli.files import append_jsonl, atomic_write_text, directory_guard, read_jsonl
 from emrrg_cli.models.arm.nonfinite_watch import watch
 from emrrg_cli.recipe.schema import LoopSettings
+from emrrg_cli.runtime import slowdown_advice
 from emrrg_cli.signals import stop_signals
 from emrrg_cli.training.average import WeightAverage
 from emrrg_cli.training.checkpoint import (
@@ -40,6 +42,12 @@ from emrrg_cli.training.launch import inside_launcher
 from emrrg_cli.training.progress import TrainingDisplay
 from emrrg_cli.training.schedule import build_optimizer, learning_rate
 from emrrg_cli.training.stage import PreparesStep, ShowsExamples, Stage
+
+_ADVISE_AFTER_S = 60.0
+# Under several processes a stop is noticed at every so many steps.
+_STOP_EVERY_STEPS = 8
+# Up to here BLEU-4 is what smoothing adds: the loss chooses the best model.
+MIN_BLEU_4 = 0.02
 
 
 @dataclass
@@ -113,7 +121,7 @@ def train(
         return loop.run(stop)
 
 
-def accumulate_gradients(model: Any, batches: Sequence[Any], items: float, accelerator: Any) -> Tensor:
+def accumulate_gradients(model: Any, batches: Sequence[Any], items: float | Tensor, accelerator: Any) -> Tensor:
     """Adds up the gradients of an optimizer step, whose loss is the mean over the items of the whole batch.
 
     Args:
@@ -194,6 +202,7 @@ class _Loop:
             self.stop_at = min(self.total_steps, progress.step + settings.stop_after_steps)
         if accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(accelerator.device)
+        self.measured_from = (time.monotonic(), time.process_time(), progress.step)
         with TrainingDisplay(
             self.total_steps,
             progress.step,
@@ -203,8 +212,11 @@ class _Loop:
             self.display = display
             if progress.validation_due:
                 self._validate()
+            elif progress.step and (reason := self._reason_to_end()):
+                display.message(f"this run is already finished: {progress.step} steps, {reason}")
             for step_batches in self._steps():
                 signal_number = self._optimizer_step(step_batches, stop.number)
+                self._advise()
                 epoch_ended = progress.step_in_epoch == 0
                 progress.validation_due = progress.step == self.total_steps or (
                     epoch_ended and progress.epoch % settings.validate_every_epochs == 0
@@ -236,6 +248,16 @@ class _Loop:
             self._peak_memory(),
             accelerator.is_main_process,
         )
+
+    def _advise(self) -> None:
+        """Says once, after a minute of training, why steps are slow where other programs are the cause."""
+        began, busy_s, step = self.measured_from
+        seconds, steps = time.monotonic() - began, self.progress.step - step
+        if self.advised or seconds < _ADVISE_AFTER_S or steps < 2:
+            return
+        self.advised = True
+        if advice := slowdown_advice(seconds / steps, (time.process_time() - busy_s) / seconds):
+            self.display.message(advice)
 
     def _reason_to_end(self) -> str | None:
         settings, progress = self.settings, self.progress
@@ -278,15 +300,17 @@ class _Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         items = sum(self.stage.items(batch) for batch in batches)
-        shared = torch.tensor([float(items), float(stop_signal)], dtype=torch.float64)
+        total_items: float | Tensor = float(items)
         if accelerator.num_processes > 1:
-            every = accelerator.gather(shared.float().to(accelerator.device)[None]).double()
-            shared = torch.stack([every[:, 0].sum(), every[:, 1].max()])
-        total_items, stop_signal = shared[0], int(shared[1])
+            shared = torch.tensor([[float(items), float(stop_signal)]], device=accelerator.device)
+            shared = accelerator.gather(shared)
+            total_items = shared[:, 0].sum()
+            # To read a value waits for the GPU, so all processes look at the same few steps.
+            stop_signal = int(shared[:, 1].max()) if progress.step % _STOP_EVERY_STEPS == 0 else 0
         self.model.train()
         if isinstance(self.stage, PreparesStep):
             batches = self.stage.prepare_step(batches)
-        loss_sum = accumulate_gradients(self.model, batches, float(total_items), accelerator)
+        loss_sum = accumulate_gradients(self.model, batches, total_items, accelerator)
         norm = update_weights(self.model, self.optimizer, settings.clip_norm, accelerator)
 
         progress.step += 1
@@ -305,7 +329,7 @@ class _Loop:
         if logged:
             if accelerator.num_processes > 1:
                 loss_sum = accelerator.reduce(loss_sum, reduction="sum")
-            self._log_step(float(loss_sum / total_items.to(loss_sum.device)), lr, norm)
+            self._log_step(float(loss_sum / total_items), lr, norm)
         self.display.update(
             step=progress.step,
             epoch=(progress.step - 1) / self.order.steps_per_epoch,
@@ -317,6 +341,7 @@ class _Loop:
 
     # -- records ------------------------------------------------------------------------------------------------
 
+    advised = False
     last_loss: float = float("nan")
 
     def _log_step(self, loss: float, lr: float, norm: Any) -> None:
@@ -330,7 +355,9 @@ class _Loop:
         """Called by all processes before anything is kept, so that no checkpoint holds broken weights."""
         broken_at = self.broken_at
         if self.accelerator.num_processes > 1:
-            broken_at = self.accelerator.gather(broken_at[None]).max()
+            # The first: after it the weights are broken in all processes, and each has a bad step of its own.
+            broken_at = self.accelerator.gather(broken_at[None])
+            broken_at = broken_at[broken_at > 0].min() if bool((broken_at > 0).any()) else broken_at.max()
         if step := int(broken_at):
             where = (
                 "Every encoder block gave finite values: it began behind them or in the backward pass."
@@ -374,8 +401,8 @@ class _Loop:
         if self.accelerator.is_main_process:
             save_progress(self.run_dir / "checkpoints", progress)
         self.accelerator.wait_for_everyone()
-        shown = "  ".join(f"{key.removeprefix('validation/')} {number:.4f}" for key, number in figures.items())
-        self.display.message(f"step {progress.step}: validation {shown}{'  (best so far)' if better else ''}")
+        named = {key.removeprefix("validation/"): number for key, number in figures.items()}
+        self.display.figures(f"step {progress.step}: validation", named, "  (best so far)" if better else "")
 
     def _averaged(self) -> AbstractContextManager[None]:
         return nullcontext() if self.average is None else self.average.in_place()
@@ -389,6 +416,8 @@ class _Loop:
         # The loss decides between scores that are equal as they are shown: early reports often have no 4-gram in common
         # with any reference, and what BLEU adds to avoid a division by zero is no difference.
         score = round(figures.get("validation/score", 0.0), 4)
+        if figures.get("validation/BLEU_4", 1.0) <= MIN_BLEU_4:  # noise between models that do not yet write sentences
+            score = 0.0
         value = [score, -figures["validation/loss"]]
         if not all(map(math.isfinite, value)):  # NaN is not smaller than anything, so it would pass for the best
             return False

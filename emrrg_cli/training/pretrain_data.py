@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +22,7 @@ from emrrg_cli.datasets.image_dataset import (
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.files import atomic_write_text
 from emrrg_cli.recipe.pretraining import PretrainRecipe
+from emrrg_cli.training.heartbeat import beating, wait_for
 from emrrg_cli.training.run_setup import Session
 
 IMAGES = "images.json"
@@ -147,11 +147,12 @@ def _folder_splits(roots: Sequence[Path], recipe: PretrainRecipe, session: Sessi
         return {}
     record = session.run_dir / IMAGES
     if session.accelerator.is_main_process and not (session.resume and record.is_file()):
-        made = [asdict(split_folder(root, recipe.data.validation, workers=recipe.data.workers)) for root in roots]
+        with beating(session.run_dir / f"{IMAGES}.working"):
+            made = [asdict(split_folder(root, recipe.data.validation, workers=recipe.data.workers)) for root in roots]
         content: Any = made[0] if recipe.data.root is not None else made
         atomic_write_text(record, json.dumps(content, indent=1) + "\n")  # ASCII: a name need not be UTF-8
-    while not record.is_file():  # not a barrier: those give up after some minutes, and a large folder may take longer
-        time.sleep(0.2)
+    # Not a barrier: those give up after some minutes, and a large folder may take longer.
+    wait_for(record, session.run_dir / f"{IMAGES}.working")
     try:
         content = json.loads(record.read_text(encoding="utf-8"))
         rows = [content] if isinstance(content, dict) else content

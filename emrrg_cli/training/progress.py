@@ -7,13 +7,14 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
 from rich.text import Text
 
 from emrrg_cli.console import err
@@ -24,6 +25,7 @@ _WINDOW_STEPS = 10
 _LINE_EVERY_S = 20.0
 _FIGURES_EVERY_S = 0.2
 _SMOOTHING = 0.9
+_FIGURES_A_LINE = 4
 
 
 class TrainingDisplay:
@@ -115,6 +117,19 @@ class TrainingDisplay:
         """Print a line of its own, above the bar."""
         if self._enabled:
             self._console.print(Text(text), soft_wrap=True)
+
+    def figures(self, title: str, values: Mapping[str, float], note: str = "") -> None:
+        """Print named figures in one line, or as a table where that is too long for the console."""
+        parts = [f"{name} {number:.4f}" for name, number in values.items()]
+        line = f"{title} {'  '.join(parts)}{note}"
+        if len(line) <= self._console.width:
+            self.message(line)
+        elif self._enabled:
+            self.message(f"{title}{note}")
+            table = Table.grid(padding=(0, 2))
+            for start in range(0, len(parts), _FIGURES_A_LINE):
+                table.add_row("", *parts[start : start + _FIGURES_A_LINE])
+            self._console.print(table)
 
     def paused(self) -> contextlib.AbstractContextManager[None]:
         """Keep the time of a block, such as the writing of a checkpoint, out of the training rate."""

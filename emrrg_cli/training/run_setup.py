@@ -23,9 +23,10 @@ from emrrg_cli.recipe.load import RUN_RECIPE, dump_recipe
 from emrrg_cli.recipe.paths import with_absolute_paths
 from emrrg_cli.recipe.schema import LoopSettings, Settings
 from emrrg_cli.reporting.plots import plot_curves
-from emrrg_cli.runtime import choose_precision, make_accelerator
+from emrrg_cli.runtime import choose_precision, fit_threads, make_accelerator
 from emrrg_cli.training.checkpoint import require_checkpoint
 from emrrg_cli.training.environment import ENVIRONMENT, make_trackers, record_environment, start_trackers
+from emrrg_cli.training.launch import inside_launcher
 from emrrg_cli.training.loop import Summary, train
 from emrrg_cli.training.progress import TrainingDisplay
 from emrrg_cli.training.run_dir import data_fingerprints
@@ -73,6 +74,8 @@ class Session:
         # Every process starts from the same weights, then draws its own noise.
         set_seed(self.settings.seed, device_specific=True)
         start_trackers(self.accelerator)
+        if not inside_launcher():  # which shares the cores out
+            fit_threads(sum(parameter.numel() for parameter in stage.model.parameters()))
         try:
             return train(
                 stage,

@@ -104,7 +104,7 @@ LEAVING = """
 import sys
 from pathlib import Path
 
-from emrrg_cli.evaluation import run as evaluation
+from emrrg_cli.evaluation import split_reports as evaluation
 from emrrg_cli.app import main
 from emrrg_cli.errors import RunError
 

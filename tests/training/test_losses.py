@@ -156,3 +156,46 @@ def test_the_handlers_are_put_back() -> None:
     with interrupted_by(message=lambda: ""):
         assert all(signal.getsignal(number) is not handler for number, handler in before.items())
     assert {number: signal.getsignal(number) for number in before} == before
+
+
+def test_scores_of_noise_do_not_choose_the_model(finetune: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A BLEU-4 of .001 against .0008 once outweighed a far better loss."""
+    from emrrg_cli.training import finetune as stage
+
+    bleu = iter([0.0010, 0.0008])
+    monkeypatch.setattr(stage, "score", lambda *a, **k: {"BLEU_4": next(bleu), "CIDEr": 0.0})
+    losses = iter([5.0, 4.0])
+    monkeypatch.setattr(stage.FinetuneStage, "_validation_loss", lambda self, display: next(losses))
+    run = finetune("run", "train.select=score", "train.epochs=2", "train.score_weights={BLEU_4: 1.0}")
+    assert run.summary.best == [0.0, -4.0]
+    assert run.summary.best_step == max(row["step"] for row in run.history)
+
+
+def test_a_score_above_noise_chooses_the_model(finetune: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from emrrg_cli.training import finetune as stage
+
+    bleu = iter([0.3, 0.2])
+    monkeypatch.setattr(stage, "score", lambda *a, **k: {"BLEU_4": next(bleu), "CIDEr": 0.0})
+    run = finetune("run", "train.select=score", "train.epochs=2", "train.score_weights={BLEU_4: 1.0}")
+    assert run.summary.best is not None
+    assert run.summary.best[0] == 0.3
+
+
+def test_reports_that_are_all_alike_are_mentioned(
+    finetune: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from emrrg_cli.training import finetune as stage
+
+    monkeypatch.setattr(stage, "write_split", lambda *a, **k: ["the lungs are clear"] * 10)
+    monkeypatch.setattr(stage, "reference_reports", lambda *a: ["the heart is large"] * 10)
+    finetune("run", "train.select=score", "train.epochs=1")
+    printed = capsys.readouterr().err
+    assert "10 of 10 validation reports are the same text" in printed
+    assert printed.count("the loss chooses the best model until BLEU_4 is above 0.02") == 1
+
+
+def test_a_finished_run_says_so(finetune: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+    finetune("run")
+    capsys.readouterr()
+    finetune("run", resume=True)
+    assert "this run is already finished: 4 steps, schedule ended" in capsys.readouterr().err

@@ -174,3 +174,15 @@ def test_memory_without_proc_comes_from_the_system(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(Path, "read_text", absent)
     assert 10 * 2**20 < (progress.resident_bytes() or 0) < 2**40
+
+
+def test_figures_that_do_not_fit_become_a_table() -> None:
+    output = io.StringIO()
+    display = TrainingDisplay(4, console=Console(file=output, width=80))
+    display.figures("step 2: validation", {"loss": 1.5, "BLEU_4": 0.25}, "  (best so far)")
+    assert output.getvalue() == "step 2: validation loss 1.5000  BLEU_4 0.2500  (best so far)\n"
+    output.truncate(0)
+    display.figures("step 4: validation", {f"a_long_name_{i}": 0.5 for i in range(9)})
+    lines = output.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum(line.count("a_long_name") for line in lines) == 9

@@ -1,0 +1,58 @@
+"""One process works, the others wait for its file, and notice when it is dead."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from emrrg_cli.errors import RunError
+
+
+@contextlib.contextmanager
+def beating(file: Path, every_s: float = 2.0) -> Iterator[None]:
+    """Touches a file again and again while the block runs, and removes it afterwards."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.is_set():
+            with contextlib.suppress(OSError):
+                file.touch()
+            ended.wait(every_s)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        file.unlink(missing_ok=True)
+
+
+def wait_for(file: Path, heartbeat: Path, patience_s: float = 60.0) -> None:
+    """Waits until a file is there.
+
+    Args:
+        heartbeat: What the process that writes the file touches with `beating`.
+        patience_s: How long it may be still. By this computer's clock: that of a network share may differ.
+
+    Raises:
+        RunError: The other process gives no sign of life.
+    """
+    last, since = -1, time.monotonic()
+    while not file.is_file():
+        try:
+            beat = heartbeat.stat().st_mtime_ns
+        except OSError:
+            beat = 0
+        if beat != last:
+            last, since = beat, time.monotonic()
+        elif time.monotonic() - since > patience_s:
+            raise RunError(
+                f"{file}: the first process of this run did not write it and gives no sign of life",
+                hint="Its own message says why. Start the run again.",
+            )
+        time.sleep(0.2)
