@@ -27,7 +27,7 @@ SHIPPED = [
     "xray/pretrain-huge",
     "xray/pretrain-large",
 ]
-IU_XRAY = ["align", "finetune", "finetune-full", "finetune-small", "pretrain"]
+IU_XRAY = ["align", "finetune", "finetune-full", "finetune-small", "finetune-smollm2", "pretrain"]
 
 
 def test_every_shipped_recipe_is_listed() -> None:
