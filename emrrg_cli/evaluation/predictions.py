@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from emrrg_cli.console import printable
+from emrrg_cli.datasets.report_text import unix_line_ends
 from emrrg_cli.errors import UsageError
 from emrrg_cli.evaluation.score_inputs import check_ids
 from emrrg_cli.files import atomic_write_text
@@ -101,7 +102,8 @@ def read_predictions(path: Path, references: Path | None = None, columns: Column
         if empty := sum(not text.strip() for text in texts.values()):
             remarks.append(f"{empty} {what} are empty: they count as wrong")
     ids = list(hypotheses)
-    return Predictions(ids, [truth[i] for i in ids], [hypotheses[i] for i in ids], path.name, remarks)
+    reports, generated = ([unix_line_ends(texts[i]) for i in ids] for texts in (truth, hypotheses))
+    return Predictions(ids, reports, generated, path.name, remarks)
 
 
 def write_rexrank(path: Path, predictions: Predictions) -> None:

@@ -126,6 +126,8 @@ def _grey_tiff(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
             values = page.asarray(maxworkers=1)
         except (ValueError, NotImplementedError, TypeError, KeyError) as error:
             raise ImageError("", "broken image", f"TIFF of {kind} samples: {short_message(error)}") from None
+        if values.dtype == bool:  # one bit a sample
+            values = values.astype(np.uint8)
         if values.dtype.kind not in "iuf":
             raise ImageError("", "broken image", f"TIFF of {kind} samples is not read")
         values = values.reshape(_shape(page))

@@ -127,6 +127,21 @@ def test_colour_map_of_8_bits(order: str, compression: str | None, map_bits: int
     assert np.abs(np.array(_row(data)) - expected).max() <= 1
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("scale", [1, 257])
+def test_colour_map_of_few_colours(bits: int, scale: int) -> None:
+    count = 2**bits
+    levels = np.linspace(0, 255, count).round().astype(int)
+    values = np.tile(np.repeat(np.arange(count), 256 // count), (32, 1))
+    spread = (values[..., None] >> np.arange(bits - 1, -1, -1)) & 1
+    packed = np.packbits(spread.astype(np.uint8).reshape(32, -1), axis=1).tobytes()
+    data = bytearray(_plain_tiff(packed, 256, 32, bits, 3, (320, 0)))
+    table = np.tile(levels * scale, 3).astype("<u2").tobytes()
+    at = data.rindex(b"\x40\x01\x03\x00")
+    data[at + 4 : at + 12] = struct.pack("<II", 3 * count, len(data))
+    assert _row(bytes(data) + table) == levels[values[0]].tolist()
+
+
 def test_a_big_tiff_and_its_orientation() -> None:
     assert _row(_tiff(_ramp("f8"), bigtiff=True)) == SHOWN
     turned = _tiff(_ramp("f8"), extratags=[(274, 3, 1, 2, True)])

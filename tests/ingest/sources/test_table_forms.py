@@ -125,3 +125,12 @@ def test_line_ends_of_reports(tiny_r2gen: Path, tmp_path: Path, kind: str) -> No
     texts = open_dataset(tmp_path / "out")["train"]["report"][:]
     assert set(texts) == {REPORTS["lf"]}
     assert clean_report(texts[0], "r2gen-mimic").count(" . ") == 2
+
+
+def test_line_ends_of_predictions(tmp_path: Path) -> None:
+    from emrrg_cli.evaluation.predictions import read_predictions
+
+    rows = [{"study_id": name, "hypothesis": text, "reference": text} for name, text in REPORTS.items()]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    predictions = read_predictions(tmp_path / "p.jsonl")
+    assert {*predictions.hypotheses, *predictions.references} == {REPORTS["lf"]}
