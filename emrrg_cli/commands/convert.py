@@ -35,7 +35,7 @@ def convert(
             "--allow", metavar="NAME", help="Tensor that may be unknown, missing or misshapen; wildcards; repeatable."
         ),
     ] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Say what became of every tensor.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="List how each tensor was used.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier conversion.")] = False,
 ) -> None:
     """Convert a published checkpoint to our format, or back.

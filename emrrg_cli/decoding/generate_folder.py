@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +86,54 @@ def run_generation(
         return _Run(own, run_dir, recipe, place, overwrite).run(device)
 
 
+@dataclass
+class ReadStudy:
+    """The images of a study.
+
+    Args:
+        pixels: uint8 `[views, size, size]`; None where no image can be read.
+        used: the files that were read.
+        notes: what a reader should know about them.
+        skipped: files that could not be read, with the reasons.
+        picture: the first image, small.
+    """
+
+    study: StudyFiles
+    pixels: torch.Tensor | None
+    used: list[Path]
+    notes: list[str]
+    skipped: list[tuple[str, str]]
+    picture: Image | None
+
+
+def read_study(study: StudyFiles, size: int, most: int | None) -> ReadStudy:
+    """Reads the images of a study that can be read, the first `most` of them."""
+    read = ReadStudy(study, None, [], [], [], None)
+    views: list[torch.Tensor] = []
+    for file in study.files:
+        if len(views) == most:
+            break
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Pillow warns about odd metadata
+                image = read_image(file)
+            pixels = study_pixels(image, size)
+        except ImageError as error:
+            read.skipped.append((path_name(file), ": ".join(filter(None, [error.reason, error.detail]))))
+            continue
+        if read.picture is None:
+            read.picture = image.copy()
+            read.picture.thumbnail((480, 480))
+        views.append(pixels)
+        read.notes += [note for note in image_notes(image) if note not in read.notes]
+        read.used.append(file)
+    if views:
+        read.pixels = torch.cat(views)
+        if read.skipped:
+            read.notes.append(f"{len(read.skipped)} of {len(study.files)} images could not be read")
+    return read
+
+
 class _Run:
     def __init__(
         self, studies: list[StudyFiles], run_dir: Path, recipe: FinetuneRecipe, place: Output, overwrite: bool
@@ -90,7 +142,8 @@ class _Run:
         self.result = Written(rows=[] if overwrite else place.earlier_rows())
         self.result.earlier = len(self.result.rows)
         self.replaces = overwrite and place.reports.exists()
-        self.notes: dict[str, tuple[StudyFiles, list[Path], tuple[str, ...]]] = {}  # of studies in decoding
+        self.reading: dict[str, ReadStudy] = {}  # studies in decoding
+        self.threads = 0
 
     def run(self, device: str) -> Written:
         result, place = self.result, self.place
@@ -101,6 +154,8 @@ class _Run:
         try:
             if left:
                 generator = load_generator(self.run_dir, device=device, recipe=self.recipe)
+                # Beside a GPU the processor is free to read images; on a CPU that decodes it is not.
+                self.threads = min(8, os.cpu_count() or 1) if is_gpu(generator) else 0
                 if not result.earlier:
                     place.partial.unlink(missing_ok=True)
                 place.done_marker.unlink(missing_ok=True)
@@ -138,7 +193,8 @@ class _Run:
             advance(len(done))
 
     def _record(self, report: WrittenReport, seconds: float) -> Row:
-        study, files, notes = self.notes.pop(report.key)
+        read = self.reading.pop(report.key)
+        study, files = read.study, read.used
         labels = label_report(report.text)
         return {
             "study": study.name,
@@ -149,54 +205,29 @@ class _Run:
             "findings": {name: label for name, label in labels.items() if label is not None},
             "log_probability": round(report.log_probability, 4),
             "seconds": seconds,
-            "notes": list(notes),
+            "notes": read.notes,
             "fingerprint": self.place.fingerprint,
         }
 
     def _readable(self, studies: list[StudyFiles], advance: Callable[[int], None]) -> Iterator[Studies]:
         """Studies with at least one readable image, a batch at a time."""
         size, most = self.recipe.generation.batch_size, self.recipe.data.max_views
+        image_size = self.recipe.model.encoder.image_size
         batch: list[tuple[StudyFiles, torch.Tensor]] = []
-        for study in studies:
-            pixels = self._pixels(study, most)
-            if pixels is None:
+        for read in _ahead(lambda study: read_study(study, image_size, most), studies, self.threads):
+            self.result.skipped += read.skipped
+            if read.pixels is None:
                 advance(1)
                 continue
-            batch.append((study, pixels))
+            if len(self.result.pictures) < PAGE_LIMIT and read.picture is not None:
+                self.result.pictures[path_name(read.used[0])] = read.picture
+            self.reading[read.study.name] = read
+            batch.append((read.study, read.pixels))
             if len(batch) == size:
                 yield _joined(batch)
                 batch = []
         if batch:
             yield _joined(batch)
-
-    def _pixels(self, study: StudyFiles, most: int | None) -> torch.Tensor | None:
-        # uint8 [views, size, size]; None where no image can be read
-        views: list[torch.Tensor] = []
-        used: list[Path] = []
-        notes: list[str] = []
-        for file in study.files:
-            if len(used) == most:
-                break
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # Pillow warns about odd metadata
-                    image = read_image(file)
-                if len(self.result.pictures) < PAGE_LIMIT and not used:
-                    small = image.copy()
-                    small.thumbnail((480, 480))
-                    self.result.pictures[path_name(file)] = small
-                views.append(study_pixels(image, self.recipe.model.encoder.image_size))
-                notes += image_notes(image)
-                used.append(file)
-            except ImageError as error:
-                reason = ": ".join(filter(None, [error.reason, error.detail]))
-                self.result.skipped.append((path_name(file), reason))
-        if not used:
-            return None
-        if (unread := len(study.files) - len(used)) and len(used) != most:
-            notes.append(f"{unread} of {len(study.files)} images could not be read")
-        self.notes[study.name] = (study, used, tuple(dict.fromkeys(notes)))
-        return torch.cat(views)
 
     def _finish(self, whole: bool) -> None:
         result, place = self.result, self.place
@@ -233,3 +264,28 @@ def _joined(batch: list[tuple[StudyFiles, torch.Tensor]]) -> Studies:
     names = [study.name for study, _ in batch]
     views = torch.tensor([len(pixels) for _, pixels in batch])
     return Studies(names, [study.number for study, _ in batch], torch.cat([pixels for _, pixels in batch]), views)
+
+
+def _ahead(read: Callable[[StudyFiles], ReadStudy], studies: list[StudyFiles], threads: int) -> Iterator[ReadStudy]:
+    """Reads studies in order, with `threads` a few of them ahead of the one that is asked for."""
+    if not threads:
+        yield from map(read, studies)
+        return
+    waiting: deque[Future[ReadStudy]] = deque()
+    rest = iter(studies)
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for study in islice(rest, 4 * threads):
+                waiting.append(pool.submit(read, study))
+            while waiting:
+                done = waiting.popleft().result()
+                waiting.extend(pool.submit(read, study) for study in islice(rest, 1))
+                yield done
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def is_gpu(generator: Any) -> bool:
+    """Whether a generator computes on a GPU."""
+    return getattr(getattr(generator, "device", None), "type", "cpu") == "cuda"

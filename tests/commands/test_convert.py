@@ -65,7 +65,7 @@ def test_what_is_refused_is_one_message(published: Path, tmp_path: Path, capsys:
         (["resnet.pth", out], 1, "this is a checkpoint of another network: its tensors are conv1.weight"),
         (["cut.pth", out], 1, "this checkpoint is damaged or cut off"),
         (["nowhere.pth", out], 2, "no such file"),
-        (["file.pth", out, "--base", "x"], 2, "--base is for stage 3"),
+        (["file.pth", out, "--base", str(tmp_path / "file.pth")], 2, "--base is for stage 3"),
         (["ours", out, "--to", "published", "--llm", "x"], 2, "--llm does not go with --to published"),
         (["ours", out], 2, "is a directory of ours"),
         (["file.pth", str(tmp_path / "ours")], 2, "already exists and is not empty"),

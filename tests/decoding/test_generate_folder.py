@@ -504,3 +504,31 @@ def test_the_views_of_a_study_go_in_together(tmp_path: Path, writer: Writer, rec
     (row,) = run_generation([study], tmp_path / "run", limited, tmp_path / "limited").rows
     assert row["report"].endswith("(1, 32, 32)")
     assert row["notes"] == []
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_images_read_ahead_come_in_order(
+    threads: int, tmp_path: Path, writer: Writer, recipe: FinetuneRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [_image(tmp_path / f"{index:02}.png", 10 * index) for index in range(20)]
+    files[7].write_text("no image")
+    expected = run_generation(files, tmp_path / "run", recipe, tmp_path / "one")
+    monkeypatch.setattr(folder, "is_gpu", lambda generator: True)
+    monkeypatch.setattr(folder.os, "cpu_count", lambda: threads)
+    result = run_generation(files, tmp_path / "run", recipe, tmp_path / "two")
+    assert [row["report"] for row in result.rows] == [row["report"] for row in expected.rows]
+    assert result.skipped == expected.skipped
+
+
+def test_reading_ahead_ends_with_the_run(tmp_path: Path, recipe: FinetuneRecipe) -> None:
+    studies = [StudyFiles.single(_image(tmp_path / f"{index}.png")) for index in range(30)]
+    read: list[str] = []
+
+    def slow(study: StudyFiles) -> Any:
+        read.append(study.name)
+        return study
+
+    ahead = folder._ahead(slow, studies, 2)
+    assert next(ahead) == studies[0]
+    ahead.close()
+    assert len(read) <= 9

@@ -75,7 +75,7 @@ def direction_orders(grid: int) -> Tensor:
     Returns:
         `[4, grid**2 + 1]`, int64: row-major, its reverse, column-major, its reverse. Entry `[k, t]` is the row-order
         index of the token visited at step `t`. The published code has no rule for an odd number of patches; here the
-        class token is token `patches // 2` of the row and the column order alike.
+        class token is token `patches // 2` of both the row and the column order.
     """
     patches = grid * grid
     middle = patches // 2

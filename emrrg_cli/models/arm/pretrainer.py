@@ -110,7 +110,7 @@ class ArmPretrainer(nn.Module):
 
     Tokens are in cluster order (`cluster_order`). The encoder sees all clusters but the last, the decoder predicts all
     but the first: the patches of cluster `c + 1` from clusters `0..c`. Pixels are normalised patch by patch, so that a
-    dark and a bright film count alike.
+    dark and a bright film count the same.
 
     Args:
         d_model: `d`, width of the encoder.

@@ -7,9 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from emrrg_cli.checksums import CHECKSUMS, write_checksums
 from emrrg_cli.errors import UsageError
 from emrrg_cli.files import atomic_directory, writing
+from emrrg_cli.models.encoder_files import EncoderConfig
 from emrrg_cli.models.published.checkpoint import write_checkpoint
 from emrrg_cli.models.published.directories import LEFT_OUT, RECORD, write_alignment, write_pretrainer, write_record
 from emrrg_cli.models.published.exporting import export_checkpoint
@@ -21,7 +24,7 @@ from emrrg_cli.recipe.load import RUN_RECIPE
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a conversion did: the stage, and what is to be told."""
+    """Result of a conversion: the stage, and lines for the user."""
 
     stage: Stage
     lines: list[str]
@@ -56,15 +59,7 @@ def convert_to_ours(
         UsageError: for a wrong path or option.
         RunError: for a file that cannot be read or is no whole checkpoint.
     """
-    if file.is_dir():
-        raise UsageError(
-            f"{file} is a directory of ours",
-            hint="Name a checkpoint file (.pth, .safetensors), or write what emrrg made back with --to published.",
-        )
-    _check_directory(out, overwrite=overwrite)
-    for source in (file, base):
-        if source is not None and source.resolve().is_relative_to(out.resolve()):
-            raise UsageError(f"{source} lies in {out}, which is replaced as a whole", hint="Choose another name.")
+    _check_places(file, out, base, overwrite=overwrite)
     imported = import_checkpoint(file, allow)
     given = {"--base": base, "--recipe": recipe, "--llm": llm}
     if imported.stage != "finetune" and (wrong := [name for name, value in given.items() if value is not None]):
@@ -81,15 +76,8 @@ def convert_to_ours(
             write_record(directory, imported)
             write_checksums(directory)
         return Outcome(imported.stage, lines)
-    if imported.config is not None:
-        if base is not None:
-            raise UsageError(f"{file} holds its own encoder", hint="Leave --base out.")
-        config, encoder = imported.config, imported.part("encoder.")
-    else:
-        if base is None:
-            hint = "Name the stage 2 file that it was trained from: --base FILE."
-            raise UsageError(f"{file} holds no encoder, since its backbone was frozen (as for IU X-Ray)", hint=hint)
-        config, encoder = base_encoder(base, imported.ours["bridge.proj.weight"].shape[1])
+    config, encoder = _encoder_for(imported, file, base)
+    if base is not None:
         lines.append(f"the encoder is that of {base}")
     chosen = recipe or default_recipe(file)
     settings = run_recipe(imported, config, chosen, llm)
@@ -99,6 +87,30 @@ def convert_to_ours(
         write_record(directory, imported)
         write_checksums(directory)
     return Outcome(imported.stage, lines)
+
+
+def _check_places(file: Path, out: Path, base: Path | None, *, overwrite: bool) -> None:
+    if file.is_dir():
+        raise UsageError(
+            f"{file} is a directory of ours",
+            hint="Name a checkpoint file (.pth, .safetensors), or write what emrrg made back with --to published.",
+        )
+    _check_directory(out, overwrite=overwrite)
+    for source in (file, base):
+        if source is not None and source.resolve().is_relative_to(out.resolve()):
+            raise UsageError(f"{source} lies in {out}, which is replaced as a whole", hint="Choose another name.")
+
+
+def _encoder_for(imported: Imported, file: Path, base: Path | None) -> tuple[EncoderConfig, dict[str, Tensor]]:
+    # The encoder of a stage 3 file, or that of the stage 2 file it was trained from.
+    if imported.config is not None:
+        if base is not None:
+            raise UsageError(f"{file} holds its own encoder", hint="Leave --base out.")
+        return imported.config, imported.part("encoder.")
+    if base is None:
+        hint = "Name the stage 2 file that it was trained from: --base FILE."
+        raise UsageError(f"{file} holds no encoder, since its backbone was frozen (as for IU X-Ray)", hint=hint)
+    return base_encoder(base, imported.ours["bridge.proj.weight"].shape[1])
 
 
 # What stands in a converted directory.

@@ -99,7 +99,7 @@ def write_run(
             frozen one of another file.
 
     Returns:
-        What is to be said: what the run still needs.
+        Lines for the user: what the run still needs.
 
     Raises:
         UsageError: the LLM is here and does not fit the bridge.

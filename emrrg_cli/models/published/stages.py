@@ -152,7 +152,7 @@ def _expect_alignment(tensors: Mapping[str, Tensor], expected: Expected) -> None
     if not matrices and any(name.startswith(("vision_proj.", "text_proj.", "logit_scale")) for name in tensors):
         raise RunError("the projections are not whole: vision_proj.weight and text_proj.weight are missing")
     if not matrices:
-        expected.notes.append("this file has no projections (vision_proj, text_proj): of use is its encoder alone")
+        expected.notes.append("this file has no projections (vision_proj, text_proj): only its encoder can be used")
         return
     assert expected.config is not None
     words = text.get("embeddings.word_embeddings.weight")

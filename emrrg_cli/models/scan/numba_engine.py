@@ -112,11 +112,11 @@ def _pool(threads: int, process: int) -> ThreadPoolExecutor:
 
 @cache
 def _kernels() -> Any:
-    told = threading.Timer(2.0, partial(err.print, "compiling the scan for this processor"))
-    told.daemon = True
-    told.start()
+    notice = threading.Timer(2.0, partial(err.print, "compiling the scan for this processor"))
+    notice.daemon = True
+    notice.start()
     try:
         from emrrg_cli.models.scan import numba_kernels
     finally:
-        told.cancel()
+        notice.cancel()
     return numba_kernels
