@@ -6,6 +6,7 @@ oddities included (an enumeration's "1. " is deleted wherever it stands, also in
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Literal, cast, get_args
 
@@ -110,3 +111,15 @@ def select_section(row: Mapping[str, Any], section: ReportSection | str) -> str:
         raise UsageError(f"unknown section {section!r}", hint=f"Choose one of: {', '.join(SECTIONS)}.")
     names = ("findings", "impression") if section == "both" else (section,)
     return " ".join(text for name in names if (text := row.get(name) or "").strip())
+
+
+def readable_report(text: str) -> str:
+    """A report as people write it: punctuation joined to its word, and a capital after each full stop.
+
+    Only for showing: scores compare the text as it is. A text that already has capitals keeps its letters.
+    """
+    joined = re.sub(r"\s+([.,;:!?)\]])", r"\1", " ".join(text.split()))
+    joined = re.sub(r"\.(?:\s*\.)+", ".", joined).lstrip(" .,;")  # empty sentences
+    if any(letter.isupper() for letter in joined):
+        return joined
+    return re.sub(r"(^|[.!?] )([a-z])", lambda found: found[1] + found[2].upper(), joined)

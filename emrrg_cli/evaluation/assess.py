@@ -13,6 +13,7 @@ from rich.markup import escape
 from emrrg_cli.console import err
 from emrrg_cli.evaluation import bootstrap, clinical, controls
 from emrrg_cli.evaluation.comparison import Corpus, Floats, Pairs
+from emrrg_cli.evaluation.glance import at_a_glance
 from emrrg_cli.evaluation.language import Tokenizer, score, tokenized
 from emrrg_cli.evaluation.predictions import Predictions
 from emrrg_cli.evaluation.scores import SCORES, Unavailable
@@ -52,6 +53,7 @@ class Assessment:
     statistics: dict[str, Floats]  # by the first name of a score, [n, k]
     labels: dict[str, tuple[Labels, Labels]]  # by labeler, of references and hypotheses
     dealt_cider: Floats  # [n], mean over the deals
+    train_reports: Sequence[str] | None = None
 
 
 def assess(predictions: Predictions, options: Options | None = None) -> Assessment:
@@ -82,7 +84,9 @@ def assess(predictions: Predictions, options: Options | None = None) -> Assessme
         record["image"] = controls.image_sentence(record["image_matters"], p, float(cider.mean()), dealt)
     else:
         record["image"] = "One study cannot show whether the image is used: there is no other to deal its report to."
-    return Assessment(record, statistics, labels, dealt_cider)
+    main = labels["chexbert" if "chexbert" in labels else "rules"]
+    record["glance"] = at_a_glance(predictions, *main, options.train_reports)
+    return Assessment(record, statistics, labels, dealt_cider, options.train_reports)
 
 
 class _Judge:

@@ -1,17 +1,29 @@
-"""What an evaluation leaves behind: `scores.json`, and files a study for people and programs."""
+"""What an evaluation leaves behind: `scores.json`, one row a study as JSON and CSV, a page, and plots."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from emrrg_cli.datasets.report_dataset import ReportDataset
+from emrrg_cli.console import printable
+from emrrg_cli.errors import RunError
 from emrrg_cli.evaluation.assess import Assessment
+from emrrg_cli.evaluation.glance import study_rows
 from emrrg_cli.evaluation.predictions import Predictions
 from emrrg_cli.files import atomic_write_text
+from emrrg_cli.reporting.evaluation_page import draw_plots, write_evaluation_page
+
+if TYPE_CHECKING:
+    from emrrg_cli.datasets.report_dataset import ReportDataset
 
 DATA = "scores.json"
+PAGE = "page.html"
+# Studies whose films are on the page, and their size there: about 10 kB a film.
+_FILMS, _SIDE, _QUALITY = 600, 320, 75
 
 
 def write_assessment(
@@ -21,13 +33,56 @@ def write_assessment(
     found: Assessment,
     films: ReportDataset | None = None,
 ) -> dict[str, Any]:
-    """Writes the result to `folder` and returns it.
+    """Writes `scores.json`, `studies.json`, `studies.csv`, `page.html` and the plots; returns the result.
 
     Args:
-        films: where the images of the studies are; None: not known.
+        films: where the films of the studies are; None: not known.
 
     Raises:
-        RunError: it cannot be written.
+        RunError: something cannot be written.
     """
+    labels = found.labels["chexbert" if "chexbert" in found.labels else "rules"]
+    rows = study_rows(predictions, found.statistics, labels, found.train_reports)
+    atomic_write_text(folder / "studies.json", json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+    atomic_write_text(folder / "studies.csv", _table(rows))
+    pictures = _pictures(films, predictions.study_ids)
+    what = f"{result['split']} split of {result['data']}" if "split" in result else str(result["predictions"])
+    maker = f"Model: {printable(result['model'])}. " if "model" in result else ""
+    intro = f"{maker}{len(predictions):,} studies. Rows a study: studies.csv and studies.json; figures: {DATA}."
+    for row, shown in zip(rows, pictures, strict=True):
+        row["pictures"] = shown
+    write_evaluation_page(folder / PAGE, f"Evaluation: {printable(what)}", intro, result, rows)
+    draw_plots(folder, result)
     atomic_write_text(folder / DATA, json.dumps(result, indent=2) + "\n")
     return result
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: "; ".join(value) if isinstance(value, list) else value for key, value in row.items()})
+    return stream.getvalue()
+
+
+def _pictures(films: ReportDataset | None, study_ids: Sequence[str]) -> list[list[str]]:
+    """The films of each study for the page; none where they are not known or cannot be read."""
+    if films is None:
+        return [[] for _ in study_ids]
+    from PIL import Image
+
+    from emrrg_cli.reporting.rendering import picture
+
+    places = {study: number for number, study in enumerate(films.study_ids)}
+    found: list[list[str]] = []
+    for number, study in enumerate(study_ids):
+        shown: list[str] = []
+        if number < _FILMS and study in places:
+            try:
+                views = films[places[study]].pixels.numpy()
+                shown = [picture(Image.fromarray(view), _SIDE, _QUALITY) for view in views]
+            except RunError:
+                shown = []
+        found.append(shown)
+    return found

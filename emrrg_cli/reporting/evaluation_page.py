@@ -1,0 +1,176 @@
+"""The page of an evaluation: one HTML file with figures, controls and every study, and plots as PNG."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from emrrg_cli.datasets.report_text import readable_report
+from emrrg_cli.files import atomic_write_bytes, atomic_write_text
+from emrrg_cli.reporting.evaluation_tables import AVERAGES, CONTROLS, LABELS, POLICY, labeler_name
+from emrrg_cli.reporting.rendering import render
+
+_GENERATED, _REFERENCE = "#4878a8", "#888888"
+
+
+def write_evaluation_page(
+    path: Path, title: str, intro: str, result: Mapping[str, Any], studies: Sequence[dict[str, Any]]
+) -> None:
+    """Writes the page.
+
+    Args:
+        result: what `scores.json` holds.
+        studies: one record a study with texts, scores, findings and `pictures`, addresses of its films.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    shown = [
+        study
+        | {
+            "readable_reference": readable_report(study["reference"]),
+            "readable_hypothesis": readable_report(study["hypothesis"]),
+            "verbatim_in_training": study.get("verbatim_in_training", False),
+        }
+        for study in studies
+    ]
+    glance = result["glance"]
+    text = render(
+        "evaluation.html",
+        title=title,
+        intro=intro,
+        matters=result["image_matters"],
+        sentence=result["image"],
+        protocol=result["protocol_line"],
+        tables=[_scores(result), *(_grid(name, grid, result) for name, grid in result["clinical"].items())],
+        bars=_bars(result),
+        labeler=labeler_name(_main_labeler(result)),
+        lengths=glance["lengths"],
+        histogram=_histogram(glance["lengths"]),
+        glance=_glance(glance),
+        studies=shown,
+        without_pictures=sum(not study["pictures"] for study in shown) if any(s["pictures"] for s in shown) else 0,
+    )
+    atomic_write_text(path, text)
+
+
+def draw_plots(folder: Path, result: Mapping[str, Any]) -> None:
+    """Writes `findings.png` and `lengths.png`.
+
+    Raises:
+        RunError: they cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    bars = _bars(result)
+    figure = Figure(figsize=(7, 4.6), dpi=140, layout="constrained")
+    axis = figure.subplots()
+    axis.barh([f"{bar['name']} ({bar['support']})" for bar in reversed(bars)], [b["f1"] for b in reversed(bars)])
+    axis.set_xlim(0, 1)
+    axis.set_xlabel(f"F1 by {labeler_name(_main_labeler(result))}, uncertain as positive")
+    _save(figure, axis, folder / "findings.png")
+
+    bins = _histogram(result["glance"]["lengths"])
+    figure = Figure(figsize=(7, 3.2), dpi=140, layout="constrained")
+    axis = figure.subplots()
+    starts = [bin["start"] for bin in bins]
+    axis.bar([start + 3 for start in starts], [bin["own"] for bin in bins], 3.6, color=_GENERATED, label="generated")
+    axis.bar([start + 7 for start in starts], [bin["other"] for bin in bins], 3.6, color=_REFERENCE, label="references")
+    axis.set_xlabel("words")
+    axis.set_ylabel("reports")
+    axis.legend(frameon=False)
+    _save(figure, axis, folder / "lengths.png")
+
+
+def _save(figure: Any, axis: Any, path: Path) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=8)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png")
+    atomic_write_bytes(path, stream.getvalue())
+
+
+def _scores(result: Mapping[str, Any]) -> dict[str, Any]:
+    controls = result["controls"]
+    rows = []
+    for name, value in result["scores"].items():
+        ends = result["intervals"].get(name)
+        shown = "" if ends is None else f"{ends[0]:.3f} to {ends[1]:.3f}"
+        others = [_number(made["scores"].get(name)) for made in controls.values()]
+        rows.append([LABELS.get(name, name), _number(value), shown, *others])
+    heads = ["score", "model", "95 % interval", *(CONTROLS.get(name, name) for name in controls)]
+    note = ""
+    if "dealt" in controls:
+        note = f"Dealt to other studies: mean of {controls['dealt']['deals']} random deals of the same reports."
+    return {"title": "Language scores", "heads": heads, "rows": rows, "note": note}
+
+
+def _grid(name: str, grid: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
+    controls = {key: made for key, made in result["controls"].items() if name in made.get("clinical", {})}
+    rows = []
+    for policy, figures in grid.items():
+        for labels in ("14", "5"):
+            for average, words in AVERAGES.items():
+                if average == "macro_defined" and not figures[labels]["undefined"]:
+                    continue
+                row = figures[labels][average]
+                others = [made["clinical"][name][policy][labels][average]["f1"] for made in controls.values()]
+                cells = [_number(value) for value in (row["precision"], row["recall"], row["f1"], *others)]
+                rows.append([f"{words}, {labels} labels, uncertain as {POLICY[policy]}", *cells])
+    heads = ["average", "precision", "recall", "F1", *(f"F1, {CONTROLS.get(key, key)}" for key in controls)]
+    undefined = max(figures["14"]["undefined"] for figures in grid.values())
+    note = f"{undefined} of 14 labels occur on neither side; macro counts them as 0." if undefined else ""
+    return {"title": f"Clinical findings by {labeler_name(name)}", "heads": heads, "rows": rows, "note": note}
+
+
+def _main_labeler(result: Mapping[str, Any]) -> str:
+    return "chexbert" if "chexbert" in result["clinical"] else "rules"
+
+
+def _bars(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    labels = result["clinical"][_main_labeler(result)]["uncertain_positive"]["labels"]
+    bars = [{"name": name, "f1": row["f1"], "support": row["support"]} for name, row in labels.items()]
+    return sorted(bars, key=lambda bar: -bar["support"])
+
+
+def _histogram(lengths: Mapping[str, Any]) -> list[dict[str, Any]]:
+    own, other = lengths["hypotheses"]["histogram"], lengths["references"]["histogram"]
+    width = lengths["bin"]
+    last = max([int(start) for start in (*own, *other)], default=0)
+    most = max([*own.values(), *other.values()], default=1)
+    bins = []
+    for start in range(0, last + width, width):
+        counts = own.get(str(start), 0), other.get(str(start), 0)
+        bins.append(
+            {
+                "start": start,
+                "name": f"{start} to {start + width - 1}",
+                "own": counts[0],
+                "other": counts[1],
+                "own_part": 100 * counts[0] / most,
+                "other_part": 100 * counts[1] / most,
+            }
+        )
+    return bins
+
+
+def _glance(glance: Mapping[str, Any]) -> list[tuple[str, str]]:
+    distinct, findings, repetition = glance["distinct_reports"], glance["findings"], glance["repetition"]
+    rows = [("distinct reports", f"{distinct['number']:,} ({100 * distinct['share']:.0f} %)")]
+    if "verbatim_reports" in glance:
+        rows.append(("reports that stand verbatim in training", f"{100 * glance['verbatim_reports']:.0f} %"))
+        rows.append(("sentences that stand verbatim in training", f"{100 * glance['verbatim_sentences']:.0f} %"))
+    rows += [
+        ("findings in both", f"{findings['agreed']:,}"),
+        ("findings invented", f"{findings['invented']:,} ({findings['invented_per_study']:.2f} a study)"),
+        ("findings missed", f"{findings['missed']:,} ({findings['missed_per_study']:.2f} a study)"),
+        ("reports that repeat a sentence", f"{100 * repetition['reports_with_a_repeated_sentence']:.0f} %"),
+        ("empty reports", f"{repetition['empty_reports']:,}"),
+    ]
+    return rows
+
+
+def _number(value: float | None) -> str:
+    return "left out" if value is None else f"{value:.3f}"

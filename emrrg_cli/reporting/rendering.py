@@ -1,0 +1,37 @@
+"""The pages' templates: HTML with every value escaped, nothing loaded from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+import io
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from emrrg_cli.reporting.tables import DISCLAIMER
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+
+@cache
+def _environment() -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    loader = PackageLoader("emrrg_cli.reporting")
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+
+
+def render(template: str, **values: Any) -> str:
+    """The page that a template in `templates/` makes of values; `disclaimer` and `picture` are always known."""
+    return _environment().get_template(template).render(disclaimer=DISCLAIMER, picture=picture, **values)
+
+
+def picture(image: Image.Image, side: int = 480, quality: int = 88) -> str:
+    """An image as the address of a JPEG that is part of the page."""
+    small = image.convert("L")
+    small.thumbnail((side, side))
+    stream = io.BytesIO()
+    small.save(stream, "JPEG", quality=quality)
+    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
