@@ -12,7 +12,7 @@ from emrrg_cli.evaluation.assess import Options, assess
 from emrrg_cli.evaluation.language import require_java
 from emrrg_cli.evaluation.outputs import DATA, write_assessment
 from emrrg_cli.evaluation.predictions import Predictions
-from emrrg_cli.files import check_writable
+from emrrg_cli.files import check_writable, locked
 from emrrg_cli.reporting.tables import DISCLAIMER
 
 
@@ -43,7 +43,10 @@ def evaluate_file(
         "protocol_line": "; ".join([line, *predictions.remarks]),
         "output": None if output is None else str(output),
     }
-    return result if output is None else write_assessment(output, result, predictions, found)
+    if output is None:
+        return result
+    with locked(output):
+        return write_assessment(output, result, predictions, found)
 
 
 def training_reports(root: Path, predictions: Predictions) -> list[str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from emrrg_cli.evaluation.outputs import DATA, write_assessment
 from emrrg_cli.evaluation.predictions import Predictions
 from emrrg_cli.evaluation.protocol import describe_protocol, reference_reports
 from emrrg_cli.evaluation.split_reports import MADE_WITH, kept_predictions, made_with, write_predictions
-from emrrg_cli.files import atomic_write_text, check_writable, read_record
+from emrrg_cli.files import atomic_write_text, check_writable, locked, read_record
 from emrrg_cli.labeling import OBSERVATIONS
 from emrrg_cli.models.build import load_model
 from emrrg_cli.recipe.schema import FinetuneRecipe
@@ -90,6 +92,21 @@ def run_evaluation(
     precision = inference_precision(recipe.train.precision, "cuda" if torch.cuda.is_available() else "cpu")
     record = made_with(recipe, run_dir, split, precision)
     target = _target(run_dir, split, output, overwrite or options.overwrite, record)
+    # Of several processes, the main one holds the output for all.
+    with locked(target) if os.environ.get("RANK", "0") == "0" else nullcontext():
+        return _evaluate(recipe, run_dir, splits, record, target, expected_processes, options)
+
+
+def _evaluate(
+    recipe: FinetuneRecipe,
+    run_dir: Path,
+    splits: Any,
+    record: dict[str, Any],
+    target: Path,
+    expected_processes: int,
+    options: RunOptions,
+) -> dict[str, Any] | None:
+    split, precision = record["split"], record["precision"]
     dataset = ReportDataset(splits[split], recipe.data, recipe.model.encoder.image_size)
     train = _train_dataset(splits, recipe, options)
     predictions = kept_predictions(target, record)

@@ -286,3 +286,13 @@ def test_the_protocol_says_what_was_trained(varied_run: Path, targets: Any, told
     recipe = load_run_recipe(varied_run, None, (), "evaluate")
     recipe.model.adapter.targets = targets
     assert told in describe_protocol(recipe)
+
+
+def test_two_evaluations_do_not_share_a_folder(evaluate: Any, tmp_path: Path) -> None:
+    from emrrg_cli.errors import EmrrgError
+    from emrrg_cli.files import locked
+
+    with locked(tmp_path / "out"), pytest.raises(EmrrgError, match="out"):
+        evaluate()
+    assert not (tmp_path / "out").exists()
+    evaluate()

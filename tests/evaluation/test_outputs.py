@@ -1,0 +1,154 @@
+"""What an evaluation leaves behind, and its page in a real browser."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from emrrg_cli.evaluation.assess import Options
+from emrrg_cli.evaluation.file_evaluation import evaluate_file
+from emrrg_cli.evaluation.predictions import Predictions
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+QUIET = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--enable-logging=stderr",
+    "--virtual-time-budget=4000",
+    "--dump-dom",
+]
+
+REFERENCES = {
+    "s10": "the heart is enlarged . no pneumothorax .",
+    "s2": "there is a left pleural effusion .",
+    "<b>s3": "lungs are clear . <script>alert(1)</script>",
+}
+HYPOTHESES = {
+    "s10": "the heart is enlarged . no pneumothorax .",
+    "s2": "there is a right pneumothorax . there is a right pneumothorax .",
+    "<b>s3": "",
+}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluation") / "out"
+    predictions = Predictions(list(REFERENCES), list(REFERENCES.values()), list(HYPOTHESES.values()), "p.jsonl")
+    options = Options(meteor=False, resamples=50, train_reports=[REFERENCES["s10"], "other words ."])
+    evaluate_file(predictions, folder, options)
+    return folder
+
+
+def test_each_study_is_a_row_of_json_and_csv(written: Path) -> None:
+    rows = json.loads((written / "studies.json").read_text())
+    assert [row["study_id"] for row in rows] == list(REFERENCES)
+    assert [row["hypothesis"] for row in rows] == list(HYPOTHESES.values())  # as it is, not as it is shown
+    assert (rows[0]["agreed"], rows[0]["verbatim_in_training"], rows[0]["ROUGE_L"]) == (["Cardiomegaly"], True, 1.0)
+    assert (rows[1]["invented"], rows[1]["missed"]) == (["Pneumothorax"], ["Pleural Effusion"])
+    table = list(csv.DictReader((written / "studies.csv").open(newline="")))
+    assert table[1]["missed"] == "Pleural Effusion"
+    assert [float(row["CIDEr"]) for row in table] == pytest.approx([row["CIDEr"] for row in rows])
+
+
+def test_what_is_wrong_is_counted(written: Path) -> None:
+    glance = json.loads((written / "scores.json").read_text())["glance"]
+    assert glance["distinct_reports"] == {"number": 3, "share": 1.0}
+    assert glance["verbatim_reports"] == pytest.approx(1 / 3)
+    assert glance["verbatim_sentences"] == pytest.approx(2 / 4)
+    assert glance["repetition"]["reports_with_a_repeated_sentence"] == pytest.approx(1 / 3)
+    assert glance["repetition"]["empty_reports"] == 1
+    assert {key: glance["findings"][key] for key in ("agreed", "invented", "missed")} == {
+        "agreed": 1, "invented": 1, "missed": 1,
+    }  # fmt: skip
+    assert (
+        glance["confusion"]["Pneumothorax"]
+        == {
+            "negative": {"negative": 1},
+            "not mentioned": {"positive": 1, "not mentioned": 1},
+        }
+        or sum(sum(row.values()) for row in glance["confusion"]["Pneumothorax"].values()) == 3
+    )
+    assert glance["lengths"]["hypotheses"]["median"] == 8
+    assert sum(glance["lengths"]["references"]["histogram"].values()) == 3
+
+
+def test_the_plots_are_pictures(written: Path) -> None:
+    for name in ("findings.png", "lengths.png"):
+        with Image.open(written / name) as plot:
+            assert plot.width > 500
+
+
+def test_the_page_executes_nothing_of_a_report_and_loads_nothing(written: Path) -> None:
+    text = (written / "page.html").read_text()
+    HTMLParser().feed(text)
+    assert "<script>alert" not in text
+    assert "<b>s3" not in text
+    assert not re.search(r"(src|href)=[\"']?(https?:)?//", text)
+    assert "default-src &#39;none&#39;" in text or "default-src 'none'" in text
+    assert "The heart is enlarged. No pneumothorax." in text
+    assert "Research output: not for diagnosis." in text
+
+
+_ACTIONS = """
+<script>
+addEventListener("load", () => {
+  const found = {};
+  const ids = () => [...document.querySelectorAll("#studies article")].filter((a) => !a.hidden).map((a) => a.dataset.id);
+  const change = (id, value, kind) => {
+    const field = document.getElementById(id);
+    field.value = value;
+    field.dispatchEvent(new Event(kind));
+    return ids();
+  };
+  found.first = ids();
+  found.byId = change("sort", "id", "change");
+  found.byCider = change("sort", "-cider", "change");
+  found.byMissed = change("sort", "-missed", "change");
+  found.search = change("search", "EFFUSION left", "input");
+  found.count = document.getElementById("count").textContent;
+  found.nothing = change("search", "no such words", "input");
+  found.all = change("search", "", "input");
+  const paper = () => getComputedStyle(document.body).backgroundColor;
+  found.before = paper();
+  document.getElementById("theme").click();
+  found.after = paper();
+  found.requests = performance.getEntriesByType("resource").map((r) => r.name).filter((n) => !n.startsWith("data:"));
+  document.title = "RESULT" + JSON.stringify(found) + "END";
+});
+</script></body>
+"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+def test_the_page_works_in_a_browser(written: Path, tmp_path: Path) -> None:
+    assert BROWSER is not None
+    page = tmp_path / "page.html"
+    page.write_text((written / "page.html").read_text().replace("</body>", _ACTIONS))
+    command = [BROWSER, *QUIET, f"--user-data-dir={tmp_path / 'profile'}", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" not in done.stderr, done.stderr
+    answer = re.search(r"<title>RESULT(.*?)END</title>", done.stdout, re.DOTALL)
+    assert answer is not None, done.stdout[:2000] + done.stderr
+    found = json.loads(answer[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    assert found["first"] == ["s10", "s2", "<b>s3"]
+    assert found["byId"][1:] == ["s2", "s10"]  # by number, not by letter
+    assert found["byCider"][0] == "s10"
+    assert found["byMissed"][0] == "s2"
+    assert (found["search"], found["count"], found["nothing"]) == (["s2"], "1 of 3 studies", [])
+    assert sorted(found["all"]) == ["<b>s3", "s10", "s2"]
+    assert found["before"] != found["after"]
+    assert found["requests"] == []
