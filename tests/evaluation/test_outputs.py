@@ -74,14 +74,10 @@ def test_what_is_wrong_is_counted(written: Path) -> None:
     assert {key: glance["findings"][key] for key in ("agreed", "invented", "missed")} == {
         "agreed": 1, "invented": 1, "missed": 1,
     }  # fmt: skip
-    assert (
-        glance["confusion"]["Pneumothorax"]
-        == {
-            "negative": {"negative": 1},
-            "not mentioned": {"positive": 1, "not mentioned": 1},
-        }
-        or sum(sum(row.values()) for row in glance["confusion"]["Pneumothorax"].values()) == 3
-    )
+    assert glance["confusion"]["Pneumothorax"] == {
+        "negative": {"negative": 1},
+        "not mentioned": {"positive": 1, "not mentioned": 1},
+    }
     assert glance["lengths"]["hypotheses"]["median"] == 8
     assert sum(glance["lengths"]["references"]["histogram"].values()) == 3
 
@@ -107,7 +103,8 @@ _ACTIONS = """
 <script>
 addEventListener("load", () => {
   const found = {};
-  const ids = () => [...document.querySelectorAll("#studies article")].filter((a) => !a.hidden).map((a) => a.dataset.id);
+  const studies = () => [...document.querySelectorAll("#studies article")];
+  const ids = () => studies().filter((study) => !study.hidden).map((study) => study.dataset.id);
   const change = (id, value, kind) => {
     const field = document.getElementById(id);
     field.value = value;
