@@ -18,6 +18,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 from typer.main import get_command
 
+from emrrg_cli.commands.compare import compare
 from emrrg_cli.commands.convert import convert
 from emrrg_cli.commands.data import app as data_app
 from emrrg_cli.commands.demo import demo
@@ -44,6 +45,7 @@ COMMANDS: dict[str, Callable[..., None] | typer.Typer] = {
     "align": align,
     "finetune": finetune,
     "evaluate": evaluate,
+    "compare": compare,
     "generate": generate,
     "convert": convert,
     "plan": plan,

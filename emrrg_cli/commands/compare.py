@@ -1,0 +1,58 @@
+"""`emrrg compare`: runs and files of predictions side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from emrrg_cli.commands.options import Json
+
+
+def compare(
+    reports: Annotated[
+        list[Path], typer.Argument(metavar="A B ...", help="Run directories, evaluations, or files of predictions.")
+    ],
+    split: Annotated[str, typer.Option("--split", help="Split whose evaluation is taken.")] = "test",
+    references: Annotated[
+        Path | None, typer.Option("--references", help="References of files that have none in them.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Directory for compare.md, compare.csv and compare.json.")
+    ] = None,
+    meteor: Annotated[bool, typer.Option("--meteor", help="Compute METEOR too; needs Java.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare runs, seeds and prediction files: scores with intervals, and tests against the first.
+
+    Runs that differ in their seed alone are also shown as mean and standard deviation. Settings that differ between
+    runs are columns, as in a table of an ablation.
+
+    Example: emrrg compare runs/lora_x runs/lora_z theirs.jsonl
+    """
+    import json
+
+    from emrrg_cli.console import err, out
+    from emrrg_cli.evaluation.compare import compare as run
+    from emrrg_cli.evaluation.compare import find_contender
+    from emrrg_cli.files import atomic_write_text, check_writable
+    from emrrg_cli.reporting.comparison_tables import comparison_csv, comparison_markdown, comparison_table
+    from emrrg_cli.reporting.tables import DISCLAIMER
+
+    if output is not None:
+        check_writable(output)
+    result = run([find_contender(path, split, references) for path in reports], meteor=meteor)
+    if output is not None:
+        atomic_write_text(output / "compare.md", comparison_markdown(result))
+        atomic_write_text(output / "compare.csv", comparison_csv(result))
+        atomic_write_text(output / "compare.json", json.dumps(result, indent=2) + "\n")
+    if as_json:
+        out.print_json(data=result)
+    else:
+        out.print(comparison_table(result))
+        for remark in result["remarks"]:
+            err.print(remark, markup=False, soft_wrap=True)
+        if output is not None:
+            err.print(f"Tables: {output}", markup=False, soft_wrap=True)
+    err.print(DISCLAIMER)

@@ -1,0 +1,214 @@
+"""Several sets of reports side by side: intervals, paired tests against the first, and means over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from emrrg_cli.errors import UsageError
+from emrrg_cli.evaluation import bootstrap, clinical
+from emrrg_cli.evaluation.comparison import Corpus, Floats
+from emrrg_cli.evaluation.language import score
+from emrrg_cli.evaluation.predictions import Columns, Predictions, read_predictions
+from emrrg_cli.evaluation.scores import SCORES, Unavailable
+from emrrg_cli.files import read_record
+from emrrg_cli.labeling import label_reports
+
+# Settings that do not make two runs different methods.
+_SEEDS = {"train.seed", "generation.seed", "output", "data.seed"}
+RULES = ("rules_F1_micro_14", "rules_F1_macro_14")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One set of reports: its name, the file, the settings of the run that wrote it (None: not known)."""
+
+    name: str
+    predictions: Predictions
+    settings: Mapping[str, Any] | None
+
+
+def find_contender(path: Path, split: str, references: Path | None, columns: Columns | None = None) -> Contender:
+    """The reports of a run directory, of an evaluation's directory, or of a file of predictions.
+
+    Raises:
+        UsageError: There are none, or they cannot be read.
+    """
+    if not path.is_dir():
+        return Contender(path.stem, read_predictions(path, references, columns), None)
+    folder = path / "evaluation" / split if (path / "evaluation").is_dir() else path
+    file = folder / "predictions.jsonl"
+    if not file.is_file():
+        hint = f"Evaluate it first: emrrg evaluate --model {path} --split {split}"
+        raise UsageError(f"{path} has no predictions of the {split} split ({file})", hint=hint)
+    record = read_record(folder / "scores.json", "the scores of an evaluation", "Evaluate again.") or {}
+    run = Path(record.get("model", path))
+    return Contender(path.name or str(path.resolve().name), read_predictions(file), _settings(run / "recipe.yaml"))
+
+
+def compare(
+    contenders: Sequence[Contender], *, meteor: bool = False, resamples: int = bootstrap.RESAMPLES
+) -> dict[str, Any]:
+    """Scores each contender, and tests it against the first on the studies of both.
+
+    Returns:
+        `rows`: for each its `name`, `studies`, `scores`, `intervals`, and `against_first` (differences and two-sided
+        p values by paired bootstrap; absent for the first, and where no study is common). `settings`: those that
+        differ between runs. `groups`: means and deviations of runs that differ in their seed alone. `remarks`.
+
+    Raises:
+        UsageError: Fewer than two contenders.
+    """
+    if len(contenders) < 2:
+        raise UsageError("compare needs at least two sets of reports", hint="emrrg compare RUN_A RUN_B")
+    counted = [_count(one.predictions, meteor) for one in contenders]
+    varying = _varying([one.settings for one in contenders])
+    names = _distinct_names([one.name for one in contenders])
+    remarks: list[str] = []
+    rows: list[dict[str, Any]] = []
+    for name, one, statistics in zip(names, contenders, counted, strict=True):
+        studies = len(one.predictions)
+        combined = _combine(statistics, {key: value.sum(axis=0) for key, value in statistics.items()}, studies)
+        sums = {key: bootstrap.resampled_sums(value, resamples) for key, value in statistics.items()}
+        drawn = _combine(statistics, sums, studies)
+        row: dict[str, Any] = {"name": name, "studies": studies}
+        row["scores"] = {key: float(value) for key, value in combined.items()}
+        row["intervals"] = {key: list(bootstrap.interval(value)) for key, value in drawn.items()}
+        row["settings"] = {key: _flat(one.settings).get(key) for key in varying} if one.settings is not None else {}
+        if rows:
+            row["against_first"] = _test(contenders[0], one, counted[0], statistics, resamples, remarks)
+        rows.append(row)
+    shown = [key for key in varying if key not in _SEEDS]
+    return {
+        "rows": rows,
+        "settings": shown,
+        "groups": _groups(rows, contenders),
+        "remarks": list(dict.fromkeys(remarks)),
+    }
+
+
+def _count(predictions: Predictions, meteor: bool) -> dict[str, Floats]:
+    score(predictions.references, predictions.hypotheses, meteor=False)  # refuses what cannot be scored
+    references, hypotheses = (
+        [" ".join(text.split()) for text in side] for side in (predictions.references, predictions.hypotheses)
+    )
+    pairs = Corpus(references).compare(references, hypotheses)
+    statistics: dict[str, Floats] = {}
+    for one in SCORES:
+        if one.slow and not meteor:
+            continue
+        try:
+            statistics[one.names[0]] = one.statistics(pairs)
+        except Unavailable as reason:
+            raise UsageError(f"{one.names[0]} cannot be computed: {reason}", hint="Leave --meteor out.") from reason
+    truth, found = label_reports(predictions.references), label_reports(predictions.hypotheses)
+    policy = "uncertain_positive"
+    statistics["rules"] = clinical.label_statistics(clinical.present(truth, policy), clinical.present(found, policy))
+    return statistics
+
+
+def _combine(statistics: Mapping[str, Floats], sums: Mapping[str, Floats], studies: int) -> dict[str, Floats]:
+    """Scores by name from sums `[..., k]`."""
+    values: dict[str, Floats] = {}
+    for one in SCORES:
+        if one.names[0] in statistics:
+            combined = one.combine(sums[one.names[0]], studies)
+            values |= {name: combined[..., place] for place, name in enumerate(one.names)}
+    headline = clinical.headline(sums["rules"], studies)
+    return values | {name: headline[..., place] for place, name in enumerate(RULES)}
+
+
+def _test(
+    first: Contender,
+    second: Contender,
+    counted: Mapping[str, Floats],
+    others: Mapping[str, Floats],
+    resamples: int,
+    remarks: list[str],
+) -> dict[str, Any] | None:
+    places = {study: place for place, study in enumerate(second.predictions.study_ids)}
+    common = [(i, places[study]) for i, study in enumerate(first.predictions.study_ids) if study in places]
+    if not common:
+        remarks.append(
+            f"{first.name} and {second.name} have no study in common: they are not tested against each other."
+        )
+        return None
+    own, other = (list(side) for side in zip(*common, strict=True))
+    if len(common) < max(len(first.predictions), len(second.predictions)):
+        remarks.append(f"{first.name} and {second.name} have {len(common)} studies in common; the test is about those.")
+    texts = [" ".join(first.predictions.references[i].split()) for i in own]
+    if texts != [" ".join(second.predictions.references[i].split()) for i in other]:
+        remarks.append(
+            f"The references of {first.name} and {second.name} differ: their scores measure different things."
+        )
+    drawn = []
+    for statistics, chosen in ((counted, own), (others, other)):
+        sums = {key: bootstrap.resampled_sums(value[chosen], resamples) for key, value in statistics.items()}
+        drawn.append(_combine(statistics, sums, len(common)))
+    exact = [
+        _combine(statistics, {key: value[chosen].sum(axis=0) for key, value in statistics.items()}, len(common))
+        for statistics, chosen in ((counted, own), (others, other))
+    ]
+    return {
+        "studies": len(common),
+        "differences": {name: float(exact[1][name] - exact[0][name]) for name in exact[0]},
+        "p": {
+            name: float(bootstrap.p_two_sided(drawn[0][name][:, None], drawn[1][name][:, None])[0]) for name in drawn[0]
+        },
+    }
+
+
+def _groups(rows: Sequence[Mapping[str, Any]], contenders: Sequence[Contender]) -> list[dict[str, Any]]:
+    """Runs that differ in their seed alone, two or more."""
+    members: dict[str, list[int]] = {}
+    for number, one in enumerate(contenders):
+        if one.settings is not None:
+            same = {key: value for key, value in _flat(one.settings).items() if key not in _SEEDS}
+            members.setdefault(repr(sorted(same.items(), key=lambda item: item[0])), []).append(number)
+    groups = []
+    for numbers in members.values():
+        if len(numbers) < 2:
+            continue
+        values = {name: [rows[i]["scores"][name] for i in numbers] for name in rows[numbers[0]]["scores"]}
+        groups.append(
+            {
+                "name": f"mean of {len(numbers)} seeds: " + ", ".join(rows[i]["name"] for i in numbers),
+                "members": [rows[i]["name"] for i in numbers],
+                "settings": {key: value for key, value in rows[numbers[0]]["settings"].items() if key not in _SEEDS},
+                "mean": {name: float(np.mean(one)) for name, one in values.items()},
+                "deviation": {name: float(np.std(one, ddof=1)) for name, one in values.items()},
+            }
+        )
+    return groups
+
+
+def _settings(file: Path) -> Mapping[str, Any] | None:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return content if isinstance(content, Mapping) else None
+
+
+def _flat(settings: Mapping[str, Any] | None, before: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in (settings or {}).items():
+        name = f"{before}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value}
+    return flat
+
+
+def _varying(settings: Sequence[Mapping[str, Any] | None]) -> list[str]:
+    """Keys whose values differ between the runs that have settings."""
+    flat = [_flat(one) for one in settings if one is not None]
+    keys = dict.fromkeys(key for one in flat for key in one)
+    return [key for key in keys if len({repr(one.get(key)) for one in flat}) > 1]
+
+
+def _distinct_names(names: Sequence[str]) -> list[str]:
+    return [name if names.count(name) == 1 else f"{name} ({place})" for place, name in enumerate(names, start=1)]

@@ -1,0 +1,78 @@
+"""A comparison as a table: terminal, Markdown and CSV, with the settings that differ as an ablation's columns."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from emrrg_cli.console import printable
+from emrrg_cli.reporting.evaluation_tables import LABELS
+
+SIGNIFICANT = 0.05
+NOTE = "Brackets: 95 % interval. *: differs from the first row, p < .05 by paired bootstrap over studies."
+_NAMES = LABELS | {"rules_F1_micro_14": "rules F1 micro", "rules_F1_macro_14": "rules F1 macro"}
+
+
+def comparison_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Heads and cells: name, differing settings, then each score with its interval and a mark where it differs."""
+    settings = result["settings"]
+    scores = list(result["rows"][0]["scores"])
+    heads = ["reports", *(key.removeprefix("model.") for key in settings), *(_NAMES.get(name, name) for name in scores)]
+    rows = []
+    for row in result["rows"]:
+        tested = row.get("against_first") or {"p": {}}
+        cells = []
+        for name in scores:
+            low, high = row["intervals"][name]
+            mark = "*" if tested["p"].get(name, 1.0) < SIGNIFICANT else ""
+            cells.append(f"{row['scores'][name]:.3f}{mark} [{low:.3f}, {high:.3f}]")
+        rows.append([row["name"], *(_setting(row["settings"].get(key)) for key in settings), *cells])
+    for group in result["groups"]:
+        cells = [f"{group['mean'][name]:.3f} ± {group['deviation'][name]:.3f}" for name in scores]
+        rows.append([group["name"], *(_setting(group["settings"].get(key)) for key in settings), *cells])
+    return heads, [[printable(cell) for cell in row] for row in rows]
+
+
+def comparison_table(result: Mapping[str, Any]) -> Table:
+    """For the terminal."""
+    heads, rows = comparison_rows(result)
+    table = Table(caption=Text(NOTE), caption_justify="left")
+    for number, head in enumerate(heads):
+        table.add_column(Text(head), justify="left" if number <= len(result["settings"]) else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def comparison_markdown(result: Mapping[str, Any]) -> str:
+    """As a Markdown table."""
+    heads, rows = comparison_rows(result)
+    lines = [heads, ["---"] * len(heads), *rows]
+    body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join([body, "", NOTE, *result["remarks"]]) + "\n"
+
+
+def comparison_csv(result: Mapping[str, Any]) -> str:
+    """As CSV: one line a set of reports and score, with interval, difference and p value."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    settings: Sequence[str] = result["settings"]
+    writer.writerow(["reports", *settings, "studies", "score", "value", "low", "high", "difference", "p"])
+    for row in result["rows"]:
+        tested = row.get("against_first") or {"differences": {}, "p": {}}
+        for name, value in row["scores"].items():
+            shown = [_setting(row["settings"].get(key)) for key in settings]
+            more = [tested["differences"].get(name, ""), tested["p"].get(name, "")]
+            writer.writerow([row["name"], *shown, row["studies"], name, value, *row["intervals"][name], *more])
+    return stream.getvalue()
+
+
+def _setting(value: Any) -> str:
+    if value is None:
+        return "-"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,132 @@
+"""Sets of reports side by side."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from emrrg_cli.app import main
+from emrrg_cli.errors import UsageError
+from emrrg_cli.evaluation.compare import Contender, compare, find_contender
+from emrrg_cli.evaluation.language import score
+from emrrg_cli.evaluation.predictions import Predictions
+
+WORDS = "the heart is enlarged no effusion left right pneumothorax . lungs are clear".split()  # noqa: SIM905
+
+
+def _texts(seed: int, count: int = 60) -> list[str]:
+    draw = random.Random(seed)
+    return [" ".join(draw.choices(WORDS, k=draw.randrange(4, 16))) for _ in range(count)]
+
+
+TRUTH = _texts(0)
+
+
+def _contender(name: str, right: float, settings: Any = None, ids: Any = None) -> Contender:
+    draw = random.Random(name)
+    texts = [text if draw.random() < right else other for text, other in zip(TRUTH, _texts(5), strict=True)]
+    return Contender(name, Predictions(ids or [f"s{i}" for i in range(len(TRUTH))], TRUTH, texts), settings)
+
+
+def test_scores_are_those_of_score() -> None:
+    first, second = _contender("a", 0.5), _contender("b", 0.6)
+    rows = compare([first, second], resamples=100)["rows"]
+    for row, one in zip(rows, (first, second), strict=True):
+        wanted = score(one.predictions.references, one.predictions.hypotheses, meteor=False)
+        for name in ("BLEU_4", "ROUGE_L", "CIDEr"):
+            assert row["scores"][name] == pytest.approx(wanted[name], abs=1e-9)
+            assert row["intervals"][name][0] < row["scores"][name] < row["intervals"][name][1]
+
+
+def test_a_real_difference_is_found_and_a_draw_is_not() -> None:
+    result = compare([_contender("a", 0.3), _contender("b", 0.9), _contender("a", 0.3)], resamples=500)
+    assert "against_first" not in result["rows"][0]
+    better, same = result["rows"][1]["against_first"], result["rows"][2]["against_first"]
+    assert better["p"]["CIDEr"] < 0.01 < better["differences"]["CIDEr"]
+    assert (same["p"]["CIDEr"], same["differences"]["CIDEr"]) == (1.0, 0.0)
+    assert [row["name"] for row in result["rows"]] == ["a (1)", "b", "a (3)"]
+
+
+def test_the_order_of_studies_does_not_matter() -> None:
+    first = _contender("a", 0.5)
+    order = list(reversed(range(len(TRUTH))))
+    own = first.predictions
+    turned = Predictions(*([side[i] for i in order] for side in (own.study_ids, own.references, own.hypotheses)))
+    tested = compare([first, Contender("b", turned, None)], resamples=100)["rows"][1]["against_first"]
+    assert set(tested["p"].values()) == {1.0}
+
+
+def test_seeds_are_averaged_and_settings_shown() -> None:
+    def settings(seed: int, targets: list[str]) -> dict[str, Any]:
+        return {
+            "output": f"runs/{seed}",
+            "train": {"seed": seed, "lr": 1e-4},
+            "model": {"adapter": {"targets": targets}},
+        }
+
+    runs = [
+        _contender("x1", 0.5, settings(1, ["X"])),
+        _contender("x2", 0.6, settings(2, ["X"])),
+        _contender("z", 0.7, settings(1, ["Z"])),
+    ]
+    result = compare(runs, resamples=50)
+    assert result["settings"] == ["model.adapter.targets"]
+    (group,) = result["groups"]
+    assert group["members"] == ["x1", "x2"]
+    values = [row["scores"]["CIDEr"] for row in result["rows"][:2]]
+    assert group["mean"]["CIDEr"] == pytest.approx(sum(values) / 2)
+    assert group["deviation"]["CIDEr"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+
+
+def test_different_studies_and_references_are_said() -> None:
+    first = _contender("a", 0.5)
+    other = _contender("b", 0.5, ids=[f"t{i}" for i in range(len(TRUTH))])
+    result = compare([first, other], resamples=20)
+    assert result["rows"][1]["against_first"] is None
+    assert "no study in common" in result["remarks"][0]
+    half = Predictions(*(list(side)[:30] for side in (first.predictions.study_ids, _texts(8), TRUTH)))
+    result = compare([first, Contender("half", half, None)], resamples=20)
+    assert result["rows"][1]["against_first"]["studies"] == 30
+    assert [said.split(" ")[0] for said in result["remarks"]] == ["a", "The"]
+
+
+def test_one_set_of_reports_is_refused() -> None:
+    with pytest.raises(UsageError, match="at least two"):
+        compare([_contender("a", 0.5)])
+
+
+def test_runs_and_files_are_found(varied_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(varied_run, run)
+    with pytest.raises(UsageError, match="has no predictions of the test split") as caught:
+        find_contender(run, "test", None)
+    assert caught.value.hint == f"Evaluate it first: emrrg evaluate --model {run} --split test"
+    assert main(["evaluate", "-m", str(run), "--no-meteor", "--json"]) == 0
+    other = tmp_path / "seed7"
+    shutil.copytree(run, other)
+    recipe = yaml.safe_load((other / "recipe.yaml").read_text())
+    recipe["train"]["seed"] = 7
+    (other / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    record = other / "evaluation" / "test" / "scores.json"
+    record.write_text(record.read_text().replace(str(run), str(other)))
+    file = tmp_path / "theirs.jsonl"
+    shutil.copy(run / "evaluation" / "test" / "predictions.jsonl", file)
+    capsys.readouterr()
+    arguments = ["compare", str(run), str(other), str(file), "-o", str(tmp_path / "out")]
+    assert main([*arguments, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in result["rows"]] == ["run", "seed7", "theirs"]
+    assert result["groups"][0]["members"] == ["run", "seed7"]
+    assert result["rows"][2]["against_first"]["differences"]["BLEU_1"] == 0.0
+    assert main(arguments) == 0
+    assert "theirs" in capsys.readouterr().out
+    markdown = (tmp_path / "out" / "compare.md").read_text()
+    assert markdown.startswith("| reports | BLEU-1 |")
+    assert "mean of 2 seeds: run, seed7" in markdown
+    assert (tmp_path / "out" / "compare.csv").read_text().count("\n") == 1 + 3 * len(result["rows"][0]["scores"])
