@@ -136,10 +136,10 @@ def test_studies_without_an_image_get_one_message(tmp_path: Path, images: Any, m
     assert error.value.message == message
     if images:
         with pytest.raises(RunError, match="image"):
-            ReadAll(SplitImages(split))
+            _read_all(SplitImages(split))
 
 
-def ReadAll(images: SplitImages) -> None:
+def _read_all(images: SplitImages) -> None:
     for index in range(len(images)):
         if isinstance(images.read(index), bytes):
             raise RunError("an image that decoding refuses")

@@ -231,23 +231,12 @@ def run_source(
         UsageError, RunError, Interrupted: As `emrrg_cli.ingest.preprocess.preprocess`.
     """
     # Here, not above: `emrrg --help` stays fast.
-    from emrrg_cli.commands.data import show, summary_folder
+    from emrrg_cli.commands.data import show
     from emrrg_cli.commands.preprocess.outcome import print_manifest, print_plan
-    from emrrg_cli.errors import UsageError
-    from emrrg_cli.ingest.annotation_file import check_annotation
-    from emrrg_cli.ingest.dataset_writer import is_finishing
     from emrrg_cli.ingest.preprocess import dry_run, preprocess
-    from emrrg_cli.reporting.summary_page import check_summary
 
     record = record | {"recipe": options.recipe, "limit": options.limit, "seed": options.seed}
-    if options.export_annotation is not None:
-        replace = options.overwrite or is_finishing(out)  # an unfinished run's own
-        check_annotation(options.export_annotation, out=out, raw=source.root, overwrite=replace)
-    if options.summary and not options.as_json and not options.dry_run:
-        try:
-            check_summary(summary_folder(out))
-        except UsageError as error:
-            raise UsageError(error.message, hint="Move it away, or pass --no-summary.") from None
+    _check_outputs(source, out, options)
     if options.dry_run:
         allow = options.allow_leakage
         plan = dry_run(source, out, settings, overwrite=options.overwrite, options=record, allow_leakage=allow)
@@ -276,3 +265,25 @@ def run_source(
         console.print(f"Exported to {options.export_annotation}.", markup=False, soft_wrap=True)
     if options.summary:
         show(out)
+
+
+def _check_outputs(source: StudySource, out: Path, options: Options) -> None:
+    """Makes sure that what is written beside OUT can be written, before the work begins.
+
+    Raises:
+        UsageError: It cannot.
+    """
+    from emrrg_cli.commands.data import summary_folder
+    from emrrg_cli.errors import UsageError
+    from emrrg_cli.ingest.annotation_file import check_annotation
+    from emrrg_cli.ingest.dataset_writer import is_finishing
+    from emrrg_cli.reporting.summary_page import check_summary
+
+    if options.export_annotation is not None:
+        replace = options.overwrite or is_finishing(out)  # an unfinished run's own
+        check_annotation(options.export_annotation, out=out, raw=source.root, overwrite=replace)
+    if options.summary and not options.as_json and not options.dry_run:
+        try:
+            check_summary(summary_folder(out))
+        except UsageError as error:
+            raise UsageError(error.message, hint="Move it away, or pass --no-summary.") from None

@@ -14,9 +14,9 @@ from typing import Any
 from emrrg_cli.console import printable
 from emrrg_cli.errors import RunError
 from emrrg_cli.ingest.sources.json_stream import open_json, start_value
-from emrrg_cli.vocabulary import SPLITS, Split
+from emrrg_cli.vocabulary import SPLIT_NAMES, SPLITS, Split
 
-SPLIT_KEYS: dict[str, Split] = {"train": "train", "val": "validation", "test": "test"}
+SPLIT_KEYS: dict[str, Split] = {key: SPLIT_NAMES[key] for key in ("train", "val", "test")}
 
 _LAYOUT = 'An annotation file reads {"train": [...], "val": [...], "test": [...]}.'
 

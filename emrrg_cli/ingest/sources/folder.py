@@ -20,13 +20,8 @@ from emrrg_cli.ingest.sources.drafts import Draft, Drafts
 from emrrg_cli.ingest.sources.image_paths import locate, require_folder
 from emrrg_cli.ingest.sources.table import Table, cell_list, cell_text, read_table
 from emrrg_cli.ingest.study import Account, ImageProblem, Study
-from emrrg_cli.vocabulary import Split
+from emrrg_cli.vocabulary import SPLIT_NAMES, Split
 
-_SPLIT_NAMES: dict[str, Split] = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validate", "validation", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing"), "test"),
-}
 _OTHER_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif")  # no DICOM is called so
 _LABELS = "labels of the table, as it writes them"
 
@@ -200,7 +195,7 @@ class FolderSource:
         if not study_id:
             self._skip("no study id" if columns.study else "no image listed", where)
             return None
-        split = _SPLIT_NAMES.get(cell(columns.split).lower()) if columns.split else None
+        split = SPLIT_NAMES.get(cell(columns.split).lower()) if columns.split else None
         if columns.split and split is None:
             self._skip("unknown split", study_id, detail=f"{where}: {cell(columns.split) or 'empty'}")
             return None

@@ -15,11 +15,11 @@ from emrrg_cli.imaging.views import view_name
 from emrrg_cli.ingest.sources.chexpert_labels import LABELS, NOT_MENTIONED, encode_labels
 from emrrg_cli.ingest.sources.table import CsvFile
 from emrrg_cli.ingest.study import Account
-from emrrg_cli.vocabulary import SPLITS, UNKNOWN_VIEW, Split
+from emrrg_cli.vocabulary import SPLIT_NAMES, SPLITS, UNKNOWN_VIEW, Split
 
 Labeler = Literal["chexpert", "negbio"]
 
-_SPLIT_NAMES: dict[str, Split] = {"train": "train", "validate": "validation", "test": "test"}
+_SPLITS: dict[str, Split] = {name: SPLIT_NAMES[name] for name in ("train", "validate", "test")}
 
 
 @dataclass(slots=True)
@@ -127,14 +127,14 @@ class MimicTables:
             dicom, study, subject, split = cells[0], number(cells[1]), number(cells[2]), cells[3].lower()
             if not dicom or study is None or subject is None:
                 self._skipped.append(("no study id", where, "dicom_id, study_id or subject_id is no id"))
-            elif split not in _SPLIT_NAMES:
+            elif split not in _SPLITS:
                 self._skipped.append(("unknown split", str(study), f"{where}: {printable(split) or 'empty'}"))
             elif dicom in seen:
                 twice.setdefault(study, []).append((dicom, line))
             else:
                 seen.add(dicom)
-                _same(path, f"patient {subject} is in two splits", splits.setdefault(subject, _SPLIT_NAMES[split]),
-                      _SPLIT_NAMES[split])  # fmt: skip
+                _same(path, f"patient {subject} is in two splits", splits.setdefault(subject, _SPLITS[split]),
+                      _SPLITS[split])  # fmt: skip
                 listed = self._studies.setdefault(study, _Listed(splits[subject], subject))
                 _same(path, f"study {study} is of two patients", listed.subject, subject)
                 listed.images.append(dicom)
