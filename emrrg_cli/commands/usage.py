@@ -83,8 +83,9 @@ def what_to_type(error: Any, arguments: Sequence[str], commands: Sequence[str]) 
         arguments: What follows `emrrg`.
         commands: The commands of the program.
     """
-    message: str = getattr(error, "message", "") or error.format_message()
     kind = type(error).__name__
+    # Click adds its own guesses to the message of an unknown option.
+    message: str = error.message if kind == "NoSuchOption" else error.format_message()
     path = error.ctx.command_path if getattr(error, "ctx", None) else "emrrg"
     command = path.removeprefix("emrrg").strip().partition(" ")[0]
     if message.startswith("No such command"):

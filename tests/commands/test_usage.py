@@ -76,6 +76,8 @@ def test_the_list_of_commands_has_whole_sentences(
         ("finetune tiny/finetune --resum", "--resume"),
         ("evaluate runs/iu", "`emrrg evaluate --model runs/iu`"),
         ("generate films/", "`emrrg generate films/ --model RUN`"),
+        ("demo folder --count 1", "--count"),
+        ("preprocess phantom out --workers 0", "--workers"),
         ("finetune tiny/finetune --resume true", "Flags such as --resume take no value."),
     ],
 )
