@@ -195,7 +195,7 @@ def test_a_folder_that_somebody_called_previous_is_left_alone(tmp_path: Path) ->
     assert files.whole_directory(tmp_path / "other") == tmp_path / "other"
 
 
-def test_a_reader_finds_what_is_being_replaced_and_changes_nothing(tmp_path: Path) -> None:
+def test_a_reader_finds_a_directory_that_is_being_replaced(tmp_path: Path) -> None:
     final, previous = tmp_path / "run", tmp_path / "run.previous-emrrg"
     _write(previous, "old")
     assert files.whole_directory(final) == previous
@@ -209,7 +209,7 @@ def test_a_reader_finds_what_is_being_replaced_and_changes_nothing(tmp_path: Pat
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_directory_that_is_replaced_while_it_is_read_is_read_again(tmp_path: Path, fails: bool) -> None:
+def test_a_directory_replaced_while_it_is_read_is_read_again(tmp_path: Path, fails: bool) -> None:
     final = tmp_path / "run"
     _write(final, "old")
     reads = 0
@@ -228,7 +228,7 @@ def test_a_directory_that_is_replaced_while_it_is_read_is_read_again(tmp_path: P
     assert reads == 2
 
 
-def test_a_read_that_fails_is_not_repeated_for_nothing_and_one_that_never_ends_is_given_up(tmp_path: Path) -> None:
+def test_failed_reads_are_not_repeated_and_endless_ones_end(tmp_path: Path) -> None:
     places: list[Path] = []
 
     def fail(place: Path) -> None:

@@ -64,7 +64,7 @@ def evaluate(
         typer.Option("--write-rexrank", help="Also write the reports as ReXrank's JSON.", rich_help_panel=_FILES),
     ] = None,
 ) -> None:
-    """Write reports for a split and score them, or score a file of predictions.
+    """Write reports for a split and score them, or score a file.
 
     Scores are BLEU-1 to BLEU-4, ROUGE-L, METEOR (needs Java), CIDEr and the agreement of clinical findings, beside
     controls: the same reports dealt to other studies, and the most frequent training report.
@@ -74,9 +74,10 @@ def evaluate(
     Example: emrrg evaluate --predictions theirs.csv --references ours.jsonl
     """
     if (model is None) == (predictions is None):
+        run = next((word for word in overrides or () if "=" not in word), "RUN_DIR")
         raise UsageError(
             "give either --model or --predictions",
-            hint="emrrg evaluate --model RUN_DIR, or emrrg evaluate --predictions FILE.",
+            hint=f"`emrrg evaluate --model {run}` scores a run, `emrrg evaluate --predictions FILE` a file.",
         )
     if predictions is not None:
         from emrrg_cli.evaluation.predictions import Columns

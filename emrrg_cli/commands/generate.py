@@ -74,7 +74,8 @@ def generate(
 
     images, overrides = split_arguments(paths or [], needed=table is None)
     if model is None:
-        raise UsageError("no model: give --model RUN", hint="A run directory, as `emrrg finetune` writes it.")
+        hint = f"Name the run directory: `emrrg generate {' '.join(images) or 'IMAGES'} --model RUN`."
+        raise UsageError("no model is given", hint=hint)
     settings = load_run_recipe(model, recipe, overrides, "generate")
 
     from emrrg_cli.decoding.generate_folder import run_generation

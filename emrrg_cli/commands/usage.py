@@ -106,11 +106,6 @@ def what_to_type(error: Any, arguments: Sequence[str], commands: Sequence[str]) 
         place = next((i for i, text in enumerate(arguments) if text.partition("=")[0] == error.option_name), 0)
         value = arguments[place].partition("=")[2] or next(iter(arguments[place + 1 :]), "VALUE")
         return message, f"Settings of the recipe are changed by key=value, without dashes: {key}={value}"
-    if kind == "MissingParameter" and command in ("evaluate", "generate") and "--model" in message:
-        given = [argument for argument in arguments[1:] if not argument.startswith("-") and "=" not in argument]
-        inputs = " ".join(given) or "IMAGES"
-        example = f"emrrg evaluate --model {(given or ['RUN'])[0]}" if command == "evaluate" else None
-        return message, f"Name the run directory: `{example or f'emrrg generate {inputs} --model RUN'}`."
     return message, None
 
 

@@ -36,7 +36,7 @@ def test_print_recipe_prints_a_recipe_and_starts_nothing(
     assert started == []
 
 
-def test_the_run_goes_where_the_option_the_recipe_or_its_name_says(
+def test_the_run_directory_is_the_option_or_from_the_recipe(
     started: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["align", "phantom/align"]) == 0

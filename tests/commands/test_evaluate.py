@@ -25,9 +25,7 @@ def run(tiny_run: Path, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_scores_and_protocol_are_printed_and_a_second_time_overwrites_nothing(
-    run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_scores_are_printed_and_a_second_run_overwrites_nothing(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "--model", str(run)]) == 0
     printed = capsys.readouterr()
     told = " ".join(printed.out.split())

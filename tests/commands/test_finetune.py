@@ -40,7 +40,7 @@ def test_print_recipe_prints_a_recipe_and_starts_nothing(
     assert started == []
 
 
-def test_the_run_goes_where_the_option_the_recipe_or_its_name_says(started: list[Any]) -> None:
+def test_the_run_directory_is_the_option_or_from_the_recipe(started: list[Any]) -> None:
     assert main(["finetune", "tiny/finetune"]) == 0
     assert main(["finetune", "tiny/finetune", "output=from/recipe"]) == 0
     assert main(["finetune", "tiny/finetune", "output=from/recipe", "-o", "from/option"]) == 0

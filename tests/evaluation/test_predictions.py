@@ -68,7 +68,7 @@ def test_csv_files_of_one_column_are_matched_by_row(tmp_path: Path) -> None:
     assert [list(side.values()) for side in _read(predictions, truth)] == [[*TRUTH.values()], [*TEXTS.values()]]
 
 
-def test_a_table_with_tabs_a_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
+def test_a_table_with_tabs_a_byte_order_mark_and_crlf(tmp_path: Path) -> None:
     text = "\ufeffstudy_id\tprediction\tground_truth\r\ns1\tone\ttwo\r\n"
     path = tmp_path / "p.tsv"
     path.write_bytes(text.encode())

@@ -54,7 +54,7 @@ def test_each_study_of_the_split_once_with_its_whole_reference(evaluate: Any) ->
     assert (result["studies"], result["split"]) == (4, "test")
 
 
-def test_references_are_cut_to_the_training_length_on_request_alone(evaluate: Any, varied_run: Path) -> None:
+def test_references_are_cut_to_training_length_on_request(evaluate: Any, varied_run: Path) -> None:
     from emrrg_cli.models.llm import load_tokenizer
 
     result = evaluate("data.max_report_tokens=12", "evaluation.references=clipped")
@@ -98,7 +98,7 @@ def test_sampling_is_the_same_twice(evaluate: Any) -> None:
     assert first != evaluate(*sampled, "generation.seed=1", name="3")["predictions"]
 
 
-def test_a_split_that_is_not_there_is_refused_with_those_that_are(evaluate: Any, tmp_path: Path) -> None:
+def test_a_missing_split_is_refused_with_a_list_of_splits(evaluate: Any, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no split 'dev'") as caught:
         evaluate(split="dev")
     assert caught.value.hint == "There are: train, validation, test."
@@ -227,9 +227,7 @@ def test_reports_outlive_an_interruption(
         evaluate()
 
 
-def test_a_tokenizer_without_java_is_refused_before_the_model_is_loaded(
-    evaluate: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tokenizer_without_java_is_refused_before_loading(evaluate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*arguments: Any) -> None:
         raise AssertionError("the model was loaded")
 
@@ -264,7 +262,7 @@ def test_a_wrong_output_is_refused_before_the_model_loads(
         run_evaluation(load_run_recipe(varied_run, None, (), "evaluate"), varied_run, "test", tmp_path / "file")
 
 
-def test_the_protocol_is_one_line_with_all_that_a_score_depends_on(varied_run: Path) -> None:
+def test_the_protocol_is_one_line_with_all_settings_of_scores(varied_run: Path) -> None:
     def described(*overrides: str) -> str:
         return describe_protocol(load_run_recipe(varied_run, None, overrides, "evaluate"))
 

@@ -17,7 +17,7 @@ def test_the_published_settings(size: str) -> None:
     assert (recipe.model.text.pooling, recipe.data.max_text_tokens) == ("last", 128)
 
 
-def test_the_phantom_recipe_has_the_encoder_of_the_stages_around_it() -> None:
+def test_the_phantom_recipes_share_one_encoder() -> None:
     encoder = load_recipe("phantom/align", stage="align").model.encoder
     after = load_recipe("phantom/finetune", stage="finetune").model.encoder
     before = load_recipe("phantom/pretrain", stage="pretrain").model.encoder

@@ -69,7 +69,7 @@ def test_an_unknown_recipe_is_refused_with_the_nearest_names(
     assert said in (caught.value.hint or "")
 
 
-def test_extends_takes_shipped_names_and_paths_relative_to_the_file(tmp_path: Path) -> None:
+def test_extends_takes_shipped_names_and_relative_paths(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "base.yaml").write_text("extends: tiny/finetune\ntrain: {epochs: 7}\n")
     (tmp_path / "sub" / "child.yaml").write_text("extends: ../base.yaml\noutput: here\n")

@@ -194,7 +194,7 @@ def test_the_default_protocol_stands_below_everything(write: Any) -> None:
     )
 
 
-def test_a_protocol_beats_the_layers_below_and_loses_to_the_keys_beside_it(write: Any) -> None:
+def test_a_protocol_beats_lower_layers_not_keys_beside_it(write: Any) -> None:
     write(
         "stage: finetune\nmodel: {adapter: {targets: [Z]}}\ngeneration: {num_beams: 7, min_new_tokens: 1}\n",
         "base.yaml",
@@ -249,7 +249,7 @@ def test_unknown_keys_get_the_nearest_valid_one(override: str, suggestion: str) 
     assert problems("tiny/finetune", override) == [f"command line: {key}: unknown key; did you mean {suggestion}?"]
 
 
-def test_an_unknown_key_with_nothing_near_says_where_all_keys_are() -> None:
+def test_an_unknown_key_without_match_says_where_keys_are_listed() -> None:
     with pytest.raises(UsageError) as caught:
         load_recipe("tiny/finetune", ["train.qqqq=1"])
     assert caught.value.message == "command line: train.qqqq: unknown key"
@@ -425,7 +425,7 @@ def test_a_protocol_in_an_overlay_leaves_the_model_as_trained(run_dir: Path) -> 
     assert recipe.model.adapter.targets == ["Z"]
 
 
-def test_an_overlay_cannot_change_the_training_or_conflict_with_the_run(run_dir: Path) -> None:
+def test_an_overlay_cannot_change_training_or_conflict(run_dir: Path) -> None:
     with pytest.raises(UsageError, match=r"command line: train: was settled when the run was trained; `evaluate`"):
         load_run_recipe(run_dir, None, ["train.lr=1"], "evaluate")
     with pytest.raises(
@@ -436,9 +436,7 @@ def test_an_overlay_cannot_change_the_training_or_conflict_with_the_run(run_dir:
         load_run_recipe(run_dir, None, ["generation.beam_size=2"], "evaluate")
 
 
-def test_an_overlay_changes_nothing_of_the_model_but_where_its_llm_is_and_how_it_is_computed(
-    run_dir: Path, write: Any
-) -> None:
+def test_an_overlay_changes_only_llm_place_and_computation(run_dir: Path, write: Any) -> None:
     recipe = load_run_recipe(
         run_dir, None, ["model.llm.name=/elsewhere", "model.llm.dtype=bf16", "model.scan=reference"], "evaluate"
     )
@@ -460,7 +458,7 @@ def test_an_overlay_changes_nothing_of_the_model_but_where_its_llm_is_and_how_it
             load_run_recipe(run_dir, None, [broken], "evaluate")
 
 
-def test_an_overlay_alone_is_checked_for_all_but_conflicts_with_the_run() -> None:
+def test_an_overlay_alone_is_checked_except_for_conflicts() -> None:
     assert resolve_recipe("default/evaluate", ["generation.min_new_tokens=200"]) == {
         "stage": "evaluate",
         "generation": {"min_new_tokens": 200},

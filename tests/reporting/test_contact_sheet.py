@@ -8,7 +8,7 @@ from PIL import Image
 from emrrg_cli.reporting.contact_sheet import Tile, _font, _wrapped, draw_contact_sheet
 
 
-def test_a_sheet_shows_every_study_and_grows_with_the_longest_report(tmp_path: Path) -> None:
+def test_a_sheet_shows_all_studies_and_grows_with_reports(tmp_path: Path) -> None:
     grey = Image.new("L", (200, 100), 128)
     tiles = [
         Tile("study [1]", "train · PA", [grey, grey, grey], "Short."),

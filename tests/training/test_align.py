@@ -275,9 +275,7 @@ def test_data_that_cannot_serve_is_one_message(align: Any, tiny_dataset: Path, t
         align("run", f"data.root={copy}")
 
 
-def test_a_batch_that_does_not_fit_is_refused_before_anything_is_loaded(
-    align: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_batch_that_does_not_fit_is_refused_before_loading(align: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("emrrg_cli.training.align._tokenizer", None)
     with pytest.raises(UsageError, match=r"7 usable examples, fewer than train\.batch_size=8"):
         align("run", "data.limit=7")

@@ -47,7 +47,7 @@ def _save(directory: Path, step: int = 3, **progress: Any) -> tuple[nn.Module, t
     return model, optimizer, saved
 
 
-def test_a_checkpoint_brings_back_weights_optimizer_random_numbers_and_place(tmp_path: Path) -> None:
+def test_a_checkpoint_restores_weights_optimizer_rng_and_place(tmp_path: Path) -> None:
     progress = Progress(3, 1, 1, [0.25, -1.5], 2, 1, True)
     model, optimizer = _trained()
     saved = save_checkpoint(tmp_path, model, optimizer, None, progress, [rng_state()])
@@ -66,7 +66,7 @@ def test_a_checkpoint_brings_back_weights_optimizer_random_numbers_and_place(tmp
         assert torch.equal(one, two)
 
 
-def test_random_numbers_between_two_gaussians_are_part_of_the_state() -> None:
+def test_the_state_holds_numbers_between_two_gaussians() -> None:
     np.random.seed(1)
     random.seed(1)
     np.random.randn()
@@ -89,7 +89,7 @@ def test_each_process_gets_its_own_random_numbers(tmp_path: Path) -> None:
     assert not torch.equal(states[0]["torch"], states[1]["torch"])
 
 
-def test_only_what_is_trained_is_saved_and_no_code_is_run_when_it_is_read(tmp_path: Path) -> None:
+def test_only_trained_weights_are_saved_and_read_without_code(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     _, _, saved = _save(tmp_path)

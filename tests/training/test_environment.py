@@ -37,7 +37,7 @@ def test_fp16_needs_a_gpu() -> None:
         choose_precision("fp16", "cpu")
 
 
-def test_a_frozen_llm_has_the_dtype_of_the_training_unless_said_otherwise() -> None:
+def test_a_frozen_llm_has_the_dtype_of_training_by_default() -> None:
     assert llm_dtype("auto", "bf16") is torch.bfloat16
     assert llm_dtype("auto", "fp32") is torch.float32
     assert llm_dtype("fp16", "fp32") is torch.float16

@@ -94,7 +94,7 @@ def test_a_run_names_its_data_wherever_it_was_started_from(
     assert main(["evaluate", "--model", str(run), "data.limit=1", "generation.num_beams=1"]) == 0
 
 
-def test_the_history_has_a_row_a_logged_step_and_one_a_validation(tiny_run: Path, run_of: Any) -> None:
+def test_the_history_has_a_row_per_logged_step_and_validation(tiny_run: Path, run_of: Any) -> None:
     rows = run_of(tiny_run).history
     assert [(row["step"], row["epoch"], "train/loss" in row) for row in rows] == [
         (1, 0.5, True),
@@ -112,12 +112,12 @@ def test_the_history_has_a_row_a_logged_step_and_one_a_validation(tiny_run: Path
     assert rows[0]["train/lr"] == pytest.approx(1e-3)
 
 
-def test_only_some_steps_are_logged_the_first_and_the_last_among_them(finetune: Any) -> None:
+def test_some_steps_are_logged_with_the_first_and_the_last(finetune: Any) -> None:
     run = finetune("run", "train.log_every=3", "train.epochs=2")
     assert [row["step"] for row in run.history if "train/loss" in row] == [1, 3, 4]
 
 
-def test_the_largest_seed_that_a_recipe_takes_is_one_that_every_generator_takes(finetune: Any) -> None:
+def test_every_generator_takes_the_largest_seed_of_a_recipe(finetune: Any) -> None:
     from emrrg_cli.recipe.schema import SEEDS
 
     assert finetune("run", f"train.seed={SEEDS - 1}", "train.max_steps=1").last_step() == 1
@@ -198,7 +198,7 @@ def test_the_exported_model_is_that_of_the_best_step(finetune: Any, monkeypatch:
 
 
 @pytest.mark.slow
-def test_lora_on_a_frozen_random_encoder_resumes_with_the_same_encoder(
+def test_lora_on_a_frozen_encoder_resumes_with_the_same_one(
     finetune: Any, difference: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ("model.adapter={targets: [X], rank: 2, alpha: 2.0}", "train.epochs=2")
@@ -216,9 +216,7 @@ def test_lora_on_a_frozen_random_encoder_resumes_with_the_same_encoder(
 
 
 @pytest.mark.slow
-def test_a_trained_encoder_resumes_without_what_it_was_started_from(
-    finetune: Any, tmp_path: Path, difference: Any
-) -> None:
+def test_a_trained_encoder_resumes_without_its_start_weights(finetune: Any, tmp_path: Path, difference: Any) -> None:
     start = tmp_path / "start.safetensors"
     shutil.copy(finetune("first", "train.max_steps=1").directory / "model" / "encoder.safetensors", start)
     options = ("model.adapter.targets=full", f"model.encoder.weights={start}", "train.epochs=2")
@@ -350,7 +348,7 @@ def test_a_start_that_fails_leaves_the_place_free(finetune: Any, tmp_path: Path,
     assert finetune("run", "train.epochs=1").summary.steps == 2
 
 
-def test_a_batch_that_does_not_fit_is_refused_before_anything_is_loaded(
+def test_a_batch_that_does_not_fit_is_refused_before_loading(
     finetune: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stage3, "_tokenizer", None)
@@ -364,9 +362,7 @@ def test_a_batch_that_does_not_fit_is_refused_before_anything_is_loaded(
 
 
 @pytest.mark.slow
-def test_a_dtype_that_a_trained_llm_would_not_have_is_refused_and_harms_no_run_that_is_there(
-    no_java: None, finetune: Any, tmp_path: Path
-) -> None:
+def test_a_dtype_without_effect_is_refused_and_harms_no_run(no_java: None, finetune: Any, tmp_path: Path) -> None:
     for dtype in ("bf16", "fp16"):
         with pytest.raises(UsageError, match=rf"model\.llm\.dtype={dtype} is for a frozen LLM") as caught:
             finetune("run", f"model.llm.dtype={dtype}")
@@ -417,7 +413,7 @@ def test_a_run_that_fails_later_keeps_what_it_has(finetune: Any, monkeypatch: py
 
 
 @pytest.mark.slow
-def test_killed_then_interrupted_then_resumed_is_the_uninterrupted_run(
+def test_killed_interrupted_and_resumed_equals_uninterrupted(
     finetune: Any, tiny_overrides: tuple[str, ...], tmp_path: Path, run_of: Any
 ) -> None:
     noise = ("model.encoder.depth=3", "model.encoder.drop_path=0.9")

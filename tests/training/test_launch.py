@@ -245,7 +245,7 @@ def test_errors_go_to_the_launching_process_where_there_is_one(tmp_path: Path, m
     assert not tell_launcher(RunError("x"))
 
 
-def test_the_error_of_one_process_is_told_and_not_what_follows_from_it_in_the_others(
+def test_the_first_error_of_the_processes_is_reported(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def diagnose() -> None:

@@ -140,7 +140,7 @@ def test_the_loss_is_a_mean_over_tokens_not_over_reports(finetune: Any, tiny_dat
     assert load_file(fresh.checkpoint / "trainable.safetensors").keys() == run.weights.keys()
 
 
-def test_every_example_is_seen_once_an_epoch_in_the_order_of_the_seed(fit: Any) -> None:
+def test_each_example_is_seen_once_an_epoch_in_seeded_order(fit: Any) -> None:
     stage, other = Stage(), Stage()
     fit(stage, 8, epochs=2, micro_batch_size=1)
     fit(other, 8, epochs=2, seed=7)
@@ -175,7 +175,7 @@ def test_gradients_are_clipped_or_left_alone(fit: Any, tmp_path: Path) -> None:
     assert "train/grad_norm" not in read_jsonl(tmp_path / "history.jsonl")[-1]
 
 
-def test_a_stage_may_see_all_micro_batches_of_a_step_before_the_model_does(fit: Any) -> None:
+def test_a_stage_sees_all_micro_batches_before_the_model(fit: Any) -> None:
     class Preparing(Stage):
         def prepare_step(self, batches: list[Batch]) -> list[Batch]:
             assert self.model.training
@@ -326,7 +326,7 @@ def test_the_second_ctrl_c_acts_at_once(fit: Any) -> None:
     assert stage.model.seen == []
 
 
-def test_a_signal_in_a_validation_acts_after_the_batch_and_it_is_made_up_for(fit: Any, tmp_path: Path) -> None:
+def test_a_signal_in_a_validation_acts_after_the_batch(fit: Any, tmp_path: Path) -> None:
     from emrrg_cli.files import read_jsonl
 
     stage = Stage(_figures((0.5, 1.0)))
@@ -369,7 +369,7 @@ def test_a_validation_that_fails_loses_no_training(fit: Any, tmp_path: Path, eve
     assert (len(rest.model.seen), rest.validations) == (4, 3)
 
 
-def test_a_crash_after_a_validation_repeats_it_and_its_row_stands_once(
+def test_a_crash_after_a_validation_repeats_it_with_one_row(
     fit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from emrrg_cli.files import read_jsonl
@@ -397,7 +397,7 @@ def test_the_best_by_score_is_exported_not_the_last(fit: Any) -> None:
     assert stage.exports[-1] < stage.model.weight.item()  # the weight grows towards 1 with each step
 
 
-def test_the_loss_decides_between_equal_scores_and_the_first_of_equals_stays(fit: Any) -> None:
+def test_the_loss_decides_between_equal_scores(fit: Any) -> None:
     # The epsilons are those of BLEU where no n-gram is found.
     stage = Stage(_figures((3e-15, 3.0), (1e-15, 2.0), (9e-15, 2.0)))
     assert fit(stage).best_step == 4
@@ -477,9 +477,7 @@ def test_the_model_is_in_training_mode_after_a_validation(fit: Any) -> None:
 
 
 @pytest.mark.parametrize("log_every", [1, 100])
-def test_a_loss_that_is_not_finite_ends_the_run_before_anything_is_kept_of_it(
-    fit: Any, tmp_path: Path, log_every: int
-) -> None:
+def test_a_loss_that_is_not_finite_ends_the_run_unsaved(fit: Any, tmp_path: Path, log_every: int) -> None:
     stage = Stage()
     stage.model.broken_from = 4  # between two logged steps and before a checkpoint, where log_every is 100
     with pytest.raises(RunError, match="not finite at step 4; the last checkpoint is kept"):
@@ -529,7 +527,7 @@ def _hooks(model: nn.Module) -> int:
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
-def test_the_block_and_direction_that_break_are_named_when_asked_for(fit: Any, tmp_path: Path) -> None:
+def test_the_block_and_direction_that_break_are_named(fit: Any, tmp_path: Path) -> None:
     stage = Stage()
     stage.model = Seen(4)
     with pytest.raises(RunError, match="not finite at step 4") as raised:

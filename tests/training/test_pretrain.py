@@ -89,7 +89,7 @@ def test_a_run_directory_explains_itself_and_its_model_loads(pretrain: Any, opti
         assert torch.equal(model.state_dict()[name.removeprefix("pretrainer.")], tensor), name
 
 
-def test_the_validation_loss_is_that_of_the_exported_model_on_whole_images(pretrain: Any, tiny_dataset: Path) -> None:
+def test_the_validation_loss_is_of_the_exported_model(pretrain: Any, tiny_dataset: Path) -> None:
     from emrrg_cli.datasets.directory import open_dataset
     from emrrg_cli.datasets.image_dataset import ImageDataset, SplitImages
     from emrrg_cli.models.report_generator import IMAGENET_MEAN, IMAGENET_STD
@@ -140,9 +140,7 @@ def test_epochs_have_crops_of_their_own(pretrain: Any) -> None:
 
 
 @pytest.mark.slow
-def test_neither_micro_batches_nor_loading_processes_nor_checkpointing_change_a_run(
-    pretrain: Any, difference: Any
-) -> None:
+def test_micro_batches_workers_and_checkpointing_change_nothing(pretrain: Any, difference: Any) -> None:
     plain = pretrain("plain", "train.max_steps=3")
     for name, change in (
         ("micro", "train.micro_batch_size=3"),
@@ -176,7 +174,7 @@ def test_two_processes_do_what_one_does(options: tuple[str, ...], pretrain: Any,
 
 
 @pytest.mark.slow
-def test_a_folder_of_images_will_do_and_a_resumed_run_keeps_to_its_list(
+def test_a_resumed_run_on_a_folder_keeps_its_list_of_images(
     pretrain: Any, films: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = (f"data.root={films}", "data.validation=0.2")
@@ -241,7 +239,7 @@ def test_a_run_goes_on_from_the_model_of_another(pretrain: Any, difference: Any)
 
 
 @pytest.mark.slow
-def test_a_folder_and_a_dataset_directory_are_trained_on_together(
+def test_a_folder_and_a_dataset_are_trained_on_together(
     pretrain: Any, films: Path, tiny_dataset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sets = f"data.sets=[{{root: {films}}}, {{root: {tiny_dataset}}}]"
@@ -278,7 +276,7 @@ def test_a_held_out_study_among_the_images_is_refused(
     assert not (films.parent / "bad").exists()
 
 
-def test_a_dataset_directory_may_train_beside_its_own_held_out_studies(pretrain: Any, tiny_dataset: Path) -> None:
+def test_a_dataset_may_train_beside_its_own_held_out_studies(pretrain: Any, tiny_dataset: Path) -> None:
     from emrrg_cli.datasets.directory import open_dataset
 
     assert pretrain("run", f"data.held_out=[{tiny_dataset}]", "train.max_steps=1").last_step() == 1
@@ -341,9 +339,7 @@ def test_bad_input_is_one_clear_message_and_leaves_nothing(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_batch_that_does_not_fit_is_refused_before_anything_is_loaded(
-    pretrain: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_batch_that_does_not_fit_is_refused_before_loading(pretrain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("emrrg_cli.training.pretrain.build_pretrainer", None)
     with pytest.raises(UsageError, match=r"5 usable examples, fewer than train\.batch_size=8"):
         pretrain("run", "data.limit=5")

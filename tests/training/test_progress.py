@@ -55,7 +55,7 @@ def test_a_log_file_gets_a_line_every_20_seconds_and_at_the_end(clock: Clock) ->
     )
 
 
-def test_a_log_file_gets_a_line_before_a_validation_and_during_a_long_one(clock: Clock) -> None:
+def test_a_log_file_gets_lines_before_and_during_a_validation(clock: Clock) -> None:
     console, stream = _file()
     with TrainingDisplay(50, console=console) as display:
         _train(display, clock, range(1, 6))
@@ -124,7 +124,7 @@ def test_other_processes_show_nothing_and_know_their_rate(clock: Clock, terminal
     assert display.samples_per_second == pytest.approx(8.0)
 
 
-def test_the_rate_leaves_out_validation_checkpoints_and_the_first_step(clock: Clock) -> None:
+def test_the_rate_excludes_validation_and_the_first_step(clock: Clock) -> None:
     with TrainingDisplay(100, enabled=False) as display:
         assert display.samples_per_second is None
         _train(display, clock, range(1, 2), seconds=30)

@@ -85,7 +85,7 @@ def test_there_must_be_a_run_to_resume(tmp_path: Path) -> None:
         "generation.batch_size=2",
     ],
 )
-def test_a_run_is_resumed_with_its_recipe_but_for_what_changes_no_result(started: Path, free: str) -> None:
+def test_a_run_is_resumed_with_changes_that_alter_no_result(started: Path, free: str) -> None:
     check_run_dir(started, _recipe("data.root=a", free), resume=True)
 
 
@@ -123,7 +123,7 @@ def test_paths_of_a_recipe_mean_the_same_from_another_directory(
     assert with_absolute_paths(_recipe()).data.root is None
 
 
-def test_a_run_is_resumed_from_another_directory_and_with_a_path_said_otherwise(
+def test_a_run_is_resumed_from_another_directory_and_path(
     started: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -153,9 +153,7 @@ def test_a_run_is_not_resumed_with_other_data_in_the_same_place(tiny_dataset: Pa
         check_run_dir(run, recipe, resume=True)
 
 
-def test_every_dataset_directory_of_a_recipe_has_a_fingerprint_and_a_folder_of_images_has_none(
-    tiny_dataset: Path, tmp_path: Path
-) -> None:
+def test_datasets_have_a_fingerprint_and_image_folders_none(tiny_dataset: Path, tmp_path: Path) -> None:
     fingerprint = json.loads((tiny_dataset / "manifest.json").read_text())["fingerprint"]
     (tmp_path / "films").mkdir()
     pretrain = load_recipe("phantom/pretrain", [f"data.root={tmp_path / 'films'}"])
@@ -164,7 +162,7 @@ def test_every_dataset_directory_of_a_recipe_has_a_fingerprint_and_a_folder_of_i
     assert data_fingerprints(load_recipe("phantom/align", [sets])) == {str(tiny_dataset): fingerprint}
 
 
-def test_a_place_that_cannot_be_written_is_refused_before_the_work(
+def test_an_unwritable_place_is_refused_before_the_work(
     tmp_path: Path, started: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()

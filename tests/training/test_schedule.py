@@ -43,7 +43,7 @@ def test_cosine_by_epoch_is_that_of_the_paper() -> None:
     assert learning_rate(35, 7, 35, TrainSettings(lr=1e-4, min_lr=1e-6, schedule_unit="epoch")) == pytest.approx(1e-6)
 
 
-def test_cosine_by_step_moves_every_step_and_ends_at_the_least_rate() -> None:
+def test_cosine_by_step_moves_each_step_to_the_least_rate() -> None:
     rates = _rates(10, 5, lr=1.0, min_lr=0.1)
     assert rates == pytest.approx([0.1 + 0.45 * (1 + math.cos(math.pi * step / 10)) for step in range(10)])
     assert learning_rate(10, 5, 10, TrainSettings(lr=1.0, min_lr=0.1)) == pytest.approx(0.1)
@@ -77,7 +77,7 @@ def test_a_warm_up_longer_than_the_run_is_no_division_by_zero() -> None:
     assert learning_rate(2, 1, 2, TrainSettings(lr=1.0, warmup_epochs=2.0)) == pytest.approx(1.0)
 
 
-def test_vectors_and_the_state_matrix_carry_no_decay_and_frozen_parameters_are_left_out() -> None:
+def test_vectors_have_no_decay_frozen_parameters_are_left_out() -> None:
     from emrrg_cli.models.build import build_encoder
     from emrrg_cli.models.report_generator import Bridge
     from emrrg_cli.recipe.schema import EncoderSettings
