@@ -24,7 +24,9 @@ def compare(
     meteor: Annotated[bool, typer.Option("--meteor", help="Compute METEOR too; needs Java.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Compare runs, seeds and prediction files: scores with intervals, and tests against the first.
+    """Compare the scores of runs, seeds and prediction files.
+
+    Scores have intervals, and each entry is tested against the first.
 
     Runs that differ in their seed alone are also shown as mean and standard deviation. Settings that differ between
     runs are columns, as in a table of an ablation.
