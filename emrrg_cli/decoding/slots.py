@@ -153,15 +153,15 @@ class Slots:
         self._prompt_mask[index, :width] = prompts.mask.bool()
         self._prompt_length[index] = prompts.mask.long().sum(1)
         for layer, (keys, values) in enumerate(_keys_and_values(cache)):
-            self.cache.keys[layer][index, :width] = keys.transpose(1, 2)
-            self.cache.values[layer][index, :width] = values.transpose(1, 2)
+            for store, states in ((self.cache.keys[layer], keys), (self.cache.values[layer], values)):
+                store[index, :width] = states.transpose(1, 2).to(store.dtype)
         if prompts.visual_tokens is not None:
             many = prompts.visual_tokens.shape[1]
             self._visual_mask[index] = False
             self._visual_mask[index, :many] = True if prompts.visual_mask is None else prompts.visual_mask.bool()
             for name, pair in cache.__dict__["visual_keys_and_values"].items():
                 for store, states in zip(self.cache.visual[name], pair, strict=True):
-                    store[index, :many] = states.transpose(1, 2)
+                    store[index, :many] = states.transpose(1, 2).to(store.dtype)
 
     def empty(self) -> None:
         """Drops everything, so that the next prompts make room of their own size."""
@@ -192,7 +192,10 @@ class Slots:
         self._prompt_length = torch.ones(self.places, dtype=torch.long, device=device)
 
         def store(states: Tensor, room: int) -> Tensor:
-            return states.new_zeros(self.places, room, states.shape[1], states.shape[3])
+            # In the dtype that attention takes: under autocast, keys come out of the rotary embedding in fp32.
+            kind = device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
+            return states.new_zeros(self.places, room, states.shape[1], states.shape[3], dtype=dtype)
 
         for keys, values in _keys_and_values(cache):
             self.cache.keys.append(store(keys, length))

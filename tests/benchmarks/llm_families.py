@@ -3,7 +3,8 @@
     python -m tests.benchmarks.llm_families [--family NAME ...]
 
 Builds a tiny model with random weights of every causal LM family of the installed transformers, adds hybrid layers and
-prints one line a family: `fits`, `refused` with the reason, or `not built` where no tiny model could be made.
+prints one line a family: `fits` with the engine that decodes it, `refused` with the reason, or `not built` where no
+tiny model could be made.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from typing import Any
 
 import torch
 
+from emrrg_cli.decoding.choice import choose_engine
 from emrrg_cli.errors import UsageError
 from emrrg_cli.models.hybrid_decoder import add_hybrid_layers
+from emrrg_cli.recipe.schema import GenerationSettings
 
 SECONDS = 60  # a family
 # Small values for whatever a configuration calls its sizes; those that it does not have are left out.
@@ -101,11 +104,12 @@ def verdict(family: str) -> tuple[str, str]:
         return "not built", f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:120]
     try:
         add_hybrid_layers(llm, 2)
+        engine = choose_engine(llm, GenerationSettings(), longest=40)
     except UsageError as error:
         return "refused", str(error).splitlines()[0]
     except Exception as error:
         return "UNEXPECTED", f"{type(error).__name__}: {error}"[:160]
-    return "fits", type(llm).__name__
+    return "fits", f"{type(llm).__name__}, decoded by {engine}"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -289,3 +289,41 @@ def test_an_llm_that_computes_otherwise_is_left_alone(make_llm: MakeLLM, monkeyp
     assert choose_engine(llm, GenerationSettings(), 50) == "transformers"
     with pytest.raises(UsageError, match="its logits with our cache differ"):
         choose_engine(llm, GenerationSettings(engine="own"), 50)
+
+
+def test_adapters_that_are_not_merged(make_llm: MakeLLM) -> None:
+    """As in a validation during training."""
+    from peft import get_peft_model
+
+    from emrrg_cli.models import adapters
+
+    plain, prompts = make_model(make_llm), make_prompts()
+    settings = GenerationSettings(max_new_tokens=10, engine="own")
+    before = ours(plain, prompts, settings)
+    llm: Any = get_peft_model(plain, adapters.llm_lora(["llm"], 4, 8.0))
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in llm.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    assert choose_engine(llm, settings, 50) == "own"
+    expected = reference(llm, prompts, settings)
+    assert ours(llm, prompts, settings) == expected
+    assert expected != before
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_bf16_autocast_agrees_mostly(beams: int, make_llm: MakeLLM) -> None:
+    llm, prompts = make_model(make_llm), make_prompts(24)
+    settings = GenerationSettings(num_beams=beams, max_new_tokens=8, batch_size=16)
+
+    def autocast() -> Any:
+        return torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
+
+    engine = Engine(llm, settings, [END], torch.device("cpu"), autocast)
+    found = {key: report.tokens for finished in engine.write(iter([prompts])) for key, report in finished}
+    assert engine.slots.cache.keys[0].dtype == torch.bfloat16
+    with autocast():
+        assert choose_engine(llm, GenerationSettings(engine="own"), 50) == "own"
+        expected = reference(llm, prompts, settings)
+    assert sum(found[key] == tokens for key, tokens in enumerate(expected)) > 12
