@@ -39,6 +39,10 @@ def evaluate(
         str | None, typer.Option("--chexbert", help="chexbert.pth, or a hub repository that has it.")
     ] = None,
     no_meteor: Annotated[bool, typer.Option("--no-meteor", help="Leave METEOR out; it takes longest.")] = False,
+    merge: Annotated[
+        list[Path] | None,
+        typer.Option("--merge", help="JSON of scores by other tools, for table and page."),
+    ] = None,
     num_processes: NumProcesses = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier evaluation in --output.")] = False,
     as_json: Json = False,
@@ -86,7 +90,7 @@ def evaluate(
             raise UsageError(f"a file of predictions is scored as it is: {overrides[0]} has no effect")
         columns = Columns(id_column, hypothesis_column, reference_column)
         result = _evaluate_file(
-            predictions, references, columns, train, output, _options(chexbert, no_meteor), overwrite, rexrank
+            predictions, references, columns, train, output, _options(chexbert, no_meteor, merge), overwrite, rexrank
         )
         _show(result, str(predictions), as_json)
         return
@@ -102,7 +106,7 @@ def evaluate(
         return
     from emrrg_cli.evaluation.run import RunOptions, run_evaluation
 
-    options = RunOptions(overwrite, image_controls, reference_labels, train, _options(chexbert, no_meteor))
+    options = RunOptions(overwrite, image_controls, reference_labels, train, _options(chexbert, no_meteor, merge))
     expected = processes_expected(num_processes)
     found = run_evaluation(settings, model, split, output, expected_processes=expected, options=options)
     if found is None:  # not the main process
@@ -112,14 +116,18 @@ def evaluate(
     _show(found, f"{split} split of {settings.data.root}", as_json)
 
 
-def _options(chexbert: str | None, no_meteor: bool) -> Options:
+def _options(chexbert: str | None, no_meteor: bool, merge: list[Path] | None) -> Options:
     from emrrg_cli.evaluation.assess import Options
+    from emrrg_cli.evaluation.merged_scores import read_merged
 
+    merged: dict[str, float] = {}
+    for file in merge or []:
+        merged |= read_merged(file)
     if chexbert is None:
-        return Options(meteor=not no_meteor)
+        return Options(meteor=not no_meteor, merged=merged)
     from emrrg_cli.evaluation.chexbert import load_chexbert
 
-    return Options(meteor=not no_meteor, labelers={"chexbert": load_chexbert(chexbert)})
+    return Options(meteor=not no_meteor, merged=merged, labelers={"chexbert": load_chexbert(chexbert)})
 
 
 def _evaluate_file(

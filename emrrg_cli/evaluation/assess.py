@@ -32,6 +32,7 @@ class Options:
         others: Reports of other controls by name, one a study, such as those for blank films.
         labelers: Beside `rules`, by name.
         reference_labels: Labels of the references that the data set has, used instead of a labeler's reading.
+        merged: Scores of other tools by name, shown beside ours.
         meteor: Compute METEOR, which needs Java.
         tokenizer: As for `score`.
     """
@@ -40,6 +41,7 @@ class Options:
     others: Mapping[str, Sequence[str]] = field(default_factory=dict)
     labelers: Mapping[str, Labeler] = field(default_factory=dict)
     reference_labels: Labels | None = None
+    merged: Mapping[str, float] = field(default_factory=dict)
     meteor: bool = True
     tokenizer: Tokenizer = "whitespace"
     resamples: int = bootstrap.RESAMPLES
@@ -76,6 +78,8 @@ def assess(predictions: Predictions, options: Options | None = None) -> Assessme
     record["controls"], dealt_cider = _controls(judge, hypotheses, labels, options)
     record["clinical"] = {name: _clinical(*pair, options.resamples) for name, pair in labels.items()}
     record["left_out"] = judge.left_out
+    if options.merged:
+        record["merged"] = dict(options.merged)
     cider = statistics["CIDEr"][:, 0]
     p = bootstrap.p_greater(cider - dealt_cider) if len(dealt_cider) else 1.0
     record["image_matters"], record["image_p"] = bool(p < controls.ALPHA), p

@@ -58,8 +58,10 @@ def p_two_sided(first: Floats, second: Floats) -> Floats:
 
 
 def _draws(studies: int, resamples: int, seed: int) -> Iterator[Floats]:
+    """How often each study is drawn in each resample, `[rows, studies]` at a time."""
     generator = np.random.default_rng(seed)
-    chances = np.full(studies, 1 / studies)
     for start in range(0, resamples, _ROWS):
         rows = min(_ROWS, resamples - start)
-        yield generator.multinomial(studies, chances, size=rows).astype(np.float64)
+        drawn = generator.integers(0, studies, size=(rows, studies)) + studies * np.arange(rows)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=rows * studies)
+        yield counts.reshape(rows, studies).astype(np.float64)

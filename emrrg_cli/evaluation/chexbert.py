@@ -100,7 +100,11 @@ def load_chexbert(source: str, *, device: str = "auto", batch_size: int = 32) ->
     weights = _read(file)
     layers = 1 + max((int(found[1]) for key in weights if (found := _LAYER.match(key))), default=-1)
     model = CheXbert(_config(weights, layers, file))
-    missing, unexpected = model.load_state_dict(weights, strict=False)
+    try:
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:  # shapes
+        reason = str(error).strip().splitlines()[-1].strip()[:200]
+        raise RunError(f"{file} is no CheXbert checkpoint: {reason}", hint=_HINT) from error
     missing = [key for key in missing if not key.startswith("bert.pooler.")]  # CheXbert does not use it
     if missing or unexpected:
         named = ", ".join([*missing, *unexpected][:3])

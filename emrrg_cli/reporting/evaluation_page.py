@@ -100,6 +100,8 @@ def _scores(result: Mapping[str, Any]) -> dict[str, Any]:
         shown = "" if ends is None else f"{ends[0]:.3f} to {ends[1]:.3f}"
         others = [_number(made["scores"].get(name)) for made in controls.values()]
         rows.append([LABELS.get(name, name), _number(value), shown, *others])
+    empty = [""] * (1 + len(controls))
+    rows += [[f"{name} (merged)", _number(value), *empty] for name, value in result.get("merged", {}).items()]
     heads = ["score", "model", "95 % interval", *(CONTROLS.get(name, name) for name in controls)]
     note = ""
     if "dealt" in controls:

@@ -51,6 +51,8 @@ def _scores(result: Mapping[str, Any], title: str) -> Table:
         shown = "" if ends is None else f"{ends[0]:.3f}-{ends[1]:.3f}"
         cells = [Text(shown), *(_value(scores.get(name), reasons.get(name, "")) for scores in controls.values())]
         table.add_row(Text(LABELS.get(name, name)), _value(value, reasons.get(name, "")), *cells)
+    for name, value in result.get("merged", {}).items():
+        table.add_row(Text(f"{name} (merged)"), Text(f"{value:.4f}"))
     return table
 
 

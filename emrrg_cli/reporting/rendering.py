@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from emrrg_cli.datasets.report_text import readable_report
 from emrrg_cli.reporting.tables import DISCLAIMER
 
 if TYPE_CHECKING:
@@ -20,7 +21,9 @@ def _environment() -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     loader = PackageLoader("emrrg_cli.reporting")
-    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    made.filters["readable"] = readable_report
+    return made
 
 
 def render(template: str, **values: Any) -> str:

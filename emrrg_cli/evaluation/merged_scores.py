@@ -1,0 +1,51 @@
+"""Scores that other tools computed from the same reports, for our table and page."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from emrrg_cli.console import printable
+from emrrg_cli.errors import UsageError
+
+_MAX_BYTES = 64 * 2**20
+_MAX_SCORES = 200
+
+
+def read_merged(path: Path) -> dict[str, float]:
+    """The numbers in a JSON file of scores by name, those of nested objects as `outer.inner`.
+
+    Lists, such as scores of single studies, and texts are left out. RadEval's output is such a file.
+
+    Raises:
+        UsageError: The file cannot be read, or holds no number.
+    """
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise UsageError(f"{path} is larger than {_MAX_BYTES >> 20} MB: this is no file of scores")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not a JSON file: {error}") from error
+    found = _numbers(content.get("scores", content)) if isinstance(content, Mapping) else {}
+    if not found:
+        raise UsageError(f"{path} holds no scores", hint='Expected {"name": number, ...}.')
+    if len(found) > _MAX_SCORES:
+        raise UsageError(f"{path} holds {len(found)} numbers: this is no file of scores")
+    return found
+
+
+def _numbers(content: Any, before: str = "") -> dict[str, float]:
+    found: dict[str, float] = {}
+    if isinstance(content, Mapping):
+        for key, value in content.items():
+            name = f"{before}{printable(str(key))}"
+            if isinstance(value, Mapping):
+                found |= _numbers(value, f"{name}.")
+            elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+                found[name] = float(value)
+    return found
