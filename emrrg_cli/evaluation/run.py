@@ -22,7 +22,7 @@ from emrrg_cli.evaluation.outputs import DATA, write_assessment
 from emrrg_cli.evaluation.predictions import Predictions
 from emrrg_cli.evaluation.protocol import describe_protocol, reference_reports
 from emrrg_cli.evaluation.split_reports import MADE_WITH, kept_predictions, made_with, write_predictions
-from emrrg_cli.files import atomic_write_text, check_writable, locked, read_record
+from emrrg_cli.files import atomic_write_text, check_writable, locked, read_record, refuse_links
 from emrrg_cli.labeling import OBSERVATIONS
 from emrrg_cli.models.build import load_model
 from emrrg_cli.recipe.schema import FinetuneRecipe
@@ -88,6 +88,8 @@ def run_evaluation(
     splits = open_dataset(recipe.data.root)
     if split not in splits:
         raise UsageError(f"{recipe.data.root}: no split {split!r}", hint=f"There are: {', '.join(splits)}.")
+    if output is None:
+        refuse_links(run_dir)
     check_writable(output or run_dir / "evaluation")
     precision = inference_precision(recipe.train.precision, "cuda" if torch.cuda.is_available() else "cpu")
     record = made_with(recipe, run_dir, split, precision)

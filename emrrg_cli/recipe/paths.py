@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, TypeVar
 
+from emrrg_cli.errors import UsageError
 from emrrg_cli.recipe.schema import Settings
 
 R = TypeVar("R", bound=Settings)
@@ -12,6 +13,18 @@ R = TypeVar("R", bound=Settings)
 
 # Settings that are paths, wherever in a recipe they stand; a `name` is one where there is a directory of that name.
 _PATHS = ("root", "weights", "held_out")
+
+
+def check_roots_exist(recipe: Settings) -> None:
+    """Finds a data set that is not there before torch is imported, which takes seconds.
+
+    Raises:
+        UsageError: It names the directory.
+    """
+    data = recipe.model_dump()["data"]
+    for root in (data["root"], *(one["root"] for one in data.get("sets", []))):
+        if root is not None and not Path(root).is_dir():
+            raise UsageError(f"no such dataset directory: {root}", hint="Make one with `emrrg preprocess`.")
 
 
 def with_absolute_paths(recipe: R) -> R:

@@ -472,8 +472,11 @@ class _Loop:
             if self.average is not None:
                 self.average.load(load_average(checkpoint))
         if self.accelerator.is_main_process and self.history.exists():
+            rows = read_jsonl(self.history)
+            if not all(isinstance(row.get("step"), int) for row in rows):
+                raise RunError(f"{self.history}: a line has no step", hint="Put it back from a copy, or delete it.")
             # What was logged after the checkpoint is done again.
-            kept = [json.dumps(row) + "\n" for row in read_jsonl(self.history) if self._is_done(row)]
+            kept = [json.dumps(row) + "\n" for row in rows if self._is_done(row)]
             atomic_write_text(self.history, "".join(kept))
 
     def _is_done(self, row: dict[str, Any]) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -141,3 +143,11 @@ def test_a_run_holds_the_lock_from_recipe_to_curve(
     assert main([*arguments, "train.stop_after_steps=1"]) == 0
     assert len(drawn) == 1
     assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
+
+
+def test_missing_data_is_found_before_torch_is_imported(tmp_path: Path) -> None:
+    code = "import sys; from emrrg_cli.app import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
+    arguments = ["finetune", "tiny/finetune", f"data.root={tmp_path / 'none'}", "-o", str(tmp_path / "run")]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.stdout.strip() == "2 False"
+    assert "no such dataset directory" in done.stderr
