@@ -39,7 +39,8 @@ class Batch:
 
     `pixels`: uint8 `[n, size, size]`, all views one after the other; `views`: int64 `[b]`, views of each study, summing
     to `n`; `labels`: int64 `[b, t]`, report tokens, padded with `IGNORE` (None where reports are to be written);
-    `findings`: `[b, 14]` as `finding_targets` gives them (None where no head learns them).
+    `findings`: `[b, 14]` as `finding_targets` gives them (None where no head learns them); `advantages`: `[b * n]`,
+    where `labels` are `[b * n, t]` sampled reports, n a study, what the log-probability of each is worth.
     """
 
     indices: list[int]
@@ -49,6 +50,7 @@ class Batch:
     reports: list[str]
     labels: Tensor | None = None
     findings: Tensor | None = None
+    advantages: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""

@@ -169,6 +169,9 @@ class ReportGenerator(nn.Module):
         tokens = self.encode(batch.pixels)
         prompt, prompt_mask, visual = self._prompt_of(tokens, batch.views)
         labels = batch.labels
+        if (samples := len(labels) // len(prompt)) > 1:
+            prompt, prompt_mask = (t.repeat_interleave(samples, dim=0) for t in (prompt, prompt_mask))
+            visual = {name: None if t is None else t.repeat_interleave(samples, dim=0) for name, t in visual.items()}
         real = labels != IGNORE
         report = self.llm.get_input_embeddings()(labels.masked_fill(~real, self.pad_token_id))
         mask = torch.cat([prompt_mask, real.long()], dim=1)
@@ -182,16 +185,19 @@ class ReportGenerator(nn.Module):
             logits_to_keep=labels.shape[1] + 1,  # the last prompt token predicts the first of the report
             **visual,
         ).logits[:, :-1]
-        loss = F.cross_entropy(
-            logits.flatten(0, 1).float(),
-            labels.flatten(),
-            ignore_index=IGNORE,
-            reduction="sum",
-            label_smoothing=self.label_smoothing if self.training else 0.0,
-        )
+        loss = self._report_loss(logits.float(), labels, batch.advantages)
         if self.findings is not None and self.training and batch.findings is not None:
             loss = loss + self.report_tokens * self.findings.loss_sum(tokens, batch.views, batch.findings)
         return StageOutput(loss, real.sum())
+
+    def _report_loss(self, logits: Tensor, labels: Tensor, advantages: Tensor | None) -> Tensor:
+        # [r, t, vocabulary], [r, t] -> the sum over tokens; of sampled reports the mean over the samples of a study
+        flat, targets = logits.flatten(0, 1), labels.flatten()
+        if advantages is None:
+            smoothing = self.label_smoothing if self.training else 0.0
+            return F.cross_entropy(flat, targets, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing)
+        losses = F.cross_entropy(flat, targets, ignore_index=IGNORE, reduction="none").view(labels.shape)
+        return (losses.sum(dim=1) * advantages).sum()
 
     @torch.no_grad()
     def generate(self, pixels: Tensor, views: Tensor, config: GenerationConfig) -> list[str]:

@@ -323,11 +323,36 @@ class LoopSettings(Settings):
         return self.lr if self.lr_batch_size is None else self.lr * self.batch_size / self.lr_batch_size
 
 
+class SelfCriticalSettings(Settings):
+    """Training on sampled reports by their scores, after cross-entropy."""
+
+    after_epochs: int = Field(10, ge=0, description="epochs of cross-entropy before")
+    samples: int = Field(4, ge=2, description="reports sampled for each study of a step")
+    temperature: float = Field(1.0, gt=0, description="of the sampling")
+    max_new_tokens: int = Field(100, ge=1, description="longest sampled report")
+    rewards: dict[str, float] = Field(
+        default_factory=lambda: {"BLEU_4": 1.0, "CIDEr": 1.0, "ROUGE_L": 1.0},
+        description="scores of a report and their weights; CIDEr counts as a part of 10",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        known = {"BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "ROUGE_L", "CIDEr"}
+        if unknown := sorted(set(self.rewards) - known):
+            raise ValueError(f"rewards names unknown scores {unknown}; known: {sorted(known)}")
+        if not self.rewards:
+            raise ValueError("rewards names no score")
+        return self
+
+
 class TrainSettings(LoopSettings):
     """Training of stage 3, whose validation also writes and scores reports."""
 
     validation_limit: int | None = Field(None, ge=1, description="studies that are generated in a validation")
     findings_weight: float = FINDINGS_WEIGHT
+    self_critical: SelfCriticalSettings | None = Field(
+        None, description="training on sampled reports by their scores; null: cross-entropy alone"
+    )
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="part of each target that is spread over the vocabulary, in training"
     )

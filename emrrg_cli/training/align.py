@@ -59,7 +59,7 @@ class AlignStage:
             findings=self.recipe.model.findings,
         )
 
-    def prepare_step(self, batches: list[PairBatch]) -> list[PairBatch] | list[CachedPairs]:
+    def prepare_step(self, batches: list[PairBatch], epoch: int) -> list[PairBatch] | list[CachedPairs]:
         """Gradients for the micro-batches of a step; a batch that is in one piece needs none."""
         if len(batches) == 1:
             return batches

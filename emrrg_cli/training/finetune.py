@@ -38,6 +38,7 @@ from emrrg_cli.silence_libraries import quiet_libraries
 from emrrg_cli.training.loop import MIN_BLEU_4, Summary
 from emrrg_cli.training.progress import TrainingDisplay
 from emrrg_cli.training.run_setup import Session, open_session, validation_loss
+from emrrg_cli.training.self_critical import Reward, sampled_batch
 
 
 @dataclass
@@ -50,11 +51,20 @@ class FinetuneStage:
     run_dir: Path
     accelerator: Any
     score_explained: bool = False
+    reward: Reward | None = None
 
     def items(self, batch: Batch) -> int:
         """Report tokens of a batch."""
         assert batch.labels is not None
         return int((batch.labels != IGNORE).sum())
+
+    def prepare_step(self, batches: list[Batch], epoch: int) -> list[Batch]:
+        """Micro-batches with sampled reports in place of the references, once self-critical training has begun."""
+        settings = self.recipe.train.self_critical
+        if settings is None or epoch < settings.after_epochs:
+            return batches
+        assert self.reward is not None
+        return [sampled_batch(self.model, batch, settings, self.reward, self.accelerator) for batch in batches]
 
     @property
     def collate(self) -> Callable[[Sequence[Example]], Batch]:
@@ -206,6 +216,8 @@ def _train(
     _set_objective(model, recipe, training.reports)
     model.set_gradient_checkpointing(recipe.train.gradient_checkpointing)
     stage = FinetuneStage(model, recipe, validation, run_dir, accelerator)
+    if recipe.train.self_critical is not None:
+        stage.reward = Reward(training.reports, recipe.train.self_critical.rewards)
     balance = recipe.data.balance
     shown = training if balance == 1 else BalancedStudies(training, balance)
     return session.train(stage, shown, stage.collate, workers=recipe.data.workers)

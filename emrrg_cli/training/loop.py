@@ -309,7 +309,7 @@ class _Loop:
             stop_signal = int(shared[:, 1].max()) if progress.step % _STOP_EVERY_STEPS == 0 else 0
         self.model.train()
         if isinstance(self.stage, PreparesStep):
-            batches = self.stage.prepare_step(batches)
+            batches = self.stage.prepare_step(batches, progress.epoch)
         loss_sum = accumulate_gradients(self.model, batches, total_items, accelerator)
         norm = update_weights(self.model, self.optimizer, settings.clip_norm, accelerator)
 

@@ -27,13 +27,13 @@ class Stage(Protocol):
 
 @runtime_checkable
 class PreparesStep(Protocol):
-    """A stage whose loss ties the examples of a batch to each other, so that no micro-batch has a loss of its own."""
+    """A stage whose loss needs more than a micro-batch: the other examples of the batch, or reports sampled for it."""
 
-    def prepare_step(self, batches: list[Any]) -> list[Any]:
+    def prepare_step(self, batches: list[Any], epoch: int) -> list[Any]:
         """The micro-batches of one optimizer step as the model is to see them, from all those of this process.
 
         Called in training mode before the first of them goes through the model. Contrast over a batch larger than the
-        memory computes here what each micro-batch needs to know of the others.
+        memory computes here what each micro-batch needs to know of the others. `epoch` is counted from 0.
         """
 
 

@@ -1,0 +1,121 @@
+"""Self-critical training: rewards, advantages, the loss and its gradient, and its place in a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from emrrg_cli.evaluation.language import score
+from emrrg_cli.training.self_critical import Reward, advantages
+
+CORPUS = [
+    "the heart is enlarged . no pleural effusion .",
+    "the lungs are clear . the heart is normal in size .",
+    "there is a left pleural effusion .",
+]
+
+
+def test_a_reward_is_the_weighted_sum_of_the_scores_of_a_pair() -> None:
+    weights = {"BLEU_1": 0.5, "BLEU_4": 2.0, "ROUGE_L": 1.0}
+    written = ["the heart is enlarged . no effusion .", "the lungs are clear .", "there is a left pleural effusion ."]
+    for reference, hypothesis, got in zip(CORPUS, written, Reward(CORPUS, weights)(CORPUS, written), strict=True):
+        alone = score([reference], [hypothesis], meteor=False)
+        assert got == pytest.approx(sum(weight * (alone[name] or 0.0) for name, weight in weights.items()), abs=1e-6)
+
+
+def test_cider_weighs_words_by_the_training_reports() -> None:
+    written = ["the heart is enlarged .", "the lungs are clear .", "no effusion ."]
+    rewards = Reward(CORPUS, {"CIDEr": 1.0})(CORPUS, written)
+    whole = score(CORPUS, written, meteor=False)["CIDEr"]
+    assert sum(rewards) / 3 == pytest.approx((whole or 0.0) / 10)
+    assert Reward(CORPUS, {"CIDEr": 1.0})(CORPUS[:1], written[:1]) == pytest.approx(rewards[:1])  # not by the batch
+
+
+def test_an_advantage_is_over_the_mean_of_the_other_samples() -> None:
+    found = advantages(torch.tensor([[1.0, 2.0, 6.0], [3.0, 3.0, 3.0]]))
+    assert torch.allclose(found, torch.tensor([[1 - 4, 2 - 3.5, 6 - 1.5], [0.0, 0.0, 0.0]]))
+
+
+@pytest.fixture
+def study(finetune: Any, tiny_dataset: Any) -> Any:
+    """A trained tiny model and a batch of two studies."""
+    from functools import partial
+
+    from emrrg_cli.datasets.directory import open_dataset
+    from emrrg_cli.datasets.report_dataset import ReportDataset, collate
+    from emrrg_cli.models.build import load_model
+    from emrrg_cli.recipe.load import load_recipe
+    from emrrg_cli.runtime import make_accelerator
+
+    run = finetune("start", "train.epochs=1")
+    recipe = load_recipe(str(run.directory / "recipe.yaml"), [], stage="finetune")
+    model = load_model(run.directory, recipe.model, torch.float32).requires_grad_(True)
+    data = ReportDataset(open_dataset(tiny_dataset)["train"], recipe.data, recipe.model.encoder.image_size)
+    batch = collate([data[0], data[1]], partial(model.encode_report, max_tokens=20))
+    return model, batch, data.reports, make_accelerator("fp32", 0)
+
+
+def _sampled(study: Any, samples: int = 3) -> Any:
+    from emrrg_cli.recipe.schema import SelfCriticalSettings
+    from emrrg_cli.training.self_critical import sampled_batch
+
+    model, batch, reports, accelerator = study
+    torch.manual_seed(5)
+    settings = SelfCriticalSettings(samples=samples, max_new_tokens=12)
+    return sampled_batch(model, batch, settings, Reward(reports, settings.rewards), accelerator)
+
+
+@pytest.mark.slow
+def test_the_gradient_is_that_of_each_sample_times_its_advantage(study: Any) -> None:
+    from dataclasses import replace
+
+    from emrrg_cli.datasets.report_dataset import IGNORE
+
+    model = study[0]
+    sampled = _sampled(study)
+    assert sampled.labels.shape[0] == sampled.advantages.shape[0] == 6
+    assert sampled.advantages.view(2, 3).sum(dim=1).abs().max() < 1e-6
+    sampled = replace(sampled, advantages=torch.tensor([1.0, -0.5, 2.0, 0.0, 0.25, -1.0]))
+    weight: nn.Parameter = model.bridge.proj.weight
+    (found,) = torch.autograd.grad(model(sampled).loss_sum, weight)
+    expected = torch.zeros_like(found)
+    first = int(sampled.views[0])
+    for row, advantage in enumerate(sampled.advantages.tolist()):
+        pixels = sampled.pixels[:first] if row < 3 else sampled.pixels[first:]
+        labels = sampled.labels[row : row + 1]
+        alone = replace(
+            sampled,
+            pixels=pixels,
+            views=sampled.views[row // 3][None],
+            labels=labels[labels != IGNORE][None],
+            advantages=None,
+        )
+        (gradient,) = torch.autograd.grad(model(alone).loss_sum, weight)
+        expected += advantage * gradient
+    assert torch.allclose(found, expected, atol=1e-5, rtol=1e-3)
+    assert expected.abs().max() > 1e-4
+
+
+@pytest.mark.slow
+def test_sampling_leaves_the_mode_of_the_model(study: Any) -> None:
+    model = study[0].train()
+    _sampled(study)
+    assert model.training
+
+
+@pytest.mark.slow
+def test_a_run_turns_to_its_samples_and_resumes_exactly(finetune: Any) -> None:
+    settings = "train.self_critical={after_epochs: 1, samples: 2, max_new_tokens: 6}"
+    options = ("train.epochs=2", "train.log_every=1", settings)
+    whole = finetune("whole", *options)
+    plain = finetune("plain", "train.epochs=2", "train.log_every=1")
+    steps = whole.last_step() // 2
+    assert whole.series("train/loss")[:steps] == plain.series("train/loss")[:steps]
+    assert all(abs(loss) < 1 for loss in whole.series("train/loss")[steps:])  # advantages sum to 0
+    assert any(loss != 0 for loss in whole.series("train/loss")[steps:])
+    finetune("part", *options, f"train.stop_after_steps={steps + 1}")
+    resumed = finetune("part", *options, resume=True)
+    assert all(torch.equal(resumed.weights[name], tensor) for name, tensor in whole.weights.items())
