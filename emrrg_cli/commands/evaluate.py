@@ -38,6 +38,9 @@ def evaluate(
     chexbert: Annotated[
         str | None, typer.Option("--chexbert", help="chexbert.pth, or a hub repository that has it.")
     ] = None,
+    bertscore: Annotated[
+        str | None, typer.Option("--bertscore", help="Model of BERTScore, which the package bert-score computes.")
+    ] = None,
     no_meteor: Annotated[bool, typer.Option("--no-meteor", help="Leave METEOR out; it takes longest.")] = False,
     merge: Annotated[
         list[Path] | None,
@@ -78,10 +81,9 @@ def evaluate(
     Example: emrrg evaluate --predictions theirs.csv --references ours.jsonl
     """
     if (model is None) == (predictions is None):
-        run = next((word for word in overrides or () if "=" not in word), "RUN_DIR")
         raise UsageError(
             "give either --model or --predictions",
-            hint=f"`emrrg evaluate --model {run}` scores a run, `emrrg evaluate --predictions FILE` a file.",
+            hint="emrrg evaluate --model RUN_DIR, or emrrg evaluate --predictions FILE.",
         )
     if predictions is not None:
         from emrrg_cli.evaluation.predictions import Columns
@@ -89,10 +91,12 @@ def evaluate(
         if overrides:
             raise UsageError(f"a file of predictions is scored as it is: {overrides[0]} has no effect")
         columns = Columns(id_column, hypothesis_column, reference_column)
-        result = _evaluate_file(
-            predictions, references, columns, train, output, _options(chexbert, no_meteor, merge), overwrite, rexrank
+        options = _options(chexbert, bertscore, no_meteor, merge)
+        _show(
+            _evaluate_file(predictions, references, columns, train, output, options, overwrite, rexrank),
+            str(predictions),
+            as_json,
         )
-        _show(result, str(predictions), as_json)
         return
     assert model is not None
     from emrrg_cli.commands.options import start_processes
@@ -106,9 +110,15 @@ def evaluate(
         return
     from emrrg_cli.evaluation.run import RunOptions, run_evaluation
 
-    options = RunOptions(overwrite, image_controls, reference_labels, train, _options(chexbert, no_meteor, merge))
-    expected = processes_expected(num_processes)
-    found = run_evaluation(settings, model, split, output, expected_processes=expected, options=options)
+    options = _options(chexbert, bertscore, no_meteor, merge)
+    found = run_evaluation(
+        settings,
+        model,
+        split,
+        output,
+        expected_processes=processes_expected(num_processes),
+        options=RunOptions(overwrite, image_controls, reference_labels, train, options),
+    )
     if found is None:  # not the main process
         return
     if rexrank is not None:
@@ -116,18 +126,19 @@ def evaluate(
     _show(found, f"{split} split of {settings.data.root}", as_json)
 
 
-def _options(chexbert: str | None, no_meteor: bool, merge: list[Path] | None) -> Options:
+def _options(chexbert: str | None, bertscore: str | None, no_meteor: bool, merge: list[Path] | None) -> Options:
     from emrrg_cli.evaluation.assess import Options
     from emrrg_cli.evaluation.merged_scores import read_merged
 
     merged: dict[str, float] = {}
     for file in merge or []:
         merged |= read_merged(file)
-    if chexbert is None:
-        return Options(meteor=not no_meteor, merged=merged)
-    from emrrg_cli.evaluation.chexbert import load_chexbert
+    labelers = {}
+    if chexbert is not None:
+        from emrrg_cli.evaluation.chexbert import load_chexbert
 
-    return Options(meteor=not no_meteor, merged=merged, labelers={"chexbert": load_chexbert(chexbert)})
+        labelers["chexbert"] = load_chexbert(chexbert)
+    return Options(meteor=not no_meteor, merged=merged, labelers=labelers, bertscore=bertscore)
 
 
 def _evaluate_file(

@@ -16,7 +16,7 @@ from emrrg_cli.evaluation.comparison import Corpus, Floats, Pairs
 from emrrg_cli.evaluation.glance import at_a_glance
 from emrrg_cli.evaluation.language import Tokenizer, score, tokenized
 from emrrg_cli.evaluation.predictions import Predictions
-from emrrg_cli.evaluation.scores import SCORES, Unavailable
+from emrrg_cli.evaluation.scores import SCORES, BertScore, Score, Unavailable
 from emrrg_cli.labeling import label_reports
 
 Labels = Sequence[clinical.Labels]
@@ -35,6 +35,7 @@ class Options:
         merged: Scores of other tools by name, shown beside ours.
         meteor: Compute METEOR, which needs Java.
         tokenizer: As for `score`.
+        bertscore: Model of BERTScore; None leaves the score out.
     """
 
     train_reports: Sequence[str] | None = None
@@ -45,6 +46,7 @@ class Options:
     meteor: bool = True
     tokenizer: Tokenizer = "whitespace"
     resamples: int = bootstrap.RESAMPLES
+    bertscore: str | None = None
 
 
 @dataclass
@@ -68,10 +70,12 @@ def assess(predictions: Predictions, options: Options | None = None) -> Assessme
     options = options or Options()
     values = score(predictions.references, predictions.hypotheses, options.tokenizer, meteor=False)
     references, hypotheses = tokenized(predictions.references, predictions.hypotheses, options.tokenizer)
-    judge = _Judge(references, options.meteor)
+    judge = _Judge(references, options)
     own = judge.pairs(hypotheses)
     statistics = judge.statistics(own)
-    values |= {name: value for name, value in judge.scores(statistics).items() if name == "METEOR"}
+    values |= {
+        name: value for name, value in judge.scores(statistics).items() if name not in values or name == "METEOR"
+    }
     labels = _read_labels(predictions, options)
     record: dict[str, Any] = {"scores": values}
     record["intervals"] = judge.intervals(statistics, options.resamples)
@@ -96,17 +100,18 @@ def assess(predictions: Predictions, options: Options | None = None) -> Assessme
 class _Judge:
     """Scores sets of reports against the same references; a score that is not available is left out from then on."""
 
-    def __init__(self, references: Sequence[str], meteor: bool) -> None:
+    def __init__(self, references: Sequence[str], options: Options) -> None:
         self.references = references
         self.corpus = Corpus(references)
-        self.left_out: dict[str, str] = {} if meteor else {"METEOR": "not asked for"}
+        self.scored: list[Score] = [*SCORES, *([] if options.bertscore is None else [BertScore(options.bertscore)])]
+        self.left_out: dict[str, str] = {} if options.meteor else {"METEOR": "not asked for"}
 
     def pairs(self, hypotheses: Sequence[str]) -> Pairs:
         return self.corpus.compare(self.references, hypotheses)
 
     def statistics(self, pairs: Pairs, *, slow: bool = True) -> dict[str, Floats]:
         found = {}
-        for one in SCORES:
+        for one in self.scored:
             if (one.slow and not slow) or one.names[0] in self.left_out:
                 continue
             try:
@@ -119,7 +124,7 @@ class _Judge:
     def scores(self, statistics: Mapping[str, Floats]) -> dict[str, float | None]:
         """All scores in the registry's order; None for what was not computed."""
         values: dict[str, float | None] = {}
-        for one in SCORES:
+        for one in self.scored:
             counted = statistics.get(one.names[0])
             row = None if counted is None else one.combine(counted.sum(axis=0), len(counted)).tolist()
             values.update(zip(one.names, row or [None] * len(one.names), strict=True))
@@ -127,7 +132,7 @@ class _Judge:
 
     def intervals(self, statistics: Mapping[str, Floats], resamples: int) -> dict[str, list[float]]:
         ends: dict[str, list[float]] = {}
-        for one in SCORES:
+        for one in self.scored:
             if (counted := statistics.get(one.names[0])) is not None:
                 rows = bootstrap.intervals(counted, one.combine, resamples)
                 ends.update(zip(one.names, rows.tolist(), strict=True))

@@ -114,6 +114,37 @@ class Meteor:
         return meteor.combine(sums)[..., None]
 
 
+class BertScore:
+    """BERTScore, F1 (Zhang et al., 2020), mean over studies, by the package bert-score.
+
+    It is not in `SCORES`, since it needs a model.
+
+    Args:
+        model: Hub name or directory of a model that bert-score knows.
+    """
+
+    names = ("BERTScore",)
+    slow = True
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+
+    def statistics(self, pairs: Pairs) -> Floats:
+        try:
+            from bert_score import score
+        except ImportError as error:
+            raise Unavailable(f"BERTScore needs the package bert-score: pip install bert-score ({error})") from error
+        try:
+            _, _, f1 = score(list(pairs.hypotheses), list(pairs.references), model_type=self.model, verbose=False)
+        except Exception as error:  # the package's own, of whatever kind, cost one score and not the others
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise Unavailable(f"bert-score failed with {self.model}: {reason[:200]}") from error
+        return np.asarray(f1.tolist(), np.float64)[:, None]
+
+    def combine(self, sums: Floats, studies: int) -> Floats:
+        return sums / max(1, studies)
+
+
 SCORES: tuple[Score, ...] = (Bleu(), RougeL(), Meteor(), Cider())
 
 NAMES: tuple[str, ...] = tuple(name for score in SCORES for name in score.names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -140,3 +141,38 @@ def test_one_study_has_no_dealt_control() -> None:
 def test_empty_references_are_refused() -> None:
     with pytest.raises(UsageError, match="every reference is empty"):
         assess(_predictions(["", " "], ["a", "b"]), OPTIONS)
+
+
+def test_bertscore_comes_from_its_own_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+    from types import SimpleNamespace
+
+    options = Options(meteor=False, resamples=20, bertscore="some/model")
+    monkeypatch.setitem(sys.modules, "bert_score", None)
+    record = assess(_predictions(_studies(0), _studies(1)), options).record
+    assert record["scores"]["BERTScore"] is None
+    assert "pip install bert-score" in record["left_out"]["BERTScore"]
+
+    def same_words(written: list[str], truth: list[str], *, model_type: str, verbose: bool) -> tuple[None, None, Any]:
+        assert model_type == "some/model"
+        return None, None, np.array([float(a == b) for a, b in zip(written, truth, strict=True)])
+
+    monkeypatch.setitem(sys.modules, "bert_score", SimpleNamespace(score=same_words))
+    record = assess(_predictions(_studies(0), _studies(0)), options).record
+    assert record["scores"]["BERTScore"] == 1.0
+    assert record["controls"]["dealt"]["scores"]["BERTScore"] < 0.5
+
+
+def test_a_labeler_is_asked_beside_the_rules() -> None:
+    asked: list[int] = []
+
+    def labeler(reports: Any) -> Any:
+        asked.append(len(reports))
+        return [dict.fromkeys(label_reports([""])[0], "positive") for _ in reports]
+
+    options = Options(meteor=False, resamples=20, labelers={"chexbert": labeler}, train_reports=_studies(5))
+    record = assess(_predictions(_studies(0), _studies(1)), options).record
+    assert list(record["clinical"]) == ["rules", "chexbert"]
+    assert record["clinical"]["chexbert"]["uncertain_negative"]["14"]["micro"]["f1"] == 1.0
+    assert record["controls"]["most_frequent"]["clinical"]["chexbert"]["uncertain_negative"]["5"]["macro"]["f1"] == 1.0
+    assert asked == [80, 80, 80]

@@ -294,3 +294,33 @@ def test_two_evaluations_do_not_share_a_folder(evaluate: Any, tmp_path: Path) ->
         evaluate()
     assert not (tmp_path / "out").exists()
     evaluate()
+
+
+def test_labels_of_the_data_set_are_read_for_its_studies() -> None:
+    from types import SimpleNamespace
+    from typing import cast
+
+    import datasets
+
+    from emrrg_cli.datasets.report_dataset import ReportDataset
+
+    columns = {
+        "labels": [["Edema"], [], ["Pneumonia"]],
+        "labels_uncertain": [["Fracture"], [], []],
+        "labels_absent": [[], ["Edema"], []],
+    }
+
+    def known(names: dict[str, Any]) -> list[dict[str, str | None]]:
+        split = datasets.Dataset.from_dict(names)
+        return evaluation.reference_labels(cast(ReportDataset, SimpleNamespace(split=split, rows=[2, 0])))
+
+    found = known(columns)
+    assert [{name: value for name, value in row.items() if value} for row in found] == [
+        {"Pneumonia": "positive"},
+        {"Edema": "positive", "Fracture": "uncertain"},
+    ]
+    assert len(found[0]) == 14
+    with pytest.raises(UsageError, match="no column labels_uncertain"):
+        known({"labels": columns["labels"]})
+    with pytest.raises(UsageError, match="are not CheXpert's: scoliosis"):
+        known(columns | {"labels": [["scoliosis"], [], ["scoliosis"]]})
