@@ -43,6 +43,8 @@ class Engine:
         self.slots = Slots(llm, make_search(settings, end, device), settings.batch_size)
         self.autocast = autocast
         self.on_gpu = device.type == "cuda"
+        # Reading a prompt is launched kernel by kernel: on a GPU it pays for several studies at once only.
+        self.least = max(1, settings.batch_size // 4) if self.on_gpu else 1
         self.graphs = _Graphs(self.slots) if graphs and self.on_gpu else None
 
     @torch.no_grad()
@@ -73,6 +75,9 @@ class Engine:
                 self._leave(finished, active, written)
 
     def _admit(self, waiting: deque[Prompts], active: list[Any], written: list[int]) -> None:
+        free = self.slots.places - len(active)
+        if active and free < min(self.least, sum(map(len, waiting))):
+            return
         while waiting and len(active) < self.slots.places:
             if self.slots.state and not self.slots.fits(waiting[0]):
                 if active:

@@ -327,3 +327,24 @@ def test_bf16_autocast_agrees_mostly(beams: int, make_llm: MakeLLM) -> None:
         assert choose_engine(llm, GenerationSettings(engine="own"), 50) == "own"
         expected = reference(llm, prompts, settings)
     assert sum(found[key] == tokens for key, tokens in enumerate(expected)) > 12
+
+
+@pytest.mark.parametrize("least", [1, 3])
+def test_studies_enter_together_where_that_pays(least: int, make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm, prompts = make_model(make_llm), make_prompts(20)
+    settings = GenerationSettings(max_new_tokens=12, batch_size=6)
+    engine = Engine(llm, settings, [END], torch.device("cpu"))
+    engine.least = least
+    entered: list[int] = []
+    enter = engine.slots.enter
+
+    def counted(some: Prompts, places: list[int]) -> None:
+        entered.append(len(some))
+        enter(some, places)
+
+    monkeypatch.setattr(engine.slots, "enter", counted)
+    found = {key: report.tokens for finished in engine.write(iter([prompts])) for key, report in finished}
+    assert [found[key] for key in range(20)] == reference(llm, prompts, settings)
+    assert sum(entered) == 20
+    assert min(entered[:-1]) >= least
+    assert (len(entered) > 6) == (least == 1)
