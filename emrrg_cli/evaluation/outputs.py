@@ -48,7 +48,9 @@ def write_assessment(
     pictures = _pictures(films, predictions.study_ids)
     what = f"{result['split']} split of {result['data']}" if "split" in result else str(result["predictions"])
     maker = f"Model: {printable(result['model'])}. " if "model" in result else ""
-    intro = f"{maker}{len(predictions):,} studies. Rows a study: studies.csv and studies.json; figures: {DATA}."
+    intro = (
+        f"{maker}{len(predictions):,} studies. studies.csv and studies.json hold one row per study, {DATA} all figures."
+    )
     for row, shown in zip(rows, pictures, strict=True):
         row["pictures"] = shown
     write_evaluation_page(folder / PAGE, f"Evaluation: {printable(what)}", intro, result, rows)
