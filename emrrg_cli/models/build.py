@@ -21,7 +21,6 @@ from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.files import atomic_directory, atomic_write_text, read_directory, read_record, whole_directory
 from emrrg_cli.models import adapters
 from emrrg_cli.models.arm.encoder import ArmEncoder
-from emrrg_cli.models.findings_head import FindingsHead
 from emrrg_cli.models.hybrid_decoder import add_hybrid_layers, hybrid_parameters
 from emrrg_cli.models.llm import add_dropout, build_scratch_llm, llm_record, load_llm, load_tokenizer
 from emrrg_cli.models.report_generator import ReportGenerator
@@ -67,7 +66,7 @@ def _join(settings: ModelSettings, encoder: nn.Module, llm: Any, tokenizer: Any)
         encoder, llm, tokenizer, settings.visual_prompt, settings.views, text.begin_token_id, text.end_text
     )
     if settings.findings:
-        model.findings = FindingsHead(model.bridge.proj.in_features, len(FINDINGS))
+        model.add_findings_head(FINDINGS, in_prompt=settings.findings_prompt)
     return model
 
 

@@ -75,6 +75,7 @@ class ReportGenerator(nn.Module):
         self.tokenizer = tokenizer
         self.augment: AugmentSettings | None = None  # in training
         self.findings: FindingsHead | None = None
+        self.finding_words: list[list[int]] | None = None  # tokens of yes, no and each finding's name, for the prompt
         self.report_tokens = 1.0  # of a mean training report; scales the loss on findings, which counts studies
         self.label_smoothing = 0.0  # in training; the loss of a validation is without
         self.visual_prompt = visual_prompt
@@ -89,6 +90,13 @@ class ReportGenerator(nn.Module):
         self.pad_token_id: int = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
+
+    def add_findings_head(self, names: Sequence[str], *, in_prompt: bool) -> None:
+        """Puts a head on findings on the encoder's tokens; `in_prompt` lets the prompt say what it tells."""
+        self.findings = FindingsHead(self.bridge.proj.in_features, len(names))
+        if in_prompt:
+            texts = (" yes", " no", *(f" {name.lower()}:" for name in names))
+            self.finding_words = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
 
     # -- text ---------------------------------------------------------------------------------------------------
 
@@ -151,12 +159,29 @@ class ReportGenerator(nn.Module):
         # Made on the CPU and sent, since with `device=` the host waits for all that the device has to do.
         before, after = (torch.tensor(ids).to(visual.device, non_blocking=True) for ids in (self.before, self.after))
         before, after = embed(before).expand(b, -1, -1), embed(after).expand(b, -1, -1)
-        embeddings = torch.cat([before, visual.to(before.dtype), after], dim=1)
+        told = [] if self.finding_words is None else [self._told_findings(tokens, views).to(before.dtype)]
+        embeddings = torch.cat([before, visual.to(before.dtype), *told, after], dim=1)
         mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=visual.device)
         if visual_mask is not None:
             mask[:, len(self.before) : len(self.before) + visual.shape[1]] = visual_mask.long()
         arguments = {"visual_tokens": every, "visual_mask": every_mask} if self.hybrid else {}
         return embeddings, mask, arguments
+
+    def _told_findings(self, tokens: Tensor, views: Tensor) -> Tensor:
+        """What the head on findings tells, as words: `[b, w, hidden]`.
+
+        Each finding's name is followed by one embedding between those of "yes" and "no", by its probability. It does
+        not train the head: what stands there is to be true, not to be of use.
+        """
+        assert self.findings is not None
+        assert self.finding_words is not None
+        embed = self.llm.get_input_embeddings()
+        probabilities = self.findings(tokens, views).detach().sigmoid()  # [b, findings]
+        device, b = probabilities.device, len(views)
+        yes, no, *names = (embed(torch.tensor(ids).to(device)) for ids in self.finding_words)
+        states = probabilities[..., None] * yes.mean(dim=0) + (1 - probabilities[..., None]) * no.mean(dim=0)
+        parts = [(name.expand(b, -1, -1), states[:, k : k + 1]) for k, name in enumerate(names)]
+        return torch.cat([part for pair in parts for part in pair], dim=1)
 
     # -- objective and generation -------------------------------------------------------------------------------
 

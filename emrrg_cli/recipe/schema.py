@@ -240,6 +240,9 @@ class ModelSettings(Settings):
     findings: bool = Field(
         False, description="a head that tells the 14 observations of the rules labeler from the encoder's tokens"
     )
+    findings_prompt: bool = Field(
+        False, description="what that head tells stands in the prompt, a word for each finding; needs findings: true"
+    )
     scan: ScanEngine = Field("auto", description="engine of the selective scan")
 
     @model_validator(mode="after")
@@ -247,6 +250,8 @@ class ModelSettings(Settings):
         llm_adapted = isinstance(self.adapter.targets, list) and "llm" in self.adapter.targets
         if llm_adapted and not self.llm.is_frozen:
             raise ValueError("adapter.targets has llm, but the LLM is trained whole: choose one (llm.frozen: true)")
+        if self.findings_prompt and not self.findings:
+            raise ValueError("findings_prompt needs the head on findings (model.findings: true)")
         if self.visual_prompt == "pooled" and self.hybrid.every is None:
             raise ValueError("visual_prompt: pooled needs hybrid layers (hybrid.every), which see the tokens left out")
         return self

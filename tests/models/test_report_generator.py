@@ -632,3 +632,48 @@ def test_dropout_of_lora_stays_on_a_frozen_llm(make_model: MakeModel) -> None:
     assert all("lora_dropout" in name for name in on)
     model.eval()
     assert not any(module.training for module in model.llm.modules())
+
+
+# -- findings in the prompt -------------------------------------------------------------------------------------------
+
+
+def test_the_prompt_tells_each_finding_between_yes_and_no(make_model: MakeModel) -> None:
+    model = make_model()
+    plain_prompt, plain_mask, _ = model.prompt(*_pixels_and_views(model))
+    names = ["Cardiomegaly", "Pleural Effusion"]
+    model.add_findings_head(names, in_prompt=True)
+    with torch.no_grad():
+        model.findings.evidence.weight.zero_()
+        model.findings.evidence.bias.copy_(torch.tensor([40.0, 0.0]))  # certain, and even
+    prompt, mask, _ = model.prompt(*_pixels_and_views(model))
+    embed = model.llm.get_input_embeddings()
+    yes, no, first, second = (
+        embed(torch.tensor(model.tokenizer.encode(text, add_special_tokens=False)))
+        for text in (" yes", " no", " cardiomegaly:", " pleural effusion:")
+    )
+    even = (yes.mean(dim=0) + no.mean(dim=0)) / 2
+    told = torch.cat([first, yes.mean(dim=0)[None], second, even[None]])
+    place = plain_prompt.shape[1] - len(model.after)
+    for study in range(len(VIEWS)):
+        assert torch.allclose(prompt[study, place : place + len(told)], told, atol=1e-6)
+    rest = torch.cat([prompt[:, :place], prompt[:, place + len(told) :]], dim=1)
+    assert torch.equal(rest, plain_prompt)
+    assert mask.shape[1] == plain_mask.shape[1] + len(told)
+
+
+def test_findings_in_the_prompt_do_not_train_their_head(make_model: MakeModel) -> None:
+    model = make_model()
+    model.add_findings_head(["Cardiomegaly"], in_prompt=True)
+    model.requires_grad_(True)
+    batch = _batch(model, _examples(TEXTS))
+    model(batch).loss_sum.backward()
+    assert model.findings.evidence.weight.grad is None
+    before = model(batch).loss_sum.item()
+    with torch.no_grad():
+        model.findings.evidence.bias.fill_(30.0)
+    assert model(batch).loss_sum.item() != before
+
+
+def _pixels_and_views(model: ReportGenerator) -> tuple[Tensor, Tensor]:
+    batch = _batch(model, _examples(TEXTS))
+    return batch.pixels, batch.views

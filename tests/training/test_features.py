@@ -76,3 +76,16 @@ def test_findings_can_choose_the_best_model(finetune: Any) -> None:
     (score,) = run.series("validation/score")
     assert 0 <= score <= 2
     assert score == 2 * run.series("validation/F1_rules")[0]
+
+
+@pytest.mark.slow
+def test_a_run_with_findings_in_the_prompt_writes_after_loading(finetune: Any) -> None:
+    from emrrg_cli.decoding.reports import load_generator
+    from emrrg_cli.errors import UsageError
+
+    run = finetune("run", "train.epochs=1", "model.findings=true", "model.findings_prompt=true")
+    generator = load_generator(run.directory, overrides=["generation.max_new_tokens=5"])
+    assert generator.model.finding_words is not None
+    assert len(generator.generate_pixels([torch.zeros(1, 32, 32, dtype=torch.uint8)])) == 1
+    with pytest.raises(UsageError, match="findings_prompt needs the head on findings"):
+        finetune("bad", "model.findings_prompt=true")
