@@ -75,7 +75,7 @@ class FinetuneStage:
             self.model.tokenizer,
             max_tokens=data.max_report_tokens,
             end_at_limit=data.end_at_limit,
-            end_text=self.model.end_text,
+            end_text=self.recipe.model.llm.end_text,
         )
         return partial(collate, encode=encode, findings=self.recipe.model.findings)
 
