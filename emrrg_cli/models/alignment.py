@@ -17,7 +17,8 @@ from emrrg_cli.errors import UsageError
 from emrrg_cli.models.augment import augmented
 from emrrg_cli.models.findings_head import FindingsHead
 from emrrg_cli.models.outputs import StageOutput
-from emrrg_cli.models.report_generator import IMAGENET_MEAN, IMAGENET_STD, average_views
+from emrrg_cli.models.report_generator import IMAGENET_MEAN, IMAGENET_STD
+from emrrg_cli.models.views import average_views
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

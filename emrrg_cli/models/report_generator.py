@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from emrrg_cli.models.findings_head import FindingsHead
 from emrrg_cli.models.hybrid_decoder import hybrid_parameters
 from emrrg_cli.models.llm import PROMPT_AFTER, PROMPT_BEFORE
 from emrrg_cli.models.outputs import StageOutput
+from emrrg_cli.models.views import average_views, concatenate_views, pool_patches
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -305,46 +305,6 @@ def encode_report(
     if end_at_limit and len(tokens) <= max_tokens:
         return tokens + end
     return (tokens + end)[:max_tokens]
-
-
-def average_views(tokens: Tensor, views: Tensor) -> Tensor:
-    """Mean of each study's views: `[n, l, d] -> [b, l, d]`, `views` `[b]` summing to `n`."""
-    studies = torch.arange(len(views), device=views.device)
-    study = torch.repeat_interleave(studies, views, output_size=len(tokens))  # [n]; unsaid, the host waits for its size
-    weight = F.one_hot(study, len(views)).T.to(tokens.dtype) / views[:, None]  # [b, n]
-    # A product rather than index_add: the same order of summation on every run.
-    return torch.einsum("bn,nld->bld", weight.to(tokens.dtype), tokens)
-
-
-def concatenate_views(tokens: Tensor, views: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Views one after the other: `[n, l, d] -> [b, v * l, d]`, `v` the most views of a study, and a mask `[b, v * l]`.
-
-    Studies with fewer views are padded behind with zeros; the mask is None when none is.
-    """
-    length, d = tokens.shape[1:]
-    counts: list[int] = views.tolist()
-    most = max(counts)
-    if all(count == most for count in counts):
-        return tokens.reshape(len(counts), most * length, d), None
-    rows = [
-        F.pad(group.reshape(-1, d), (0, 0, 0, most * length - group.shape[0] * length))
-        for group in torch.split(tokens, counts)
-    ]
-    mask = torch.arange(most * length, device=tokens.device) < views[:, None] * length
-    return torch.stack(rows), mask
-
-
-def pool_patches(tokens: Tensor) -> Tensor:
-    """The class token and 2x2 averages of the patches, row-major: `[n, g*g + 1, d] -> [n, ceil(g/2)**2 + 1, d]`."""
-    patches = tokens.shape[1] - 1
-    grid = math.isqrt(patches)
-    middle = patches // 2
-    cls = tokens[:, middle : middle + 1]
-    rest = torch.cat([tokens[:, :middle], tokens[:, middle + 1 :]], dim=1)
-    rest = rest.transpose(1, 2).reshape(tokens.shape[0], -1, grid, grid)
-    rest = F.avg_pool2d(rest, 2, ceil_mode=True).flatten(2).transpose(1, 2)
-    half = rest.shape[1] // 2
-    return torch.cat([rest[:, :half], cls, rest[:, half:]], dim=1)
 
 
 def generation_config(settings: Any) -> Callable[[], GenerationConfig]:

@@ -20,12 +20,10 @@ from emrrg_cli.models.hybrid_decoder import add_hybrid_layers, hybrid_parameters
 from emrrg_cli.models.report_generator import (
     Bridge,
     ReportGenerator,
-    average_views,
-    concatenate_views,
     encode_report,
     generation_config,
-    pool_patches,
 )
+from emrrg_cli.models.views import average_views, concatenate_views, pool_patches
 from emrrg_cli.recipe.schema import GenerationSettings
 
 MakeModel = Callable[..., ReportGenerator]
