@@ -95,7 +95,7 @@ def run_evaluation(
     record = made_with(recipe, run_dir, split, precision)
     target = _target(run_dir, split, output, overwrite or options.overwrite, record)
     # Of several processes, the main one holds the output for all.
-    with locked(target) if os.environ.get("RANK", "0") == "0" else nullcontext():
+    with locked(target) if _is_main() else nullcontext():
         return _evaluate(recipe, run_dir, splits, record, target, expected_processes, options)
 
 
@@ -119,6 +119,11 @@ def _evaluate(
         if written is None:
             return None
         predictions, others = written
+    elif os.environ.get("WORLD_SIZE", "1") != "1":
+        accelerator = make_accelerator(precision, expected_processes)
+        accelerator.end_training()  # the launcher expects that its processes have met
+        if not accelerator.is_main_process:
+            return None
     labels = reference_labels(dataset) if options.reference_labels else None
     how = replace(
         options.assess,
@@ -223,6 +228,11 @@ def _settings(recipe: FinetuneRecipe) -> dict[str, Any]:
         "evaluation": recipe.evaluation.model_dump(),
         "train": {"seed": recipe.train.seed},
     }
+
+
+def _is_main() -> bool:
+    """Whether this is the main one of several processes; known before they have found each other."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _target(
