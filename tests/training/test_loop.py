@@ -177,7 +177,7 @@ def test_gradients_are_clipped_or_left_alone(fit: Any, tmp_path: Path) -> None:
 
 def test_a_stage_sees_all_micro_batches_before_the_model(fit: Any) -> None:
     class Preparing(Stage):
-        def prepare_step(self, batches: list[Batch]) -> list[Batch]:
+        def prepare_step(self, batches: list[Batch], epoch: int) -> list[Batch]:
             assert self.model.training
             together = [sum(len(batch) for batch in batches)]
             return [Batch([*batch, *together]) for batch in batches]
