@@ -52,7 +52,7 @@ STAGES: dict[str, TrainingStage] = {
         "emrrg_cli.recipe.alignment:AlignRecipe", "emrrg_cli.training.align:run_align", (_FINETUNE,)
     ),
     "finetune": TrainingStage(
-        "emrrg_cli.recipe.schema:FinetuneRecipe",
+        "emrrg_cli.recipe.finetuning:FinetuneRecipe",
         "emrrg_cli.training.finetune:run_finetune",
         ("emrrg evaluate --model {run}", "emrrg generate IMAGES --model {run}"),
     ),

@@ -1,14 +1,14 @@
-"""Words that several parts of the program share: the names of splits and views."""
+"""Words that several parts of the program share, each defined here alone.
+
+Names of LoRA's targets, scan engines, scores, splits, sections and cleaning rules stand in recipes, commands and files.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 Split = Literal["train", "validation", "test"]
-
-
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
-
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 # As sources write them.
 SPLIT_NAMES: dict[str, Split] = {
@@ -17,5 +17,47 @@ SPLIT_NAMES: dict[str, Split] = {
     **dict.fromkeys(("test", "testing"), "test"),
 }
 
-
+Projection = Literal["frontal", "lateral", "oblique", "unknown"]
+# As datasets write a view that is lateral, and one that is not known.
+LATERAL_VIEW = "LATERAL"
 UNKNOWN_VIEW = "unknown"
+
+# As a dataset directory stores images.
+ImageFormat = Literal["jpeg", "png"]
+
+# Which text of a study is its report; `report` follows the rule of the data set.
+Section = Literal["report", "findings", "impression", "both"]
+SECTIONS: tuple[Section, ...] = get_args(Section)
+
+# R2Gen's rules, and `none`: the text as it is. `auto` stands for the rule that R2Gen used for the data set's source.
+CleaningRule = Literal["r2gen-iu", "r2gen-mimic", "none"]
+Cleaning = Literal["auto", CleaningRule]
+CLEANING_RULES: tuple[CleaningRule, ...] = get_args(CleaningRule)
+
+EngineName = Literal["reference", "recompute", "numba", "triton", "mamba_ssm"]
+ScanEngine = Literal["auto", EngineName]
+SCAN_ENGINES: tuple[EngineName, ...] = get_args(EngineName)
+
+# Projections of the encoder that get LoRA, and `llm`, which stands for those of the LLM.
+AdapterTarget = Literal[
+    "X", "Z", "dt", "B", "C", "in_proj", "x_proj", "dt_proj", "out_proj", "patch_embed", "mlp", "llm"
+]
+ADAPTER_TARGETS: tuple[AdapterTarget, ...] = get_args(AdapterTarget)
+
+# How text is split into words before it is scored.
+Tokenizer = Literal["whitespace", "ptb"]
+
+# Language scores, as results name them: those of a single report, and METEOR, which Java computes.
+BLEU_NAMES = ("BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4")
+ROUGE_L = "ROUGE_L"
+CIDER = "CIDEr"
+METEOR = "METEOR"
+# Agreement of findings by the rules labeler, micro F1.
+F1_RULES = "F1_rules"
+# What may reward a sampled report, and what may choose the best model.
+REWARDS = (*BLEU_NAMES, ROUGE_L, CIDER)
+SELECTION_SCORES = (*BLEU_NAMES, ROUGE_L, METEOR, CIDER, F1_RULES)
+
+# Of the colours of ImageNet, on values from 0 to 1.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -129,7 +129,7 @@ def tiny_dataset(tiny_r2gen: Path, make_once: MakeOnce) -> Path:
     """`tiny_r2gen` as a dataset directory: 16/4/4 studies, source `r2gen`. Not to be changed."""
     from emrrg_cli.ingest.preprocess import preprocess
     from emrrg_cli.ingest.sources.r2gen import R2GenSource
-    from emrrg_cli.recipe.schema import PreprocessRecipe
+    from emrrg_cli.recipe.preprocessing import PreprocessRecipe
 
     recipe = PreprocessRecipe(stage="preprocess", workers=1)
     return make_once("tiny", lambda folder: preprocess(R2GenSource(tiny_r2gen), folder / "dataset", recipe)) / "dataset"

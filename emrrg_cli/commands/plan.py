@@ -35,8 +35,8 @@ def plan(
     Example: emrrg plan iu_xray/finetune data.root=data/iu_xray train.micro_batch_size=2
     """
     from emrrg_cli.console import err, out
+    from emrrg_cli.recipe.finetuning import FinetuneRecipe
     from emrrg_cli.recipe.load import load_recipe
-    from emrrg_cli.recipe.schema import FinetuneRecipe
 
     settings = load_recipe(recipe, overrides or [], stage=FinetuneRecipe)
     root = settings.data.root

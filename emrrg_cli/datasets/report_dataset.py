@@ -18,7 +18,7 @@ from emrrg_cli.errors import RunError
 from emrrg_cli.imaging.base import ImageError
 from emrrg_cli.imaging.raster import resize_square
 from emrrg_cli.imaging.read import read_image
-from emrrg_cli.recipe.schema import DataSettings
+from emrrg_cli.recipe.common import DataSettings
 
 IGNORE = -100  # label of a position that carries no loss
 

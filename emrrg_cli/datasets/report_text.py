@@ -8,15 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, cast, get_args
+from typing import Any
 
 from emrrg_cli.errors import UsageError
-
-CleaningStyle = Literal["r2gen-iu", "r2gen-mimic", "none"]
-ReportSection = Literal["report", "findings", "impression", "both"]
-
-STYLES: tuple[str, ...] = get_args(CleaningStyle)
-SECTIONS: tuple[str, ...] = get_args(ReportSection)
+from emrrg_cli.vocabulary import CLEANING_RULES, SECTIONS, Cleaning, CleaningRule, Section
 
 # (old, new, times): one replacement over the whole text, made `times` over, each on the result before.
 _ENUMERATION: tuple[tuple[str, str, int], ...] = (
@@ -49,7 +44,7 @@ def unix_line_ends(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
-def clean_report(text: str, style: CleaningStyle | str) -> str:
+def clean_report(text: str, style: CleaningRule | str) -> str:
     """The report as it is learned and scored.
 
     Args:
@@ -68,7 +63,7 @@ def clean_report(text: str, style: CleaningStyle | str) -> str:
     if style == "none":
         return text.strip()
     if style not in _REPLACEMENTS:
-        raise UsageError(f"unknown cleaning style {style!r}", hint=f"Choose one of: {', '.join(STYLES)}.")
+        raise UsageError(f"unknown cleaning style {style!r}", hint=f"Choose one of: {', '.join(CLEANING_RULES)}.")
     for old, new, times in _REPLACEMENTS[style]:
         for _ in range(times):
             text = text.replace(old, new)
@@ -77,7 +72,7 @@ def clean_report(text: str, style: CleaningStyle | str) -> str:
     return " . ".join(sentence.translate(_QUOTES).strip().translate(punctuation) for sentence in sentences) + " ."
 
 
-def cleaning_for(source: str, cleaning: CleaningStyle | Literal["auto"] | str) -> CleaningStyle:
+def cleaning_for(source: str, cleaning: Cleaning | str) -> CleaningRule:
     """The cleaning style of a data set: `cleaning` itself, or for `auto` the one R2Gen used for `source`.
 
     Args:
@@ -89,12 +84,12 @@ def cleaning_for(source: str, cleaning: CleaningStyle | Literal["auto"] | str) -
     """
     if cleaning == "auto":
         return "r2gen-iu" if source == "iu_xray" else "r2gen-mimic"
-    if cleaning not in STYLES:
-        raise UsageError(f"unknown cleaning {cleaning!r}", hint=f"Choose one of: auto, {', '.join(STYLES)}.")
-    return cast(CleaningStyle, cleaning)
+    if cleaning not in CLEANING_RULES:
+        raise UsageError(f"unknown cleaning {cleaning!r}", hint=f"Choose one of: auto, {', '.join(CLEANING_RULES)}.")
+    return cleaning
 
 
-def select_section(row: Mapping[str, Any], section: ReportSection | str) -> str:
+def select_section(row: Mapping[str, Any], section: Section | str) -> str:
     """The raw text of one section of a study.
 
     Args:

@@ -12,7 +12,7 @@ from emrrg_cli.decoding.search import BeamSearch, State
 from emrrg_cli.decoding.slots import Prompts, Slots
 from emrrg_cli.errors import UsageError
 from emrrg_cli.models.adapters import plain
-from emrrg_cli.recipe.schema import GenerationSettings
+from emrrg_cli.recipe.finetuning import GenerationSettings
 
 _tried: weakref.WeakKeyDictionary[Any, str | None] = weakref.WeakKeyDictionary()
 

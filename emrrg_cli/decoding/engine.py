@@ -12,7 +12,7 @@ import torch
 
 from emrrg_cli.decoding.search import Report, make_search
 from emrrg_cli.decoding.slots import Prompts, Slots
-from emrrg_cli.recipe.schema import GenerationSettings
+from emrrg_cli.recipe.finetuning import GenerationSettings
 
 _CHECK_EVERY = 8  # steps on a GPU between two looks at which studies are done
 _log = logging.getLogger(__name__)

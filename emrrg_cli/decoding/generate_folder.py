@@ -28,7 +28,7 @@ from emrrg_cli.imaging.base import ImageError
 from emrrg_cli.imaging.notes import image_notes
 from emrrg_cli.imaging.read import read_image
 from emrrg_cli.labeling.labeler import label_report
-from emrrg_cli.recipe.schema import FinetuneRecipe
+from emrrg_cli.recipe.finetuning import FinetuneRecipe
 from emrrg_cli.reporting.page import Card, Page, write_page
 from emrrg_cli.reporting.tables import DISCLAIMER
 from emrrg_cli.signals import interrupted_by

@@ -15,7 +15,7 @@ from typing import Any
 
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.files import append_jsonl, atomic_write_text, read_jsonl
-from emrrg_cli.recipe.schema import FinetuneRecipe
+from emrrg_cli.recipe.finetuning import FinetuneRecipe
 
 Row = dict[str, Any]
 _COLUMNS = ["path", "report", "seconds", "notes", "study", "files"]

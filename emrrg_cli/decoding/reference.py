@@ -13,7 +13,7 @@ from emrrg_cli.decoding.slots import Prompts
 from emrrg_cli.errors import RunError
 from emrrg_cli.models.adapters import plain
 from emrrg_cli.models.report_generator import generation_config
-from emrrg_cli.recipe.schema import GenerationSettings
+from emrrg_cli.recipe.finetuning import GenerationSettings
 
 _HOOKS = ("_get_running_beams_for_next_iteration", "_check_early_stop_heuristic")
 

@@ -16,7 +16,7 @@ from emrrg_cli.errors import UsageError
 from emrrg_cli.imaging.raster import resize_square
 from emrrg_cli.imaging.read import read_image
 from emrrg_cli.models.report_generator import ReportGenerator
-from emrrg_cli.recipe.schema import FinetuneRecipe, GenerationSettings
+from emrrg_cli.recipe.finetuning import FinetuneRecipe, GenerationSettings
 from emrrg_cli.runtime import choose_device
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from emrrg_cli.decoding.logits import (
     keep_likely,
     penalize_repetition,
 )
-from emrrg_cli.recipe.schema import GenerationSettings
+from emrrg_cli.recipe.finetuning import GenerationSettings
 
 State = dict[str, Tensor]
 _NEVER = -1.0e9  # as transformers; a sum of log-probabilities never comes near it

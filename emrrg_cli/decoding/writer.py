@@ -16,7 +16,7 @@ from emrrg_cli.decoding.reference import generate_reports
 from emrrg_cli.decoding.search import Report
 from emrrg_cli.decoding.slots import Prompts
 from emrrg_cli.models.report_generator import ReportGenerator
-from emrrg_cli.recipe.schema import GenerationSettings
+from emrrg_cli.recipe.finetuning import GenerationSettings
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 

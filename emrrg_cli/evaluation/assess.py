@@ -14,10 +14,11 @@ from emrrg_cli.console import err
 from emrrg_cli.evaluation import bootstrap, clinical, controls
 from emrrg_cli.evaluation.comparison import Corpus, Floats, Pairs
 from emrrg_cli.evaluation.glance import at_a_glance
-from emrrg_cli.evaluation.language import Tokenizer, score, tokenized
+from emrrg_cli.evaluation.language import score, tokenized
 from emrrg_cli.evaluation.predictions import Predictions
 from emrrg_cli.evaluation.scores import SCORES, BertScore, Score, Unavailable
 from emrrg_cli.labeling import label_reports
+from emrrg_cli.vocabulary import CIDER, METEOR, Tokenizer
 
 Labels = Sequence[clinical.Labels]
 Labeler = Callable[[Sequence[str]], Labels]
@@ -73,9 +74,7 @@ def assess(predictions: Predictions, options: Options | None = None) -> Assessme
     judge = _Judge(references, options)
     own = judge.pairs(hypotheses)
     statistics = judge.statistics(own)
-    values |= {
-        name: value for name, value in judge.scores(statistics).items() if name not in values or name == "METEOR"
-    }
+    values |= {name: value for name, value in judge.scores(statistics).items() if name not in values or name == METEOR}
     labels = _read_labels(predictions, options)
     record: dict[str, Any] = {"scores": values}
     record["intervals"] = judge.intervals(statistics, options.resamples)
@@ -84,11 +83,11 @@ def assess(predictions: Predictions, options: Options | None = None) -> Assessme
     record["left_out"] = judge.left_out
     if options.merged:
         record["merged"] = dict(options.merged)
-    cider = statistics["CIDEr"][:, 0]
+    cider = statistics[CIDER][:, 0]
     p = bootstrap.p_greater(cider - dealt_cider) if len(dealt_cider) else 1.0
     record["image_matters"], record["image_p"] = bool(p < controls.ALPHA), p
     if "dealt" in record["controls"]:
-        dealt = record["controls"]["dealt"]["scores"]["CIDEr"]
+        dealt = record["controls"]["dealt"]["scores"][CIDER]
         record["image"] = controls.image_sentence(record["image_matters"], p, float(cider.mean()), dealt)
     else:
         record["image"] = "One study cannot show whether the image is used: there is no other to deal its report to."
@@ -104,7 +103,7 @@ class _Judge:
         self.references = references
         self.corpus = Corpus(references)
         self.scored: list[Score] = [*SCORES, *([] if options.bertscore is None else [BertScore(options.bertscore)])]
-        self.left_out: dict[str, str] = {} if options.meteor else {"METEOR": "not asked for"}
+        self.left_out: dict[str, str] = {} if options.meteor else {METEOR: "not asked for"}
 
     def pairs(self, hypotheses: Sequence[str]) -> Pairs:
         return self.corpus.compare(self.references, hypotheses)
@@ -197,7 +196,7 @@ def _dealt(
         pairs = judge.pairs([hypotheses[i] for i in order])
         statistics = judge.statistics(pairs, slow=number < controls.SLOW_DEALS)
         rows.append(judge.scores(statistics))
-        cider.append(statistics["CIDEr"][:, 0])
+        cider.append(statistics[CIDER][:, 0])
         grids.append(
             {name: _brief(_clinical(truth, [found[i] for i in order])) for name, (truth, found) in labels.items()}
         )

@@ -11,6 +11,7 @@ import numpy as np
 from emrrg_cli.evaluation.clinical import POLICIES, Labels
 from emrrg_cli.evaluation.predictions import Predictions
 from emrrg_cli.labeling import OBSERVATIONS
+from emrrg_cli.vocabulary import CIDER, ROUGE_L
 
 # Findings of a study that are compared: an uncertain one counts, and "No Finding" is none.
 _COUNTED = POLICIES["uncertain_positive"]
@@ -133,7 +134,7 @@ def study_rows(
         zip(predictions.study_ids, predictions.references, predictions.hypotheses, strict=True)
     ):
         row: dict[str, Any] = {"study_id": study, "reference": truth, "hypothesis": text}
-        row |= {name: float(statistics[name][number, 0]) for name in ("CIDEr", "ROUGE_L")}
+        row |= {name: float(statistics[name][number, 0]) for name in (CIDER, ROUGE_L)}
         row |= compare_findings(labels[0][number], labels[1][number])
         row["words"] = len(text.split())
         if known is not None:

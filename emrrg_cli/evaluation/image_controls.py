@@ -18,7 +18,7 @@ from emrrg_cli.evaluation.controls import derangements
 from emrrg_cli.evaluation.split_reports import OtherFilms, kept_predictions, write_predictions
 from emrrg_cli.models.report_generator import ReportGenerator
 from emrrg_cli.models.views import average_views
-from emrrg_cli.recipe.schema import FinetuneRecipe
+from emrrg_cli.recipe.finetuning import FinetuneRecipe
 
 BLANK, OTHERS, NEAREST = "blank_films", "other_films", "nearest_training_study"
 

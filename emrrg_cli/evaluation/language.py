@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from rich.markup import escape
 
@@ -13,10 +13,10 @@ from emrrg_cli.evaluation import meteor as java
 from emrrg_cli.evaluation.meteor import java_path
 from emrrg_cli.evaluation.score_inputs import paired_texts
 from emrrg_cli.evaluation.scores import NAMES
+from emrrg_cli.vocabulary import BLEU_NAMES, CIDER, METEOR, ROUGE_L, Tokenizer
 
 __all__ = ["METRICS", "Tokenizer", "java_path", "require_java", "score"]
 
-Tokenizer = Literal["whitespace", "ptb"]
 
 METRICS = NAMES
 
@@ -92,7 +92,7 @@ def score(
     scores: dict[str, float | None] = dict.fromkeys(METRICS)
     scores |= _without_java(truth, written)
     if meteor:
-        scores["METEOR"] = _meteor(truth, written)
+        scores[METEOR] = _meteor(truth, written)
     return scores
 
 
@@ -136,9 +136,9 @@ def _without_java(truth: list[list[str]], written: list[str]) -> dict[str, float
     # Two empty strings have an empty word in common there, which would count as a perfect report.
     rouge = [float(value) if text else 0.0 for value, text in zip(rouge, written, strict=True)]
     return {
-        **{f"BLEU_{n}": float(value) for n, value in enumerate(bleu, start=1)},
-        "ROUGE_L": sum(rouge) / len(rouge),
-        "CIDEr": float(cider),
+        **dict(zip(BLEU_NAMES, map(float, bleu), strict=True)),
+        ROUGE_L: sum(rouge) / len(rouge),
+        CIDER: float(cider),
     }
 
 

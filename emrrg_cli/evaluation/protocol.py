@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from emrrg_cli.models.report_generator import ReportGenerator
-from emrrg_cli.recipe.schema import FinetuneRecipe
+from emrrg_cli.recipe.finetuning import FinetuneRecipe
 
 
 def reference_reports(model: ReportGenerator, reports: list[str], recipe: FinetuneRecipe) -> list[str]:

@@ -25,7 +25,7 @@ from emrrg_cli.evaluation.split_reports import MADE_WITH, kept_predictions, made
 from emrrg_cli.files import atomic_write_text, check_writable, locked, read_record, refuse_links
 from emrrg_cli.labeling import OBSERVATIONS
 from emrrg_cli.models.build import load_model
-from emrrg_cli.recipe.schema import FinetuneRecipe
+from emrrg_cli.recipe.finetuning import FinetuneRecipe
 from emrrg_cli.reporting.tables import DISCLAIMER
 from emrrg_cli.runtime import inference_precision, llm_dtype, make_accelerator
 from emrrg_cli.silence_libraries import quiet_libraries

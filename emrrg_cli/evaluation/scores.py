@@ -12,6 +12,7 @@ import numpy as np
 
 from emrrg_cli.evaluation import meteor
 from emrrg_cli.evaluation.comparison import ORDERS, Floats, Pairs
+from emrrg_cli.vocabulary import BLEU_NAMES, CIDER, METEOR, ROUGE_L
 
 
 class Score(Protocol):
@@ -44,7 +45,7 @@ class Unavailable(Exception):
 class Bleu:
     """BLEU-1 to 4 of the corpus (Papineni et al., 2002), as pycocoevalcap computes it."""
 
-    names = ("BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4")
+    names = BLEU_NAMES
     slow = False
 
     def statistics(self, pairs: Pairs) -> Floats:
@@ -66,7 +67,7 @@ class Bleu:
 class RougeL:
     """ROUGE-L with beta = 1.2, mean over studies (Lin, 2004)."""
 
-    names = ("ROUGE_L",)
+    names = (ROUGE_L,)
     slow = False
 
     def statistics(self, pairs: Pairs) -> Floats:
@@ -83,7 +84,7 @@ class RougeL:
 class Cider:
     """CIDEr-D, mean over studies, from 0 to 10 (Vedantam et al., 2015)."""
 
-    names = ("CIDEr",)
+    names = (CIDER,)
     slow = False
 
     def statistics(self, pairs: Pairs) -> Floats:
@@ -101,7 +102,7 @@ class Cider:
 class Meteor:
     """METEOR 1.5 of the corpus (Denkowski and Lavie, 2014), by its own Java program."""
 
-    names = ("METEOR",)
+    names = (METEOR,)
     slow = True
 
     def statistics(self, pairs: Pairs) -> Floats:

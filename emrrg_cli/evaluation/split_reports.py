@@ -19,7 +19,7 @@ from emrrg_cli.decoding.reports import write_split
 from emrrg_cli.evaluation.predictions import Predictions
 from emrrg_cli.files import append_jsonl, atomic_write_text, read_jsonl, read_record, whole_directory
 from emrrg_cli.models.report_generator import ReportGenerator
-from emrrg_cli.recipe.schema import FinetuneRecipe
+from emrrg_cli.recipe.finetuning import FinetuneRecipe
 from emrrg_cli.signals import interrupted_by
 from emrrg_cli.versions import installed_versions
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import threading
-from typing import IO, Literal
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +21,7 @@ from emrrg_cli.imaging.base import (
 )
 from emrrg_cli.imaging.notes import add_notes
 from emrrg_cli.imaging.samples import stretch
-
-ImageFormat = Literal["jpeg", "png"]
-
+from emrrg_cli.vocabulary import ImageFormat
 
 # An allow-list: Pillow also opens formats that run programs (EPS calls Ghostscript) or that hold no radiographs.
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "DIB", "WEBP", "GIF", "PPM", "JPEG2000")

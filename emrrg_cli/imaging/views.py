@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
 
 from emrrg_cli.console import printable
-from emrrg_cli.vocabulary import UNKNOWN_VIEW
-
-Projection = Literal["frontal", "lateral", "oblique", "unknown"]
-
-LATERAL_VIEW = "LATERAL"
+from emrrg_cli.vocabulary import LATERAL_VIEW, UNKNOWN_VIEW, Projection
 
 # DICOM's terms of View Position (PS3.3 C.8.1.1), those of MIMIC-CXR, and words. The beam decides: in a decubitus film
 # on the left or right side it goes from front to back, so the picture is frontal; with the patient on the back or the

@@ -19,7 +19,7 @@ from joblib.parallel import get_active_backend
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.ingest.prepare import PreparedImages, prepare_studies
 from emrrg_cli.ingest.study import Study
-from emrrg_cli.recipe.schema import PreprocessRecipe
+from emrrg_cli.recipe.preprocessing import PreprocessRecipe
 
 DEFAULT_BACKEND = "loky"
 

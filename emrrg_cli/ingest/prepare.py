@@ -19,7 +19,7 @@ from emrrg_cli.imaging.read import load_image
 from emrrg_cli.imaging.views import projection
 from emrrg_cli.ingest.duplicates import ImageHash, hash_image
 from emrrg_cli.ingest.study import ImageProblem, RenderedImage, Study, image_name
-from emrrg_cli.recipe.schema import PreprocessRecipe
+from emrrg_cli.recipe.preprocessing import PreprocessRecipe
 
 # A file is kept as it is only while it is not much larger than its raw pixels (it may carry anything beside them).
 _KEPT_OVERHEAD = 16 * 1024

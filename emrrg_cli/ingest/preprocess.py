@@ -24,7 +24,7 @@ from emrrg_cli.ingest.prepare import prepare_study
 from emrrg_cli.ingest.selection import select
 from emrrg_cli.ingest.source_scan import SourceScan, scan_source
 from emrrg_cli.ingest.study import Account, HasColumns, StudySource
-from emrrg_cli.recipe.schema import PreprocessRecipe
+from emrrg_cli.recipe.preprocessing import PreprocessRecipe
 from emrrg_cli.signals import interrupted_by
 from emrrg_cli.versions import installed_versions
 from emrrg_cli.vocabulary import SPLITS

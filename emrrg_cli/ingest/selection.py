@@ -10,7 +10,7 @@ from typing import Literal
 from emrrg_cli.datasets.report_text import select_section
 from emrrg_cli.imaging.views import projection
 from emrrg_cli.ingest.study import Account, RenderedImage, Study, image_name
-from emrrg_cli.recipe.schema import PreprocessRecipe
+from emrrg_cli.recipe.preprocessing import PreprocessRecipe
 
 
 def select(studies: Iterable[Study], recipe: PreprocessRecipe, root: Path | None, account: Account) -> Iterator[Study]:

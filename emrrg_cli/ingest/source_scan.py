@@ -15,7 +15,7 @@ from emrrg_cli.errors import RunError
 from emrrg_cli.imaging.views import projection
 from emrrg_cli.ingest.selection import select
 from emrrg_cli.ingest.study import Account, ImageProblem, Study, StudySource
-from emrrg_cli.recipe.schema import PreprocessRecipe
+from emrrg_cli.recipe.preprocessing import PreprocessRecipe
 from emrrg_cli.vocabulary import SPLITS, Split
 
 _EXAMPLES = 5

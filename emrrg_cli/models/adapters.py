@@ -13,6 +13,7 @@ from emrrg_cli.checksums import check_file
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.files import read_record
 from emrrg_cli.models.weights import load_tensors
+from emrrg_cli.vocabulary import ADAPTER_TARGETS
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -56,7 +57,7 @@ def encoder_lora(targets: Iterable[str], rank: int, alpha: float, dropout: float
 
     names = [target for target in targets if target != "llm"]
     if unknown := [name for name in names if name not in ENCODER_TARGETS]:
-        raise UsageError(f"unknown adapter targets {unknown}", hint=f"Known: {', '.join([*ENCODER_TARGETS, 'llm'])}.")
+        raise UsageError(f"unknown adapter targets {unknown}", hint=f"Known: {', '.join(ADAPTER_TARGETS)}.")
     if not names:
         return None
     pattern = "|".join(f"(?:{ENCODER_TARGETS[name]})" for name in names)

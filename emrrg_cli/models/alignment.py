@@ -17,14 +17,14 @@ from emrrg_cli.errors import UsageError
 from emrrg_cli.models.augment import augmented
 from emrrg_cli.models.findings_head import FindingsHead
 from emrrg_cli.models.outputs import StageOutput
-from emrrg_cli.models.report_generator import IMAGENET_MEAN, IMAGENET_STD
 from emrrg_cli.models.views import average_views
+from emrrg_cli.vocabulary import IMAGENET_MEAN, IMAGENET_STD
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from emrrg_cli.models.arm.encoder import ArmEncoder
-    from emrrg_cli.recipe.schema import AugmentSettings
+    from emrrg_cli.recipe.common import AugmentSettings
 
 FIRST_LOGIT_SCALE = math.log(1 / 0.07)
 MAX_LOGIT_SCALE = math.log(100)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from emrrg_cli.recipe.schema import AugmentSettings
+    from emrrg_cli.recipe.common import AugmentSettings
 
 
 def augmented(pixels: Tensor, settings: AugmentSettings) -> Tensor:

@@ -25,7 +25,8 @@ from emrrg_cli.models.hybrid_decoder import add_hybrid_layers, hybrid_parameters
 from emrrg_cli.models.llm import add_dropout, build_scratch_llm, llm_record, load_llm, load_tokenizer
 from emrrg_cli.models.report_generator import ReportGenerator
 from emrrg_cli.models.weights import fitting_tensors, load_weights
-from emrrg_cli.recipe.schema import EncoderSettings, ModelSettings
+from emrrg_cli.recipe.common import EncoderSettings
+from emrrg_cli.recipe.finetuning import ModelSettings
 
 
 def build_encoder(settings: EncoderSettings, scan: str = "auto") -> ArmEncoder:

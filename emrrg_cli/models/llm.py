@@ -14,7 +14,7 @@ from emrrg_cli.errors import RunError, UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from emrrg_cli.recipe.schema import LLMSettings, ScratchLLMSettings
+    from emrrg_cli.recipe.finetuning import LLMSettings, ScratchLLMSettings
 
 _SAMPLE_BYTES = 1 << 16
 

@@ -17,14 +17,12 @@ from emrrg_cli.models.hybrid_decoder import hybrid_parameters
 from emrrg_cli.models.llm import PROMPT_AFTER, PROMPT_BEFORE
 from emrrg_cli.models.outputs import StageOutput
 from emrrg_cli.models.views import average_views, concatenate_views, pool_patches
+from emrrg_cli.vocabulary import IMAGENET_MEAN, IMAGENET_STD
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-    from emrrg_cli.recipe.schema import AugmentSettings
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+    from emrrg_cli.recipe.common import AugmentSettings
 
 
 class Bridge(nn.Module):

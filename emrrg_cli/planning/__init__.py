@@ -30,7 +30,7 @@ from emrrg_cli.models.report_generator import ReportGenerator
 from emrrg_cli.planning.llms import PlanTokenizer, llm_config
 from emrrg_cli.planning.loading import count_studies, seconds_per_study
 from emrrg_cli.planning.trial import measure
-from emrrg_cli.recipe.schema import FinetuneRecipe, ModelSettings
+from emrrg_cli.recipe.finetuning import FinetuneRecipe, ModelSettings
 from emrrg_cli.runtime import choose_precision, llm_dtype, make_accelerator
 from emrrg_cli.training.progress import resident_bytes
 

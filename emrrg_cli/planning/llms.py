@@ -10,7 +10,7 @@ from torch import nn
 
 from emrrg_cli.errors import RunError
 from emrrg_cli.models.llm import build_scratch_llm, can_quantize
-from emrrg_cli.recipe.schema import ModelSettings
+from emrrg_cli.recipe.finetuning import ModelSettings
 
 # The LLMs of the shipped recipes, so that planning needs no network. From their published config.json.
 KNOWN_LLMS: dict[str, dict[str, Any]] = {

@@ -17,7 +17,7 @@ from emrrg_cli.datasets.report_dataset import ReportDataset, collate
 from emrrg_cli.errors import RunError
 from emrrg_cli.models.report_generator import encode_report
 from emrrg_cli.planning.llms import PlanTokenizer
-from emrrg_cli.recipe.schema import FinetuneRecipe
+from emrrg_cli.recipe.finetuning import FinetuneRecipe
 
 # Studies that are read, over and over where a trial asks for more; the seconds after which a trial ends.
 _STUDIES, _BUDGET_S = 512, 10.0

@@ -19,7 +19,8 @@ from emrrg_cli.models.build import assemble, build_encoder
 from emrrg_cli.models.hybrid_decoder import decoder_layers
 from emrrg_cli.models.report_generator import ReportGenerator
 from emrrg_cli.planning.llms import PlanTokenizer, quantize
-from emrrg_cli.recipe.schema import EncoderSettings, FinetuneRecipe
+from emrrg_cli.recipe.common import EncoderSettings
+from emrrg_cli.recipe.finetuning import FinetuneRecipe
 from emrrg_cli.runtime import llm_dtype
 from emrrg_cli.training.loop import accumulate_gradients, update_weights
 from emrrg_cli.training.schedule import build_optimizer

@@ -6,17 +6,15 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from emrrg_cli.recipe.schema import (
+from emrrg_cli.recipe.common import (
     FINDINGS_WEIGHT,
     AugmentSettings,
-    Cleaning,
     DataSettings,
     EncoderSettings,
     LoopSettings,
-    ScanEngine,
-    Section,
     Settings,
 )
+from emrrg_cli.vocabulary import Cleaning, ScanEngine, Section
 
 
 class DataSetSettings(Settings):

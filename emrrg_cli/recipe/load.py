@@ -14,11 +14,14 @@ from typing import Any, Literal, TypeVar, cast, overload
 from pydantic import ValidationError
 
 from emrrg_cli.errors import UsageError
+from emrrg_cli.recipe.common import Settings
+from emrrg_cli.recipe.finetuning import FinetuneRecipe
 from emrrg_cli.recipe.layers import KeyPath, Layer, merge, with_presets
 from emrrg_cli.recipe.library import find_recipe, read_layer, read_layers
 from emrrg_cli.recipe.overrides import parse_overrides
+from emrrg_cli.recipe.preprocessing import PreprocessRecipe
 from emrrg_cli.recipe.problems import MAX_PROBLEMS, Problem, find_problems, place_of
-from emrrg_cli.recipe.schema import FinetuneRecipe, PreprocessRecipe, Settings, protocols_for
+from emrrg_cli.recipe.protocols import protocols_for
 from emrrg_cli.recipe.suggest import annotation_at
 from emrrg_cli.recipe.yaml12 import dump
 from emrrg_cli.stages import STAGES

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from emrrg_cli.errors import UsageError
-from emrrg_cli.recipe.schema import Settings
+from emrrg_cli.recipe.common import Settings
 
 R = TypeVar("R", bound=Settings)
 

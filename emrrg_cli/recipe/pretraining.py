@@ -6,7 +6,8 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from emrrg_cli.recipe.schema import EncoderSize, LoopSettings, ScanEngine, Settings
+from emrrg_cli.recipe.common import EncoderSize, LoopSettings, Settings
+from emrrg_cli.vocabulary import ScanEngine
 
 
 class ImageSetSettings(Settings):

@@ -9,7 +9,7 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel
 
 from emrrg_cli.recipe.layers import KeyPath
-from emrrg_cli.recipe.schema import SYNONYMS
+from emrrg_cli.recipe.synonyms import SYNONYMS
 
 
 def annotation_at(schema: type[BaseModel], path: KeyPath) -> Any:

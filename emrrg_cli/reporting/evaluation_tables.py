@@ -8,7 +8,9 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-LABELS = {f"BLEU_{n}": f"BLEU-{n}" for n in (1, 2, 3, 4)} | {"ROUGE_L": "ROUGE-L"}
+from emrrg_cli.vocabulary import BLEU_NAMES, ROUGE_L
+
+LABELS = {name: name.replace("_", "-") for name in BLEU_NAMES} | {ROUGE_L: "ROUGE-L"}
 CONTROLS = {
     "dealt": "dealt to other studies",
     "most_frequent": "most frequent report",

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from emrrg_cli.datasets.report_text import readable_report
+from emrrg_cli.vocabulary import METEOR
 
 DISCLAIMER = "Research output: not for diagnosis."
 
@@ -56,4 +57,4 @@ def reports_table(rows: Iterable[Mapping[str, Any]], limit: int = 10) -> Table:
 def _score(name: str, value: float | None) -> Text:
     if value is not None:
         return Text(f"{value:.4f}")
-    return Text("needs Java" if name == "METEOR" else "not computed", style="dim")
+    return Text("needs Java" if name == METEOR else "not computed", style="dim")

@@ -32,13 +32,14 @@ from emrrg_cli.models.llm import load_tokenizer, train_tokenizer
 from emrrg_cli.models.report_generator import ReportGenerator, encode_report
 from emrrg_cli.models.transfer import fill_encoder
 from emrrg_cli.models.weights import load_weights
-from emrrg_cli.recipe.schema import FinetuneRecipe
+from emrrg_cli.recipe.finetuning import FinetuneRecipe
 from emrrg_cli.runtime import llm_dtype
 from emrrg_cli.silence_libraries import quiet_libraries
 from emrrg_cli.training.loop import MIN_BLEU_4, Summary
 from emrrg_cli.training.progress import TrainingDisplay
 from emrrg_cli.training.run_setup import Session, open_session, validation_loss
 from emrrg_cli.training.self_critical import Reward, sampled_batch
+from emrrg_cli.vocabulary import F1_RULES, METEOR
 
 
 @dataclass
@@ -102,9 +103,9 @@ class FinetuneStage:
         self._comment(hypotheses, display)
         references = reference_reports(self.model, self.validation.reports[:count], self.recipe)
         weights = settings.score_weights
-        scores = score(references, hypotheses, tokenizer=self.recipe.evaluation.tokenizer, meteor="METEOR" in weights)
-        if "F1_rules" in weights:
-            scores["F1_rules"] = finding_scores(_positives(references), _positives(hypotheses))["micro"]["f1"]
+        scores = score(references, hypotheses, tokenizer=self.recipe.evaluation.tokenizer, meteor=METEOR in weights)
+        if F1_RULES in weights:
+            scores[F1_RULES] = finding_scores(_positives(references), _positives(hypotheses))["micro"]["f1"]
         figures |= {f"validation/{name}": value for name, value in scores.items() if value is not None}
         figures["validation/score"] = sum(weight * (scores[name] or 0.0) for name, weight in weights.items())
         return figures
@@ -175,7 +176,7 @@ def run_finetune(
         raise RunError(f"{recipe.data.root}: this dataset directory has no split named train")
     if "validation" in splits and recipe.train.select == "score":
         # A METEOR that is left out would count as 0, and the choice go by the other scores or by the loss alone.
-        require_java(recipe.evaluation.tokenizer, meteor=bool(recipe.train.score_weights.get("METEOR")))
+        require_java(recipe.evaluation.tokenizer, meteor=bool(recipe.train.score_weights.get(METEOR)))
     size = recipe.model.encoder.image_size
     training = ReportDataset(splits["train"], recipe.data, size)
     validation = ReportDataset(splits["validation"], recipe.data, size) if "validation" in splits else None

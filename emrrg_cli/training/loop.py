@@ -25,7 +25,7 @@ from emrrg_cli.datasets.loading import load_batches
 from emrrg_cli.errors import Interrupted, RunError, UsageError
 from emrrg_cli.files import append_jsonl, atomic_write_text, directory_guard, read_jsonl
 from emrrg_cli.models.arm.nonfinite_watch import watch
-from emrrg_cli.recipe.schema import LoopSettings
+from emrrg_cli.recipe.common import LoopSettings
 from emrrg_cli.runtime import slowdown_advice
 from emrrg_cli.signals import stop_signals
 from emrrg_cli.training.average import WeightAverage

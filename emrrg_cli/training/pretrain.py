@@ -20,7 +20,6 @@ from emrrg_cli.datasets.image_dataset import (
 from emrrg_cli.files import writing
 from emrrg_cli.models.arm.pretrainer import WEIGHTS, ArmPretrainer, find_pretrainer, save_pretrainer
 from emrrg_cli.models.outputs import StageOutput
-from emrrg_cli.models.report_generator import IMAGENET_MEAN, IMAGENET_STD
 from emrrg_cli.models.weights import load_weights
 from emrrg_cli.recipe.pretraining import PretrainModelSettings, PretrainRecipe
 from emrrg_cli.reporting.clusters import draw_predictions
@@ -29,6 +28,7 @@ from emrrg_cli.training.loop import Summary
 from emrrg_cli.training.pretrain_data import check_roots, open_images
 from emrrg_cli.training.progress import TrainingDisplay
 from emrrg_cli.training.run_setup import Session, open_session, validation_loss
+from emrrg_cli.vocabulary import IMAGENET_MEAN, IMAGENET_STD
 
 _SHOWN = 4
 

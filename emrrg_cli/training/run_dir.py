@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 from emrrg_cli.console import printable
 from emrrg_cli.errors import UsageError
 from emrrg_cli.files import check_writable, is_leftover
+from emrrg_cli.recipe.common import Settings
 from emrrg_cli.recipe.layers import MAPPINGS
 from emrrg_cli.recipe.load import RUN_RECIPE, load_recipe
 from emrrg_cli.recipe.paths import with_absolute_paths
-from emrrg_cli.recipe.schema import Settings
 
 R = TypeVar("R", bound=Settings)
 

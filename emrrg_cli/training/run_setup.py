@@ -19,9 +19,9 @@ from emrrg_cli.datasets.loading import load_batches
 from emrrg_cli.errors import EmrrgError, UsageError
 from emrrg_cli.files import atomic_write_text, locked, read_jsonl, refuse_links
 from emrrg_cli.models.scan import choose_engine
+from emrrg_cli.recipe.common import LoopSettings, Settings
 from emrrg_cli.recipe.load import RUN_RECIPE, dump_recipe
 from emrrg_cli.recipe.paths import with_absolute_paths
-from emrrg_cli.recipe.schema import LoopSettings, Settings
 from emrrg_cli.reporting.plots import plot_curves
 from emrrg_cli.runtime import choose_precision, fit_threads, make_accelerator
 from emrrg_cli.training.checkpoint import require_checkpoint

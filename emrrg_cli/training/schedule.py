@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from emrrg_cli.recipe.schema import LoopSettings
+from emrrg_cli.recipe.common import LoopSettings
 
 
 def build_optimizer(model: nn.Module, settings: LoopSettings) -> torch.optim.AdamW:

@@ -24,7 +24,8 @@ from emrrg_cli.decoding.slots import Prompts
 from emrrg_cli.evaluation.comparison import Corpus
 from emrrg_cli.evaluation.scores import SCORES
 from emrrg_cli.models.report_generator import ReportGenerator
-from emrrg_cli.recipe.schema import GenerationSettings, SelfCriticalSettings
+from emrrg_cli.recipe.finetuning import GenerationSettings, SelfCriticalSettings
+from emrrg_cli.vocabulary import CIDER
 
 _REMEMBERED = 20_000
 
@@ -54,7 +55,7 @@ class Reward:
             if wanted := set(score.names) & set(self._weights):
                 values = score.combine(score.statistics(pairs), 1)  # each pair as a corpus of its own
                 for name in wanted:
-                    scale = self._weights[name] / (10 if name == "CIDEr" else 1)
+                    scale = self._weights[name] / (10 if name == CIDER else 1)
                     total += scale * values[:, score.names.index(name)]
         return [float(value) for value in total]
 

@@ -103,7 +103,7 @@ def _wait(device: torch.device) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs every shape, batch size and engine."""
-    from emrrg_cli.recipe.schema import GenerationSettings
+    from emrrg_cli.recipe.finetuning import GenerationSettings
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--shapes", nargs="+", default=["135M", "1.8B"], choices=list(SHAPES))

@@ -19,7 +19,7 @@ import torch
 from emrrg_cli.decoding.choice import choose_engine
 from emrrg_cli.errors import UsageError
 from emrrg_cli.models.hybrid_decoder import add_hybrid_layers
-from emrrg_cli.recipe.schema import GenerationSettings
+from emrrg_cli.recipe.finetuning import GenerationSettings
 
 SECONDS = 60  # a family
 # Small values for whatever a configuration calls its sizes; those that it does not have are left out.

@@ -35,7 +35,7 @@ from emrrg_cli.datasets.image_dataset import ImageDataset, SplitImages, collate_
 from emrrg_cli.datasets.loading import load_batches
 from emrrg_cli.errors import UsageError
 from emrrg_cli.models.arm.pretrainer import ArmPretrainer, find_pretrainer, load_pretrainer
-from emrrg_cli.models.report_generator import IMAGENET_MEAN, IMAGENET_STD
+from emrrg_cli.vocabulary import IMAGENET_MEAN, IMAGENET_STD
 
 DECAYS = [10.0**k for k in range(-4, 3)]  # of the squared weights, beside the mean squared error of an example
 FOLDS = 5

@@ -15,7 +15,7 @@ from emrrg_cli.datasets.epochs import EpochOrder
 from emrrg_cli.datasets.report_dataset import ReportDataset
 from emrrg_cli.errors import UsageError
 from emrrg_cli.models.text_encoder import train_text_tokenizer
-from emrrg_cli.recipe.schema import DataSettings
+from emrrg_cli.recipe.common import DataSettings
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from emrrg_cli.datasets.report_dataset import IGNORE, Batch, Example, ReportData
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.imaging.raster import encode, resize_square
 from emrrg_cli.imaging.read import read_image
-from emrrg_cli.recipe.schema import DataSettings
+from emrrg_cli.recipe.common import DataSettings
 
 
 def _png(value: int) -> bytes:

@@ -20,7 +20,7 @@ from emrrg_cli.datasets.report_dataset import ReportDataset
 from emrrg_cli.datasets.shard_files import find_shards
 from emrrg_cli.datasets.summary import summarise
 from emrrg_cli.errors import RunError
-from emrrg_cli.recipe.schema import DataSettings
+from emrrg_cli.recipe.common import DataSettings
 
 
 @pytest.fixture

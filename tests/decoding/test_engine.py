@@ -17,7 +17,7 @@ from emrrg_cli.decoding.reference import generate_reports
 from emrrg_cli.decoding.slots import Prompts
 from emrrg_cli.errors import UsageError
 from emrrg_cli.models.hybrid_decoder import add_hybrid_layers, hybrid_parameters
-from emrrg_cli.recipe.schema import GenerationSettings
+from emrrg_cli.recipe.finetuning import GenerationSettings
 
 END = 2
 MakeLLM = Callable[..., Any]

@@ -23,8 +23,8 @@ from emrrg_cli.decoding.studies import StudyFiles, find_studies, table_studies
 from emrrg_cli.decoding.writer import Studies, WrittenReport
 from emrrg_cli.errors import Interrupted, RunError, UsageError
 from emrrg_cli.imaging.image_paths import find_images
+from emrrg_cli.recipe.finetuning import FinetuneRecipe
 from emrrg_cli.recipe.load import load_recipe
-from emrrg_cli.recipe.schema import FinetuneRecipe
 
 
 class Writer:

@@ -18,8 +18,8 @@ from emrrg_cli.datasets.report_dataset import ReportDataset
 from emrrg_cli.decoding.reports import Generator, load_generator, study_pixels, write_split
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.imaging.base import ImageError
+from emrrg_cli.recipe.finetuning import FinetuneRecipe, GenerationSettings
 from emrrg_cli.recipe.load import dump_recipe
-from emrrg_cli.recipe.schema import FinetuneRecipe, GenerationSettings
 from emrrg_cli.runtime import choose_device
 
 RECIPE = {

@@ -193,7 +193,7 @@ def test_image_controls_show_other_films(varied_run: Path, tmp_path: Path) -> No
 def test_study_ids_are_read_once(tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from emrrg_cli.datasets.directory import open_dataset
     from emrrg_cli.datasets.report_dataset import ReportDataset
-    from emrrg_cli.recipe.schema import DataSettings
+    from emrrg_cli.recipe.common import DataSettings
 
     split = open_dataset(tiny_dataset)["train"]
     reads = []

@@ -19,7 +19,7 @@ from emrrg_cli.errors import Interrupted, RunError, UsageError
 from emrrg_cli.imaging.read import read_image
 from emrrg_cli.ingest.preprocess import preprocess
 from emrrg_cli.ingest.sources.r2gen import R2GenSource
-from emrrg_cli.recipe.schema import PreprocessRecipe
+from emrrg_cli.recipe.preprocessing import PreprocessRecipe
 
 
 def _run(root: Path, out: Path, *, overwrite: bool = False, **settings: Any) -> dict[str, Any]:

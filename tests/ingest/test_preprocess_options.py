@@ -30,7 +30,7 @@ from emrrg_cli.ingest.duplicates import NEAR, find_duplicates, hash_image
 from emrrg_cli.ingest.preprocess import dry_run, preprocess
 from emrrg_cli.ingest.sources.r2gen import R2GenSource
 from emrrg_cli.ingest.study import Account, Study
-from emrrg_cli.recipe.schema import PreprocessRecipe
+from emrrg_cli.recipe.preprocessing import PreprocessRecipe
 from emrrg_cli.vocabulary import Split
 
 

@@ -19,7 +19,8 @@ from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.models import adapters
 from emrrg_cli.models.arm.encoder import ArmEncoder
 from emrrg_cli.models.build import assemble
-from emrrg_cli.recipe.schema import AdapterSettings, ModelSettings
+from emrrg_cli.recipe.finetuning import AdapterSettings, ModelSettings
+from emrrg_cli.vocabulary import ADAPTER_TARGETS
 
 INSIDE_BLOCKS = [target for target in adapters.ENCODER_TARGETS if target != "patch_embed"]
 RANK, ALPHA = 4, 6.0
@@ -80,6 +81,7 @@ def test_a_target_names_these_modules_in_every_block(target: str, make_encoder: 
 
 def test_patch_embed_and_lists_of_targets(make_encoder: Callable[..., ArmEncoder]) -> None:
     assert set(MODULES) | {"patch_embed"} == set(adapters.ENCODER_TARGETS)
+    assert (*adapters.ENCODER_TARGETS, "llm") == ADAPTER_TARGETS
     model = _adapted(make_encoder(depth=1), ["patch_embed", "X", "B", "llm"])
     expected = ["patch_embed", "layers.0.mixer.X", *(f"layers.0.{module}" for module in MODULES["B"])]
     assert _adapted_modules(adapters.plain(model)) == sorted(expected)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from emrrg_cli.models.augment import augmented
-from emrrg_cli.recipe.schema import AugmentSettings
+from emrrg_cli.recipe.common import AugmentSettings
 
 SIZE = 32
 

@@ -28,7 +28,7 @@ from emrrg_cli.models.build import (
 from emrrg_cli.models.hybrid_decoder import hybrid_parameters
 from emrrg_cli.models.report_generator import ReportGenerator, generation_config
 from emrrg_cli.models.weights import load_weights
-from emrrg_cli.recipe.schema import GenerationSettings, ModelSettings
+from emrrg_cli.recipe.finetuning import GenerationSettings, ModelSettings
 
 ENCODER = {"size": None, "d_model": 32, "depth": 2, "d_state": 4, "image_size": 64, "drop_path": 0.2}
 SCRATCH = {"name": "scratch", "scratch": {"hidden_size": 32, "layers": 3, "heads": 4, "kv_heads": 2}}

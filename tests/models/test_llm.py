@@ -28,7 +28,7 @@ from emrrg_cli.models.llm import (
 )
 from emrrg_cli.models.text_encoder import load_text_encoder, load_text_tokenizer
 from emrrg_cli.planning.llms import llm_config
-from emrrg_cli.recipe.schema import LLMSettings, ModelSettings, ScratchLLMSettings
+from emrrg_cli.recipe.finetuning import LLMSettings, ModelSettings, ScratchLLMSettings
 
 MakeLLM = Callable[..., Any]
 

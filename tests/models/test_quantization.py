@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from emrrg_cli.models.adapters import is_adapted
 from emrrg_cli.models.build import assemble, build_encoder, load_model, save_static, save_trained
 from emrrg_cli.models.llm import load_llm, train_tokenizer
-from emrrg_cli.recipe.schema import ModelSettings
+from emrrg_cli.recipe.finetuning import ModelSettings
 
 pytest.importorskip("bitsandbytes")
 

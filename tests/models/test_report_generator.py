@@ -24,7 +24,7 @@ from emrrg_cli.models.report_generator import (
     generation_config,
 )
 from emrrg_cli.models.views import average_views, concatenate_views, pool_patches
-from emrrg_cli.recipe.schema import GenerationSettings
+from emrrg_cli.recipe.finetuning import GenerationSettings
 
 MakeModel = Callable[..., ReportGenerator]
 VIEWS = [2, 1, 3]

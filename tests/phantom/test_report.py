@@ -7,16 +7,17 @@ from collections import Counter
 
 import pytest
 
-from emrrg_cli.datasets.report_text import STYLES, clean_report
+from emrrg_cli.datasets.report_text import clean_report
 from emrrg_cli.ingest.sources.phantom import synthetic_study
 from emrrg_cli.phantom.parameters import CTR_LIMIT, LABELS
 from emrrg_cli.phantom.reader import read_labels
+from emrrg_cli.vocabulary import CLEANING_RULES
 
 COUNT = 3000
 STUDIES = [synthetic_study(11, index) for index in range(COUNT)]
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", CLEANING_RULES)
 def test_labels_come_back_from_the_text(style: str) -> None:
     for case, report in STUDIES:
         truth = case.findings.labels()

@@ -16,8 +16,8 @@ from emrrg_cli.datasets import report_dataset as batches
 from emrrg_cli.errors import RunError
 from emrrg_cli.imaging import read as images
 from emrrg_cli.planning.loading import count_studies, seconds_per_study
+from emrrg_cli.recipe.finetuning import FinetuneRecipe
 from emrrg_cli.recipe.load import load_recipe
-from emrrg_cli.recipe.schema import FinetuneRecipe
 
 
 def recipe_of(root: Path, *overrides: str) -> FinetuneRecipe:

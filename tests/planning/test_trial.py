@@ -13,8 +13,8 @@ from emrrg_cli.models.build import assemble, build_encoder, fresh_llm
 from emrrg_cli.planning import trial
 from emrrg_cli.planning.llms import PlanTokenizer, llm_config
 from emrrg_cli.planning.trial import _SavedBytes, _Trial
+from emrrg_cli.recipe.finetuning import FinetuneRecipe
 from emrrg_cli.recipe.load import load_recipe
-from emrrg_cli.recipe.schema import FinetuneRecipe
 from emrrg_cli.runtime import make_accelerator
 
 TINY = [

@@ -7,11 +7,11 @@ import pytest
 import yaml
 
 from emrrg_cli.errors import UsageError
-from emrrg_cli.recipe import schema
 from emrrg_cli.recipe.layers import Layer
 from emrrg_cli.recipe.library import recipe_names
 from emrrg_cli.recipe.load import OVERLAYS, RECIPES, dump_recipe, load_recipe, load_run_recipe, resolve_recipe
 from emrrg_cli.recipe.overrides import parse_overrides
+from emrrg_cli.recipe.protocols import PROTOCOLS
 from emrrg_cli.recipe.yaml12 import dump, parse_layer
 
 KNOWN_STAGES = ", ".join([*RECIPES, *OVERLAYS])
@@ -209,14 +209,14 @@ def test_a_protocol_beats_lower_layers_not_keys_beside_it(write: Any) -> None:
     switched = load_recipe("child.yaml", ["protocol=ours", "generation.max_new_tokens=50"], stage="finetune")
     assert switched.protocol == "ours"
     assert switched.model.adapter.targets == ["X"]
-    assert switched.generation.num_beams == schema.PROTOCOLS["ours"]["generation"]["num_beams"]
+    assert switched.generation.num_beams == PROTOCOLS["ours"]["generation"]["num_beams"]
     assert switched.generation.max_new_tokens == 50
 
 
 def test_presets_are_never_changed_by_the_recipes_that_use_them() -> None:
-    before = yaml.safe_dump(schema.PROTOCOLS)
+    before = yaml.safe_dump(PROTOCOLS)
     load_recipe("iu_xray/finetune-full", ["model.adapter.targets=[Z]", "generation.num_beams=9"])
-    assert yaml.safe_dump(schema.PROTOCOLS) == before
+    assert yaml.safe_dump(PROTOCOLS) == before
 
 
 # --- problems

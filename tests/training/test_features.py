@@ -60,7 +60,7 @@ def test_balance_lengthens_the_epoch_by_studies_with_findings(finetune: Any, tin
     from emrrg_cli.datasets.balance import BalancedStudies
     from emrrg_cli.datasets.directory import open_dataset
     from emrrg_cli.datasets.report_dataset import ReportDataset
-    from emrrg_cli.recipe.schema import DataSettings
+    from emrrg_cli.recipe.common import DataSettings
 
     studies = ReportDataset(open_dataset(tiny_dataset)["train"], DataSettings(), 32)
     longer = BalancedStudies(studies, 8.0).epoch_length

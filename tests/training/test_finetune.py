@@ -118,7 +118,7 @@ def test_some_steps_are_logged_with_the_first_and_the_last(finetune: Any) -> Non
 
 
 def test_every_generator_takes_the_largest_seed_of_a_recipe(finetune: Any) -> None:
-    from emrrg_cli.recipe.schema import SEEDS
+    from emrrg_cli.recipe.common import SEEDS
 
     assert finetune("run", f"train.seed={SEEDS - 1}", "train.max_steps=1").last_step() == 1
 
@@ -242,7 +242,7 @@ def _disturb(module: torch.nn.Module) -> None:
 def local_llm(tmp_path: Path) -> Path:
     """A small causal LM with its tokenizer, as a directory."""
     from emrrg_cli.models.llm import build_scratch_llm, train_tokenizer
-    from emrrg_cli.recipe.schema import ScratchLLMSettings
+    from emrrg_cli.recipe.finetuning import ScratchLLMSettings
 
     tokenizer = train_tokenizer(["the heart is enlarged ."], 300)
     settings = ScratchLLMSettings(hidden_size=32, layers=2, heads=2, kv_heads=1, vocab_size=300)

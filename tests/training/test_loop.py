@@ -18,7 +18,7 @@ from emrrg_cli.datasets.epochs import EpochOrder
 from emrrg_cli.errors import Interrupted, RunError, UsageError
 from emrrg_cli.models.arm.encoder import ArmEncoder
 from emrrg_cli.models.outputs import StageOutput
-from emrrg_cli.recipe.schema import TrainSettings
+from emrrg_cli.recipe.finetuning import TrainSettings
 from emrrg_cli.runtime import make_accelerator
 from emrrg_cli.training import loop
 from emrrg_cli.training.loop import train
@@ -116,7 +116,7 @@ def test_four_micro_batches_of_two_are_one_batch_of_eight(finetune: Any, differe
 def test_the_loss_is_a_mean_over_tokens_not_over_reports(finetune: Any, tiny_dataset: Path) -> None:
     from emrrg_cli.datasets.directory import open_dataset
     from emrrg_cli.datasets.report_dataset import ReportDataset
-    from emrrg_cli.recipe.schema import DataSettings
+    from emrrg_cli.recipe.common import DataSettings
 
     reports = ReportDataset(open_dataset(tiny_dataset)["train"], DataSettings(), 32).reports
     assert len({len(report) for report in reports}) > 2  # so that the two means differ
@@ -177,7 +177,7 @@ def test_gradients_are_clipped_or_left_alone(fit: Any, tmp_path: Path) -> None:
 
 def test_a_stage_sees_all_micro_batches_before_the_model(fit: Any) -> None:
     class Preparing(Stage):
-        def prepare_step(self, batches: list[Batch], epoch: int) -> list[Batch]:
+        def prepare_step(self, batches: list[Batch]) -> list[Batch]:
             assert self.model.training
             together = [sum(len(batch) for batch in batches)]
             return [Batch([*batch, *together]) for batch in batches]

@@ -92,7 +92,7 @@ def test_a_run_directory_explains_itself_and_its_model_loads(pretrain: Any, opti
 def test_the_validation_loss_is_of_the_exported_model(pretrain: Any, tiny_dataset: Path) -> None:
     from emrrg_cli.datasets.directory import open_dataset
     from emrrg_cli.datasets.image_dataset import ImageDataset, SplitImages
-    from emrrg_cli.models.report_generator import IMAGENET_MEAN, IMAGENET_STD
+    from emrrg_cli.vocabulary import IMAGENET_MEAN, IMAGENET_STD
 
     run = pretrain("run", "train.epochs=1", "train.micro_batch_size=4")
     dataset = ImageDataset(SplitImages(open_dataset(tiny_dataset)["validation"]), 128)

@@ -11,9 +11,9 @@ import pytest
 
 from emrrg_cli.errors import UsageError
 from emrrg_cli.files import check_writable
+from emrrg_cli.recipe.finetuning import FinetuneRecipe
 from emrrg_cli.recipe.load import dump_recipe, load_recipe
 from emrrg_cli.recipe.paths import with_absolute_paths
-from emrrg_cli.recipe.schema import FinetuneRecipe
 from emrrg_cli.training.run_dir import check_run_dir, data_fingerprints, default_run_dir
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from emrrg_cli.recipe.schema import LoopSettings, LrScaleSettings, TrainSettings
+from emrrg_cli.recipe.common import LoopSettings, LrScaleSettings
+from emrrg_cli.recipe.finetuning import TrainSettings
 from emrrg_cli.training.schedule import build_optimizer, learning_rate, part_of
 
 
@@ -80,7 +81,7 @@ def test_a_warm_up_longer_than_the_run_is_no_division_by_zero() -> None:
 def test_vectors_have_no_decay_frozen_parameters_are_left_out() -> None:
     from emrrg_cli.models.build import build_encoder
     from emrrg_cli.models.report_generator import Bridge
-    from emrrg_cli.recipe.schema import EncoderSettings
+    from emrrg_cli.recipe.common import EncoderSettings
 
     model = nn.ModuleDict(
         {

@@ -59,7 +59,7 @@ def study(finetune: Any, tiny_dataset: Any) -> Any:
 
 
 def _sampled(study: Any, samples: int = 3) -> Any:
-    from emrrg_cli.recipe.schema import SelfCriticalSettings
+    from emrrg_cli.recipe.finetuning import SelfCriticalSettings
     from emrrg_cli.training.self_critical import sampled_batch
 
     model, batch, reports, accelerator = study

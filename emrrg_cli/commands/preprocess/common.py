@@ -16,7 +16,7 @@ from emrrg_cli.console import out as console
 
 if TYPE_CHECKING:
     from emrrg_cli.ingest.study import StudySource
-    from emrrg_cli.recipe.schema import PreprocessRecipe
+    from emrrg_cli.recipe.preprocessing import PreprocessRecipe
 
 Root = Annotated[Path, typer.Argument(metavar="ROOT", help="Folder of the raw data.", show_default=False)]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Dataset directory to write.", show_default=False)]
@@ -200,7 +200,7 @@ def load_settings(options: Options, default: str = "default/preprocess", **given
         UsageError: As `load_recipe`.
     """
     from emrrg_cli.recipe.load import load_recipe
-    from emrrg_cli.recipe.schema import PreprocessRecipe
+    from emrrg_cli.recipe.preprocessing import PreprocessRecipe
 
     flags = ("section", "views", "min_words", "dedupe", "size", "quality", "workers")
     given = {name: getattr(options, name) for name in flags} | {"format": options.image_format} | given

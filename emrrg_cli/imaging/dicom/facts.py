@@ -13,7 +13,8 @@ from pydicom.dataset import Dataset
 from emrrg_cli.console import printable
 from emrrg_cli.imaging.base import ImageError, open_stream
 from emrrg_cli.imaging.dicom.file import MAX_HEADER, inflated, read_header, text
-from emrrg_cli.imaging.views import LATERAL_VIEW, view_name
+from emrrg_cli.imaging.views import view_name
+from emrrg_cli.vocabulary import LATERAL_VIEW
 
 _CHEST = ("CHEST", "THOR", "TORAX", "LUNG", "HEART", "RIB", "STERN", "CLAVIC")
 _RADIOGRAPHS = ("", "CR", "DX", "DR", "RG", "RF", "XA", "OT", "SC", "HC")

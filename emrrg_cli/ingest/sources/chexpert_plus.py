@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from emrrg_cli.datasets.directory import Column
-from emrrg_cli.datasets.report_text import ReportSection
 from emrrg_cli.datasets.splits import drawn_remark
 from emrrg_cli.ingest.sources.annotation import Annotation, AnnotationRow
 from emrrg_cli.ingest.sources.chexpert_labels import COLUMNS, NOT_MENTIONED, label_columns
@@ -17,7 +16,7 @@ from emrrg_cli.ingest.sources.image_paths import find_image, require_folder
 from emrrg_cli.ingest.sources.seen_ids import SeenIds
 from emrrg_cli.ingest.sources.texts import lacks_text
 from emrrg_cli.ingest.study import Account, ImageProblem, Study
-from emrrg_cli.vocabulary import UNKNOWN_VIEW, Split
+from emrrg_cli.vocabulary import UNKNOWN_VIEW, Section, Split
 
 NAME = "chexpert_plus"
 # The parts of the published split (CXPMRG-Bench): 40,463, 5,780 and 11,562 of 57,805 studies.
@@ -66,7 +65,7 @@ class ChexpertPlusSource:
         self,
         root: Path,
         *,
-        section: ReportSection = "report",
+        section: Section = "report",
         annotation: Path | None = None,
         fractions: Sequence[float] = FRACTIONS,
         seed: int = 0,

@@ -12,7 +12,6 @@ from itertools import islice
 from pathlib import Path
 
 from emrrg_cli.console import printable
-from emrrg_cli.datasets.report_text import ReportSection
 from emrrg_cli.datasets.splits import draw_splits
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.imaging.views import view_name
@@ -20,7 +19,7 @@ from emrrg_cli.ingest.sources.chexpert_labels import LABELS, NOT_MENTIONED, enco
 from emrrg_cli.ingest.sources.table import CsvFile
 from emrrg_cli.ingest.sources.text_files import read_lines, reading
 from emrrg_cli.ingest.study import Account
-from emrrg_cli.vocabulary import SPLITS, Split
+from emrrg_cli.vocabulary import SPLITS, Section, Split
 
 TABLE = "df_chexpert_plus_240401.csv"
 
@@ -93,7 +92,7 @@ class ChexpertTable:
         RunError: A file is not what it should be.
     """
 
-    def __init__(self, root: Path, section: ReportSection, *, needed: bool = True) -> None:
+    def __init__(self, root: Path, section: Section, *, needed: bool = True) -> None:
         self.remarks: list[str] = []
         self._studies: dict[str, TableStudy] = {}
         self._views: dict[str, str] = {}
@@ -174,7 +173,7 @@ class ChexpertTable:
             self._views[image.stem] = view = sys.intern(view)
             study.images.append((image.stem, dicom, view))
 
-    def _read_labels(self, root: Path, section: ReportSection) -> None:
+    def _read_labels(self, root: Path, section: Section) -> None:
         name = _LABEL_FILES.get(section, "findings_fixed.json")
         file = next((path for folder in _LABEL_FOLDERS if (path := root / folder / name).is_file()), None)
         if file is None:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from emrrg_cli.datasets.directory import Column
-from emrrg_cli.datasets.report_text import ReportSection
 from emrrg_cli.datasets.splits import draw_splits, drawn_remark
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.ingest.sources.annotation import Annotation
@@ -23,7 +22,7 @@ from emrrg_cli.ingest.sources.iu_layouts import (
 from emrrg_cli.ingest.sources.r2gen import IU_ID, R2GenSource
 from emrrg_cli.ingest.sources.texts import lacks_text
 from emrrg_cli.ingest.study import Account, ImageProblem, Study
-from emrrg_cli.vocabulary import SPLITS, Split
+from emrrg_cli.vocabulary import SPLITS, Section, Split
 
 NAME = "iu_xray"
 
@@ -73,7 +72,7 @@ class IuXraySource:
         self,
         root: Path,
         *,
-        section: ReportSection = "report",
+        section: Section = "report",
         layout: Layout | None = None,
         images: Path | None = None,
         annotation: Path | None = None,
@@ -172,7 +171,7 @@ class IuXraySource:
 def iu_xray_source(
     root: Path,
     *,
-    section: ReportSection = "report",
+    section: Section = "report",
     layout: Layout | None = None,
     images: Path | None = None,
     annotation: Path | None = None,

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from emrrg_cli.datasets.directory import Column
-from emrrg_cli.datasets.report_text import ReportSection
 from emrrg_cli.errors import UsageError
 from emrrg_cli.ingest.sources.annotation import Annotation, AnnotationRow
 from emrrg_cli.ingest.sources.chexpert_labels import COLUMNS, label_columns
@@ -20,6 +19,7 @@ from emrrg_cli.ingest.sources.mimic_tables import Labeler, MimicTables, number
 from emrrg_cli.ingest.sources.seen_ids import SeenIds
 from emrrg_cli.ingest.sources.texts import lacks_text
 from emrrg_cli.ingest.study import Account, ImageProblem, Study
+from emrrg_cli.vocabulary import Section
 
 NAME = "mimic_cxr"
 _REPORTS = ("mimic-cxr-reports", "mimic-cxr-reports.zip")
@@ -67,7 +67,7 @@ class MimicCxrSource:
         self,
         root: Path,
         *,
-        section: ReportSection = "report",
+        section: Section = "report",
         reports: Path | None = None,
         annotation: Path | None = None,
         labeler: Labeler = "chexpert",

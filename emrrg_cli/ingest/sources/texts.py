@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from emrrg_cli.datasets.report_text import ReportSection
 from emrrg_cli.ingest.study import Study
+from emrrg_cli.vocabulary import Section
 
 
-def lacks_text(study: Study, section: ReportSection) -> str | None:
+def lacks_text(study: Study, section: Section) -> str | None:
     """Why a study cannot have the section as its report; None: it can, or the selection that follows reports it.
 
     Only the source knows what `report` stands for: it leaves `Study.report` empty where its rule finds nothing.

@@ -13,9 +13,10 @@ from emrrg_cli.files import atomic_write_text
 from emrrg_cli.models.encoder_files import ENCODER_FILE, EncoderConfig, encoder_source
 from emrrg_cli.models.published.directories import BRIDGE_FILE, save_tensors
 from emrrg_cli.models.published.importing import Imported, import_checkpoint
+from emrrg_cli.recipe.common import ENCODER_SIZES
+from emrrg_cli.recipe.finetuning import FinetuneRecipe
 from emrrg_cli.recipe.load import RUN_RECIPE, dump_recipe, load_recipe
 from emrrg_cli.recipe.paths import with_absolute_paths
-from emrrg_cli.recipe.schema import ENCODER_SIZES, FinetuneRecipe
 
 # Which recipe a file is of, by its name.
 _RECIPES = (

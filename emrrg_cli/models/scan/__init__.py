@@ -22,15 +22,14 @@ from emrrg_cli.errors import UsageError
 from emrrg_cli.models.scan import numba_engine
 from emrrg_cli.models.scan.recompute import selective_scan_recompute
 from emrrg_cli.models.scan.reference import directional_scan_reference
+from emrrg_cli.vocabulary import SCAN_ENGINES
 
 Scan = Callable[..., Tensor]
-
-ENGINES = ("reference", "recompute", "numba", "triton", "mamba_ssm")
 
 
 def available_engines() -> dict[str, str]:
     """Every engine by name, with `ok` or the reason why it cannot run here."""
-    return {name: _state(name) for name in ENGINES}
+    return {name: _state(name) for name in SCAN_ENGINES}
 
 
 def choose_engine(requested: str = "auto", device_type: str | None = None) -> str:
@@ -48,8 +47,8 @@ def choose_engine(requested: str = "auto", device_type: str | None = None) -> st
         cuda = device_type == "cuda" if device_type is not None else torch.cuda.is_available()
         fastest = "triton" if cuda else "numba"
         return fastest if _state(fastest) == "ok" else "recompute"
-    if name not in ENGINES:
-        raise UsageError(f"unknown scan engine {name!r}", hint=f"Engines: {', '.join(ENGINES)}, or auto.")
+    if name not in SCAN_ENGINES:
+        raise UsageError(f"unknown scan engine {name!r}", hint=f"Engines: {', '.join(SCAN_ENGINES)}, or auto.")
     if (state := _state(name)) != "ok":
         raise UsageError(f"the scan engine {name!r} cannot run here: {state}")
     return name

@@ -20,7 +20,7 @@ from emrrg_cli.ingest.preprocess import preprocess
 from emrrg_cli.ingest.sources.folder import Columns, FolderSource
 from emrrg_cli.ingest.sources.table import cell_list, cell_text, read_table
 from emrrg_cli.ingest.study import Account, Study
-from emrrg_cli.recipe.schema import PreprocessRecipe
+from emrrg_cli.recipe.preprocessing import PreprocessRecipe
 
 MakeDicom = Callable[..., bytes]
 

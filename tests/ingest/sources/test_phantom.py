@@ -18,7 +18,7 @@ from emrrg_cli.ingest.preprocess import preprocess
 from emrrg_cli.ingest.sources.phantom import PhantomSource, split_of, synthetic_study
 from emrrg_cli.ingest.study import Account
 from emrrg_cli.phantom.render import render
-from emrrg_cli.recipe.schema import PreprocessRecipe
+from emrrg_cli.recipe.preprocessing import PreprocessRecipe
 
 
 def _make(out: Path, count: int, seed: int = 3, **settings: Any) -> dict[str, Any]:

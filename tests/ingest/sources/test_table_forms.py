@@ -16,7 +16,7 @@ from emrrg_cli.ingest.preprocess import preprocess
 from emrrg_cli.ingest.sources.folder import Columns, FolderSource
 from emrrg_cli.ingest.sources.r2gen import R2GenSource
 from emrrg_cli.ingest.sources.table import CsvFile, read_table
-from emrrg_cli.recipe.schema import PreprocessRecipe
+from emrrg_cli.recipe.preprocessing import PreprocessRecipe
 
 PLAIN = "file,text\n0.png,Clear lungs.\n1.png,Large heart.\n"
 ROWS = [("0.png", "Clear lungs."), ("1.png", "Large heart.")]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from emrrg_cli.models.arm.encoder import ArmEncoder, cluster_order, direction_orders, sincos_position_embedding
 from emrrg_cli.models.build import build_encoder
-from emrrg_cli.recipe.schema import EncoderSettings
+from emrrg_cli.recipe.common import EncoderSettings
 
 
 def _encoder(image_size: int = 64, depth: int = 2, drop_path: float = 0.0, **options: str) -> ArmEncoder:

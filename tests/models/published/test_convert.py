@@ -20,8 +20,8 @@ from emrrg_cli.models.published.checkpoint import read_checkpoint
 from emrrg_cli.models.published.convert import convert_to_ours, convert_to_published
 from emrrg_cli.models.published.importing import import_checkpoint
 from emrrg_cli.models.published.run import run_recipe
+from emrrg_cli.recipe.common import ENCODER_SIZES
 from emrrg_cli.recipe.load import load_recipe, load_run_recipe
-from emrrg_cli.recipe.schema import ENCODER_SIZES
 
 State = dict[str, Tensor]
 Make = Callable[..., State]

@@ -1,0 +1,168 @@
+"""Settings that the recipes of several stages have. One pydantic model a section; an unknown key is an error.
+
+Imports neither torch nor transformers, so that a recipe is checked in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from emrrg_cli.recipe.limits import check_size
+from emrrg_cli.vocabulary import Cleaning, Section
+
+# Widths and depths of the published encoders (SPEC: ARM "v3").
+ENCODER_SIZES: dict[str, tuple[int, int]] = {"base": (768, 12), "large": (1024, 24), "huge": (1536, 24)}
+
+# numpy's generator takes 32 bits; a process adds its own number to the seed of all, a batch of a generation too.
+SEEDS = 2**31
+
+
+class Settings(BaseModel):
+    """Base of every section: strict types, no unknown key."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True)
+
+    @field_validator("*")
+    @classmethod
+    def _within_limits(cls, value: Any, info: ValidationInfo) -> Any:
+        check_size(info.field_name, value)
+        return value
+
+
+class AugmentSettings(Settings):
+    """Random changes of the training images, drawn for each view. None mirrors: left and right are findings."""
+
+    rotate: float = Field(0.0, ge=0, le=45, description="degrees, at most, either way")
+    shift: float = Field(0.0, ge=0, le=0.5, description="part of the side, at most, in either direction")
+    scale: float = Field(0.0, ge=0, lt=1, description="larger or smaller by this part, at most")
+    brightness: float = Field(0.0, ge=0, lt=1, description="lighter or darker by this part of the range, at most")
+    contrast: float = Field(0.0, ge=0, lt=1, description="more or less contrast by this part, at most")
+
+
+class DataSettings(Settings):
+    root: str | None = Field(None, description="dataset directory written by `emrrg preprocess`")
+    section: Section = Field("report", description="which text is the report")
+    cleaning: Cleaning = Field("auto", description="R2Gen's rule; auto: the one R2Gen used for the data set's source")
+    max_report_tokens: int = Field(100, ge=1, description="training reports are cut to this many LLM tokens")
+    end_at_limit: bool = Field(
+        True, description="a report of exactly max_report_tokens gets an end token; the released code gives it none"
+    )
+    max_views: int | None = Field(None, ge=1, description="first views of a study that are used; null: all")
+    limit: int | None = Field(None, ge=1, description="first studies of each split that are used; null: all")
+    augment: AugmentSettings = Field(default_factory=AugmentSettings)
+    balance: float = Field(
+        1.0, ge=1, description="how often an epoch of training shows each study with a finding of the rules labeler"
+    )
+    workers: int = Field(2, ge=0, description="processes that decode images")
+
+
+class EncoderSize(Settings):
+    """Of what every stage has: the vision encoder."""
+
+    size: Literal["base", "large", "huge"] | None = "base"
+    d_model: int | None = Field(None, ge=16, description="width; only where size is null")
+    depth: int | None = Field(None, ge=1, description="blocks; only where size is null")
+    d_state: int = Field(16, ge=1, description="SSM state size n")
+    image_size: int = Field(224, ge=32, description="side of the square input, a multiple of 16")
+
+    @model_validator(mode="after")
+    def _check_size(self) -> Self:
+        if self.size is None and (self.d_model is None or self.depth is None):
+            raise ValueError("size is null, so both d_model and depth must be given")
+        if self.size is not None and (self.d_model is not None or self.depth is not None):
+            raise ValueError(f"size: {self.size} already sets d_model and depth; set size: null to choose them")
+        if self.d_model is not None and self.d_model % 16:
+            raise ValueError(f"d_model must be a multiple of 16, got {self.d_model}")
+        if self.image_size % 16:
+            raise ValueError(f"image_size must be a multiple of 16, got {self.image_size}")
+        return self
+
+    @property
+    def width_and_depth(self) -> tuple[int, int]:
+        """`(d_model, depth)`, from `size` or as given."""
+        if self.size is not None:
+            return ENCODER_SIZES[self.size]
+        assert self.d_model is not None
+        assert self.depth is not None
+        return self.d_model, self.depth
+
+
+class EncoderSettings(EncoderSize):
+    drop_path: float = Field(0.1, ge=0, lt=1, description="largest stochastic depth rate")
+    weights: str | None = Field(
+        None,
+        description="encoder to start from: a run, a directory of `emrrg convert` or a safetensors file; null: random",
+    )
+
+
+class LrScaleSettings(Settings):
+    """What the learning rate is multiplied by for each part of a model."""
+
+    encoder: float = Field(1.0, gt=0, description="the vision encoder, where it is trained whole")
+    adapters: float = Field(1.0, gt=0, description="LoRA, on either tower")
+    llm: float = Field(1.0, gt=0, description="the LLM or the text tower, where it is trained whole")
+    new: float = Field(1.0, gt=0, description="what joins the towers: bridge, hybrid layers, projections, heads")
+
+
+# Of the stages that train the head on findings.
+FINDINGS_WEIGHT: float = Field(0.5, gt=0, description="of the loss on findings, with model.findings: true")
+
+
+class LoopSettings(Settings):
+    """What the training of every stage has."""
+
+    epochs: int = Field(10, ge=1)
+    max_steps: int | None = Field(None, ge=1, description="ends the schedule after this many optimizer steps")
+    stop_after_steps: int | None = Field(
+        None, ge=1, description="stops, with a checkpoint, after this many steps; the schedule is unchanged"
+    )
+    batch_size: int = Field(8, ge=1, description="examples an optimizer step, over all processes and micro-batches")
+    micro_batch_size: int | None = Field(None, ge=1, description="examples a forward pass on one device; null: all")
+    lr: float = Field(1e-4, gt=0)
+    lr_batch_size: int | None = Field(
+        None, ge=1, description="lr is for this batch size and grows in proportion to batch_size; null: lr as it is"
+    )
+    lr_scale: LrScaleSettings = Field(default_factory=LrScaleSettings)
+    min_lr: float = Field(0.0, ge=0)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule_unit: Literal["step", "epoch"] = Field("step", description="how often the learning rate moves")
+    warmup_epochs: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.01, ge=0, description="not applied to biases, norms and other vectors")
+    betas: list[float] = Field(default_factory=lambda: [0.9, 0.999], min_length=2, max_length=2)
+    clip_norm: float | None = Field(1.0, gt=0)
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="decay of a moving average of the weights, which is what is kept; null: none",
+    )
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto", description="auto: bf16 on a GPU that has it, else fp32"
+    )
+    gradient_checkpointing: bool = False
+    detect_non_finite: bool = Field(
+        False, description="stops at the first encoder block with infinity or NaN, and names it and the direction"
+    )
+    seed: int = Field(42, ge=0, lt=SEEDS)
+    checkpoint_every_steps: int | None = Field(None, ge=1, description="null: at the end of each epoch")
+    validate_every_epochs: int = Field(1, ge=1)
+    patience: int | None = Field(None, ge=1, description="validations without a better result before stopping")
+    log_every: int = Field(10, ge=1, description="optimizer steps between log entries")
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(["tensorboard"])
+
+    @model_validator(mode="after")
+    def _check_loop(self) -> Self:
+        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
+            raise ValueError(f"micro_batch_size {self.micro_batch_size} is larger than batch_size {self.batch_size}")
+        if self.min_lr > self.peak_lr:
+            raise ValueError(f"min_lr {self.min_lr} is larger than lr {self.peak_lr}")
+        if any(not 0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
+        return self
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate after the warm-up."""
+        return self.lr if self.lr_batch_size is None else self.lr * self.batch_size / self.lr_batch_size

@@ -1,0 +1,229 @@
+"""What a recipe of stage 3, `finetune`, may say."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from emrrg_cli.recipe.common import FINDINGS_WEIGHT, SEEDS, DataSettings, EncoderSettings, LoopSettings, Settings
+from emrrg_cli.vocabulary import REWARDS, SELECTION_SCORES, AdapterTarget, ScanEngine, Tokenizer
+
+Protocol = Literal["published", "ours"]
+
+
+class AdapterSettings(Settings):
+    targets: list[AdapterTarget] | Literal["full", "none"] = Field(
+        ["X"],
+        description="projections that get LoRA on a frozen encoder; full: train the encoder; none: freeze it",
+    )
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if isinstance(self.targets, list):
+            if not self.targets:
+                raise ValueError("targets is an empty list; write none to freeze the encoder without adapters")
+            if len(set(self.targets)) != len(self.targets):
+                raise ValueError("targets names a projection twice")
+            inside = {"dt", "B", "C", "x_proj", "dt_proj"} & set(self.targets)
+            if self.dropout > 0 and inside:
+                raise ValueError(
+                    f"dropout must be 0 with targets {sorted(inside)}: "
+                    "these projections are merged into the fused scan, which has no place for it"
+                )
+        return self
+
+
+class ScratchLLMSettings(Settings):
+    """A small Llama trained from nothing, with a BPE tokenizer trained on the training reports."""
+
+    hidden_size: int = Field(256, ge=16)
+    layers: int = Field(4, ge=1)
+    heads: int = Field(4, ge=1)
+    kv_heads: int = Field(2, ge=1)
+    vocab_size: int = Field(2000, ge=300)
+    dropout: float = Field(0.0, ge=0, lt=1, description="on the output of each layer's two halves, in training")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.hidden_size % (2 * self.heads):
+            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 2 * heads ({2 * self.heads})")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads {self.heads} must be a multiple of kv_heads {self.kv_heads}")
+        return self
+
+
+class LLMSettings(Settings):
+    name: str = Field("scratch", description="hub name, local directory, or scratch")
+    revision: str | None = Field(None, description="hub revision; null: the default branch")
+    frozen: bool | None = Field(None, description="null: frozen, unless the LLM starts from scratch")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="of a frozen LLM's weights; auto: that of train.precision. A trained LLM's are always fp32"
+    )
+    quantization: Literal["none", "8bit", "4bit"] = Field(
+        "none", description="of a frozen LLM's weights, through bitsandbytes; LoRA on it is then QLoRA"
+    )
+    save: bool = Field(False, description="copy a hub LLM into the run directory")
+    begin_token_id: int | None = Field(
+        None, ge=0, description="token that the prompt begins with; null: the one of the tokenizer, if it has one"
+    )
+    end_text: str | None = Field(
+        None, min_length=1, description="text that ends a report in place of the end token, such as </s>; null: none"
+    )
+    scratch: ScratchLLMSettings = Field(default_factory=ScratchLLMSettings)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.name == "scratch" and self.frozen:
+            raise ValueError("name: scratch starts from random weights, so frozen must be false or null")
+        if self.quantization != "none" and not self.is_frozen:
+            raise ValueError(f"quantization: {self.quantization} needs a frozen LLM; its weights could not be trained")
+        if self.quantization != "none" and self.save:
+            raise ValueError("save: true copies the LLM as it was published, so quantization must be none")
+        return self
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the LLM's own weights stay as they are."""
+        return self.name != "scratch" if self.frozen is None else self.frozen
+
+
+class HybridSettings(Settings):
+    every: int | None = Field(8, ge=1, description="every k-th decoder layer, from the first; null: none")
+    gate: Literal["states", "attention"] = Field(
+        "states",
+        description="what the gate is computed from: the text states after the layer's norm, or the output of "
+        "self-attention before its output projection, as in the released code",
+    )
+    query: Literal["before_rotary", "after_rotary"] = Field(
+        "before_rotary",
+        description="the queries that attend to the image: without positions, or after the rotary embedding, as in "
+        "the released code",
+    )
+
+
+class ModelSettings(Settings):
+    encoder: EncoderSettings = Field(default_factory=EncoderSettings)
+    adapter: AdapterSettings = Field(default_factory=AdapterSettings)
+    llm: LLMSettings = Field(default_factory=LLMSettings)
+    hybrid: HybridSettings = Field(default_factory=HybridSettings)
+    visual_prompt: Literal["full", "pooled"] = Field(
+        "full", description="full: every visual token in the prompt; pooled: 2x2 averages and the class token"
+    )
+    views: Literal["average", "concat"] = Field("average", description="how a study's views are joined")
+    findings: bool = Field(
+        False, description="a head that tells the 14 observations of the rules labeler from the encoder's tokens"
+    )
+    findings_prompt: bool = Field(
+        False, description="what that head tells stands in the prompt, a word for each finding; needs findings: true"
+    )
+    scan: ScanEngine = Field("auto", description="engine of the selective scan")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        llm_adapted = isinstance(self.adapter.targets, list) and "llm" in self.adapter.targets
+        if llm_adapted and not self.llm.is_frozen:
+            raise ValueError("adapter.targets has llm, but the LLM is trained whole: choose one (llm.frozen: true)")
+        if self.findings_prompt and not self.findings:
+            raise ValueError("findings_prompt needs the head on findings (model.findings: true)")
+        if self.visual_prompt == "pooled" and self.hybrid.every is None:
+            raise ValueError("visual_prompt: pooled needs hybrid layers (hybrid.every), which see the tokens left out")
+        return self
+
+
+class SelfCriticalSettings(Settings):
+    """Training on sampled reports by their scores, after cross-entropy."""
+
+    after_epochs: int = Field(10, ge=0, description="epochs of cross-entropy before")
+    samples: int = Field(4, ge=2, description="reports sampled for each study of a step")
+    temperature: float = Field(1.0, gt=0, description="of the sampling")
+    max_new_tokens: int = Field(100, ge=1, description="longest sampled report")
+    rewards: dict[str, float] = Field(
+        default_factory=lambda: {"BLEU_4": 1.0, "CIDEr": 1.0, "ROUGE_L": 1.0},
+        description="scores of a report and their weights; CIDEr counts as a part of 10",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if unknown := sorted(set(self.rewards) - set(REWARDS)):
+            raise ValueError(f"rewards names unknown scores {unknown}; known: {sorted(REWARDS)}")
+        if not self.rewards:
+            raise ValueError("rewards names no score")
+        return self
+
+
+class TrainSettings(LoopSettings):
+    """Training of stage 3, whose validation also writes and scores reports."""
+
+    validation_limit: int | None = Field(None, ge=1, description="studies that are generated in a validation")
+    findings_weight: float = FINDINGS_WEIGHT
+    self_critical: SelfCriticalSettings | None = Field(
+        None, description="training on sampled reports by their scores; null: cross-entropy alone"
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="part of each target that is spread over the vocabulary, in training"
+    )
+    select: Literal["score", "loss"] = Field("score", description="what the best checkpoint is chosen by")
+    score_weights: dict[str, float] = Field(default_factory=lambda: {"BLEU_4": 0.8, "CIDEr": 0.2})
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if unknown := sorted(set(self.score_weights) - set(SELECTION_SCORES)):
+            raise ValueError(f"score_weights names unknown scores {unknown}; known: {sorted(SELECTION_SCORES)}")
+        return self
+
+
+class GenerationSettings(Settings):
+    engine: Literal["auto", "own", "transformers"] = Field(
+        "auto", description="how reports are decoded; auto: our own engine where it supports the LLM"
+    )
+    batch_size: int = Field(8, ge=1, description="studies generated at a time on one device")
+    num_beams: int = Field(3, ge=1)
+    min_new_tokens: int = Field(0, ge=0)
+    max_new_tokens: int = Field(120, ge=1)
+    repetition_penalty: float = Field(1.0, gt=0)
+    length_penalty: float = 1.0
+    beam_stop: Literal["running", "candidates"] = Field(
+        "running",
+        description="what finished reports must beat for beam search to stop: the running beams, or all candidates "
+        "of the step, as in transformers 4.44 and the published figures",
+    )
+    no_repeat_ngram_size: int = Field(0, ge=0)
+    do_sample: bool = False
+    temperature: float = Field(1.0, gt=0, description="with do_sample")
+    top_p: float = Field(1.0, gt=0, le=1, description="with do_sample")
+    top_k: int = Field(0, ge=0, description="with do_sample; 0: no limit")
+    seed: int = Field(0, ge=0, lt=SEEDS, description="with do_sample")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens {self.min_new_tokens} is larger than max_new_tokens {self.max_new_tokens}"
+            )
+        if not self.do_sample and (self.temperature != 1.0 or self.top_p != 1.0 or self.top_k != 0):
+            raise ValueError("temperature, top_p and top_k act only with do_sample: true")
+        return self
+
+
+class EvaluationSettings(Settings):
+    references: Literal["whole", "clipped"] = Field(
+        "whole", description="clipped: references are cut to data.max_report_tokens, as the released code does"
+    )
+    tokenizer: Tokenizer = Field("whitespace", description="ptb needs Java")
+
+
+class FinetuneRecipe(Settings):
+    """Stage 3: X-ray to report."""
+
+    stage: Literal["finetune"]
+    protocol: Protocol = "ours"
+    output: str | None = Field(None, description="run directory; null: runs/<recipe>")
+    data: DataSettings = Field(default_factory=DataSettings)
+    model: ModelSettings = Field(default_factory=ModelSettings)
+    train: TrainSettings = Field(default_factory=TrainSettings)
+    generation: GenerationSettings = Field(default_factory=GenerationSettings)
+    evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)

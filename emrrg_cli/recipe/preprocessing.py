@@ -1,0 +1,32 @@
+"""What a recipe of `preprocess` may say."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from emrrg_cli.recipe.common import Settings
+from emrrg_cli.vocabulary import ImageFormat, Section
+
+
+class PreprocessRecipe(Settings):
+    """Raw data to a dataset directory."""
+
+    stage: Literal["preprocess"]
+    size: int | Literal["original"] = Field(512, description="shorter side in pixels; smaller images are kept")
+    format: ImageFormat = "jpeg"
+    quality: int = Field(95, ge=1, le=100, description="of JPEG")
+    max_pixels: int = Field(100_000_000, ge=1, description="larger images are refused before they are decoded")
+    section: Section = Field("report", description="what the report is; report: by the rule of the data set")
+    views: Literal["all", "frontal", "lateral"] = Field("all", description="a view that is not known is kept")
+    min_words: int = Field(0, ge=0, description="studies with a shorter report are left out")
+    dedupe: Literal["off", "report", "drop"] = Field("off", description="images that are there twice, or nearly so")
+    workers: int | None = Field(None, ge=1, description="null: one a core")
+    studies_per_shard: int = Field(1000, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if isinstance(self.size, int) and self.size < 32:
+            raise ValueError(f"size must be 32 or more, got {self.size}")
+        return self

@@ -1,0 +1,46 @@
+"""What `protocol` sets together in a recipe of stage 3."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# A preset is weaker than a key stated beside it, stronger than the layers below it.
+PROTOCOLS: dict[str, dict[str, Any]] = {
+    # The settings behind the published figures, as the released code ran them on MIMIC-CXR and CheXpert Plus.
+    "published": {
+        "data": {"section": "report", "cleaning": "auto", "end_at_limit": False},
+        "model": {"adapter": {"targets": "full"}},
+        "generation": {
+            "num_beams": 3,
+            "min_new_tokens": 80,
+            "max_new_tokens": 120,
+            "repetition_penalty": 2.0,
+            "length_penalty": 2.0,
+            "beam_stop": "candidates",
+        },
+        "evaluation": {"references": "clipped", "tokenizer": "whitespace"},
+    },
+    # The paper's method, scored against whole references, with decoding that may end when the report ends.
+    "ours": {
+        "data": {"section": "report", "cleaning": "auto", "end_at_limit": True},
+        "model": {"adapter": {"targets": ["X"]}},
+        "generation": {
+            "num_beams": 3,
+            "min_new_tokens": 0,
+            "max_new_tokens": 120,
+            "repetition_penalty": 1.0,
+            "length_penalty": 1.0,
+            "beam_stop": "running",
+        },
+        "evaluation": {"references": "whole", "tokenizer": "whitespace"},
+    },
+}
+
+
+def protocols_for(cleaning: str | None) -> dict[str, dict[str, Any]]:
+    """`PROTOCOLS` for the data set that a recipe's `data.cleaning` tells of: IU X-Ray was decoded in its own way."""
+    if cleaning != "r2gen-iu":
+        return PROTOCOLS
+    published = PROTOCOLS["published"]
+    decoding = {"num_beams": 5, "min_new_tokens": 40, "max_new_tokens": 100}
+    return PROTOCOLS | {"published": published | {"generation": published["generation"] | decoding}}
