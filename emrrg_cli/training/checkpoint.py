@@ -13,6 +13,7 @@ import math
 import random
 import re
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from emrrg_cli.checksums import check_directory, warn_unchecked, write_checksums
+from emrrg_cli.console import err
 from emrrg_cli.errors import RunError
 from emrrg_cli.files import atomic_directory, atomic_write_text, read_bounded, read_record, writing
 from emrrg_cli.models.weights import load_tensors
@@ -190,6 +192,32 @@ def require_checkpoint(run_dir: Path) -> Path | None:
             hint="Put it back from a copy of the run, or start a new run with another --output.",
         )
     return checkpoint
+
+
+def refuse_lost_checkpoint(run_dir: Path, rows: Sequence[Mapping[str, Any]], every: int) -> None:
+    """Makes sure, where there is no checkpoint at all, that the run was stopped before its first one; says so.
+
+    Args:
+        rows: of `history.jsonl`, with their steps.
+        every: steps after which the first checkpoint is written at the latest.
+
+    Raises:
+        RunError: The history shows that a checkpoint was written.
+    """
+    reached = max((row["step"] for row in rows), default=0)
+    if reached > every or any("validation/loss" in row for row in rows):  # a validation comes after a checkpoint
+        raise RunError(
+            f"{run_dir / 'checkpoints'}: the checkpoint of this run is lost: there is none, and history.jsonl goes up "
+            f"to step {reached}",
+            hint="Put it back from a copy of the run, or start a new run with another --output. To train this run "
+            "again from its first step, delete its history.jsonl.",
+        )
+    if reached:
+        err.print(
+            f"{run_dir} has no checkpoint yet: it was stopped after step {reached}, and starts again at the first step",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def _is_whole(place: Path) -> bool:

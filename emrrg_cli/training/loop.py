@@ -33,6 +33,7 @@ from emrrg_cli.training.checkpoint import (
     Progress,
     load_average,
     load_checkpoint,
+    refuse_lost_checkpoint,
     require_checkpoint,
     rng_state,
     save_checkpoint,
@@ -475,6 +476,9 @@ class _Loop:
             rows = read_jsonl(self.history)
             if not all(isinstance(row.get("step"), int) for row in rows):
                 raise RunError(f"{self.history}: a line has no step", hint="Put it back from a copy, or delete it.")
+            if checkpoint is None:
+                every = max(self.settings.checkpoint_every_steps or 0, self.order.steps_per_epoch)
+                refuse_lost_checkpoint(self.run_dir, rows, every)
             # What was logged after the checkpoint is done again.
             kept = [json.dumps(row) + "\n" for row in rows if self._is_done(row)]
             atomic_write_text(self.history, "".join(kept))

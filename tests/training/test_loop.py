@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -309,6 +310,18 @@ def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(
     rest = Stage()
     assert fit(rest, resume=True).steps == 6
     assert len(rest.model.seen) == 6 - steps
+
+
+@pytest.mark.parametrize("settings", [{}, {"checkpoint_every_steps": 1}])
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(
+    tmp_path: Path, fit: Callable[..., Any], settings: dict[str, int]
+) -> None:
+    fit(Stage(), log_every=1, stop_after_steps=3, **settings)
+    before = (tmp_path / "history.jsonl").read_text()
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(RunError, match="the checkpoint of this run is lost: there is none, and history"):
+        fit(Stage(), log_every=1, resume=True, **settings)
+    assert (tmp_path / "history.jsonl").read_text() == before
 
 
 def test_the_second_ctrl_c_acts_at_once(fit: Any) -> None:
