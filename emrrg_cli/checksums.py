@@ -15,7 +15,8 @@ from pathlib import Path
 
 from emrrg_cli.console import err
 from emrrg_cli.errors import RunError
-from emrrg_cli.files import atomic_write_text, read_record
+from emrrg_cli.files.atomic import atomic_write_text
+from emrrg_cli.files.records import read_record
 
 CHECKSUMS = "checksums.json"
 # People edit recipe.yaml, for example after they moved the data.

@@ -13,7 +13,7 @@ from PIL import Image
 
 from emrrg_cli.datasets.directory import open_dataset
 from emrrg_cli.evaluation.findings import finding_scores
-from emrrg_cli.files import read_jsonl
+from emrrg_cli.files.records import read_jsonl
 from emrrg_cli.phantom.reader import read_labels
 from emrrg_cli.reporting.page import Card, Page, write_page
 

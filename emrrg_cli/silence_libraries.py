@@ -7,7 +7,7 @@ import os
 import warnings
 
 
-def quiet_libraries() -> None:
+def silence_libraries() -> None:
     """Call once in each command before a model or a data set is loaded."""
     import datasets
     import transformers

@@ -38,7 +38,8 @@ def compare(
     from emrrg_cli.console import err, out
     from emrrg_cli.evaluation.compare import compare as run
     from emrrg_cli.evaluation.compare import find_contender
-    from emrrg_cli.files import atomic_write_text, check_writable
+    from emrrg_cli.files.atomic import atomic_write_text
+    from emrrg_cli.files.output_paths import check_writable
     from emrrg_cli.reporting.comparison_tables import comparison_csv, comparison_markdown, comparison_table
     from emrrg_cli.reporting.tables import DISCLAIMER
 

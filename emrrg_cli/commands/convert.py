@@ -47,7 +47,7 @@ def convert(
     """
     from emrrg_cli.console import err
     from emrrg_cli.errors import UsageError
-    from emrrg_cli.silence_libraries import quiet_libraries
+    from emrrg_cli.silence_libraries import silence_libraries
 
     if to is Layout.PUBLISHED:
         for option, value in {"--base": base, "--recipe": recipe, "--llm": llm}.items():
@@ -56,7 +56,7 @@ def convert(
     for given in (file, base):  # before torch is imported
         if given is not None and not given.exists():
             raise UsageError(f"{given}: no such file or directory")
-    quiet_libraries()
+    silence_libraries()
     from emrrg_cli.models.published.convert import convert_to_ours, convert_to_published
 
     common: dict[str, Any] = {"allow": allow or (), "verbose": verbose, "overwrite": overwrite}

@@ -13,7 +13,8 @@ import typer
 
 from emrrg_cli.console import err
 from emrrg_cli.errors import EmrrgError, Interrupted, UsageError
-from emrrg_cli.files import atomic_write_text, read_record
+from emrrg_cli.files.atomic import atomic_write_text
+from emrrg_cli.files.records import read_record
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -44,9 +44,9 @@ def plan(
         raise UsageError(f"no such dataset directory: {root}", hint="Make one with `emrrg preprocess`.")
 
     from emrrg_cli.planning import plan as predict
-    from emrrg_cli.silence_libraries import quiet_libraries
+    from emrrg_cli.silence_libraries import silence_libraries
 
-    quiet_libraries()
+    silence_libraries()
     with err.status("planning") as status:
         result = predict(
             settings,

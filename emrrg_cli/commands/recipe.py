@@ -90,7 +90,7 @@ def cp(
 
     Example: emrrg recipe cp iu_xray/finetune mine.yaml
     """
-    from emrrg_cli.files import atomic_write_text
+    from emrrg_cli.files.atomic import atomic_write_text
     from emrrg_cli.recipe.library import find_recipe, is_path, read_text
 
     if is_path(name):

@@ -95,7 +95,7 @@ def _train(
             not divide among the processes.
     """
     from emrrg_cli.console import err, out
-    from emrrg_cli.files import locked
+    from emrrg_cli.files.locks import locked
     from emrrg_cli.recipe.load import dump_recipe, load_recipe
     from emrrg_cli.recipe.paths import check_roots_exist
     from emrrg_cli.training.launch import inside_launcher, is_first_process, processes_expected

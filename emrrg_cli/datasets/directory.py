@@ -23,7 +23,7 @@ from emrrg_cli.datasets.manifest import MANIFEST
 from emrrg_cli.datasets.shard_files import find_shards
 from emrrg_cli.datasets.stored_images import remember_folder
 from emrrg_cli.errors import RunError
-from emrrg_cli.files import whole_directory
+from emrrg_cli.files.atomic import whole_directory
 
 FEATURES = Features(
     {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from emrrg_cli.datasets.manifest import MANIFEST, read_manifest
 from emrrg_cli.datasets.shard_files import find_shards, read_footer
-from emrrg_cli.files import whole_directory
+from emrrg_cli.files.atomic import whole_directory
 
 
 def dataset_fingerprint(root: str | Path) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from emrrg_cli.errors import RunError, UsageError
-from emrrg_cli.files import whole_directory
+from emrrg_cli.files.atomic import whole_directory
 
 MANIFEST = "manifest.json"
 

@@ -11,7 +11,7 @@ from emrrg_cli.datasets.report_text import select_section
 from emrrg_cli.datasets.shard_files import find_shards
 from emrrg_cli.datasets.summary_counts import MOST, SummaryCounts
 from emrrg_cli.datasets.summary_types import SYNTHETIC, Example, Repeated, SplitCounts, Summary
-from emrrg_cli.files import whole_directory
+from emrrg_cli.files.atomic import whole_directory
 from emrrg_cli.imaging.base import EncodedImage
 from emrrg_cli.vocabulary import UNKNOWN_VIEW
 

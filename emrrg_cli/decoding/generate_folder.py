@@ -23,7 +23,9 @@ from emrrg_cli.decoding.outputs import Output, Row, Shard, fingerprint_of
 from emrrg_cli.decoding.reports import load_generator, study_pixels
 from emrrg_cli.decoding.studies import StudyFiles, path_name
 from emrrg_cli.decoding.writer import Studies, WrittenReport
-from emrrg_cli.files import atomic_write_text, check_writable, locked
+from emrrg_cli.files.atomic import atomic_write_text
+from emrrg_cli.files.locks import locked
+from emrrg_cli.files.output_paths import check_writable
 from emrrg_cli.imaging.base import ImageError
 from emrrg_cli.imaging.notes import image_notes
 from emrrg_cli.imaging.read import read_image
@@ -32,7 +34,7 @@ from emrrg_cli.recipe.finetuning import FinetuneRecipe
 from emrrg_cli.reporting.page import Card, Page, write_page
 from emrrg_cli.reporting.tables import DISCLAIMER
 from emrrg_cli.signals import interrupted_by
-from emrrg_cli.silence_libraries import quiet_libraries
+from emrrg_cli.silence_libraries import silence_libraries
 
 PAGE_LIMIT = 60  # films shown on the page
 
@@ -149,7 +151,7 @@ class _Run:
         result, place = self.result, self.place
         done = {row["study"] for row in result.rows}
         left = [study for study in self.studies if study.name not in done]
-        quiet_libraries()
+        silence_libraries()
         whole, began = False, time.perf_counter()
         try:
             if left:

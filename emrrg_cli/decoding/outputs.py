@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from emrrg_cli.errors import RunError, UsageError
-from emrrg_cli.files import append_jsonl, atomic_write_text, read_jsonl
+from emrrg_cli.files.atomic import atomic_write_text
+from emrrg_cli.files.records import append_jsonl, read_jsonl
 from emrrg_cli.recipe.finetuning import FinetuneRecipe
 
 Row = dict[str, Any]

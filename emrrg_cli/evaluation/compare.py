@@ -16,7 +16,7 @@ from emrrg_cli.evaluation.comparison import Corpus, Floats
 from emrrg_cli.evaluation.language import score
 from emrrg_cli.evaluation.predictions import Columns, Predictions, read_predictions
 from emrrg_cli.evaluation.scores import SCORES, Unavailable
-from emrrg_cli.files import read_record
+from emrrg_cli.files.records import read_record
 from emrrg_cli.labeling import label_reports
 
 # Settings that do not make two runs different methods.

@@ -12,7 +12,8 @@ from emrrg_cli.evaluation.assess import Options, assess
 from emrrg_cli.evaluation.language import require_java
 from emrrg_cli.evaluation.outputs import DATA, write_assessment
 from emrrg_cli.evaluation.predictions import Predictions
-from emrrg_cli.files import check_writable, locked
+from emrrg_cli.files.locks import locked
+from emrrg_cli.files.output_paths import check_writable
 from emrrg_cli.reporting.tables import DISCLAIMER
 
 

@@ -14,7 +14,7 @@ from emrrg_cli.errors import RunError
 from emrrg_cli.evaluation.assess import Assessment
 from emrrg_cli.evaluation.glance import study_rows
 from emrrg_cli.evaluation.predictions import Predictions
-from emrrg_cli.files import atomic_write_text
+from emrrg_cli.files.atomic import atomic_write_text
 from emrrg_cli.reporting.evaluation_page import draw_plots, write_evaluation_page
 
 if TYPE_CHECKING:

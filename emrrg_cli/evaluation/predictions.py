@@ -14,7 +14,7 @@ from emrrg_cli.console import printable
 from emrrg_cli.datasets.report_text import unix_line_ends
 from emrrg_cli.errors import UsageError
 from emrrg_cli.evaluation.score_inputs import check_ids
-from emrrg_cli.files import atomic_write_text
+from emrrg_cli.files.atomic import atomic_write_text
 
 # Names that columns and keys have in published files; the first that is there is taken.
 ID_NAMES = ("study_id", "id", "uid", "study", "image_id", "dicom_id", "filename", "image")

@@ -22,13 +22,16 @@ from emrrg_cli.evaluation.outputs import DATA, write_assessment
 from emrrg_cli.evaluation.predictions import Predictions
 from emrrg_cli.evaluation.protocol import describe_protocol, reference_reports
 from emrrg_cli.evaluation.split_reports import MADE_WITH, kept_predictions, made_with, write_predictions
-from emrrg_cli.files import atomic_write_text, check_writable, locked, read_record, refuse_links
+from emrrg_cli.files.atomic import atomic_write_text
+from emrrg_cli.files.locks import locked
+from emrrg_cli.files.output_paths import check_writable, refuse_links
+from emrrg_cli.files.records import read_record
 from emrrg_cli.labeling import OBSERVATIONS
 from emrrg_cli.models.build import load_model
 from emrrg_cli.recipe.finetuning import FinetuneRecipe
 from emrrg_cli.reporting.tables import DISCLAIMER
 from emrrg_cli.runtime import inference_precision, llm_dtype, make_accelerator
-from emrrg_cli.silence_libraries import quiet_libraries
+from emrrg_cli.silence_libraries import silence_libraries
 
 __all__ = ["RunOptions", "describe_protocol", "run_evaluation"]
 
@@ -84,7 +87,7 @@ def run_evaluation(
     if recipe.data.root is None:
         raise UsageError("no data: give --data DIR", hint="A dataset directory, as `emrrg preprocess` writes it.")
     require_java(recipe.evaluation.tokenizer)
-    quiet_libraries()
+    silence_libraries()
     splits = open_dataset(recipe.data.root)
     if split not in splits:
         raise UsageError(f"{recipe.data.root}: no split {split!r}", hint=f"There are: {', '.join(splits)}.")

@@ -17,7 +17,8 @@ from emrrg_cli.datasets.report_dataset import Example, ReportDataset
 from emrrg_cli.datasets.shard_files import find_shards
 from emrrg_cli.decoding.reports import write_split
 from emrrg_cli.evaluation.predictions import Predictions
-from emrrg_cli.files import append_jsonl, atomic_write_text, read_jsonl, read_record, whole_directory
+from emrrg_cli.files.atomic import atomic_write_text, whole_directory
+from emrrg_cli.files.records import append_jsonl, read_jsonl, read_record
 from emrrg_cli.models.report_generator import ReportGenerator
 from emrrg_cli.recipe.finetuning import FinetuneRecipe
 from emrrg_cli.signals import interrupted_by

@@ -32,7 +32,8 @@ from emrrg_cli.datasets.directory import Column, dataset_features
 from emrrg_cli.datasets.manifest import MANIFEST
 from emrrg_cli.datasets.shard_files import shard_digest
 from emrrg_cli.errors import RunError, UsageError
-from emrrg_cli.files import atomic_write_text, locked, put_directory, recover_directory
+from emrrg_cli.files.atomic import atomic_write_text, put_directory, recover_directory
+from emrrg_cli.files.locks import locked
 from emrrg_cli.ingest.dedupe import Plan, Shard, make_plan, remarks_about
 from emrrg_cli.ingest.prepare import PreparedImages
 from emrrg_cli.ingest.shards import SplitShards, new_parquet, to_disk

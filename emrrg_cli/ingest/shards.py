@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Features
 
-from emrrg_cli.files import atomic_write_text
+from emrrg_cli.files.atomic import atomic_write_text
 from emrrg_cli.ingest.prepare import PreparedImages
 from emrrg_cli.ingest.study import Account, Study
 from emrrg_cli.vocabulary import Split

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from emrrg_cli.checksums import check_file
 from emrrg_cli.errors import RunError, UsageError
-from emrrg_cli.files import read_record
+from emrrg_cli.files.records import read_record
 from emrrg_cli.models.weights import load_tensors
 from emrrg_cli.vocabulary import ADAPTER_TARGETS
 

@@ -18,7 +18,8 @@ from torch import nn
 from emrrg_cli.checksums import check_directory, warn_unchecked, write_checksums
 from emrrg_cli.datasets.finding_targets import FINDINGS
 from emrrg_cli.errors import RunError, UsageError
-from emrrg_cli.files import atomic_directory, atomic_write_text, read_directory, read_record, whole_directory
+from emrrg_cli.files.atomic import atomic_directory, atomic_write_text, read_directory, whole_directory
+from emrrg_cli.files.records import read_record
 from emrrg_cli.models import adapters
 from emrrg_cli.models.arm.encoder import ArmEncoder
 from emrrg_cli.models.hybrid_decoder import add_hybrid_layers, hybrid_parameters

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from emrrg_cli.checksums import check_directory, warn_unchecked, write_checksums
 from emrrg_cli.datasets.finding_targets import FINDINGS
 from emrrg_cli.errors import RunError
-from emrrg_cli.files import atomic_directory, atomic_write_text
+from emrrg_cli.files.atomic import atomic_directory, atomic_write_text
 from emrrg_cli.models.alignment import Alignment
 from emrrg_cli.models.arm.encoder import ArmEncoder
 from emrrg_cli.models.encoder_files import save_encoder

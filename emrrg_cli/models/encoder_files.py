@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from emrrg_cli.errors import RunError, UsageError
-from emrrg_cli.files import atomic_write_text, read_directory
+from emrrg_cli.files.atomic import atomic_write_text, read_directory
 from emrrg_cli.models.arm.encoder import PATCH_SIZE, ArmEncoder
 
 FORMAT = 1

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from emrrg_cli.console import printable
 from emrrg_cli.errors import RunError, UsageError
-from emrrg_cli.files import read_bounded
+from emrrg_cli.files.records import read_bounded
 from emrrg_cli.recipe.layers import Layer
 from emrrg_cli.recipe.limits import MAX_BYTES
 from emrrg_cli.recipe.yaml12 import parse_layer

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from emrrg_cli.files import atomic_write_bytes
+from emrrg_cli.files.atomic import atomic_write_bytes
 
 TITLES = ("film", "target", "prediction", "prediction, brightness put back")
 CAPTION = (

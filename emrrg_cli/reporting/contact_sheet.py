@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from emrrg_cli.files import atomic_write_bytes
+from emrrg_cli.files.atomic import atomic_write_bytes
 
 _COLUMNS = 4
 _WIDTH = 380  # of a study, pixels

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from emrrg_cli.datasets.report_text import readable_report
-from emrrg_cli.files import atomic_write_bytes, atomic_write_text
+from emrrg_cli.files.atomic import atomic_write_bytes, atomic_write_text
 from emrrg_cli.reporting.evaluation_tables import AVERAGES, CONTROLS, LABELS, POLICY, labeler_name
 from emrrg_cli.reporting.rendering import render
 

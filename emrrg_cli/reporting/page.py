@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from emrrg_cli.files import atomic_write_text
+from emrrg_cli.files.atomic import atomic_write_text
 from emrrg_cli.reporting.rendering import render
 
 

@@ -9,7 +9,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from emrrg_cli.files import atomic_write_bytes
+from emrrg_cli.files.atomic import atomic_write_bytes
 
 TRAIN = "#4878a8"
 VALIDATION = "#c44e52"

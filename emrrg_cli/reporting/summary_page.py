@@ -12,7 +12,8 @@ from PIL import Image
 from emrrg_cli.console import printable
 from emrrg_cli.datasets.summary import SYNTHETIC, Example, Summary
 from emrrg_cli.errors import UsageError
-from emrrg_cli.files import atomic_write_text, check_writable
+from emrrg_cli.files.atomic import atomic_write_text
+from emrrg_cli.files.output_paths import check_writable
 from emrrg_cli.imaging.base import EncodedImage, ImageError
 from emrrg_cli.imaging.read import read_image
 from emrrg_cli.reporting.contact_sheet import Tile, draw_contact_sheet

@@ -20,14 +20,15 @@ from emrrg_cli.datasets.loading import load_batches
 from emrrg_cli.datasets.report_dataset import Example, ReportDataset
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.evaluation.retrieval import retrieval
-from emrrg_cli.files import atomic_directory, writing
+from emrrg_cli.files.atomic import atomic_directory
+from emrrg_cli.files.write_errors import writing
 from emrrg_cli.models.alignment import MAX_LOGIT_SCALE, Alignment, CachedPairs, contrastive_losses
 from emrrg_cli.models.build import build_encoder
 from emrrg_cli.models.build_alignment import fresh_alignment, save_alignment
 from emrrg_cli.models.text_encoder import load_text_tokenizer, train_text_tokenizer
 from emrrg_cli.models.transfer import fill_encoder
 from emrrg_cli.recipe.alignment import AlignDataSettings, AlignRecipe
-from emrrg_cli.silence_libraries import quiet_libraries
+from emrrg_cli.silence_libraries import silence_libraries
 from emrrg_cli.training.launch import is_first_process
 from emrrg_cli.training.loop import Summary
 from emrrg_cli.training.progress import TrainingDisplay
@@ -215,7 +216,7 @@ def run_align(
         RunError: when a part cannot be had or training fails.
         Interrupted: after Ctrl-C, with a checkpoint written.
     """
-    quiet_libraries()
+    silence_libraries()
     size = recipe.model.encoder.image_size
     training = open_pairs(recipe.data, "train", size, weighted=True)
     validation = open_pairs(recipe.data, "validation", size, required=False)

@@ -26,7 +26,9 @@ from torch import nn
 from emrrg_cli.checksums import check_directory, warn_unchecked, write_checksums
 from emrrg_cli.console import err
 from emrrg_cli.errors import RunError
-from emrrg_cli.files import atomic_directory, atomic_write_text, read_bounded, read_record, writing
+from emrrg_cli.files.atomic import atomic_directory, atomic_write_text
+from emrrg_cli.files.records import read_bounded, read_record
+from emrrg_cli.files.write_errors import writing
 from emrrg_cli.models.weights import load_tensors
 
 _WEIGHTS, _STATE, _PROGRESS = "trainable.safetensors", "state.pt", "progress.json"

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from emrrg_cli.errors import RunError, UsageError
-from emrrg_cli.files import atomic_write_text, read_record
+from emrrg_cli.files.atomic import atomic_write_text
+from emrrg_cli.files.records import read_record
 from emrrg_cli.versions import installed_versions
 
 ENVIRONMENT = "environment.json"

@@ -18,7 +18,8 @@ from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.evaluation.findings import finding_scores
 from emrrg_cli.evaluation.language import require_java, score
 from emrrg_cli.evaluation.protocol import reference_reports
-from emrrg_cli.files import atomic_directory, writing
+from emrrg_cli.files.atomic import atomic_directory
+from emrrg_cli.files.write_errors import writing
 from emrrg_cli.labeling import label_reports
 from emrrg_cli.models.build import (
     assemble,
@@ -34,7 +35,7 @@ from emrrg_cli.models.transfer import fill_encoder
 from emrrg_cli.models.weights import load_weights
 from emrrg_cli.recipe.finetuning import FinetuneRecipe
 from emrrg_cli.runtime import llm_dtype
-from emrrg_cli.silence_libraries import quiet_libraries
+from emrrg_cli.silence_libraries import silence_libraries
 from emrrg_cli.training.loop import MIN_BLEU_4, Summary
 from emrrg_cli.training.progress import TrainingDisplay
 from emrrg_cli.training.run_setup import Session, open_session, validation_loss
@@ -170,7 +171,7 @@ def run_finetune(
             f"model.llm.dtype={llm.dtype} is for a frozen LLM; the weights of one that is trained are fp32",
             hint="Leave it at auto; what a trained LLM computes in is train.precision.",
         )
-    quiet_libraries()
+    silence_libraries()
     splits = open_dataset(recipe.data.root)
     if "train" not in splits:
         raise RunError(f"{recipe.data.root}: this dataset directory has no split named train")

@@ -23,7 +23,9 @@ from emrrg_cli.console import err
 from emrrg_cli.datasets.epochs import DrawsEpoch, EpochOrder, Epochs, epoch_length
 from emrrg_cli.datasets.loading import load_batches
 from emrrg_cli.errors import Interrupted, RunError, UsageError
-from emrrg_cli.files import append_jsonl, atomic_write_text, directory_guard, read_jsonl
+from emrrg_cli.files.atomic import atomic_write_text
+from emrrg_cli.files.output_paths import directory_guard
+from emrrg_cli.files.records import append_jsonl, read_jsonl
 from emrrg_cli.models.arm.nonfinite_watch import watch
 from emrrg_cli.recipe.common import LoopSettings
 from emrrg_cli.runtime import slowdown_advice

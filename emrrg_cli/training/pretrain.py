@@ -17,13 +17,13 @@ from emrrg_cli.datasets.image_dataset import (
     ImageSource,
     collate_images,
 )
-from emrrg_cli.files import writing
+from emrrg_cli.files.write_errors import writing
 from emrrg_cli.models.arm.pretrainer import WEIGHTS, ArmPretrainer, find_pretrainer, save_pretrainer
 from emrrg_cli.models.outputs import StageOutput
 from emrrg_cli.models.weights import load_weights
 from emrrg_cli.recipe.pretraining import PretrainModelSettings, PretrainRecipe
 from emrrg_cli.reporting.clusters import draw_predictions
-from emrrg_cli.silence_libraries import quiet_libraries
+from emrrg_cli.silence_libraries import silence_libraries
 from emrrg_cli.training.loop import Summary
 from emrrg_cli.training.pretrain_data import check_roots, open_images
 from emrrg_cli.training.progress import TrainingDisplay
@@ -159,7 +159,7 @@ def run_pretrain(
         Interrupted: after Ctrl-C, with a checkpoint written.
     """
     roots = check_roots(recipe)
-    quiet_libraries()
+    silence_libraries()
     with open_session(
         recipe, recipe.train, recipe.model.scan, run_dir, resume=resume, expected_processes=expected_processes
     ) as session:

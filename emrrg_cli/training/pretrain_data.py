@@ -20,7 +20,7 @@ from emrrg_cli.datasets.image_dataset import (
     split_folder,
 )
 from emrrg_cli.errors import RunError, UsageError
-from emrrg_cli.files import atomic_write_text
+from emrrg_cli.files.atomic import atomic_write_text
 from emrrg_cli.recipe.pretraining import PretrainRecipe
 from emrrg_cli.training.heartbeat import beating, wait_for
 from emrrg_cli.training.run_setup import Session

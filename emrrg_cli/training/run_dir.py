@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 
 from emrrg_cli.console import printable
 from emrrg_cli.errors import UsageError
-from emrrg_cli.files import check_writable, is_leftover
+from emrrg_cli.files.output_paths import check_writable
+from emrrg_cli.files.temporary import is_leftover
 from emrrg_cli.recipe.common import Settings
 from emrrg_cli.recipe.layers import MAPPINGS
 from emrrg_cli.recipe.load import RUN_RECIPE, load_recipe

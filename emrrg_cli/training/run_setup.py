@@ -17,7 +17,10 @@ from emrrg_cli.checksums import CHECKSUMS, check_directory, write_checksums
 from emrrg_cli.datasets.epochs import check_batch, epoch_length, evaluation_batches
 from emrrg_cli.datasets.loading import load_batches
 from emrrg_cli.errors import EmrrgError, UsageError
-from emrrg_cli.files import atomic_write_text, locked, read_jsonl, refuse_links
+from emrrg_cli.files.atomic import atomic_write_text
+from emrrg_cli.files.locks import locked
+from emrrg_cli.files.output_paths import refuse_links
+from emrrg_cli.files.records import read_jsonl
 from emrrg_cli.models.scan import choose_engine
 from emrrg_cli.recipe.common import LoopSettings, Settings
 from emrrg_cli.recipe.load import RUN_RECIPE, dump_recipe

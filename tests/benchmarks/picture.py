@@ -17,7 +17,7 @@ from PIL import Image
 
 from emrrg_cli.datasets.directory import open_dataset
 from emrrg_cli.demo import read_result
-from emrrg_cli.files import atomic_write_bytes
+from emrrg_cli.files.atomic import atomic_write_bytes
 from emrrg_cli.phantom.reader import read_labels
 
 COUNT = 3

@@ -15,7 +15,7 @@ from emrrg_cli.evaluation.retrieval import KS, WAYS, Retrieval, retrieval
 from emrrg_cli.models.build_alignment import load_alignment
 from emrrg_cli.recipe.load import load_recipe
 from emrrg_cli.runtime import make_accelerator
-from emrrg_cli.silence_libraries import quiet_libraries
+from emrrg_cli.silence_libraries import silence_libraries
 from emrrg_cli.training.align import embed_pairs, open_pairs, read_alike
 
 
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--split", default="test")
     parser.add_argument("--count", type=int, default=200)
     arguments = parser.parse_args()
-    quiet_libraries()
+    silence_libraries()
     for run_dir in arguments.model:
         show(measure(arguments.dataset, run_dir, arguments.split, arguments.count), run_dir)
 

@@ -14,7 +14,7 @@ from emrrg_cli.app import main
 from emrrg_cli.commands.demo import Steps
 from emrrg_cli.demo import LEGEND, read_result, write_demo_page
 from emrrg_cli.errors import EmrrgError, Interrupted, UsageError
-from emrrg_cli.files import append_jsonl
+from emrrg_cli.files.records import append_jsonl
 
 
 @pytest.fixture(scope="module")

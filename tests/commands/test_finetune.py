@@ -12,7 +12,7 @@ import pytest
 
 from emrrg_cli.app import main
 from emrrg_cli.errors import RunError
-from emrrg_cli.files import locked
+from emrrg_cli.files.locks import locked
 from emrrg_cli.recipe.load import load_recipe
 from emrrg_cli.training.loop import Summary
 

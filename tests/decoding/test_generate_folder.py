@@ -376,7 +376,7 @@ def test_an_output_that_is_removed_meanwhile_is_an_error(
 
 
 def test_a_second_process_is_refused(tmp_path: Path, writer: Writer, recipe: FinetuneRecipe) -> None:
-    from emrrg_cli.files import locked
+    from emrrg_cli.files.locks import locked
 
     with locked(tmp_path / "out"), pytest.raises(RunError, match="another process is writing"):
         run_generation([_image(tmp_path / "1.png")], tmp_path / "run", recipe, tmp_path / "out")

@@ -16,7 +16,7 @@ from emrrg_cli.errors import Interrupted, RunError, UsageError
 from emrrg_cli.evaluation import assess, split_reports
 from emrrg_cli.evaluation import run as evaluation
 from emrrg_cli.evaluation.run import describe_protocol, run_evaluation
-from emrrg_cli.files import read_jsonl
+from emrrg_cli.files.records import read_jsonl
 from emrrg_cli.recipe.load import load_run_recipe
 
 
@@ -288,7 +288,7 @@ def test_the_protocol_says_what_was_trained(varied_run: Path, targets: Any, told
 
 def test_two_evaluations_do_not_share_a_folder(evaluate: Any, tmp_path: Path) -> None:
     from emrrg_cli.errors import EmrrgError
-    from emrrg_cli.files import locked
+    from emrrg_cli.files.locks import locked
 
     with locked(tmp_path / "out"), pytest.raises(EmrrgError, match="out"):
         evaluate()

@@ -167,7 +167,7 @@ def test_one_study_is_enough_for_a_batch_of_one(fit: Any) -> None:
 
 
 def test_gradients_are_clipped_or_left_alone(fit: Any, tmp_path: Path) -> None:
-    from emrrg_cli.files import read_jsonl
+    from emrrg_cli.files.records import read_jsonl
 
     fit(Stage(), epochs=1, log_every=1, clip_norm=0.5)
     # d/dw mean (w - 1)^2 = -2 at w = 0: the norm is told as it was before clipping.
@@ -251,7 +251,7 @@ def test_resuming_a_finished_run_changes_nothing(finetune: Any, run_of: Any) -> 
 
 
 def test_a_run_stopped_before_its_first_checkpoint_starts_over(fit: Any, tmp_path: Path) -> None:
-    from emrrg_cli.files import append_jsonl, read_jsonl
+    from emrrg_cli.files.records import append_jsonl, read_jsonl
 
     append_jsonl(tmp_path / "history.jsonl", {"step": 1, "train/loss": 9.0})
     summary = fit(Stage(), epochs=1, log_every=1, resume=True)
@@ -263,7 +263,7 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_over(fit: Any, tmp_pat
 
 
 def test_rows_after_the_checkpoint_are_written_once(fit: Any, tmp_path: Path) -> None:
-    from emrrg_cli.files import append_jsonl, read_jsonl
+    from emrrg_cli.files.records import append_jsonl, read_jsonl
 
     fit(Stage(_figures((0, 1), (0, 1))), epochs=2, log_every=1, stop_after_steps=3)
     append_jsonl(tmp_path / "history.jsonl", {"step": 4, "train/loss": 9.0})
@@ -340,7 +340,7 @@ def test_the_second_ctrl_c_acts_at_once(fit: Any) -> None:
 
 
 def test_a_signal_in_a_validation_acts_after_the_batch(fit: Any, tmp_path: Path) -> None:
-    from emrrg_cli.files import read_jsonl
+    from emrrg_cli.files.records import read_jsonl
 
     stage = Stage(_figures((0.5, 1.0)))
     batches = []
@@ -385,7 +385,7 @@ def test_a_validation_that_fails_loses_no_training(fit: Any, tmp_path: Path, eve
 def test_a_crash_after_a_validation_repeats_it_with_one_row(
     fit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from emrrg_cli.files import read_jsonl
+    from emrrg_cli.files.records import read_jsonl
 
     def crash(*arguments: Any) -> None:
         raise KeyboardInterrupt

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from emrrg_cli.errors import UsageError
-from emrrg_cli.files import check_writable
+from emrrg_cli.files.output_paths import check_writable
 from emrrg_cli.recipe.finetuning import FinetuneRecipe
 from emrrg_cli.recipe.load import dump_recipe, load_recipe
 from emrrg_cli.recipe.paths import with_absolute_paths

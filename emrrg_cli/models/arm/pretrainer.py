@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from emrrg_cli.checksums import write_checksums
 from emrrg_cli.errors import RunError, UsageError
-from emrrg_cli.files import atomic_directory, read_directory, whole_directory
+from emrrg_cli.files.atomic import atomic_directory, read_directory, whole_directory
 from emrrg_cli.models.arm.encoder import CLUSTER, PATCH_SIZE, ArmEncoder, cluster_order, sincos_position_embedding
 from emrrg_cli.models.weights import load_weights
 

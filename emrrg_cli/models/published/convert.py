@@ -11,7 +11,8 @@ from torch import Tensor
 
 from emrrg_cli.checksums import CHECKSUMS, write_checksums
 from emrrg_cli.errors import UsageError
-from emrrg_cli.files import atomic_directory, writing
+from emrrg_cli.files.atomic import atomic_directory
+from emrrg_cli.files.write_errors import writing
 from emrrg_cli.models.encoder_files import EncoderConfig
 from emrrg_cli.models.published.checkpoint import write_checkpoint
 from emrrg_cli.models.published.directories import LEFT_OUT, RECORD, write_alignment, write_pretrainer, write_record

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from emrrg_cli.errors import RunError, UsageError
-from emrrg_cli.files import atomic_write_text, whole_directory
+from emrrg_cli.files.atomic import atomic_write_text, whole_directory
 from emrrg_cli.models.arm.pretrainer import ArmPretrainer, default_taps
 from emrrg_cli.models.encoder_files import ENCODER_FILE, FORMAT, PRETRAINER_FILE, EncoderConfig, write_encoder_config
 from emrrg_cli.models.published.bert import bert_config

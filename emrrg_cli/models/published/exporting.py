@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emrrg_cli import files
 from emrrg_cli.errors import RunError, UsageError
+from emrrg_cli.files import records
 from emrrg_cli.models.arm.encoder import CLUSTER
 from emrrg_cli.models.encoder_files import EncoderConfig
 from emrrg_cli.models.published.bert import usual_heads
@@ -122,8 +122,8 @@ def _without_a_place(directory: Path, stage: Stage, ours: Mapping[str, Tensor]) 
 def _unusual_tower(directory: Path) -> list[str]:
     trained = directory if (directory / ALIGNMENT_CONFIG).is_file() else directory / "model"
     hint = "Convert or train it again."
-    settings = files.read_record(trained / ALIGNMENT_CONFIG, "the settings of an alignment", hint) or {}
-    tower = files.read_record(trained / "text_encoder" / "config.json", "the configuration of BERT", hint) or {}
+    settings = records.read_record(trained / ALIGNMENT_CONFIG, "the settings of an alignment", hint) or {}
+    tower = records.read_record(trained / "text_encoder" / "config.json", "the configuration of BERT", hint) or {}
     usual = {**USUAL_TEXT, "num_attention_heads": usual_heads(tower.get("hidden_size", 0))}
     found = {**settings, **tower}
     return [f"{name}={found[name]}" for name, value in usual.items() if found.get(name, value) != value]

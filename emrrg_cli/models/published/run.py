@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from emrrg_cli.errors import RunError, UsageError
-from emrrg_cli.files import atomic_write_text
+from emrrg_cli.files.atomic import atomic_write_text
 from emrrg_cli.models.encoder_files import ENCODER_FILE, EncoderConfig, encoder_source
 from emrrg_cli.models.published.directories import BRIDGE_FILE, save_tensors
 from emrrg_cli.models.published.importing import Imported, import_checkpoint

@@ -1,0 +1,122 @@
+"""JSON and JSON-lines files, and reads with a size limit."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+
+from emrrg_cli.console import err, printable
+from emrrg_cli.errors import RunError, UsageError
+from emrrg_cli.files.output_paths import writable_path
+from emrrg_cli.files.write_errors import name_write_errors
+
+_LARGEST_RECORD = 64 * 2**20  # bytes of a JSON file
+_LARGEST_TABLE = 256 * 2**20  # bytes of a JSON-lines file
+
+
+def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
+    """Append one row to a JSON-lines file, without buffering. An incomplete last line is removed first.
+
+    Raises:
+        RunError: The file cannot be written.
+    """
+    line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8")
+    path = writable_path(path)
+    with name_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+") as file:
+            line = _repair_end(file) + line
+            file.write(line)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read the rows of a JSON-lines file. A last line that a crash cut off is skipped, with a message on stderr.
+
+    Raises:
+        UsageError: The file cannot be read, or a line is not a JSON object. The message names the file and line.
+    """
+    try:
+        lines = read_bounded(path, _LARGEST_TABLE).split(b"\n")
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            if number == len(lines):  # all complete lines end with a line break
+                err.print(f"[yellow]{escape(str(path))}:{number}: the last line was cut off and is left out[/]")
+                continue
+            raise UsageError(f"{path}:{number}: not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise UsageError(f"{path}:{number}: expected an object, found {type(row).__name__}")
+        rows.append(row)
+    return rows
+
+
+def read_record(file: Path, what: str, hint: str) -> dict[str, Any] | None:
+    """Read the JSON object in a file; None if there is no file.
+
+    Args:
+        what: Description of the file, for the error message.
+        hint: What the user can do when the file is broken.
+
+    Raises:
+        RunError: The file cannot be read, is not a regular file, is too large or holds something else.
+    """
+    try:
+        record = json.loads(read_bounded(file, _LARGEST_RECORD).decode("utf-8"))
+        if not isinstance(record, dict):
+            raise ValueError("no JSON object")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        reason = printable(error.strerror or "") if isinstance(error, OSError) else printable(str(error))
+        raise RunError(f"{file}, {what}, cannot be read: {reason}", hint=hint) from error
+    return record
+
+
+def read_bounded(path: Path, limit: int) -> bytes:
+    """Read a regular file of at most `limit` bytes. Never waits, also not on a pipe or a device.
+
+    Raises:
+        OSError: The file is not regular, too large or unreadable; `strerror` gives the reason.
+    """
+    # Without O_NONBLOCK, opening a FIFO waits for a writer.
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with os.fdopen(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        data = file.read(limit + 1)  # files of /proc have no size
+    if len(data) > limit:
+        raise OSError(errno.EFBIG, f"larger than {limit:,} bytes", str(path))
+    return data
+
+
+def _repair_end(file: Any) -> bytes:
+    """Remove an incomplete last line of an open JSON-lines file. Returns the bytes to write before the next row."""
+    end = file.seek(0, os.SEEK_END)
+    start, tail = end, b""
+    while start and b"\n" not in tail:
+        step = min(start, 4096)
+        start -= step
+        file.seek(start)
+        tail = file.read(step) + tail
+    last = tail.rpartition(b"\n")[2]
+    if not last:
+        return b""
+    try:
+        json.loads(last)
+    except ValueError:
+        file.truncate(end - len(last))
+        return b""
+    return b"\n"

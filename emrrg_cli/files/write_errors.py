@@ -1,0 +1,54 @@
+"""Error messages for writes that fail: which file, and on a full disk the space it needs and the space left."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from emrrg_cli.errors import RunError
+
+
+@contextlib.contextmanager
+def name_write_errors(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Turn a system error into one that says which file could not be written, on a full disk also the space."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
+        hint = _free_space(next(above for above in path.absolute().parents if above.exists()), needed) if full else None
+        raise RunError(f"cannot write {path}: {error.strerror or error}", hint=hint) from error
+
+
+@contextlib.contextmanager
+def writing(place: Path, needed: int | None = None) -> Iterator[None]:
+    """Turn the errors that torch and safetensors raise while they write tensors into one that names the place.
+
+    Args:
+        place: The file or directory that is written in the block.
+        needed: Expected size in bytes, if known. A disk without that much space is refused before the block runs.
+
+    Raises:
+        RunError: The write failed. The message names the place, the space it needs and the space that is left.
+    """
+    from safetensors import SafetensorError
+
+    nearest = next(path for path in (place, *place.absolute().parents) if path.exists())
+    if needed is not None and needed > shutil.disk_usage(nearest).free:
+        raise RunError(f"cannot write {place}: the disk is full", hint=_free_space(nearest, needed))
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        if "inline_container" in reason:  # torch.save only notices that its file is too short
+            reason = "the file is cut off, most often because the disk is full"
+        raise RunError(f"cannot write {place}: {reason}", hint=_free_space(nearest, needed)) from error
+
+
+def _free_space(place: Path, needed: int | None) -> str:
+    """A hint with the space that is needed (if known) and the space that is free."""
+    free = shutil.disk_usage(place).free / 2**20
+    required = "" if needed is None else f"It needs about {needed / 2**20:,.1f} MiB; "
+    return f"{required}{free:,.1f} MiB are free there."

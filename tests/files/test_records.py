@@ -1,0 +1,68 @@
+"""JSON and JSON-lines files: whole, cut off, broken, too large."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from emrrg_cli.errors import RunError, UsageError
+from emrrg_cli.files.records import append_jsonl, read_bounded, read_jsonl, read_record
+
+
+def test_jsonl_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "log" / "history.jsonl"
+    rows = [{"step": 1, "text": "caf\u00e9\n\u2028"}, {"step": 2, "loss": 0.1}]
+    for row in rows:
+        append_jsonl(path, row)
+    assert read_jsonl(path) == rows
+
+
+@pytest.mark.parametrize("cut", [b'{"step": 2, "te', b'{"step": 2, "text": "caf\xc3', b"{" + b"x" * 10_000])
+def test_a_cut_last_line_is_left_out_and_then_removed(
+    tmp_path: Path, cut: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "history.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + cut)
+    assert read_jsonl(path) == [{"step": 1}]
+    assert "cut off" in capsys.readouterr().err
+    append_jsonl(path, {"step": 2})
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_last_row_without_line_break_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    path.write_bytes(b'{"step": 1}')
+    append_jsonl(path, {"step": 2})
+    assert read_jsonl(path) == [{"step": 1}, {"step": 2}]
+
+
+@pytest.mark.parametrize(("text", "says"), [('{}\n{"a\n{}\n', ":2: not JSON"), ("{}\n3\n", ":2: expected an object")])
+def test_a_broken_line_is_named(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=says):
+        read_jsonl(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"rows\.jsonl"):
+        read_jsonl(tmp_path / "rows.jsonl")
+
+
+def test_reads_are_bounded_and_never_wait(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    (tmp_path / "large").write_bytes(b"x" * 101)
+    for name in ("pipe", "zero", "large", "."):
+        with pytest.raises(OSError, match=r"not a regular file|larger than|directory"):
+            read_bounded(tmp_path / name, 100)
+        if name != "large":
+            with pytest.raises(UsageError, match="cannot read"):
+                read_jsonl(tmp_path / name)
+            with pytest.raises(RunError, match="cannot be read"):
+                read_record(tmp_path / name, "a record", "")
+    (tmp_path / "deep").write_text("[" * 100_000)
+    with pytest.raises(RunError, match="cannot be read"):
+        read_record(tmp_path / "deep", "a record", "")
