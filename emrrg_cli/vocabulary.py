@@ -58,6 +58,13 @@ F1_RULES = "F1_rules"
 REWARDS = (*BLEU_NAMES, ROUGE_L, CIDER)
 SELECTION_SCORES = (*BLEU_NAMES, ROUGE_L, METEOR, CIDER, F1_RULES)
 
+# Where the visual tokens stand in a prompt, and the published prompt (EMRRG, arXiv 2510.16776).
+IMAGE_PLACE = "<ImageHere>"
+PUBLISHED_PROMPT = (
+    f"Human: <Img>{IMAGE_PLACE}</Img> "
+    "Generate a comprehensive and detailed diagnosis report for this chest xray image. \nAssistant:"
+)
+
 # Of the colours of ImageNet, on values from 0 to 1.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -17,6 +17,7 @@ from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.files.atomic import atomic_write_text
 from emrrg_cli.files.records import append_jsonl, read_jsonl
 from emrrg_cli.recipe.finetuning import FinetuneRecipe
+from emrrg_cli.vocabulary import PUBLISHED_PROMPT
 
 Row = dict[str, Any]
 _COLUMNS = ["path", "report", "seconds", "notes", "study", "files"]
@@ -150,6 +151,8 @@ def fingerprint_of(run_dir: Path, recipe: FinetuneRecipe) -> str:
     options = recipe.model_dump(mode="json", include={"model": True, "generation": True, "protocol": True})
     for name in ("batch_size", "engine"):  # a report does not depend on these
         options["generation"].pop(name)
+    if options["model"]["prompt"] == PUBLISHED_PROMPT:  # unsaid, as before prompts could be chosen
+        options["model"].pop("prompt")
     digest.update(json.dumps(options, sort_keys=True).encode())
     for file in sorted(run_dir.rglob("*.safetensors")):
         if "checkpoints" in file.relative_to(run_dir).parts:

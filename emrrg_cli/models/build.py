@@ -65,7 +65,14 @@ def assemble(settings: ModelSettings, encoder: ArmEncoder, llm: Any, tokenizer: 
 def _join(settings: ModelSettings, encoder: nn.Module, llm: Any, tokenizer: Any) -> ReportGenerator:
     text = settings.llm
     model = ReportGenerator(
-        encoder, llm, tokenizer, settings.visual_prompt, settings.views, text.begin_token_id, text.end_text
+        encoder,
+        llm,
+        tokenizer,
+        settings.visual_prompt,
+        settings.views,
+        text.begin_token_id,
+        text.end_text,
+        settings.prompt,
     )
     if settings.findings:
         model.add_findings_head(FINDINGS, in_prompt=settings.findings_prompt)

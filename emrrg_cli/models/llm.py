@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from emrrg_cli.errors import RunError, UsageError
+from emrrg_cli.vocabulary import IMAGE_PLACE, PUBLISHED_PROMPT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,10 +18,6 @@ if TYPE_CHECKING:
     from emrrg_cli.recipe.finetuning import LLMSettings, ScratchLLMSettings
 
 _SAMPLE_BYTES = 1 << 16
-
-# The two halves of the published prompt; the visual tokens stand between them.
-PROMPT_BEFORE = "Human: <Img>"
-PROMPT_AFTER = "</Img> Generate a comprehensive and detailed diagnosis report for this chest xray image. \nAssistant:"
 
 
 def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -139,12 +136,13 @@ def add_dropout(llm: Any, rate: float) -> None:
         layer.mlp.register_forward_hook(drop)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, prompt: str = PUBLISHED_PROMPT) -> PreTrainedTokenizerBase:
     """A byte-level BPE tokenizer trained on reports: no text is out of its vocabulary.
 
     Args:
         texts: the training reports, cleaned as they will be learned.
         vocab_size: largest number of tokens, bytes and special tokens included.
+        prompt: what stands around the image, which the tokens are to fit too.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -158,7 +156,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator([PROMPT_BEFORE, PROMPT_AFTER, *texts], trainer)
+    bpe.train_from_iterator([*prompt.split(IMAGE_PLACE), *texts], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 

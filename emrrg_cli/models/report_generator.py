@@ -14,10 +14,9 @@ from emrrg_cli.models.adapters import plain
 from emrrg_cli.models.augment import augmented
 from emrrg_cli.models.findings_head import FindingsHead
 from emrrg_cli.models.hybrid_decoder import hybrid_parameters
-from emrrg_cli.models.llm import PROMPT_AFTER, PROMPT_BEFORE
 from emrrg_cli.models.outputs import StageOutput
 from emrrg_cli.models.views import average_views, concatenate_views, pool_patches
-from emrrg_cli.vocabulary import IMAGENET_MEAN, IMAGENET_STD
+from emrrg_cli.vocabulary import IMAGE_PLACE, IMAGENET_MEAN, IMAGENET_STD, PUBLISHED_PROMPT
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -50,6 +49,7 @@ class ReportGenerator(nn.Module):
         views: `average` takes the mean of a study's views token by token, `concat` puts them one after the other.
         begin_token_id: first token of the prompt; None: the tokenizer's, if it has one.
         end_text: text that ends a report in place of the tokenizer's end token; generated text is cut there.
+        prompt: text with `<ImageHere>` in it once, where the visual tokens stand.
 
     Source: EMRRG (arXiv 2510.16776) section 3.
     """
@@ -66,6 +66,7 @@ class ReportGenerator(nn.Module):
         views: str = "average",
         begin_token_id: int | None = None,
         end_text: str | None = None,
+        prompt: str = PUBLISHED_PROMPT,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -83,8 +84,9 @@ class ReportGenerator(nn.Module):
         self.hybrid = any(True for _ in hybrid_parameters(llm))
         first = tokenizer.bos_token_id if begin_token_id is None else begin_token_id
         begin = [] if first is None else [first]
-        self.before = begin + tokenizer.encode(PROMPT_BEFORE, add_special_tokens=False)
-        self.after = tokenizer.encode(PROMPT_AFTER, add_special_tokens=False)
+        before, after = prompt.split(IMAGE_PLACE)
+        self.before = begin + tokenizer.encode(before, add_special_tokens=False)
+        self.after = tokenizer.encode(after, add_special_tokens=False)
         self.pad_token_id: int = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
@@ -155,7 +157,8 @@ class ReportGenerator(nn.Module):
         embed = self.llm.get_input_embeddings()
         b = visual.shape[0]
         # Made on the CPU and sent, since with `device=` the host waits for all that the device has to do.
-        before, after = (torch.tensor(ids).to(visual.device, non_blocking=True) for ids in (self.before, self.after))
+        halves = (torch.tensor(ids, dtype=torch.long) for ids in (self.before, self.after))
+        before, after = (half.to(visual.device, non_blocking=True) for half in halves)
         before, after = embed(before).expand(b, -1, -1), embed(after).expand(b, -1, -1)
         told = [] if self.finding_words is None else [self._told_findings(tokens, views).to(before.dtype)]
         embeddings = torch.cat([before, visual.to(before.dtype), *told, after], dim=1)

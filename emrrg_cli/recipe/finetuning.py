@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from emrrg_cli.recipe.common import FINDINGS_WEIGHT, SEEDS, DataSettings, EncoderSettings, LoopSettings, Settings
-from emrrg_cli.vocabulary import REWARDS, SELECTION_SCORES, AdapterTarget, ScanEngine, Tokenizer
+from emrrg_cli.vocabulary import (
+    IMAGE_PLACE,
+    PUBLISHED_PROMPT,
+    REWARDS,
+    SELECTION_SCORES,
+    AdapterTarget,
+    ScanEngine,
+    Tokenizer,
+)
 
 Protocol = Literal["published", "ours"]
 
@@ -110,6 +118,9 @@ class ModelSettings(Settings):
     adapter: AdapterSettings = Field(default_factory=AdapterSettings)
     llm: LLMSettings = Field(default_factory=LLMSettings)
     hybrid: HybridSettings = Field(default_factory=HybridSettings)
+    prompt: str = Field(
+        PUBLISHED_PROMPT, description=f"what the report is written after; the image stands at {IMAGE_PLACE}"
+    )
     visual_prompt: Literal["full", "pooled"] = Field(
         "full", description="full: every visual token in the prompt; pooled: 2x2 averages and the class token"
     )
@@ -121,6 +132,15 @@ class ModelSettings(Settings):
         False, description="what that head tells stands in the prompt, a word for each finding; needs findings: true"
     )
     scan: ScanEngine = Field("auto", description="engine of the selective scan")
+
+    @field_validator("prompt")
+    @classmethod
+    def _check_prompt(cls, prompt: str) -> str:
+        if (times := prompt.count(IMAGE_PLACE)) != 1:
+            raise ValueError(f"must contain {IMAGE_PLACE} once, where the image stands; it is there {times} times")
+        if not prompt.split(IMAGE_PLACE)[1].strip():
+            raise ValueError(f"must have text behind {IMAGE_PLACE}, which the report follows")
+        return prompt
 
     @model_validator(mode="after")
     def _check(self) -> Self:

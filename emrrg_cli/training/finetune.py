@@ -242,6 +242,7 @@ def _tokenizer(recipe: FinetuneRecipe, training: ReportDataset, run_dir: Path, a
     target = run_dir / "tokenizer"
     if accelerator.is_main_process and not target.exists():
         with atomic_directory(target) as temporary:
-            train_tokenizer(training.reports, recipe.model.llm.scratch.vocab_size).save_pretrained(temporary)
+            tokenizer = train_tokenizer(training.reports, recipe.model.llm.scratch.vocab_size, recipe.model.prompt)
+            tokenizer.save_pretrained(temporary)
     accelerator.wait_for_everyone()
     return load_tokenizer(str(target))

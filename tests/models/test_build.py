@@ -252,6 +252,12 @@ def test_settings_of_the_model_are_kept(make_run: Callable[..., Run]) -> None:
     torch.testing.assert_close(_logits(model), _logits(run.model))  # of another engine
 
 
+def test_the_prompt_is_that_of_the_recipe(make_run: Callable[..., Run]) -> None:
+    run = make_run("none", SCRATCH, prompt="Film: <ImageHere> Report:")
+    assert run.load().after == run.load().tokenizer.encode(" Report:", add_special_tokens=False)
+    assert run.load().after == run.model.after
+
+
 def test_without_hybrid_layers(make_run: Callable[..., Run], llm_dir: Path) -> None:
     run = make_run(["X"], {"name": str(llm_dir)}, hybrid={"every": None})
     model = run.load(merge=False)

@@ -18,8 +18,6 @@ from safetensors.torch import load_file, save_file
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.models import llm as llm_module
 from emrrg_cli.models.llm import (
-    PROMPT_AFTER,
-    PROMPT_BEFORE,
     build_scratch_llm,
     llm_record,
     load_llm,
@@ -29,6 +27,7 @@ from emrrg_cli.models.llm import (
 from emrrg_cli.models.text_encoder import load_text_encoder, load_text_tokenizer
 from emrrg_cli.planning.llms import llm_config
 from emrrg_cli.recipe.finetuning import LLMSettings, ModelSettings, ScratchLLMSettings
+from emrrg_cli.vocabulary import PUBLISHED_PROMPT
 
 MakeLLM = Callable[..., Any]
 
@@ -43,9 +42,13 @@ def llm_dir(make_llm: MakeLLM, tokenizer: Any, tmp_path: Path) -> Path:
 
 
 def test_the_prompt_is_the_published_one() -> None:
-    assert PROMPT_BEFORE + "<ImageHere>" + PROMPT_AFTER == (
-        "Human: <Img><ImageHere></Img> Generate a comprehensive and detailed diagnosis report "
-        "for this chest xray image. \nAssistant:"
+    assert (
+        ModelSettings().prompt
+        == PUBLISHED_PROMPT
+        == (
+            "Human: <Img><ImageHere></Img> Generate a comprehensive and detailed diagnosis report "
+            "for this chest xray image. \nAssistant:"
+        )
     )
 
 
@@ -78,7 +81,7 @@ def test_special_tokens_and_size(texts: list[str]) -> None:
 def test_a_saved_tokenizer_reads_the_same(tokenizer: Any, texts: list[str], tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path)
     read = load_tokenizer(str(tmp_path))
-    for text in [*texts, PROMPT_BEFORE, PROMPT_AFTER, "37°C </s> x"]:
+    for text in [*texts, *PUBLISHED_PROMPT.split("<ImageHere>"), "37°C </s> x"]:
         assert read.encode(text, add_special_tokens=False) == tokenizer.encode(text, add_special_tokens=False)
     assert (read.pad_token_id, read.bos_token_id, read.eos_token_id) == (0, 1, 2)
     tokens = tokenizer.encode(" . a . ", add_special_tokens=False)

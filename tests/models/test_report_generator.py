@@ -373,6 +373,29 @@ def test_a_text_in_place_of_the_end_token(make_model: MakeModel, texts: list[str
     assert model.decode([*tokens, *end, *tokens]) == texts[0]
 
 
+def test_another_prompt_stands_around_the_image(make_model: MakeModel) -> None:
+    plain = make_model()
+    encode = partial(plain.tokenizer.encode, add_special_tokens=False)
+    model = ReportGenerator(plain.encoder, plain.llm, plain.tokenizer, prompt="Film: <ImageHere>\nReport:")
+    assert model.before == [plain.tokenizer.bos_token_id, *encode("Film: ")]
+    assert model.after == encode("\nReport:")
+    assert (model.before, model.after) != (plain.before, plain.after)
+    bare = ReportGenerator(plain.encoder, plain.llm, plain.tokenizer, prompt="<ImageHere>\nReport:")
+    bare.before = []  # as of a tokenizer without a beginning
+    pixels = _examples(["a"], [1])[0].pixels
+    embeddings, mask, _ = bare.prompt(pixels, torch.tensor([1]))
+    assert embeddings.shape[1] == mask.shape[1] == 17 + len(bare.after)
+
+
+def test_the_default_prompt_is_the_published_text(make_model: MakeModel) -> None:
+    model = make_model()
+    encode = partial(model.tokenizer.encode, add_special_tokens=False)
+    assert model.before == [model.tokenizer.bos_token_id, *encode("Human: <Img>")]
+    assert model.after == encode(
+        "</Img> Generate a comprehensive and detailed diagnosis report for this chest xray image. \nAssistant:"
+    )
+
+
 def test_decoding_leaves_special_tokens_out(make_model: MakeModel, texts: list[str]) -> None:
     model = make_model()
     for text in texts:

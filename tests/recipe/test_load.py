@@ -13,6 +13,7 @@ from emrrg_cli.recipe.load import OVERLAYS, RECIPES, dump_recipe, load_recipe, l
 from emrrg_cli.recipe.overrides import parse_overrides
 from emrrg_cli.recipe.protocols import PROTOCOLS
 from emrrg_cli.recipe.yaml12 import dump, parse_layer
+from emrrg_cli.vocabulary import PUBLISHED_PROMPT
 
 KNOWN_STAGES = ", ".join([*RECIPES, *OVERLAYS])
 
@@ -303,6 +304,18 @@ def test_every_problem_is_listed_in_order_with_its_line(write: Any) -> None:
         ("generation.seed=4294967296", "generation.seed: must be less than 2147483648, got 4294967296"),
         ("train.lr=0", "train.lr: must be more than 0, got 0"),
         ("train.lr.x=0", "train.lr: expected a number, got a mapping"),
+        (
+            "model.prompt='Human:'",
+            "model.prompt: must contain <ImageHere> once, where the image stands; it is there 0 times",
+        ),
+        (
+            "model.prompt='<ImageHere><ImageHere> a'",
+            "model.prompt: must contain <ImageHere> once, where the image stands; it is there 2 times",
+        ),
+        (
+            "model.prompt='a <ImageHere> '",
+            "model.prompt: must have text behind <ImageHere>, which the report follows",
+        ),
         ("train=null", "train: a section without settings; leave it out"),
         (
             "train.schedule=Cosin",
@@ -401,6 +414,15 @@ def run_dir(tmp_path: Path) -> Path:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.yaml").write_text(dump_recipe(recipe))
     return tmp_path / "run"
+
+
+def test_a_run_without_a_prompt_has_the_published_one(run_dir: Path) -> None:
+    file = run_dir / "recipe.yaml"
+    document = resolve_recipe(str(file))
+    assert document["model"].pop("prompt") == PUBLISHED_PROMPT
+    file.write_text(dump(document))
+    assert "ImageHere" not in file.read_text()
+    assert load_run_recipe(run_dir, None, [], "evaluate").model.prompt == PUBLISHED_PROMPT
 
 
 def test_an_overlay_changes_only_what_it_says(run_dir: Path) -> None:
