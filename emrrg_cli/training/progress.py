@@ -8,10 +8,10 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import psutil
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -313,19 +313,9 @@ def _memory() -> str:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         return f"GPU {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-    resident = resident_bytes()
-    return "" if resident is None else f"RAM {resident / 2**30:.1f} GiB"
+    return f"RAM {resident_bytes() / 2**30:.1f} GiB"
 
 
-def resident_bytes() -> int | None:
-    """Memory of this process; its peak where the system tells no more, None where it tells nothing."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        import resource
-
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    with contextlib.suppress(ImportError, OSError):
-        import resource
-
-        # Systems without /proc tell the peak only: macOS in bytes, others in KiB.
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return None
+def resident_bytes() -> int:
+    """Memory of this process."""
+    return int(psutil.Process().memory_info().rss)

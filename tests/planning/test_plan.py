@@ -12,6 +12,7 @@ import pytest
 from emrrg_cli import planning
 from emrrg_cli.app import main
 from emrrg_cli.errors import UsageError
+from emrrg_cli.planning import prediction, sizes
 from emrrg_cli.planning.llms import llm_config
 from emrrg_cli.planning.trial import Step
 from emrrg_cli.recipe.load import load_recipe
@@ -48,9 +49,9 @@ def test_published_counts() -> None:
     """LoRA_p(X) at rank 16 (SPEC: base 294,912; large 786,432), without a weight on disk or in memory."""
     for size, count in (("base", 294_912), ("large", 786_432)):
         recipe = load_recipe("mimic_cxr/finetune", [f"model.encoder.size={size}"], stage="finetune")
-        model = planning._meta_model(recipe.model, llm_config(recipe.model))
+        model = sizes.meta_model(recipe.model, llm_config(recipe.model))
         assert all(parameter.is_meta for parameter in model.parameters())
-        parameters, trainable = planning._count(model)
+        parameters, trainable = sizes.count_parameters(model)
         assert parameters["LoRA"] == trainable["LoRA"] == count
         assert trainable["LLM"] == trainable["encoder"] == 0
         assert parameters["LLM"] == 6_738_415_616  # Llama 2 7B
@@ -69,13 +70,13 @@ def test_memory_grows_with_what_is_trained_and_with_the_batch() -> None:
 
 def test_quantisation_counts() -> None:
     name = ["model.llm.name=meta-llama/Llama-2-7b-chat-hf", "model.llm.frozen=true", "model.hybrid.every=null"]
-    sizes = []
+    weights = []
     for quantization in ("none", "8bit", "4bit"):
         recipe = load_recipe("tiny/finetune", [*name, f"model.llm.quantization={quantization}"], stage="finetune")
-        model = planning._meta_model(recipe.model, llm_config(recipe.model))
-        sizes.append(planning._weight_bytes(model, recipe, "bf16") / 2**30)
-    assert sizes[0] == pytest.approx(12.55, abs=0.6)  # 6.74e9 parameters at 2 bytes, and the rest at 4
-    assert sizes[0] > 1.7 * sizes[1] > 2.8 * sizes[2]
+        model = sizes.meta_model(recipe.model, llm_config(recipe.model))
+        weights.append(sizes.weight_bytes(model, recipe, "bf16") / 2**30)
+    assert weights[0] == pytest.approx(12.55, abs=0.6)  # 6.74e9 parameters at 2 bytes, and the rest at 4
+    assert weights[0] > 1.7 * weights[1] > 2.8 * weights[2]
 
 
 @pytest.mark.slow
@@ -83,7 +84,7 @@ def test_what_does_not_fit_is_given_a_way(monkeypatch: pytest.MonkeyPatch) -> No
     roomy = plan_of()
     assert roomy.fits
     assert roomy.proposals == []
-    monkeypatch.setattr(planning, "_available_bytes", lambda device: roomy.peak - roomy.memory["activations"] // 2)
+    monkeypatch.setattr(prediction, "available_bytes", lambda device: roomy.peak - roomy.memory["activations"] // 2)
     tight = plan_of()
     assert not tight.fits
     assert any(proposal.startswith("train.micro_batch_size=") for proposal in tight.proposals)
@@ -102,8 +103,8 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.fixture
 def no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "measure", lambda *args, **options: Step(1.0, 0.0, 1.0, 1.0))
-    monkeypatch.setattr(planning, "seconds_per_study", lambda recipe, micro: 1.0)
+    monkeypatch.setattr(prediction, "measure", lambda *args, **options: Step(1.0, 0.0, 1.0, 1.0))
+    monkeypatch.setattr(prediction, "seconds_per_study", lambda recipe, micro: 1.0)
 
 
 @pytest.mark.usefixtures("no_trial")
@@ -164,8 +165,8 @@ def test_the_views_of_a_study_are_those_that_are_used(tiny_dataset: Path, monkey
         views.append(options["views"])
         return Step(1.0, 0.0, 1.0, 1.0)
 
-    monkeypatch.setattr(planning, "measure", measure)
-    monkeypatch.setattr(planning, "seconds_per_study", lambda recipe, micro: 1.0)
+    monkeypatch.setattr(prediction, "measure", measure)
+    monkeypatch.setattr(prediction, "seconds_per_study", lambda recipe, micro: 1.0)
     root = f"data.root={tiny_dataset}"
     plan_of()
     plan_of(views=3)
@@ -183,19 +184,19 @@ def test_an_unknown_llm_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_a_step_is_its_micro_batches_and_one_update(monkeypatch: pytest.MonkeyPatch) -> None:
     step = Step(seconds=2.0, update=0.5, saved=1000.0, checkpointed=100.0)
-    monkeypatch.setattr(planning, "measure", lambda *args, **options: step)
+    monkeypatch.setattr(prediction, "measure", lambda *args, **options: step)
     result = plan_of("train.batch_size=12", "train.micro_batch_size=3")
     assert result.seconds_loading is None
     assert result.seconds_per_step == result.seconds_computing == 4 * 2.0 + 0.5
     assert any("data.root=DIR" in note for note in result.notes)
     assert plan_of("train.batch_size=12", processes=4).seconds_per_step == 2.5
     kept = plan_of("train.gradient_checkpointing=true").memory["activations"]
-    assert plan_of().memory["activations"] - kept == pytest.approx(planning._HOLES * 900, abs=1)
+    assert plan_of().memory["activations"] - kept == pytest.approx(prediction.HOLES * 900, abs=1)
 
 
 def test_loading_and_computing_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 8)
-    together = planning._together
+    together = prediction._together
     assert together(2.0, 3.0, 0, "cuda") == 5.0  # one process does both
     assert together(2.0, 3.0, 4, "cuda") == 3.0
     assert together(4.0, 3.0, 4, "cuda") == 4.0
@@ -204,8 +205,8 @@ def test_loading_and_computing_together(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_slow_loading_is_told(tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "measure", lambda *args, **options: Step(1.0, 0.0, 1.0, 1.0))
-    monkeypatch.setattr(planning, "seconds_per_study", lambda recipe, micro: 1.0)
+    monkeypatch.setattr(prediction, "measure", lambda *args, **options: Step(1.0, 0.0, 1.0, 1.0))
+    monkeypatch.setattr(prediction, "seconds_per_study", lambda recipe, micro: 1.0)
     monkeypatch.setattr("os.cpu_count", lambda: 16)
     overrides = [f"data.root={tiny_dataset}", "train.batch_size=4"]
     assert plan_of(*overrides, "data.workers=2").notes == [
@@ -216,7 +217,7 @@ def test_slow_loading_is_told(tiny_dataset: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_gradients_and_the_optimizers_copy() -> None:
-    gradients = planning._gradients
+    gradients = sizes.gradients
     assert gradients(100, 1000, accumulates=False, device_type="cpu") == 0
     assert gradients(100, 1000, accumulates=True, device_type="cpu") == 100
     assert gradients(100, 30, accumulates=False, device_type="cpu") == 70

@@ -1,0 +1,60 @@
+"""What the reader of a plan should know, and what makes it fit."""
+
+from __future__ import annotations
+
+import math
+import os
+
+from emrrg_cli.models.llm import can_quantize
+from emrrg_cli.planning.result import Plan
+from emrrg_cli.recipe.finetuning import FinetuneRecipe
+
+
+def notes_on(result: Plan, recipe: FinetuneRecipe) -> list[str]:
+    """What the reader of the figures should know."""
+    notes = []
+    loading = result.seconds_loading
+    if loading is None:
+        notes.append("reading images is not in the time: data.root=DIR measures it")
+    elif loading > result.seconds_computing and (
+        more := math.ceil(recipe.data.workers * loading / result.seconds_computing)
+    ) <= (os.cpu_count() or 1):
+        notes.append(f"reading images limits the time; data.workers={more} would keep up")
+    elif loading > result.seconds_computing:
+        notes.append("reading images limits the time: preprocess them to a smaller size")
+    if recipe.model.llm.quantization != "none" and not can_quantize():
+        notes.append(
+            f"bitsandbytes is not installed: the time is that of a model that is not {recipe.model.llm.quantization}"
+        )
+    return notes
+
+
+def proposals_for(result: Plan, recipe: FinetuneRecipe, checkpointed: int, share: int) -> list[str]:
+    """Changes, gentlest first, until the memory suffices; each as `key=value`."""
+    if result.fits:
+        return []
+    proposals: list[str] = []
+    budget = 0.95 * result.available
+    if sum(result.disk.values()) > result.disk_free:
+        proposals.append("output=DIR on a disk with more room")
+    fixed = result.peak - result.memory["activations"]
+    activations, micro = result.memory["activations"], result.micro_batch_size
+    whole_llm = result.precision == "fp32" and recipe.model.llm.is_frozen and recipe.model.llm.dtype == "auto"
+    if fixed + activations > budget and whole_llm:
+        proposals.append("model.llm.dtype=bf16")
+        fixed -= result.memory["LLM weights"] // 2
+    while fixed + activations > budget and micro > 1:
+        activations, micro = activations * (micro // 2) // micro, micro // 2
+    if micro != result.micro_batch_size:
+        proposals.append(f"train.micro_batch_size={micro} ({math.ceil(share / micro)} micro-batches a step)")
+    if fixed + activations > budget and recipe.model.llm.is_frozen and recipe.model.llm.quantization == "none":
+        proposals.append("model.llm.quantization=4bit (needs bitsandbytes)")
+        fixed -= int(result.memory["LLM weights"] * 0.7)
+    if fixed + activations > budget and not recipe.train.gradient_checkpointing:
+        proposals.append("train.gradient_checkpointing=true")
+        activations = min(activations, checkpointed * micro // result.micro_batch_size)
+    if fixed + activations > budget:
+        if recipe.model.adapter.targets == "full":
+            proposals.append("model.adapter.targets=[X] (the encoder stays frozen)")
+        proposals.append("a smaller LLM (model.llm.name), or a device with more memory")
+    return proposals

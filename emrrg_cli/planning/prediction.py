@@ -1,0 +1,205 @@
+"""What a recipe needs, predicted from meta tensors and a short trial.
+
+Parameters are counted on a model of meta tensors, which has no weights. Time and activations come from real training
+steps of a model with a few encoder blocks and decoder layers, of the recipe's widths and batch, with random weights:
+what further blocks and layers add is measured, and the rest is multiplication. Where there is a data set, some of its
+images are read as the training would.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from emrrg_cli.datasets.epochs import check_batch
+from emrrg_cli.errors import RunError
+from emrrg_cli.planning.advice import notes_on, proposals_for
+from emrrg_cli.planning.llms import llm_config
+from emrrg_cli.planning.loading import count_studies, seconds_per_study
+from emrrg_cli.planning.result import Plan
+from emrrg_cli.planning.sizes import (
+    CUDA_CONTEXT,
+    available_bytes,
+    count_parameters,
+    disk_bytes,
+    disk_free,
+    file_bytes,
+    gradients,
+    meta_model,
+    weight_bytes,
+)
+from emrrg_cli.planning.trial import Step, measure
+from emrrg_cli.recipe.finetuning import FinetuneRecipe
+from emrrg_cli.runtime import choose_precision, make_accelerator
+from emrrg_cli.training.progress import resident_bytes
+
+# A process keeps the holes between the tensors of its heap: its memory over theirs, as seen in training on a CPU.
+HOLES = 1.15
+
+
+def plan(
+    recipe: FinetuneRecipe,
+    *,
+    studies: int | None = None,
+    views: int | None = None,
+    processes: int = 1,
+    report: Callable[[str], None] = lambda text: None,
+) -> Plan:
+    """Predicts what training with a recipe needs, by meta tensors and a trial of a few seconds to minutes.
+
+    Args:
+        studies: training studies, for the time of an epoch; None: those of `data.root`, or unknown without one.
+        views: images a study; None: the mean of those of `data.root`, or 1 without one.
+        processes: processes that share `train.batch_size`.
+        report: called with a description of each measurement.
+
+    Raises:
+        UsageError: when `data.root` is no dataset directory, or the training would refuse the batch.
+        RunError: when the LLM's configuration or the training split cannot be had, or not even one block fits.
+    """
+    import emrrg_cli.training.finetune  # noqa: F401  (the program's own memory is that of a training process)
+
+    work = _work(recipe, studies, views, processes, report)
+    loading = None
+    if recipe.data.root is not None:
+        report("measuring how fast images are read")
+        loading = seconds_per_study(recipe, work.micro) * work.share
+    report("counting parameters")
+    whole = meta_model(recipe.model, work.config)
+    parameters, trainable = count_parameters(whole)
+    step, program = _trial(work, parameters["LLM"], report)
+    weights = weight_bytes(whole, recipe, work.precision)
+    llm_weights = weights - 4 * (sum(parameters.values()) - parameters["LLM"])
+    trained = sum(trainable.values())
+    computing = step.seconds * work.share / work.micro + step.update
+    steps, total = _steps(recipe, work.studies)
+    cuda = work.device.type == "cuda"
+    result = Plan(
+        parameters=parameters,
+        trainable=trainable,
+        memory=_memory(work, step, program=program, weights=weights, llm_weights=llm_weights, trained=trained),
+        available=available_bytes(work.device),
+        device=torch.cuda.get_device_name() if cuda else f"CPU, {os.cpu_count()} cores",
+        precision=work.precision,
+        micro_batch_size=work.micro,
+        seconds_computing=computing,
+        seconds_loading=loading,
+        seconds_per_step=_together(computing, loading or 0.0, recipe.data.workers, work.device.type),
+        steps_per_epoch=steps,
+        epochs=recipe.train.epochs,
+        total_steps=total,
+        disk=disk_bytes(recipe, parameters, trained, llm_weights),
+        disk_free=disk_free(recipe),
+    )
+    result.notes = notes_on(result, recipe)
+    result.proposals = proposals_for(result, recipe, int(work.holes * step.checkpointed), work.share)
+    return result
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a device does in a step: `share` studies of `views` images, `micro` at a time."""
+
+    recipe: FinetuneRecipe
+    config: Any
+    accelerator: Any
+    precision: str
+    studies: int | None
+    views: int
+    share: int
+    micro: int
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.accelerator.device
+        return device
+
+    @property
+    def holes(self) -> float:
+        return HOLES if self.device.type == "cpu" else 1.0
+
+
+def _work(
+    recipe: FinetuneRecipe, studies: int | None, views: int | None, processes: int, report: Callable[[str], None]
+) -> _Work:
+    precision = choose_precision(recipe.train.precision)
+    accelerator = make_accelerator(precision, 0)
+    config = llm_config(recipe.model)
+    if recipe.data.root is not None and (studies is None or views is None):
+        report("counting studies")
+        counted, images = count_studies(recipe)
+        studies, views = studies or counted, views or max(1, round(images))
+    if studies is not None:
+        studies = min(studies, recipe.data.limit or studies)
+    check_batch(recipe.train.batch_size, processes, studies)
+    views = views or 1
+    share = recipe.train.batch_size // processes
+    return _Work(
+        recipe,
+        config,
+        accelerator,
+        precision,
+        studies,
+        views=min(views, recipe.data.max_views or views),
+        share=share,
+        micro=min(recipe.train.micro_batch_size or share, share),
+    )
+
+
+def _trial(work: _Work, llm_parameters: int, report: Callable[[str], None]) -> tuple[Step, int]:
+    """A measured step, and the bytes of the program itself, which the first step brings to their full size."""
+    program, files = resident_bytes(), file_bytes()
+    try:
+        step = measure(
+            work.recipe,
+            work.config,
+            work.accelerator,
+            micro=work.micro,
+            views=work.views,
+            llm_parameters=llm_parameters,
+            report=report,
+        )
+    except torch.cuda.OutOfMemoryError:
+        raise RunError("not even one encoder block and one decoder layer fit on this GPU") from None
+    return step, program + file_bytes() - files if work.device.type == "cpu" else CUDA_CONTEXT
+
+
+def _memory(work: _Work, step: Step, *, program: int, weights: int, llm_weights: int, trained: int) -> dict[str, int]:
+    """Bytes on the device at the peak of a step, by what they are."""
+    train = work.recipe.train
+    # fp32 copy and its gradient
+    logits = work.micro * (work.recipe.data.max_report_tokens + 2) * work.config.vocab_size * 4 * 2
+    activations = int(work.holes * ((step.checkpointed if train.gradient_checkpointing else step.saved) + logits))
+    accumulates = work.micro < work.share
+    return {
+        "program": program,
+        "LLM weights": llm_weights,
+        "other weights": weights - llm_weights,
+        "optimizer": 8 * trained,
+        "activations": activations,
+        "gradients": gradients(4 * trained, activations, accumulates=accumulates, device_type=work.device.type),
+    }
+
+
+def _steps(recipe: FinetuneRecipe, studies: int | None) -> tuple[int | None, int | None]:
+    """Optimizer steps of an epoch and of the whole schedule; None where the number of studies is not known."""
+    if studies is None:
+        return None, None
+    steps = studies // recipe.train.batch_size
+    total = steps * recipe.train.epochs
+    return steps, total if recipe.train.max_steps is None else min(total, recipe.train.max_steps)
+
+
+def _together(computing: float, loading: float, workers: int, device_type: str) -> float:
+    """Seconds of a step that computes and has its batch loaded by `workers` processes, or by the one that computes."""
+    if not workers:
+        return computing + loading
+    if device_type == "cuda":
+        return max(computing, loading)
+    # Arithmetic takes every core of a CPU: what is loaded meanwhile is taken from it.
+    cores = os.cpu_count() or 1
+    return max(loading, computing + loading * min(workers, cores) / cores)

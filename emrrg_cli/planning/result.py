@@ -1,0 +1,51 @@
+"""What a plan says."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class Plan:
+    """Prediction for one device; bytes and seconds, the latter of an optimizer step.
+
+    `seconds_loading` is the time in which the loader brings a step's studies (None: there is no data set to read).
+    `total_steps` are those of all epochs, or `train.max_steps` where that ends the schedule before (None: how many
+    studies there are is not known).
+    """
+
+    parameters: dict[str, int]
+    trainable: dict[str, int]
+    memory: dict[str, int]
+    available: int
+    device: str
+    precision: str
+    micro_batch_size: int
+    seconds_computing: float
+    seconds_loading: float | None
+    seconds_per_step: float
+    steps_per_epoch: int | None
+    epochs: int
+    total_steps: int | None
+    disk: dict[str, int]
+    disk_free: int
+    proposals: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def peak(self) -> int:
+        """Predicted peak memory of the device."""
+        return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether memory and disk suffice; a twentieth of the memory is left for what is not counted."""
+        return self.peak <= 0.95 * self.available and sum(self.disk.values()) <= self.disk_free
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        counts = (self.steps_per_epoch, self.total_steps)
+        epoch, total = (None if steps is None else self.seconds_per_step * steps for steps in counts)
+        more = {"peak": self.peak, "fits": self.fits, "seconds_per_epoch": epoch, "seconds_total": total}
+        return {**asdict(self), **more}

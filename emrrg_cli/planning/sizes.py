@@ -1,0 +1,108 @@
+"""Parameters of a recipe's model, and the bytes that they take in memory and on disk."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from emrrg_cli.models.adapters import plain
+from emrrg_cli.models.build import assemble, build_encoder
+from emrrg_cli.models.hybrid_decoder import hybrid_parameters
+from emrrg_cli.models.report_generator import ReportGenerator
+from emrrg_cli.planning.llms import PlanTokenizer
+from emrrg_cli.recipe.finetuning import FinetuneRecipe, ModelSettings
+from emrrg_cli.runtime import llm_dtype
+from emrrg_cli.training.progress import resident_bytes
+
+# Memory of a GPU that torch does not see: the context and kernels of CUDA, as seen on an H100.
+CUDA_CONTEXT = 600 * 2**20
+
+
+def meta_model(settings: ModelSettings, config: Any) -> ReportGenerator:
+    """The model of a recipe without weights."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        llm = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        return assemble(settings, build_encoder(settings.encoder, settings.scan), llm, PlanTokenizer())
+
+
+def count_parameters(model: ReportGenerator) -> tuple[dict[str, int], dict[str, int]]:
+    """Parameters of each part of a model: all of them, and those that are trained."""
+    added = {name for name, _ in hybrid_parameters(plain(model.llm))}
+    parts = {"encoder": 0, "bridge": 0, "hybrid layers": 0, "LLM": 0, "LoRA": 0}
+    trained = dict.fromkeys(parts, 0)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            part = "LoRA"
+        elif name.startswith("bridge."):
+            part = "bridge"
+        elif name.startswith("encoder."):
+            part = "encoder"
+        else:
+            part = "hybrid layers" if any(name.endswith(key) for key in added) else "LLM"
+        parts[part] += parameter.numel()
+        trained[part] += parameter.numel() * parameter.requires_grad
+    return parts, trained
+
+
+def weight_bytes(model: ReportGenerator, recipe: FinetuneRecipe, precision: str) -> int:
+    """Bytes of the weights in memory."""
+    # Everything is fp32 but a frozen LLM, whose inner projections may be quantised.
+    own = llm_dtype(recipe.model.llm.dtype, precision).itemsize if recipe.model.llm.is_frozen else 4
+    inner = {"none": own, "8bit": 1.0, "4bit": 0.516}[recipe.model.llm.quantization]
+    total = 0.0
+    for name, parameter in model.named_parameters():
+        in_llm = name.startswith("llm.") and ".cross." not in name and ".lora_" not in name
+        outer = parameter.ndim < 2 or "embed" in name or "lm_head" in name
+        total += parameter.numel() * ((own if outer else inner) if in_llm else 4)
+    return int(total)
+
+
+def gradients(size: int, activations: int, *, accumulates: bool, device_type: str) -> int:
+    """Bytes that gradients and the optimizer's step add to the peak.
+
+    Gradients fill up while activations are freed: only where micro-batches add up are they there all the time. When
+    the optimizer steps the activations are gone; on a GPU, AdamW takes all parameters at once and needs a copy then.
+    """
+    stepping = 2 * size if device_type == "cuda" else size
+    return max(size if accumulates else 0, stepping - activations)
+
+
+def disk_bytes(recipe: FinetuneRecipe, parameters: dict[str, int], trained: int, llm_weights: int) -> dict[str, int]:
+    """Bytes that a run directory takes, by what they are."""
+    frozen_encoder = recipe.model.adapter.targets != "full"
+    disk = {
+        "encoder": 4 * parameters["encoder"] if frozen_encoder else 0,
+        # Export and checkpoint are each written beside the one they replace.
+        "model": 2 * 4 * trained,
+        "checkpoints": 2 * 12 * trained,
+    }
+    if recipe.model.llm.save and recipe.model.llm.is_frozen:
+        disk["LLM copy"] = llm_weights
+    return {name: size for name, size in disk.items() if size}
+
+
+def disk_free(recipe: FinetuneRecipe) -> int:
+    """Bytes free where the run directory will be."""
+    place = Path(recipe.output or ".").absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def file_bytes() -> int:
+    """Memory of this process that holds pages of files, libraries foremost; 0 where the system does not say."""
+    return int(getattr(psutil.Process().memory_info(), "shared", 0))
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that a training could have on a device, what this process has included."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + CUDA_CONTEXT
+    return psutil.virtual_memory().available + resident_bytes()
