@@ -78,12 +78,14 @@ def run_generation(
     Raises:
         UsageError: when `output` holds reports of another model or other options and `overwrite` is false, or when it
             cannot be written.
-        RunError: when another process writes there, the model cannot be loaded, or the output is removed.
+        RunError: when another process writes there, the model cannot be loaded, or the output is removed or
+            leads elsewhere by a link.
         Interrupted: after SIGINT or SIGTERM; what was written so far is kept.
     """
     check_writable(output)
     place = Output(output, shard, fingerprint_of(run_dir, recipe))
     with locked(output if shard is None else place.reports):
+        place.open()
         own = list(studies) if shard is None else list(studies[shard.index :: shard.count])
         return _Run(own, run_dir, recipe, place, overwrite).run(device)
 

@@ -8,13 +8,14 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.files.atomic import atomic_write_text
+from emrrg_cli.files.output_paths import directory_guard, refuse_links
 from emrrg_cli.files.records import append_jsonl, read_jsonl
 from emrrg_cli.recipe.finetuning import FinetuneRecipe
 from emrrg_cli.vocabulary import PUBLISHED_PROMPT
@@ -78,6 +79,17 @@ class Output:
         self.skipped = folder / f"skipped{suffix}.jsonl"
         self.done_marker = folder / f"reports{suffix}.done"
         self._written = False
+        self._require_folder: Callable[[], None] | None = None
+
+    def open(self) -> None:
+        """Makes the folder, and sure that what is written stays in it; called by the one process that writes.
+
+        Raises:
+            RunError: something in it leads out of it, or is no regular file.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        refuse_links(self.folder, ("reports*", "skipped*", "page.html"))  # others may be in a folder such as "."
+        self._require_folder = directory_guard(self.folder)
 
     def earlier_rows(self) -> list[Row]:
         """What earlier runs with the same model and options wrote, also one that was killed.
@@ -110,6 +122,8 @@ class Output:
         self._written = True
 
     def _check_there(self) -> None:
+        if self._require_folder is not None and not self._written:
+            self._require_folder()
         if self._written and not self.partial.exists():
             raise RunError(
                 f"{self.partial} was removed during the run, with the reports in it",

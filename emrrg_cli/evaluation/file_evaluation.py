@@ -10,10 +10,10 @@ from emrrg_cli.datasets.report_text import clean_report, cleaning_for, select_se
 from emrrg_cli.errors import UsageError
 from emrrg_cli.evaluation.assess import Options, assess
 from emrrg_cli.evaluation.language import require_java
-from emrrg_cli.evaluation.outputs import DATA, write_assessment
+from emrrg_cli.evaluation.outputs import DATA, OWN_FILES, write_assessment
 from emrrg_cli.evaluation.predictions import Predictions
 from emrrg_cli.files.locks import locked
-from emrrg_cli.files.output_paths import check_writable
+from emrrg_cli.files.output_paths import check_writable, refuse_links
 from emrrg_cli.reporting.tables import DISCLAIMER
 
 
@@ -31,6 +31,7 @@ def evaluate_file(
     require_java(options.tokenizer)
     if output is not None:
         check_writable(output)
+        refuse_links(output, OWN_FILES)
         if (output / DATA).exists() and not overwrite:
             raise UsageError(f"{output} already holds an evaluation", hint="Give --overwrite, or another --output.")
     found = assess(predictions, options)

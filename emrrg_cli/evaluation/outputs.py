@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 DATA = "scores.json"
 PAGE = "page.html"
+OWN_FILES = ("*.json", "*.jsonl*", "*.csv", "*.png", PAGE)  # glob patterns of all that an evaluation writes
 # Studies whose films are on the page, and their size there: about 10 kB a film.
 _FILMS, _SIDE, _QUALITY = 600, 320, 75
 

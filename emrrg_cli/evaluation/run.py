@@ -18,7 +18,7 @@ from emrrg_cli.errors import UsageError
 from emrrg_cli.evaluation.assess import Options, assess
 from emrrg_cli.evaluation.image_controls import FilmControls
 from emrrg_cli.evaluation.language import require_java
-from emrrg_cli.evaluation.outputs import DATA, write_assessment
+from emrrg_cli.evaluation.outputs import DATA, OWN_FILES, write_assessment
 from emrrg_cli.evaluation.predictions import Predictions
 from emrrg_cli.evaluation.protocol import describe_protocol, reference_reports
 from emrrg_cli.evaluation.split_reports import MADE_WITH, kept_predictions, made_with, write_predictions
@@ -93,6 +93,8 @@ def run_evaluation(
         raise UsageError(f"{recipe.data.root}: no split {split!r}", hint=f"There are: {', '.join(splits)}.")
     if output is None:
         refuse_links(run_dir)
+    else:
+        refuse_links(output, OWN_FILES)
     check_writable(output or run_dir / "evaluation")
     precision = inference_precision(recipe.train.precision, "cuda" if torch.cuda.is_available() else "cpu")
     record = made_with(recipe, run_dir, split, precision)

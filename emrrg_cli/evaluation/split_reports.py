@@ -18,6 +18,7 @@ from emrrg_cli.datasets.shard_files import find_shards
 from emrrg_cli.decoding.reports import write_split
 from emrrg_cli.evaluation.predictions import Predictions
 from emrrg_cli.files.atomic import atomic_write_text, whole_directory
+from emrrg_cli.files.output_paths import directory_guard
 from emrrg_cli.files.records import append_jsonl, read_jsonl, read_record
 from emrrg_cli.models.report_generator import ReportGenerator
 from emrrg_cli.recipe.finetuning import FinetuneRecipe
@@ -75,6 +76,7 @@ def write_predictions(
         films: the dataset with other films in place of its own, for a control; None: its own.
 
     Raises:
+        RunError: The folder was removed meanwhile, with the reports in it.
         Interrupted: after SIGINT or SIGTERM; what was written so far is kept.
     """
     study_ids = dataset.study_ids
@@ -82,10 +84,13 @@ def write_predictions(
     rank = f"-{accelerator.process_index}" if accelerator.num_processes > 1 else ""
     partial = folder / f"{stem}{rank}.jsonl.partial"
     partial.unlink(missing_ok=True)  # of an evaluation that is to be overwritten
+    folder.mkdir(parents=True, exist_ok=True)
+    require_folder = directory_guard(folder)
     kept = 0
 
     def keep(indices: Sequence[int], reports: Sequence[str]) -> None:
         nonlocal kept
+        require_folder()
         for index, report in zip(indices, reports, strict=True):
             append_jsonl(partial, _row(study_ids[index], references[index], report))
         kept += len(reports)
@@ -104,6 +109,7 @@ def write_predictions(
             keep=keep,
         )
     if accelerator.is_main_process:
+        require_folder()
         lines = [
             json.dumps(_row(*row), ensure_ascii=False) + "\n"
             for row in zip(study_ids, references, hypotheses, strict=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from emrrg_cli.console import printable
@@ -47,28 +47,32 @@ def check_writable(directory: Path) -> None:
         raise UsageError(f"{directory} cannot be written: no permission in {nearest}", hint="Give another --output.")
 
 
-def refuse_links(directory: Path) -> None:
+def refuse_links(directory: Path, patterns: Sequence[str] | None = None) -> None:
     """Check, before anything is written to an output directory, that nothing in it leads out of it.
+
+    Args:
+        patterns: Glob patterns of the entries to look at, where the user may keep other files beside them. None: All
+            entries, at any depth.
 
     Raises:
         RunError: A link in it points elsewhere, or something in it is neither a file nor a directory (a device, ...).
     """
     root = real_path(directory)
-    for folder, directories, names in os.walk(root):
-        for name in (*directories, *names):
-            entry = Path(folder) / name
-            if entry.is_symlink():
-                if not real_path(entry).is_relative_to(root):
-                    raise RunError(
-                        f"{printable(str(entry))} is a link to {printable(os.readlink(entry))}: "  # noqa: PTH115
-                        "nothing is written into a directory with such links",
-                        hint="Put the file itself in its place, or choose another --output.",
-                    )
-            elif name in names and not stat.S_ISREG(entry.lstat().st_mode):
+    everything = (Path(folder) / name for folder, *inside in os.walk(root) for names in inside for name in names)
+    chosen = (entry for pattern in patterns or () for entry in root.glob(pattern))
+    for entry in everything if patterns is None else chosen:
+        if entry.is_symlink():
+            if not real_path(entry).is_relative_to(root):
                 raise RunError(
-                    f"{printable(str(entry))} is not a regular file: nothing is written into its directory",
-                    hint="Remove it, or choose another --output.",
+                    f"{printable(str(entry))} is a link to {printable(os.readlink(entry))}: "  # noqa: PTH115
+                    "nothing is written into a directory with such links",
+                    hint="Put the file itself in its place, or choose another --output.",
                 )
+        elif not (stat.S_ISREG(mode := entry.lstat().st_mode) or stat.S_ISDIR(mode)):
+            raise RunError(
+                f"{printable(str(entry))} is not a regular file: nothing is written into its directory",
+                hint="Remove it, or choose another --output.",
+            )
 
 
 def directory_guard(directory: Path) -> Callable[[], None]:

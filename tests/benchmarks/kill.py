@@ -3,9 +3,9 @@
     python tests/benchmarks/kill.py --kills 20            # every stage, about a quarter of an hour on two cores
     python tests/benchmarks/kill.py --kills 3 --stage finetune
 
-Each run is killed (SIGKILL, or SIGTERM every third time) at a random moment between the start of the process and the
-end of an undisturbed one, until it has been killed once or twice, and then resumed to its end. Prints one line a kill
-and ends with exit code 1 where a run cannot be resumed or differs.
+Each run is killed (SIGKILL, or SIGTERM every third time) at a random moment between the first file that it writes and
+the end of an undisturbed one, until it has been killed once or twice, and then resumed to its end. Prints one line a
+kill and ends with exit code 1 where a run cannot be resumed or differs.
 """
 
 from __future__ import annotations
@@ -41,6 +41,14 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "emrrg_cli", *arguments]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_begin(process: subprocess.Popen[str], run: Path, since: float) -> None:
+    """Waits until a run has written something after `since` (seconds of the epoch): its recipe or its environment."""
+    while process.poll() is None and not any(
+        file.is_file() and file.stat().st_mtime > since for file in (run / "recipe.yaml", run / "environment.json")
+    ):
+        time.sleep(0.02)
 
 
 def finish(arguments: list[str]) -> tuple[int, str]:
@@ -86,18 +94,22 @@ def main() -> int:
         for stage in options.stage or STAGES:
             recipe, *changes = STAGES[stage]
             base = [stage, recipe, f"data.root={root / 'data'}", *changes, *COMMON]
+            process = start([*base, "--output", str(root / f"{stage}-whole")])
+            wait_for_begin(process, root / f"{stage}-whole", 0.0)
             began = time.monotonic()
-            code, output = finish([*base, "--output", str(root / f"{stage}-whole")])
-            assert code == 0, output
+            output, _ = process.communicate(timeout=600)
+            assert process.returncode == 0, output
             whole, seconds = content(root / f"{stage}-whole"), time.monotonic() - began
-            print(f"{stage}: {seconds:.1f} s undisturbed, {len(whole)} tensors and records", flush=True)
+            print(f"{stage}: {seconds:.1f} s from recipe to end, {len(whole)} tensors and records", flush=True)
             for number in range(options.kills):
                 run = root / f"{stage}-{number}"
                 command, moments = [*base, "--output", str(run)], []
                 for _ in range(draw.choice((1, 1, 2))):
-                    moments.append(draw.uniform(0.0, 1.05 * seconds))
+                    moments.append(draw.uniform(0.0, seconds))
                     resumed = [*command, "--resume"] if (run / "recipe.yaml").is_file() else command
+                    now = time.time()
                     process = start(resumed)
+                    wait_for_begin(process, run, now)
                     try:
                         process.communicate(timeout=moments[-1])
                     except subprocess.TimeoutExpired:
@@ -108,7 +120,8 @@ def main() -> int:
                 failures += bool(found)
                 outcome = "the same bits" if not found else f"DIFFERENT: {', '.join(found[:3])}"
                 print(
-                    f"  {number + 1:2} killed after {', '.join(f'{m:.2f} s' for m in moments)}: {outcome}", flush=True
+                    f"  {number + 1:2} killed {', '.join(f'{m:.2f} s' for m in moments)} after it began: {outcome}",
+                    flush=True,
                 )
     print(f"{failures} failures")
     return int(failures > 0)

@@ -375,6 +375,33 @@ def test_an_output_that_is_removed_meanwhile_is_an_error(
         run_generation(files, tmp_path / "run", recipe, tmp_path / "out")
 
 
+def test_an_output_removed_before_the_first_report_is_an_error(
+    tmp_path: Path, writer: Writer, recipe: FinetuneRecipe
+) -> None:
+    writer.before = lambda: shutil.rmtree(tmp_path / "out")  # type: ignore[method-assign]
+    with pytest.raises(RunError, match="was removed while the program wrote to it"):
+        run_generation([_image(tmp_path / "1.png")], tmp_path / "run", recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["reports.jsonl", "reports.jsonl.partial", "reports.csv", "skipped.jsonl", "page.html"]
+)
+def test_an_output_with_links_out_of_it_is_refused(
+    tmp_path: Path, writer: Writer, recipe: FinetuneRecipe, name: str
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "precious").write_text("")
+    (tmp_path / "out" / "films").symlink_to(tmp_path)  # not ours
+    (tmp_path / "out" / name).symlink_to(tmp_path / "precious")
+    files = [_image(tmp_path / "1.png")]
+    with pytest.raises(RunError, match=rf"{name} is a link to .*precious: nothing is written"):
+        run_generation(files, tmp_path / "run", recipe, tmp_path / "out")
+    assert (writer.batches, (tmp_path / "precious").read_text()) == ([], "")
+    (tmp_path / "out" / name).unlink()
+    assert len(run_generation(files, tmp_path / "run", recipe, tmp_path / "out").rows) == 1
+
+
 def test_a_second_process_is_refused(tmp_path: Path, writer: Writer, recipe: FinetuneRecipe) -> None:
     from emrrg_cli.files.locks import locked
 

@@ -262,6 +262,31 @@ def test_a_wrong_output_is_refused_before_the_model_loads(
         run_evaluation(load_run_recipe(varied_run, None, (), "evaluate"), varied_run, "test", tmp_path / "file")
 
 
+@pytest.mark.parametrize("name", ["scores.json", "predictions.jsonl.partial", "page.html"])
+def test_an_output_with_links_out_of_it_is_refused(evaluate: Any, tmp_path: Path, name: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "precious").write_text("")
+    (tmp_path / "out" / name).symlink_to(tmp_path / "precious")
+    with pytest.raises(RunError, match=rf"{name} is a link to .*precious: nothing is written"):
+        evaluate()
+    assert (tmp_path / "precious").read_text() == ""
+
+
+def test_an_output_removed_meanwhile_is_an_error(
+    evaluate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = split_reports.append_jsonl
+
+    def remove(*arguments: Any) -> None:
+        save(*arguments)
+        shutil.rmtree(tmp_path / "out")
+
+    monkeypatch.setattr(split_reports, "append_jsonl", remove)
+    with pytest.raises(RunError, match="out was removed while the program wrote to it"):
+        evaluate()
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_protocol_is_one_line_with_all_settings_of_scores(varied_run: Path) -> None:
     def described(*overrides: str) -> str:
         return describe_protocol(load_run_recipe(varied_run, None, overrides, "evaluate"))
