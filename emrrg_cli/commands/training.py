@@ -35,7 +35,7 @@ def pretrain(
 
     Example: emrrg pretrain xray/pretrain-base data.root=data/all --output runs/pretrain
     """
-    _train("pretrain", context, recipe, overrides, output, resume, num_processes, print_recipe)
+    _train(context, recipe, overrides, output, resume, num_processes, print_recipe)
 
 
 def align(
@@ -54,7 +54,7 @@ def align(
 
     Example: emrrg align xray/align-base data.root=data/all model.encoder.weights=runs/pretrain --output runs/align
     """
-    _train("align", context, recipe, overrides, output, resume, num_processes, print_recipe, verbose=verbose)
+    _train(context, recipe, overrides, output, resume, num_processes, print_recipe, verbose=verbose)
 
 
 def finetune(
@@ -73,11 +73,10 @@ def finetune(
       emrrg finetune iu_xray/finetune data.root=data/iu_xray model.encoder.weights=runs/align --output runs/iu
       emrrg finetune iu_xray/finetune data.root=data/iu_xray --output runs/iu --resume
     """
-    _train("finetune", context, recipe, overrides, output, resume, num_processes, print_recipe, verbose=verbose)
+    _train(context, recipe, overrides, output, resume, num_processes, print_recipe, verbose=verbose)
 
 
 def _train(
-    stage_name: str,
     context: typer.Context,
     recipe: str,
     overrides: list[str] | None,
@@ -101,6 +100,7 @@ def _train(
     from emrrg_cli.training.launch import inside_launcher, is_first_process, processes_expected
     from emrrg_cli.training.run_dir import check_run_dir, default_run_dir
 
+    stage_name = str(context.command.name)
     stage = STAGES[stage_name]
     settings = load_recipe(recipe, overrides or [], stage=stage.load_recipe_class())
     if print_recipe:

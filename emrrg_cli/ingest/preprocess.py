@@ -8,7 +8,7 @@ import platform
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,6 @@ def preprocess(
     """
     started = time.monotonic()
     check_target(out, overwrite=overwrite, protect=source.root)
-    described = source if isinstance(source, HasColumns) else None
     writer: DatasetWriter | None = None
     # Ctrl-C, or SIGTERM of a scheduler: clean up, leave no process behind, and report how to continue.
     with (
@@ -84,36 +83,45 @@ def preprocess(
         _progress() as progress,
     ):
         found = _scan(source, recipe, progress)
-        if not allow_leakage:
-            found.check_leakage()
-        elif found.leaks:
-            found.account.remarks.append(f"{found.leaks:,} patients are in more than one split (--allow-leakage).")
-        with open_writer(
-            out,
-            fingerprint=_fingerprint(source, recipe, found),
-            studies_per_shard=recipe.studies_per_shard,
-            overwrite=overwrite,
-            columns=described.columns if described else None,
-            about=described.about if described else None,
-        ) as writer:
+        _judge_leakage(found, allowed=allow_leakage)
+        with _open_writer(out, source, recipe, found, overwrite=overwrite) as writer:
             _write_studies(source, recipe, found, writer, pool, progress)
-            if not writer.studies:
-                writer.add_to(found.account)
-                raise _nothing_usable(source, found.account)
-
-            def manifest(account: Account) -> Mapping[str, Any]:
-                return _manifest(source, recipe, options) | {
-                    "studies_read": account.read,
-                    "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                    "seconds": round(time.monotonic() - started, 2),
-                }
-
             return writer.finish(
-                manifest,
+                lambda account: _manifest(source, recipe, options) | _work_done(account, started),
                 found.account,
                 dedupe=recipe.dedupe,
                 before=None if annotation is None else lambda dataset: export_annotation(dataset, annotation),
             )
+
+
+def _judge_leakage(found: SourceScan, *, allowed: bool) -> None:
+    if not allowed:
+        found.check_leakage()
+    elif found.leaks:
+        found.account.remarks.append(f"{found.leaks:,} patients are in more than one split (--allow-leakage).")
+
+
+def _open_writer(
+    out: Path, source: StudySource, recipe: PreprocessRecipe, found: SourceScan, *, overwrite: bool
+) -> AbstractContextManager[DatasetWriter]:
+    described = source if isinstance(source, HasColumns) else None
+    return open_writer(
+        out,
+        fingerprint=_fingerprint(source, recipe, found),
+        studies_per_shard=recipe.studies_per_shard,
+        overwrite=overwrite,
+        columns=described.columns if described else None,
+        about=described.about if described else None,
+    )
+
+
+def _work_done(account: Account, started: float) -> dict[str, Any]:
+    """What the manifest says of the work; `started` by the monotonic clock."""
+    return {
+        "studies_read": account.read,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.monotonic() - started, 2),
+    }
 
 
 def _write_studies(
@@ -124,7 +132,11 @@ def _write_studies(
     pool: Pool,
     progress: Progress,
 ) -> None:
-    """Prepares the studies that no finished shard has, and hands them to the writer."""
+    """Prepares the studies that no finished shard has, and hands them to the writer.
+
+    Raises:
+        RunError: None was usable.
+    """
     if writer.safe:
         progress.console.print(
             f"{writer.safe:,} of {found.total:,} studies were finished by an earlier run; continuing after them.",
@@ -144,6 +156,9 @@ def _write_studies(
             rate=images / (time.monotonic() - begun),
         )
     progress.update(task, completed=found.total)
+    if not writer.studies:
+        writer.add_to(found.account)
+        raise _nothing_usable(source, found.account)
 
 
 def dry_run(
