@@ -21,6 +21,8 @@ Projection = Literal["frontal", "lateral", "oblique", "unknown"]
 # As datasets write a view that is lateral, and one that is not known.
 LATERAL_VIEW = "LATERAL"
 UNKNOWN_VIEW = "unknown"
+# Projections that can be asked for alone.
+WantedView = Literal["frontal", "lateral"]
 
 # As a dataset directory stores images.
 ImageFormat = Literal["jpeg", "png"]
@@ -54,6 +56,8 @@ CIDER = "CIDEr"
 METEOR = "METEOR"
 # Agreement of findings by the rules labeler, micro F1.
 F1_RULES = "F1_rules"
+# As people write them, where that differs.
+SCORE_LABELS = {name: name.replace("_", "-") for name in (*BLEU_NAMES, ROUGE_L)}
 # What may reward a sampled report, and what may choose the best model.
 REWARDS = (*BLEU_NAMES, ROUGE_L, CIDER)
 SELECTION_SCORES = (*BLEU_NAMES, ROUGE_L, METEOR, CIDER, F1_RULES)

@@ -19,7 +19,7 @@ from emrrg_cli.ingest.study import Account
 from emrrg_cli.vocabulary import SPLITS, Split
 
 # An image that is there twice is kept where it is missed most: published test sets stay as they are.
-_KEPT_FIRST: tuple[Split, ...] = ("test", "validation", "train")
+_KEPT_FIRST: tuple[Split, ...] = SPLITS[::-1]
 _EXAMPLES = 5
 
 DUPLICATE_IMAGE, DUPLICATE_STUDY = "duplicate image", "only duplicate images"

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from emrrg_cli.datasets.report_text import select_section
 from emrrg_cli.imaging.views import projection
 from emrrg_cli.ingest.study import Account, RenderedImage, Study, image_name
 from emrrg_cli.recipe.preprocessing import PreprocessRecipe
+from emrrg_cli.vocabulary import WantedView
 
 
 def select(studies: Iterable[Study], recipe: PreprocessRecipe, root: Path | None, account: Account) -> Iterator[Study]:
@@ -51,9 +51,7 @@ def _with_section(study: Study, recipe: PreprocessRecipe, account: Account) -> S
     return study
 
 
-def _with_views(
-    study: Study, wanted: Literal["frontal", "lateral"], root: Path | None, account: Account
-) -> Study | None:
+def _with_views(study: Study, wanted: WantedView, root: Path | None, account: Account) -> Study | None:
     kept: list[tuple[Path | RenderedImage, str]] = []
     left_out: list[tuple[Path | RenderedImage, str]] = []
     unknown: list[Path | RenderedImage] = []

@@ -7,7 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from emrrg_cli.recipe.common import Settings
-from emrrg_cli.vocabulary import ImageFormat, Section
+from emrrg_cli.vocabulary import ImageFormat, Section, WantedView
 
 
 class PreprocessRecipe(Settings):
@@ -19,7 +19,7 @@ class PreprocessRecipe(Settings):
     quality: int = Field(95, ge=1, le=100, description="of JPEG")
     max_pixels: int = Field(100_000_000, ge=1, description="larger images are refused before they are decoded")
     section: Section = Field("report", description="what the report is; report: by the rule of the data set")
-    views: Literal["all", "frontal", "lateral"] = Field("all", description="a view that is not known is kept")
+    views: Literal["all", WantedView] = Field("all", description="a view that is not known is kept")
     min_words: int = Field(0, ge=0, description="studies with a shorter report are left out")
     dedupe: Literal["off", "report", "drop"] = Field("off", description="images that are there twice, or nearly so")
     workers: int | None = Field(None, ge=1, description="null: one a core")

@@ -11,11 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from emrrg_cli.console import printable
-from emrrg_cli.reporting.evaluation_tables import LABELS
+from emrrg_cli.vocabulary import SCORE_LABELS
 
 SIGNIFICANT = 0.05
 NOTE = "Brackets: 95 % interval. *: differs from the first row, p < .05 by paired bootstrap over studies."
-_NAMES = LABELS | {"rules_F1_micro_14": "rules F1 micro", "rules_F1_macro_14": "rules F1 macro"}
+_NAMES = SCORE_LABELS | {"rules_F1_micro_14": "rules F1 micro", "rules_F1_macro_14": "rules F1 macro"}
 
 
 def comparison_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

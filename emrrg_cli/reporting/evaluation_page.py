@@ -9,8 +9,9 @@ from typing import Any
 
 from emrrg_cli.datasets.report_text import readable_report
 from emrrg_cli.files.atomic import atomic_write_bytes, atomic_write_text
-from emrrg_cli.reporting.evaluation_tables import AVERAGES, CONTROLS, LABELS, POLICY, labeler_name
+from emrrg_cli.reporting.evaluation_tables import AVERAGES, CONTROLS, POLICY, labeler_name
 from emrrg_cli.reporting.rendering import render
+from emrrg_cli.vocabulary import SCORE_LABELS
 
 _GENERATED, _REFERENCE = "#4878a8", "#888888"
 
@@ -99,7 +100,7 @@ def _scores(result: Mapping[str, Any]) -> dict[str, Any]:
         ends = result["intervals"].get(name)
         shown = "" if ends is None else f"{ends[0]:.3f} to {ends[1]:.3f}"
         others = [_number(made["scores"].get(name)) for made in controls.values()]
-        rows.append([LABELS.get(name, name), _number(value), shown, *others])
+        rows.append([SCORE_LABELS.get(name, name), _number(value), shown, *others])
     empty = [""] * (1 + len(controls))
     rows += [[f"{name} (merged)", _number(value), *empty] for name, value in result.get("merged", {}).items()]
     heads = ["score", "model", "95 % interval", *(CONTROLS.get(name, name) for name in controls)]

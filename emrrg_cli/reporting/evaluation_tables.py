@@ -8,9 +8,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from emrrg_cli.vocabulary import BLEU_NAMES, ROUGE_L
+from emrrg_cli.vocabulary import SCORE_LABELS
 
-LABELS = {name: name.replace("_", "-") for name in BLEU_NAMES} | {ROUGE_L: "ROUGE-L"}
 CONTROLS = {
     "dealt": "dealt to other studies",
     "most_frequent": "most frequent report",
@@ -52,7 +51,7 @@ def _scores(result: Mapping[str, Any], title: str) -> Table:
         ends = result["intervals"].get(name)
         shown = "" if ends is None else f"{ends[0]:.3f}-{ends[1]:.3f}"
         cells = [Text(shown), *(_value(scores.get(name), reasons.get(name, "")) for scores in controls.values())]
-        table.add_row(Text(LABELS.get(name, name)), _value(value, reasons.get(name, "")), *cells)
+        table.add_row(Text(SCORE_LABELS.get(name, name)), _value(value, reasons.get(name, "")), *cells)
     for name, value in result.get("merged", {}).items():
         table.add_row(Text(f"{name} (merged)"), Text(f"{value:.4f}"))
     return table

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from emrrg_cli.datasets.report_text import readable_report
-from emrrg_cli.vocabulary import METEOR
+from emrrg_cli.vocabulary import METEOR, SCORE_LABELS
 
 DISCLAIMER = "Research output: not for diagnosis."
 
@@ -22,7 +22,7 @@ def score_table(scores: Mapping[str, float | None], title: str | None = None) ->
     table.add_column("metric")
     table.add_column("score", justify="right")
     for name, value in scores.items():
-        table.add_row(Text(name.replace("BLEU_", "BLEU-").replace("ROUGE_L", "ROUGE-L")), _score(name, value))
+        table.add_row(Text(SCORE_LABELS.get(name, name)), _score(name, value))
     return table
 
 
