@@ -66,6 +66,30 @@ def check_directory(directory: Path) -> bool:
     return True
 
 
+def check_run(run_dir: Path, trained: Path) -> None:
+    """Makes sure that the files of a run are as they were written; says where they cannot be checked.
+
+    Args:
+        trained: its `model/`, which has a list of its own; or `run_dir` itself.
+
+    Raises:
+        RunError: A file is missing or differs, or a list cannot be read.
+    """
+    listed = {place: check_directory(place) for place in (run_dir, trained)}
+    if not any(listed.values()):
+        warn_unchecked(run_dir)
+        return
+    for place in listed:
+        # A conversion has one list for all.
+        covered = listed[place] or any(name.startswith("model/") for name in _read(run_dir) or ())
+        if not covered:
+            err.print(
+                f"{place / CHECKSUMS} is missing: damage to the other files there would not be noticed",
+                markup=False,
+                soft_wrap=True,
+            )
+
+
 def warn_unchecked(place: Path) -> None:
     """Says that a directory is read unchecked."""
     err.print(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from emrrg_cli.checksums import CHECKSUMS, check_directory, check_file, write_checksums
+from emrrg_cli.checksums import CHECKSUMS, check_directory, check_file, check_run, write_checksums
 from emrrg_cli.errors import RunError
 
 
@@ -59,3 +59,27 @@ def test_a_broken_list_is_refused(written: Path, content: str) -> None:
 def test_only_the_names_that_are_given_are_listed(written: Path) -> None:
     write_checksums(written, ["a", "none"])
     assert set(json.loads((written / CHECKSUMS).read_text())) == {"a"}
+
+
+@pytest.mark.parametrize("lost", ["", "model", "both", "none"])
+def test_a_list_that_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str], lost: str) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "weights").write_text("a")
+    (tmp_path / "static").write_text("b")
+    write_checksums(model)
+    write_checksums(tmp_path, ["static"])
+    for place in (tmp_path, model) if lost == "both" else [tmp_path / lost] if lost != "none" else []:
+        (place / CHECKSUMS).unlink()
+    check_run(tmp_path, model)
+    told = capsys.readouterr().err
+    assert len(told.splitlines()) == (lost != "none")
+    assert (f"{tmp_path / lost / CHECKSUMS} is missing" in told) == (lost in ("", "model"))
+
+
+def test_one_list_for_all_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_text("a")
+    write_checksums(tmp_path)
+    check_run(tmp_path, tmp_path / "model")
+    assert capsys.readouterr().err == ""

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from emrrg_cli.errors import UsageError
 from emrrg_cli.evaluation import bootstrap, clinical
@@ -18,6 +17,7 @@ from emrrg_cli.evaluation.predictions import Columns, Predictions, read_predicti
 from emrrg_cli.evaluation.scores import SCORES, Unavailable
 from emrrg_cli.files.records import read_record
 from emrrg_cli.labeling import label_reports
+from emrrg_cli.recipe.library import read_layer
 
 # Settings that do not make two runs different methods.
 _SEEDS = {"train.seed", "generation.seed", "output", "data.seed"}
@@ -189,10 +189,9 @@ def _groups(rows: Sequence[Mapping[str, Any]], contenders: Sequence[Contender]) 
 
 def _settings(file: Path) -> Mapping[str, Any] | None:
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        return read_layer(file).values
+    except UsageError:
         return None
-    return content if isinstance(content, Mapping) else None
 
 
 def _flat(settings: Mapping[str, Any] | None, before: str = "") -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from emrrg_cli.console import printable
 from emrrg_cli.errors import UsageError
+from emrrg_cli.files.records import read_bounded
 
 _MAX_BYTES = 64 * 2**20
 _MAX_SCORES = 200
@@ -26,7 +27,7 @@ def read_merged(path: Path) -> dict[str, float]:
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise UsageError(f"{path} is larger than {_MAX_BYTES >> 20} MB: this is no file of scores")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_bounded(path, _MAX_BYTES))
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:

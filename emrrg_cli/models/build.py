@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from emrrg_cli.checksums import check_directory, warn_unchecked, write_checksums
+from emrrg_cli.checksums import check_run, write_checksums
 from emrrg_cli.datasets.finding_targets import FINDINGS
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.files.atomic import atomic_directory, atomic_write_text, read_directory, whole_directory
@@ -178,8 +178,7 @@ def _load_model(
             f"{run_dir}: this run holds no trained model yet",
             hint="Let the training reach its first validation or end.",
         )
-    if not any([check_directory(trained), check_directory(run_dir)]):
-        warn_unchecked(run_dir)
+    check_run(run_dir, trained)
     tokenizer = _run_tokenizer(run_dir, settings)
     encoder = build_encoder(settings.encoder, settings.scan)
     whole = trained / "encoder.safetensors"

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from emrrg_cli.checksums import check_directory, warn_unchecked, write_checksums
+from emrrg_cli.checksums import check_run, write_checksums
 from emrrg_cli.datasets.finding_targets import FINDINGS
 from emrrg_cli.errors import RunError
 from emrrg_cli.files.atomic import atomic_directory, atomic_write_text
+from emrrg_cli.files.records import read_bounded
 from emrrg_cli.models.alignment import Alignment
 from emrrg_cli.models.arm.encoder import ArmEncoder
 from emrrg_cli.models.encoder_files import save_encoder
@@ -100,12 +101,11 @@ def load_alignment(run_dir: Path | str, scan: str = "auto", tokenizer: str | Non
             f"{run_dir}: there is no trained stage 2 model here",
             hint="Name a directory that `emrrg align` wrote, and let its training reach a validation or its end.",
         )
-    if not any([check_directory(trained), check_directory(run_dir)]):
-        warn_unchecked(run_dir)
+    check_run(run_dir, trained)
     try:
-        config = json.loads((trained / _CONFIG).read_text(encoding="utf-8"))
+        config = json.loads(read_bounded(trained / _CONFIG, 2**20))
         dim, pooling, max_text_tokens = config["dim"], config["pooling"], config["max_text_tokens"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunError(f"{trained / _CONFIG} cannot be read: {error}") from error
     encoder = load_encoder(run_dir, scan)
     text_encoder = load_text_encoder(str(trained / _TEXT_ENCODER), None, max_text_tokens)

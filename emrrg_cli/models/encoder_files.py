@@ -16,6 +16,7 @@ from torch import Tensor
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.files.atomic import atomic_write_text, read_directory
 from emrrg_cli.models.arm.encoder import PATCH_SIZE, ArmEncoder
+from emrrg_cli.models.weights import check_header
 
 FORMAT = 1
 ENCODER_FILE = "encoder.safetensors"
@@ -154,12 +155,15 @@ def _read_file(file: Path) -> EncoderSource:
 
 
 def _names_in(file: Path) -> list[str]:
+    if not file.is_file():  # to open a pipe would wait for a writer
+        raise RunError(f"{file}: not a regular file")
     try:
         with file.open("rb") as stream:
             start = stream.read(2)
         if start in (b"PK", b"\x80\x02"):  # a zip archive or a pickle: PyTorch's own formats
             hint = f"A published checkpoint is converted first: emrrg convert {file} DIRECTORY"
             raise UsageError(f"{file}: not a safetensors file but a PyTorch checkpoint", hint=hint)
+        check_header(file)
         with safe_open(file, framework="pt") as opened:
             return list(opened.keys())
     except (SafetensorError, OSError) as error:

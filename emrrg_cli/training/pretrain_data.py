@@ -21,6 +21,7 @@ from emrrg_cli.datasets.image_dataset import (
 )
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.files.atomic import atomic_write_text
+from emrrg_cli.files.records import read_bounded
 from emrrg_cli.recipe.pretraining import PretrainRecipe
 from emrrg_cli.training.heartbeat import beating, wait_for
 from emrrg_cli.training.run_setup import Session
@@ -154,10 +155,10 @@ def _folder_splits(roots: Sequence[Path], recipe: PretrainRecipe, session: Sessi
     # Not a barrier: those give up after some minutes, and a large folder may take longer.
     wait_for(record, session.run_dir / f"{IMAGES}.working")
     try:
-        content = json.loads(record.read_text(encoding="utf-8"))
+        content = json.loads(read_bounded(record, 2**30))
         rows = [content] if isinstance(content, dict) else content
         splits = {root: FolderSplit(**row) for root, row in zip(roots, rows, strict=True)}
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise RunError(f"{record}, the list of this run's images, cannot be read: {error}") from error
     for root, split in splits.items():
         if session.resume and (changed := split.changed(root)):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from emrrg_cli.checksums import write_checksums
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.files.atomic import atomic_directory, read_directory, whole_directory
+from emrrg_cli.files.records import read_bounded
 from emrrg_cli.models.arm.encoder import CLUSTER, PATCH_SIZE, ArmEncoder, cluster_order, sincos_position_embedding
 from emrrg_cli.models.weights import load_weights
 
@@ -302,11 +303,11 @@ def _read(directory: Path, scan: str) -> ArmPretrainer:
 
     file = directory / CONFIG
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(read_bounded(file, 2**20))
         if config.pop("format") != 1 or config.pop("kind") != "pretrainer":
             raise ValueError("not of a kind that this version reads")
         model = ArmPretrainer(**config, scan=scan)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RunError(f"{file} cannot be used: {error}") from error
     load_weights(model, directory / WEIGHTS)
     return model.eval()

@@ -26,6 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from emrrg_cli.errors import RunError, UsageError
+from emrrg_cli.files.records import read_bounded
+from emrrg_cli.models.weights import check_header
 
 # Where the tensors of a model are, in a file that holds more; None: the file is that mapping itself.
 CONTAINERS = ("model", "state_dict", "module")
@@ -97,6 +99,9 @@ class Checkpoint:
     dropped: list[str]
 
 
+_LARGEST_INDEX = 64 * 2**20  # bytes
+
+
 def read_checkpoint(file: Path) -> Checkpoint:
     """Reads a `.pth` file (zip or the older format) or a safetensors file, on the CPU; runs nothing of it.
 
@@ -121,8 +126,9 @@ def read_checkpoint(file: Path) -> Checkpoint:
         return _sorted_out(file, _unpickled(file))
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < file.stat().st_size:
         try:
+            check_header(file)
             return Checkpoint(load_file(file), None, {}, [])
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise RunError(f"{file}: not a readable safetensors file: {error}") from error
     if head.startswith(b"version https://git-lfs"):
         raise RunError(f"{file}: this is a pointer of Git LFS, not the file", hint="Fetch the file: git lfs pull.")
@@ -135,13 +141,14 @@ def read_checkpoint(file: Path) -> Checkpoint:
 def _joined(index: Path) -> Checkpoint:
     # A model in several safetensors files, beside the index that names them.
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(json.loads(read_bounded(index, _LARGEST_INDEX))["weight_map"].values()))
         if not all(isinstance(name, str) and name == Path(name).name for name in names):
             raise ValueError("it names files elsewhere")
         tensors: dict[str, Tensor] = {}
         for name in names:
+            check_header(index.with_name(name))
             tensors |= load_file(index.with_name(name))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (RecursionError, OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise RunError(f"{index}: this index of a model in several files cannot be read: {error}") from error
     return Checkpoint(tensors, None, {}, [])
 

@@ -20,11 +20,13 @@ from torch import Tensor
 
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.files.atomic import atomic_write_text, whole_directory
+from emrrg_cli.files.records import read_bounded
 from emrrg_cli.models.arm.pretrainer import ArmPretrainer, default_taps
 from emrrg_cli.models.encoder_files import ENCODER_FILE, FORMAT, PRETRAINER_FILE, EncoderConfig, write_encoder_config
 from emrrg_cli.models.published.bert import bert_config
 from emrrg_cli.models.published.importing import Imported
 from emrrg_cli.models.published.stages import TEXT, Stage
+from emrrg_cli.models.weights import check_header
 
 RECORD = "convert.json"
 LEFT_OUT = "left_out.safetensors"
@@ -32,6 +34,7 @@ ALIGNMENT_FILE, ALIGNMENT_CONFIG = "alignment.safetensors", "alignment.json"
 # What a published checkpoint does not say of its text tower.
 USUAL_TEXT: dict[str, Any] = {"pooling": "last", "max_text_tokens": 128}
 BRIDGE_FILE = "bridge.safetensors"
+_LARGEST_RECORD = 64 * 2**20  # bytes
 _HEADS = ("vision_proj.", "text_proj.", "logit_scale")
 
 
@@ -47,6 +50,7 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
         RunError: it cannot be read.
     """
     try:
+        check_header(file)
         tensors: dict[str, Tensor] = load_file(file)
     except (SafetensorError, OSError) as error:
         raise RunError(f"{file}: not a readable safetensors file: {error}") from error
@@ -84,12 +88,12 @@ def read_record(directory: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        record: dict[str, Any] = json.loads(read_bounded(file, _LARGEST_RECORD))
         if record["format"] != FORMAT or record["kind"] != "convert":
             raise ValueError("not of a kind that this version reads")
         if not isinstance(record["tensors"], dict) or not {"container", "kept"} <= record.keys():
             raise ValueError("it is not whole")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunError(f"{file} cannot be read: {error}") from error
     return record
 

@@ -1,0 +1,62 @@
+"""Files of strangers are read up to a bound: headers of any size, pipes, JSON without end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from emrrg_cli.errors import EmrrgError
+from emrrg_cli.evaluation.merged_scores import read_merged
+from emrrg_cli.models.arm.pretrainer import _read as read_pretrainer
+from emrrg_cli.models.encoder_files import encoder_source
+from emrrg_cli.models.published.checkpoint import read_checkpoint
+from emrrg_cli.models.published.directories import load_tensors, read_record
+
+_HEADER = (9 * 2**20).to_bytes(8, "little") + b"{" + b" " * (9 * 2**20)
+
+_TENSORS: list[Callable[[Path], Any]] = [encoder_source, load_tensors, read_checkpoint]
+
+
+@pytest.mark.parametrize("read", _TENSORS)
+@pytest.mark.parametrize("what", ["header", "pipe", "device"])
+@pytest.mark.skipif(os.name != "posix", reason="special files")
+def test_tensors_are_read_up_to_a_bound(tmp_path: Path, read: Callable[[Path], Any], what: str) -> None:
+    file = tmp_path / "encoder.safetensors"
+    match what:
+        case "header":
+            file.write_bytes(_HEADER)
+        case "pipe":
+            os.mkfifo(file)
+        case "device":
+            file.symlink_to("/dev/zero")
+    with pytest.raises(EmrrgError, match="claims 9,437,184 bytes" if what == "header" else r"encoder\.safetensors"):
+        read(file)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="special files")
+def test_a_pipe_beside_an_encoder_is_refused(tiny_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    os.mkfifo(run / "other.safetensors")
+    with pytest.raises(EmrrgError, match=r"other\.safetensors: not a regular file"):
+        encoder_source(run)
+
+
+_RECORDS: dict[str, Callable[[Path], Any]] = {
+    "convert.json": lambda folder: read_record(folder),
+    "pretrainer.json": lambda folder: read_pretrainer(folder, "auto"),
+    "scores.json": lambda folder: read_merged(folder / "scores.json"),
+    "model.safetensors.index.json": lambda folder: read_checkpoint(folder / "model.safetensors.index.json"),
+}
+
+
+@pytest.mark.parametrize("name", _RECORDS)
+def test_json_without_end_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("[" * 200_000)
+    with pytest.raises(EmrrgError, match=name):
+        _RECORDS[name](tmp_path)
