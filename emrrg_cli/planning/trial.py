@@ -22,7 +22,7 @@ from emrrg_cli.planning.llms import PlanTokenizer, quantize
 from emrrg_cli.recipe.common import EncoderSettings
 from emrrg_cli.recipe.finetuning import FinetuneRecipe
 from emrrg_cli.runtime import llm_dtype
-from emrrg_cli.training.loop import accumulate_gradients, update_weights
+from emrrg_cli.training.optimizer_step import accumulate_gradients, update_weights
 from emrrg_cli.training.schedule import build_optimizer
 
 # Blocks or layers that a trial adds to see what one costs: the more, the less its noise is multiplied.

@@ -30,9 +30,9 @@ from emrrg_cli.models.transfer import fill_encoder
 from emrrg_cli.recipe.alignment import AlignDataSettings, AlignRecipe
 from emrrg_cli.silence_libraries import silence_libraries
 from emrrg_cli.training.launch import is_first_process
-from emrrg_cli.training.loop import Summary
 from emrrg_cli.training.progress import TrainingDisplay
 from emrrg_cli.training.run_setup import Session, open_session
+from emrrg_cli.training.summary import Summary
 
 
 @dataclass

@@ -24,10 +24,10 @@ from emrrg_cli.models.weights import load_weights
 from emrrg_cli.recipe.pretraining import PretrainModelSettings, PretrainRecipe
 from emrrg_cli.reporting.clusters import draw_predictions
 from emrrg_cli.silence_libraries import silence_libraries
-from emrrg_cli.training.loop import Summary
 from emrrg_cli.training.pretrain_data import check_roots, open_images
 from emrrg_cli.training.progress import TrainingDisplay
 from emrrg_cli.training.run_setup import Session, open_session, validation_loss
+from emrrg_cli.training.summary import Summary
 from emrrg_cli.vocabulary import IMAGENET_MEAN, IMAGENET_STD
 
 _SHOWN = 4

@@ -30,10 +30,11 @@ from emrrg_cli.runtime import choose_precision, fit_threads, make_accelerator
 from emrrg_cli.training.checkpoint import require_checkpoint
 from emrrg_cli.training.environment import ENVIRONMENT, make_trackers, record_environment, start_trackers
 from emrrg_cli.training.launch import inside_launcher
-from emrrg_cli.training.loop import Summary, train
+from emrrg_cli.training.loop import train
 from emrrg_cli.training.progress import TrainingDisplay
 from emrrg_cli.training.run_dir import data_fingerprints
 from emrrg_cli.training.stage import Stage
+from emrrg_cli.training.summary import Summary
 
 # What a run may write before its first step.
 _FILES = (RUN_RECIPE, ENVIRONMENT, CHECKSUMS, "encoder.safetensors", "llm.json", "images.json")

@@ -9,7 +9,7 @@ import pytest
 
 from emrrg_cli.app import main
 from emrrg_cli.recipe.load import load_recipe
-from emrrg_cli.training.loop import Summary
+from emrrg_cli.training.summary import Summary
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from emrrg_cli.app import main
 from emrrg_cli.errors import RunError
 from emrrg_cli.files.locks import locked
 from emrrg_cli.recipe.load import load_recipe
-from emrrg_cli.training.loop import Summary
+from emrrg_cli.training.summary import Summary
 
 
 @pytest.fixture

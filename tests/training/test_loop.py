@@ -21,7 +21,7 @@ from emrrg_cli.models.arm.encoder import ArmEncoder
 from emrrg_cli.models.outputs import StageOutput
 from emrrg_cli.recipe.finetuning import TrainSettings
 from emrrg_cli.runtime import make_accelerator
-from emrrg_cli.training import loop
+from emrrg_cli.training import run_checkpoints
 from emrrg_cli.training.loop import train
 
 # Two steps an epoch. The rate of the first two blocks is 0 by the paper's formula, that of the third is half of this.
@@ -178,7 +178,7 @@ def test_gradients_are_clipped_or_left_alone(fit: Any, tmp_path: Path) -> None:
 
 def test_a_stage_sees_all_micro_batches_before_the_model(fit: Any) -> None:
     class Preparing(Stage):
-        def prepare_step(self, batches: list[Batch]) -> list[Batch]:
+        def prepare_step(self, batches: list[Batch], epoch: int) -> list[Batch]:
             assert self.model.training
             together = [sum(len(batch) for batch in batches)]
             return [Batch([*batch, *together]) for batch in batches]
@@ -391,7 +391,7 @@ def test_a_crash_after_a_validation_repeats_it_with_one_row(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "save_progress", crash)
+        patch.setattr(run_checkpoints, "save_progress", crash)
         with pytest.raises(KeyboardInterrupt):
             fit(Stage(_figures((0.5, 1.0))), epochs=2)
     fit(Stage(_figures((0.5, 1.0), (0.4, 1.0))), epochs=2, resume=True)

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from emrrg_cli.training import progress
 from emrrg_cli.training.progress import TrainingDisplay
+from emrrg_cli.training.rate import SmoothedValue
 
 
 class Clock:
@@ -154,7 +155,7 @@ def test_time_left_counts_this_run_and_its_validations(clock: Clock) -> None:
 
 
 def test_the_loss_is_smoothed_and_an_unknown_one_is_left_out() -> None:
-    smoothed = progress._Smoothed()
+    smoothed = SmoothedValue()
     assert smoothed.value is None
     for value in (math.nan, 4.0, math.inf):
         smoothed.add(value)

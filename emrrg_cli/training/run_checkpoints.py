@@ -1,0 +1,100 @@
+"""The checkpoints of a training run, under any number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from emrrg_cli.errors import RunError
+from emrrg_cli.training.average import WeightAverage
+from emrrg_cli.training.checkpoint import (
+    Progress,
+    load_average,
+    load_checkpoint,
+    require_checkpoint,
+    rng_state,
+    save_checkpoint,
+    save_progress,
+)
+
+
+class RunCheckpoints:
+    """Saves and loads the state of a run. All processes call the methods; the main process writes.
+
+    Args:
+        run_dir: Directory of `checkpoints/`.
+        module: The model, not wrapped by `DistributedDataParallel`.
+        optimizer: Prepared by `accelerator`.
+        accelerator: `accelerate.Accelerator`.
+        average: The average of the weights, if the run keeps one.
+        require_run_dir: Called before each checkpoint; raises `RunError` if the run directory was removed.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        module: Any,
+        optimizer: Any,
+        accelerator: Any,
+        average: WeightAverage | None,
+        require_run_dir: Callable[[], None],
+    ) -> None:
+        self._run_dir, self._module, self._optimizer = run_dir, module, optimizer
+        self._accelerator, self._average, self._require_run_dir = accelerator, average, require_run_dir
+
+    def save(self, progress: Progress) -> None:
+        """Write a checkpoint, with the random states of all processes."""
+        states = [rng_state()]
+        if self._accelerator.num_processes > 1:
+            from accelerate.utils import gather_object
+
+            states = gather_object(states)
+        if self._accelerator.is_main_process:
+            self._require_run_dir()
+            save_checkpoint(
+                self._run_dir / "checkpoints",
+                self._module,
+                self._optimizer.optimizer,
+                self._accelerator.scaler,
+                progress,
+                states,
+                None if self._average is None else self._average.tensors(),
+            )
+        self._accelerator.wait_for_everyone()
+
+    def save_progress(self, progress: Progress) -> None:
+        """Update the progress in the last checkpoint, after a validation."""
+        if self._accelerator.is_main_process:
+            save_progress(self._run_dir / "checkpoints", progress)
+        self._accelerator.wait_for_everyone()
+
+    def load(self, steps_per_epoch: int) -> Progress | None:
+        """Load the last checkpoint into model, optimizer and average.
+
+        Returns:
+            The progress of the run; None if the run was stopped before its first checkpoint.
+
+        Raises:
+            RunError: The checkpoint does not fit the run.
+        """
+        checkpoint = require_checkpoint(self._run_dir)
+        if checkpoint is None:
+            return None
+        progress = load_checkpoint(
+            checkpoint,
+            self._module,
+            self._optimizer.optimizer,
+            self._accelerator.scaler,
+            self._accelerator.process_index,
+        )
+        steps = progress.epoch * steps_per_epoch + progress.step_in_epoch
+        if progress.step != steps or progress.step_in_epoch >= steps_per_epoch:
+            raise RunError(
+                f"{checkpoint / 'progress.json'}: step {progress.step} is not step {progress.step_in_epoch} of "
+                f"epoch {progress.epoch}, with {steps_per_epoch} steps in an epoch",
+                hint="Put the checkpoint back from a copy of the run, or start a new run with another --output.",
+            )
+        if self._average is not None:
+            self._average.load(load_average(checkpoint))
+        return progress
