@@ -44,7 +44,7 @@ class AlignStage:
     validation: PairDataset | None
     run_dir: Path
     accelerator: Any
-    told: bool = False  # what a validation is made of
+    validation_explained: bool = False  # whether the message about it was printed
 
     def items(self, batch: PairBatch) -> int:
         """Pairs of a batch."""
@@ -99,8 +99,8 @@ class AlignStage:
         losses = [contrastive_losses(images[i : i + size], texts[i : i + size], scale.exp()).mean() for i in starts]
         figures = {"validation/loss": float(torch.stack(losses).mean()), "validation/logit_scale": float(scale)}
         found = retrieval(images, texts, read_alike(self.model, [self.validation.reports[i] for i in self.validated]))
-        if not self.told:
-            self.told = True
+        if not self.validation_explained:
+            self.validation_explained = True
             display.message(
                 f"validation on {found.studies:,} pairs with {found.distinct:,} different reports: recall@1 (R@1) is "
                 f"{found.chance[1]:.4f} by chance and {found.ceiling[1]:.4f} at most"
@@ -137,7 +137,7 @@ def embed_pairs(
         order: indices into `dataset`.
         batch_size: of one forward pass.
         workers: processes that load data.
-        advance: told how many studies are done.
+        advance: Called with the number of studies done.
     """
     ranks, device = accelerator.num_processes, accelerator.device
     places = [batch for batch in evaluation_batches(len(order), batch_size, accelerator.process_index, ranks) if batch]

@@ -31,13 +31,13 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Takes in the weights after optimizer step `step`, counted from 1."""
+        """Add the weights after optimizer step `step`, counted from 1."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self._average, [parameter.detach() for parameter in self._parameters], 1 - decay)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The model holds the average inside the block, and its own weights again after it, however it ends."""
+        """Load the average into the model for the block. The own weights return afterwards, also after an error."""
         self._swap()
         try:
             yield
@@ -58,7 +58,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Puts back what `tensors` gave.
+        """Restore an average that `tensors` returned.
 
         Raises:
             KeyError: a parameter is missing there.

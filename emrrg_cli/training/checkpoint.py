@@ -1,4 +1,4 @@
-"""Checkpoints that hold all that an exact continuation needs.
+"""Checkpoints with everything that an exact continuation needs.
 
 A run keeps `checkpoints/step-<n>/`, complete once it has that name, and a text file `checkpoints/last` that names the
 newest. Where that file is lost or names none, the newest whole checkpoint is used. Only what is trained is in it:
@@ -38,7 +38,7 @@ AVERAGE = "average.safetensors"
 
 @dataclass
 class Progress:
-    """Where a training run stands.
+    """The progress of a training run.
 
     `step` counts optimizer steps; `epoch` and `step_in_epoch` name the next one. With `validation_due` the model as it
     is has yet to be validated.
@@ -63,7 +63,7 @@ def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of every random number generator that training draws from, of this process."""
+    """The state of all random number generators that training uses in this process."""
     state: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": np.random.get_state(legacy=True),
@@ -77,7 +77,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Puts back what `rng_state` returned."""
+    """Restore the states that `rng_state` returned."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = state["numpy"]
@@ -96,7 +96,7 @@ def save_checkpoint(
     rng_states: list[dict[str, Any]],
     average: dict[str, torch.Tensor] | None = None,
 ) -> Path:
-    """Writes `directory/step-<n>`, points `directory/last` at it, then removes the earlier ones.
+    """Write `directory/step-<n>`, point `directory/last` at it, then remove the earlier ones.
 
     Args:
         rng_states: one a process, in rank order.
@@ -131,7 +131,7 @@ def save_checkpoint(
 
 
 def save_progress(directory: Path, progress: Progress) -> None:
-    """Brings the checkpoint of `progress.step` up to date after its validation."""
+    """Update the progress in the checkpoint of `progress.step`, after its validation."""
     atomic_write_text(_place(directory, progress) / "progress.json", _as_json(progress))
 
 
@@ -196,18 +196,18 @@ def require_checkpoint(run_dir: Path) -> Path | None:
     return checkpoint
 
 
-def refuse_lost_checkpoint(run_dir: Path, rows: Sequence[Mapping[str, Any]], every: int) -> None:
-    """Makes sure, where there is no checkpoint at all, that the run was stopped before its first one; says so.
+def refuse_lost_checkpoint(run_dir: Path, rows: Sequence[Mapping[str, Any]], interval: int) -> None:
+    """Check, if a run has no checkpoint, that it was stopped before its first one, and print a message.
 
     Args:
         rows: of `history.jsonl`, with their steps.
-        every: steps after which the first checkpoint is written at the latest.
+        interval: Number of steps after which the first checkpoint exists at the latest.
 
     Raises:
         RunError: The history shows that a checkpoint was written.
     """
     reached = max((row["step"] for row in rows), default=0)
-    if reached > every or any("validation/loss" in row for row in rows):  # a validation comes after a checkpoint
+    if reached > interval or any("validation/loss" in row for row in rows):  # a validation comes after a checkpoint
         raise RunError(
             f"{run_dir / 'checkpoints'}: the checkpoint of this run is lost: there is none, and history.jsonl goes up "
             f"to step {reached}",
@@ -235,7 +235,7 @@ def _step(place: Path) -> int | None:
 def load_checkpoint(
     checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: Any, rank: int
 ) -> Progress:
-    """Puts a checkpoint back into model, optimizer, gradient scaler and random number generators.
+    """Load a checkpoint into model, optimizer, gradient scaler and random number generators.
 
     Raises:
         RunError: when it cannot be read or is damaged, or its trainable parameters are not those of the model.

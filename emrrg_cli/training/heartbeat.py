@@ -1,4 +1,4 @@
-"""One process works, the others wait for its file, and notice when it is dead."""
+"""One process works while the others wait for its file, and notice if it has died."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from emrrg_cli.errors import RunError
 
 @contextlib.contextmanager
 def beating(file: Path, every_s: float = 2.0) -> Iterator[None]:
-    """Touches a file again and again while the block runs, and removes it afterwards."""
+    """Touch a file repeatedly while the block runs, then remove it."""
     ended = threading.Event()
 
     def beat() -> None:
@@ -33,7 +33,7 @@ def beating(file: Path, every_s: float = 2.0) -> Iterator[None]:
 
 
 def wait_for(file: Path, heartbeat: Path, patience_s: float = 60.0) -> None:
-    """Waits until a file is there.
+    """Wait until a file exists.
 
     Args:
         heartbeat: What the process that writes the file touches with `beating`.

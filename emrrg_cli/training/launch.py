@@ -16,7 +16,7 @@ from emrrg_cli.errors import EmrrgError, Interrupted, RunError, UsageError
 from emrrg_cli.signals import stop_signals
 
 _EXPECTED = "EMRRG_NUM_PROCESSES"
-_TOLD = "EMRRG_ERRORS"  # folder that the processes leave their errors in
+_ERRORS = "EMRRG_ERRORS"  # folder that the processes leave their errors in
 
 
 def inside_launcher() -> bool:
@@ -85,10 +85,10 @@ def launch(arguments: Sequence[str], processes: int) -> None:
         max_restarts=0,
     )
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, _cores() // processes)))
-    with tempfile.TemporaryDirectory(prefix="emrrg-") as told:
+    with tempfile.TemporaryDirectory(prefix="emrrg-") as errors:
         try:
             passed_on = ",".join(number.name for number in stop_signals())
-            variables = {_EXPECTED: str(processes), _TOLD: told, "OMP_NUM_THREADS": threads}
+            variables = {_EXPECTED: str(processes), _ERRORS: errors, "OMP_NUM_THREADS": threads}
             with _environment(variables | {"TORCHELASTIC_SIGNALS_TO_HANDLE": passed_on}):
                 elastic_launch(config, sys.executable)("-m", "emrrg_cli", *arguments)
         except SignalException as error:
@@ -97,7 +97,7 @@ def launch(arguments: Sequence[str], processes: int) -> None:
             rank, failure = error.get_first_failure()
             code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
             ended = f"failed with exit code {code}" if failure.exitcode > 0 else f"was ended by signal {code - 128}"
-            failed = _first_told(Path(told)) or EmrrgError(f"process {rank} of {processes} {ended}")
+            failed = _first_error(Path(errors)) or EmrrgError(f"process {rank} of {processes} {ended}")
             failed.exit_code = code
             raise failed from None
 
@@ -115,11 +115,11 @@ def tell_launcher(error: EmrrgError | Interrupted, *, expected: bool = True) -> 
         return False
     if isinstance(error, Interrupted):  # all of them are, by the same signal
         return not is_first_process()
-    if _TOLD not in os.environ:
+    if _ERRORS not in os.environ:
         return False
     row = {"expected": expected, "time": time.time(), "message": error.message, "hint": error.hint}
     try:
-        (Path(os.environ[_TOLD]) / f"{os.environ['RANK']}.json").write_text(json.dumps(row))
+        (Path(os.environ[_ERRORS]) / f"{os.environ['RANK']}.json").write_text(json.dumps(row))
     except OSError:  # the disk is full, perhaps the very error
         return False
     return True
@@ -132,7 +132,7 @@ def leave_processes() -> None:
         distributed.destroy_process_group()
 
 
-def _first_told(folder: Path) -> EmrrgError | None:
+def _first_error(folder: Path) -> EmrrgError | None:
     rows = [json.loads(file.read_text()) for file in folder.glob("*.json")]
     if not rows:
         return None

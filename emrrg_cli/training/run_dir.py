@@ -1,4 +1,4 @@
-"""Where a run lives, and whether a directory is free for a new one or fit to be continued."""
+"""The directory of a run: its default name, and checks before a new or resumed run uses it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def default_run_dir(recipe: str, *, resume: bool = False) -> Path:
 
 
 def check_run_dir(run_dir: Path, settings: Settings, *, resume: bool) -> None:
-    """Makes sure that nothing is overwritten and that a run is continued with its own recipe.
+    """Check that nothing is overwritten and that a run is resumed with its own recipe.
 
     Raises:
         UsageError: when the directory is taken or its name is no text, when there is nothing to resume, or when the

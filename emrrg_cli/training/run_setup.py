@@ -70,7 +70,7 @@ class Session:
     def train(
         self, stage: Stage, dataset: Dataset[Any], collate: Callable[[Sequence[Any]], Any], *, workers: int
     ) -> Summary:
-        """Trains a stage to the end and draws its curve, however it ends; see `emrrg_cli.training.loop.train`."""
+        """Train a stage and draw its curve, also after an error; see `emrrg_cli.training.loop.train`."""
         from accelerate.utils import set_seed
 
         if self.accelerator.is_main_process and not (self.resume and (self.run_dir / CHECKSUMS).is_file()):
@@ -181,7 +181,7 @@ def validation_loss(
 
     Args:
         model: returns `StageOutput` for a batch.
-        collate: as in `emrrg_cli.training.loop.train`.
+        collate: See `emrrg_cli.training.loop.train`.
         workers: processes that load data.
     """
     count = len(dataset)  # type: ignore[arg-type]

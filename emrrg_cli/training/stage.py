@@ -1,4 +1,4 @@
-"""What the training loop asks of a stage."""
+"""The interface between the training loop and a training stage."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from emrrg_cli.training.progress import TrainingDisplay
 
 
 class Stage(Protocol):
-    """A training stage: the model with its objective, and what is done with it between steps."""
+    """A training stage: a model with its objective, its validation and its export."""
 
     model: Any  # nn.Module whose forward takes a batch and returns StageOutput
 
     def items(self, batch: Any) -> int:
-        """Items the loss of a batch is a mean over, known before the forward pass."""
+        """Number of items over which the loss of a batch is averaged. Known before the forward pass."""
 
     def validate(self, display: TrainingDisplay) -> dict[str, float]:
-        """Validation figures: `validation/loss` and, where the stage has one, `validation/score` (higher is better).
+        """Compute `validation/loss` and, if the stage has one, `validation/score` (higher is better).
 
         Empty where there is nothing to validate on. All processes call it and get the same figures.
         """
 
     def export(self) -> None:
-        """Writes the model as it is now as the run's result. The main process alone calls it."""
+        """Write the current model as the result of the run. Only the main process calls this."""
 
 
 @runtime_checkable
@@ -30,7 +30,7 @@ class PreparesStep(Protocol):
     """A stage whose loss needs more than a micro-batch: the other examples of the batch, or reports sampled for it."""
 
     def prepare_step(self, batches: list[Any], epoch: int) -> list[Any]:
-        """The micro-batches of one optimizer step as the model is to see them, from all those of this process.
+        """Prepare all micro-batches that this process has in one optimizer step, and return them for the model.
 
         Called in training mode before the first of them goes through the model. Contrast over a batch larger than the
         memory computes here what each micro-batch needs to know of the others. `epoch` is counted from 0.
@@ -39,7 +39,7 @@ class PreparesStep(Protocol):
 
 @runtime_checkable
 class ShowsExamples(Protocol):
-    """A stage that leaves a picture of what the model makes of some examples."""
+    """A stage that writes a picture of the output of the model for some examples."""
 
     def show_examples(self, epoch: int) -> None:
-        """Called after each validation, by the main process alone; `epoch` counts epochs done, a begun one as one."""
+        """Write the picture. Only the main process calls this, after each validation. `epoch` counts a begun epoch."""
