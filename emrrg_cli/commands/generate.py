@@ -72,6 +72,7 @@ def generate(
     from emrrg_cli.errors import UsageError
     from emrrg_cli.recipe.load import load_run_recipe
 
+    check_device(device)
     images, overrides = split_arguments(paths or [], needed=table is None)
     if model is None:
         hint = f"Name the run directory: `emrrg generate {' '.join(images) or 'IMAGES'} --model RUN`."
@@ -87,6 +88,24 @@ def generate(
     _print(result, output, as_json=as_json)
     if not result.rows:
         raise typer.Exit(1)
+
+
+def check_device(name: str) -> None:
+    """Finds a device that is not there before torch is imported, as far as that can be told without it.
+
+    Raises:
+        UsageError: the name is unknown, or it is a GPU and Linux has no driver of one.
+    """
+    import re
+    import sys
+
+    from emrrg_cli.errors import UsageError
+
+    if re.fullmatch(r"[a-z]+(:\d+)?", name) is None:
+        raise UsageError(f"unknown device {name!r}", hint="Use auto, cpu, cuda, cuda:1 or mps.")
+    drivers = ("nvidia*", "kfd", "dxg", "nvhost*", "nvmap")  # NVIDIA, AMD, WSL, Jetson
+    if name.startswith("cuda") and sys.platform == "linux" and not any(any(Path("/dev").glob(d)) for d in drivers):
+        raise UsageError(f"there is no device {name!r} here")
 
 
 def _studies(

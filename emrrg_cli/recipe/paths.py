@@ -15,16 +15,35 @@ R = TypeVar("R", bound=Settings)
 _PATHS = ("root", "weights", "held_out")
 
 
-def check_roots_exist(recipe: Settings) -> None:
+def check_roots_exist(recipe: Settings, *, folders: bool = False) -> None:
     """Finds a data set that is not there before torch is imported, which takes seconds.
+
+    Args:
+        folders: folders of images will do as well.
 
     Raises:
         UsageError: It names the directory.
     """
     data = recipe.model_dump()["data"]
     for root in (data["root"], *(one["root"] for one in data.get("sets", []))):
-        if root is not None and not Path(root).is_dir():
+        if root is not None and not Path(root).exists() and folders:
+            raise UsageError(f"{root}: no such folder", hint="Name a dataset directory or a folder of images.")
+        if root is not None and not Path(root).is_dir() and not folders:
             raise UsageError(f"no such dataset directory: {root}", hint="Make one with `emrrg preprocess`.")
+
+
+def check_weights_exist(recipe: Settings) -> None:
+    """Finds weights to start from that are not there before torch is imported.
+
+    Raises:
+        UsageError: It names the path.
+    """
+    encoder = recipe.model_dump().get("model", {}).get("encoder") or {}
+    if (path := encoder.get("weights")) is not None and not Path(path).exists():
+        raise UsageError(
+            f"{path}: no such file or directory; an encoder is to be there",
+            hint="model.encoder.weights names a run of `emrrg pretrain`, `align` or `finetune`, or a converted file.",
+        )
 
 
 def with_absolute_paths(recipe: R) -> R:

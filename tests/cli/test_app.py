@@ -71,6 +71,10 @@ def test_help_and_recipes_import_nothing_heavy(arguments: list[str], absent: set
         (["demo", "."], "already exists and is not empty"),
         (["evaluate", "--model", "nowhere"], "nowhere"),
         (["generate", "film.png", "--model", "nowhere"], "nowhere"),
+        (["generate", "film.png", "--model", "nowhere", "--device", "cuda!"], "unknown device 'cuda!'"),
+        (["pretrain", "phantom/pretrain", "data.root=nowhere"], "nowhere: no such folder"),
+        (["align", "phantom/align", "data.root=.", "model.encoder.weights=none"], "none: no such file or directory"),
+        (["finetune", "tiny/finetune", "data.root=.", "model.encoder.weights=none"], "none: no such file or dir"),
         (["finetune", "nowhere/nothing"], "no shipped recipe"),
     ],
 )
@@ -79,6 +83,15 @@ def test_a_cheap_mistake_is_found_before_torch_is_imported(arguments: list[str],
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert said in done.stderr
+    assert not re.search(r"\| +torch$", done.stderr, re.M)
+
+
+@pytest.mark.skipif(any(Path("/dev").glob("nvidia*")) or sys.platform != "linux", reason="a GPU may be there")
+def test_a_missing_gpu_is_found_before_torch_is_imported() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "emrrg_cli", "generate", "film.png", "-m", "run"]
+    done = subprocess.run([*command, "--device", "cuda:1"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "there is no device 'cuda:1' here" in done.stderr
     assert not re.search(r"\| +torch$", done.stderr, re.M)
 
 
