@@ -16,9 +16,7 @@ KERNELS = ("emrrg_cli/models/scan/kernels/", "emrrg_cli/models/scan/numba_kernel
 # A scan's tensors, one parameter each: inputs, weights and orders, in the order that torch's operators demand.
 SCANS = "emrrg_cli/models/scan/"
 
-LONG_FILES = {
-    "emrrg_cli/training/loop.py": "the loop's state and its steps; it is to be divided",
-}
+LONG_FILES: dict[str, str] = {}
 LONG_FUNCTIONS = {
     "emrrg_cli/models/scan/triton_engine.py:_backward_of": "launches kernels in order and frees tensors between them",
 }
