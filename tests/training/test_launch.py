@@ -233,14 +233,14 @@ def test_errors_go_to_the_launching_process_where_there_is_one(tmp_path: Path, m
     assert not tell_launcher(RunError("x"))  # torchrun shows no messages
     assert tell_launcher(Interrupted("x"))  # rank 0 says it
     monkeypatch.setenv("EMRRG_ERRORS", str(tmp_path))
-    assert launch._first_told(tmp_path) is None
+    assert launch._first_error(tmp_path) is None
     assert tell_launcher(RunError("lost the connection"), expected=False)
     monkeypatch.setenv("RANK", "0")
     assert tell_launcher(RunError("disk full", hint="make room"))
     assert not tell_launcher(Interrupted("x"))
-    told = launch._first_told(tmp_path)
-    assert told is not None
-    assert (told.message, told.hint) == ("disk full", "make room")
+    error = launch._first_error(tmp_path)
+    assert error is not None
+    assert (error.message, error.hint) == ("disk full", "make room")
     monkeypatch.setenv("EMRRG_ERRORS", str(tmp_path / "gone"))
     assert not tell_launcher(RunError("x"))
 
@@ -258,14 +258,14 @@ def test_the_first_error_of_the_processes_is_reported(
     monkeypatch.setenv("EMRRG_ERRORS", str(tmp_path))
     assert main(["doctor"]) == 1
     assert capsys.readouterr().err == ""
-    told = launch._first_told(tmp_path)
-    assert told is not None
-    assert told.message == "unexpected: RuntimeError: Connection closed by peer"
+    error = launch._first_error(tmp_path)
+    assert error is not None
+    assert error.message == "unexpected: RuntimeError: Connection closed by peer"
     monkeypatch.setenv("RANK", "1")
     tell_launcher(RunError("study s1: broken image"))
-    told = launch._first_told(tmp_path)
-    assert told is not None
-    assert told.message == "study s1: broken image"
+    error = launch._first_error(tmp_path)
+    assert error is not None
+    assert error.message == "study s1: broken image"
 
 
 def test_the_environment_of_the_launching_process_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
