@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import stat
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from emrrg_cli.vocabulary import PUBLISHED_PROMPT
 Row = dict[str, Any]
 _COLUMNS = ["path", "report", "seconds", "notes", "study", "files"]
 _SAMPLE_BYTES = 1 << 16
+_RESTORE = "Restore it from a copy of the run."
 _SHARD_VARIABLES = (("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"), ("JOB_COMPLETION_INDEX", "JOB_COMPLETIONS"))
 
 
@@ -160,6 +162,9 @@ def fingerprint_of(run_dir: Path, recipe: FinetuneRecipe) -> str:
     """A hash of a run's weights and of the options that a report depends on.
 
     Of each weight file its size and 16 samples are read: fast, and other weights of the same shape are told apart.
+
+    Raises:
+        RunError: A weight file cannot be read, or is not a regular file.
     """
     digest = hashlib.sha256()
     options = recipe.model_dump(mode="json", include={"model": True, "generation": True, "protocol": True})
@@ -171,12 +176,17 @@ def fingerprint_of(run_dir: Path, recipe: FinetuneRecipe) -> str:
     for file in sorted(run_dir.rglob("*.safetensors")):
         if "checkpoints" in file.relative_to(run_dir).parts:
             continue
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(run_dir)} {size}\n".encode())
-        with file.open("rb") as stream:
-            for sample in range(16):
-                stream.seek(max(0, size - _SAMPLE_BYTES) * sample // 15)
-                digest.update(stream.read(_SAMPLE_BYTES))
+        try:
+            status = file.stat()
+            if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+                raise RunError(f"{file} is not a regular file", hint=_RESTORE)
+            digest.update(f"{file.relative_to(run_dir)} {status.st_size}\n".encode())
+            with file.open("rb") as stream:
+                for sample in range(16):
+                    stream.seek(max(0, status.st_size - _SAMPLE_BYTES) * sample // 15)
+                    digest.update(stream.read(_SAMPLE_BYTES))
+        except OSError as error:
+            raise RunError(f"{file} cannot be read: {error.strerror or error}", hint=_RESTORE) from error
     return digest.hexdigest()[:16]
 
 

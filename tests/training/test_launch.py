@@ -171,7 +171,7 @@ def test_another_number_of_processes_than_asked_for_is_refused(
     monkeypatch.setenv("WORLD_SIZE", "1")
     arguments = ["finetune", "tiny/finetune", *tiny_overrides, "--output", str(tmp_path / "run")]
     assert main([*arguments, "--num-processes", "2"]) == 1
-    assert capsys.readouterr().err.startswith("error: 2 processes were asked for, 1 are there\n")
+    assert "error: 2 processes were asked for, 1 are there" in capsys.readouterr().err.splitlines()
     assert not (tmp_path / "run").exists()
 
 
