@@ -81,9 +81,10 @@ def evaluate(
     Example: emrrg evaluate --predictions theirs.csv --references ours.jsonl
     """
     if (model is None) == (predictions is None):
+        run = next((word for word in overrides or [] if "=" not in word), "RUN")  # typed without its option
         raise UsageError(
             "give either --model or --predictions",
-            hint="emrrg evaluate --model RUN_DIR, or emrrg evaluate --predictions FILE.",
+            hint=f"`emrrg evaluate --model {run}` or `emrrg evaluate --predictions FILE`.",
         )
     if predictions is not None:
         from emrrg_cli.evaluation.predictions import Columns
