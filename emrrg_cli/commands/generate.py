@@ -101,7 +101,7 @@ def check_device(name: str) -> None:
 
     from emrrg_cli.errors import UsageError
 
-    if re.fullmatch(r"[a-z]+(:\d+)?", name) is None:
+    if re.fullmatch(r"auto|(cpu|cuda|mps)(:\d+)?", name) is None:
         raise UsageError(f"unknown device {name!r}", hint="Use auto, cpu, cuda, cuda:1 or mps.")
     drivers = ("nvidia*", "kfd", "dxg", "nvhost*", "nvmap")  # NVIDIA, AMD, WSL, Jetson
     if name.startswith("cuda") and sys.platform == "linux" and not any(any(Path("/dev").glob(d)) for d in drivers):
