@@ -12,6 +12,7 @@ import pytest
 from emrrg_cli.app import main
 
 
+@pytest.mark.slow
 def test_from_raw_images_to_reports(
     tiny_r2gen: Path,
     tiny_overrides: tuple[str, ...],
@@ -57,6 +58,7 @@ def test_from_raw_images_to_reports(
     assert main(["finetune", "tiny/finetune", "data.root=data", *own, lora, "--resume"]) == 0
 
 
+@pytest.mark.slow
 def test_the_python_names_load_torch_at_their_first_use() -> None:
     code = """
 import sys, emrrg_cli

@@ -33,6 +33,7 @@ def predictions(data: Path, folder: Path, answer: Any) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_perfect_reports_score_one_and_the_blind_answers_less(phantoms: Path, tmp_path: Path) -> None:
     result = read_result(phantoms, predictions(phantoms, tmp_path, lambda row: row["findings"].lower()))
     model, shuffled, usual = result.f1["micro"]

@@ -12,6 +12,7 @@ from emrrg_cli.datasets.directory import open_dataset
 from emrrg_cli.datasets.manifest import read_manifest
 
 
+@pytest.mark.slow
 def test_writes_and_says_synthetic(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert main(["preprocess", "phantom", str(out), "--count", "20", "--seed", "2", "--size", "64"]) == 0

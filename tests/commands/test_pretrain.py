@@ -39,6 +39,7 @@ def films(tmp_path: Path) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_from_a_folder_to_a_model_with_a_stop_between(
     films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

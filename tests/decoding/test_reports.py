@@ -210,6 +210,7 @@ def _settings(**options: Any) -> GenerationSettings:
     return GenerationSettings(**({"num_beams": 1, "max_new_tokens": 8, "batch_size": 3} | options))
 
 
+@pytest.mark.slow
 def test_a_split_is_written_in_order(generator: Generator, tiny_dataset: Path, accelerator: Any) -> None:
     recipe = generator.recipe
     dataset = ReportDataset(open_dataset(tiny_dataset)["train"], recipe.data, 48)

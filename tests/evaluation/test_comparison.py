@@ -93,6 +93,7 @@ def test_the_590_iu_pairs_equal_pycocoevalcap(shared_data: Path) -> None:
     _check(test, [draw.choice(train) for _ in test])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(java_path() is None, reason="needs Java")
 def test_meteor_of_sums_equals_that_of_the_jar() -> None:
     from emrrg_cli.evaluation import meteor
@@ -111,8 +112,7 @@ def test_meteor_of_sums_equals_that_of_the_jar() -> None:
         "lungs are clear",
         "",
     ]
-    for count in range(1, len(references) + 1):
-        pairs = [[text] for text in references[:count]]
-        counted = meteor.statistics(pairs, hypotheses[:count])
-        wanted = meteor.meteor(pairs, hypotheses[:count])
-        assert meteor.combine(counted.sum(axis=0)) == pytest.approx(wanted, abs=1e-9)
+    counted = meteor.statistics([[text] for text in references], hypotheses)
+    for count in (1, 3, 5):  # each starts a Java, which takes seconds
+        wanted = meteor.meteor([[text] for text in references[:count]], hypotheses[:count])
+        assert meteor.combine(counted[:count].sum(axis=0)) == pytest.approx(wanted, abs=1e-9)

@@ -144,6 +144,7 @@ def test_reports_outlive_a_score_that_fails(
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["made_with.json", "predictions.jsonl"]
 
 
+@pytest.mark.slow
 def test_a_second_evaluation_writes_no_report_again(
     varied_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -291,6 +291,7 @@ def test_deflated(make_dicom: MakeDicom, tmp_path: Path) -> None:
     assert _refused(head + b"\xff" * 400)[0] == "broken image"
 
 
+@pytest.mark.slow
 def test_a_deflated_bomb_is_too_large(make_dicom: MakeDicom, tmp_path: Path) -> None:
     head, body = _deflated(make_dicom, RAMP)
     bomb = head + _raw(body + bytes(200_000_000))

@@ -232,6 +232,7 @@ def test_ctrl_c_while_an_image_is_decoded_is_no_broken_image(tmp_path: Path, mon
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_real_data(shared_data: Path, tmp_path: Path) -> None:
     manifest = _run(shared_data / "covid_chestxray", tmp_path / "out", workers=2)
     assert {split: count["studies"] for split, count in manifest["splits"].items()} == {

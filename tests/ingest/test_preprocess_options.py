@@ -420,6 +420,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, byte
     return root, _content(folder / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "workers"), [("loky", 2), ("loky", 3), ("threading", 2), ("sequential", 1)])
 def test_the_same_for_every_backend(
     many: tuple[Path, dict[str, bytes]], backend: str, workers: int, tmp_path: Path

@@ -206,6 +206,7 @@ def test_two_processes_have_the_gradient_of_the_joined_batch(align: Any, in_two:
     assert 2.4 < alone.series("train/loss")[0] < 3.2
 
 
+@pytest.mark.slow
 def test_chunks_have_the_gradient_of_the_whole_batch(align: Any) -> None:
     expected = align("whole", *ONE_STEP)
     for size in (1, 5):

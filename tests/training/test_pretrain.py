@@ -104,6 +104,7 @@ def test_the_validation_loss_is_of_the_exported_model(pretrain: Any, tiny_datase
     assert run.series("validation/loss") == pytest.approx([sum(losses) / 6], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_training_learns_and_the_rate_follows_the_batch(pretrain: Any) -> None:
     run = pretrain("run", "train.epochs=10", "train.validate_every_epochs=10", "train.lr_batch_size=4")
     losses = run.series("train/loss")

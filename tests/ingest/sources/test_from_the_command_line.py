@@ -132,6 +132,7 @@ def test_a_dry_run_writes_nothing(mimic: Any, tmp_path: Path, capsys: pytest.Cap
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_real_archive_with_four_images(
     shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

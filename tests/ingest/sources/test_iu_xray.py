@@ -314,6 +314,7 @@ def real_openi(real: Path, read: Read) -> tuple[list[Study], Account]:
     return read(iu_xray_source(real, layout="openi", images=images, section="both"))
 
 
+@pytest.mark.slow
 def test_the_real_archive(real_openi: tuple[list[Study], Account]) -> None:
     studies, account = real_openi
     assert account.read == 3955
@@ -349,6 +350,7 @@ def test_the_real_releases_agree(real: Path, real_openi: tuple[list[Study], Acco
     assert sorted(damaged) == ["CXR1555", "CXR3477", "CXR3784"]
 
 
+@pytest.mark.slow
 def test_the_real_annotation_holds_the_findings(real: Path, read: Read) -> None:
     studies, account = read(iu_xray_source(real, layout="openi", annotation=real / "annotation.json"))
     assert Counter(study.split for study in studies) == {"train": 2069, "validation": 296, "test": 590}
@@ -375,6 +377,7 @@ def test_images_at_any_depth_and_the_layout_is_named(
     assert "iu_xray, layout openi: " in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_long_name_in_an_archive_is_refused(openi: Any) -> None:
     archive = _pack(openi, "NLMCXR_reports.tar.gz")
     header = tarfile.TarInfo("././@LongLink")

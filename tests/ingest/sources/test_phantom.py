@@ -36,6 +36,7 @@ def test_a_study_is_a_function_of_seed_and_index() -> None:
     assert synthetic_study(1, 7) != synthetic_study(2, 7)
 
 
+@pytest.mark.slow
 def test_the_same_bytes_whatever_the_workers(tmp_path: Path) -> None:
     one, two = _make(tmp_path / "one", 70), _make(tmp_path / "two", 70, workers=2)
     assert one["fingerprint"] == two["fingerprint"]

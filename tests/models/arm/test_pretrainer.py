@@ -147,6 +147,7 @@ def _literal(
     return torch.stack(errors).mean(), prediction
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("image_size", "width", "depth", "blocks"), [(128, 128, 3, 2), (192, 64, 4, 4)])
 def test_forward_and_every_gradient_equal_the_literal_reading(
     image_size: int, width: int, depth: int, blocks: int

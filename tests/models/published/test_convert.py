@@ -268,6 +268,7 @@ def test_recipe_and_llm_follow_from_name_and_width(
     assert f"recipe mimic_cxr/finetune, LLM {llm}, no hybrid layers, no adapters" in lines
 
 
+@pytest.mark.slow
 def test_a_converted_checkpoint_starts_the_next_stage(
     make_state: Make,
     save_published: Save,

@@ -74,6 +74,7 @@ def test_encoder(
     _compare(found, dict(zip(leaves, gradients, strict=True)), dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     ("d", "depth", "n", "grid", "width", "taps"),
