@@ -9,7 +9,7 @@ from typing import Any
 
 from emrrg_cli.datasets.report_text import readable_report
 from emrrg_cli.files.atomic import atomic_write_bytes, atomic_write_text
-from emrrg_cli.reporting.evaluation_tables import AVERAGES, CONTROLS, POLICY, labeler_name
+from emrrg_cli.reporting.evaluation_tables import CONTROLS, clinical_rows, controls_with, labeler_name
 from emrrg_cli.reporting.rendering import render
 from emrrg_cli.vocabulary import SCORE_LABELS
 
@@ -111,17 +111,11 @@ def _scores(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _grid(name: str, grid: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
-    controls = {key: made for key, made in result["controls"].items() if name in made.get("clinical", {})}
-    rows = []
-    for policy, figures in grid.items():
-        for labels in ("14", "5"):
-            for average, words in AVERAGES.items():
-                if average == "macro_defined" and not figures[labels]["undefined"]:
-                    continue
-                row = figures[labels][average]
-                others = [made["clinical"][name][policy][labels][average]["f1"] for made in controls.values()]
-                cells = [_number(value) for value in (row["precision"], row["recall"], row["f1"], *others)]
-                rows.append([f"{words}, {labels} labels, uncertain as {POLICY[policy]}", *cells])
+    controls = controls_with(name, result["controls"])
+    rows = [
+        [f"{words}, {labels} labels, uncertain as {policy}", *map(_number, values)]
+        for policy, labels, words, values in clinical_rows(name, grid, controls)
+    ]
     heads = ["average", "precision", "recall", "F1", *(f"F1, {CONTROLS.get(key, key)}" for key in controls)]
     undefined = max(figures["14"]["undefined"] for figures in grid.values())
     note = f"{undefined} of 14 labels occur on neither side; macro counts them as 0." if undefined else ""

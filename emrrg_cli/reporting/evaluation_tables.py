@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.table import Table
@@ -57,24 +57,40 @@ def _scores(result: Mapping[str, Any], title: str) -> Table:
     return table
 
 
-def _clinical(name: str, grid: Mapping[str, Any], controls: Mapping[str, Any]) -> Table:
-    table = Table(title=Text(f"Clinical findings by {labeler_name(name)}"), title_justify="left", title_style="bold")
-    for head in ("uncertain as", "labels", "average"):
-        table.add_column(head)
-    for head in ("precision", "recall", "F1"):
-        table.add_column(head, justify="right")
-    shown = [control for control, made in controls.items() if name in made.get("clinical", {})]
-    for control in shown:
-        table.add_column(f"F1, {CONTROLS.get(control, control)}", justify="right")
+def controls_with(name: str, controls: Mapping[str, Any]) -> dict[str, Any]:
+    """The controls that have clinical figures of a labeler."""
+    return {control: made for control, made in controls.items() if name in made.get("clinical", {})}
+
+
+def clinical_rows(
+    name: str, grid: Mapping[str, Any], controls: Mapping[str, Any]
+) -> Iterator[tuple[str, str, str, list[float]]]:
+    """Rows of the clinical table: how uncertain counts, number of labels, average, and the figures.
+
+    The figures are precision, recall, F1, and F1 of each control. The macro average of defined labels is left out where
+    all labels are defined.
+    """
     for policy, figures in grid.items():
         for labels in ("14", "5"):
             for average, words in AVERAGES.items():
                 if average == "macro_defined" and not figures[labels]["undefined"]:
                     continue
                 row = figures[labels][average]
-                others = [controls[c]["clinical"][name][policy][labels][average]["f1"] for c in shown]
-                cells = [row["precision"], row["recall"], row["f1"], *others]
-                table.add_row(POLICY[policy], labels, words, *(f"{value:.3f}" for value in cells))
+                others = [made["clinical"][name][policy][labels][average]["f1"] for made in controls.values()]
+                yield POLICY[policy], labels, words, [row["precision"], row["recall"], row["f1"], *others]
+
+
+def _clinical(name: str, grid: Mapping[str, Any], controls: Mapping[str, Any]) -> Table:
+    table = Table(title=Text(f"Clinical findings by {labeler_name(name)}"), title_justify="left", title_style="bold")
+    for head in ("uncertain as", "labels", "average"):
+        table.add_column(head)
+    for head in ("precision", "recall", "F1"):
+        table.add_column(head, justify="right")
+    shown = controls_with(name, controls)
+    for control in shown:
+        table.add_column(f"F1, {CONTROLS.get(control, control)}", justify="right")
+    for policy, labels, words, values in clinical_rows(name, grid, shown):
+        table.add_row(policy, labels, words, *(f"{value:.3f}" for value in values))
     if undefined := max(figures["14"]["undefined"] for figures in grid.values()):
         table.caption = f"{undefined} of 14 labels occur on neither side; macro counts them as 0."
     return table
