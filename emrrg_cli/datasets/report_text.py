@@ -108,6 +108,32 @@ def select_section(row: Mapping[str, Any], section: Section | str) -> str:
     return " ".join(text for name in names if (text := row.get(name) or "").strip())
 
 
+_SENTENCE_END = re.compile(r"(?<!\bvs)\.(?=\s|$)|[;?!](?=\s|$)|\n")
+_ENUMERATED = re.compile(r"\s*\d+\.")
+
+
+def sentence_spans(text: str) -> list[tuple[int, int]]:
+    """Where the sentences of a report stand, raw or cleaned (" . " between sentences).
+
+    Returns:
+        Start and end of each, without spaces at its ends and with the full stop; together they hold all that is no
+        space. A number with a full stop belongs to the sentence behind it, what else has no letter to the one before.
+    """
+    spans: list[tuple[int, int]] = []
+    start = 0
+    for end in (*(found.end() for found in _SENTENCE_END.finditer(text)), len(text)):
+        part = text[start:end]
+        if not part.strip() or (end < len(text) and _ENUMERATED.fullmatch(part)):
+            continue
+        first, last = start + len(part) - len(part.lstrip()), start + len(part.rstrip())
+        if spans and not any(letter.isalpha() for letter in part):
+            spans[-1] = (spans[-1][0], last)
+        else:
+            spans.append((first, last))
+        start = end
+    return spans
+
+
 def readable_report(text: str) -> str:
     """A report as people write it: punctuation joined to its word, and a capital after each full stop.
 

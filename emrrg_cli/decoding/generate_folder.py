@@ -208,6 +208,7 @@ class _Run:
             "report": report.text,
             "findings": {name: label for name, label in labels.items() if label is not None},
             "log_probability": round(report.log_probability, 4),
+            **({} if report.confidence is None else report.confidence.as_dict()),
             "seconds": seconds,
             "notes": read.notes,
             "fingerprint": self.place.fingerprint,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from emrrg_cli.decoding.search import Report
 from emrrg_cli.decoding.slots import Prompts
+from emrrg_cli.decoding.teacher_forcing import token_log_probabilities
 from emrrg_cli.errors import RunError
 from emrrg_cli.models.adapters import plain
 from emrrg_cli.models.report_generator import generation_config
@@ -21,7 +22,7 @@ _HOOKS = ("_get_running_beams_for_next_iteration", "_check_early_stop_heuristic"
 def generate_reports(
     llm: Any, prompts: Prompts, settings: GenerationSettings, end: list[int], pad: int
 ) -> list[Report]:
-    """Writes a report for each prompt; the log-probabilities are not known (0).
+    """Writes a report for each prompt; its log-probability after the decoding options is not known (0).
 
     Args:
         end: tokens that end a report.
@@ -36,7 +37,9 @@ def generate_reports(
         rows = llm.generate(
             inputs_embeds=prompts.embeddings, attention_mask=prompts.mask, generation_config=config, **visual
         )
-    return [Report(_until_end(row, end), 0.0) for row in rows.tolist()]
+    reports = [_until_end(row, end) for row in rows.tolist()]
+    given = token_log_probabilities(llm, prompts, reports, pad)
+    return [Report(tokens, 0.0, each) for tokens, each in zip(reports, given, strict=True)]
 
 
 def _until_end(tokens: list[int], end: list[int]) -> list[int]:

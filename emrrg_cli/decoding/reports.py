@@ -79,7 +79,7 @@ class Generator:
         self.recipe = recipe
         self.device = device
         self.precision = precision
-        self.writer = Writer(self.model, recipe.generation, device, autocast_of(device, precision))
+        self.writer = Writer(self.model, recipe.generation, device, autocast_of(device, precision), confident=True)
 
     def generate(self, studies: Sequence[Study]) -> list[str]:
         """Writes a report for each study.

@@ -31,10 +31,17 @@ _NEVER = -1.0e9  # as transformers; a sum of log-probabilities never comes near 
 
 @dataclass(frozen=True)
 class Report:
-    """The tokens of a report, its end token included, and their mean log-probability after the decoding options."""
+    """A report as tokens.
+
+    Args:
+        tokens: the end token included.
+        log_probability: mean over them, after the decoding options.
+        token_log_probabilities: of each token, as the model gives it: before penalties, temperature and other options.
+    """
 
     tokens: list[int]
     log_probability: float
+    token_log_probabilities: list[float]
 
 
 class Search:
@@ -62,6 +69,7 @@ class Search:
         return {
             "tokens": torch.zeros(b, k, t, dtype=torch.long, device=self.device),
             "ancestry": torch.zeros(b, k, t, dtype=torch.long, device=self.device),
+            "given": torch.zeros(b, k, t, device=self.device),  # log-probability of each token as the model gives it
             "scores": scores,
             "length": torch.zeros(b, dtype=torch.long, device=self.device),
             "done": torch.zeros(b, dtype=torch.bool, device=self.device),
@@ -120,8 +128,10 @@ class TokenSearch(Search):
         token = self._drawn(state, scores, 1) if self.settings.do_sample else scores.argmax(-1, keepdim=True)
         length = state["length"] + 1
         log_probability = scores.gather(-1, token) - scores.logsumexp(-1, keepdim=True)
+        given = logits[:, 0].gather(-1, token) - logits[:, 0].logsumexp(-1, keepdim=True)
         return {
             "tokens": self._put(state["tokens"], state["length"], token),
+            "given": self._put(state["given"], state["length"], given),
             "scores": state["scores"] + log_probability,
             "length": length,
             "done": torch.isin(token[:, 0], self.end) | (length >= self.most),
@@ -129,10 +139,11 @@ class TokenSearch(Search):
 
     def reports(self, state: State, rows: list[int]) -> list[Report]:
         index = torch.tensor(rows).to(self.device)
-        tokens, lengths, scores = (state[name][index].tolist() for name in ("tokens", "length", "scores"))
+        names = ("tokens", "length", "scores", "given")
+        tokens, lengths, scores, given = (state[name][index].tolist() for name in names)
         return [
-            Report(row[0][:length], score[0] / length)
-            for row, length, score in zip(tokens, lengths, scores, strict=True)
+            Report(row[0][:length], score[0] / length, each[0][:length])
+            for row, length, score, each in zip(tokens, lengths, scores, given, strict=True)
         ]
 
 
@@ -147,6 +158,7 @@ class BeamSearch(Search):
         state = super().start(seeds)
         ended = {
             "ended_tokens": torch.zeros_like(state["tokens"]),
+            "ended_given": torch.zeros_like(state["given"]),
             "ended_scores": torch.full_like(state["scores"], _NEVER),
             "ended_length": torch.zeros(len(seeds), self.beams, dtype=torch.long, device=self.device),
             "has_ended": torch.zeros(len(seeds), self.beams, dtype=torch.bool, device=self.device),
@@ -155,10 +167,13 @@ class BeamSearch(Search):
 
     def _next(self, state: State, logits: Tensor) -> State:
         b, k, v = logits.shape
-        total = self._constrained(state, logits.log_softmax(-1)) + state["scores"][..., None]
+        log_probabilities = logits.log_softmax(-1)
+        total = self._constrained(state, log_probabilities) + state["scores"][..., None]
         top, parent, token = self._candidates(state, total.view(b, k * v), v)  # [b, c]
         length = state["length"] + 1
         tokens = self._put(_gather(state["tokens"], parent), state["length"], token)  # [b, c, t]
+        given = log_probabilities.flatten(1).gather(1, parent * v + token)
+        given = self._put(_gather(state["given"], parent), state["length"], given)
         ended = torch.isin(token, self.end) | (length >= self.most)[:, None]
 
         running = top + ended * _NEVER
@@ -168,11 +183,12 @@ class BeamSearch(Search):
         running = running.gather(1, chosen)
         new = {
             "tokens": _gather(tokens, chosen),
+            "given": _gather(given, chosen),
             "ancestry": self._put(ancestry, state["length"], own),
             "scores": running,
             "length": length,
         }
-        new |= self._merge(state, tokens, top, ended)
+        new |= self._merge(state, tokens, given, top, ended)
         best = top if self.settings.beam_stop == "candidates" else running
         possible = best[:, :1] / self._norm(length)
         worst = torch.where(new["has_ended"], new["ended_scores"].min(1, keepdim=True).values, _NEVER)
@@ -190,7 +206,7 @@ class BeamSearch(Search):
             top, index = total.topk(count)
         return top, index // vocabulary, index % vocabulary
 
-    def _merge(self, state: State, tokens: Tensor, top: Tensor, ended: Tensor) -> State:
+    def _merge(self, state: State, tokens: Tensor, given: Tensor, top: Tensor, ended: Tensor) -> State:
         # Of candidates that end, only the first `k` count: the others are there to have enough that go on.
         ending = ended & (torch.arange(top.shape[1], device=top.device) < self.beams)
         length = state["length"] + 1
@@ -200,6 +216,7 @@ class BeamSearch(Search):
         lengths = torch.cat([state["ended_length"], length[:, None].expand_as(top)], dim=1)
         return {
             "ended_tokens": _gather(torch.cat([state["ended_tokens"], tokens], dim=1), best),
+            "ended_given": _gather(torch.cat([state["ended_given"], given], dim=1), best),
             "ended_scores": merged.gather(1, best),
             "ended_length": lengths.gather(1, best),
             "has_ended": torch.cat([state["has_ended"], ending], dim=1).gather(1, best),
@@ -210,12 +227,12 @@ class BeamSearch(Search):
 
     def reports(self, state: State, rows: list[int]) -> list[Report]:
         index = torch.tensor(rows).to(self.device)
-        names = ("ended_tokens", "ended_length", "ended_scores")
-        tokens, lengths, scores = (state[name][index, 0].tolist() for name in names)
+        names = ("ended_tokens", "ended_length", "ended_scores", "ended_given")
+        tokens, lengths, scores, given = (state[name][index, 0].tolist() for name in names)
         penalty = self.settings.length_penalty
         return [
-            Report(row[:length], score * length**penalty / length)
-            for row, length, score in zip(tokens, lengths, scores, strict=True)
+            Report(row[:length], score * length**penalty / length, each[:length])
+            for row, length, score, each in zip(tokens, lengths, scores, given, strict=True)
         ]
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from emrrg_cli.decoding.choice import choose_engine
+from emrrg_cli.decoding.confidence import Confidence, read_confidence
 from emrrg_cli.decoding.engine import Engine
 from emrrg_cli.decoding.reference import generate_reports
 from emrrg_cli.decoding.search import Report
@@ -50,12 +51,17 @@ class WrittenReport:
     Args:
         key: of its study.
         text: without special tokens.
-        log_probability: mean over its tokens; 0 with transformers' engine, which does not tell it.
+        log_probability: mean over its tokens after the decoding options; 0 with transformers' engine, which does not
+            tell it.
+        tokens: its end token included.
+        confidence: how sure the model is of it; None where it was not asked for.
     """
 
     key: Any
     text: str
     log_probability: float
+    tokens: list[int] = field(default_factory=list)
+    confidence: Confidence | None = None
 
 
 class Writer:
@@ -65,12 +71,20 @@ class Writer:
         settings: decoding options; `engine` chooses among ours and transformers'.
         device: of the model.
         autocast: makes the contexts of the precision, without a cache of casts.
+        confident: whether reports come with their confidence.
     """
 
     def __init__(
-        self, model: ReportGenerator, settings: GenerationSettings, device: torch.device, autocast: Autocast
+        self,
+        model: ReportGenerator,
+        settings: GenerationSettings,
+        device: torch.device,
+        autocast: Autocast,
+        *,
+        confident: bool = False,
     ) -> None:
         self.model = model
+        self.confident = confident
         self.settings = settings
         self.device = device
         self.autocast = autocast
@@ -119,7 +133,10 @@ class Writer:
         )
 
     def _written(self, key: Any, report: Report) -> WrittenReport:
-        return WrittenReport(key, self.model.decode(report.tokens), report.log_probability)
+        text, tokens, confidence = self.model.decode(report.tokens), report.tokens, None
+        if self.confident:
+            confidence = read_confidence(text, tokens, report.token_log_probabilities, self.model.decode)
+        return WrittenReport(key, text, report.log_probability, tokens, confidence)
 
 
 def _chain(first: Prompts, following: Iterator[Prompts]) -> Iterator[Prompts]:

@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageFile
 
 from emrrg_cli.decoding import generate_folder as folder
+from emrrg_cli.decoding.confidence import Confidence, Sentence
 from emrrg_cli.decoding.generate_folder import Written
 from emrrg_cli.decoding.outputs import Shard, merge_shards
 from emrrg_cli.decoding.studies import StudyFiles, find_studies, table_studies
@@ -43,7 +44,8 @@ class Writer:
             self.numbers += some.numbers
             pixels = torch.split(some.pixels, some.views.tolist())
             texts = [f'grey "{study.float().mean():.0f}",\n{tuple(study.shape)}' for study in pixels]
-            yield [WrittenReport(key, text, -0.5) for key, text in zip(some.keys, texts, strict=True)]
+            sure = Confidence(-0.25, [Sentence(0, 4, 0.9)], [0.8, 1.0], [0, -1])
+            yield [WrittenReport(key, text, -0.5, [5, 2], sure) for key, text in zip(some.keys, texts, strict=True)]
 
 
 def run_generation(files: list[Any], *arguments: Any, **options: Any) -> Written:
@@ -360,8 +362,10 @@ def test_records_of_other_weights_are_not_mixed(tmp_path: Path, writer: Writer, 
 def test_a_record_has_everything(tmp_path: Path, writer: Writer, recipe: FinetuneRecipe) -> None:
     run_generation([_image(tmp_path / "1.png")], tmp_path / "run", recipe, tmp_path / "out")
     (row,) = _rows(tmp_path / "out" / "reports.jsonl")
-    keys = "study path files views report findings log_probability seconds notes fingerprint"
-    assert list(row) == keys.split()
+    keys = "study path files views report findings log_probability mean_token_logprob sentences word_confidence"
+    assert list(row) == [*keys.split(), "seconds", "notes", "fingerprint"]
+    assert (row["mean_token_logprob"], row["word_confidence"]) == (-0.25, [0.8, 1.0])
+    assert row["sentences"] == [{"start": 0, "end": 4, "confidence": 0.9}]
     assert row["files"] == [row["path"]] == [row["study"]]
     assert (row["log_probability"], row["views"]) == (-0.5, [None])
 
