@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,11 +87,8 @@ def assess(predictions: Predictions, options: Options | None = None) -> Assessme
     cider = statistics[CIDER][:, 0]
     p = bootstrap.p_greater(cider - dealt_cider) if len(dealt_cider) else 1.0
     record["image_matters"], record["image_p"] = bool(p < controls.ALPHA), p
-    if "dealt" in record["controls"]:
-        dealt = record["controls"]["dealt"]["scores"][CIDER]
-        record["image"] = controls.image_sentence(record["image_matters"], p, float(cider.mean()), dealt)
-    else:
-        record["image"] = "One study cannot show whether the image is used: there is no other to deal its report to."
+    dealt = float(dealt_cider.mean()) if len(dealt_cider) else math.nan
+    record["image"] = controls.image_sentence(record["image_matters"], p, float(cider.mean()), dealt, len(cider))
     main = labels["chexbert" if "chexbert" in labels else "rules"]
     record["glance"] = at_a_glance(predictions, *main, options.train_reports)
     return Assessment(record, statistics, labels, dealt_cider, options.train_reports)

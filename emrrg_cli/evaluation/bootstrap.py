@@ -42,19 +42,27 @@ def intervals(statistics: Floats, combine: Combine, resamples: int = RESAMPLES, 
 
 
 def p_greater(differences: Floats, resamples: int = TEST_RESAMPLES, seed: int = SEED) -> float:
-    """One-sided p value that the mean of paired differences `[n]` is not above zero, by bootstrap over studies."""
+    """One-sided p value that the mean of paired differences `[n]` is not above zero, by bootstrap over studies.
+
+    It is at least `least_p(n)`: a bootstrap of two or three studies is blind to how few they are.
+    """
     means = resampled_sums(differences[:, None], resamples, seed)[:, 0] / max(1, len(differences))
     # Differences of equal reports are rounding errors; they count as equal.
-    return float((1 + np.sum(means <= 1e-12)) / (resamples + 1))
+    return max(float((1 + np.sum(means <= 1e-12)) / (resamples + 1)), least_p(len(differences)))
 
 
-def p_two_sided(first: Floats, second: Floats) -> Floats:
-    """Two-sided p values `[names]` that two runs differ, from scores `[resamples, names]` of the same resamples."""
+def least_p(studies: int) -> float:
+    """The smallest p value that paired differences of `studies` can have: that all signs agree by chance, `2^-n`."""
+    return float(0.5**studies)
+
+
+def p_two_sided(first: Floats, second: Floats, studies: int) -> float:
+    """Two-sided p value that two runs differ, from scores `[resamples]` of the same resamples of `studies`."""
     difference = second - first
     rest = len(difference) + 1
-    below = (1 + np.sum(difference <= 1e-12, axis=0)) / rest
-    above = (1 + np.sum(difference >= -1e-12, axis=0)) / rest
-    return np.asarray(np.minimum(1.0, 2 * np.minimum(below, above)), np.float64)
+    below = (1 + np.sum(difference <= 1e-12)) / rest
+    above = (1 + np.sum(difference >= -1e-12)) / rest
+    return min(1.0, 2 * max(float(min(below, above)), least_p(studies)))
 
 
 def _draws(studies: int, resamples: int, seed: int) -> Iterator[Floats]:

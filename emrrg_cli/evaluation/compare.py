@@ -157,9 +157,7 @@ def _test(
     return {
         "studies": len(common),
         "differences": {name: float(exact[1][name] - exact[0][name]) for name in exact[0]},
-        "p": {
-            name: float(bootstrap.p_two_sided(drawn[0][name][:, None], drawn[1][name][:, None])[0]) for name in drawn[0]
-        },
+        "p": {name: bootstrap.p_two_sided(drawn[0][name], drawn[1][name], len(common)) for name in drawn[0]},
     }
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from emrrg_cli.evaluation import bootstrap
+
 DEALS = 20
 SLOW_DEALS = 2  # deals that a slow score is computed on
 ALPHA = 0.01
@@ -36,8 +38,12 @@ def most_frequent(reports: Sequence[str]) -> str | None:
     return counts.most_common(1)[0][0] if counts else None
 
 
-def image_sentence(image_matters: bool, p: float, own: float, dealt: float) -> str:
+def image_sentence(image_matters: bool, p: float, own: float, dealt: float, studies: int) -> str:
     """A plain sentence that says whether the image makes a difference."""
+    if studies < 2:
+        return "One study cannot show whether the image is used: there is no other to deal its report to."
+    if bootstrap.least_p(studies) >= ALPHA:
+        return f"{studies} studies are too few to show whether the image is used."
     figures = f"CIDEr {own:.3f} against {dealt:.3f} for the same reports dealt to other studies, p = {p:.4f}"
     if image_matters:
         return f"The image matters: {figures}."

@@ -21,7 +21,7 @@ POLICY = {"uncertain_positive": "positive", "uncertain_negative": "negative"}
 AVERAGES = {
     "micro": "micro",
     "macro": "macro",
-    "macro_defined": "macro, defined only",
+    "macro_defined": "macro, defined",
     "example": "example",
 }
 
@@ -83,7 +83,7 @@ def clinical_rows(
 def _clinical(name: str, grid: Mapping[str, Any], controls: Mapping[str, Any]) -> Table:
     table = Table(title=Text(f"Clinical findings by {labeler_name(name)}"), title_justify="left", title_style="bold")
     for head in ("uncertain as", "labels", "average"):
-        table.add_column(head)
+        table.add_column(head, no_wrap=head == "average")
     for head in ("precision", "recall", "F1"):
         table.add_column(head, justify="right")
     shown = controls_with(name, controls)

@@ -131,6 +131,15 @@ def test_labels_of_the_data_set_replace_those_of_references() -> None:
     assert figures["uncertain_positive"]["14"]["micro"]["f1"] == 0.0
 
 
+@pytest.mark.parametrize("studies", [2, 6])
+def test_few_studies_cannot_show_that_the_image_matters(studies: int) -> None:
+    reports = [f"finding number {number} is seen ." for number in range(studies)]
+    record = assess(_predictions(reports, reports), OPTIONS).record
+    assert record["scores"]["CIDEr"] > record["controls"]["dealt"]["scores"]["CIDEr"]
+    assert (record["image_matters"], record["image_p"]) == (False, 0.5**studies)
+    assert record["image"] == f"{studies} studies are too few to show whether the image is used."
+
+
 def test_one_study_has_no_dealt_control() -> None:
     record = assess(_predictions(["no effusion ."], ["no effusion ."]), OPTIONS).record
     assert record["controls"] == {}

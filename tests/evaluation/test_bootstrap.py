@@ -47,7 +47,13 @@ def test_equal_reports_are_no_evidence() -> None:
     assert bootstrap.p_greater(np.zeros(30)) == 1.0
     assert bootstrap.p_greater(np.full(30, 1e-16)) == 1.0
     same = bootstrap.resampled_sums(np.random.default_rng(0).random((30, 2)), 200)
-    assert bootstrap.p_two_sided(same, same).tolist() == [1.0, 1.0]
+    assert bootstrap.p_two_sided(same[:, 0], same[:, 0], 30) == 1.0
+
+
+def test_few_studies_have_no_small_p() -> None:
+    assert bootstrap.p_greater(np.array([1.0, 2.0, 3.0])) == 0.125
+    better = bootstrap.resampled_sums(np.array([[1.0], [2.0], [3.0]]), 200)[:, 0]
+    assert bootstrap.p_two_sided(np.zeros(200), better, 3) == 0.25
 
 
 def test_false_alarms_are_as_rare_as_they_say() -> None:
