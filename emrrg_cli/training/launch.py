@@ -1,22 +1,29 @@
-"""Starts one process a GPU, or lets a launcher that is already there have its way."""
+"""Starts one process a GPU, unless another launcher, such as torchrun, has started this process."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 from emrrg_cli.errors import EmrrgError, Interrupted, RunError, UsageError
 from emrrg_cli.signals import stop_signals
 
 _EXPECTED = "EMRRG_NUM_PROCESSES"
 _ERRORS = "EMRRG_ERRORS"  # folder that the processes leave their errors in
+# After a stop signal, processes that have not ended in this time are killed. torch's own limit, 30 s, is less than some
+# models need to finish a step and save a checkpoint.
+_SECONDS_TO_SAVE = 600
 
 
 def inside_launcher() -> bool:
@@ -61,21 +68,49 @@ def processes_expected(requested: int | None) -> int:
 
 
 def launch(arguments: Sequence[str], processes: int) -> None:
-    """Runs `emrrg <arguments>` in `processes` processes of this machine and waits for them.
+    """Run `emrrg <arguments>` in several processes of this machine and wait for them.
 
     Raises:
-        EmrrgError: when one fails: its own message and exit code.
-        Interrupted: when a signal ended them.
+        EmrrgError: A process failed: its own message and exit code.
+        Interrupted: A stop signal arrived. It is passed on, and the processes have time to save a checkpoint.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed.launcher.api import elastic_launch
 
     # Its warnings and tracebacks speak of the launcher.
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-    config = LaunchConfig(
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, _cores() // processes)))
+    with tempfile.TemporaryDirectory(prefix="emrrg-") as errors:
+        variables = {_EXPECTED: str(processes), _ERRORS: errors, "OMP_NUM_THREADS": threads}
+        try:
+            # torch sets the last variable and does not restore it.
+            with _environment(variables | {"TORCHELASTIC_SIGNALS_TO_HANDLE": ""}), _signals_raise(SignalException):
+                elastic_launch(_launch_config(processes), sys.executable)("-m", "emrrg_cli", *arguments)
+        except SignalException as error:
+            raise Interrupted("all processes have ended", exit_code=128 + error.sigval) from None
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+            if code - 128 in stop_signals():  # somebody stopped the processes and not this one
+                raise Interrupted("all processes have ended", exit_code=code) from None
+            ended = f"failed with exit code {code}" if failure.exitcode > 0 else f"was ended by signal {code - 128}"
+            failed = _first_error(Path(errors)) or EmrrgError(f"process {rank} of {processes} {ended}")
+            failed.exit_code = code
+            raise failed from None
+
+
+def _launch_config(processes: int) -> Any:
+    from torch.distributed.launcher.api import LaunchConfig
+
+    newer: dict[str, Any] = {
+        "signals_to_handle": ",".join(number.name for number in stop_signals()),
+        "shutdown_timeout": _SECONDS_TO_SAVE,
+    }
+    known = {field.name for field in fields(LaunchConfig)}  # torch 2.6 has neither
+    return LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=processes,
@@ -83,23 +118,23 @@ def launch(arguments: Sequence[str], processes: int) -> None:
         rdzv_endpoint="localhost:0",
         run_id=f"emrrg-{os.getpid()}",
         max_restarts=0,
+        **{name: value for name, value in newer.items() if name in known},
     )
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, _cores() // processes)))
-    with tempfile.TemporaryDirectory(prefix="emrrg-") as errors:
-        try:
-            passed_on = ",".join(number.name for number in stop_signals())
-            variables = {_EXPECTED: str(processes), _ERRORS: errors, "OMP_NUM_THREADS": threads}
-            with _environment(variables | {"TORCHELASTIC_SIGNALS_TO_HANDLE": passed_on}):
-                elastic_launch(config, sys.executable)("-m", "emrrg_cli", *arguments)
-        except SignalException as error:
-            raise Interrupted("all processes have ended", exit_code=128 + error.sigval) from None
-        except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
-            code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-            ended = f"failed with exit code {code}" if failure.exitcode > 0 else f"was ended by signal {code - 128}"
-            failed = _first_error(Path(errors)) or EmrrgError(f"process {rank} of {processes} {ended}")
-            failed.exit_code = code
-            raise failed from None
+
+
+@contextmanager
+def _signals_raise(exception: Any) -> Iterator[None]:
+    """In the block, each stop signal raises torch's `SignalException`, also before torch starts the processes."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise exception(f"received signal {number}", signal.Signals(number))
+
+    before = {number: signal.signal(number, stop) for number in stop_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def tell_launcher(error: EmrrgError | Interrupted, *, expected: bool = True) -> bool:

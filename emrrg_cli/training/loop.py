@@ -30,12 +30,10 @@ from emrrg_cli.training.run_checkpoints import RunCheckpoints
 from emrrg_cli.training.schedule import build_optimizer, learning_rate
 from emrrg_cli.training.selection import better_value
 from emrrg_cli.training.stage import PreparesStep, ShowsExamples, Stage
-from emrrg_cli.training.stop_request import StopRequest, catch_stop_signals
+from emrrg_cli.training.stop_request import SharedStop, StopRequest, catch_stop_signals
 from emrrg_cli.training.summary import Summary
 
 _ADVISE_AFTER_S = 60.0
-# With several processes, the loop checks for a stop signal once in this many steps.
-_STOP_EVERY_STEPS = 8
 
 
 def train(
@@ -120,6 +118,7 @@ class _Loop:
         self.require_run_dir = guard = directory_guard(run_dir)
         self.history = History(run_dir, self.order.steps_per_epoch, accelerator, guard)
         self.checkpoints = RunCheckpoints(run_dir, self.module, self.optimizer, accelerator, self.average, guard)
+        self.shared_stop = SharedStop()
         self.finite = FiniteCheck(accelerator, settings.detect_non_finite)
         self.last_loss = float("nan")
         self.advised = False
@@ -244,11 +243,10 @@ class _Loop:
         items = sum(self.stage.items(batch) for batch in batches)
         total_items: float | Tensor = float(items)
         if accelerator.num_processes > 1:
-            own = torch.tensor([[float(items), float(stop_signal)]], device=accelerator.device)
+            own = torch.tensor([[float(items), float(stop_signal)]]).to(accelerator.device, non_blocking=True)
             shared = accelerator.gather(own)
             total_items = shared[:, 0].sum()
-            # Reading a value waits for the GPU, so all processes check at the same few steps only.
-            stop_signal = int(shared[:, 1].max()) if progress.step % _STOP_EVERY_STEPS == 0 else 0
+            stop_signal = self.shared_stop.exchange(shared[:, 1].max())
         self.model.train()
         if isinstance(self.stage, PreparesStep):
             batches = self.stage.prepare_step(batches, progress.epoch)

@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from emrrg_cli.console import err
 from emrrg_cli.signals import stop_signals
 from emrrg_cli.training.launch import inside_launcher
@@ -19,6 +22,33 @@ class StopRequest:
     """The number of the first stop signal that arrived; 0 if none has."""
 
     number: int = 0
+
+
+class SharedStop:
+    """The stop signal that any of several processes received, read one step late.
+
+    To read a value of the current step would wait for the GPU in every step. The value of the step before is there.
+    All processes read the same value at the same step, so they stop together.
+    """
+
+    def __init__(self) -> None:
+        self._last: Tensor | None = None
+        self._copied: Any = None
+
+    def exchange(self, number: Tensor) -> int:
+        """Keep the signal of this step and return that of the step before.
+
+        Args:
+            number: Scalar on the device, equal in all processes; 0 if there was no signal.
+        """
+        if self._copied is not None:
+            self._copied.synchronize()
+        last = 0 if self._last is None else int(self._last)
+        self._last = number.to("cpu", non_blocking=True)
+        if number.is_cuda:
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied.record()
+        return last
 
 
 @contextmanager

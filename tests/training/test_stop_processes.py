@@ -1,0 +1,122 @@
+"""A stop signal to a training in two processes: a checkpoint, the exit code, and an exact continuation."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from emrrg_cli.errors import Interrupted
+from emrrg_cli.training import launch
+from emrrg_cli.training.stop_request import SharedStop
+
+EMRRG = ("-m", "emrrg_cli")
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "emrrg_cli")
+# 60 steps, with noise, so that a signal arrives long before the end. No validation and no checkpoint before it.
+OPTIONS = ("model.encoder.depth=3", "model.encoder.drop_path=0.9", "train.trackers=[]", "train.select=loss",
+           "train.epochs=30", "train.validate_every_epochs=30", "train.checkpoint_every_steps=60")  # fmt: skip
+
+
+def _start(by: tuple[str, ...], *arguments: str) -> subprocess.Popen[str]:
+    processes = () if by == TORCHRUN else ("--num-processes", "2")
+    command = [sys.executable, *by, "finetune", "tiny/finetune", *arguments, *processes]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ})
+
+
+def _rows(run: Path) -> int:
+    history = run / "history.jsonl"
+    return len(history.read_text().splitlines()) if history.exists() else 0
+
+
+def _stop_after_a_step(process: subprocess.Popen[str], run: Path, number: signal.Signals) -> str:
+    """Send the signal once the training has written a new step, and return what the command printed."""
+    rows = _rows(run)
+    while process.poll() is None and _rows(run) <= rows:
+        time.sleep(0.01)
+    process.send_signal(number)
+    return process.communicate(timeout=300)[1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_each_signal_stops_two_processes_and_nothing_is_lost(
+    tiny_overrides: tuple[str, ...], tmp_path: Path, run_of: Any
+) -> None:
+    options = (*tiny_overrides, *OPTIONS, "--output")
+    undisturbed = _start(EMRRG, *options, str(tmp_path / "whole"))
+    assert undisturbed.wait(300) == 0, undisturbed.communicate()[1]
+    run = tmp_path / "run"
+    reached = 0
+    stops = ((EMRRG, "SIGUSR1"), (EMRRG, "SIGTERM"), (EMRRG, "SIGHUP"), (TORCHRUN, "SIGTERM"))
+    for by, name in stops:
+        resume = ["--resume"] if reached else []
+        process = _start(by, *options, str(run), *resume)
+        printed = _stop_after_a_step(process, run, signal.Signals[name])
+        if by == EMRRG:  # torchrun ends with 1 after any signal
+            assert process.returncode == 128 + signal.Signals[name], printed
+        assert run_of(run).last_step() > reached, printed
+        reached = run_of(run).last_step()
+        assert reached < 60
+        assert f"stopped at step {reached} of 60" in printed
+    rest = _start(EMRRG, *options, str(run), "--resume")
+    assert rest.wait(300) == 0, rest.communicate()[1]
+    whole, stopped = run_of(tmp_path / "whole"), run_of(run)
+    for key in ("train/loss", "validation/loss"):
+        assert stopped.series(key) == whole.series(key)
+    for name, tensor in whole.weights.items():
+        assert torch.equal(stopped.weights[name], tensor), name
+    for name, tensor in whole.exported.items():
+        assert torch.equal(stopped.exported[name], tensor), name
+
+
+def test_torch_gets_our_signals_and_time_to_save() -> None:
+    from torch.distributed.launcher.api import LaunchConfig
+
+    config = launch._launch_config(2)
+    if hasattr(config, "signals_to_handle"):  # newer versions of torch
+        assert config.signals_to_handle == "SIGINT,SIGTERM,SIGHUP,SIGUSR1"
+    if hasattr(config, "shutdown_timeout"):
+        assert config.shutdown_timeout == 600
+    assert isinstance(config, LaunchConfig)
+
+
+@pytest.mark.parametrize(("exit_code", "expected"), [(-15, 143), (138, 138)])
+def test_processes_that_somebody_else_stopped_are_no_error(
+    monkeypatch: pytest.MonkeyPatch, exit_code: int, expected: int
+) -> None:
+    failure = ProcessFailure(local_rank=1, pid=1, exitcode=exit_code, error_file="")
+
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise ChildFailedError("emrrg", {1: failure})
+
+    monkeypatch.setattr("torch.distributed.launcher.api.launch_agent", fail)
+    with pytest.raises(Interrupted, match="all processes have ended") as caught:
+        launch.launch(["finetune"], 2)
+    assert caught.value.exit_code == expected
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1"])
+def test_a_signal_before_the_processes_start_ends_the_launch(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr("torch.distributed.launcher.api.launch_agent", lambda *a, **k: os.kill(os.getpid(), number))
+    number = signal.Signals[name]
+    handler = signal.getsignal(number)
+    with pytest.raises(Interrupted) as caught:
+        launch.launch(["finetune"], 2)
+    assert caught.value.exit_code == 128 + number
+    assert signal.getsignal(number) is handler
+    assert os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE") is None
+
+
+def test_a_shared_signal_is_read_one_step_later() -> None:
+    shared = SharedStop()
+    signals = [0.0, 15.0, 15.0, 0.0]
+    assert [shared.exchange(torch.tensor(number)) for number in signals] == [0, 0, 15, 15]
