@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from emrrg_cli.commands.options import Json
+from emrrg_cli.commands.options import Json, NumProcesses
 
 if TYPE_CHECKING:
-    from emrrg_cli.decoding.generate_folder import Written
+    from emrrg_cli.decoding.generate_folder import Machine, Written
     from emrrg_cli.decoding.studies import StudyFiles
 
 
@@ -48,6 +48,7 @@ def generate(
         str | None,
         typer.Option("--shard", metavar="I/N", help="Write part I (from 0) of N only; auto: from Slurm or Kubernetes."),
     ] = None,
+    num_processes: NumProcesses = None,
     merge: Annotated[
         Path | None, typer.Option("--merge", metavar="DIR", help="Join the finished shards of a folder, and end.")
     ] = None,
@@ -66,7 +67,7 @@ def generate(
     if merge is not None:
         from emrrg_cli.decoding.outputs import merge_shards
 
-        err.print(f"{len(merge_shards(merge))} reports in {merge / 'reports.jsonl'}", markup=False, soft_wrap=True)
+        err.print(f"{merge_shards(merge)} reports in {merge / 'reports.jsonl'}", markup=False, soft_wrap=True)
         return
 
     from emrrg_cli.errors import UsageError
@@ -80,13 +81,14 @@ def generate(
     settings = load_run_recipe(model, recipe, overrides, "generate")
 
     from emrrg_cli.decoding.generate_folder import run_generation
-    from emrrg_cli.decoding.outputs import Shard
+    from emrrg_cli.decoding.shards import Shard
 
     part = None if shard is None else Shard.parse(shard)
+    machine = _machine(device, num_processes)
     studies = _studies(images, study_by, table, image_column, study_column)
-    result = run_generation(studies, model, settings, output, device=device, overwrite=overwrite, shard=part)
+    result = run_generation(studies, model, settings, output, machine=machine, overwrite=overwrite, shard=part)
     _print(result, output, as_json=as_json)
-    if not result.rows:
+    if not result.reports:
         raise typer.Exit(1)
 
 
@@ -106,6 +108,21 @@ def check_device(name: str) -> None:
     drivers = ("nvidia*", "kfd", "dxg", "nvhost*", "nvmap")  # NVIDIA, AMD, WSL, Jetson
     if name.startswith("cuda") and sys.platform == "linux" and not any(any(Path("/dev").glob(d)) for d in drivers):
         raise UsageError(f"there is no device {name!r} here")
+
+
+def _machine(device: str, requested: int | None) -> Machine:
+    from emrrg_cli.decoding.generate_folder import Machine
+    from emrrg_cli.errors import UsageError
+    from emrrg_cli.training.launch import processes_wanted
+
+    if device in ("auto", "cuda"):
+        return Machine(device, processes_wanted(requested))
+    processes = 1 if requested is None else requested
+    if processes < 1:
+        raise UsageError(f"--num-processes must be 1 or more, got {processes}")
+    if processes > 1 and device != "cpu":
+        raise UsageError(f"--device {device} is one device, for --num-processes 1", hint="Use --device auto or cpu.")
+    return Machine(device, processes)
 
 
 def _studies(
@@ -128,28 +145,49 @@ def _print(result: Written, output: Path, *, as_json: bool) -> None:
     from emrrg_cli.reporting.tables import DISCLAIMER, reports_table
 
     if as_json:
-        out.print_json(data=result.as_dict())
+        _print_json(result)
         err.print(DISCLAIMER)
-    elif result.rows:
-        out.print(reports_table(result.rows))
-    for path, reason in result.skipped[:10]:
+    elif result.reports:
+        out.print(reports_table(result.rows()))
+    for path, reason in result.first_skipped:
         err.print(f"skipped {printable(path)}: {printable(reason)}", markup=False, soft_wrap=True)
-    if len(result.skipped) > 10:
-        err.print(f"... and {len(result.skipped) - 10} more, listed in {result.skipped_file}", markup=False)
-    noted = [(row["path"], "; ".join(row["notes"])) for row in result.rows if row["notes"]]
-    for path, note in noted[:10]:
-        err.print(f"note on {printable(path)}: {note}", markup=False, soft_wrap=True)
-    if len(noted) > 10:
-        err.print(f"... and notes on {len(noted) - 10} more, in {output / 'reports.jsonl'}", markup=False)
+    if more := result.skipped - len(result.first_skipped):
+        err.print(f"... and {more} more, listed in {result.skipped_file}", markup=False)
+    for path, notes in result.first_noted:
+        err.print(f"note on {printable(path)}: {notes}", markup=False, soft_wrap=True)
+    if more := result.noted - len(result.first_noted):
+        err.print(f"... and notes on {more} more, in {output / 'reports.jsonl'}", markup=False)
     if result.earlier:
         err.print(f"{result.earlier} reports were there already", markup=False)
-    written = len(result.rows) - result.earlier
+    written = result.reports - result.earlier
     rate = written / result.seconds if result.seconds else 0.0
     err.print(
-        f"{written} reports, {len(result.skipped)} files skipped, {rate:.2f} reports a second, in {output}",
+        f"{written} reports, {result.skipped} files skipped, {rate:.2f} reports a second, in {output}",
         markup=False,
         soft_wrap=True,
     )
+
+
+def _print_json(result: Written) -> None:
+    """One object, written row by row: there may be more records than fit into memory."""
+    import json
+    import sys
+
+    from emrrg_cli.reporting.tables import DISCLAIMER
+
+    def text(value: object) -> str:
+        return json.dumps(value, indent=2, ensure_ascii=False).replace("\n", "\n    ")
+
+    write = sys.stdout.write
+    write(f'{{\n  "note": {text(DISCLAIMER)}')
+    for name, rows in (("reports", result.rows()), ("skipped", result.skipped_rows())):
+        write(f',\n  "{name}": [')
+        separator = "\n    "
+        for row in rows:
+            write(separator + text(row))
+            separator = ",\n    "
+        write("]" if separator == "\n    " else "\n  ]")
+    write(f',\n  "seconds": {round(result.seconds, 3)}\n}}\n')
 
 
 def split_arguments(arguments: list[str], *, needed: bool = True) -> tuple[list[str], list[str]]:

@@ -6,18 +6,18 @@ import csv
 import hashlib
 import io
 import json
-import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from emrrg_cli.decoding.shards import Shard
 from emrrg_cli.errors import RunError, UsageError
-from emrrg_cli.files.atomic import atomic_write_text
+from emrrg_cli.files.atomic import atomic_file
 from emrrg_cli.files.output_paths import directory_guard, refuse_links
-from emrrg_cli.files.records import append_jsonl, read_jsonl
+from emrrg_cli.files.records import append_jsonl, iterate_jsonl
 from emrrg_cli.recipe.finetuning import FinetuneRecipe
 from emrrg_cli.vocabulary import PUBLISHED_PROMPT
 
@@ -25,45 +25,15 @@ Row = dict[str, Any]
 _COLUMNS = ["path", "report", "seconds", "notes", "study", "files"]
 _SAMPLE_BYTES = 1 << 16
 _RESTORE = "Restore it from a copy of the run."
-_SHARD_VARIABLES = (("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"), ("JOB_COMPLETION_INDEX", "JOB_COMPLETIONS"))
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One part of several: studies `index`, `index + count`, `index + 2 * count`, ..."""
-
-    index: int
-    count: int
-
-    @classmethod
-    def parse(cls, text: str) -> Shard:
-        """`i/N` with i from 0, or `auto`: from the variables of a Slurm array or an indexed Kubernetes job.
-
-        Raises:
-            UsageError: it is neither.
-        """
-        if text == "auto":
-            for index, count in _SHARD_VARIABLES:
-                if index in os.environ and count in os.environ:
-                    first = int(os.environ.get("SLURM_ARRAY_TASK_MIN", 0)) if index.startswith("SLURM") else 0
-                    return cls.parse(f"{int(os.environ[index]) - first}/{os.environ[count]}")
-            names = " nor ".join("+".join(pair) for pair in _SHARD_VARIABLES)
-            raise UsageError(f"--shard auto: neither {names} is set", hint="Give the shard as i/N, such as 0/4.")
-        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
-        if match is None or int(match[1]) >= int(match[2]):
-            raise UsageError(f"--shard {text!r} is not i/N with i from 0 to N - 1", hint="The first of four is 0/4.")
-        return cls(int(match[1]), int(match[2]))
-
-    @property
-    def suffix(self) -> str:
-        """What its files are called by."""
-        return f"-{self.index}-of-{self.count}"
+_MOST_FILES = 1 << 20  # shards of a run
+_MOST_OPEN = 100  # of them, at a time
 
 
 class Output:
     """The files of a run or of a shard in a folder.
 
-    `reports.jsonl.partial` grows study by study; at the end its rows go into `reports.jsonl`.
+    `reports.jsonl.partial` grows study by study; at the end its rows go into `reports.jsonl`. Of the records only their
+    places in these files are held in memory.
 
     Args:
         folder: where they are.
@@ -79,7 +49,9 @@ class Output:
         self.reports = folder / f"reports{suffix}.jsonl"
         self.partial = folder / f"reports{suffix}.jsonl.partial"
         self.skipped = folder / f"skipped{suffix}.jsonl"
+        self.skipped_partial = folder / f"skipped{suffix}.jsonl.partial"
         self.done_marker = folder / f"reports{suffix}.done"
+        self.records = RecordIndex()
         self._written = False
         self._require_folder: Callable[[], None] | None = None
 
@@ -93,25 +65,30 @@ class Output:
         refuse_links(self.folder, ("reports*", "skipped*", "page.html"))  # others may be in a folder such as "."
         self._require_folder = directory_guard(self.folder)
 
-    def earlier_rows(self) -> list[Row]:
-        """What earlier runs with the same model and options wrote, also one that was killed.
+    def find_earlier(self) -> None:
+        """Finds what earlier runs with the same model and options wrote, also one that was killed.
 
         Raises:
             UsageError: there are reports of another model or other options.
         """
-        rows: list[Row] = []
         for file in (self.reports, self.partial):
             if not file.exists():
                 continue
-            found = read_jsonl(file)
-            if any(row.get("fingerprint") != self.fingerprint or "study" not in row for row in found):
-                where = self.folder if file == self.reports else f"{file}, from a run that was cut short,"
-                raise UsageError(
-                    f"{where} already holds reports of another model, of other options or of an earlier version",
-                    hint="Give --overwrite, or another --output.",
-                )
-            rows += found
-        return list({row["study"]: row for row in rows}.values())
+            for begin, row in iterate_jsonl(file):
+                if row.get("fingerprint") != self.fingerprint or "study" not in row:
+                    where = self.folder if file == self.reports else f"{file}, from a run that was cut short,"
+                    raise UsageError(
+                        f"{where} already holds reports of another model, of other options or of an earlier version",
+                        hint="Give --overwrite, or another --output.",
+                    )
+                self.records.add(str(row["study"]), file, begin)
+
+    def begin(self) -> None:
+        """Removes what earlier runs left unfinished and this one does not continue."""
+        if not len(self.records):
+            self.partial.unlink(missing_ok=True)
+        self.skipped_partial.unlink(missing_ok=True)
+        self.done_marker.unlink(missing_ok=True)
 
     def append(self, row: Row) -> None:
         """Saves a record at once.
@@ -120,8 +97,17 @@ class Output:
             RunError: it cannot be written, or the folder was removed during the run.
         """
         self._check_there()
-        append_jsonl(self.partial, row)
+        self.records.add(row["study"], self.partial, append_jsonl(self.partial, row))
         self._written = True
+
+    def append_skipped(self, path: str, reason: str) -> None:
+        """Saves a file that could not be read, and why.
+
+        Raises:
+            RunError: as `append`.
+        """
+        self._check_there()
+        append_jsonl(self.skipped_partial, {"path": path, "reason": reason})
 
     def _check_there(self) -> None:
         if self._require_folder is not None and not self._written:
@@ -132,30 +118,93 @@ class Output:
                 hint="Run the same command again, and leave the output folder alone until it ends.",
             )
 
-    def finish(self, rows: list[Row], *, keep_partial: bool) -> None:
+    def finish(self, order: Iterable[str], *, keep_partial: bool) -> None:
         """Puts records into `reports.jsonl` (and `reports.csv`, of a whole run); `keep_partial` leaves all as it is.
+
+        Args:
+            order: names of studies; records of others come first.
 
         Raises:
             RunError: as `append`.
         """
         self._check_there()
-        if not rows or keep_partial:
+        if keep_partial:
             return
-        if self.shard is None:
-            atomic_write_text(self.folder / "reports.csv", csv_text(rows))
-        atomic_write_text(self.reports, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        self.partial.unlink(missing_ok=True)
+        if self.skipped_partial.exists():
+            self.skipped_partial.replace(self.skipped)
+        else:
+            self.skipped.unlink(missing_ok=True)
+        if len(self.records):
+            write_reports(self.reports, self.records.rows(order), with_table=self.shard is None)
+            self.partial.unlink(missing_ok=True)
 
 
-def csv_text(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Records as a CSV table."""
-    table = io.StringIO()
-    writer = csv.DictWriter(table, _COLUMNS, lineterminator="\n", extrasaction="ignore")
-    writer.writeheader()
-    for row in rows:
-        joined = {name: "; ".join(row[name]) for name in ("notes", "files") if name in row}
-        writer.writerow({**row, **joined})
-    return table.getvalue()
+class RecordIndex:
+    """Where in JSON-lines files the newest record of each study begins: about 100 bytes a study."""
+
+    def __init__(self) -> None:
+        self._files: list[Path] = []
+        self._places: dict[str, int] = {}  # begin * _MOST_FILES + number of the file
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, study: str) -> bool:
+        return study in self._places
+
+    def add(self, study: str, file: Path, begin: int) -> None:
+        """Adds the record of a study, which replaces an earlier one."""
+        if file not in self._files:
+            self._files.append(file)
+        self._places[study] = begin * _MOST_FILES + self._files.index(file)
+
+    def rows(self, order: Iterable[str]) -> Iterator[Row]:
+        """The records: those of studies that `order` does not name, then the others in that order."""
+        named = dict.fromkeys(order)
+        with ExitStack() as stack:
+            opened: dict[int, BinaryIO] = {}
+            for study in (*(name for name in self._places if name not in named), *named):
+                if study not in self._places:
+                    continue
+                begin, number = divmod(self._places[study], _MOST_FILES)
+                if number not in opened:
+                    if len(opened) == _MOST_OPEN:
+                        stack.close()
+                        opened.clear()
+                    opened[number] = stack.enter_context(self._files[number].open("rb"))
+                opened[number].seek(begin)
+                yield json.loads(opened[number].readline())
+
+
+def write_reports(reports: Path, rows: Iterable[Row], *, with_table: bool) -> int:
+    """Writes records one at a time, also into `reports.csv` beside them; returns how many there were.
+
+    Raises:
+        RunError: they cannot be written; earlier files stay as they are.
+    """
+    count = 0
+    with ExitStack() as stack:
+        lines = stack.enter_context(atomic_file(reports))
+        table: Any = None
+        if with_table:
+            file = stack.enter_context(atomic_file(reports.with_name("reports.csv")))
+            text = stack.enter_context(_text(file))
+            table = csv.DictWriter(text, _COLUMNS, lineterminator="\n", extrasaction="ignore")
+            table.writeheader()
+        for row in rows:
+            lines.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8"))
+            if table is not None:
+                table.writerow(row | {name: "; ".join(row[name]) for name in ("notes", "files") if name in row})
+            count += 1
+    return count
+
+
+@contextmanager
+def _text(file: BinaryIO) -> Iterator[io.TextIOWrapper]:
+    # What writes text into a file that stays open.
+    text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+    yield text
+    text.detach()
 
 
 def fingerprint_of(run_dir: Path, recipe: FinetuneRecipe) -> str:
@@ -190,8 +239,8 @@ def fingerprint_of(run_dir: Path, recipe: FinetuneRecipe) -> str:
     return digest.hexdigest()[:16]
 
 
-def merge_shards(folder: Path) -> list[Row]:
-    """Writes `reports.jsonl` and `reports.csv` from the shards of a folder, which stay.
+def merge_shards(folder: Path) -> int:
+    """Writes `reports.jsonl` and `reports.csv` from the shards of a folder, which stay; returns the number of records.
 
     Raises:
         UsageError: there are no shards, some are missing or not finished, or they are of different models or options.
@@ -208,13 +257,13 @@ def merge_shards(folder: Path) -> list[Row]:
         raise UsageError(f"{folder}: there are shards of {' and of '.join(map(str, sorted(counts)))}")
     if missing := [index for index in range(counts.pop()) if index not in shards]:
         raise UsageError(f"{folder}: shard {missing[0]} is not finished ({len(missing)} missing)")
-    rows: dict[str, Row] = {}
+    records, fingerprints = RecordIndex(), set()
     for index in sorted(shards):
-        found = read_jsonl(shards[index]) if shards[index].exists() else []  # one without readable images has none
-        rows |= {row["study"]: row for row in found}
-    if len({row.get("fingerprint") for row in rows.values()}) > 1:
+        if not shards[index].exists():  # one without readable images
+            continue
+        for begin, row in iterate_jsonl(shards[index]):
+            records.add(str(row["study"]), shards[index], begin)
+            fingerprints.add(row.get("fingerprint"))
+    if len(fingerprints) > 1:
         raise UsageError(f"{folder}: the shards are of different models or options")
-    merged = list(rows.values())
-    atomic_write_text(folder / "reports.csv", csv_text(merged))
-    atomic_write_text(folder / "reports.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in merged))
-    return merged
+    return write_reports(folder / "reports.jsonl", records.rows(()), with_table=True)

@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 from emrrg_cli.errors import RunError
 from emrrg_cli.files.output_paths import real_path, writable_path
@@ -36,8 +36,25 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
     Raises:
         RunError: The file cannot be written (no permission, disk full). The old file is unchanged.
     """
+    with atomic_file(path, len(data)) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, size: int | None = None) -> Iterator[BinaryIO]:
+    """Write a file piece by piece; it takes its name at the end of the block. If the block fails, nothing changes.
+
+    Args:
+        size: Expected size in bytes, for the message on a full disk.
+
+    Yields:
+        A new file, open for writing. Missing directories are created.
+
+    Raises:
+        RunError: The file cannot be written (no permission, disk full). The old file is unchanged.
+    """
     path = writable_path(path)
-    with name_write_errors(path, len(data)):
+    with name_write_errors(path, size):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path)
         temporary = temporary_path(path)
@@ -45,7 +62,7 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
             # Mode 0666 less the umask, like any new file; files of `tempfile` are readable by their owner only.
             handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
             with os.fdopen(handle, "wb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)  # noqa: PTH105

@@ -6,9 +6,9 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rich.markup import escape
 
@@ -18,11 +18,15 @@ from emrrg_cli.files.output_paths import writable_path
 from emrrg_cli.files.write_errors import name_write_errors
 
 _LARGEST_RECORD = 64 * 2**20  # bytes of a JSON file
-_LARGEST_TABLE = 256 * 2**20  # bytes of a JSON-lines file
+_LARGEST_TABLE = 256 * 2**20  # bytes of a JSON-lines file that is read as a whole
+_LARGEST_LINE = 16 * 2**20  # bytes of a line of one that is read line by line
 
 
-def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
+def append_jsonl(path: Path, row: Mapping[str, Any]) -> int:
     """Append one row to a JSON-lines file, without buffering. An incomplete last line is removed first.
+
+    Returns:
+        The byte at which the row begins.
 
     Raises:
         RunError: The file cannot be written.
@@ -32,8 +36,10 @@ def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
     with name_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab+") as file:
-            line = _repair_end(file) + line
-            file.write(line)
+            before = _repair_end(file)
+            begin = file.seek(0, os.SEEK_END) + len(before)
+            file.write(before + line)
+            return begin
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -46,21 +52,45 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         lines = read_bounded(path, _LARGEST_TABLE).split(b"\n")
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            if number == len(lines):  # all complete lines end with a line break
-                err.print(f"[yellow]{escape(str(path))}:{number}: the last line was cut off and is left out[/]")
-                continue
-            raise UsageError(f"{path}:{number}: not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise UsageError(f"{path}:{number}: expected an object, found {type(row).__name__}")
-        rows.append(row)
-    return rows
+    rows = (_row(path, number, line, number == len(lines)) for number, line in enumerate(lines, start=1))
+    return [row for row in rows if row is not None]
+
+
+def iterate_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a JSON-lines file of any size, one at a time, each with the byte at which it begins.
+
+    Raises:
+        UsageError: As `read_jsonl`, or a line is too long.
+    """
+    try:
+        with open_regular(path) as file:
+            begin = number = 0
+            while line := file.readline(_LARGEST_LINE):
+                number += 1
+                if len(line) == _LARGEST_LINE:
+                    raise UsageError(f"{path}:{number}: longer than {_LARGEST_LINE:,} bytes")
+                row = _row(path, number, line, not line.endswith(b"\n"))
+                if row is not None:
+                    yield begin, row
+                begin += len(line)
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _row(path: Path, number: int, line: bytes, is_last: bool) -> dict[str, Any] | None:
+    """The object in a line; None where the line is empty or the last one and cut off."""
+    if not line.strip():
+        return None
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        if is_last:  # all complete lines end with a line break
+            err.print(f"[yellow]{escape(str(path))}:{number}: the last line was cut off and is left out[/]")
+            return None
+        raise UsageError(f"{path}:{number}: not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise UsageError(f"{path}:{number}: expected an object, found {type(row).__name__}")
+    return row
 
 
 def read_record(file: Path, what: str, hint: str) -> dict[str, Any] | None:
@@ -91,15 +121,25 @@ def read_bounded(path: Path, limit: int) -> bytes:
     Raises:
         OSError: The file is not regular, too large or unreadable; `strerror` gives the reason.
     """
-    # Without O_NONBLOCK, opening a FIFO waits for a writer.
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with os.fdopen(handle, "rb") as file:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
+    with open_regular(path) as file:
         data = file.read(limit + 1)  # files of /proc have no size
     if len(data) > limit:
         raise OSError(errno.EFBIG, f"larger than {limit:,} bytes", str(path))
     return data
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading. Never waits, also not on a pipe or a device.
+
+    Raises:
+        OSError: The file is not regular or unreadable; `strerror` gives the reason.
+    """
+    # Without O_NONBLOCK, opening a FIFO waits for a writer.
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return os.fdopen(handle, "rb")
 
 
 def _repair_end(file: Any) -> bytes:

@@ -17,9 +17,13 @@ import torch
 from PIL import Image, ImageFile
 
 from emrrg_cli.decoding import generate_folder as folder
+from emrrg_cli.decoding import read_studies as read_studies_module
+from emrrg_cli.decoding import study_records
 from emrrg_cli.decoding.confidence import Confidence, Sentence
 from emrrg_cli.decoding.generate_folder import Written
-from emrrg_cli.decoding.outputs import Shard, merge_shards
+from emrrg_cli.decoding.outputs import merge_shards
+from emrrg_cli.decoding.read_studies import read_studies
+from emrrg_cli.decoding.shards import Shard
 from emrrg_cli.decoding.studies import StudyFiles, find_studies, table_studies
 from emrrg_cli.decoding.writer import Studies, WrittenReport
 from emrrg_cli.errors import Interrupted, RunError, UsageError
@@ -138,8 +142,8 @@ def test_reports_and_skipped_files_are_written(tmp_path: Path, writer: Writer, r
     ]
     assert writer.batches == [2, 1]
     assert len(set(writer.numbers)) == 3
-    assert result.as_dict()["reports"] == rows
-    assert "not for diagnosis" in result.as_dict()["note"]
+    assert list(result.rows()) == rows
+    assert (result.reports, result.skipped, result.first_skipped[0][1]) == (3, 4, skipped["cut.png"])
 
 
 @pytest.mark.skipif(os.name == "nt", reason="names are bytes on POSIX only")
@@ -157,7 +161,7 @@ def test_a_name_that_is_no_utf8_is_written_with_escapes(tmp_path: Path, writer: 
 def test_no_readable_image_leaves_the_reasons_only(tmp_path: Path, writer: Writer, recipe: FinetuneRecipe) -> None:
     (tmp_path / "a.txt").write_text("text")
     result = run_generation([tmp_path / "a.txt"], tmp_path / "run", recipe, tmp_path / "out")
-    assert (result.rows, len(result.skipped), writer.batches) == ([], 1, [])
+    assert (list(result.rows()), result.reports, result.skipped, writer.batches) == ([], 0, 1, [])
     assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["skipped.jsonl"]
 
 
@@ -314,7 +318,7 @@ def test_the_same_command_again_writes_what_is_missing(tmp_path: Path, writer: W
     assert len((tmp_path / "out" / "reports.csv").read_text().splitlines()) == 1 + 2 * 7
     before = (tmp_path / "out" / "reports.jsonl").stat().st_mtime_ns
     result = run_generation(files, *arguments)  # nothing is left to do
-    assert (result.earlier, len(result.rows), sum(writer.batches)) == (7, 7, 7)
+    assert (result.earlier, result.reports, sum(writer.batches)) == (7, 7, 7)
     assert (tmp_path / "out" / "reports.jsonl").stat().st_mtime_ns == before
 
 
@@ -340,7 +344,7 @@ def test_a_killed_run_loses_nothing_and_repeats_nothing(
         file.write('{"study": "cut of')
     writer.before = lambda: None  # type: ignore[method-assign]
     result = run_generation(files, *arguments)
-    assert [row["report"] for row in result.rows] == [row["report"] for row in whole.rows]
+    assert [row["report"] for row in result.rows()] == [row["report"] for row in whole.rows()]
     assert not partial.exists()
     assert writer.batches[5:] == [1]
 
@@ -403,7 +407,7 @@ def test_an_output_with_links_out_of_it_is_refused(
         run_generation(files, tmp_path / "run", recipe, tmp_path / "out")
     assert (writer.batches, (tmp_path / "precious").read_text()) == ([], "")
     (tmp_path / "out" / name).unlink()
-    assert len(run_generation(files, tmp_path / "run", recipe, tmp_path / "out").rows) == 1
+    assert run_generation(files, tmp_path / "run", recipe, tmp_path / "out").reports == 1
 
 
 def test_a_second_process_is_refused(tmp_path: Path, writer: Writer, recipe: FinetuneRecipe) -> None:
@@ -432,11 +436,11 @@ def test_shards_together_are_one_run(tmp_path: Path, writer: Writer, recipe: Fin
     )
     merged = merge_shards(out)
 
-    def texts(rows: list[dict[str, Any]]) -> set[tuple[str, str]]:
+    def texts(rows: Iterable[dict[str, Any]]) -> set[tuple[str, str]]:
         return {(row["path"], row["report"]) for row in rows}
 
-    assert len(merged) == 7
-    assert texts(merged) == texts(one.rows) == texts(_rows(out / "reports.jsonl"))
+    assert merged == 7
+    assert texts(one.rows()) == texts(_rows(out / "reports.jsonl"))
     assert run_generation(files, tmp_path / "run", recipe, out, shard=Shard(1, 3)).earlier == 2
 
 
@@ -525,14 +529,14 @@ def test_the_views_of_a_study_go_in_together(tmp_path: Path, writer: Writer, rec
     files[1].write_text("no image")
     study = StudyFiles("s", files, ("PA", "", "lateral"))
     result = run_generation([study], tmp_path / "run", recipe, tmp_path / "out")
-    (row,) = result.rows
+    (row,) = result.rows()
     assert row["report"].endswith("(2, 32, 32)")
     assert row["files"] == [str(files[0]), str(files[2])]
     assert row["views"] == ["PA", "lateral"]
     assert row["notes"] == ["1 of 3 images could not be read"]
-    assert result.skipped == [(str(files[1]), "not an image")]
+    assert result.first_skipped == [(str(files[1]), "not an image")]
     limited = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_views": 1})})
-    (row,) = run_generation([study], tmp_path / "run", limited, tmp_path / "limited").rows
+    (row,) = run_generation([study], tmp_path / "run", limited, tmp_path / "limited").rows()
     assert row["report"].endswith("(1, 32, 32)")
     assert row["notes"] == []
 
@@ -544,22 +548,26 @@ def test_images_read_ahead_come_in_order(
     files = [_image(tmp_path / f"{index:02}.png", 10 * index) for index in range(20)]
     files[7].write_text("no image")
     expected = run_generation(files, tmp_path / "run", recipe, tmp_path / "one")
-    monkeypatch.setattr(folder, "is_gpu", lambda generator: True)
-    monkeypatch.setattr(folder.os, "cpu_count", lambda: threads)
+    monkeypatch.setattr(study_records, "is_gpu", lambda generator: True)
+    monkeypatch.setattr(study_records.os, "cpu_count", lambda: threads)
     result = run_generation(files, tmp_path / "run", recipe, tmp_path / "two")
-    assert [row["report"] for row in result.rows] == [row["report"] for row in expected.rows]
-    assert result.skipped == expected.skipped
+    assert [row["report"] for row in result.rows()] == [row["report"] for row in expected.rows()]
+    assert list(result.skipped_rows()) == list(expected.skipped_rows()) != []
 
 
-def test_reading_ahead_ends_with_the_run(tmp_path: Path, recipe: FinetuneRecipe) -> None:
+def test_reading_ahead_ends_with_the_run(
+    tmp_path: Path, recipe: FinetuneRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
     studies = [StudyFiles.single(_image(tmp_path / f"{index}.png")) for index in range(30)]
     read: list[str] = []
+    real = read_studies_module.read_study
 
-    def slow(study: StudyFiles) -> Any:
+    def counted(study: StudyFiles, size: int, most: int | None) -> Any:
         read.append(study.name)
-        return study
+        return real(study, size, most)
 
-    ahead = folder._ahead(slow, studies, 2)
-    assert next(ahead) == studies[0]
+    monkeypatch.setattr(read_studies_module, "read_study", counted)
+    ahead = read_studies(studies, 32, None, 2)
+    assert next(ahead).study == studies[0]
     ahead.close()
     assert len(read) <= 9

@@ -1,0 +1,133 @@
+"""Reports by several processes of one machine, one for each GPU. They send their records to the one that saves them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from emrrg_cli.console import err
+from emrrg_cli.decoding.reports import load_generator
+from emrrg_cli.decoding.studies import StudyFiles
+from emrrg_cli.decoding.study_records import StudyResult, StudyWriter
+from emrrg_cli.errors import EmrrgError, RunError
+from emrrg_cli.recipe.finetuning import FinetuneRecipe
+from emrrg_cli.signals import stop_signals
+from emrrg_cli.silence_libraries import silence_libraries
+
+_AGAIN = "What is written is kept: run the same command again to continue."
+
+
+def write_in_processes(
+    studies: Sequence[StudyFiles], processes: int, run_dir: Path, recipe: FinetuneRecipe, device: str, pictures: int
+) -> Iterator[list[StudyResult]]:
+    """Yields results of `processes` processes, each with its part of the studies, as soon as they are there.
+
+    Args:
+        device: `auto` and `cuda`: process i takes GPU i where there are GPUs.
+        pictures: how many of the first results carry a picture.
+
+    Raises:
+        EmrrgError: one process failed; its own message.
+        RunError: one was ended from outside.
+    """
+    share = -(-pictures // processes)
+    on_gpus = torch.cuda.is_available() and device in ("auto", "cuda")
+    running: dict[Connection, tuple[int, BaseProcess]] = {}
+    try:
+        with _environment(processes):
+            for index in range(processes):
+                own = f"cuda:{index}" if on_gpus else device
+                part = studies[index::processes]
+                connection, process = _start(index, part, run_dir, recipe, own, share)
+                running[connection] = index, process
+        while running:
+            for ready in wait(list(running)):
+                connection = cast("Connection", ready)
+                index, process = running[connection]
+                try:
+                    message = connection.recv()
+                except (EOFError, OSError):
+                    process.join()
+                    raise _ended(index, processes, process.exitcode) from None
+                if isinstance(message, EmrrgError):
+                    raise message
+                if message is None:
+                    del running[connection]
+                    process.join()
+                else:
+                    yield message
+    finally:
+        for _, process in running.values():
+            process.kill()  # it ignores the signals that this process was stopped by
+            process.join()
+
+
+def _start(
+    index: int, studies: Sequence[StudyFiles], run_dir: Path, recipe: FinetuneRecipe, device: str, pictures: int
+) -> tuple[Connection, BaseProcess]:
+    context = multiprocessing.get_context("spawn")  # a forked process could not use a GPU
+    ours, theirs = context.Pipe(duplex=False)
+    arguments = (theirs, index, studies, run_dir, recipe, device, pictures)
+    process = context.Process(target=_write, args=arguments, daemon=True)
+    process.start()
+    theirs.close()  # so that its end is noticed here
+    return ours, process
+
+
+def _write(
+    connection: Connection,
+    index: int,
+    studies: Sequence[StudyFiles],
+    run_dir: Path,
+    recipe: FinetuneRecipe,
+    device: str,
+    pictures: int,
+) -> None:
+    # What each process does. Ctrl-C reaches it too; the process that started it decides what becomes of it.
+    for number in stop_signals():
+        signal.signal(number, signal.SIG_IGN)
+    err.quiet = index > 0  # the same warnings
+    silence_libraries()
+    try:
+        writer = StudyWriter(load_generator(run_dir, device=device, recipe=recipe), recipe, pictures)
+        for results in writer.write(studies):
+            connection.send(results)
+        connection.send(None)
+    except BrokenPipeError:  # the process that started this one is gone
+        os._exit(1)
+    except EmrrgError as error:
+        connection.send(error)
+    except Exception as error:
+        what = f"unexpected {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        connection.send(EmrrgError(what, hint="Run again with --num-processes 1 --debug for the traceback."))
+
+
+def _ended(index: int, processes: int, code: int | None) -> RunError:
+    how = f"by signal {-code}" if code is not None and code < 0 else f"with exit code {code}"
+    return RunError(f"process {index + 1} of {processes} ended {how}", hint=_AGAIN)
+
+
+@contextmanager
+def _environment(processes: int) -> Iterator[None]:
+    # Processes share the cores, and signals do not reach them before they can ignore them.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    chosen = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = chosen or str(max(1, cores // processes))
+    masks = hasattr(signal, "pthread_sigmask")
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals()) if masks else set()
+    try:
+        yield
+    finally:
+        if masks:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if chosen is None:
+            del os.environ["OMP_NUM_THREADS"]

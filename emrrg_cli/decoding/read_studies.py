@@ -1,0 +1,90 @@
+"""The images of studies, read in order and ahead of the model."""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import torch
+from PIL.Image import Image
+
+from emrrg_cli.decoding.reports import study_pixels
+from emrrg_cli.decoding.studies import StudyFiles, path_name
+from emrrg_cli.imaging.base import ImageError
+from emrrg_cli.imaging.notes import image_notes
+from emrrg_cli.imaging.read import read_image
+
+
+@dataclass
+class ReadStudy:
+    """The images of a study.
+
+    Args:
+        pixels: uint8 `[views, size, size]`; None where no image can be read.
+        used: the files that were read.
+        notes: what a reader should know about them.
+        skipped: files that could not be read, with the reasons.
+        picture: the first image, small.
+    """
+
+    study: StudyFiles
+    pixels: torch.Tensor | None
+    used: list[Path]
+    notes: list[str]
+    skipped: list[tuple[str, str]]
+    picture: Image | None
+
+
+def read_study(study: StudyFiles, size: int, most: int | None) -> ReadStudy:
+    """Reads the images of a study that can be read, the first `most` of them."""
+    read = ReadStudy(study, None, [], [], [], None)
+    views: list[torch.Tensor] = []
+    for file in study.files:
+        if len(views) == most:
+            break
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Pillow warns about odd metadata
+                image = read_image(file)
+            pixels = study_pixels(image, size)
+        except ImageError as error:
+            read.skipped.append((path_name(file), ": ".join(filter(None, [error.reason, error.detail]))))
+            continue
+        if read.picture is None:
+            read.picture = image.copy()
+            read.picture.thumbnail((480, 480))
+        views.append(pixels)
+        read.notes += [note for note in image_notes(image) if note not in read.notes]
+        read.used.append(file)
+    if views:
+        read.pixels = torch.cat(views)
+        if read.skipped:
+            read.notes.append(f"{len(read.skipped)} of {len(study.files)} images could not be read")
+    return read
+
+
+def read_studies(studies: Iterable[StudyFiles], size: int, most: int | None, threads: int) -> Iterator[ReadStudy]:
+    """Reads studies in order, with `threads` (0: none) a few of them ahead of the one that is asked for."""
+    read = partial(read_study, size=size, most=most)
+    if not threads:
+        yield from map(read, studies)
+        return
+    waiting: deque[Future[ReadStudy]] = deque()
+    rest = iter(studies)
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for study in islice(rest, 4 * threads):
+                waiting.append(pool.submit(read, study))
+            while waiting:
+                done = waiting.popleft().result()
+                waiting.extend(pool.submit(read, study) for study in islice(rest, 1))
+                yield done
+        finally:
+            for future in waiting:
+                future.cancel()

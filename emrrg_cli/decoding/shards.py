@@ -1,0 +1,43 @@
+"""Which part of the studies a machine writes, where several share them."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+
+from emrrg_cli.errors import UsageError
+
+_SHARD_VARIABLES = (("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"), ("JOB_COMPLETION_INDEX", "JOB_COMPLETIONS"))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One part of several: studies `index`, `index + count`, `index + 2 * count`, ..."""
+
+    index: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """`i/N` with i from 0, or `auto`: from the variables of a Slurm array or an indexed Kubernetes job.
+
+        Raises:
+            UsageError: it is neither.
+        """
+        if text == "auto":
+            for index, count in _SHARD_VARIABLES:
+                if index in os.environ and count in os.environ:
+                    first = int(os.environ.get("SLURM_ARRAY_TASK_MIN", 0)) if index.startswith("SLURM") else 0
+                    return cls.parse(f"{int(os.environ[index]) - first}/{os.environ[count]}")
+            names = " nor ".join("+".join(pair) for pair in _SHARD_VARIABLES)
+            raise UsageError(f"--shard auto: neither {names} is set", hint="Give the shard as i/N, such as 0/4.")
+        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+        if match is None or int(match[1]) >= int(match[2]):
+            raise UsageError(f"--shard {text!r} is not i/N with i from 0 to N - 1", hint="The first of four is 0/4.")
+        return cls(int(match[1]), int(match[2]))
+
+    @property
+    def suffix(self) -> str:
+        """What its files are called by."""
+        return f"-{self.index}-of-{self.count}"

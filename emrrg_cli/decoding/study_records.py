@@ -1,0 +1,126 @@
+"""From studies to records: images are read, reports written, and findings read from them, study by study."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from PIL.Image import Image
+
+from emrrg_cli.decoding.outputs import Row
+from emrrg_cli.decoding.read_studies import ReadStudy, read_studies
+from emrrg_cli.decoding.studies import StudyFiles, path_name
+from emrrg_cli.decoding.writer import Studies, WrittenReport
+from emrrg_cli.labeling.labeler import label_report
+from emrrg_cli.recipe.finetuning import FinetuneRecipe
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """What came of a study.
+
+    Args:
+        row: its record; None where no image of it could be read.
+        skipped: files that could not be read, with the reasons.
+        picture: the first image, small; None where there is none or no more are wanted.
+    """
+
+    row: Row | None
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    picture: Image | None = None
+
+
+class WritesReports(Protocol):
+    """What writes reports, such as a `Generator`."""
+
+    def write(self, studies: Iterable[Studies]) -> Iterator[list[WrittenReport]]:
+        """Yields reports as soon as they are done, not always in the order of the studies."""
+
+
+class StudyWriter:
+    """Writes the records of studies with a model. Only the studies that are in work are held in memory.
+
+    Args:
+        pictures: how many of the first results carry a picture.
+    """
+
+    def __init__(self, generator: WritesReports, recipe: FinetuneRecipe, pictures: int = 0) -> None:
+        self.generator = generator
+        self.recipe = recipe
+        self.pictures = pictures
+        # Beside a GPU the processor is free to read images; on a CPU that decodes it is not.
+        self.threads = min(8, os.cpu_count() or 1) if is_gpu(generator) else 0
+        self._reading: dict[str, ReadStudy] = {}  # studies in decoding
+        self._unreadable: list[StudyResult] = []
+
+    def write(self, studies: Iterable[StudyFiles]) -> Iterator[list[StudyResult]]:
+        """Yields results as soon as they are there, not always in the order of the studies."""
+        last = time.perf_counter()
+        for done in self.generator.write(self._readable(studies)):
+            now = time.perf_counter()
+            seconds, last = round((now - last) / len(done), 4), now
+            yield self._take_unreadable() + [self._result(report, seconds) for report in done]
+        if self._unreadable:
+            yield self._take_unreadable()
+
+    def _take_unreadable(self) -> list[StudyResult]:
+        taken, self._unreadable = self._unreadable, []
+        return taken
+
+    def _result(self, report: WrittenReport, seconds: float) -> StudyResult:
+        read = self._reading.pop(report.key)
+        return StudyResult(study_record(read, report, seconds), read.skipped, read.picture)
+
+    def _readable(self, studies: Iterable[StudyFiles]) -> Iterator[Studies]:
+        """Studies with at least one readable image, a batch at a time."""
+        size = self.recipe.generation.batch_size
+        image_size, most = self.recipe.model.encoder.image_size, self.recipe.data.max_views
+        batch: list[ReadStudy] = []
+        for read in read_studies(studies, image_size, most, self.threads):
+            if read.pixels is None:
+                self._unreadable.append(StudyResult(None, read.skipped))
+                continue
+            if self.pictures:
+                self.pictures -= 1
+            else:
+                read.picture = None
+            self._reading[read.study.name] = read
+            batch.append(read)
+            if len(batch) == size:
+                yield _joined(batch)
+                batch = []
+        if batch:
+            yield _joined(batch)
+
+
+def study_record(read: ReadStudy, report: WrittenReport, seconds: float) -> Row:
+    """The record of a study, without the fingerprint of the run."""
+    study, files = read.study, read.used
+    labels = label_report(report.text)
+    return {
+        "study": study.name,
+        "path": path_name(files[0]),
+        "files": [path_name(file) for file in files],
+        "views": [view or None for file, view in zip(study.files, study.views, strict=True) if file in files],
+        "report": report.text,
+        "findings": {name: label for name, label in labels.items() if label is not None},
+        "log_probability": round(report.log_probability, 4),
+        **({} if report.confidence is None else report.confidence.as_dict()),
+        "seconds": seconds,
+        "notes": read.notes,
+    }
+
+
+def _joined(batch: list[ReadStudy]) -> Studies:
+    pixels = [read.pixels for read in batch if read.pixels is not None]
+    views = torch.tensor([len(images) for images in pixels])
+    return Studies([read.study.name for read in batch], [read.study.number for read in batch], torch.cat(pixels), views)
+
+
+def is_gpu(generator: Any) -> bool:
+    """Whether a generator computes on a GPU."""
+    return getattr(getattr(generator, "device", None), "type", "cpu") == "cuda"

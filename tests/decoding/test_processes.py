@@ -1,0 +1,134 @@
+"""Reports by several processes of one machine: the same records, and what is left when one of them ends."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from emrrg_cli.app import main
+from emrrg_cli.decoding import processes
+from emrrg_cli.errors import EmrrgError, RunError
+from emrrg_cli.recipe.load import load_run_recipe
+
+
+@pytest.fixture
+def films(tmp_path: Path) -> Path:
+    """Nine films, some of which get a text of their own, and a file that is none."""
+    folder = tmp_path / "films"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(9):
+        Image.fromarray(rng.integers(0, 256, (40, 40), dtype=np.uint8) // (index + 1)).save(folder / f"{index}.png")
+    (folder / "x.txt").write_text("no image")
+    return folder
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "reports.jsonl").read_text().splitlines()
+    return [{name: value for name, value in json.loads(line).items() if name != "seconds"} for line in lines]
+
+
+def _options(run: Path, output: Path) -> list[str]:
+    return ["--model", str(run), "--output", str(output), "--device", "cpu", "generation.batch_size=2"]
+
+
+def _has_ended(group: int) -> bool:
+    # Whether nobody is left of a group of processes, after a while.
+    for _ in range(500):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_writes(varied_run: Path, films: Path, tmp_path: Path) -> None:
+    assert main(["generate", str(films), *_options(varied_run, tmp_path / "one")]) == 0
+    assert main(["generate", str(films), *_options(varied_run, tmp_path / "two"), "--num-processes", "2"]) == 0
+    one, two = _rows(tmp_path / "one"), _rows(tmp_path / "two")
+    assert len({row["report"] for row in one}) > 3
+    assert one == two
+    for name in ("skipped.jsonl", "page.html"):
+        assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
+    assert sorted(entry.name for entry in (tmp_path / "two").iterdir()) == [
+        "page.html", "reports.csv", "reports.jsonl", "skipped.jsonl",
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_is_named_and_work_continues(
+    varied_run: Path, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["generate", str(films), *_options(varied_run, tmp_path / "out"), "--num-processes", "2"]
+    start = processes._start
+
+    def start_and_kill(index: int, *arguments: Any) -> Any:
+        connection, process = start(index, *arguments)
+        if index == 1:
+            process.kill()
+        return connection, process
+
+    with monkeypatch.context() as patch:
+        patch.setattr(processes, "_start", start_and_kill)
+        assert main(command) == 1
+    assert "process 2 of 2 ended by signal 9" in capsys.readouterr().err
+    assert main(command) == 0
+    assert len(_rows(tmp_path / "out")) == 9
+
+
+@pytest.mark.slow
+def test_a_signal_stops_all_and_keeps_what_is_written(varied_run: Path, films: Path, tmp_path: Path) -> None:
+    for index in range(9, 400):
+        os.link(films / f"{index % 9}.png", films / f"{index}.png")
+    command = ["generate", str(films), *_options(varied_run, tmp_path / "out"), "--num-processes", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "emrrg_cli", *command], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    partial = tmp_path / "out" / "reports.jsonl.partial"
+    while not partial.exists() and process.poll() is None:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 130, printed
+    assert "Traceback" not in printed
+    rows = _rows(tmp_path / "out")
+    assert 0 < len(rows) < 400
+    assert f"{len(rows)} reports are in" in printed
+    assert _has_ended(process.pid)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RunError("no trained model", hint="Train."), "no trained model\nTrain."),
+        (TypeError("x"), "unexpected TypeError"),
+    ],
+)
+def test_an_error_in_a_process_is_sent(
+    tiny_run: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(processes, "stop_signals", lambda: ())
+    monkeypatch.setattr(processes, "load_generator", fail)
+    monkeypatch.setattr(processes, "err", Console())
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    processes._write(theirs, 0, [], tiny_run, load_run_recipe(tiny_run, None, [], "generate"), "cpu", 0)
+    received = ours.recv()
+    assert isinstance(received, EmrrgError)
+    assert str(received).startswith(message)
