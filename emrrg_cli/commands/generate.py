@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,7 +20,8 @@ def generate(
         list[str] | None,
         typer.Argument(
             metavar="PATH|KEY=VALUE",
-            help="Images, folders of images and glob patterns; changes such as generation.num_beams=1.",
+            help="Images, folders of images, glob patterns and dataset directories; changes such as "
+            "generation.num_beams=1.",
         ),
     ] = None,
     model: Annotated[Path | None, typer.Option("--model", "-m", help="Run directory of `emrrg finetune`.")] = None,
@@ -36,6 +38,10 @@ def generate(
             "folder, or file (each image alone).",
         ),
     ] = "auto",
+    split: Annotated[
+        str | None,
+        typer.Option("--split", help="Split of a dataset directory; default: test.", show_default=False),
+    ] = None,
     table: Annotated[
         Path | None,
         typer.Option("--table", metavar="FILE", help="CSV, TSV or JSON lines that list the images instead of PATH."),
@@ -85,7 +91,10 @@ def generate(
 
     part = None if shard is None else Shard.parse(shard)
     machine = _machine(device, num_processes)
-    studies = _studies(images, study_by, table, image_column, study_column)
+    if table is not None:
+        studies = _table_studies(table, images, split, image_column, study_column)
+    else:
+        studies = _find_studies(images, study_by, split)
     result = run_generation(studies, model, settings, output, machine=machine, overwrite=overwrite, shard=part)
     _print(result, output, as_json=as_json)
     if not result.reports:
@@ -125,19 +134,37 @@ def _machine(device: str, requested: int | None) -> Machine:
     return Machine(device, processes)
 
 
-def _studies(
-    images: list[str], study_by: str, table: Path | None, image_column: str, study_column: str | None
-) -> list[StudyFiles]:
-    from emrrg_cli.decoding.studies import find_studies, table_studies
+def _find_studies(paths: list[str], study_by: str, split: str | None) -> list[StudyFiles]:
+    from emrrg_cli.datasets.directory import is_dataset_dir
+    from emrrg_cli.decoding.stored_studies import stored_studies
+    from emrrg_cli.decoding.studies import find_studies
     from emrrg_cli.errors import UsageError
 
-    if table is not None:
-        if images:
-            raise UsageError(f"--table lists the images, and {images[0]} was named too", hint="Give one of the two.")
-        return table_studies(table, image_column, study_column)
     if study_by not in ("auto", "folder", "file"):
         raise UsageError(f"unknown --study-by {study_by!r}", hint="Known: auto, folder, file.")
-    return find_studies(images, study_by)  # type: ignore[arg-type]
+    stored = [path for path in paths if is_dataset_dir(path)]
+    others = [path for path in paths if path not in stored]
+    if split is not None and not stored:
+        raise UsageError("--split is for dataset directories, and none is named")
+    found = find_studies(others, study_by) if others else []  # type: ignore[arg-type]
+    for root in stored:
+        found += stored_studies(root, split)
+    counts = Counter(study.name for study in found)
+    if twice := next((name for name, count in counts.items() if count > 1), None):
+        raise UsageError(f"two studies are called {twice}", hint="Write their reports into two folders (--output).")
+    return found
+
+
+def _table_studies(
+    table: Path, paths: list[str], split: str | None, image_column: str, study_column: str | None
+) -> list[StudyFiles]:
+    from emrrg_cli.decoding.studies import table_studies
+    from emrrg_cli.errors import UsageError
+
+    if paths or split:
+        other = f"{paths[0]} was named" if paths else "--split was given"
+        raise UsageError(f"--table lists the images, and {other} too", hint="Give one of the two.")
+    return table_studies(table, image_column, study_column)
 
 
 def _print(result: Written, output: Path, *, as_json: bool) -> None:

@@ -15,7 +15,7 @@ import torch
 from PIL.Image import Image
 
 from emrrg_cli.decoding.reports import study_pixels
-from emrrg_cli.decoding.studies import StudyFiles, path_name
+from emrrg_cli.decoding.studies import Film, StudyFiles, path_name
 from emrrg_cli.imaging.base import ImageError
 from emrrg_cli.imaging.notes import image_notes
 from emrrg_cli.imaging.read import read_image
@@ -35,7 +35,7 @@ class ReadStudy:
 
     study: StudyFiles
     pixels: torch.Tensor | None
-    used: list[Path]
+    used: list[Film]
     notes: list[str]
     skipped: list[tuple[str, str]]
     picture: Image | None
@@ -45,13 +45,15 @@ def read_study(study: StudyFiles, size: int, most: int | None) -> ReadStudy:
     """Reads the images of a study that can be read, the first `most` of them."""
     read = ReadStudy(study, None, [], [], [], None)
     views: list[torch.Tensor] = []
+    if not study.files:
+        read.skipped.append((study.name, "no images"))
     for file in study.files:
         if len(views) == most:
             break
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Pillow warns about odd metadata
-                image = read_image(file)
+                image = read_image(file if isinstance(file, Path) else file.content())
             pixels = study_pixels(image, size)
         except ImageError as error:
             read.skipped.append((path_name(file), ": ".join(filter(None, [error.reason, error.detail]))))

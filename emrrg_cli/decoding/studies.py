@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from emrrg_cli.console import printable
 from emrrg_cli.errors import UsageError
@@ -19,18 +19,28 @@ StudyBy = Literal["auto", "folder", "file"]
 MOST_FILES = 8  # a folder with more of them is a collection, not a study
 
 
+class Stored(Protocol):
+    """An image that is no file of its own; its text is its name."""
+
+    def content(self) -> bytes | Path:
+        """The encoded image, or its file."""
+
+
+Film = Path | Stored
+
+
 @dataclass(frozen=True)
 class StudyFiles:
     """The images of one study.
 
     Args:
-        name: Study Instance UID, path of the folder or file, or what a table calls it.
+        name: Study Instance UID, path of the folder or file, or what a table or dataset directory calls it.
         files: in the order of their names.
         views: of each file, as DICOM headers say; "" where it is not known.
     """
 
     name: str
-    files: tuple[Path, ...]
+    files: tuple[Film, ...]
     views: tuple[str, ...]
 
     @classmethod
@@ -114,8 +124,8 @@ def table_studies(table: Path, image_column: str = "image", study_column: str | 
     ]
 
 
-def path_name(path: Path) -> str:
-    """A path as text that fits into a JSON file: bytes that are no UTF-8 are written as escapes."""
+def path_name(path: Film) -> str:
+    """A path (or a stored image) as text that fits into a JSON file: bytes that are no UTF-8 are written as escapes."""
     return str(path).encode("utf-8", "backslashreplace").decode("utf-8")
 
 

@@ -1,0 +1,76 @@
+"""The studies of a dataset directory, as `generate` takes them. Their images are read when they are needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pyarrow.compute import list_value_length
+
+from emrrg_cli.console import printable
+from emrrg_cli.datasets.directory import open_dataset
+from emrrg_cli.datasets.stored_images import stored_image
+from emrrg_cli.decoding.studies import StudyFiles, path_name
+from emrrg_cli.errors import RunError, UsageError
+from emrrg_cli.imaging.base import ImageError
+
+
+class StoredImage:
+    """An image of a dataset directory; as text its directory, split, study and number.
+
+    Args:
+        split: a `datasets.Dataset` as `open_dataset` gives it.
+        row: of the study.
+        place: the number of the image among those of the study.
+        name: what it is called.
+    """
+
+    __slots__ = ("name", "place", "row", "split")
+
+    def __init__(self, split: Any, row: int, place: int, name: str) -> None:
+        self.split, self.row, self.place, self.name = split, row, place, name
+
+    def __str__(self) -> str:
+        return self.name
+
+    def content(self) -> bytes | Path:
+        """The encoded image, or its file.
+
+        Raises:
+            ImageError: there is none.
+        """
+        try:
+            return stored_image(self.split[self.row]["images"][self.place], self.split, self.name)
+        except RunError as error:
+            raise ImageError(self.name, "missing image", error.message.removeprefix(f"{self.name}: ")) from error
+
+
+def stored_studies(root: str, split: str | None = None) -> list[StudyFiles]:
+    """The studies of a split of a dataset directory, by their ids.
+
+    Args:
+        split: None: `test`, or the only one that there is.
+
+    Raises:
+        UsageError: there is no such split, or two studies have the same id.
+        RunError: the directory is broken.
+    """
+    splits = open_dataset(root)
+    chosen = split or ("test" if "test" in splits or len(splits) > 1 else next(iter(splits)))
+    if chosen not in splits:
+        raise UsageError(
+            f"{printable(root)}: this dataset directory has no split named {printable(chosen)}",
+            hint=f"Give --split; it has {', '.join(splits)}.",
+        )
+    rows = splits[chosen]
+    studies: dict[str, StudyFiles] = {}
+    counts = list_value_length(rows.data.column("images")).to_pylist()  # reads no image
+    for row, record in enumerate(rows.select_columns(["study_id", "views"])):
+        count, name = counts[row] or 0, printable(str(record["study_id"]))
+        views = tuple(view or "" for view in [*(record["views"] or ()), *[""] * count][:count])
+        if name in studies:
+            raise UsageError(f"{printable(root)}: two studies of the {chosen} split are called {name}")
+        where = f"{path_name(Path(root))}/{chosen}/{name}"
+        films = tuple(StoredImage(rows, row, place, f"{where}/{place}") for place in range(count))
+        studies[name] = StudyFiles(name, films, views)
+    return list(studies.values())
