@@ -33,7 +33,7 @@ def append_jsonl(path: Path, row: Mapping[str, Any]) -> int:
     """
     line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8")
     path = writable_path(path)
-    with name_write_errors(path):
+    with name_write_errors(path, len(line)):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab+") as file:
             before = _repair_end(file)

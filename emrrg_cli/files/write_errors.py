@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from emrrg_cli.errors import RunError
@@ -17,9 +19,19 @@ def name_write_errors(path: Path, needed: int | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
-        hint = _free_space(next(above for above in path.absolute().parents if above.exists()), needed) if full else None
-        raise RunError(f"cannot write {path}: {error.strerror or error}", hint=hint) from error
+        raise RunError(f"cannot write {path}: {reason(error)}", hint=space_hint(error, path, needed)) from error
+
+
+def reason(error: OSError) -> str:
+    """The system's words for an error. pyarrow puts its own words around them."""
+    return os.strerror(error.errno) if error.errno else str(error)
+
+
+def space_hint(error: OSError, path: Path, needed: int | None = None) -> str | None:
+    """The space that a file needs and the space that is left, if an error says that the disk is full."""
+    if error.errno not in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
+        return None
+    return _free_space(next(above for above in path.absolute().parents if above.exists()), needed)
 
 
 @contextlib.contextmanager
@@ -41,14 +53,18 @@ def writing(place: Path, needed: int | None = None) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        if "inline_container" in reason:  # torch.save only notices that its file is too short
-            reason = "the file is cut off, most often because the disk is full"
-        raise RunError(f"cannot write {place}: {reason}", hint=_free_space(nearest, needed)) from error
+        words = next(iter(str(error).splitlines()), type(error).__name__)
+        if "inline_container" in words:  # torch.save only notices that its file is too short
+            words = "the file is cut off, most often because the disk is full"
+        raise RunError(f"cannot write {place}: {words}", hint=_free_space(nearest, needed)) from error
 
 
 def _free_space(place: Path, needed: int | None) -> str:
     """A hint with the space that is needed (if known) and the space that is free."""
-    free = shutil.disk_usage(place).free / 2**20
-    required = "" if needed is None else f"It needs about {needed / 2**20:,.1f} MiB; "
-    return f"{required}{free:,.1f} MiB are free there."
+    required = "" if needed is None else f"It needs about {_size(needed, math.ceil)}; "
+    return f"{required}{_size(shutil.disk_usage(place).free, math.floor)} are free there."
+
+
+def _size(count: int, rounded: Callable[[float], int]) -> str:
+    """A number of bytes in MiB, or in KiB where it is less than one of them."""
+    return f"{count / 2**20:,.1f} MiB" if count >= 2**20 else f"{rounded(count / 2**10)} KiB"

@@ -14,6 +14,7 @@ from urllib.parse import quote
 import pyarrow.parquet as pq
 
 from emrrg_cli.errors import RunError, UsageError
+from emrrg_cli.files.write_errors import reason, space_hint
 from emrrg_cli.vocabulary import SPLITS, Split
 
 _KEYS: dict[Split, str] = {"train": "train", "validation": "val", "test": "test"}
@@ -82,7 +83,9 @@ def export_annotation(dataset: Path, path: Path) -> None:
             os.fsync(file.fileno())
         growing.replace(path)
     except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+        raise RunError(
+            f"cannot write {error.filename or path}: {reason(error)}", hint=space_hint(error, path)
+        ) from error
 
 
 def _rows(dataset: Path, split: Split) -> Iterator[dict[str, Any]]:

@@ -34,9 +34,10 @@ from emrrg_cli.datasets.shard_files import shard_digest
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.files.atomic import atomic_write_text, put_directory, recover_directory
 from emrrg_cli.files.locks import locked
+from emrrg_cli.files.write_errors import reason, space_hint
 from emrrg_cli.ingest.dedupe import Plan, Shard, make_plan, remarks_about
 from emrrg_cli.ingest.prepare import PreparedImages
-from emrrg_cli.ingest.shards import SplitShards, new_parquet, to_disk
+from emrrg_cli.ingest.shards import SplitShards, named_errors, new_parquet, to_disk
 from emrrg_cli.ingest.study import Account, Study
 from emrrg_cli.vocabulary import SPLITS, Split
 
@@ -91,6 +92,7 @@ def open_writer(
     *,
     fingerprint: str,
     studies_per_shard: int,
+    expected_studies: int = 0,
     overwrite: bool = False,
     columns: Mapping[str, Column] | None = None,
     about: str | None = None,
@@ -103,6 +105,7 @@ def open_writer(
         out: The directory to make or to replace; see `check_target`.
         fingerprint: Of everything that the result depends on.
         studies_per_shard: Studies in one Parquet file.
+        expected_studies: Studies that the source has, to estimate the space that is needed on a full disk.
         overwrite: Whether finished shards of other data or settings may be removed.
         columns: Those beside `FEATURES`; every study's `extra` fills them.
         about: A paragraph for the dataset card; None: that the terms of the source apply.
@@ -112,6 +115,7 @@ def open_writer(
         RunError: The disk refuses (full, read-only, ...), or another process is writing to `out`.
     """
     final, work = out.resolve(), _work_directory(out)
+    writer = None
     try:
         with locked(out):
             work.mkdir(parents=True, exist_ok=True)
@@ -125,9 +129,10 @@ def open_writer(
                 if writer.finished or not begun:
                     shutil.rmtree(work, ignore_errors=True)
     except OSError as error:  # pyarrow's own I/O errors are OSErrors too
+        space = space_hint(error, out, None if writer is None else writer.needed(expected_studies))
+        continues = "The same command continues after the finished shards." if (work / "shards").exists() else None
         raise RunError(
-            f"cannot write {out}: {error.strerror or error}",
-            hint="The same command continues after the finished shards." if (work / "shards").exists() else None,
+            f"cannot write {error.filename or out}: {reason(error)}", hint=" ".join(filter(None, (space, continues)))
         ) from error
 
 
@@ -149,6 +154,7 @@ class DatasetWriter:
             split: SplitShards(work, split, studies_per_shard, self._features, trust=complete) for split in SPLITS
         }
         self.finished = False
+        self._put_studies = self._put_bytes = 0
 
     @property
     def studies(self) -> int:
@@ -176,7 +182,16 @@ class DatasetWriter:
 
     def put(self, study: Study, prepared: PreparedImages) -> None:
         """Appends a study to its split, or counts why none of its images can be used."""
+        self._put_studies += 1
+        self._put_bytes += sum(len(image.data) for image in prepared.images)
         self._splits[study.split].put(study, prepared)
+
+    def needed(self, expected_studies: int) -> int | None:
+        """Bytes that the studies without a finished shard need, from the size of those read; None if none was read."""
+        if not self._put_studies:
+            return None
+        left = max(expected_studies - self.safe, self._put_studies)
+        return round(self._put_bytes / self._put_studies * left)
 
     def add_to(self, account: Account) -> None:
         """Finishes the shards and adds their skipped items and notes, split by split."""
@@ -234,9 +249,8 @@ class DatasetWriter:
             "images": sum(count["images"] for count in counts.values()),
             "fingerprint": self._fingerprint(plan),
         }
-        text = json.dumps(content, indent=2, ensure_ascii=False)
-        (dataset / MANIFEST).write_text(text + "\n", encoding="utf-8")
-        (dataset / CARD).write_text(card(content, self._columns, self._about), encoding="utf-8")
+        atomic_write_text(dataset / MANIFEST, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        atomic_write_text(dataset / CARD, card(content, self._columns, self._about))
         if before is not None:
             before(dataset)
         put_directory(dataset, self._final)
@@ -264,8 +278,9 @@ class DatasetWriter:
             source.unlink(missing_ok=True)
         elif shard.dropped:
             growing = target.with_suffix(".growing")
-            _copy_without(source, growing, shard, self._features.arrow_schema)
-            to_disk(growing, target)
+            with named_errors(growing):
+                _copy_without(source, growing, shard, self._features.arrow_schema)
+                to_disk(growing, target)
             source.unlink()
         else:
             source.replace(target)

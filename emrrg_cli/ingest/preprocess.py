@@ -109,6 +109,7 @@ def _open_writer(
         out,
         fingerprint=_fingerprint(source, recipe, found),
         studies_per_shard=recipe.studies_per_shard,
+        expected_studies=found.total,
         overwrite=overwrite,
         columns=described.columns if described else None,
         about=described.about if described else None,

@@ -6,6 +6,7 @@ and which of their images were skipped. The journal is written after the shard: 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -184,9 +185,10 @@ class SplitShards:
         index = len(self._finished)
         self._end_row_group()
         if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-            to_disk(self._growing, self.path(index))
+            with named_errors(self._growing):
+                self._writer.close()
+                self._writer = None
+                to_disk(self._growing, self.path(index))
         journal = self._segment.journal()
         atomic_write_text(self._journal_path(index), json.dumps(vars(journal), ensure_ascii=False))
         self._finished.append(_summary(journal))
@@ -213,10 +215,21 @@ class SplitShards:
     def _end_row_group(self) -> None:
         if not self._rows:
             return
-        if self._writer is None:
-            self._writer = new_parquet(self._growing, self._schema)
-        self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
+        with named_errors(self._growing):
+            if self._writer is None:
+                self._writer = new_parquet(self._growing, self._schema)
+            self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
         self._rows, self._bytes = [], 0
+
+
+@contextlib.contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """Give the errors of a block the name of the file: those of a write, and pyarrow's, have none."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def new_parquet(path: Path, schema: pa.Schema) -> pq.ParquetWriter:

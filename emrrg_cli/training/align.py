@@ -29,6 +29,7 @@ from emrrg_cli.models.text_encoder import load_text_tokenizer, train_text_tokeni
 from emrrg_cli.models.transfer import fill_encoder
 from emrrg_cli.recipe.alignment import AlignDataSettings, AlignRecipe
 from emrrg_cli.silence_libraries import silence_libraries
+from emrrg_cli.training.checkpoint import trained_bytes
 from emrrg_cli.training.launch import is_first_process
 from emrrg_cli.training.progress import TrainingDisplay
 from emrrg_cli.training.run_setup import Session, open_session
@@ -113,7 +114,7 @@ class AlignStage:
 
     def export(self) -> None:
         """Replaces `model/` of the run directory."""
-        with writing(self.run_dir / "model"):
+        with writing(self.run_dir / "model", trained_bytes(self.model)):
             save_alignment(self.run_dir, self.model)
 
 

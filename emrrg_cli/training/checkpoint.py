@@ -62,6 +62,11 @@ def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
+def trained_bytes(model: nn.Module) -> int:
+    """Size of the trainable parameters in bytes."""
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+
+
 def rng_state() -> dict[str, Any]:
     """The state of all random number generators that training uses in this process."""
     state: dict[str, Any] = {
@@ -108,7 +113,7 @@ def save_checkpoint(
     target = _place(directory, progress)
     tensors = trainable_state(model)
     # AdamW keeps two moments for each weight.
-    needed = 3 * sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    needed = 3 * trained_bytes(model)
     with writing(target, needed), atomic_directory(target) as temporary:
         with writing(target / _WEIGHTS, needed // 3):
             save_file(tensors, temporary / _WEIGHTS)

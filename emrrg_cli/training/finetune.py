@@ -36,6 +36,7 @@ from emrrg_cli.models.weights import load_weights
 from emrrg_cli.recipe.finetuning import FinetuneRecipe
 from emrrg_cli.runtime import llm_dtype
 from emrrg_cli.silence_libraries import silence_libraries
+from emrrg_cli.training.checkpoint import trained_bytes
 from emrrg_cli.training.progress import TrainingDisplay
 from emrrg_cli.training.run_setup import Session, open_session, validation_loss
 from emrrg_cli.training.selection import MIN_BLEU_4
@@ -139,7 +140,7 @@ class FinetuneStage:
 
     def export(self) -> None:
         """Replaces `model/` of the run directory."""
-        with writing(self.run_dir / "model"):
+        with writing(self.run_dir / "model", trained_bytes(self.model)):
             save_trained(self.run_dir, self.recipe.model, self.model)
 
 

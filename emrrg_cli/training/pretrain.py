@@ -24,6 +24,7 @@ from emrrg_cli.models.weights import load_weights
 from emrrg_cli.recipe.pretraining import PretrainModelSettings, PretrainRecipe
 from emrrg_cli.reporting.clusters import draw_predictions
 from emrrg_cli.silence_libraries import silence_libraries
+from emrrg_cli.training.checkpoint import trained_bytes
 from emrrg_cli.training.pretrain_data import check_roots, open_images
 from emrrg_cli.training.progress import TrainingDisplay
 from emrrg_cli.training.run_setup import Session, open_session, validation_loss
@@ -117,7 +118,7 @@ class PretrainStage:
 
     def export(self) -> None:
         """Replaces `model/` of the run directory."""
-        with writing(self.run_dir / "model"):
+        with writing(self.run_dir / "model", trained_bytes(self.model.pretrainer)):
             save_pretrainer(self.run_dir / "model", self.model.pretrainer)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -245,11 +246,12 @@ def test_a_failure_leaves_the_old_directory(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: object, **kwargs: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise OSError(28, "Error writing bytes to file. Detail: [errno 28] No space left on device")  # as pyarrow does
 
     monkeypatch.setattr(shards.pq.ParquetWriter, "write_table", full)
-    with pytest.raises(RunError, match=r"cannot write .*out: No space left on device"):
+    with pytest.raises(RunError, match=r"cannot write .*shards/train\.growing: No space left on device") as caught:
         _write(tmp_path / "out")
+    assert re.fullmatch(r"It needs about \d+ KiB; [\d,.]+ MiB are free there\..*", str(caught.value.hint))
     assert list(tmp_path.iterdir()) == []
 
 

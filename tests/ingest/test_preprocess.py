@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -240,3 +241,30 @@ def test_real_data(shared_data: Path, tmp_path: Path) -> None:
         "validation": 33,
         "test": 42,
     }
+
+
+def test_a_full_disk_names_the_file_and_the_space(
+    tiny_r2gen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from emrrg_cli.ingest import shards
+
+    write = shards.pq.ParquetWriter.write_table
+
+    def full(writer: Any, table: Any) -> None:
+        if len(written) == 2:
+            raise OSError(28, "Error writing bytes to file. Detail: [errno 28] No space left on device")
+        written.append(write(writer, table))
+
+    written: list[None] = []
+    monkeypatch.setattr(shards.pq.ParquetWriter, "write_table", full)
+    out = tmp_path / "out"
+    with pytest.raises(RunError, match=r"cannot write .*/train\.growing: No space left on device") as caught:
+        _run(tiny_r2gen, out, studies_per_shard=2)
+    needed = re.match(r"It needs about (\d+) KiB; ", str(caught.value.hint))
+    assert needed is not None
+    monkeypatch.undo()
+    size = sum(file.stat().st_size for file in (tmp_path / ".out.partial").rglob("*.parquet"))
+    _run(tiny_r2gen, out, studies_per_shard=2)
+    rest = sum(file.stat().st_size for file in out.rglob("*.parquet")) - size
+    assert 0.4 < 1024 * int(needed[1]) / rest < 1.1
+    assert "The same command continues after the finished shards." in str(caught.value.hint)

@@ -151,7 +151,7 @@ def test_a_full_disk_is_said_in_words(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(RunError, match=rf"cannot write .*step-00000005/{full_file}") as caught:
         _save(tmp_path, 5)
     assert "\n" not in caught.value.message
-    assert re.fullmatch(r"It needs about [\d.]+ MiB; [\d,.]+ MiB are free there\.", str(caught.value.hint))
+    assert re.fullmatch(r"It needs about 1 KiB; [\d,.]+ MiB are free there\.", str(caught.value.hint))
     assert last_checkpoint(tmp_path) == before
 
 

@@ -71,8 +71,9 @@ def convert_to_ours(
         "align": write_alignment,
         "encoder": write_alignment,
     }
+    size = sum(tensor.numel() * tensor.element_size() for tensor in imported.ours.values())
     if imported.stage in writers:
-        with writing(out), atomic_directory(out) as directory:
+        with writing(out, size), atomic_directory(out) as directory:
             writers[imported.stage](directory, imported)
             write_record(directory, imported)
             write_checksums(directory)
@@ -83,7 +84,7 @@ def convert_to_ours(
     chosen = recipe or default_recipe(file)
     settings = run_recipe(imported, config, chosen, llm)
     lines.append(f"recipe {chosen}, LLM {settings.model.llm.name}, no hybrid layers, no adapters")
-    with writing(out), atomic_directory(out) as directory:
+    with writing(out, size), atomic_directory(out) as directory:
         lines += write_run(directory, imported, config, encoder, settings)
         write_record(directory, imported)
         write_checksums(directory)
@@ -169,7 +170,8 @@ def convert_to_published(
         raise UsageError(f"{out} already exists", hint="Give --overwrite, or another name.")
     stage, checkpoint, dropped = export_checkpoint(directory, allow)
     temporary = out.with_name(f"{out.stem}.tmp-{secrets.token_hex(4)}{out.suffix}")
-    with writing(out):
+    size = sum(tensor.numel() * tensor.element_size() for tensor in checkpoint.tensors.values())
+    with writing(out, size):
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
             write_checkpoint(temporary, checkpoint)
