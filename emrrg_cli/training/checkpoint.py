@@ -202,11 +202,11 @@ def require_checkpoint(run_dir: Path) -> Path | None:
 
 
 def refuse_lost_checkpoint(run_dir: Path, rows: Sequence[Mapping[str, Any]], interval: int) -> None:
-    """Check, if a run has no checkpoint, that it was stopped before its first one, and print a message.
+    """Check that a run without a checkpoint was stopped before its first one, and say that it starts again.
 
     Args:
         rows: of `history.jsonl`, with their steps.
-        interval: Number of steps after which the first checkpoint exists at the latest.
+        interval: Number of steps after which the first checkpoint was due.
 
     Raises:
         RunError: The history shows that a checkpoint was written.
@@ -219,12 +219,12 @@ def refuse_lost_checkpoint(run_dir: Path, rows: Sequence[Mapping[str, Any]], int
             hint="Put it back from a copy of the run, or start a new run with another --output. To train this run "
             "again from its first step, delete its history.jsonl.",
         )
-    if reached:
-        err.print(
-            f"{run_dir} has no checkpoint yet: it was stopped after step {reached}, and starts again at the first step",
-            markup=False,
-            soft_wrap=True,
-        )
+    logged = f"history.jsonl goes up to step {reached}" if reached else "history.jsonl has no step"
+    err.print(
+        f"{run_dir} has no checkpoint ({logged}): training starts at the first step",
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def _is_whole(place: Path) -> bool:

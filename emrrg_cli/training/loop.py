@@ -27,6 +27,7 @@ from emrrg_cli.training.history import History
 from emrrg_cli.training.optimizer_step import FiniteCheck, accumulate_gradients, update_weights
 from emrrg_cli.training.progress import TrainingDisplay
 from emrrg_cli.training.run_checkpoints import RunCheckpoints
+from emrrg_cli.training.run_dir import first_checkpoint_interval
 from emrrg_cli.training.schedule import build_optimizer, learning_rate
 from emrrg_cli.training.selection import better_value
 from emrrg_cli.training.stage import PreparesStep, ShowsExamples, Stage
@@ -336,11 +337,11 @@ class _Loop:
         """
         progress = self.checkpoints.load(self.order.steps_per_epoch)
         rows = self.history.rows()
-        if progress is None:
-            interval = max(self.settings.checkpoint_every_steps or 0, self.order.steps_per_epoch)
-            refuse_lost_checkpoint(self.run_dir, rows, interval)
-        else:
+        if progress is not None:
             self.progress = progress
+        elif self.accelerator.is_main_process:
+            interval = first_checkpoint_interval(self.run_dir, self.settings) or self.order.steps_per_epoch
+            refuse_lost_checkpoint(self.run_dir, rows, interval)
         self.history.keep_until(self.progress, rows)
 
     def _peak_memory(self) -> float | None:

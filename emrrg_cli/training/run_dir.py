@@ -9,7 +9,7 @@ from emrrg_cli.console import printable
 from emrrg_cli.errors import UsageError
 from emrrg_cli.files.output_paths import check_writable
 from emrrg_cli.files.temporary import is_leftover
-from emrrg_cli.recipe.common import Settings
+from emrrg_cli.recipe.common import LoopSettings, Settings
 from emrrg_cli.recipe.layers import MAPPINGS
 from emrrg_cli.recipe.load import RUN_RECIPE, load_recipe
 from emrrg_cli.recipe.paths import with_absolute_paths
@@ -39,6 +39,19 @@ def default_run_dir(recipe: str, *, resume: bool = False) -> Path:
         return path.parent
     parts = [path.parent.name, path.stem] if path.suffix in (".yaml", ".yml") else list(path.parts)
     return Path("runs") / "-".join(part for part in parts if part)
+
+
+def first_checkpoint_interval(run_dir: Path, settings: LoopSettings) -> int | None:
+    """`train.checkpoint_every_steps` as the run was started with. `--resume` may change it.
+
+    Args:
+        settings: Used if the run has no recipe.
+    """
+    saved = run_dir / RUN_RECIPE
+    if not saved.is_file():
+        return settings.checkpoint_every_steps
+    train: LoopSettings = load_recipe(str(saved), []).train  # type: ignore[attr-defined]
+    return train.checkpoint_every_steps
 
 
 def check_run_dir(run_dir: Path, settings: Settings, *, resume: bool) -> None:

@@ -324,6 +324,46 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(
     assert (tmp_path / "history.jsonl").read_text() == before
 
 
+def test_a_lost_checkpoint_of_the_first_epoch_is_noticed(tmp_path: Path, fit: Callable[..., Any]) -> None:
+    fit(Stage(), 80, log_every=1, stop_after_steps=5, checkpoint_every_steps=2)  # of 20 steps in an epoch
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(RunError, match="goes up to step 5"):
+        fit(Stage(), 80, log_every=1, resume=True, checkpoint_every_steps=2)
+
+
+def test_a_checkpoint_that_was_not_yet_due_is_not_missed(
+    finetune: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def die(*arguments: Any) -> None:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_checkpoints, "save_checkpoint", die)
+        with pytest.raises(RuntimeError, match="killed"):
+            finetune("run", "train.epochs=1")
+    # The run wrote steps 1 and 2. Its first checkpoint was due at step 2, not at step 1 as for the resumed one.
+    assert finetune("run", "train.epochs=1", "train.checkpoint_every_steps=1", resume=True).summary.steps == 2
+    expected = f"{tmp_path / 'run'} has no checkpoint (history.jsonl goes up to step 2): training starts at the first"
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("log_every", "steps"), [(1, 0), (100, 4)])
+def test_without_a_checkpoint_the_start_at_step_one_is_said(
+    fit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, log_every: int, steps: int
+) -> None:
+    def die(*arguments: Any) -> None:
+        raise RuntimeError("killed")
+
+    stage = Stage()
+    forward = stage.model.forward
+    stage.model.forward = lambda batch: die() if len(stage.model.seen) == steps else forward(batch)  # type: ignore
+    with pytest.raises(RuntimeError, match="killed"):
+        fit(stage, 80, log_every=log_every)
+    assert fit(Stage(), 80, log_every=log_every, resume=True).steps == 60
+    logged = "history.jsonl goes up to step 1" if steps else "history.jsonl has no step"
+    assert f"{tmp_path} has no checkpoint ({logged}): training starts at the first step" in capsys.readouterr().err
+
+
 def test_the_second_ctrl_c_acts_at_once(fit: Any) -> None:
     stage = Stage()
     forward = stage.model.forward
