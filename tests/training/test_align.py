@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,14 +51,13 @@ def align(tiny_dataset: Path, tmp_path: Path, run_of: Any) -> Callable[..., Any]
 
 
 @pytest.fixture
-def in_two(tiny_dataset: Path, tmp_path: Path, run_of: Any) -> Callable[..., Any]:
-    """Runs `emrrg align --num-processes 2`."""
+def in_two(tiny_dataset: Path, tmp_path: Path, run_of: Any, forked: Any) -> Callable[..., Any]:
+    """Runs `align` in a group of two processes."""
 
     def run(name: str, *overrides: str) -> Any:
-        command = [sys.executable, "-m", "emrrg_cli", "align", "phantom/align", f"data.root={tiny_dataset}", *TINY]
-        command += [*overrides, "--output", str(tmp_path / name), "--num-processes", "2"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=dict(os.environ))
-        assert done.returncode == 0, done.stderr
+        arguments = ["align", "phantom/align", f"data.root={tiny_dataset}", *TINY, *overrides]
+        done = forked(*arguments, "--output", str(tmp_path / name), "--num-processes", "2", processes=2)
+        assert [process.returncode for process in done] == [0, 0], done
         return run_of(tmp_path / name)
 
     return run

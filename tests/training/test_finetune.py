@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,11 +37,15 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def ended_in_step(step: int, number: signal.Signals, *arguments: str) -> subprocess.CompletedProcess[str]:
-    code = _ENDED_IN_STEP.format(step=step, signal=int(number))
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=300, env=dict(os.environ)
-    )
+@pytest.fixture
+def ended_in_step(forked: Any) -> Callable[..., Any]:
+    """`ended_in_step(step, signal, *arguments)`: a run of `emrrg` that ends by a signal in an optimizer step."""
+
+    def run(step: int, number: signal.Signals, *arguments: str) -> Any:
+        (done,) = forked(*arguments, code=_ENDED_IN_STEP.format(step=step, signal=int(number)))
+        return done
+
+    return run
 
 
 @pytest.fixture
@@ -414,7 +415,7 @@ def test_a_run_that_fails_later_keeps_what_it_has(finetune: Any, monkeypatch: py
 
 @pytest.mark.slow
 def test_killed_interrupted_and_resumed_equals_uninterrupted(
-    finetune: Any, tiny_overrides: tuple[str, ...], tmp_path: Path, run_of: Any
+    finetune: Any, tiny_overrides: tuple[str, ...], tmp_path: Path, run_of: Any, ended_in_step: Any
 ) -> None:
     noise = ("model.encoder.depth=3", "model.encoder.drop_path=0.9")
     schedule = ("train.batch_size=4", "train.epochs=3", "train.checkpoint_every_steps=3")  # 4 steps an epoch

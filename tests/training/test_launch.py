@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from emrrg_cli.app import main
-from emrrg_cli.errors import Interrupted, RunError, UsageError
+from emrrg_cli.errors import EmrrgError, Interrupted, RunError, UsageError
 from emrrg_cli.training import launch
 from emrrg_cli.training.launch import processes_expected, processes_wanted, tell_launcher
 
@@ -63,14 +63,56 @@ def test_two_processes_train_as_one(one: Path, two: Path, run_of: Any, differenc
     assert not torch.equal(state["rng"][0]["torch"], state["rng"][1]["torch"])  # each has its own noise
 
 
+# Runs `emrrg` and prints what is left of the process group; a model of several processes waits for the collector.
+LEAVING = """
+import gc
+import sys
+from pathlib import Path
+
+from emrrg_cli.app import main
+
+code = main(sys.argv[1:])
+import torch.distributed
+gc.collect()
+names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").glob("*")]
+print(code, torch.distributed.is_initialized(), sorted(name for name in names if "gloo" in name))
+"""
+
+FAILING = """
+from emrrg_cli.errors import RunError
+from emrrg_cli.evaluation import split_reports
+
+def fail(*arguments, **options):
+    raise RunError("the disk is on fire")
+
+split_reports.write_split = fail
+"""
+
+
 @pytest.mark.slow
-def test_torchrun_does_the_same(two: Path, tiny_overrides: tuple[str, ...], tmp_path: Path, run_of: Any) -> None:
-    by = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "emrrg_cli")
+def test_torchrun_does_the_same_and_leaves_no_thread(
+    two: Path, tiny_overrides: tuple[str, ...], tmp_path: Path, run_of: Any
+) -> None:
+    script = tmp_path / "leaving.py"
+    script.write_text(LEAVING)
+    by = ("-m", "torch.distributed.run", "--nproc-per-node", "2", str(script))
     done = emrrg("finetune", "tiny/finetune", *tiny_overrides, *OPTIONS, "--output", str(tmp_path / "run"), by=by)
     assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if line.endswith("]")] == ["0 False []"] * 2
     run, both = run_of(tmp_path / "run"), run_of(two)
     assert run.series("train/loss") == pytest.approx(both.series("train/loss"), rel=1e-6)
     assert len(torch.load(run.checkpoint / "state.pt", weights_only=True)["rng"]) == 2
+
+
+@pytest.mark.slow
+def test_an_error_leaves_no_thread_of_the_process_group(
+    tiny_run: Path, tmp_path: Path, no_java: None, forked: Any
+) -> None:
+    arguments = ["evaluate", "--model", str(tiny_run), "data.limit=1", "--output", str(tmp_path / "out")]
+    for done in forked(*arguments, code=FAILING + LEAVING, processes=2):
+        assert [line for line in done.stdout.splitlines() if line.endswith("]")] == ["1 False []"], done.stderr
+        assert done.returncode == 0
+        assert done.stderr.count("the disk is on fire") == 1
 
 
 @pytest.mark.slow
@@ -84,62 +126,30 @@ def test_accelerate_launch_does_the_same(
 
 
 @pytest.mark.slow
-def test_two_processes_evaluate_each_study_once_as_one_does(varied_run: Path, tmp_path: Path, no_java: None) -> None:
+def test_two_processes_evaluate_each_study_once_as_one_does(
+    varied_run: Path, tmp_path: Path, no_java: None, forked: Any
+) -> None:
     arguments = ["evaluate", "--model", str(varied_run), "--split", "train", "data.limit=15", "generation.batch_size=4"]
-    done = emrrg(*arguments, "--output", str(tmp_path / "both"), "--json", "--num-processes", "2")
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    both = tmp_path / "both"
+    first, second = forked(*arguments, "--output", str(both), "--json", "--num-processes", "2", processes=2)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert second.stdout == second.stderr == ""
+    result = json.loads(first.stdout)
     assert result["studies"] == 15  # an odd number: one process has a study less
     assert main([*arguments, "--output", str(tmp_path / "alone")]) == 0
-    both, alone = ((tmp_path / name / "predictions.jsonl").read_text() for name in ("both", "alone"))
-    assert both == alone
-    rows = [json.loads(line) for line in both.splitlines()]
+    predictions, alone = ((tmp_path / name / "predictions.jsonl").read_text() for name in ("both", "alone"))
+    assert predictions == alone
+    rows = [json.loads(line) for line in predictions.splitlines()]
     assert len({row["study_id"] for row in rows}) == len(rows) == 15
     assert len({row["hypothesis"] for row in rows}) >= 5
     assert result["scores"] == json.loads((tmp_path / "alone" / "scores.json").read_text())["scores"]
 
 
-# Evaluates as one process of a group, first with an error and then without, and prints which threads are left.
-LEAVING = """
-import sys
-from pathlib import Path
-
-from emrrg_cli.evaluation import split_reports as evaluation
-from emrrg_cli.app import main
-from emrrg_cli.errors import RunError
-
-def fail(*arguments, **options):
-    raise RunError("the disk is on fire")
-
-write_split = evaluation.write_split
-for function in (fail, write_split):
-    evaluation.write_split = function
-    code = main(sys.argv[1:])
-    import torch.distributed
-    names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
-    print(code, torch.distributed.is_initialized(), sorted(name for name in names if "gloo" in name))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are listed by Linux alone")
-def test_no_thread_of_the_process_group_is_left_at_the_end(tiny_run: Path, tmp_path: Path, no_java: None) -> None:
-    arguments = ["evaluate", "--model", str(tiny_run), "data.limit=1", "--output", str(tmp_path / "out")]
-    group = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    done = emrrg(*arguments, by=("-c", LEAVING), **group)
-    assert [line for line in done.stdout.splitlines() if "False" in line] == ["1 False []", "0 False []"], done.stderr
-    assert done.returncode == 0
-    assert done.stderr.count("the disk is on fire") == 1
-
-
-@pytest.mark.slow
-def test_an_error_in_all_processes_is_said_once(tiny_overrides: tuple[str, ...], tmp_path: Path) -> None:
-    arguments = ["finetune", "tiny/finetune", *tiny_overrides, "train.batch_size=5", "--output", str(tmp_path / "run")]
-    done = emrrg(*arguments, "--num-processes", "2")
-    assert done.returncode == 2
-    said = "error: train.batch_size=5 does not divide among 2 processes\nIt counts the examples of an optimizer step"
-    assert done.stderr.count(said) == done.stderr.count("error") == 1
-    assert not (tmp_path / "run").exists()
+def test_an_error_in_all_processes_is_said_once(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(EmrrgError) as caught:
+        launch.launch(["recipe", "show", "no/such-recipe"], 2)
+    assert (caught.value.exit_code, capfd.readouterr()) == (2, ("", ""))  # by this process, not by the two
+    assert caught.value.message.startswith("no shipped recipe is named no/such-recipe")
 
 
 @pytest.mark.parametrize("recipe", ["tiny/finetune", "phantom/align", "phantom/pretrain"])

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,17 +152,13 @@ def test_micro_batches_workers_and_checkpointing_change_nothing(pretrain: Any, d
 
 
 @pytest.mark.slow
-def test_two_processes_do_what_one_does(options: tuple[str, ...], pretrain: Any, tmp_path: Path, run_of: Any) -> None:
+def test_two_processes_do_what_one_does(
+    options: tuple[str, ...], pretrain: Any, tmp_path: Path, run_of: Any, forked: Any
+) -> None:
     one = pretrain("one", "train.epochs=1")
     arguments = ["pretrain", "phantom/pretrain", *options, "train.epochs=1", "--output", str(tmp_path / "two")]
-    done = subprocess.run(
-        [sys.executable, "-m", "emrrg_cli", *arguments, "--num-processes", "2"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=dict(os.environ),
-    )
-    assert done.returncode == 0, done.stderr
+    done = forked(*arguments, "--num-processes", "2", processes=2)
+    assert [process.returncode for process in done] == [0, 0], done
     two = run_of(tmp_path / "two")
     assert two.series("train/loss") == pytest.approx(one.series("train/loss"), rel=1e-5)
     assert two.series("validation/loss") == pytest.approx(one.series("validation/loss"), rel=1e-4)

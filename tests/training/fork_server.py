@@ -1,0 +1,58 @@
+"""Runs Python code in forks of this process, which has imported what takes seconds to import.
+
+Each line of standard input is a JSON list of processes that run at the same time: `code`, `arguments`, `environment`,
+`stdout` and `stderr` (files). The answer is a line with the JSON list of their return codes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from importlib import import_module
+from typing import Any
+
+TIMEOUT = 300  # seconds
+IMPORTED = (
+    "emrrg_cli.evaluation.split_reports",
+    "emrrg_cli.training.align",
+    "emrrg_cli.training.finetune",
+    "emrrg_cli.training.pretrain",
+    # What these import when it is first needed.
+    "emrrg_cli.models.scan.numba_kernels",
+    "matplotlib.figure",
+    "peft",
+    "torch._dynamo",
+    "transformers.models.bert.modeling_bert",
+    "transformers.models.llama.modeling_llama",
+)
+
+
+def run(process: dict[str, Any]) -> None:
+    signal.alarm(TIMEOUT)  # ends the process
+    os.environ.clear()
+    os.environ.update(process["environment"])
+    for number, name in ((0, os.devnull), (1, process["stdout"]), (2, process["stderr"])):
+        os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
+    sys.argv[1:] = process["arguments"]
+    exec(compile(process["code"], "<fork>", "exec"), {"__name__": "__main__"})
+
+
+def main() -> None:
+    for name in IMPORTED:
+        import_module(name)
+    while line := sys.stdin.readline():
+        children = []
+        for process in json.loads(line):
+            child = os.fork()
+            if child == 0:
+                return run(process)
+            children.append(child)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        print(json.dumps(codes), flush=True)
+    return None
+
+
+if __name__ == "__main__":
+    main()
