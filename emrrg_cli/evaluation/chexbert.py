@@ -7,7 +7,6 @@ Source: Smit et al., "CheXbert: Combining Automatic Labelers and Expert Annotati
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from emrrg_cli.console import progress_bar
 from emrrg_cli.errors import RunError, UsageError
+from emrrg_cli.models.foreign_files import check_archive, check_model_directory
 from emrrg_cli.runtime import choose_device
 
 # The heads of the checkpoint, in order.
@@ -140,8 +140,9 @@ def _read(file: Path) -> dict[str, Tensor]:
     if file.stat().st_size > _MAX_BYTES:
         raise RunError(f"{file} is larger than {_MAX_BYTES >> 30} GB: this is no CheXbert checkpoint")
     try:
+        check_archive(file)
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # a broken pickle raises whatever its reader met
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RunError(f"{file} cannot be read as a checkpoint: {reason[:200]}", hint=_HINT) from error
     state = content.get("model_state_dict", content) if isinstance(content, Mapping) else None
@@ -180,10 +181,16 @@ def _config(weights: Mapping[str, Tensor], layers: int, file: Path) -> Any:
 def _tokenizer(file: Path) -> Any:
     from transformers import AutoTokenizer, BertTokenizerFast
 
-    if (file.parent / "tokenizer.json").is_file():
-        return BertTokenizerFast(tokenizer_file=str(file.parent / "tokenizer.json"))
-    if (file.parent / "vocab.txt").is_file():
-        return BertTokenizerFast.from_pretrained(str(file.parent), do_lower_case=True)
+    beside = [file.parent / name for name in ("tokenizer.json", "vocab.txt") if (file.parent / name).is_file()]
+    try:
+        if beside:
+            check_model_directory(file.parent)
+            if beside[0].name == "tokenizer.json":
+                return BertTokenizerFast(tokenizer_file=str(beside[0]))
+            return BertTokenizerFast.from_pretrained(str(file.parent), do_lower_case=True)
+    except Exception as error:  # a broken file raises whatever its reader met
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise RunError(f"{file.parent}: the tokenizer beside {file.name} cannot be read: {first}") from error
     try:
         return AutoTokenizer.from_pretrained(_TOKENIZER, trust_remote_code=False)
     except (OSError, ValueError) as error:

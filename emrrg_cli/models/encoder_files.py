@@ -16,7 +16,7 @@ from torch import Tensor
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.files.atomic import atomic_write_text, read_directory
 from emrrg_cli.models.arm.encoder import PATCH_SIZE, ArmEncoder
-from emrrg_cli.models.weights import check_header
+from emrrg_cli.models.foreign_files import check_header
 
 FORMAT = 1
 ENCODER_FILE = "encoder.safetensors"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from emrrg_cli.errors import RunError, UsageError
+from emrrg_cli.models.foreign_files import check_model_directory
 from emrrg_cli.vocabulary import IMAGE_PLACE, PUBLISHED_PROMPT
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokeni
     from transformers import AutoTokenizer
 
     try:
+        check_model_directory(source)
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
     except Exception as error:  # a broken file raises whatever its reader met
         raise unavailable(source, "tokenizer", error) from error
@@ -54,6 +56,7 @@ def load_llm(source: str, revision: str | None, dtype: torch.dtype, quantization
     if quantization != "none":
         options = {"quantization_config": _quantization(quantization, dtype), "device_map": {"": _own_device()}}
     try:
+        check_model_directory(source)
         llm, loaded = AutoModelForCausalLM.from_pretrained(
             source,
             revision=revision or "main",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from emrrg_cli.errors import RunError
+from emrrg_cli.models.foreign_files import check_model_directory
 from emrrg_cli.models.llm import train_tokenizer, unavailable
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def load_text_tokenizer(source: str, revision: str | None = None) -> PreTrainedT
     from transformers import AutoTokenizer
 
     try:
+        check_model_directory(source)
         return AutoTokenizer.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
     except Exception as error:  # a broken file raises whatever its reader met
         raise unavailable(source, "tokenizer", error, _KEY) from error
@@ -82,6 +84,7 @@ def load_text_encoder(source: str, revision: str | None, max_tokens: int) -> Pre
     from transformers import AutoModel
 
     try:
+        check_model_directory(source)
         model, loaded = AutoModel.from_pretrained(
             source,
             revision=revision or "main",

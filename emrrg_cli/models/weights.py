@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,8 +10,7 @@ from torch import Tensor, nn
 
 from emrrg_cli.checksums import check_file
 from emrrg_cli.errors import RunError
-
-_LARGEST_HEADER = 8 * 2**20  # bytes: some 80,000 tensors
+from emrrg_cli.models.foreign_files import check_header
 
 
 def load_tensors(file: Path) -> dict[str, Tensor]:
@@ -34,20 +30,6 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
         if tensor.is_floating_point() and tensor.numel() and bool(tensor.isnan().all()):
             raise RunError(f"{file}: every value of {name} is NaN", hint="Put the file back from a copy.")
     return tensors
-
-
-def check_header(file: Path) -> None:
-    """Makes sure that a file is regular and the header of its safetensors format is of a size that is read quickly.
-
-    Raises:
-        OSError: `strerror` says what it is.
-    """
-    handle = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with os.fdopen(handle, "rb") as opened:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", str(file))
-        if (size := int.from_bytes(opened.read(8), "little")) > _LARGEST_HEADER:
-            raise OSError(errno.EFBIG, f"its header claims {size:,} bytes", str(file))
 
 
 def load_weights(module: nn.Module, file: Path) -> None:

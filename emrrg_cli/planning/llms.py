@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from emrrg_cli.errors import RunError
+from emrrg_cli.models.foreign_files import check_model_directory
 from emrrg_cli.models.llm import build_scratch_llm, can_quantize
 from emrrg_cli.recipe.finetuning import ModelSettings
 
@@ -75,12 +76,14 @@ def llm_config(settings: ModelSettings) -> Any:
     if known is not None:
         return AutoConfig.for_model(**known)
     try:
+        check_model_directory(settings.llm.name)
         return AutoConfig.from_pretrained(
             settings.llm.name, revision=settings.llm.revision or "main", trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a broken file raises whatever its reader met
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise RunError(
-            f"the configuration of the LLM {settings.llm.name!r} cannot be had: {str(error).splitlines()[0]}",
+            f"the configuration of the LLM {settings.llm.name!r} cannot be had: {first}",
             hint="Planning needs its config.json only: name a directory that holds one, or connect to the hub.",
         ) from error
 

@@ -29,6 +29,7 @@ from emrrg_cli.errors import RunError
 from emrrg_cli.files.atomic import atomic_directory, atomic_write_text
 from emrrg_cli.files.records import read_bounded, read_record
 from emrrg_cli.files.write_errors import writing
+from emrrg_cli.models.foreign_files import check_archive
 from emrrg_cli.models.weights import load_tensors
 
 _WEIGHTS, _STATE, _PROGRESS = "trainable.safetensors", "state.pt", "progress.json"
@@ -249,6 +250,7 @@ def load_checkpoint(
         if not check_directory(checkpoint) and rank == 0:
             warn_unchecked(checkpoint)
         tensors = load_tensors(checkpoint / _WEIGHTS)
+        check_archive(checkpoint / _STATE)
         state = torch.load(checkpoint / _STATE, map_location="cpu", weights_only=True)
         record = read_record(checkpoint / _PROGRESS, "where the training stands", "Put it back from a copy.")
         progress = _progress(record or {}, checkpoint)

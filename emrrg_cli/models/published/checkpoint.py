@@ -27,7 +27,7 @@ from torch import Tensor
 
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.files.records import read_bounded
-from emrrg_cli.models.weights import check_header
+from emrrg_cli.models.foreign_files import check_archive, check_header
 
 # Where the tensors of a model are, in a file that holds more; None: the file is that mapping itself.
 CONTAINERS = ("model", "state_dict", "module")
@@ -158,6 +158,11 @@ def _unpickled(file: Path) -> Any:
     with file.open("rb") as stream:
         if stream.read(2) == b"PK" and not is_zip:
             raise _damaged(file, "its end is missing")
+    if is_zip:
+        try:
+            check_archive(file)
+        except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
+            raise _damaged(file, getattr(error, "strerror", None) or str(error)) from error
     if is_zip and (name := _broken_member(file)):
         raise _damaged(file, f"{name} in it is not what was written (its checksum)")
     try:

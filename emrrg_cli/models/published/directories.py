@@ -23,10 +23,10 @@ from emrrg_cli.files.atomic import atomic_write_text, whole_directory
 from emrrg_cli.files.records import read_bounded
 from emrrg_cli.models.arm.pretrainer import ArmPretrainer, default_taps
 from emrrg_cli.models.encoder_files import ENCODER_FILE, FORMAT, PRETRAINER_FILE, EncoderConfig, write_encoder_config
+from emrrg_cli.models.foreign_files import check_header
 from emrrg_cli.models.published.bert import bert_config
 from emrrg_cli.models.published.importing import Imported
 from emrrg_cli.models.published.stages import TEXT, Stage
-from emrrg_cli.models.weights import check_header
 
 RECORD = "convert.json"
 LEFT_OUT = "left_out.safetensors"

@@ -11,6 +11,7 @@ from torch import Tensor
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.files.atomic import atomic_write_text
 from emrrg_cli.models.encoder_files import ENCODER_FILE, EncoderConfig, encoder_source
+from emrrg_cli.models.foreign_files import check_model_directory
 from emrrg_cli.models.published.directories import BRIDGE_FILE, save_tensors
 from emrrg_cli.models.published.importing import Imported, import_checkpoint
 from emrrg_cli.recipe.common import ENCODER_SIZES
@@ -141,6 +142,7 @@ def _llm_here(name: str) -> tuple[int, Any] | None:
     from transformers import AutoConfig, AutoTokenizer
 
     try:
+        check_model_directory(name)
         options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         config = AutoConfig.from_pretrained(name, **options)
         return config.hidden_size, AutoTokenizer.from_pretrained(name, **options)
