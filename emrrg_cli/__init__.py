@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from emrrg_cli.datasets.report_text import clean_report
+    from emrrg_cli.decoding.reporter import Reporter
     from emrrg_cli.decoding.reports import Generator, load_generator
     from emrrg_cli.evaluation.language import score
     from emrrg_cli.imaging.base import ImageError
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Generator",
     "ImageError",
+    "Reporter",
     "clean_report",
     "label_report",
     "load_encoder",
@@ -37,6 +39,7 @@ __all__ = [
 _HOMES = {
     "Generator": "emrrg_cli.decoding.reports",
     "ImageError": "emrrg_cli.imaging.base",
+    "Reporter": "emrrg_cli.decoding.reporter",
     "clean_report": "emrrg_cli.datasets.report_text",
     "label_report": "emrrg_cli.labeling.labeler",
     "load_encoder": "emrrg_cli.models.transfer",

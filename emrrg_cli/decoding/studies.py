@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from PIL.Image import Image
+
 from emrrg_cli.console import printable
 from emrrg_cli.errors import UsageError
 from emrrg_cli.imaging.base import DICOM_SUFFIXES, ImageError, is_dicom, open_stream
@@ -22,14 +24,14 @@ MOST_FILES = 8  # a folder with more of them is a collection, not a study
 class Stored(Protocol):
     """An image that is no file of its own; its text is its name."""
 
-    def content(self) -> bytes | Path:
-        """The encoded image, or its file."""
+    def content(self) -> bytes | Path | Image:
+        """What `read_image` reads."""
 
 
 Film = Path | Stored
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StudyFiles:
     """The images of one study.
 
@@ -126,7 +128,9 @@ def table_studies(table: Path, image_column: str = "image", study_column: str | 
 
 def path_name(path: Film) -> str:
     """A path (or a stored image) as text that fits into a JSON file: bytes that are no UTF-8 are written as escapes."""
-    return str(path).encode("utf-8", "backslashreplace").decode("utf-8")
+    name = str(path)
+    # The same object where it can be: there may be millions of them.
+    return name if name.isascii() else name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _expanded(name: str) -> Iterable[str]:

@@ -24,11 +24,13 @@ class StudyResult:
     """What came of a study.
 
     Args:
+        study: its name.
         row: its record; None where no image of it could be read.
         skipped: files that could not be read, with the reasons.
         picture: the first image, small; None where there is none or no more are wanted.
     """
 
+    study: str
     row: Row | None
     skipped: list[tuple[str, str]] = field(default_factory=list)
     picture: Image | None = None
@@ -73,7 +75,7 @@ class StudyWriter:
 
     def _result(self, report: WrittenReport, seconds: float) -> StudyResult:
         read = self._reading.pop(report.key)
-        return StudyResult(study_record(read, report, seconds), read.skipped, read.picture)
+        return StudyResult(report.key, study_record(read, report, seconds), read.skipped, read.picture)
 
     def _readable(self, studies: Iterable[StudyFiles]) -> Iterator[Studies]:
         """Studies with at least one readable image, a batch at a time."""
@@ -82,7 +84,7 @@ class StudyWriter:
         batch: list[ReadStudy] = []
         for read in read_studies(studies, image_size, most, self.threads):
             if read.pixels is None:
-                self._unreadable.append(StudyResult(None, read.skipped))
+                self._unreadable.append(StudyResult(read.study.name, None, read.skipped))
                 continue
             if self.pictures:
                 self.pictures -= 1

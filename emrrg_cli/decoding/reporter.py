@@ -1,0 +1,156 @@
+"""Reports as a function of batches, for programs that spread batches over machines: Ray Data, Dask."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import threading
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from emrrg_cli.console import printable
+from emrrg_cli.decoding.reports import load_generator
+from emrrg_cli.decoding.studies import StudyFiles, path_name
+from emrrg_cli.decoding.study_records import StudyResult, StudyWriter
+from emrrg_cli.errors import UsageError
+from emrrg_cli.silence_libraries import silence_libraries
+
+if TYPE_CHECKING:
+    from emrrg_cli.decoding.reports import Generator
+
+_lock = threading.Lock()  # a model writes one batch at a time; Dask calls from several threads
+
+
+class Reporter:
+    """Writes reports for batches of studies. The model is loaded at the first call, once in each process.
+
+    An object is small and can be pickled: it holds the place of the run, which each machine must be able to read.
+
+        ray.data.read_images("films", include_paths=True).map_batches(
+            emrrg_cli.Reporter, fn_constructor_args=("runs/iu",), batch_size=16, concurrency=2)
+
+    Args:
+        run_dir: what `emrrg finetune` wrote.
+        device: `auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1` or `mps`.
+        overrides: `key=value` changes to the run's recipe, such as `generation.num_beams=1`.
+    """
+
+    def __init__(self, run_dir: Path | str, *, device: str = "auto", overrides: Sequence[str] = ()) -> None:
+        self.run_dir = str(Path(run_dir).absolute())
+        self.device = device
+        self.overrides = tuple(overrides)
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Writes a report for each study of a batch; the texts are those of `emrrg generate`.
+
+        Args:
+            batch: columns of `b` studies. `image`: of each a path, an encoded image as bytes, a uint8 array `[h, w]` or
+                `[h, w, 3]`, a PIL image, or a list of these (the views of the study). `study`, which may be missing:
+                names, by which sampling draws.
+
+        Returns:
+            The batch and, as arrays `[b]`: `report`; `findings`, a JSON object of labels by finding;
+            `mean_token_logprob` (float64); `notes`, divided by `; `. A study without an image that can be read has an
+            empty report, a note with the reason, and NaN. Research output: not for diagnosis.
+
+        Raises:
+            UsageError: There is no column `image`, it holds something else, or two studies have the same name.
+            RunError: The model cannot be loaded.
+        """
+        studies = _studies(batch)
+        different = {study.name: study for study in studies}.values()  # the same image may be there twice
+        with _lock:
+            generator = _load(self.run_dir, self.device, self.overrides)
+            writer = StudyWriter(generator, generator.recipe)
+            results = {done.study: done for some in writer.write(different) for done in some}
+        columns = zip(*(_columns(results[study.name]) for study in studies), strict=True) if studies else [()] * 4
+        reports, findings, sure, notes = columns
+        added = {"report": reports, "findings": findings, "notes": notes}
+        return {
+            **batch,
+            **{name: np.array(texts, dtype=object) for name, texts in added.items()},
+            "mean_token_logprob": np.array(sure, dtype=np.float64),
+        }
+
+
+@cache
+def _load(run_dir: str, device: str, overrides: tuple[str, ...]) -> Generator:
+    silence_libraries()
+    return load_generator(run_dir, device=device, overrides=overrides)
+
+
+class _Given:
+    """An image of a batch."""
+
+    def __init__(self, image: Any, name: str) -> None:
+        self.image, self.name = image, name
+
+    def __str__(self) -> str:
+        return self.name
+
+    def content(self) -> bytes | Path | Image.Image:
+        """What `read_image` reads."""
+        if isinstance(self.image, np.ndarray):
+            return Image.fromarray(self.image)
+        return Path(self.image) if isinstance(self.image, str) else self.image
+
+
+def _studies(batch: Mapping[str, Any]) -> list[StudyFiles]:
+    if "image" not in batch:
+        raise UsageError(f"the batch has no column image; it has {', '.join(batch) or 'none'}")
+    images = [_views(given) for given in batch["image"]]
+    if "study" in batch:
+        names = [printable(str(name)) for name in batch["study"]]
+        if len(names) != len(images):
+            raise UsageError(f"the batch has {len(images)} images and {len(names)} studies")
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise UsageError(f"study {twice} is in a batch twice", hint="Give its views as a list, in one row.")
+    else:
+        names = [_name(views) for views in images]
+    return [
+        StudyFiles(name, tuple(_Given(view, f"{name}/{place}") for place, view in enumerate(views)), ("",) * len(views))
+        for name, views in zip(names, images, strict=True)
+    ]
+
+
+def _views(given: Any) -> list[Any]:
+    if isinstance(given, list | tuple) or (isinstance(given, np.ndarray) and given.dtype == object):
+        return [_checked(view) for view in given]
+    return [_checked(given)]
+
+
+def _checked(view: Any) -> Any:
+    if isinstance(view, np.ndarray):
+        if view.dtype != np.uint8 or not (view.ndim == 2 or (view.ndim == 3 and view.shape[2] == 3)):
+            raise UsageError(
+                f"an image is an array {list(view.shape)} of {view.dtype}, not [h, w] or [h, w, 3] of uint8"
+            )
+    elif not isinstance(view, bytes | str | Path | Image.Image):
+        raise UsageError(f"an image is {type(view).__name__}, not a path, bytes, an array or a PIL image")
+    return view
+
+
+def _name(views: list[Any]) -> str:
+    # As `generate` names a file; what has no path is named by its content.
+    if len(views) == 1 and isinstance(views[0], str | Path):
+        return path_name(Path(views[0]))
+    digest = hashlib.sha256()
+    for view in views:
+        content = view if isinstance(view, bytes) else str(view) if isinstance(view, str | Path) else np.asarray(view)
+        digest.update(content.encode() if isinstance(content, str) else bytes(content))
+    return digest.hexdigest()
+
+
+def _columns(result: StudyResult) -> tuple[str, str, float, str]:
+    if result.row is None:
+        return "", "{}", math.nan, "; ".join(f"no report: {reason}" for _, reason in result.skipped)
+    row = result.row
+    findings = json.dumps(row["findings"], ensure_ascii=False)
+    return row["report"], findings, row.get("mean_token_logprob", math.nan), "; ".join(row["notes"])
