@@ -31,6 +31,10 @@ ImageFormat = Literal["jpeg", "png"]
 Section = Literal["report", "findings", "impression", "both"]
 SECTIONS: tuple[Section, ...] = get_args(Section)
 
+# What is known before a film is read.
+ContextField = Literal["indication", "comparison", "technique", "age", "sex"]
+CONTEXT_FIELDS: tuple[ContextField, ...] = get_args(ContextField)
+
 # R2Gen's rules, and `none`: the text as it is. `auto` stands for the rule that R2Gen used for the data set's source.
 CleaningRule = Literal["r2gen-iu", "r2gen-mimic", "none"]
 Cleaning = Literal["auto", CleaningRule]
@@ -62,8 +66,9 @@ SCORE_LABELS = {name: name.replace("_", "-") for name in (*BLEU_NAMES, ROUGE_L)}
 REWARDS = (*BLEU_NAMES, ROUGE_L, CIDER)
 SELECTION_SCORES = (*BLEU_NAMES, ROUGE_L, METEOR, CIDER, F1_RULES)
 
-# Where the visual tokens stand in a prompt, and the published prompt (EMRRG, arXiv 2510.16776).
+# Where the visual tokens and the context stand in a prompt, and the published prompt (EMRRG, arXiv 2510.16776).
 IMAGE_PLACE = "<ImageHere>"
+CONTEXT_PLACE = "<ContextHere>"
 PUBLISHED_PROMPT = (
     f"Human: <Img>{IMAGE_PLACE}</Img> "
     "Generate a comprehensive and detailed diagnosis report for this chest xray image. \nAssistant:"

@@ -50,6 +50,14 @@ def generate(
     study_column: Annotated[
         str | None, typer.Option("--study-column", help="Column of --table by which rows are one study.")
     ] = None,
+    context: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--context",
+            metavar="FIELD=TEXT",
+            help="What is known of the studies, for a model trained with data.context: indication=cough; repeatable.",
+        ),
+    ] = None,
     shard: Annotated[
         str | None,
         typer.Option("--shard", metavar="I/N", help="Write part I (from 0) of N only; auto: from Slurm or Kubernetes."),
@@ -65,6 +73,9 @@ def generate(
 
     The reports are research output and are not for diagnosis. The same command again continues: studies that have a
     report from the same model and options are skipped.
+
+    A model that was trained with data.context reads it from --context, from the columns indication, comparison,
+    technique, age and sex of --table, or from DICOM headers (age, sex, reason for the study), in this order.
 
     Example: emrrg generate films/ study.png --model runs/iu --output reports/ generation.num_beams=1
     """
@@ -86,6 +97,7 @@ def generate(
         raise UsageError("no model is given", hint=hint)
     settings = load_run_recipe(model, recipe, overrides, "generate")
 
+    from emrrg_cli.decoding.contexts import with_contexts
     from emrrg_cli.decoding.generate_folder import run_generation
     from emrrg_cli.decoding.shards import Shard
 
@@ -95,10 +107,30 @@ def generate(
         studies = _table_studies(table, images, split, image_column, study_column)
     else:
         studies = _find_studies(images, study_by, split)
+    studies = with_contexts(studies, parse_context(context or []), settings.data)
     result = run_generation(studies, model, settings, output, machine=machine, overwrite=overwrite, shard=part)
     _print(result, output, as_json=as_json)
     if not result.reports:
         raise typer.Exit(1)
+
+
+def parse_context(options: list[str]) -> dict[str, str]:
+    """`FIELD=TEXT` as field and text.
+
+    Raises:
+        UsageError: one has no `=` or no text, or names a field twice.
+    """
+    from emrrg_cli.errors import UsageError
+
+    found: dict[str, str] = {}
+    for option in options:
+        name, sign, text = option.partition("=")
+        if not sign or not text.strip():
+            raise UsageError(f"--context {option!r} is not FIELD=TEXT", hint='Such as --context indication="cough".')
+        if name in found:
+            raise UsageError(f"--context {name} is given twice")
+        found[name] = text
+    return found
 
 
 def check_device(name: str) -> None:

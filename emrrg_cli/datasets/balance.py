@@ -35,6 +35,10 @@ class BalancedStudies(Dataset[Example]):
     def __getitem__(self, index: int) -> Example:
         return self.dataset[index]
 
+    def set_epoch(self, epoch: int) -> None:
+        """Called by a training before each study."""
+        self.dataset.set_epoch(epoch)
+
     @property
     def epoch_length(self) -> int:
         """Studies of an epoch, those that are taken again included."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,26 +11,29 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from emrrg_cli.console import printable
+from emrrg_cli.datasets.context import drop_fields, select_context
 from emrrg_cli.datasets.finding_targets import finding_targets
 from emrrg_cli.datasets.report_text import clean_report, cleaning_for, select_section
 from emrrg_cli.datasets.stored_images import stored_image
-from emrrg_cli.errors import RunError
+from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.imaging.base import ImageError
 from emrrg_cli.imaging.raster import resize_square
 from emrrg_cli.imaging.read import read_image
 from emrrg_cli.recipe.common import DataSettings
+from emrrg_cli.vocabulary import ContextField
 
 IGNORE = -100  # label of a position that carries no loss
 
 
 @dataclass(frozen=True)
 class Example:
-    """One study as the model sees it: `pixels` is uint8 `[views, size, size]`, grey."""
+    """One study as the model sees it: `pixels` is uint8 `[views, size, size]`, grey; `context` stands in the prompt."""
 
     index: int
     study_id: str
     pixels: Tensor
     report: str
+    context: Mapping[ContextField, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -38,9 +41,10 @@ class Batch:
     """Several studies.
 
     `pixels`: uint8 `[n, size, size]`, all views one after the other; `views`: int64 `[b]`, views of each study, summing
-    to `n`; `labels`: int64 `[b, t]`, report tokens, padded with `IGNORE` (None where reports are to be written);
-    `findings`: `[b, 14]` as `finding_targets` gives them (None where no head learns them); `advantages`: `[b * n]`,
-    where `labels` are `[b * n, t]` sampled reports, n a study, what the log-probability of each is worth.
+    to `n`; `contexts`: what the prompt tells of each study (empty: nothing of any); `labels`: int64 `[b, t]`, report
+    tokens, padded with `IGNORE` (None where reports are to be written); `findings`: `[b, 14]` as `finding_targets`
+    gives them (None where no head learns them); `advantages`: `[b * n]`, where `labels` are `[b * n, t]` sampled
+    reports, n a study, what the log-probability of each is worth.
     """
 
     indices: list[int]
@@ -48,6 +52,7 @@ class Batch:
     pixels: Tensor
     views: Tensor
     reports: list[str]
+    contexts: list[Mapping[ContextField, str]] = field(default_factory=list)
     labels: Tensor | None = None
     findings: Tensor | None = None
     advantages: Tensor | None = None
@@ -72,25 +77,30 @@ class ReportDataset(Dataset[Example]):
 
     Args:
         split: a `datasets.Dataset` with the columns of a dataset directory, images not decoded.
-        settings: section, cleaning, number of views, limit.
+        settings: section, cleaning, context, number of views, limit.
         image_size: side in pixels that images are resized to.
+        seed: of the fields of the context that training leaves out.
 
     Attributes:
-        reports, study_ids: of the studies, in order.
+        reports, study_ids, contexts: of the studies, in order.
 
     Raises:
+        UsageError: when the split has no column for what `settings.context` names.
         RunError: when no study of the split has the text that `settings.section` asks for; on access to a study, when
             it has no images or one that cannot be read.
     """
 
-    def __init__(self, split: Any, settings: DataSettings, image_size: int) -> None:
+    def __init__(self, split: Any, settings: DataSettings, image_size: int, seed: int = 0) -> None:
         self.split = split
         self.image_size = image_size
-        self.max_views = settings.max_views
-        columns = ("study_id", "findings", "impression", "report", "source")
+        self.settings, self.seed = settings, seed
+        self._epoch: int | None = None  # of a training
+        _check_context(split, settings)
+        columns = ("study_id", "findings", "impression", "report", "source", *settings.context)
         texts = split.select_columns(list(columns))
         self.rows: list[int] = []
         self.reports: list[str] = []
+        self.contexts: list[dict[ContextField, str]] = []
         self.study_ids: list[str] = []  # read once: a column is read whole each time it is asked for
         for row, record in enumerate(texts):
             text = select_section(record, settings.section)
@@ -99,6 +109,8 @@ class ReportDataset(Dataset[Example]):
             self.rows.append(row)
             self.study_ids.append(record["study_id"])
             self.reports.append(clean_report(text, cleaning_for(record["source"] or "", settings.cleaning)))
+            told = select_context(record, settings.context, settings.cleaning, settings.context_words)
+            self.contexts.append(told)
             if settings.limit is not None and len(self.rows) == settings.limit:
                 break
         self.without_text = 0 if settings.limit is not None else len(split) - len(self.rows)
@@ -114,7 +126,7 @@ class ReportDataset(Dataset[Example]):
     def __getitem__(self, index: int) -> Example:
         record = self.split[self.rows[index]]
         where = f"study {printable(str(record['study_id']))}"
-        images = (record["images"] or [])[: self.max_views]
+        images = (record["images"] or [])[: self.settings.max_views]
         if not images:
             raise RunError(f"{where} has no images")
         try:
@@ -122,7 +134,28 @@ class ReportDataset(Dataset[Example]):
         except ImageError as error:
             raise RunError(f"{where}: {error}") from error
         pixels = [torch.from_numpy(resize_square(view, self.image_size)) for view in views]
-        return Example(index, record["study_id"], torch.stack(pixels), self.reports[index])
+        return Example(index, record["study_id"], torch.stack(pixels), self.reports[index], self._context(index))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by a training before each study: fields of the context are left out from then on."""
+        self._epoch = epoch
+
+    def _context(self, index: int) -> dict[ContextField, str]:
+        context = self.contexts[index]
+        if self._epoch is None or not context:
+            return context
+        return drop_fields(context, self.settings.context_dropout, self.seed, self._epoch, self.study_ids[index])
+
+
+def _check_context(split: Any, settings: DataSettings) -> None:
+    missing = [name for name in settings.context if name not in split.column_names]
+    if missing:
+        raise UsageError(
+            f"data.context names {', '.join(missing)}, and {settings.root or 'the data set'} has no such column",
+            hint="Write the directory again with `emrrg preprocess`: iu_xray (for R2Gen's layout with --reports) and "
+            "mimic_cxr store indication and comparison, mimic_cxr also technique, chexpert_plus all five, and folder "
+            "with --table what --indication-column and the like name. Or take them out of data.context.",
+        )
 
 
 def collate(
@@ -142,6 +175,7 @@ def collate(
         pixels=torch.cat([example.pixels for example in examples]),
         views=torch.tensor([len(example.pixels) for example in examples]),
         reports=[example.report for example in examples],
+        contexts=[example.context for example in examples] if any(example.context for example in examples) else [],
         labels=labels,
         findings=finding_targets([example.report for example in examples]) if findings else None,
     )

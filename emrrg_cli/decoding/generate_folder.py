@@ -80,11 +80,12 @@ def run_generation(
     skipped. With `overwrite`, earlier reports are replaced only after the new run completes.
 
     Args:
+        studies: their contexts as the prompt tells them (`with_contexts`).
         shard: write only this part of the studies, into files of its own, with a `.done` file at the end.
 
     Raises:
-        UsageError: when `output` holds reports of another model or other options and `overwrite` is false, or when it
-            cannot be written.
+        UsageError: when `output` holds reports of another model, other options or another context and `overwrite` is
+            false, or when it cannot be written.
         RunError: when another process writes there, the model cannot be loaded, a process is ended, or the output is
             removed or leads elsewhere by a link.
         Interrupted: after SIGINT or SIGTERM; what was written so far is kept.
@@ -103,7 +104,7 @@ class _Run:
     ) -> None:
         self.studies, self.run_dir, self.recipe, self.place = studies, run_dir, recipe, place
         if not overwrite:
-            place.find_earlier()
+            place.find_earlier({study.name: study.context for study in studies})
         self.result = Written(place.reports, place.skipped, earlier=len(place.records), reports=len(place.records))
         self.replaces = overwrite and place.reports.exists()
         self.pictures: dict[str, Image] = {}  # small, of the first files, for the page

@@ -8,7 +8,7 @@ import io
 import json
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,7 +19,7 @@ from emrrg_cli.files.atomic import atomic_file
 from emrrg_cli.files.output_paths import directory_guard, refuse_links
 from emrrg_cli.files.records import append_jsonl, iterate_jsonl
 from emrrg_cli.recipe.finetuning import FinetuneRecipe
-from emrrg_cli.vocabulary import PUBLISHED_PROMPT
+from emrrg_cli.vocabulary import PUBLISHED_PROMPT, ContextField
 
 Row = dict[str, Any]
 _COLUMNS = ["path", "report", "seconds", "notes", "study", "files"]
@@ -65,11 +65,14 @@ class Output:
         refuse_links(self.folder, ("reports*", "skipped*", "page.html"))  # others may be in a folder such as "."
         self._require_folder = directory_guard(self.folder)
 
-    def find_earlier(self) -> None:
+    def find_earlier(self, contexts: Mapping[str, Mapping[ContextField, str]]) -> None:
         """Finds what earlier runs with the same model and options wrote, also one that was killed.
 
+        Args:
+            contexts: what is told of each study that is asked for now.
+
         Raises:
-            UsageError: there are reports of another model or other options.
+            UsageError: there are reports of another model or other options, or with another context.
         """
         for file in (self.reports, self.partial):
             if not file.exists():
@@ -81,7 +84,13 @@ class Output:
                         f"{where} already holds reports of another model, of other options or of an earlier version",
                         hint="Give --overwrite, or another --output.",
                     )
-                self.records.add(str(row["study"]), file, begin)
+                name = str(row["study"])
+                if name in contexts and row.get("context", {}) != contexts[name]:
+                    raise UsageError(
+                        f"{self.folder} already holds a report of {name} that was written with another context",
+                        hint="Give --overwrite, or another --output.",
+                    )
+                self.records.add(name, file, begin)
 
     def begin(self) -> None:
         """Removes what earlier runs left unfinished and this one does not continue."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import torch
 from emrrg_cli.datasets.epochs import evaluation_batches
 from emrrg_cli.datasets.loading import load_batches
 from emrrg_cli.datasets.report_dataset import ReportDataset, collate
+from emrrg_cli.decoding.contexts import read_context
 from emrrg_cli.decoding.writer import Studies, Writer, WrittenReport, autocast_of, autocast_without_cache
 from emrrg_cli.errors import UsageError
 from emrrg_cli.imaging.raster import resize_square
@@ -18,6 +19,7 @@ from emrrg_cli.imaging.read import read_image
 from emrrg_cli.models.report_generator import ReportGenerator
 from emrrg_cli.recipe.finetuning import FinetuneRecipe, GenerationSettings
 from emrrg_cli.runtime import choose_device
+from emrrg_cli.vocabulary import ContextField
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,7 +57,7 @@ def write_split(
 
     def studies() -> Iterator[Studies]:
         for batch in load_batches(dataset, batches, collate, workers=workers):
-            yield Studies(batch.indices, batch.indices, batch.pixels, batch.views)
+            yield Studies(batch.indices, batch.indices, batch.pixels, batch.views, batch.contexts)
 
     written: list[tuple[int, str]] = []
     for done in writer.write(studies()):
@@ -81,40 +83,57 @@ class Generator:
         self.precision = precision
         self.writer = Writer(self.model, recipe.generation, device, autocast_of(device, precision), confident=True)
 
-    def generate(self, studies: Sequence[Study]) -> list[str]:
+    def generate(self, studies: Sequence[Study], context: Sequence[Mapping[str, Any]] | None = None) -> list[str]:
         """Writes a report for each study.
 
         Args:
             studies: each an image or a list of images (the views of one study), as paths or PIL images.
+            context: what is known of each, such as `{"indication": "cough", "age": 45}`, with the names that the run's
+                `data.context` has; None: nothing.
 
         Returns:
             One report a study, in order. Research output: not for diagnosis.
 
         Raises:
             ImageError: for an image that cannot be read, naming it.
-            UsageError: for a study without images, or one study where a list of them belongs.
+            UsageError: for a study without images, one study where a list of them belongs, or a context that the model
+                does not read.
         """
         if isinstance(studies, str) or not isinstance(studies, Sequence):
             raise UsageError("generate takes a list of studies", hint="For one image: generate([image]).")
         size = self.recipe.model.encoder.image_size
-        return self.generate_pixels([study_pixels(study, size) for study in studies])
+        contexts = None if context is None else [read_context(one, self.recipe.data) for one in context]
+        if contexts is not None and len(contexts) != len(studies):
+            raise UsageError(
+                f"there are {len(studies)} studies and {len(contexts)} contexts", hint="Give one for each."
+            )
+        return self.generate_pixels([study_pixels(study, size) for study in studies], contexts=contexts)
 
     def write(self, studies: Iterable[Studies]) -> Iterator[list[WrittenReport]]:
         """Yields reports as soon as they are done; see `Writer.write`."""
         return self.writer.write(studies)
 
-    def generate_pixels(self, studies: Sequence[torch.Tensor], first: int = 0) -> list[str]:
+    def generate_pixels(
+        self,
+        studies: Sequence[torch.Tensor],
+        first: int = 0,
+        contexts: Sequence[Mapping[ContextField, str]] | None = None,
+    ) -> list[str]:
         """Writes a report for each study; each is uint8 `[views, size, size]`.
 
         Args:
             first: the number of the first one among all studies, by which sampling draws.
+            contexts: of each study, as `read_context` gives them; None: nothing is known.
         """
         numbers = range(first, first + len(studies))
         size = self.recipe.generation.batch_size
-        batches = (
-            Studies.of(numbers[start : start + size], studies[start : start + size])
-            for start in range(0, len(studies), size)
-        )
+
+        def batch(part: slice) -> Studies:
+            views = torch.tensor([len(study) for study in studies[part]])
+            pixels = torch.cat(list(studies[part]))
+            return Studies(numbers[part], numbers[part], pixels, views, contexts[part] if contexts else ())
+
+        batches = (batch(slice(start, start + size)) for start in range(0, len(studies), size))
         found = {study.key: study.text for done in self.writer.write(batches) for study in done}
         return [found[number] for number in numbers]
 

@@ -8,11 +8,13 @@ from typing import Any
 from pyarrow.compute import list_value_length
 
 from emrrg_cli.console import printable
+from emrrg_cli.datasets.context import without_report
 from emrrg_cli.datasets.directory import open_dataset
 from emrrg_cli.datasets.stored_images import stored_image
 from emrrg_cli.decoding.studies import StudyFiles, path_name
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.imaging.base import ImageError
+from emrrg_cli.vocabulary import CONTEXT_FIELDS
 
 
 class StoredImage:
@@ -65,12 +67,14 @@ def stored_studies(root: str, split: str | None = None) -> list[StudyFiles]:
     rows = splits[chosen]
     studies: dict[str, StudyFiles] = {}
     counts = list_value_length(rows.data.column("images")).to_pylist()  # reads no image
-    for row, record in enumerate(rows.select_columns(["study_id", "views"])):
+    told = [name for name in CONTEXT_FIELDS if name in rows.column_names]
+    texts = ["findings", "impression", "report"] if told else []
+    for row, record in enumerate(rows.select_columns(["study_id", "views", *texts, *told])):
         count, name = counts[row] or 0, printable(str(record["study_id"]))
         views = tuple(view or "" for view in [*(record["views"] or ()), *[""] * count][:count])
         if name in studies:
             raise UsageError(f"{printable(root)}: two studies of the {chosen} split are called {name}")
         where = f"{path_name(Path(root))}/{chosen}/{name}"
         films = tuple(StoredImage(rows, row, place, f"{where}/{place}") for place in range(count))
-        studies[name] = StudyFiles(name, films, views)
+        studies[name] = StudyFiles(name, films, views, {field: without_report(record, field) for field in told})
     return list(studies.values())

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import glob
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -14,8 +14,9 @@ from PIL.Image import Image
 from emrrg_cli.console import printable
 from emrrg_cli.errors import UsageError
 from emrrg_cli.imaging.base import DICOM_SUFFIXES, ImageError, is_dicom, open_stream
-from emrrg_cli.imaging.dicom.facts import read_dicom_facts
+from emrrg_cli.imaging.dicom.facts import DicomFacts, read_dicom_facts
 from emrrg_cli.imaging.image_paths import find_images
+from emrrg_cli.vocabulary import CONTEXT_FIELDS, ContextField
 
 StudyBy = Literal["auto", "folder", "file"]
 MOST_FILES = 8  # a folder with more of them is a collection, not a study
@@ -39,16 +40,39 @@ class StudyFiles:
         name: Study Instance UID, path of the folder or file, or what a table or dataset directory calls it.
         files: in the order of their names.
         views: of each file, as DICOM headers say; "" where it is not known.
+        context: what a table or DICOM headers say before the films are read; not cleaned yet.
     """
 
     name: str
     files: tuple[Film, ...]
     views: tuple[str, ...]
+    context: Mapping[ContextField, str] = field(default_factory=dict)
 
     @classmethod
-    def single(cls, file: Path, view: str = "") -> StudyFiles:
+    def single(cls, file: Path) -> StudyFiles:
         """A study of one image, named by its path."""
-        return cls(path_name(file), (file,), (view,))
+        return cls.of(path_name(file), [(file, _facts(file))])
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        members: Iterable[tuple[Path, DicomFacts | None]],
+        context: Mapping[ContextField, str] | None = None,
+    ) -> StudyFiles:
+        """A study of files with their DICOM facts; what a table says goes before what headers say.
+
+        Args:
+            context: from the table.
+        """
+        facts_of = dict(members)
+        found: dict[ContextField, str] = {}
+        for facts in filter(None, facts_of.values()):
+            for field_name, text in (("indication", facts.indication), ("age", facts.age), ("sex", facts.sex)):
+                if text:
+                    found.setdefault(field_name, text)  # type: ignore[arg-type]
+        views = tuple(facts.view if facts else "" for facts in facts_of.values())
+        return cls(name, tuple(facts_of), views, found | dict(context or {}))
 
     @property
     def number(self) -> int:
@@ -73,30 +97,32 @@ def find_studies(paths: Sequence[str], by: StudyBy = "auto") -> list[StudyFiles]
     if by == "file":
         return [StudyFiles.single(file) for file in files]
     roots = {Path(name) for name in named if Path(name).is_dir()}
-    groups: dict[str, list[tuple[Path, str]]] = {}
+    groups: dict[str, list[tuple[Path, DicomFacts | None]]] = {}
     of_folder: dict[Path, list[Path]] = {}
     for file in files:
-        uid, view = _header(file) if by == "auto" else (None, "")
-        if uid is not None:
-            groups.setdefault(uid, []).append((file, view))
+        facts = _facts(file)
+        uid = printable(facts.study_uid) if facts and by == "auto" else ""
+        if uid:
+            groups.setdefault(uid, []).append((file, facts))
         elif by == "folder" or _is_below(file, roots):
             of_folder.setdefault(file.parent, []).append(file)
-            groups.setdefault(path_name(file.parent), []).append((file, ""))
+            groups.setdefault(path_name(file.parent), []).append((file, facts))
         else:
-            groups.setdefault(path_name(file), []).append((file, ""))
+            groups.setdefault(path_name(file), []).append((file, facts))
     large = {path_name(folder) for folder, inside in of_folder.items() if by == "auto" and len(inside) > MOST_FILES}
     studies: list[StudyFiles] = []
     for name, members in groups.items():
         if name in large:
             studies += [StudyFiles.single(file) for file, _ in members]
         else:
-            chosen, views = zip(*members, strict=True)
-            studies.append(StudyFiles(name, chosen, views))
+            studies.append(StudyFiles.of(name, members))
     return studies
 
 
 def table_studies(table: Path, image_column: str = "image", study_column: str | None = None) -> list[StudyFiles]:
     """Studies as the rows of a table list them; paths are relative to the folder of the table.
+
+    Columns named `indication`, `comparison`, `technique`, `age` and `sex` are the context of a study.
 
     Args:
         table: CSV, TSV or JSON lines.
@@ -113,16 +139,21 @@ def table_studies(table: Path, image_column: str = "image", study_column: str | 
     wanted = {"--image-column": image_column} | ({"--study-column": study_column} if study_column else {})
     rows.check_columns(wanted)
     groups: dict[str, list[Path]] = {}
+    contexts: dict[str, dict[ContextField, str]] = {}
     for _, row in rows.rows():
         files = [table.parent / path for path in cell_list((row or {}).get(image_column))]
         name = cell_text((row or {}).get(study_column)) if study_column else None
-        if files:
-            groups.setdefault(printable(name) if name else path_name(files[0]), []).extend(files)
+        if not files:
+            continue
+        name = printable(name) if name else path_name(files[0])
+        groups.setdefault(name, []).extend(files)
+        told = {field_name: cell_text((row or {}).get(field_name)) for field_name in CONTEXT_FIELDS}
+        known = contexts.setdefault(name, {})
+        known |= {field_name: text for field_name, text in told.items() if text and field_name not in known}
     if not groups:
         raise UsageError(f"{table} names no images in its column {image_column!r}")
     return [
-        StudyFiles(name, tuple(dict.fromkeys(files)), ("",) * len(dict.fromkeys(files)))
-        for name, files in groups.items()
+        StudyFiles.of(name, ((file, _facts(file)) for file in files), contexts[name]) for name, files in groups.items()
     ]
 
 
@@ -147,14 +178,11 @@ def _is_below(file: Path, roots: set[Path]) -> bool:
     return file.parent not in roots and any(root in file.parents for root in roots)
 
 
-def _header(file: Path) -> tuple[str | None, str]:
-    # Study Instance UID and view of a DICOM file; a file that cannot be read says why when it is decoded.
+def _facts(file: Path) -> DicomFacts | None:
+    # What the header of a DICOM file says; a file that cannot be read says why when it is decoded.
     try:
         with open_stream(file, str(file)) as (stream, _):
             candidate = is_dicom(stream) or file.suffix.lower() in DICOM_SUFFIXES
-        facts = read_dicom_facts(file) if candidate else None
+        return read_dicom_facts(file) if candidate else None
     except ImageError:
-        facts = None
-    if facts is None:
-        return None, ""
-    return (printable(facts.study_uid) or None), facts.view
+        return None

@@ -108,6 +108,7 @@ def study_record(read: ReadStudy, report: WrittenReport, seconds: float) -> Row:
         "path": path_name(files[0]),
         "files": [path_name(file) for file in files],
         "views": [view or None for file, view in zip(study.files, study.views, strict=True) if file in files],
+        **({"context": dict(study.context)} if study.context else {}),
         "report": report.text,
         "findings": {name: label for name, label in labels.items() if label is not None},
         "log_probability": round(report.log_probability, 4),
@@ -120,7 +121,9 @@ def study_record(read: ReadStudy, report: WrittenReport, seconds: float) -> Row:
 def _joined(batch: list[ReadStudy]) -> Studies:
     pixels = [read.pixels for read in batch if read.pixels is not None]
     views = torch.tensor([len(images) for images in pixels])
-    return Studies([read.study.name for read in batch], [read.study.number for read in batch], torch.cat(pixels), views)
+    studies = [read.study for read in batch]
+    names, numbers = [study.name for study in studies], [study.number for study in studies]
+    return Studies(names, numbers, torch.cat(pixels), views, [study.context for study in studies])
 
 
 def is_gpu(generator: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,7 @@ from emrrg_cli.decoding.search import Report
 from emrrg_cli.decoding.slots import Prompts
 from emrrg_cli.models.report_generator import ReportGenerator
 from emrrg_cli.recipe.finetuning import GenerationSettings
+from emrrg_cli.vocabulary import ContextField
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 
@@ -31,17 +32,14 @@ class Studies:
         numbers: their numbers among all studies, by which sampling draws.
         pixels: uint8 `[n, size, size]`, the views of all of them one after the other.
         views: `[b]`, views of each.
+        contexts: what is told of each (`emrrg_cli.datasets.context`); empty: nothing of any.
     """
 
     keys: Sequence[Any]
     numbers: Sequence[int]
     pixels: Tensor
     views: Tensor
-
-    @classmethod
-    def of(cls, numbers: Sequence[int], studies: Sequence[Tensor]) -> Studies:
-        """Studies of uint8 `[views, size, size]` each, called by their numbers."""
-        return cls(numbers, numbers, torch.cat(list(studies)), torch.tensor([len(study) for study in studies]))
+    contexts: Sequence[Mapping[ContextField, str]] = ()
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,7 @@ class Writer:
     def _prompts(self, studies: Studies) -> Prompts:
         pixels, views = (tensor.to(self.device, non_blocking=True) for tensor in (studies.pixels, studies.views))
         with self.autocast():
-            embeddings, mask, visual = self.model.prompt(pixels, views)
+            embeddings, mask, visual = self.model.prompt(pixels, views, studies.contexts)
         seeds = [(self.settings.seed << 32) + number for number in studies.numbers]
         return Prompts(
             list(studies.keys), seeds, embeddings, mask, visual.get("visual_tokens"), visual.get("visual_mask")

@@ -25,9 +25,10 @@ def describe_protocol(recipe: FinetuneRecipe) -> str:
         decoding += f", sampled (temperature {generation.temperature}, top-p {generation.top_p})"
     targets = recipe.model.adapter.targets
     backbone = {"full": "trained whole", "none": "frozen"}.get(targets) if isinstance(targets, str) else None
+    context = f", context {', '.join(recipe.data.context)}" if recipe.data.context else ""
     return (
         f"protocol {recipe.protocol}: section {recipe.data.section}, cleaning {recipe.data.cleaning}, "
-        f"references {recipe.evaluation.references}, tokenizer {recipe.evaluation.tokenizer}, "
+        f"references {recipe.evaluation.references}, tokenizer {recipe.evaluation.tokenizer}{context}, "
         f"backbone {backbone or 'frozen with LoRA on ' + ', '.join(targets)}; {decoding}, "
         f"repetition penalty {generation.repetition_penalty}, length penalty {generation.length_penalty}"
     )

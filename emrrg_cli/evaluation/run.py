@@ -21,7 +21,7 @@ from emrrg_cli.evaluation.language import require_java
 from emrrg_cli.evaluation.outputs import DATA, OWN_FILES, write_assessment
 from emrrg_cli.evaluation.predictions import Predictions
 from emrrg_cli.evaluation.protocol import describe_protocol, reference_reports
-from emrrg_cli.evaluation.split_reports import MADE_WITH, kept_predictions, made_with, write_predictions
+from emrrg_cli.evaluation.split_reports import MADE_WITH, data_settings, kept_predictions, made_with, write_predictions
 from emrrg_cli.files.atomic import atomic_write_text
 from emrrg_cli.files.locks import locked
 from emrrg_cli.files.output_paths import check_writable, refuse_links
@@ -148,6 +148,7 @@ def _evaluate(
         "studies": len(dataset),
         "studies_without_text": dataset.without_text,
         **found.record,
+        "image": _image_sentence(found.record["image"], recipe),
         "protocol": recipe.protocol,
         "protocol_line": describe_protocol(recipe),
         "settings": _settings(recipe),
@@ -228,11 +229,18 @@ def _without_limit(recipe: FinetuneRecipe) -> Any:
 
 def _settings(recipe: FinetuneRecipe) -> dict[str, Any]:
     return {
-        "data": recipe.data.model_dump(include={"section", "cleaning", "max_report_tokens", "max_views", "limit"}),
+        "data": data_settings(recipe),
         "generation": recipe.generation.model_dump(),
         "evaluation": recipe.evaluation.model_dump(),
         "train": {"seed": recipe.train.seed},
     }
+
+
+def _image_sentence(sentence: str, recipe: FinetuneRecipe) -> str:
+    if not recipe.data.context:
+        return sentence
+    lost = f"Dealt reports lose their context ({', '.join(recipe.data.context)}) as well as their films"
+    return f"{sentence} {lost}; --image-controls changes the films alone."
 
 
 def _is_main() -> bool:

@@ -29,17 +29,24 @@ MADE_WITH = "made_with.json"
 PREDICTIONS = "predictions.jsonl"
 
 
+def data_settings(recipe: FinetuneRecipe) -> dict[str, Any]:
+    """What a report depends on, of the settings of the data."""
+    named = {"section", "cleaning", "max_report_tokens", "max_views", "limit"}
+    if recipe.data.context:
+        named |= {"context", "context_words"}
+    return recipe.data.model_dump(mode="json", include=named)
+
+
 def made_with(recipe: FinetuneRecipe, run_dir: Path, split: str, precision: str) -> dict[str, Any]:
     """All that the reports of a split depend on; equal records mean equal reports."""
     data = whole_directory(Path(recipe.data.root or ""))
-    data_settings = {"section", "cleaning", "max_report_tokens", "max_views", "limit"}
     return {
         "emrrg": installed_versions(["emrrg"])["emrrg"],
         "model": {str(file.relative_to(run_dir)): _stamp(file) for file in sorted((run_dir / "model").rglob("*"))},
         "data": {str(file): _stamp(file) for file in find_shards(data).get(split, [])},
         "split": split,
         "settings": {
-            "data": recipe.data.model_dump(mode="json", include=data_settings),
+            "data": data_settings(recipe),
             "generation": recipe.generation.model_dump(mode="json", exclude={"batch_size"}),
             "references": recipe.evaluation.references,
         },
@@ -121,7 +128,7 @@ def write_predictions(
 
 
 class OtherFilms(Dataset[Example]):
-    """A dataset whose studies show the films of others, or blank ones, with their own reports.
+    """A dataset whose studies show the films of others, or blank ones, with their own reports and contexts.
 
     Args:
         order: whose films each study shows; None: blank (black) ones.
@@ -138,7 +145,8 @@ class OtherFilms(Dataset[Example]):
         own = index if self.order is None else self.order[index]
         shown = self.dataset[own]
         pixels = torch.zeros_like(shown.pixels) if self.order is None else shown.pixels
-        return replace(shown, index=index, pixels=pixels, report=self.dataset.reports[index])
+        report, context = self.dataset.reports[index], self.dataset.contexts[index]
+        return replace(shown, index=index, pixels=pixels, report=report, context=context)
 
 
 def _row(study_id: str, reference: str, hypothesis: str) -> dict[str, str]:

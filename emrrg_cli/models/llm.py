@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from emrrg_cli.datasets.context import prompt_parts
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.models.foreign_files import check_model_directory
-from emrrg_cli.vocabulary import IMAGE_PLACE, PUBLISHED_PROMPT
+from emrrg_cli.vocabulary import PUBLISHED_PROMPT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -143,9 +144,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, prompt: str = PUBLISH
     """A byte-level BPE tokenizer trained on reports: no text is out of its vocabulary.
 
     Args:
-        texts: the training reports, cleaned as they will be learned.
+        texts: the training reports, cleaned as they will be learned, and what else the prompts say.
         vocab_size: largest number of tokens, bytes and special tokens included.
-        prompt: what stands around the image, which the tokens are to fit too.
+        prompt: what stands around image and context, which the tokens are to fit too.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -159,7 +160,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, prompt: str = PUBLISH
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator([*prompt.split(IMAGE_PLACE), *texts], trainer)
+    bpe.train_from_iterator([*filter(None, prompt_parts(prompt)), *texts], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from emrrg_cli.datasets.context import NO_TOKEN, encode_contexts, prompt_parts
 from emrrg_cli.datasets.report_dataset import IGNORE, Batch
 from emrrg_cli.models.adapters import plain
 from emrrg_cli.models.augment import augmented
@@ -16,12 +17,15 @@ from emrrg_cli.models.findings_head import FindingsHead
 from emrrg_cli.models.hybrid_decoder import hybrid_parameters
 from emrrg_cli.models.outputs import StageOutput
 from emrrg_cli.models.views import average_views, concatenate_views, pool_patches
-from emrrg_cli.vocabulary import IMAGE_PLACE, IMAGENET_MEAN, IMAGENET_STD, PUBLISHED_PROMPT
+from emrrg_cli.vocabulary import IMAGENET_MEAN, IMAGENET_STD, PUBLISHED_PROMPT, ContextField
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
     from emrrg_cli.recipe.common import AugmentSettings
+
+
+Contexts = Sequence[Mapping[ContextField, str]]
 
 
 class Bridge(nn.Module):
@@ -49,7 +53,8 @@ class ReportGenerator(nn.Module):
         views: `average` takes the mean of a study's views token by token, `concat` puts them one after the other.
         begin_token_id: first token of the prompt; None: the tokenizer's, if it has one.
         end_text: text that ends a report in place of the tokenizer's end token; generated text is cut there.
-        prompt: text with `<ImageHere>` in it once, where the visual tokens stand.
+        prompt: text with `<ImageHere>` in it once, where the visual tokens stand; what is told of a study stands behind
+            them, or at `<ContextHere>`.
 
     Source: EMRRG (arXiv 2510.16776) section 3.
     """
@@ -84,9 +89,10 @@ class ReportGenerator(nn.Module):
         self.hybrid = any(True for _ in hybrid_parameters(llm))
         first = tokenizer.bos_token_id if begin_token_id is None else begin_token_id
         begin = [] if first is None else [first]
-        before, after = prompt.split(IMAGE_PLACE)
-        self.before = begin + tokenizer.encode(before, add_special_tokens=False)
-        self.after = tokenizer.encode(after, add_special_tokens=False)
+        before, self.between, self.after = (
+            tokenizer.encode(part, add_special_tokens=False) if part else [] for part in prompt_parts(prompt)
+        )
+        self.before = begin + before
         self.pad_token_id: int = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
@@ -147,24 +153,39 @@ class ReportGenerator(nn.Module):
         every, every_mask = concatenate_views(self.bridge(tokens), views)
         return prompt, every, prompt_mask, every_mask
 
-    def prompt(self, pixels: Tensor, views: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
-        """What a report is written from: embeddings `[b, p, hidden]`, mask `[b, p]`, visual arguments of the LLM."""
-        return self._prompt_of(self.encode(pixels), views)
+    def prompt(
+        self, pixels: Tensor, views: Tensor, contexts: Contexts = ()
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
+        """What a report is written from: embeddings `[b, p, hidden]`, mask `[b, p]`, visual arguments of the LLM.
 
-    def _prompt_of(self, tokens: Tensor, views: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
+        Args:
+            pixels, views: as in `visual_tokens`.
+            contexts: what is told of each study (`emrrg_cli.datasets.context`); empty: nothing of any.
+        """
+        return self._prompt_of(self.encode(pixels), views, contexts)
+
+    def _prompt_of(
+        self, tokens: Tensor, views: Tensor, contexts: Contexts
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
         # the same from the tokens of `encode`
         visual, every, visual_mask, every_mask = self.join_views(tokens, views)
         embed = self.llm.get_input_embeddings()
-        b = visual.shape[0]
+        b, device = len(visual), visual.device
         # Made on the CPU and sent, since with `device=` the host waits for all that the device has to do.
-        halves = (torch.tensor(ids, dtype=torch.long) for ids in (self.before, self.after))
-        before, after = (half.to(visual.device, non_blocking=True) for half in halves)
-        before, after = embed(before).expand(b, -1, -1), embed(after).expand(b, -1, -1)
-        told = [] if self.finding_words is None else [self._told_findings(tokens, views).to(before.dtype)]
-        embeddings = torch.cat([before, visual.to(before.dtype), *told, after], dim=1)
-        mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=visual.device)
-        if visual_mask is not None:
-            mask[:, len(self.before) : len(self.before) + visual.shape[1]] = visual_mask.long()
+        texts = (torch.tensor(ids, dtype=torch.long) for ids in (self.before, self.between, self.after))
+        before, between, after = (embed(ids.to(device, non_blocking=True)).expand(b, -1, -1) for ids in texts)
+        parts: list[tuple[Tensor, Tensor | None]] = [(before, None), (visual, visual_mask)]
+        if self.finding_words is not None:
+            parts.append((self._told_findings(tokens, views), None))
+        parts.append((between, None))
+        context = encode_contexts(self.tokenizer, contexts)
+        if context is not None:
+            context = context.to(device, non_blocking=True)
+            parts.append((embed(context.clamp(min=0)), context != NO_TOKEN))
+        parts.append((after, None))
+        embeddings = torch.cat([part.to(before.dtype) for part, _ in parts], dim=1)
+        masks = [torch.ones(part.shape[:2], device=device) if real is None else real for part, real in parts]
+        mask = torch.cat([real.long() for real in masks], dim=1)
         arguments = {"visual_tokens": every, "visual_mask": every_mask} if self.hybrid else {}
         return embeddings, mask, arguments
 
@@ -193,7 +214,7 @@ class ReportGenerator(nn.Module):
         """
         assert batch.labels is not None
         tokens = self.encode(batch.pixels)
-        prompt, prompt_mask, visual = self._prompt_of(tokens, batch.views)
+        prompt, prompt_mask, visual = self._prompt_of(tokens, batch.views, batch.contexts)
         labels = batch.labels
         if (samples := len(labels) // len(prompt)) > 1:
             prompt, prompt_mask = (t.repeat_interleave(samples, dim=0) for t in (prompt, prompt_mask))
@@ -226,14 +247,14 @@ class ReportGenerator(nn.Module):
         return (losses.sum(dim=1) * advantages).sum()
 
     @torch.no_grad()
-    def generate(self, pixels: Tensor, views: Tensor, config: GenerationConfig) -> list[str]:
+    def generate(self, pixels: Tensor, views: Tensor, config: GenerationConfig, contexts: Contexts = ()) -> list[str]:
         """Writes a report for each study.
 
         Args:
-            pixels: uint8 `[n, size, size]`; views: int64 `[b]`, as in `visual_tokens`.
+            pixels, views, contexts: as in `prompt`.
             config: decoding options; padding and end are set here.
         """
-        prompt, mask, visual = self.prompt(pixels, views)
+        prompt, mask, visual = self.prompt(pixels, views, contexts)
         config.pad_token_id = self.pad_token_id
         config.eos_token_id = self.tokenizer.eos_token_id
         config.bos_token_id = self.tokenizer.bos_token_id

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from emrrg_cli.recipe.limits import check_size
-from emrrg_cli.vocabulary import Cleaning, Section
+from emrrg_cli.vocabulary import Cleaning, ContextField, Section
 
 # Widths and depths of the published encoders (SPEC: ARM "v3").
 ENCODER_SIZES: dict[str, tuple[int, int]] = {"base": (768, 12), "large": (1024, 24), "huge": (1536, 24)}
@@ -49,6 +49,14 @@ class DataSettings(Settings):
     end_at_limit: bool = Field(
         True, description="a report of exactly max_report_tokens gets an end token; the released code gives it none"
     )
+    context: list[ContextField] = Field(
+        default_factory=list,
+        description="what the prompt tells of a study, of indication, comparison, technique, age and sex",
+    )
+    context_words: int = Field(40, ge=1, description="each text of the context is cut to this many words")
+    context_dropout: float = Field(
+        0.3, ge=0, le=1, description="how often training leaves out a field of the context, so that a report needs none"
+    )
     max_views: int | None = Field(None, ge=1, description="first views of a study that are used; null: all")
     limit: int | None = Field(None, ge=1, description="first studies of each split that are used; null: all")
     augment: AugmentSettings = Field(default_factory=AugmentSettings)
@@ -56,6 +64,13 @@ class DataSettings(Settings):
         1.0, ge=1, description="how often an epoch of training shows each study with a finding of the rules labeler"
     )
     workers: int = Field(2, ge=0, description="processes that decode images")
+
+    @field_validator("context")
+    @classmethod
+    def _check_context(cls, context: list[ContextField]) -> list[ContextField]:
+        if len(set(context)) != len(context):
+            raise ValueError("names a field twice")
+        return context
 
 
 class EncoderSize(Settings):

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from emrrg_cli.recipe.common import FINDINGS_WEIGHT, SEEDS, DataSettings, EncoderSettings, LoopSettings, Settings
 from emrrg_cli.vocabulary import (
+    CONTEXT_PLACE,
     IMAGE_PLACE,
     PUBLISHED_PROMPT,
     REWARDS,
@@ -119,7 +120,9 @@ class ModelSettings(Settings):
     llm: LLMSettings = Field(default_factory=LLMSettings)
     hybrid: HybridSettings = Field(default_factory=HybridSettings)
     prompt: str = Field(
-        PUBLISHED_PROMPT, description=f"what the report is written after; the image stands at {IMAGE_PLACE}"
+        PUBLISHED_PROMPT,
+        description=f"what the report is written after; the image stands at {IMAGE_PLACE}, and what data.context names "
+        f"at {CONTEXT_PLACE} behind it, by default directly behind it",
     )
     visual_prompt: Literal["full", "pooled"] = Field(
         "full", description="full: every visual token in the prompt; pooled: 2x2 averages and the class token"
@@ -138,7 +141,10 @@ class ModelSettings(Settings):
     def _check_prompt(cls, prompt: str) -> str:
         if (times := prompt.count(IMAGE_PLACE)) != 1:
             raise ValueError(f"must contain {IMAGE_PLACE} once, where the image stands; it is there {times} times")
-        if not prompt.split(IMAGE_PLACE)[1].strip():
+        before, after = prompt.split(IMAGE_PLACE)
+        if CONTEXT_PLACE in before or after.count(CONTEXT_PLACE) > 1:
+            raise ValueError(f"may contain {CONTEXT_PLACE} once, behind {IMAGE_PLACE}")
+        if not after.split(CONTEXT_PLACE)[-1].strip():
             raise ValueError(f"must have text behind {IMAGE_PLACE}, which the report follows")
         return prompt
 

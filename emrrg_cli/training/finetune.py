@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from emrrg_cli.datasets.balance import BalancedStudies
+from emrrg_cli.datasets.context import context_sentence
 from emrrg_cli.datasets.directory import open_dataset
 from emrrg_cli.datasets.finding_targets import finding_targets
 from emrrg_cli.datasets.report_dataset import IGNORE, Batch, Example, ReportDataset, collate
@@ -181,7 +182,7 @@ def run_finetune(
         # A METEOR that is left out would count as 0, and the choice go by the other scores or by the loss alone.
         require_java(recipe.evaluation.tokenizer, meteor=bool(recipe.train.score_weights.get(METEOR)))
     size = recipe.model.encoder.image_size
-    training = ReportDataset(splits["train"], recipe.data, size)
+    training = ReportDataset(splits["train"], recipe.data, size, recipe.train.seed)
     validation = ReportDataset(splits["validation"], recipe.data, size) if "validation" in splits else None
 
     with open_session(
@@ -244,7 +245,8 @@ def _tokenizer(recipe: FinetuneRecipe, training: ReportDataset, run_dir: Path, a
     target = run_dir / "tokenizer"
     if accelerator.is_main_process and not target.exists():
         with atomic_directory(target) as temporary:
-            tokenizer = train_tokenizer(training.reports, recipe.model.llm.scratch.vocab_size, recipe.model.prompt)
+            texts = [*training.reports, *filter(None, map(context_sentence, training.contexts))]
+            tokenizer = train_tokenizer(texts, recipe.model.llm.scratch.vocab_size, recipe.model.prompt)
             tokenizer.save_pretrained(temporary)
     accelerator.wait_for_everyone()
     return load_tokenizer(str(target))

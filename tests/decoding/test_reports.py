@@ -280,3 +280,40 @@ def test_sampling_a_split_follows_the_seed(generator: Generator, tiny_dataset: P
     assert torch.equal(torch.get_rng_state(), before)
     other = _settings(do_sample=True, temperature=3.0, seed=1)
     assert write_split(generator.model, dataset, other, accelerator) != one
+
+
+# -- context ----------------------------------------------------------------------------------------------------------
+
+CONTEXTS: list[Any] = [
+    {"indication": "Cough."},
+    {},
+    {"indication": "XXXX-year-old with shortness of breath, and a long history of smoking", "age": "058Y"},
+    {"age": 7},
+    {"indication": "the lungs are clear", "age": "no age"},
+]
+
+
+def test_both_engines_write_the_same_with_contexts(run_dir: Path, images: list[Path]) -> None:
+    studies = [images[0], images[1:], images[2], images, images[1]]
+    written = []
+    for engine, size in (("own", 2), ("own", 1), ("own", 9), ("transformers", 9), ("transformers", 1)):
+        options = ["data.context=[indication, age]", f"generation.engine={engine}", f"generation.batch_size={size}"]
+        generator = load_generator(run_dir, device="cpu", overrides=options)
+        written.append(generator.generate(studies, CONTEXTS))
+    assert all(reports == written[0] for reports in written)
+    bare = generator.generate(studies)
+    assert bare[1] == written[0][1]
+    assert bare[2] != written[0][2]
+    assert generator.generate(studies, [{}] * 5) == bare
+    # What says nothing once it is cleaned is not in the prompt.
+    assert generator.generate([images[0]], [{"indication": "XXXX."}]) == bare[:1]
+
+
+def test_a_context_that_the_model_does_not_read(run_dir: Path, generator: Generator, images: list[Path]) -> None:
+    with pytest.raises(UsageError, match="does not read sex: it was trained without any context"):
+        generator.generate(images[:1], [{"sex": "F"}])
+    reads = load_generator(run_dir, device="cpu", overrides=["data.context=[age]"])
+    with pytest.raises(UsageError, match="does not read indication, sex: it reads age"):
+        reads.generate(images[:1], [{"sex": "F", "indication": "cough"}])
+    with pytest.raises(UsageError, match="there are 2 studies and 1 contexts"):
+        reads.generate(images[:2], [{"age": 4}])

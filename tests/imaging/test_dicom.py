@@ -532,3 +532,19 @@ def test_real_films_are_not_taken_for_inverted(shared_data: Path) -> None:
         f for name in ("nih_fullres", "iu_sample", "nih_64px") for f in (shared_data / name).glob("images/*")
     )
     assert sum(looks_inverted(read_image(path)) for path in files[::10]) <= 1
+
+
+def test_what_is_known_of_the_patient(make_dicom: MakeDicom, tmp_path: Path, chest: Any) -> None:
+    def facts(**elements: Any) -> Any:
+        (tmp_path / "film.dcm").write_bytes(make_dicom(chest, **elements))
+        return read_dicom_facts(tmp_path / "film.dcm")
+
+    bare = facts()
+    assert (bare.age, bare.sex, bare.indication) == ("", "", "")
+    found = facts(PatientAge="058Y", PatientSex="F", AdmittingDiagnosesDescription=["Fever", "Cough"])
+    assert (found.age, found.sex, found.indication) == ("058Y", "F", "Fever")
+    assert facts(ReasonForStudy="Fall", AdmittingDiagnosesDescription="Fever").indication == "Fall"
+    request = Dataset()
+    request.ReasonForTheRequestedProcedure = "Dyspnoea"
+    assert facts(RequestAttributesSequence=[request], ReasonForStudy="Fall").indication == "Dyspnoea"
+    assert facts(RequestAttributesSequence=[]).indication == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -698,3 +699,62 @@ def test_findings_in_the_prompt_do_not_train_their_head(make_model: MakeModel) -
 def _pixels_and_views(model: ReportGenerator) -> tuple[Tensor, Tensor]:
     batch = _batch(model, _examples(TEXTS))
     return batch.pixels, batch.views
+
+
+# -- context in the prompt --------------------------------------------------------------------------------------------
+
+
+CONTEXTS: list[Any] = [{"indication": "cough"}, {}, {"indication": "the heart is enlarged", "age": "45 years"}]
+
+
+def _with_contexts(model: ReportGenerator) -> tuple[Batch, list[Batch]]:
+    """Three studies with contexts of different lengths, together and each alone."""
+    examples = [replace(e, context=c) for e, c in zip(_examples(TEXTS), CONTEXTS, strict=True)]
+    return _batch(model, examples), [_batch(model, [example]) for example in examples]
+
+
+@pytest.mark.parametrize("views", ["average", "concat"])
+def test_contexts_of_a_batch_are_those_of_studies_alone(views: str, make_model: MakeModel) -> None:
+    model = make_model(views=views)
+    together, alone = _with_contexts(model)
+    with torch.no_grad():
+        losses = [model(batch).loss_sum for batch in alone]
+        torch.testing.assert_close(model(together).loss_sum, torch.stack(losses).sum(), rtol=1e-5, atol=1e-4)
+        bare = model(replace(together, contexts=[])).loss_sum
+        assert abs(bare - model(together).loss_sum) > 1e-3
+        # Without anything to tell of any study, the prompt is that of a model without context.
+        assert torch.equal(model(replace(together, contexts=[{}, {}, {}])).loss_sum, bare)
+    for beams in (1, 3):
+        config = partial(_config, num_beams=beams)
+        written = model.generate(together.pixels, together.views, config(), together.contexts)
+        assert written == [model.generate(one.pixels, one.views, config(), one.contexts)[0] for one in alone]
+
+
+def test_the_context_stands_behind_the_image_or_at_its_place(make_model: MakeModel) -> None:
+    model = make_model()
+    together, _ = _with_contexts(model)
+    told = model.tokenizer.encode(" Indication: the heart is enlarged. Age: 45 years.", add_special_tokens=False)
+    plain_prompt, _, _ = model.prompt(together.pixels, together.views)
+    prompt, mask, _ = model.prompt(together.pixels, together.views, together.contexts)
+    place = plain_prompt.shape[1] - len(model.after)
+    embedded = model.llm.get_input_embeddings()(torch.tensor(told))
+    assert torch.equal(prompt[2, place : place + len(told)], embedded)
+    assert torch.equal(torch.cat([prompt[2, :place], prompt[2, place + len(told) :]]), plain_prompt[2])
+    assert mask.sum(dim=1).tolist() == [len(row) for row in _told(model, plain_prompt.shape[1])]
+    moved = ReportGenerator(
+        model.encoder, model.llm, model.tokenizer, prompt="Film: <ImageHere> Known:<ContextHere>\nReport:"
+    )
+    moved.bridge = model.bridge
+    prompt, _, _ = moved.eval().prompt(together.pixels, together.views, together.contexts)
+    place = prompt.shape[1] - len(moved.after)
+    assert torch.equal(prompt[2, place - len(told) : place], embedded)
+    known = model.tokenizer.encode(" Known:", add_special_tokens=False)
+    assert moved.between == known
+    assert torch.equal(
+        prompt[1, len(moved.before) + 17 :][: len(known)], model.llm.get_input_embeddings()(torch.tensor(known))
+    )
+
+
+def _told(model: ReportGenerator, prompt: int) -> list[list[int]]:
+    texts = [" Indication: cough.", "", " Indication: the heart is enlarged. Age: 45 years."]
+    return [[0] * prompt + (model.tokenizer.encode(text, add_special_tokens=False) if text else []) for text in texts]

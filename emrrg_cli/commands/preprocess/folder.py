@@ -45,6 +45,11 @@ def folder(
             metavar="NAME", help="Column with labels: a JSON list, or names separated by | or ;.", show_default=False
         ),
     ] = None,
+    indication_column: Annotated[str | None, _column("the indication, which the prompt may tell")] = None,
+    comparison_column: Annotated[str | None, _column("what was compared with")] = None,
+    technique_column: Annotated[str | None, _column("the technique")] = None,
+    age_column: Annotated[str | None, _column("the age of the patient: 45, 045Y")] = None,
+    sex_column: Annotated[str | None, _column("the sex of the patient: F, M")] = None,
     split: Annotated[
         str | None,
         typer.Option(
@@ -69,6 +74,8 @@ def folder(
     columns = Columns(
         image=image_column, report=report_column, findings=findings_column, impression=impression_column,
         split=split_column, patient=patient_column, study=study_column, view=view_column, labels=labels_column,
+        indication=indication_column, comparison=comparison_column, technique=technique_column, age=age_column,
+        sex=sex_column,
     )  # fmt: skip
     if table is None and columns != Columns():
         raise UsageError("columns are named but no table is given", hint="Name the file with --table.")

@@ -31,6 +31,16 @@ def iu_xray(
             show_default=False,
         ),
     ] = None,
+    reports: Annotated[
+        Path | None,
+        typer.Option(
+            "--reports",
+            metavar="PATH",
+            help="For R2Gen's layout: NLMCXR_reports.tgz (with indiana_projections.csv beside it also for views) or "
+            "the flat release, for indication, comparison, impression and MeSH.",
+            show_default=False,
+        ),
+    ] = None,
     split: Annotated[
         str | None,
         typer.Option(
@@ -48,7 +58,7 @@ def iu_xray(
     """
     from emrrg_cli.datasets.splits import DEFAULT, parse_fractions
     from emrrg_cli.ingest.sources.iu_layouts import detect_layout
-    from emrrg_cli.ingest.sources.iu_xray import iu_xray_source
+    from emrrg_cli.ingest.sources.iu_xray import R2GenWithReports, iu_xray_source
 
     settings = load_settings(options)
     layout = layout or detect_layout(root)
@@ -62,10 +72,12 @@ def iu_xray(
         seed=options.seed,
         limit=options.limit,
     )
+    described = studies if reports is None else R2GenWithReports(studies, reports)
     record = {
         "layout": layout,
         "images": None if images is None else str(images),
         "annotation": None if annotation is None else str(annotation),
+        "reports": None if reports is None else str(reports),
         "split": None if annotation or layout == "r2gen" else split or DEFAULT,
     }
-    run_source(studies, out, options, settings, record)
+    run_source(described, out, options, settings, record)

@@ -12,11 +12,12 @@ from pydicom.dataset import Dataset
 
 from emrrg_cli.console import printable
 from emrrg_cli.imaging.base import ImageError, open_stream
-from emrrg_cli.imaging.dicom.file import MAX_HEADER, inflated, read_header, text
+from emrrg_cli.imaging.dicom.file import MAX_HEADER, first_value, inflated, read_header, text
 from emrrg_cli.imaging.views import view_name
 from emrrg_cli.vocabulary import LATERAL_VIEW
 
 _CHEST = ("CHEST", "THOR", "TORAX", "LUNG", "HEART", "RIB", "STERN", "CLAVIC")
+_REASONS = ("ReasonForTheRequestedProcedure", "ReasonForStudy", "AdmittingDiagnosesDescription")
 _RADIOGRAPHS = ("", "CR", "DX", "DR", "RG", "RF", "XA", "OT", "SC", "HC")
 
 
@@ -33,6 +34,9 @@ class DicomFacts:
         photometric: Photometric Interpretation.
         burned_in: Whether the header says that text is part of the pixels.
         orientation: Patient Orientation of rows and columns, such as `L\\F`.
+        age: Patient's Age, such as `045Y`.
+        sex: Patient's Sex, such as `F`.
+        indication: Reason for the Requested Procedure or for the Study, or Admitting Diagnoses: the first there is.
     """
 
     study_uid: str
@@ -43,6 +47,9 @@ class DicomFacts:
     photometric: str
     burned_in: bool
     orientation: str
+    age: str = ""
+    sex: str = ""
+    indication: str = ""
 
     @property
     def is_chest(self) -> bool:
@@ -99,6 +106,8 @@ def no_warnings() -> Iterator[None]:
 def facts_of(header: Dataset) -> DicomFacts:
     """The facts of a header that has been read."""
     view = text(header, "ViewPosition")
+    request = first_value(header, "RequestAttributesSequence")
+    request = request if isinstance(request, Dataset) else Dataset()
     try:
         orientation = "\\".join(str(value).upper() for value in header.get("PatientOrientation") or ())
     except Exception:  # not readable: as if it were not there
@@ -112,4 +121,7 @@ def facts_of(header: Dataset) -> DicomFacts:
         photometric=text(header, "PhotometricInterpretation").upper(),
         burned_in=text(header, "BurnedInAnnotation").upper() == "YES",
         orientation=orientation,
+        age=text(header, "PatientAge"),
+        sex=text(header, "PatientSex"),
+        indication=next(filter(None, (text(part, name) for name in _REASONS for part in (header, request))), ""),
     )

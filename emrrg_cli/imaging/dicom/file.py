@@ -25,7 +25,16 @@ NO_PIXELS = "no pixel data"
 _COLOURS = ("Red", "Green", "Blue")
 _WANTED = [
     *("SOPClassUID", "Modality", "BodyPartExamined", "ViewPosition", "PatientOrientation", "PatientID"),
-    *("StudyInstanceUID", "BurnedInAnnotation", "NumberOfFrames", "Rows", "Columns", "SamplesPerPixel"),
+    *("PatientAge", "PatientSex", "ReasonForTheRequestedProcedure", "ReasonForStudy", "AdmittingDiagnosesDescription"),
+    *(
+        "RequestAttributesSequence",
+        "StudyInstanceUID",
+        "BurnedInAnnotation",
+        "NumberOfFrames",
+        "Rows",
+        "Columns",
+        "SamplesPerPixel",
+    ),
     *("PhotometricInterpretation", "PlanarConfiguration", "BitsAllocated", "BitsStored", "HighBit"),
     *("PixelRepresentation", "PixelPaddingValue", "PixelPaddingRangeLimit", "ModalityLUTSequence", "RescaleSlope"),
     *("RescaleIntercept", "VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction"),

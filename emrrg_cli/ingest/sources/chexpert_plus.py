@@ -16,7 +16,7 @@ from emrrg_cli.ingest.sources.image_paths import find_image, require_folder
 from emrrg_cli.ingest.sources.seen_ids import SeenIds
 from emrrg_cli.ingest.sources.texts import lacks_text
 from emrrg_cli.ingest.study import Account, ImageProblem, Study
-from emrrg_cli.vocabulary import UNKNOWN_VIEW, Section, Split
+from emrrg_cli.vocabulary import CONTEXT_FIELDS, UNKNOWN_VIEW, Section, Split
 
 NAME = "chexpert_plus"
 # The parts of the published split (CXPMRG-Bench): 40,463, 5,780 and 11,562 of 57,805 studies.
@@ -27,6 +27,9 @@ _IMAGES = ("PNGs", "PNG", "PNG/PNG", "DICOMs", "DICOM")
 _COLUMNS = COLUMNS | {
     "indication": Column("text", "section of the report: clinical history"),
     "comparison": Column("text", "section of the report"),
+    "technique": Column("text", "section of the report"),
+    "age": Column("text", "age of the patient in years"),
+    "sex": Column("text", "sex of the patient"),
 }
 _ABOUT = (
     "Studies of CheXpert Plus (Chambon et al., arXiv 2405.19538), under the Stanford University School of Medicine "
@@ -160,8 +163,7 @@ class ChexpertPlusSource:
 
 def _extra(listed: TableStudy | None) -> dict[str, Any]:
     labels = label_columns(listed.labels if listed else NOT_MENTIONED)
-    texts = {"indication": listed.indication, "comparison": listed.comparison} if listed else {}
-    return {**labels, **{name: texts.get(name) or None for name in ("indication", "comparison")}}
+    return {**labels, **{name: getattr(listed, name, "") or None for name in CONTEXT_FIELDS}}
 
 
 def _names(path: str) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ _LABEL_FILES: dict[str, str] = {"impression": "impression_fixed.json", "both": "
 
 _REQUIRED = ("path_to_image", "section_findings", "section_impression")
 _OPTIONAL = ("path_to_dcm", "frontal_lateral", "ap_pa", "section_clinical_history", "section_history",
-             "section_comparison")  # fmt: skip
+             "section_comparison", "section_technique", "age", "sex")  # fmt: skip
 _PATH = re.compile(r"(?:.*/)?(\w+/(patient\d+)/(study\d+)/view\d+_(\w+))\.\w+")
 
 
@@ -71,6 +71,9 @@ class TableStudy:
     impression: str
     indication: str
     comparison: str
+    technique: str
+    age: str
+    sex: str
     images: list[tuple[str, str, str]] = field(default_factory=list)
     twice: list[tuple[str, int]] = field(default_factory=list)
     labels: str = NOT_MENTIONED
@@ -157,10 +160,11 @@ class ChexpertTable:
 
     def _add(self, image: ImagePath, cells: tuple[str, ...], line: int, several: set[str]) -> None:
         """Adds one image to its study; `several` gets the studies whose views carry different reports."""
-        _, findings, impression, dicom, frontal, position, history, other_history, comparison = cells
+        _, findings, impression, dicom, frontal, position, *context = cells
         study = self._studies.get(image.study)
         if study is None:
-            texts = (findings, impression, history or other_history, comparison)
+            history, other_history, comparison, technique, age, sex = context
+            texts = (findings, impression, history or other_history, comparison, technique, age, sex)
             study = self._studies[image.study] = TableStudy(image.study, image.patient, *texts)
         elif (study.findings, study.impression) != (findings, impression):
             several.add(image.study)

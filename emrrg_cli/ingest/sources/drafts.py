@@ -24,6 +24,7 @@ class Draft:
     problems: list[ImageProblem] = field(default_factory=list)
     texts: dict[str, str] = field(default_factory=dict)
     labels: list[str] = field(default_factory=list)
+    context: dict[str, str] = field(default_factory=dict)
 
     @property
     def unit(self) -> str:

@@ -20,7 +20,7 @@ from emrrg_cli.ingest.sources.drafts import Draft, Drafts
 from emrrg_cli.ingest.sources.image_paths import locate, require_folder
 from emrrg_cli.ingest.sources.table import Table, cell_list, cell_text, read_table
 from emrrg_cli.ingest.study import Account, ImageProblem, Study
-from emrrg_cli.vocabulary import SPLIT_NAMES, Split
+from emrrg_cli.vocabulary import CONTEXT_FIELDS, SPLIT_NAMES, Split
 
 _OTHER_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif")  # no DICOM is called so
 _LABELS = "labels of the table, as it writes them"
@@ -39,6 +39,16 @@ class Columns:
     study: str | None = None
     view: str | None = None
     labels: str | None = None
+    indication: str | None = None
+    comparison: str | None = None
+    technique: str | None = None
+    age: str | None = None
+    sex: str | None = None
+
+    @property
+    def context(self) -> dict[str, str]:
+        """Those of the context, by its fields."""
+        return {field: name for field in CONTEXT_FIELDS if (name := getattr(self, field)) is not None}
 
     def named(self) -> dict[str, str]:
         """Option and column, of those that are given."""
@@ -54,7 +64,7 @@ class FolderSource:
     header where no column says them.
 
     Texts: `report` is the column of that name, else findings and impression, one after the other. Labels become the
-    column `labels` of the dataset.
+    column `labels` of the dataset, indication and the rest of the context columns of their names.
 
     Args:
         root: The folder. Every image must lie inside it, links followed.
@@ -88,6 +98,8 @@ class FolderSource:
         self.root = root.resolve()
         self.image_folders = (self.root, self.root / "images")
         self.columns = {"labels": Column("texts", _LABELS)} if columns and columns.labels else {}
+        self._context = tuple(columns.context) if columns else ()
+        self.columns |= {field: Column("text", "column of the table") for field in self._context}
         self.about = ""
         self.remarks: list[str] = []
         self._limit = limit
@@ -134,7 +146,8 @@ class FolderSource:
             report=report or None,
             source=self.name,
             problems=tuple(draft.problems),
-            extra={"labels": draft.labels} if self.columns else {},
+            extra=({"labels": draft.labels} if "labels" in self.columns else {})
+            | {field: draft.context.get(field) or None for field in self._context},
         )
 
     # Without a table.
@@ -201,6 +214,7 @@ class FolderSource:
             return None
         draft = Draft(study_id, cell(columns.patient) or None, split)
         draft.texts = {kind: cell(name) for kind, name in texts.items()}
+        draft.context = {field: cell(name) for field, name in columns.context.items()}
         draft.labels = cell_list(row.get(columns.labels)) if columns.labels else []
         for path in paths:
             found = locate(path, self.root, self.image_folders)
@@ -232,6 +246,7 @@ class FolderSource:
             else:
                 first.images[path] = view
         first.problems += draft.problems
+        first.context = {field: text or draft.context[field] for field, text in first.context.items()}
         first.labels += [label for label in draft.labels if label not in first.labels]
 
     def _skip(self, reason: str, study_id: str, detail: str = "") -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from emrrg_cli.datasets.directory import Column
 from emrrg_cli.datasets.splits import draw_splits, drawn_remark
@@ -19,10 +21,11 @@ from emrrg_cli.ingest.sources.iu_layouts import (
     read_flat_layout,
     read_openi_layout,
 )
+from emrrg_cli.ingest.sources.openi import OpeniReport
 from emrrg_cli.ingest.sources.r2gen import IU_ID, R2GenSource
 from emrrg_cli.ingest.sources.texts import lacks_text
 from emrrg_cli.ingest.study import Account, ImageProblem, Study
-from emrrg_cli.vocabulary import SPLITS, Section, Split
+from emrrg_cli.vocabulary import SPLITS, UNKNOWN_VIEW, Section, Split
 
 NAME = "iu_xray"
 
@@ -129,13 +132,7 @@ class IuXraySource:
             report=report.findings or None,
             source=self.name,
             problems=tuple(image for image in found if isinstance(image, ImageProblem)),
-            extra={
-                "labels": list(dict.fromkeys(term.partition("/")[0] for term in report.mesh)),
-                "mesh": list(report.mesh),
-                "mesh_automatic": list(report.mesh_automatic),
-                "indication": report.indication or None,
-                "comparison": report.comparison or None,
-            },
+            extra=_extra(report),
         )
 
     # Splits.
@@ -168,6 +165,72 @@ class IuXraySource:
         return {uid: split for uid, split in splits.items() if uid in read.entries}
 
 
+def _extra(report: OpeniReport | None) -> dict[str, Any]:
+    if report is None:
+        return {name: [] if column.kind == "texts" else None for name, column in _COLUMNS.items()}
+    return {
+        "labels": list(dict.fromkeys(term.partition("/")[0] for term in report.mesh)),
+        "mesh": list(report.mesh),
+        "mesh_automatic": list(report.mesh_automatic),
+        "indication": report.indication or None,
+        "comparison": report.comparison or None,
+    }
+
+
+class R2GenWithReports:
+    """R2Gen's studies of IU X-Ray, with what the reports of Open-i or of the flat release say beside the findings.
+
+    That is impression, indication, comparison and MeSH terms, and, where `indiana_projections.csv` lies beside Open-i's
+    reports, views: R2Gen's image `k` is image `k` of the list in the XML. The flat release has them in another order.
+
+    Args:
+        studies: R2Gen's.
+        reports: `NLMCXR_reports.tgz`, or a folder with it or with the tables of the flat release.
+
+    Raises:
+        UsageError: There are no reports, or the studies are not in R2Gen's layout.
+        RunError: They cannot be read.
+    """
+
+    name = NAME
+    columns = _COLUMNS
+    about = _ABOUT
+
+    def __init__(self, studies: IuXraySource | R2GenSource, reports: Path) -> None:
+        if not isinstance(studies, R2GenSource):
+            raise UsageError("--reports goes with R2Gen's layout alone; the others have their reports in ROOT")
+        self._studies = studies
+        self.root, self.image_folders = studies.root, studies.image_folders
+        if not reports.exists():
+            raise UsageError(f"--reports: there is no {reports}")
+        folder = reports.parent if reports.is_file() else reports
+        self._in_order = detect_layout(folder) != "flat"
+        self._entries = (read_openi_layout(folder) if self._in_order else read_flat_layout(folder)).entries
+
+    def __len__(self) -> int:
+        return len(self._studies)
+
+    def studies(self, account: Account) -> Iterator[Study]:
+        """As R2Gen's source; a remark counts the studies that have no report."""
+        missing = 0
+        for study in self._studies.studies(account):
+            entry = self._entries.get(study.patient_id or "")
+            missing += entry is None
+            yield replace(
+                study,
+                impression=(entry.report.impression if entry else "") or None,
+                views=tuple(_view(entry if self._in_order else None, path) for path in study.image_paths),
+                extra=_extra(entry.report if entry else None),
+            )
+        if missing:
+            account.remarks.append(f"{missing:,} studies have no report in --reports, so no context and no labels.")
+
+
+def _view(entry: Entry | None, image: Path) -> str:
+    known = entry is not None and image.stem.isdecimal() and int(image.stem) < len(entry.views)
+    return entry.views[int(image.stem)] if entry and known else UNKNOWN_VIEW
+
+
 def iu_xray_source(
     root: Path,
     *,
@@ -181,7 +244,8 @@ def iu_xray_source(
 ) -> IuXraySource | R2GenSource:
     """The source for the layout that `root` holds; see `IuXraySource`.
 
-    In R2Gen's layout the reports are findings: those of its 2,955 studies equal the findings of Open-i's XML.
+    In R2Gen's layout the reports are findings: those of its 2,955 studies equal the findings of Open-i's XML; what else
+    that XML says is added by `R2GenWithReports`.
 
     Raises:
         UsageError: As `IuXraySource`, or an option does not fit R2Gen's layout.

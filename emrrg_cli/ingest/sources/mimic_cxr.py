@@ -28,6 +28,7 @@ _IMAGE = re.compile(r"(?:.*/)?p\d+/p(\d+)/s(\d+)/([^/]+)\.\w+")
 _COLUMNS = COLUMNS | {
     "indication": Column("text", "section of the note: indication or history"),
     "comparison": Column("text", "section of the note"),
+    "technique": Column("text", "section of the note"),
 }
 _ABOUT = (
     "Studies of MIMIC-CXR-JPG and MIMIC-CXR (Johnson et al., Scientific Data 2019; PhysioNet), under the PhysioNet "
@@ -178,6 +179,7 @@ class MimicCxrSource:
             **label_columns(self._tables.labels(study)),
             "indication": note.indication or None,
             "comparison": note.comparison or None,
+            "technique": note.technique or None,
         }
 
 

@@ -86,6 +86,7 @@ class Note:
     last_paragraph: str = ""
     indication: str = ""
     comparison: str = ""
+    technique: str = ""
 
 
 def read_note(text: str, study_id: int) -> Note:
@@ -115,9 +116,13 @@ def read_note(text: str, study_id: int) -> Note:
         last_paragraph=_joined(rest),
         indication=_joined(last.get("indication") or last.get("history", "")),
         comparison=_joined(last.get("comparison", "")),
+        technique=_joined(last.get("technique", "")),
     )
-    if elsewhere := _joined(last.get(_MISPLACED.get(study_id, ""), "")):
-        return replace(note, impression=elsewhere, last_paragraph="")
+    place = _MISPLACED.get(study_id, "")
+    if elsewhere := _joined(last.get(place, "")):
+        # That section is the conclusion, and no context of it.
+        taken = {name: "" for name in ("indication", "technique") if getattr(note, name) == elsewhere}
+        return replace(note, impression=elsewhere, last_paragraph="", **taken)
     return note
 
 

@@ -167,6 +167,7 @@ class Chexpert:
     def row(path: str, **cells: Any) -> dict[str, Any]:
         given = {"path_to_image": f"{path}.jpg", "path_to_dcm": f"{path}.dcm", "frontal_lateral": "Frontal",
                  "ap_pa": "AP", "deid_patient_id": path.split("/")[1], "section_clinical_history": "Cough.",
+                 "age": "61.0", "sex": "Female",
                  "section_impression": "\n1.  No acute disease.", "split": path.split("/")[0]}  # fmt: skip
         return dict.fromkeys(CHEXPERT_HEADER, "") | given | cells
 

@@ -38,7 +38,7 @@ def test_the_release(chexpert: Any, read: Read) -> None:
     assert first.impression == "1.  No acute disease."
     assert first.extra == {
         "labels": ["Edema"], "labels_uncertain": ["Pneumonia"], "labels_absent": ["Fracture"], "indication": "Cough.",
-        "comparison": None,
+        "comparison": None, "technique": None, "age": "61.0", "sex": "Female",
     }  # fmt: skip
     assert set(first.extra) == set(ChexpertPlusSource.columns)
     assert _reasons(account) == {"no findings": ["patient00010_study1"]}

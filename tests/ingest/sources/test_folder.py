@@ -366,3 +366,19 @@ def test_real_folder(shared_data: Path, tmp_path: Path) -> None:
     }
     assert {note: entry["count"] for note, entry in manifest["notes"].items()} == {"looks inverted": 1, "not chest": 1}
     assert (manifest["studies_written"], manifest["images"]) == (3, 5)
+
+
+def test_columns_of_the_context(films: Path) -> None:
+    text = 'image,id,why,age,sex\na.png,1,"Cough, fever",045Y,F\nb.png,1,ignored,,F\nc.png,2,NaN,,\n'
+    columns = Columns(study="id", indication="why", age="age", sex="sex")
+    source = FolderSource(films, table=_table(films, text), columns=columns)
+    assert {name: column.kind for name, column in source.columns.items()} == dict.fromkeys(
+        ("indication", "age", "sex"), "text"
+    )
+    studies, _ = _read(films, table=_table(films, text), columns=columns)
+    assert {study.study_id: study.extra for study in studies} == {
+        "1": {"indication": "Cough, fever", "age": "045Y", "sex": "F"},
+        "2": {"indication": None, "age": None, "sex": None},
+    }
+    with pytest.raises(UsageError, match=r"no column 'technique' \(--technique-column\)"):
+        _read(films, table=_table(films, text), columns=Columns(technique="technique"))

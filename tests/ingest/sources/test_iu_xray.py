@@ -17,12 +17,14 @@ from typing import Any
 import pytest
 
 from emrrg_cli.app import main
+from emrrg_cli.datasets.directory import open_dataset
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.ingest.sources.annotation import Annotation
 from emrrg_cli.ingest.sources.iu_layouts import detect_layout
-from emrrg_cli.ingest.sources.iu_xray import IuXraySource, iu_xray_source
+from emrrg_cli.ingest.sources.iu_xray import IuXraySource, R2GenWithReports, iu_xray_source
 from emrrg_cli.ingest.sources.openi import BadReport, OpeniReport, parse_report
 from emrrg_cli.ingest.study import Account, Study
+from tests.ingest.sources.conftest import save_image
 
 Read = Callable[[Any], tuple[list[Study], Account]]
 
@@ -120,6 +122,54 @@ def test_r2gen(tiny_r2gen: Path, tmp_path: Path, openi: Any, read: Read) -> None
     for option in ({"annotation": tmp_path}, {"images": tmp_path}, {"fractions": (1.0, 0.0, 0.0)}):
         with pytest.raises(UsageError, match="does not go with R2Gen's layout"):
             iu_xray_source(tiny_r2gen, **option)  # type: ignore[arg-type]
+
+
+def _as_r2gen(root: Path) -> Path:
+    """Studies 1 to 3 and one that Open-i does not have, in R2Gen's layout: two images each."""
+    rows = []
+    for uid in (1, 2, 3, 99):
+        study = f"CXR{uid}_IM-000{uid}"
+        for k in (0, 1):
+            save_image(root / "images" / study / f"{k}.png", 10 * uid + k)
+        paths = [f"{study}/{k}.png" for k in (0, 1)]
+        rows.append({"id": study, "report": f"The lungs are clear in study {uid}.", "image_path": paths})
+    (root / "annotation.json").write_text(json.dumps({"train": rows, "val": [], "test": []}))
+    return root
+
+
+def test_r2gens_studies_with_the_rest_of_the_reports(openi: Any, tmp_path: Path, read: Read) -> None:
+    root = _as_r2gen(tmp_path / "r2gen")
+    whole, _ = read(iu_xray_source(openi.root))
+    by_patient = {study.patient_id: study for study in whole}
+    bare, _ = read(iu_xray_source(root))
+    (openi.flat / "indiana_projections.csv").rename(openi.root / "indiana_projections.csv")
+    reports = _pack(openi)
+    for place in (openi.root, reports):
+        studies, account = read(R2GenWithReports(iu_xray_source(root), place))
+        for study, plain in zip(studies[:3], bare[:3], strict=True):
+            described = by_patient[study.patient_id]
+            assert study.extra == described.extra
+            assert study.impression == described.impression == "No acute disease."
+            assert study.views == ("FRONTAL", "LATERAL")
+            assert replace(study, extra={}, impression=None, views=plain.views) == plain
+        last = studies[3]
+        assert (last.views, last.impression, last.extra["indication"]) == (("unknown", "unknown"), None, None)
+        assert set(last.extra) == set(R2GenWithReports.columns)
+        assert account.remarks == ["1 studies have no report in --reports, so no context and no labels."]
+    with pytest.raises(UsageError, match="--reports: there is no"):
+        R2GenWithReports(iu_xray_source(root), tmp_path / "none.tgz")
+    with pytest.raises(UsageError, match="goes with R2Gen's layout alone"):
+        R2GenWithReports(iu_xray_source(openi.root), reports)
+
+
+def test_r2gens_layout_with_reports_from_the_command_line(openi: Any, tmp_path: Path) -> None:
+    root = _as_r2gen(tmp_path / "r2gen")
+    out = tmp_path / "out"
+    assert main(["preprocess", "iu_xray", str(root), str(out), "--reports", str(openi.flat)]) == 0
+    train = open_dataset(out)["train"]
+    assert train["indication"] == ["Cough & fever."] * 3 + [None]
+    assert train["views"][0] == ["unknown", "unknown"]  # the flat release has its images in another order
+    assert json.loads((out / "manifest.json").read_text())["options"]["reports"] == str(openi.flat)
 
 
 def test_layouts_are_found_and_forced(openi: Any, tiny_r2gen: Path, tmp_path: Path) -> None:

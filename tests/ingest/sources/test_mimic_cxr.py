@@ -39,7 +39,7 @@ def test_the_release(mimic: Any, read: Read) -> None:
     assert (first.impression, first.source) == ("No acute disease.", "mimic_cxr")
     assert first.extra == {
         "labels": ["Cardiomegaly"], "labels_uncertain": ["Pneumonia"], "labels_absent": ["Edema"],
-        "indication": "___-year-old woman with cough.", "comparison": "None.",
+        "indication": "___-year-old woman with cough.", "comparison": "None.", "technique": None,
     }  # fmt: skip
     assert studies[1].extra["labels"] == []
     assert set(first.extra) == set(MimicCxrSource.columns)

@@ -22,6 +22,7 @@ def test_the_usual_note() -> None:
         impression="No acute disease.",
         indication="___F with cough // ? pneumonia",
         comparison="___.",
+        technique="Chest PA and lateral",
     )
     assert [name for name, _ in split_note(text)] == [
         "preamble", "examination", "indication", "technique", "comparison", "findings", "impression",
@@ -121,6 +122,8 @@ def test_history_is_the_indication_where_there_is_none() -> None:
 
 def test_notes_with_their_conclusion_elsewhere() -> None:
     text = _note("INDICATION:  Cough.", "", "RECOMMENDATION(S):  Follow-up of the nodule.")
+    moved = _note("INDICATION:  Stable nodule, no effusion.", "", "TECHNIQUE:  Chest PA.")
+    assert read_note(moved, 57936451) == Note(impression="Stable nodule, no effusion.", technique="Chest PA.")
     assert read_note(text, 50913680).impression == "Follow-up of the nodule."
     assert read_note(text, 50913681) == Note(indication="Cough.")
     # Once more by its place in the text, and the notes that have none.
