@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 
 def generate(
+    invocation: typer.Context,
     paths: Annotated[
         list[str] | None,
         typer.Argument(
@@ -67,6 +69,12 @@ def generate(
         Path | None, typer.Option("--merge", metavar="DIR", help="Join the finished shards of a folder, and end.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier reports in --output.")] = False,
+    page: Annotated[
+        int, typer.Option("--page", metavar="N", min=0, help="Studies on page.html, 500 a file; 0: no page.")
+    ] = 2000,
+    grounding: Annotated[
+        bool, typer.Option("--grounding/--no-grounding", help="Show on the page where the model looked.")
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Write a report for every study in files and folders.
@@ -97,6 +105,7 @@ def generate(
         raise UsageError("no model is given", hint=hint)
     settings = load_run_recipe(model, recipe, overrides, "generate")
 
+    from emrrg_cli.decoding.cards import PageOptions
     from emrrg_cli.decoding.contexts import with_contexts
     from emrrg_cli.decoding.generate_folder import run_generation
     from emrrg_cli.decoding.shards import Shard
@@ -108,7 +117,10 @@ def generate(
     else:
         studies = _find_studies(images, study_by, split)
     studies = with_contexts(studies, parse_context(context or []), settings.data)
-    result = run_generation(studies, model, settings, output, machine=machine, overwrite=overwrite, shard=part)
+    shown = PageOptions(page, grounding, shlex.join(["emrrg", *invocation.obj.arguments]))
+    result = run_generation(
+        studies, model, settings, output, machine=machine, overwrite=overwrite, shard=part, page=shown
+    )
     _print(result, output, as_json=as_json)
     if not result.reports:
         raise typer.Exit(1)

@@ -6,13 +6,12 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from PIL.Image import Image
-
 from emrrg_cli.console import progress_bar
+from emrrg_cli.decoding.cards import NO_PAGE, PAGE, PageOptions, StudyCard
+from emrrg_cli.decoding.gallery import Gallery
 from emrrg_cli.decoding.outputs import Output, Row, fingerprint_of
 from emrrg_cli.decoding.processes import write_in_processes
 from emrrg_cli.decoding.reports import load_generator
@@ -24,11 +23,9 @@ from emrrg_cli.files.locks import locked
 from emrrg_cli.files.output_paths import check_writable
 from emrrg_cli.files.records import iterate_jsonl
 from emrrg_cli.recipe.finetuning import FinetuneRecipe
-from emrrg_cli.reporting.page import Card, Page, write_page
 from emrrg_cli.signals import interrupted_by
 from emrrg_cli.silence_libraries import silence_libraries
 
-PAGE_LIMIT = 60  # films shown on the page
 LISTED = 10  # skipped files and notes that are kept for the terminal
 
 
@@ -72,6 +69,7 @@ def run_generation(
     machine: Machine = Machine(),
     overwrite: bool = False,
     shard: Shard | None = None,
+    page: PageOptions = PAGE,
 ) -> Written:
     """Writes a report for each study with a readable image into `reports.jsonl` (and `reports.csv`, `page.html`).
 
@@ -81,7 +79,8 @@ def run_generation(
 
     Args:
         studies: their contexts as the prompt tells them (`with_contexts`).
-        shard: write only this part of the studies, into files of its own, with a `.done` file at the end.
+        shard: write only this part of the studies, into files of its own, with a `.done` file at the end and no page.
+        page: what the page shows.
 
     Raises:
         UsageError: when `output` holds reports of another model, other options or another context and `overwrite` is
@@ -95,19 +94,27 @@ def run_generation(
     with locked(output if shard is None else place.reports):
         place.open()
         own = list(studies) if shard is None else list(studies[shard.index :: shard.count])
-        return _Run(own, run_dir, recipe, place, overwrite).run(machine)
+        shown = page if shard is None else NO_PAGE
+        return _Run(own, run_dir, recipe, place, Gallery(place, run_dir, recipe, shown), overwrite).run(machine)
 
 
 class _Run:
     def __init__(
-        self, studies: list[StudyFiles], run_dir: Path, recipe: FinetuneRecipe, place: Output, overwrite: bool
+        self,
+        studies: list[StudyFiles],
+        run_dir: Path,
+        recipe: FinetuneRecipe,
+        place: Output,
+        gallery: Gallery,
+        overwrite: bool,
     ) -> None:
         self.studies, self.run_dir, self.recipe, self.place = studies, run_dir, recipe, place
+        self.gallery = gallery
         if not overwrite:
             place.find_earlier({study.name: study.context for study in studies})
+            gallery.find_earlier()
         self.result = Written(place.reports, place.skipped, earlier=len(place.records), reports=len(place.records))
         self.replaces = overwrite and place.reports.exists()
-        self.pictures: dict[str, Image] = {}  # small, of the first files, for the page
 
     def run(self, machine: Machine) -> Written:
         result, place = self.result, self.place
@@ -118,6 +125,7 @@ class _Run:
             if left:
                 write = self._start(left, machine)
                 place.begin()
+                self.gallery.begin()
                 began = time.perf_counter()
                 with (
                     interrupted_by(signal.SIGINT, signal.SIGTERM, message=self._stopped),
@@ -133,14 +141,12 @@ class _Run:
             atomic_write_text(place.done_marker, f"{result.reports} reports, {result.skipped} skipped\n")
         return result
 
-    def _start(self, left: list[StudyFiles], machine: Machine) -> Callable[[], Iterator[list[StudyResult]]]:
-        processes = min(machine.processes, len(left))
+    def _start(self, left: list[StudyFiles], machine: Machine) -> Callable[[], Iterator[list[StudyResult | StudyCard]]]:
+        processes, page = min(machine.processes, len(left)), self.gallery.options
         if processes > 1:
-            return lambda: write_in_processes(
-                left, processes, self.run_dir, self.recipe, machine.device, pictures=PAGE_LIMIT
-            )
+            return lambda: write_in_processes(left, processes, self.run_dir, self.recipe, machine.device, page)
         generator = load_generator(self.run_dir, device=machine.device, recipe=self.recipe)
-        return lambda: StudyWriter(generator, self.recipe, PAGE_LIMIT).write(left)
+        return lambda: StudyWriter(generator, self.recipe, page).write(left)
 
     def _stopped(self) -> str:
         result, place = self.result, self.place
@@ -149,11 +155,14 @@ class _Run:
         done = written + result.skipped
         return f"stopped after {done} of {len(self.studies) - result.earlier} files; {written} reports are in {where}"
 
-    def _save(self, results: Iterator[list[StudyResult]], advance: Callable[[int], None]) -> None:
+    def _save(self, results: Iterator[list[StudyResult | StudyCard]], advance: Callable[[int], None]) -> None:
         for done in results:
-            for study in done:
-                self._save_one(study)
-            advance(len(done))
+            for made in done:
+                if isinstance(made, StudyCard):
+                    self.gallery.append(made)
+                else:
+                    self._save_one(made)
+                    advance(1)
 
     def _save_one(self, study: StudyResult) -> None:
         result = self.result
@@ -169,8 +178,6 @@ class _Run:
         if study.row["notes"]:
             result.noted += 1
             result.first_noted += [(path, "; ".join(study.row["notes"]))] if len(result.first_noted) < LISTED else []
-        if study.picture is not None and len(self.pictures) < PAGE_LIMIT:
-            self.pictures[path] = study.picture
 
     def _finish(self, whole: bool) -> None:
         result, place = self.result, self.place
@@ -178,15 +185,5 @@ class _Run:
         place.finish((study.name for study in self.studies), keep_partial=keep_partial)
         if keep_partial:
             result.records, result.skipped_file = place.partial, place.skipped_partial
-        elif result.reports and place.shard is None:
-            self._write_page()
-
-    def _write_page(self) -> None:
-        rows = (row for row in self.result.rows() if row["path"] in self.pictures)
-        cards = [
-            Card(row["path"], [self.pictures[row["path"]]], row["report"], notes="; ".join(row["notes"]))
-            for row in islice(rows, len(self.pictures))
-        ]
-        intro = f"{self.result.reports} reports; the first {len(cards)} are shown."
-        page = Page("Generated reports", f"{intro} All are in reports.jsonl and reports.csv.", cards)
-        write_page(self.place.folder / "page.html", page)
+        elif result.reports and self.gallery.options.studies:
+            self.gallery.write()

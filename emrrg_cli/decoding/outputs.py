@@ -17,7 +17,7 @@ from emrrg_cli.decoding.shards import Shard
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.files.atomic import atomic_file
 from emrrg_cli.files.output_paths import directory_guard, refuse_links
-from emrrg_cli.files.records import append_jsonl, iterate_jsonl
+from emrrg_cli.files.records import append_jsonl, iterate_jsonl, jsonl_line
 from emrrg_cli.recipe.finetuning import FinetuneRecipe
 from emrrg_cli.vocabulary import PUBLISHED_PROMPT, ContextField
 
@@ -62,7 +62,7 @@ class Output:
             RunError: something in it leads out of it, or is no regular file.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        refuse_links(self.folder, ("reports*", "skipped*", "page.html"))  # others may be in a folder such as "."
+        refuse_links(self.folder, ("reports*", "skipped*", "page*"))  # others may be in a folder such as "."
         self._require_folder = directory_guard(self.folder)
 
     def find_earlier(self, contexts: Mapping[str, Mapping[ContextField, str]]) -> None:
@@ -201,7 +201,7 @@ def write_reports(reports: Path, rows: Iterable[Row], *, with_table: bool) -> in
             table = csv.DictWriter(text, _COLUMNS, lineterminator="\n", extrasaction="ignore")
             table.writeheader()
         for row in rows:
-            lines.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8"))
+            lines.write(jsonl_line(row))
             if table is not None:
                 table.writerow(row | {name: "; ".join(row[name]) for name in ("notes", "files") if name in row})
             count += 1

@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import cast
 import torch
 
 from emrrg_cli.console import err
+from emrrg_cli.decoding.cards import PageOptions, StudyCard
 from emrrg_cli.decoding.reports import load_generator
 from emrrg_cli.decoding.studies import StudyFiles
 from emrrg_cli.decoding.study_records import StudyResult, StudyWriter
@@ -27,19 +29,19 @@ _AGAIN = "What is written is kept: run the same command again to continue."
 
 
 def write_in_processes(
-    studies: Sequence[StudyFiles], processes: int, run_dir: Path, recipe: FinetuneRecipe, device: str, pictures: int
-) -> Iterator[list[StudyResult]]:
+    studies: Sequence[StudyFiles], processes: int, run_dir: Path, recipe: FinetuneRecipe, device: str, page: PageOptions
+) -> Iterator[list[StudyResult | StudyCard]]:
     """Yields results of `processes` processes, each with its part of the studies, as soon as they are there.
 
     Args:
         device: `auto` and `cuda`: process i takes GPU i where there are GPUs.
-        pictures: how many of the first results carry a picture.
+        page: what the page will show.
 
     Raises:
         EmrrgError: one process failed; its own message.
         RunError: one was ended from outside.
     """
-    share = -(-pictures // processes)
+    share = replace(page, studies=-(-page.studies // processes))
     on_gpus = torch.cuda.is_available() and device in ("auto", "cuda")
     running: dict[Connection, tuple[int, BaseProcess]] = {}
     try:
@@ -72,11 +74,11 @@ def write_in_processes(
 
 
 def _start(
-    index: int, studies: Sequence[StudyFiles], run_dir: Path, recipe: FinetuneRecipe, device: str, pictures: int
+    index: int, studies: Sequence[StudyFiles], run_dir: Path, recipe: FinetuneRecipe, device: str, page: PageOptions
 ) -> tuple[Connection, BaseProcess]:
     context = multiprocessing.get_context("spawn")  # a forked process could not use a GPU
     ours, theirs = context.Pipe(duplex=False)
-    arguments = (theirs, index, studies, run_dir, recipe, device, pictures)
+    arguments = (theirs, index, studies, run_dir, recipe, device, page)
     process = context.Process(target=_write, args=arguments, daemon=True)
     process.start()
     theirs.close()  # so that its end is noticed here
@@ -90,7 +92,7 @@ def _write(
     run_dir: Path,
     recipe: FinetuneRecipe,
     device: str,
-    pictures: int,
+    page: PageOptions,
 ) -> None:
     # What each process does. Ctrl-C reaches it too; the process that started it decides what becomes of it.
     for number in stop_signals():
@@ -98,7 +100,7 @@ def _write(
     err.quiet = index > 0  # the same warnings
     silence_libraries()
     try:
-        writer = StudyWriter(load_generator(run_dir, device=device, recipe=recipe), recipe, pictures)
+        writer = StudyWriter(load_generator(run_dir, device=device, recipe=recipe), recipe, page)
         for results in writer.write(studies):
             connection.send(results)
         connection.send(None)

@@ -6,14 +6,13 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 import torch
-from PIL.Image import Image
 
+from emrrg_cli.decoding.cards import small_picture
 from emrrg_cli.decoding.reports import study_pixels
 from emrrg_cli.decoding.studies import Film, StudyFiles, path_name
 from emrrg_cli.imaging.base import ImageError
@@ -30,7 +29,7 @@ class ReadStudy:
         used: the files that were read.
         notes: what a reader should know about them.
         skipped: files that could not be read, with the reasons.
-        picture: the first image, small.
+        pictures: addresses of small pictures of the files that were read; none unless they are wanted.
     """
 
     study: StudyFiles
@@ -38,12 +37,12 @@ class ReadStudy:
     used: list[Film]
     notes: list[str]
     skipped: list[tuple[str, str]]
-    picture: Image | None
+    pictures: list[str] = field(default_factory=list)
 
 
-def read_study(study: StudyFiles, size: int, most: int | None) -> ReadStudy:
-    """Reads the images of a study that can be read, the first `most` of them."""
-    read = ReadStudy(study, None, [], [], [], None)
+def read_study(study: StudyFiles, size: int, most: int | None, *, pictured: bool = False) -> ReadStudy:
+    """Reads the images of a study that can be read, the first `most` of them; `pictured` makes small pictures too."""
+    read = ReadStudy(study, None, [], [], [])
     views: list[torch.Tensor] = []
     if not study.files:
         read.skipped.append((study.name, "no images"))
@@ -58,9 +57,8 @@ def read_study(study: StudyFiles, size: int, most: int | None) -> ReadStudy:
         except ImageError as error:
             read.skipped.append((path_name(file), ": ".join(filter(None, [error.reason, error.detail]))))
             continue
-        if read.picture is None:
-            read.picture = image.copy()
-            read.picture.thumbnail((480, 480))
+        if pictured:
+            read.pictures.append(small_picture(image))
         views.append(pixels)
         read.notes += [note for note in image_notes(image) if note not in read.notes]
         read.used.append(file)
@@ -71,14 +69,25 @@ def read_study(study: StudyFiles, size: int, most: int | None) -> ReadStudy:
     return read
 
 
-def read_studies(studies: Iterable[StudyFiles], size: int, most: int | None, threads: int) -> Iterator[ReadStudy]:
-    """Reads studies in order, with `threads` (0: none) a few of them ahead of the one that is asked for."""
-    read = partial(read_study, size=size, most=most)
+def read_studies(
+    studies: Iterable[StudyFiles], size: int, most: int | None, threads: int, pictures: int = 0
+) -> Iterator[ReadStudy]:
+    """Reads studies in order, with `threads` (0: none) a few of them ahead of the one that is asked for.
+
+    Args:
+        size, most: as of `read_study`.
+        pictures: how many of the first studies get small pictures.
+    """
+
+    def read(numbered: tuple[int, StudyFiles]) -> ReadStudy:
+        number, study = numbered
+        return read_study(study, size, most, pictured=number < pictures)
+
+    rest = enumerate(studies)
     if not threads:
-        yield from map(read, studies)
+        yield from map(read, rest)
         return
     waiting: deque[Future[ReadStudy]] = deque()
-    rest = iter(studies)
     with ThreadPoolExecutor(threads) as pool:
         try:
             for study in islice(rest, 4 * threads):

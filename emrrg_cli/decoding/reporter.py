@@ -68,7 +68,8 @@ class Reporter:
         with _lock:
             generator = _load(self.run_dir, self.device, self.overrides)
             writer = StudyWriter(generator, generator.recipe)
-            results = {done.study: done for some in writer.write(different) for done in some}
+            made = (one for some in writer.write(different) for one in some)
+            results = {done.study: done for done in made if isinstance(done, StudyResult)}
         columns = zip(*(_columns(results[study.name]) for study in studies), strict=True) if studies else [()] * 4
         reports, findings, sure, notes = columns
         added = {"report": reports, "findings": findings, "notes": notes}

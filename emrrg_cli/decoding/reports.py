@@ -12,6 +12,7 @@ from emrrg_cli.datasets.epochs import evaluation_batches
 from emrrg_cli.datasets.loading import load_batches
 from emrrg_cli.datasets.report_dataset import ReportDataset, collate
 from emrrg_cli.decoding.contexts import read_context
+from emrrg_cli.decoding.grounding import ground_reports
 from emrrg_cli.decoding.writer import Studies, Writer, WrittenReport, autocast_of, autocast_without_cache
 from emrrg_cli.errors import UsageError
 from emrrg_cli.imaging.raster import resize_square
@@ -112,6 +113,29 @@ class Generator:
     def write(self, studies: Iterable[Studies]) -> Iterator[list[WrittenReport]]:
         """Yields reports as soon as they are done; see `Writer.write`."""
         return self.writer.write(studies)
+
+    def ground(
+        self,
+        pixels: Sequence[torch.Tensor],
+        reports: Sequence[WrittenReport],
+        contexts: Sequence[Mapping[ContextField, str]] = (),
+    ) -> list[torch.Tensor]:
+        """Where the model looked as it wrote each sentence; see `ground_reports`.
+
+        Args:
+            pixels: of each study uint8 `[views, size, size]`.
+            reports: what `write` yielded for them.
+            contexts: of each study, as they were told to `write`; empty: nothing was.
+
+        Returns:
+            For each study fp32 `[sentences, views, grid, grid]`.
+        """
+        views = torch.tensor([len(images) for images in pixels]).to(self.device)
+        sentences = [[] if report.confidence is None else report.confidence.sentence_of_token for report in reports]
+        tokens = [report.tokens for report in reports]
+        with self.writer.autocast():
+            all_pixels = torch.cat(list(pixels)).to(self.device)
+            return ground_reports(self.model, all_pixels, views, tokens, sentences, contexts)
 
     def generate_pixels(
         self,

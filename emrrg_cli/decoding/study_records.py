@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from PIL.Image import Image
 
+from emrrg_cli.decoding.cards import NO_PAGE, PageOptions, StudyCard, pictures_with_maps
 from emrrg_cli.decoding.outputs import Row
 from emrrg_cli.decoding.read_studies import ReadStudy, read_studies
 from emrrg_cli.decoding.studies import StudyFiles, path_name
 from emrrg_cli.decoding.writer import Studies, WrittenReport
 from emrrg_cli.labeling.labeler import label_report
 from emrrg_cli.recipe.finetuning import FinetuneRecipe
+from emrrg_cli.reporting.gallery import Pictures
+from emrrg_cli.vocabulary import ContextField
 
 
 @dataclass(frozen=True)
@@ -27,13 +29,11 @@ class StudyResult:
         study: its name.
         row: its record; None where no image of it could be read.
         skipped: files that could not be read, with the reasons.
-        picture: the first image, small; None where there is none or no more are wanted.
     """
 
     study: str
     row: Row | None
     skipped: list[tuple[str, str]] = field(default_factory=list)
-    picture: Image | None = None
 
 
 class WritesReports(Protocol):
@@ -42,54 +42,75 @@ class WritesReports(Protocol):
     def write(self, studies: Iterable[Studies]) -> Iterator[list[WrittenReport]]:
         """Yields reports as soon as they are done, not always in the order of the studies."""
 
+    def ground(
+        self,
+        pixels: Sequence[torch.Tensor],
+        reports: Sequence[WrittenReport],
+        contexts: Sequence[Mapping[ContextField, str]],
+    ) -> list[torch.Tensor]:
+        """Where the model looked in each sentence of each report."""
+
 
 class StudyWriter:
     """Writes the records of studies with a model. Only the studies that are in work are held in memory.
 
     Args:
-        pictures: how many of the first results carry a picture.
+        page: what the page will show: the first studies get cards.
     """
 
-    def __init__(self, generator: WritesReports, recipe: FinetuneRecipe, pictures: int = 0) -> None:
+    def __init__(self, generator: WritesReports, recipe: FinetuneRecipe, page: PageOptions = NO_PAGE) -> None:
         self.generator = generator
         self.recipe = recipe
-        self.pictures = pictures
+        self.page = page
         # Beside a GPU the processor is free to read images; on a CPU that decodes it is not.
         self.threads = min(8, os.cpu_count() or 1) if is_gpu(generator) else 0
         self._reading: dict[str, ReadStudy] = {}  # studies in decoding
         self._unreadable: list[StudyResult] = []
+        self._pictured: list[tuple[ReadStudy, WrittenReport]] = []  # written, their cards not yet made
 
-    def write(self, studies: Iterable[StudyFiles]) -> Iterator[list[StudyResult]]:
-        """Yields results as soon as they are there, not always in the order of the studies."""
+    def write(self, studies: Iterable[StudyFiles]) -> Iterator[list[StudyResult | StudyCard]]:
+        """Yields results as soon as they are there, not always in the order of the studies; cards follow later."""
         last = time.perf_counter()
         for done in self.generator.write(self._readable(studies)):
             now = time.perf_counter()
             seconds, last = round((now - last) / len(done), 4), now
-            yield self._take_unreadable() + [self._result(report, seconds) for report in done]
-        if self._unreadable:
-            yield self._take_unreadable()
+            yield [*self._take_unreadable(), *(self._result(report, seconds) for report in done)]
+            if len(self._pictured) >= self.recipe.generation.batch_size:
+                yield [*self._cards()]
+                last = time.perf_counter()  # a report's seconds are those of its writing
+        if self._unreadable or self._pictured:
+            yield [*self._take_unreadable(), *self._cards()]
 
     def _take_unreadable(self) -> list[StudyResult]:
         taken, self._unreadable = self._unreadable, []
         return taken
 
+    def _cards(self) -> list[StudyCard]:
+        # Several at a time: a pass over many reports costs little more than one over a single one.
+        taken, self._pictured = self._pictured, []
+        names, pictures = [read.study.name for read, _ in taken], [Pictures(read.pictures) for read, _ in taken]
+        if self.page.grounding and taken:
+            pixels = [read.pixels for read, _ in taken if read.pixels is not None]
+            contexts = [read.study.context for read, _ in taken]
+            maps = self.generator.ground(pixels, [report for _, report in taken], contexts)
+            pictures = [pictures_with_maps(one.images, its) for one, its in zip(pictures, maps, strict=True)]
+        return [StudyCard(name, one) for name, one in zip(names, pictures, strict=True)]
+
     def _result(self, report: WrittenReport, seconds: float) -> StudyResult:
         read = self._reading.pop(report.key)
-        return StudyResult(report.key, study_record(read, report, seconds), read.skipped, read.picture)
+        if read.pictures:
+            self._pictured.append((read, report))
+        return StudyResult(report.key, study_record(read, report, seconds), read.skipped)
 
     def _readable(self, studies: Iterable[StudyFiles]) -> Iterator[Studies]:
         """Studies with at least one readable image, a batch at a time."""
         size = self.recipe.generation.batch_size
         image_size, most = self.recipe.model.encoder.image_size, self.recipe.data.max_views
         batch: list[ReadStudy] = []
-        for read in read_studies(studies, image_size, most, self.threads):
+        for read in read_studies(studies, image_size, most, self.threads, self.page.studies):
             if read.pixels is None:
                 self._unreadable.append(StudyResult(read.study.name, None, read.skipped))
                 continue
-            if self.pictures:
-                self.pictures -= 1
-            else:
-                read.picture = None
             self._reading[read.study.name] = read
             batch.append(read)
             if len(batch) == size:

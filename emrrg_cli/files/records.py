@@ -31,7 +31,7 @@ def append_jsonl(path: Path, row: Mapping[str, Any]) -> int:
     Raises:
         RunError: The file cannot be written.
     """
-    line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8")
+    line = jsonl_line(row)
     path = writable_path(path)
     with name_write_errors(path, len(line)):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,6 +40,11 @@ def append_jsonl(path: Path, row: Mapping[str, Any]) -> int:
             begin = file.seek(0, os.SEEK_END) + len(before)
             file.write(before + line)
             return begin
+
+
+def jsonl_line(row: Mapping[str, Any]) -> bytes:
+    """A row as a line of a JSON-lines file."""
+    return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

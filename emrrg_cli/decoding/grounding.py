@@ -1,0 +1,145 @@
+"""Where in the images the model looks as it writes each sentence: one pass over finished reports.
+
+It is what the model does, not what is true: attention to a place is no proof that a finding is there, and the encoder
+mixes its tokens, so that the token of a patch also tells of others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emrrg_cli.decoding.slots import Prompts
+from emrrg_cli.decoding.teacher_forcing import read_reports
+from emrrg_cli.models.adapters import plain
+from emrrg_cli.models.hybrid_decoder import CrossAttention, decoder_layers
+from emrrg_cli.models.report_generator import Contexts, ReportGenerator
+
+Tokens = Sequence[Sequence[int]]
+
+
+def ground_reports(
+    model: ReportGenerator,
+    pixels: Tensor,
+    views: Tensor,
+    reports: Tokens,
+    sentences: Tokens,
+    contexts: Contexts = (),
+) -> list[Tensor]:
+    """Where the model looks as it writes each sentence.
+
+    With hybrid layers: their cross-attention over patches at the places that write the sentence's tokens, averaged
+    over tokens, layers and heads, with the size of the gate as the weight. A closed gate has no weight. Where the model
+    averages the views of a study, all of them get the same map. Without hybrid layers: how much the log-probability of
+    the sentence depends on each patch, to first order (gradient times the encoder's token).
+
+    Args:
+        model: in evaluation mode.
+        pixels: uint8 `[n, size, size]`, the views of all studies one after the other, on the model's device.
+        views: int64 `[b]`, views of each study, summing to `n`.
+        reports: tokens of each report, `b` of them.
+        sentences: for each token the number of its sentence, -1 for one of none.
+        contexts: what the prompt tells of each study; empty: nothing of any.
+
+    Returns:
+        For each study fp32 `[sentences, views, grid, grid]` on the CPU, row by row from the top left. Each sentence's
+        map sums to 1 over views and patches; it is 0 everywhere where no gate is open.
+    """
+    ground = _by_attention if model.hybrid else _by_gradient
+    with torch.no_grad():
+        tokens = model.encode(pixels)
+    maps = ground(model, tokens, views, contexts, reports, sentences)
+    found = []
+    for study, (weights, numbers) in enumerate(zip(maps, sentences, strict=True)):
+        count = max(numbers, default=-1) + 1
+        patches = _without_class_token(weights[:count].clamp(min=0))  # [count, v, l]
+        patches = patches[:, : int(views[study])]
+        grid = round(patches.shape[-1] ** 0.5)
+        total = patches.sum((1, 2), keepdim=True)
+        found.append((patches / total.clamp(min=1e-20)).view(*patches.shape[:2], grid, grid).cpu())
+    return found
+
+
+def _without_class_token(weights: Tensor) -> Tensor:
+    # [..., l + 1] -> [..., l]
+    middle = (weights.shape[-1] - 1) // 2
+    return torch.cat([weights[..., :middle], weights[..., middle + 1 :]], dim=-1)
+
+
+# -- with hybrid layers ---------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _by_attention(
+    model: ReportGenerator, tokens: Tensor, views: Tensor, contexts: Contexts, reports: Tokens, sentences: Tokens
+) -> Tensor:
+    # tokens [n, l + 1, d] -> [b, sentences, v, l + 1]
+    embeddings, mask, visual = model.prompt_of(tokens, views, contexts)
+    prompts = Prompts([], [], embeddings, mask, visual["visual_tokens"], visual["visual_mask"])
+    chosen = _sentence_tokens(sentences, embeddings.device)  # [b, s, t]
+    written = chosen.shape[-1]
+    parts: list[Tensor] = []
+
+    def keep(cross: CrossAttention, inputs: tuple[Any, ...]) -> None:
+        hidden, query, key, _, visual_mask = inputs
+        # The place before a token writes it.
+        hidden, query = (states[:, -written - 1 : -1] for states in (hidden, query))
+        gates = cross.gates(hidden).float().abs().transpose(1, 2)  # [b, 1, t]
+        with torch.autocast(query.device.type, enabled=False):
+            parts.append((chosen * gates) @ cross.weights(query, key, visual_mask).mean(1))
+
+    with _watched(model.llm, keep):
+        read_reports(model.llm, prompts, reports, model.pad_token_id, logits=1)
+    total = torch.stack(parts).sum(0)  # [b, s, m]
+    if model.views == "average":
+        return total[:, :, None].expand(-1, -1, int(views.max()), -1)
+    return total.view(*total.shape[:2], int(views.max()), -1)
+
+
+@contextmanager
+def _watched(llm: Any, keep: Any) -> Iterator[None]:
+    crosses = (getattr(layer.self_attn, "cross", None) for layer in decoder_layers(plain(llm)))
+    hooks = [cross.register_forward_pre_hook(keep) for cross in crosses if cross is not None]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _sentence_tokens(sentences: Tokens, device: torch.device) -> Tensor:
+    # [b, s, t], 1 where a token belongs to a sentence
+    longest, most = max(map(len, sentences)), max(max(numbers, default=-1) for numbers in sentences) + 1
+    padded = torch.tensor([[*numbers, *[-1] * (longest - len(numbers))] for numbers in sentences])
+    return (padded[:, None] == torch.arange(most)[:, None]).float().to(device)
+
+
+# -- without --------------------------------------------------------------------------------------------------------
+
+
+@torch.enable_grad()
+def _by_gradient(
+    model: ReportGenerator, tokens: Tensor, views: Tensor, contexts: Contexts, reports: Tokens, sentences: Tokens
+) -> Tensor:
+    # tokens [n, l + 1, d] -> [b, sentences, v, l + 1]
+    tokens = tokens.detach().requires_grad_()
+    embeddings, mask, _ = model.prompt_of(tokens, views, contexts)
+    prompts = Prompts([], [], embeddings, mask)
+    chosen = _sentence_tokens(sentences, embeddings.device)
+    written = chosen.shape[-1]
+    logits = read_reports(model.llm, prompts, reports, model.pad_token_id, logits=written + 1)[:, :-1].float()
+    ids = torch.tensor([[*row, *[0] * (written - len(row))] for row in reports]).to(logits.device)
+    given = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]  # [b, t]
+    most, rows = int(views.max()), torch.split(torch.arange(len(tokens)), views.tolist())
+    found = tokens.new_zeros(len(reports), chosen.shape[1], most, tokens.shape[1], dtype=torch.float32)
+    for number in range(chosen.shape[1]):  # a report depends on the tokens of its own study only
+        wanted = (given * chosen[:, number]).sum()
+        (gradient,) = torch.autograd.grad(wanted, tokens, retain_graph=number + 1 < chosen.shape[1])
+        weight = (gradient.float() * tokens.detach().float()).sum(-1).abs()  # [n, l + 1]
+        for study, own in enumerate(rows):
+            found[study, number, : len(own)] = weight[own.to(weight.device)]
+    return found
