@@ -143,7 +143,9 @@ MENTIONS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
             r"(?:sternal|sternotomy|cerclage|median sternotomy) (?:xxxx|wires?|sutures?)|wires?|sutures?"
             r"|(?:surgical|cabg|vascular|cholecystectomy|metallic|bypass)? ?clips?|staples?"
             r"|(?:suture|staple) (?:lines?|material)",
-            r"hardware|arthroplast\w+|(?:orthopedic |fixation |surgical )?(?:plates?|screws?|rods?|anchors?)"
+            # Not plate-like atelectasis.
+            r"hardware|arthroplast\w+"
+            r"|(?:orthopedic |fixation |surgical )?(?:plates?(?![- ]like)|screws?|rods?|anchors?)"
             r"|(?:spine|spinal) fusion|internal fixation|septal occluder|neurostimulat\w+|surgical xxxx"
             r"|(?:surgical|posterior|anterior|cervical) fusion|surgical instruments?|embolization coils?"
             r"|coils?",

@@ -12,9 +12,12 @@ nothing about clinical performance.
     vessels.py      pulmonary vessels
     disease.py      what findings do to the lungs
     devices.py      tubes, catheters, pacemakers
+    distractors.py  what may be taken for a finding and is none; lead letters
+    profile.py      shape of the thorax from the side
+    lateral.py      the lateral film
+    lateral_findings.py  findings and devices from the side
     film.py         from attenuation to grey: scatter, noise, exposure, borders
     render.py       all of it, in order
     report.py       findings and impression from the same parameters
     reader.py       labels back from a text
-    source.py       phantoms as a source of studies
 """

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from emrrg_cli.phantom.grid import F32, Grid, ball, curve, ramp, root
+from emrrg_cli.phantom.grid import F32, Grid, ball, curve, generator, noise, ramp, root
 from emrrg_cli.phantom.parameters import Case, Side, sign
 
 _ANGLES = 1024
@@ -82,9 +82,7 @@ def build_thorax(case: Case, grid: Grid) -> Thorax:
     depth = (0.8 * a.depth) * curve(fall, [(0, 0.3), (0.15, 0.66), (0.45, 1), (1, 1)])
     cavity = depth * root(1 - (outwards / half_width) ** 2.6)
 
-    dome = dict(a.dome)
-    for collapse in case.findings.atelectases:
-        dome[collapse.side] -= (0.5 if collapse.shape == "linear" else 1.6) * collapse.strength
+    dome = domes(case)
     below = grid.y - _diaphragm(case, grid, outwards, is_left, dome)
 
     edge = _mediastinal_edge(case, grid, fall, is_left, shift)
@@ -93,11 +91,32 @@ def build_thorax(case: Case, grid: Grid) -> Thorax:
     air *= np.maximum(1 - root(below * (1 / 5.5)), 0)
     heart, span = _heart(case, grid, shift, dome)
     great = _great_vessels(case, grid, shift)
-    air = np.maximum(air - (a.depth * 0.56) * heart * ramp(-below, -3.5, 0.3) - great, 0)
+    air = np.maximum(air - (a.depth * 0.5) * heart * ramp(-below, -3.5, 0.3) - great, 0)
     air *= (grid.rows > a.apex - 0.2).astype(np.float32)
     return Thorax(
         grid, case, half_width, cavity, _body(case, grid), air, heart, below, outwards, is_left, dome, span
     )  # fmt: skip
+
+
+def domes(case: Case) -> dict[Side, float]:
+    """y of the top of each hemidiaphragm, cm; collapsed lung pulls it up."""
+    dome = dict(case.anatomy.dome)
+    for collapse in case.findings.atelectases:
+        dome[collapse.side] -= (0.5 if collapse.shape == "linear" else 1.6) * collapse.strength
+    return dome
+
+
+def fluid_level(case: Case, level: float) -> float:
+    """y of the surface of an effusion in the middle of the chest, cm; from below the costophrenic angle up."""
+    a = case.anatomy
+    return a.apex + a.lung_height + 0.2 - level * 0.8 * a.lung_height
+
+
+def fine_texture(case: Case, grid: Grid) -> F32 | float:
+    """The finest grain of the lungs, `[h, w]`; films too coarse to show it are drawn faster without."""
+    if max(grid.shape) < 200:
+        return 0.0
+    return noise(generator(case.texture_seed, 8), grid, (240, 0.016))
 
 
 def thorax_half_width(fall: F32, widest: float) -> F32:
@@ -158,7 +177,12 @@ def _great_vessels(case: Case, grid: Grid, shift: float) -> F32:
     knob = 4.2 * a.knob * ball(grid, 1.55 + shift + a.unfolded, -0.4, a.knob * 1.05, a.knob)
     trunk = 5.0 * ball(grid, 1.7 + shift, 3.0, 2.0, 2.1)
     ascending = 3.2 * ball(grid, -0.6 + shift - 0.5 * a.unfolded, 2.6, 2.5, 4.2)
-    result: F32 = np.maximum(np.maximum(knob, trunk), ascending)
+    # The descending aorta, whose left edge is seen through the heart.
+    x = 1.0 + 0.8 * a.unfolded + shift
+    at = grid.window(x - 1.4, x + 1.4, -1, 40)
+    aorta = np.zeros(grid.shape, np.float32)
+    aorta[at] = 2.6 * root(1 - ((grid.x[at] - x) * (1 / 1.35)) ** 2) * ramp(grid.y[at], -1, 1)
+    result: F32 = np.maximum(np.maximum(knob, trunk), np.maximum(ascending, aorta))
     return result
 
 
@@ -204,11 +228,11 @@ def _body(case: Case, grid: Grid) -> F32:
     depth = a.depth * curve(
         grid.rows,
         [
-            (top - 7, 0.68),
-            (top - 4, 0.62),
-            (top - 1, 0.66),
-            (top + 3, 0.82),
-            (top + 12, 1.0),
+            (top - 7, 0.66),
+            (top - 4, 0.66),
+            (top - 1, 0.78),
+            (top + 3, 0.93),
+            (top + 12, 1.02),
             (top + 20, 1.0),
             (top + 26, 1.14),
         ],

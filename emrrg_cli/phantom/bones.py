@@ -7,8 +7,9 @@ import math
 import numpy as np
 
 from emrrg_cli.phantom.anatomy import Thorax
-from emrrg_cli.phantom.grid import F32, ball, ramp, root
+from emrrg_cli.phantom.grid import F32, ball, generator, noise, ramp, root
 from emrrg_cli.phantom.ink import Ink
+from emrrg_cli.phantom.parameters import Case
 
 _CORTEX = 0.32  # attenuation of a cm of cortical bone beyond that of a cm of soft tissue
 
@@ -25,27 +26,49 @@ def ribs(thorax: Thorax) -> F32:
     side). A rib falls steadily with p, so one ray meets the cage twice: at the back, and lower down the rib at the
     front. Where the wall runs along the ray, at the side, its path in bone is long.
     """
-    a, grid = thorax.case.anatomy, thorax.grid
+    case, grid = thorax.case, thorax.grid
+    a, extra = case.anatomy, case.distractors
     across = np.clip(thorax.outwards / (thorax.half_width + 0.35), 0, 1)
     # sin p is `across`.
     cosine = np.sqrt(1 - across * across)
     # The path through a curved shell, limited by the thickness of the shell.
-    slant = 1 / np.maximum(cosine, 0.19)
+    slant = 1 / np.maximum(cosine, 0.22)
     size = a.thorax_half_width / 13.9
     # At the back the rib leaves the spine almost level; at the front it drops faster.
     back = (4.6 * size) * (1 - cosine) - (1.8 * size) * across * cosine
     front = (4.6 * size) + (5.2 * size) * cosine
     inside = (across < 1).astype(np.float32)
-    ink = _bands(thorax, back, 0.62 * size, count=11)
-    # Bone ends at the front where cartilage, which does not show, begins: further out with every rib.
+    each = rib_shapes(case)
+    thick: F32 | float = 0.74 * size
+    if extra.rib_callus:
+        here = np.exp(-(((across - 0.72) * (1 / 0.06)) ** 2)) * thorax.on(extra.rib_callus)
+        thick = thick * (1 + 0.5 * here)
+    ink = _bands(thorax, back, thick, across, each)
+    if extra.rib_callus:
+        ink *= 1 + 0.9 * here * (np.abs(grid.y - back - a.apex - extra.callus_rib * a.rib_spacing) < 1.4)
+    # Bone ends at the front where cartilage begins, further out with every rib; it shows where it is calcified.
     end = 2.6 + 0.42 * np.clip(grid.y - a.apex - 3, 0, 12)
-    fade = ramp(thorax.outwards - end, 0, 0.6)
-    ink += _bands(thorax, front, 0.78 * size, count=8, first=0.6) * fade * 0.42
+    fade = ramp(thorax.outwards - end, 0, 0.5)
+    if extra.cartilage:
+        spots = np.maximum(noise(generator(case.texture_seed, 3), grid, (60, 0.8), (130, 0.5)), 0)
+        fade = fade + (1 - fade) * (thorax.outwards > 1.8) * spots * extra.cartilage
+    ink += _bands(thorax, front, 0.86 * size, across, each[::-1], count=8, first=0.6) * fade * 0.55
     result: F32 = ink * slant * inside * (0.088 * a.rib_density)
     return result
 
 
-def _bands(thorax: Thorax, fall: F32, half_height: float, count: int, first: float = 0.0) -> F32:
+def rib_shapes(case: Case) -> F32:
+    """How each rib differs from a regular one, `[2, 3, 24]`: back and front; offset, slope, relative thickness; the
+    right side's ribs, then the left's."""
+    rng = generator(case.texture_seed, 2)
+    spread = np.array([0.055, 0.13, 0.12])[None, :, None]
+    shapes: F32 = (np.clip(rng.standard_normal((2, 3, 24)), -2, 2) * spread).astype(np.float32)
+    return shapes
+
+
+def _bands(
+    thorax: Thorax, fall: F32, half_height: F32 | float, across: F32, each: F32, count: int = 11, first: float = 0.0
+) -> F32:
     """Bands of all ribs of one wall: 1 in the middle, more at the cortical edges."""
     a = thorax.case.anatomy
     start = a.apex + 0.3 + 0.6 * a.rib_phase
@@ -53,12 +76,17 @@ def _bands(thorax: Thorax, fall: F32, half_height: float, count: int, first: flo
     # Upper ribs stand closer.
     level = level * 1.18 - 0.012 * level * np.abs(level)
     number = np.round(level)
-    away = np.abs(level - number) * (a.rib_spacing / 1.12)
-    soft = max(0.1, thorax.grid.pixel * 0.6)
-    inside = np.clip((half_height - away) / soft + 0.5, 0, 1)
-    cortex = np.maximum(1 - np.abs(away - (half_height - 0.14)) * (1 / 0.17), 0)
+    rib = (np.clip(number, 0, 11) + 12 * thorax.is_left).astype(np.intp)
+    offset, slope, thickness = each[0]
+    shift = offset[rib] + slope[rib] * (across - 0.6)
+    away = np.abs(level - number - shift) * (a.rib_spacing / 1.12)
+    half_height = half_height * (1 + thickness)[rib]
+    soft = max(0.06, thorax.grid.pixel * 0.6)
+    inside = np.clip((half_height - away) * (1 / soft) + 0.5, 0, 1)
+    cortex = np.maximum(1 - np.abs(away - (half_height - 0.12)) * (1 / max(0.14, thorax.grid.pixel)), 0)
     there = ((number >= first) & (number <= count - 1)).astype(np.float32)
-    return (inside * 0.8 + cortex * 0.75) * there
+    bands: F32 = (inside * 0.85 + cortex * 0.55) * there
+    return bands
 
 
 def spine(thorax: Thorax) -> F32:
@@ -83,7 +111,9 @@ def spine(thorax: Thorax) -> F32:
     process = _spots(across, place - 0.8, 0.12, 0.24)
     transverse = ramp(1.9 - np.abs(across), 0, 0.3) * np.maximum(1 - np.abs(place - 0.36) * 6, 0)
     bone = np.zeros(grid.shape, np.float32)
-    bone[:, at] = (vertebrae * 0.62 + pedicle * 0.3 + process * 0.34 + transverse * 0.16) * 0.62
+    bone[:, at] = (vertebrae * 0.62 + pedicle * 0.3 + process * 0.34 + transverse * 0.16) * (
+        0.62 * ramp(grid.rows - a.apex, -14, 6)
+    )
     return bone
 
 
@@ -138,8 +168,8 @@ def shoulders(thorax: Thorax, ink: Ink) -> F32:
         for (px, py), (qx, qy), radius in borders:
             ink.line(*_bow(side * px, py, side * qx, qy, 0.06 * side), radius, _CORTEX)
         head = (side * (w + 3.4), a.apex + 4.4)
-        shell = ball(grid, *head, 2.35, 2.35) - 0.9 * ball(grid, *head, 2.1, 2.1)
-        total += shell * 0.7
+        shell = ball(grid, *head, 2.35, 2.35) - 0.6 * ball(grid, *head, 2.15, 2.15)
+        total += shell * 0.5
         for wall in (-0.95, 0.95):
             ink.line(
                 *_bow(head[0] + wall + side * 0.2, head[1] + 1.6, head[0] + wall + side * 3.2, head[1] + 17, 0.02),

@@ -25,7 +25,16 @@ def devices(thorax: Thorax, ink: Ink) -> F32:
     return total
 
 
-def _through(points: list[tuple[float, float]], n: int = 60) -> tuple[F32, F32]:
+def tip_height(d: Device) -> float:
+    """y of the end of a tube or line, cm from the carina; a nasogastric tube's only if it ends in the oesophagus."""
+    if d.kind == "endotracheal tube":
+        return 1.2 if d.misplaced else -4.5 + 1.5 * d.wander
+    if d.kind == "nasogastric tube":
+        return 6.5 + 1.5 * d.wander
+    return 7.6 + d.wander if d.misplaced else 2.6 + 1.2 * d.wander
+
+
+def through(points: list[tuple[float, float]], n: int = 60) -> tuple[F32, F32]:
     """A smooth path through points (x, y), `[n]` each; runs along the points, so it may turn back."""
     at = np.linspace(0, len(points) - 1, n, dtype=np.float32)
     x = curve(at, [(float(i), p[0]) for i, p in enumerate(points)])
@@ -34,28 +43,36 @@ def _through(points: list[tuple[float, float]], n: int = 60) -> tuple[F32, F32]:
 
 
 def _endotracheal_tube(ink: Ink, thorax: Thorax, d: Device) -> None:
-    """Two faint walls and the radio-opaque stripe, ending 3 to 6 cm above the carina."""
-    shift = thorax.case.anatomy.rotation
-    tip, top = -4.5 + 1.5 * d.wander, thorax.case.anatomy.apex - 12
-    x, y = _through([(0.25 * d.wander, top), (0.1, -9), (0.15 * d.wander + shift, tip)])
+    """Two faint walls and the radio-opaque stripe, ending 3 to 6 cm above the carina or in the right main bronchus."""
+    shift, top = thorax.case.anatomy.rotation, thorax.case.anatomy.apex - 12
+    tip = tip_height(d)
+    end = [(-0.2 + shift, -0.6), (-1.7 + shift, tip)] if d.misplaced else [(0.15 * d.wander + shift, tip)]
+    x, y = through([(0.25 * d.wander, top), (0.1, -9), *end])
     ink.line(x - 0.42, y, 0.09, 2.2)
     ink.line(x + 0.42, y, 0.12, 5.0)
 
 
 def _nasogastric_tube(ink: Ink, thorax: Thorax, d: Device) -> None:
-    """Down the oesophagus, under the left diaphragm, into the stomach."""
+    """Down the oesophagus, under the left diaphragm, into the stomach, unless it ends above."""
     shift, dome = thorax.case.anatomy.rotation, thorax.dome["left"]
-    x, y = _through(
-        [(-0.2, thorax.case.anatomy.apex - 12), (0.5 + 0.2 * d.wander, -4), (0.6 + shift, 4), (1.3 + shift, dome - 1.5),
-         (3.2, dome + 2.5), (5.6 + d.wander, dome + 4.6), (6.5 + d.wander, dome + 6.5)]
-    )  # fmt: skip
+    path = [(-0.2, thorax.case.anatomy.apex - 12), (0.5 + 0.2 * d.wander, -4), (0.6 + shift, 4)]
+    if d.misplaced:
+        path += [(0.8 + shift, tip_height(d))]
+    else:
+        path += [
+            (1.3 + shift, dome - 1.5),
+            (3.2, dome + 2.5),
+            (5.6 + d.wander, dome + 4.6),
+            (6.5 + d.wander, dome + 6.5),
+        ]
+    x, y = through(path)
     ink.line(x, y, 0.14, 5.5)
 
 
 def _central_line(ink: Ink, thorax: Thorax, d: Device) -> None:
-    """From the neck or under the clavicle into the superior vena cava."""
+    """From the neck or under the clavicle into the superior vena cava, or on into the right atrium."""
     a = thorax.case.anatomy
-    tip = (-2.1 + a.rotation, 3.2 + 1.5 * d.wander)
+    tip = (-2.1 + a.rotation, tip_height(d))
     neck = d.wander > 0
     if d.side == "right":
         start = (
@@ -69,7 +86,7 @@ def _central_line(ink: Ink, thorax: Thorax, d: Device) -> None:
             if neck
             else [(13.5, -1.5), (9.5, a.apex + 2.2), (5, a.apex + 3.0), (0.6, -3.6)]
         )
-    x, y = _through([*start, (-1.9 + a.rotation, -0.8), tip])
+    x, y = through([*start, (-1.9 + a.rotation, -0.8), tip])
     ink.line(x, y, 0.13, 6.5)
 
 
@@ -93,7 +110,7 @@ def _pacemaker(ink: Ink, thorax: Thorax, d: Device) -> F32:
         [(-2.6, 5.5), (-3.2, 7.8), (-2.0, 7.2), (-1.4, 5.6)],
         [(-2.3, 6), (-0.8, base - 2.2), (2.2, base - 1.6), (apex_x, base - 1.9)],
     ):
-        x, y = _through([*enter, *end], 90)
+        x, y = through([*enter, *end], 90)
         ink.line(x, y, 0.1, 6.0)
         ink.line(x[-4:], y[-4:], 0.16, 7.0)
     return box * 2.2

@@ -6,10 +6,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from emrrg_cli.phantom.anatomy import Thorax
-from emrrg_cli.phantom.grid import F32, ball, curve, noise, ramp, root
+from emrrg_cli.phantom.anatomy import Thorax, fluid_level
+from emrrg_cli.phantom.grid import F32, Grid, ball, curve, noise, ramp, root
 from emrrg_cli.phantom.ink import Ink
-from emrrg_cli.phantom.parameters import SIDES, Atelectasis, Consolidation, Effusion, Nodule, Pneumothorax, Zone, sign
+from emrrg_cli.phantom.parameters import (
+    SIDES,
+    Atelectasis,
+    Case,
+    Consolidation,
+    Effusion,
+    Nodule,
+    Pneumothorax,
+    Zone,
+    sign,
+)
 from emrrg_cli.phantom.vessels import hilum
 
 # Height of the zones' centres: 0 at the apex, 1 at the dome of the diaphragm.
@@ -52,14 +62,18 @@ def diseased(thorax: Thorax, rng: np.random.Generator) -> Lungs:
 
 def place(thorax: Thorax, side: float, zone: Zone, across: float, along: float = 0.5) -> tuple[float, float]:
     """A point in a zone of a lung, cm: `across` 0 at the mediastinum to 1 at the chest wall, `along` top to bottom."""
-    a = thorax.case.anatomy
-    dome = thorax.dome["right" if side < 0 else "left"]
-    y = a.apex + (_ZONE_HEIGHT[zone] + (along - 0.5) * 0.26) * (dome - a.apex)
+    y = height_of(thorax.case, thorax.dome["right" if side < 0 else "left"], zone, along)
     outer = thorax.width_at(y) - 1.2
     inner = 3.4
     if side > 0:  # the heart takes the inner part of the left lower zone
         inner = max(inner, min(thorax.heart_span[1] * ramp_scalar(y, 3, 9), outer - 2.5))
     return side * (inner + across * (outer - inner)), y
+
+
+def height_of(case: Case, dome: float, zone: Zone, along: float) -> float:
+    """y of a place in a zone, cm, in a lung that reaches from the apex to its `dome`."""
+    apex = case.anatomy.apex
+    return apex + (_ZONE_HEIGHT[zone] + (along - 0.5) * 0.26) * (dome - apex)
 
 
 def ramp_scalar(value: float, low: float, high: float) -> float:
@@ -93,14 +107,7 @@ def _consolidation(lungs: Lungs, thorax: Thorax, c: Consolidation, rng: np.rando
     """A fluffy area without a sharp edge; bronchi stay open in it as dark branches."""
     grid, s = thorax.grid, sign(c.side)
     x, y = place(thorax, s, c.zone, 0.5)
-    cloud = np.zeros(grid.shape, np.float32)
-    for _ in range(9):
-        cx, cy = x + rng.normal(0, 0.5) * c.radius, y + rng.normal(0, 0.5) * c.radius
-        rx, ry = c.radius * rng.uniform(0.4, 0.85), c.radius * rng.uniform(0.35, 0.75)
-        away = ((grid.x - cx) * (1 / rx)) ** 2 + ((grid.y - cy) * (1 / ry)) ** 2
-        cloud += np.exp(-away)
-    patchy = 1 + noise(rng, grid, (18, 0.4), (50, 0.22))
-    cover = (1 - np.exp((-0.62) * cloud * np.clip(patchy, 0.35, 2))) * thorax.on(c.side)
+    cover = cloud(grid, x, y, c.radius, rng) * thorax.on(c.side)
     ink = Ink(grid)
     hx, hy = hilum(thorax.case, c.side)
     heading = np.arctan2(y - hy, x - hx)
@@ -116,6 +123,17 @@ def _consolidation(lungs: Lungs, thorax: Thorax, c: Consolidation, rng: np.rando
     lungs.aeration *= 1 - c.density * cover
     lungs.tissue -= ink.total() * cover * 1.4
     lungs.vessels *= 1 - (0.8 * c.density) * cover
+
+
+def cloud(grid: Grid, x: float, y: float, radius: float, rng: np.random.Generator) -> F32:
+    """A patchy area around a point, 0 to 1, `[h, w]`."""
+    total = np.zeros(grid.shape, np.float32)
+    for _ in range(9):
+        cx, cy = x + rng.normal(0, 0.5) * radius, y + rng.normal(0, 0.5) * radius
+        rx, ry = radius * rng.uniform(0.4, 0.85), radius * rng.uniform(0.35, 0.75)
+        total += np.exp(-(((grid.x - cx) * (1 / rx)) ** 2) - ((grid.y - cy) * (1 / ry)) ** 2)
+    patchy = np.clip(1 + noise(rng, grid, (18, 0.4), (50, 0.22)), 0.35, 2)
+    return 1 - np.exp((-0.62) * total * patchy)
 
 
 def _nodule(lungs: Lungs, thorax: Thorax, n: Nodule) -> None:
@@ -155,10 +173,9 @@ def _atelectasis(lungs: Lungs, thorax: Thorax, a: Atelectasis, rng: np.random.Ge
 
 def _effusion(lungs: Lungs, thorax: Thorax, e: Effusion, rng: np.random.Generator) -> None:
     """Fluid: a level that climbs along the chest wall, dense below, thinning upwards."""
-    grid, a = thorax.grid, thorax.case.anatomy
+    grid = thorax.grid
     outer = thorax.outwards / thorax.half_width
-    # Its level in the middle of the hemithorax, from below the costophrenic angle up.
-    height = thorax.angle + 0.2 - e.level * 0.8 * a.lung_height
+    height = fluid_level(thorax.case, e.level)
     climb = 1.4 + 3.2 * min(e.level, 0.5) + 1.0 * e.level
     level = height - climb * (outer**5) - 0.8 * np.maximum(0.35 - outer, 0)
     depth = grid.y - level

@@ -53,6 +53,12 @@ class Grid:
         column = (x + self.middle(film_y) - self.left_edge) * (1 / self.pixel)
         return column, (film_y - self.top_edge) * (1 / self.pixel)
 
+    def place(self, column: F32, row: F32) -> tuple[F32, F32]:
+        """Points of the patient at these columns and rows, cm: the inverse of `pixels`."""
+        film_x, film_y = self.left_edge + column * self.pixel, self.top_edge + row * self.pixel
+        x = film_x - self.middle(film_y)
+        return x, film_y + self.tilt * x
+
     def window(self, x0: float, x1: float, y0: float, y1: float) -> tuple[slice, slice]:
         """Rows and columns that hold a box of the patient (cm), with a little around it."""
         y = np.linspace(y0, y1, 5, dtype=np.float32)
@@ -154,6 +160,11 @@ def resized(image: F32, height: int, width: int) -> F32:
     """Bicubic to `[height, width]`."""
     picture = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(picture, dtype=np.float32)
+
+
+def generator(seed: int, *index: int) -> np.random.Generator:
+    """The random stream of one thing: a pure function of its numbers."""
+    return np.random.Generator(np.random.PCG64([seed, *index]))
 
 
 def noise(rng: np.random.Generator, grid: Grid, *layers: tuple[int, float]) -> F32:

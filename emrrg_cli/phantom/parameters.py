@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 Side = Literal["right", "left"]
@@ -13,6 +13,9 @@ View = Literal["PA", "AP"]
 Amount = Literal["small", "moderate", "large"]
 Severity = Literal["mild", "moderate", "severe"]
 DeviceKind = Literal["endotracheal tube", "central line", "pacemaker", "nasogastric tube"]
+
+# Grows when the same seed gives other films or reports than before.
+DRAWING = 2
 
 LABELS: tuple[str, ...] = (
     "atelectasis",
@@ -57,18 +60,19 @@ class Pneumothorax:
 
 @dataclass(frozen=True)
 class Consolidation:
-    """Airspace opacity; `radius` of the area, `density` 0 to 1 (1: no air is left)."""
+    """Airspace opacity; `radius` of the area, `density` 0 to 1 (1: no air is left), `depth` as a nodule's."""
 
     side: Side
     zone: Zone
     radius: float
     density: float
     subtle: bool
+    depth: float = 0.5
 
 
 @dataclass(frozen=True)
 class Nodule:
-    """A ball of soft tissue at (`across`, `along`): fractions of the zone's width and height."""
+    """A ball of soft tissue at (`across`, `along`, `depth`): fractions of the zone's width, height, front to back."""
 
     side: Side
     zone: Zone
@@ -76,6 +80,7 @@ class Nodule:
     across: float
     along: float
     subtle: bool
+    depth: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -99,11 +104,16 @@ class Atelectasis:
 
 @dataclass(frozen=True)
 class Device:
-    """`side` is where a central line or a pacemaker enters; None for tubes in the midline."""
+    """`side` is where a central line or a pacemaker enters; None for tubes in the midline.
+
+    A misplaced endotracheal tube ends in the right main bronchus, a nasogastric tube in the oesophagus, a central line
+    in the right atrium.
+    """
 
     kind: DeviceKind
     side: Side | None
     wander: float
+    misplaced: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,6 +143,20 @@ class Findings:
             "support_device": self.devices,
         }
         return {label for label, value in present.items() if value}
+
+
+@dataclass(frozen=True)
+class Distractors:
+    """What is on a film, may be taken for a finding, and is none. Absent where None, 0 or empty."""
+
+    skin_fold: Side | None = None  # an edge like a pleural line, with vessels beyond it
+    skin_fold_at: float = 0.5  # 0 near the mediastinum to 1 at the chest wall
+    nipples: float = 0.0  # thickness, cm
+    granuloma: Side | None = None  # a small calcified node in the lung
+    calcified_nodes: Side | None = None  # in a hilum
+    rib_callus: Side | None = None  # an old fracture
+    callus_rib: int = 5
+    cartilage: float = 0.0  # how much of the first ribs' cartilage is calcified, 0 to 1
 
 
 @dataclass(frozen=True)
@@ -166,7 +190,7 @@ class Anatomy:
 class Film:
     """How the exposure was made."""
 
-    view: View
+    view: View | Literal["LATERAL"]
     field: float  # side of the square film
     shift_x: float
     shift_y: float
@@ -176,17 +200,28 @@ class Film:
     noise: float
     blur: float  # mm
     collimation: tuple[float, float, float, float]  # border at left, top, right, bottom, fraction of the side
-    marker: bool
+    equalise: float  # how far large-scale differences of density are evened out, 0 to 1
+    marker: str  # lead letters; empty: none
+    marker_x: float  # their place, fraction of the side
+    marker_y: float
+    marker_turn: float  # radians
 
 
 @dataclass(frozen=True)
 class Case:
-    """One synthetic study: who, what, and how it was taken."""
+    """One synthetic study: who, what, and how the frontal film and, if there is one, the lateral film were taken."""
 
     anatomy: Anatomy
     film: Film
     findings: Findings
-    texture_seed: int = field(default=0)
+    texture_seed: int = 0
+    distractors: Distractors = Distractors()
+    lateral: Film | None = None
+
+    @property
+    def films(self) -> tuple[Film, ...]:
+        """Frontal, then lateral."""
+        return (self.film,) if self.lateral is None else (self.film, self.lateral)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -12,6 +12,7 @@ from emrrg_cli.phantom.parameters import (
     Atelectasis,
     Consolidation,
     Device,
+    Distractors,
     Edema,
     Effusion,
     Nodule,
@@ -142,9 +143,9 @@ class Phrases:
             self.pick(
                 (
                     f"{how} {kind} edema",
-                    f"{how} {kind} edema with perihilar haze",
+                    f"{how} {kind} edema with indistinct perihilar vessels",
                     f"vascular congestion with {how} {kind} edema",
-                    f"bilateral perihilar haze consistent with {how} {kind} edema",
+                    f"indistinct pulmonary vessels consistent with {how} {kind} edema",
                 )
             ),
             subtle=found.subtle,
@@ -181,6 +182,8 @@ class Phrases:
 
     def device(self, found: Device) -> str:
         """A sentence without its full stop: what it is and where it ends."""
+        if found.misplaced:
+            return self.misplaced(found)
         if found.kind == "endotracheal tube":
             height = round(4.5 - 1.5 * found.wander)
             return self.pick(
@@ -214,3 +217,37 @@ class Phrases:
                 f"There is a dual-lead pacemaker on the {found.side}",
             )
         )
+
+    def misplaced(self, found: Device) -> str:
+        """A sentence without its full stop: a tube or line that does not end where it should."""
+        if found.kind == "endotracheal tube":
+            return self.pick(
+                (
+                    "The endotracheal tube terminates in the right main bronchus and should be withdrawn",
+                    "The tip of the endotracheal tube lies in the right main bronchus",
+                )
+            )
+        if found.kind == "nasogastric tube":
+            return self.pick(
+                (
+                    "The nasogastric tube ends in the esophagus and should be advanced",
+                    "The tip of the enteric tube projects over the distal esophagus",
+                )
+            )
+        return self.pick(
+            (
+                f"A {found.side}-sided central line extends into the right atrium",
+                f"The tip of the {found.side} central venous catheter projects over the right atrium",
+            )
+        )
+
+    def distractors(self, found: Distractors) -> list[str]:
+        """Sentences without their full stop about what is no finding; each is mentioned half of the time."""
+        options: list[tuple[object, tuple[str, ...]]] = [
+            (found.skin_fold, (f"A skin fold overlies the {found.skin_fold} chest",)),
+            (found.nipples, ("Nipple shadows project over the lung bases", "Nipple shadows are seen bilaterally")),
+            (found.granuloma, (f"Calcified granuloma in the {found.granuloma} lung",)),
+            (found.calcified_nodes, (f"Calcified {found.calcified_nodes} hilar lymph nodes",)),
+            (found.rib_callus, (f"Old healed {found.rib_callus} rib fracture",)),
+        ]
+        return [self.pick(texts) for present, texts in options if present and self.chance(0.5)]

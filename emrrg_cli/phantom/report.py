@@ -59,7 +59,7 @@ class _Writer:
         heart = [*self.heart(), *self.mediastinum()]
         lungs, pleura = self.lungs(), self.pleura()
         body = heart + lungs + pleura if self.chance(0.55) else lungs + pleura + heart
-        body += self.denials() + self.bones()
+        body += self.denials() + [f"{text}." for text in self.words.distractors(self.case.distractors)] + self.bones()
         devices = [f"{self.words.device(d)}." for d in self.found.devices]
         body = devices + body if self.chance(0.6) else body + devices
         return Report(" ".join(self.technique() + body), " ".join(self.impression()))
@@ -89,8 +89,14 @@ class _Writer:
         )
 
     def technique(self) -> list[str]:
-        if not self.chance(0.4):
+        if not self.chance(0.6 if self.case.lateral else 0.4):
             return []
+        if self.case.lateral:
+            return [
+                self.pick(
+                    ("PA and lateral views of the chest.", "Frontal and lateral views.", "Two views of the chest.")
+                )
+            ]
         if self.case.film.view == "AP":
             return [self.pick(("Portable AP view of the chest.", "Single AP view of the chest.", "AP radiograph."))]
         return [self.pick(("PA view of the chest.", "Single frontal view of the chest.", "PA radiograph."))]
@@ -99,7 +105,7 @@ class _Writer:
         if self.found.cardiomegaly:
             return [f"{self.words.large_heart(self.found.cardiomegaly)}."]
         if self.found.ctr - (0.04 if self.case.film.view == "AP" else 0) > 0.472:
-            return [self.pick(("Heart size is at the upper limits of normal.", "The heart is borderline in size."))]
+            return [self.pick(("Heart size is at the upper limits of normal.", "The heart size is top normal."))]
         return [
             self.pick(
                 (
@@ -200,7 +206,7 @@ class _Writer:
         return self.pick(forms)
 
     def bones(self) -> list[str]:
-        if not self.chance(0.5):
+        if self.case.distractors.rib_callus or not self.chance(0.5):
             return []
         return [
             self.pick(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from emrrg_cli.phantom.parameters import (
     Consolidation,
     Device,
     DeviceKind,
+    Distractors,
     Edema,
     Effusion,
     Film,
@@ -49,11 +50,6 @@ _STORIES: tuple[tuple[str, float], ...] = (
 )
 
 
-def generator(seed: int, *index: int) -> np.random.Generator:
-    """The random stream of one thing: a pure function of its numbers."""
-    return np.random.Generator(np.random.PCG64([seed, *index]))
-
-
 def draw_case(rng: np.random.Generator) -> Case:
     """One study."""
     names, weights = zip(*_STORIES, strict=True)
@@ -61,7 +57,16 @@ def draw_case(rng: np.random.Generator) -> Case:
     view: View = "AP" if rng.random() < (0.95 if story == "intensive care" else 0.22) else "PA"
     draw = _Draw(rng, view)
     findings = draw.findings(story)
-    return Case(draw.anatomy(), draw.film(), findings, texture_seed=int(rng.integers(2**31)))
+    # Bedside films are single ones.
+    two = view == "PA" and draw.chance(0.55)
+    return Case(
+        draw.anatomy(),
+        draw.film(view),
+        findings,
+        texture_seed=int(rng.integers(2**31)),
+        distractors=draw.distractors(),
+        lateral=draw.film("LATERAL") if two else None,
+    )
 
 
 class _Draw:
@@ -218,7 +223,9 @@ class _Draw:
             return found
         side, zone = place
         density = self.between(0.45, 0.95)
-        one = Consolidation(side, zone, self.between(2.6, 4.4), density, subtle=density < 0.58)
+        one = Consolidation(
+            side, zone, self.between(2.6, 4.4), density, subtle=density < 0.58, depth=self.between(0.2, 0.8)
+        )
         return replace(found, consolidations=(*found.consolidations, one))
 
     def with_nodule(self, found: Findings) -> Findings:
@@ -227,7 +234,8 @@ class _Draw:
             return found
         side, zone = place
         size = int(self.rng.integers(9, 30))
-        nodule = Nodule(side, zone, size, self.between(0.2, 0.8), self.between(0.25, 0.75), subtle=size < 13)
+        across, along, depth = (self.between(0.2, 0.8) for _ in range(3))
+        nodule = Nodule(side, zone, size, across, along, subtle=size < 13, depth=depth)
         return replace(found, nodule=nodule)
 
     def with_atelectasis(self, found: Findings) -> Findings:
@@ -247,7 +255,8 @@ class _Draw:
             side = self.pick(SIDES, (0.7, 0.3))
         elif kind == "pacemaker":
             side = self.pick(SIDES, (0.15, 0.85))
-        return replace(found, devices=(*found.devices, Device(kind, side, self.between(-1, 1))))
+        misplaced = kind != "pacemaker" and self.chance(0.15)
+        return replace(found, devices=(*found.devices, Device(kind, side, self.between(-1, 1), misplaced)))
 
     def free_place(self, weights: tuple[float, float, float]) -> tuple[Side, Zone] | None:
         """A side and a zone where nothing is yet."""
@@ -265,10 +274,10 @@ class _Draw:
         female = self.chance(0.48)
         size = self.about(0.96 if female else 1.03, 0.05)
         supine = self.view == "AP"
-        wide = self.about(13.9, 0.5) * size
-        apex = self.about(-9.3, 0.5) * size
-        height = (self.about(27.0, 1.1) - (2.6 if supine else 0)) * size
-        right = apex + height - (self.about(4.3, 0.5) + (0.5 if supine else 0)) * size
+        wide = self.about(13.8, 0.8) * size
+        apex = self.about(-9.3, 0.6) * size
+        height = (self.about(26.6, 1.7) - (2.6 if supine else 0)) * size
+        right = apex + height - (self.about(4.3, 0.7) + (0.5 if supine else 0)) * size
         fat = self.between(0, 1) ** 2
         r = round
         return Anatomy(
@@ -278,16 +287,16 @@ class _Draw:
             dome={"right": r(right, 3), "left": r(right + self.about(1.1, 0.45), 3)},
             depth=r((self.about(20.5, 1.2) + 5 * fat) * size, 3),
             body_half_width=r(wide + 2.2 + 3.0 * fat + self.between(0, 0.8), 3),
-            tilt=self.about(0, 0.02 if supine else 0.012),
-            rotation=self.about(0, 0.45 if supine else 0.22),
-            bend=self.about(0, 0.35),
+            tilt=self.about(0, 0.045 if supine else 0.025),
+            rotation=self.about(0, 0.8 if supine else 0.45),
+            bend=self.about(0, 0.45),
             heart_slope=self.between(0, 1) if not supine else self.between(0.5, 1),
-            knob=self.about(1.75, 0.18),
+            knob=self.about(1.75, 0.25),
             unfolded=max(0.0, self.about(0.15, 0.3)) + (0.25 if supine else 0),
             lung_density=self.about(0.27, 0.025) + (0.03 if supine else 0),
             rib_phase=self.between(0, 1),
-            rib_spacing=self.about(2.65, 0.12) * size,
-            rib_density=self.about(1.0, 0.16),
+            rib_spacing=self.about(2.85, 0.2) * size,
+            rib_density=self.about(1.05, 0.2),
             breast=self.between(0.8, 3.0) if female else 0.0,
             scapula_over_lung=self.between(1.5, 4.0) if supine else self.between(-1.5, 0.8),
             clavicle_rise=self.about(5.6, 0.9) if not supine else self.about(4.2, 1.0),
@@ -295,21 +304,43 @@ class _Draw:
             vessels=self.about(1.0, 0.15),
         )
 
-    def film(self) -> Film:
+    def distractors(self) -> Distractors:
         supine = self.view == "AP"
+        return Distractors(
+            skin_fold=self.side() if self.chance(0.16 if supine else 0.06) else None,
+            skin_fold_at=self.between(0, 1),
+            nipples=self.between(0.4, 0.9) if self.chance(0.14) else 0.0,
+            granuloma=self.side() if self.chance(0.1) else None,
+            calcified_nodes=self.side() if self.chance(0.08) else None,
+            rib_callus=self.side() if self.chance(0.08) else None,
+            callus_rib=int(self.rng.integers(3, 8)),
+            cartilage=self.between(0.2, 1.0) if self.chance(0.4) else 0.0,
+        )
+
+    def film(self, view: View | Literal["LATERAL"]) -> Film:
+        supine, lateral = view == "AP", view == "LATERAL"
         border = (0.0, 0.0, 0.0, 0.0)
         if self.chance(0.35):
-            border = tuple(self.between(0, 0.045) if self.chance(0.5) else 0.0 for _ in range(4))  # type: ignore[assignment]
+            border = tuple(self.between(0, 0.05) if self.chance(0.5) else 0.0 for _ in range(4))  # type: ignore[assignment]
+        # Letters stand at the patient's side that they name, often with the technologist's initials.
+        left = lateral or self.chance(0.75)
+        initials = self.pick(("", "", "T", " MK", " JD", " PA" if view == "PA" else " EM"))
+        marker = ("L" if left else "R") + initials if self.chance(0.8) else ""
+        x = self.between(0.72, 0.9) - 0.05 * len(initials) if left else self.between(0.03, 0.2)
         return Film(
-            view=self.view,
-            field=self.about(39.5, 1.5) + (1.0 if supine else 0),
-            shift_x=self.about(0, 0.7 if supine else 0.4),
-            shift_y=self.about(4.2, 0.8),
-            lung_grey=self.about(0.215, 0.04) + (0.05 if supine else 0),
-            mediastinum_grey=self.about(0.82, 0.03),
+            view=view,
+            field=self.about(37.0 if lateral else 40.0, 2.2) + (1.0 if supine else 0),
+            shift_x=self.about(0, 1.3 if supine else 0.9),
+            shift_y=self.about(4.0, 1.5),
+            lung_grey=self.about(0.42 if lateral else 0.265, 0.05) + (0.05 if supine else 0),
+            mediastinum_grey=self.about(0.82 if lateral else 0.77, 0.05),
             scatter=self.between(0.25, 0.5) + (0.15 if supine else 0),
             noise=self.between(0.6, 1.4) * (1.4 if supine else 1.0),
-            blur=self.between(0.3, 0.6) + (0.25 if supine else 0),
+            blur=self.between(0.2, 0.5) + (0.2 if supine else 0),
             collimation=border,
-            marker=self.chance(0.65),
+            equalise=self.between(0.05, 0.35 if lateral else 0.5),
+            marker=marker,
+            marker_x=x,
+            marker_y=self.between(0.05, 0.2),
+            marker_turn=self.about(0, 0.2),
         )

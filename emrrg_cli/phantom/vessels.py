@@ -32,24 +32,46 @@ def hilum(case: Case, side: Side) -> tuple[float, float]:
 
 def vessels(thorax: Thorax, rng: np.random.Generator) -> F32:
     """Thickness of the vessels, cm, `[h, w]`; they are drawn everywhere, the lungs decide where they show."""
-    ink, size = Ink(thorax.grid), thorax.case.anatomy.thorax_half_width / 13.9
-    sides = [_trunks(rng, *hilum(thorax.case, side), sign(side), size) for side in SIDES]
-    order = _Branches(*(np.concatenate([getattr(side, f.name) for side in sides]) for f in fields(_Branches)))
-    _draw(order, ink, thorax.grid)
+    size = thorax.case.anatomy.thorax_half_width / 13.9
+    ink = branching(thorax.grid, rng, [(*hilum(thorax.case, side), sign(side)) for side in SIDES], size)
+    return _hila(thorax, ink, rng) + ink.total()
+
+
+def branching(grid: Grid, rng: np.random.Generator, origins: list[tuple[float, float, float]], size: float) -> Ink:
+    """Three orders of vessels from each origin (x, y, direction: 1 fans out towards +x, -1 towards -x)."""
+    ink = Ink(grid)
+    fans = [_trunks(rng, x, y, s, size) for x, y, s in origins]
+    order = _Branches(*(np.concatenate([getattr(fan, f.name) for fan in fans]) for f in fields(_Branches)))
+    _draw(order, ink, grid)
     for children, reach in ((5, 0.55), (4, 0.5)):
         order = _split(order, rng, children, reach)
-        _draw(order, ink, thorax.grid)
-    return ink.total() + _hila(thorax)
+        _draw(order, ink, grid)
+    return ink
 
 
-def _hila(thorax: Thorax) -> F32:
+def _hila(thorax: Thorax, ink: Ink, rng: np.random.Generator) -> F32:
+    """The pulmonary arteries and the veins across them; the bundle as a whole has no sharp edge."""
     total = np.zeros(thorax.grid.shape, np.float32)
+    t = np.linspace(0, 1, 24, dtype=np.float32)
     for side in SIDES:
         s = sign(side)
         x, y = hilum(thorax.case, side)
-        # Squared: a bundle of vessels has no sharp edge of its own.
-        total += 1.5 * ball(thorax.grid, x - s * 0.1, y + 0.2, 1.7, 2.3) ** 2
-        total += 1.3 * ball(thorax.grid, x + s * 0.6, y + 2.6, 1.2, 3.0) ** 2
+        total += 0.9 * ball(thorax.grid, x - s * 0.1, y + 0.2, 1.8, 2.4) ** 2
+        # The descending artery, as wide as a finger, beside the heart; the upper branch; two veins.
+        reach = rng.uniform(0.9, 1.15, 4)
+        for dx, dy, bow, radius in (
+            (1.4, 7.0, 1.1, 0.72),
+            (1.5, -4.2, 0.5, 0.45),
+            (3.6, 3.4, -0.6, 0.36),
+            (3.4, -3.0, 0.3, 0.3),
+        ):
+            scale = reach[0] if radius > 0.5 else reach[1]
+            ink.line(
+                x + s * (-0.7 + dx * t * scale + bow * np.sin(np.pi * t)),
+                y - 0.8 + dy * t * scale,
+                radius * (1 - 0.62 * t) * float(reach[2]),
+                0.4,
+            )
     return total
 
 
@@ -64,7 +86,7 @@ def _trunks(rng: np.random.Generator, x: float, y: float, s: float, size: float)
         y=_f32(y + fan * 0.9 + down * 0.8),
         angle=_f32(angle),
         length=_f32((9.0 + 2.5 * down - 1.5 * (fan < -0.9)) * size * rng.uniform(0.85, 1.1, n)),
-        radius=_f32(0.24 + 0.07 * down + rng.uniform(-0.03, 0.05, n)),
+        radius=_f32(0.25 + 0.08 * down + rng.uniform(-0.04, 0.06, n)),
         # Vessels bow around the hilum: lower ones turn inwards, upper ones straight up.
         turn=_f32(s * fan * 0.28 + rng.normal(0, 0.12, n)),
         wave=_f32(rng.uniform(-0.22, 0.22, n)),

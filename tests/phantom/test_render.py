@@ -10,11 +10,13 @@ from numpy.typing import NDArray
 
 from emrrg_cli.ingest.sources.phantom import synthetic_study
 from emrrg_cli.phantom.anatomy import Thorax, build_thorax
+from emrrg_cli.phantom.grid import generator
 from emrrg_cli.phantom.parameters import (
     Atelectasis,
     Case,
     Consolidation,
     Device,
+    Distractors,
     Edema,
     Effusion,
     Findings,
@@ -24,17 +26,17 @@ from emrrg_cli.phantom.parameters import (
     sign,
 )
 from emrrg_cli.phantom.render import attenuation, case_grid, healthy, render
-from emrrg_cli.phantom.sampling import draw_case, generator
+from emrrg_cli.phantom.sampling import draw_case
 
 SIZE = 128
 SIDES: tuple[Side, Side] = ("right", "left")
 
 
 def _case(index: int = 0, **findings: object) -> Case:
-    """A drawn patient with chosen findings, on a film without border and marker."""
+    """A drawn patient with chosen findings, on a film without border, marker and distractors."""
     case = draw_case(generator(5, index))
-    film = replace(case.film, collimation=(0.0, 0.0, 0.0, 0.0), marker=False)
-    return replace(case, film=film, findings=Findings(**({"ctr": 0.44} | findings)))  # type: ignore[arg-type]
+    film = replace(case.film, collimation=(0.0, 0.0, 0.0, 0.0), marker="")
+    return replace(case, film=film, distractors=Distractors(), findings=Findings(**({"ctr": 0.44} | findings)))  # type: ignore[arg-type]
 
 
 def _seen(case: Case, size: int = SIZE) -> tuple[NDArray[np.float64], Thorax]:

@@ -13,10 +13,11 @@ from PIL import Image
 from emrrg_cli.datasets.directory import Column
 from emrrg_cli.errors import UsageError
 from emrrg_cli.ingest.study import Account, Study
-from emrrg_cli.phantom.parameters import Case
+from emrrg_cli.phantom.grid import generator
+from emrrg_cli.phantom.parameters import Case, Film
 from emrrg_cli.phantom.render import render
 from emrrg_cli.phantom.report import Report, write_report
-from emrrg_cli.phantom.sampling import draw_case, generator
+from emrrg_cli.phantom.sampling import draw_case
 from emrrg_cli.vocabulary import Split
 
 NAME = "phantom"
@@ -55,14 +56,15 @@ class PhantomImage:
 
     name: str
     case: Case
+    film: Film
 
     def render(self, size: int) -> Image.Image:
         """The film, `size` x `size` pixels, mode `L`."""
-        return Image.fromarray(render(self.case, size))
+        return Image.fromarray(render(self.case, size, film=self.film))
 
 
 class PhantomSource:
-    """`count` synthetic studies, one frontal film each.
+    """`count` synthetic studies: a frontal film each, and for some a lateral one.
 
     Args:
         count: Studies.
@@ -101,12 +103,15 @@ class PhantomSource:
                 patient_id=study_id,
                 split=split,
                 image_paths=(),
-                views=(case.film.view,),
+                views=tuple(film.view for film in case.films),
                 findings=report.findings,
                 impression=report.impression,
                 report=report.text,
                 source=self.name,
-                rendered=(PhantomImage(f"{study_id}.png", case),),
+                rendered=tuple(
+                    PhantomImage(f"{study_id}{'-lateral' if film is case.lateral else ''}.png", case, film)
+                    for film in case.films
+                ),
                 extra={"labels": sorted(case.findings.labels()), "parameters": json.dumps(case.as_dict())},
             )
 

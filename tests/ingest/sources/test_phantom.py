@@ -68,11 +68,11 @@ def test_the_directory(tmp_path: Path) -> None:
             case, report = synthetic_study(3, index)
             assert split == split_of(index)
             assert (row["findings"], row["impression"]) == (report.findings, report.impression)
-            assert (row["report"], row["views"]) == (report.text, [case.film.view])
+            assert (row["report"], row["views"]) == (report.text, [film.view for film in case.films])
             assert (row["labels"], row["source"]) == (sorted(case.findings.labels()), "phantom")
             assert json.loads(row["parameters"]) == json.loads(json.dumps(case.as_dict()))
-            image = np.asarray(read_image(row["images"][0]["bytes"]))
-            assert np.array_equal(image, render(case, 64))
+            for image, film in zip(row["images"], case.films, strict=True):
+                assert np.array_equal(np.asarray(read_image(image["bytes"])), render(case, 64, film=film))
 
 
 def test_load_dataset_opens_it(tmp_path: Path) -> None:
