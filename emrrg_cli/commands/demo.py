@@ -53,7 +53,9 @@ def demo(
 
 def _run_steps(steps: Steps, output: Path, count: int, seed: int, epochs: int | None) -> None:
     data, run_dir, scores, reports = (output / name for name in ("data", "run", "scores", "reports"))
-    steps.run("preprocess", "phantom", f"{data}", "--count", f"{count}", "--seed", f"{seed}", "--size", "160")
+    # A second view would double the time of training.
+    films = ("--count", f"{count}", "--seed", f"{seed}", "--size", "160", "--views", "frontal")
+    steps.run("preprocess", "phantom", f"{data}", *films)
 
     from emrrg_cli import demo as work
     from emrrg_cli.console import out

@@ -90,7 +90,7 @@ def _edema(lungs: Lungs, thorax: Thorax, strength: float, rng: np.random.Generat
         away = ((grid.x - (x + sign(side) * 1.6)) * (1 / 6.2)) ** 2 + ((grid.y - (y + 2.5)) * (1 / 8.0)) ** 2
         haze = np.maximum(haze, np.exp(-away))
     patchy = 1 + noise(rng, grid, (14, 0.3), (36, 0.22))
-    lungs.aeration *= np.clip(1 - (0.78 * strength) * haze * np.clip(patchy, 0.3, 1.6) - (0.10 * strength), 0.05, 1)
+    lungs.aeration *= np.clip(1 - airspace_fluid(strength) * haze * np.clip(patchy, 0.3, 1.6), 0.05, 1)
     lungs.vessels *= 1 + 0.6 * strength
     ink = Ink(grid)
     for s in (-1.0, 1.0):
@@ -101,6 +101,11 @@ def _edema(lungs: Lungs, thorax: Thorax, strength: float, rng: np.random.Generat
             ink.line(s * (thorax.width_at(y) - 0.3 - t * rng.uniform(1.2, 2.4)), y - 0.25 * t, 0.11)
     reticular = np.abs(noise(rng, grid, (90, 0.22 * strength)))
     lungs.tissue += ink.total() * (1.0 + strength) + reticular * haze
+
+
+def airspace_fluid(strength: float) -> float:
+    """How much air an edema takes: little while it is interstitial, 0 to 1."""
+    return 0.85 * strength * min(1.0, 0.25 + 0.9 * strength)
 
 
 def _consolidation(lungs: Lungs, thorax: Thorax, c: Consolidation, rng: np.random.Generator) -> None:

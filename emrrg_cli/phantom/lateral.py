@@ -30,7 +30,7 @@ def render_lateral(case: Case, film: Film, height: int, width: int) -> NDArray[n
     seen = lateral_attenuation(profile, rng) + letters(film, grid)
     air = profile.air["right"] + profile.air["left"]
     healthy = (profile.body - air * (1 - case.anatomy.lung_density)) * _SOFT + 0.1
-    dense = (profile.below["left"] > 1.5) & (np.abs(profile.across) < 0.5)
+    dense = (air < 0.1) & (profile.body > 25)
     return expose(seen, healthy, film, grid, air > 0.55 * float(air.max()), dense, rng)
 
 

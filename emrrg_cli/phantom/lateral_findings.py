@@ -6,7 +6,7 @@ import numpy as np
 
 from emrrg_cli.phantom.anatomy import fluid_level
 from emrrg_cli.phantom.devices import through, tip_height
-from emrrg_cli.phantom.disease import Lungs, cloud, height_of
+from emrrg_cli.phantom.disease import Lungs, airspace_fluid, cloud, height_of
 from emrrg_cli.phantom.grid import F32, ball, noise, ramp, root
 from emrrg_cli.phantom.ink import Ink
 from emrrg_cli.phantom.parameters import SIDES, Consolidation, Device, Nodule, Pneumothorax, Side, Zone
@@ -54,7 +54,7 @@ def _edema(lungs: dict[Side, Lungs], profile: Profile, strength: float, rng: np.
     t = np.linspace(0, 1, 24, dtype=np.float32)
     for side in SIDES:
         lung = lungs[side]
-        lung.aeration *= np.clip(1 - (0.72 * strength) * haze * patchy - 0.1 * strength, 0.05, 1)
+        lung.aeration *= np.clip(1 - airspace_fluid(strength) * haze * patchy, 0.05, 1)
         lung.vessels *= 1 + 0.6 * strength
         ink = Ink(grid)
         y = -3 + t * (profile.dome[side] + 2.5)

@@ -40,9 +40,13 @@ def render(case: Case, height: int = 256, width: int | None = None, *, film: Fil
     # Textures come before the noise, whose draws depend on the size: the same lungs at every size.
     rng = generator(case.texture_seed, 1)
     seen = attenuation(thorax, rng) + letters(case.film, grid)
-    lung = (thorax.air > 0.45 * case.anatomy.depth) & (thorax.outwards > 4)
-    dense = (thorax.outwards < 3) & (grid.y > -2) & (grid.y < thorax.dome["right"])
-    return expose(seen, healthy(thorax), case.film, grid, lung, dense, rng)
+    return expose(seen, healthy(thorax), case.film, grid, *reference_pixels(thorax), rng)
+
+
+def reference_pixels(thorax: Thorax) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Pixels of air-filled lung and of the mediastinum, which the exposure is set by, `[h, w]` each."""
+    lung = (thorax.air > 0.45 * thorax.case.anatomy.depth) & (thorax.outwards > 4)
+    return lung, (thorax.outwards < 3) & (thorax.grid.y > -2) & (thorax.grid.y < thorax.dome["right"])
 
 
 def case_grid(case: Case, height: int, width: int) -> Grid:

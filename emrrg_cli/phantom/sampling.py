@@ -59,13 +59,14 @@ def draw_case(rng: np.random.Generator) -> Case:
     findings = draw.findings(story)
     # Bedside films are single ones.
     two = view == "PA" and draw.chance(0.55)
+    anatomy = draw.anatomy()
     return Case(
-        draw.anatomy(),
-        draw.film(view),
+        anatomy,
+        draw.film(view, anatomy),
         findings,
         texture_seed=int(rng.integers(2**31)),
         distractors=draw.distractors(),
-        lateral=draw.film("LATERAL") if two else None,
+        lateral=draw.film("LATERAL", anatomy) if two else None,
     )
 
 
@@ -171,14 +172,14 @@ class _Draw:
     def heart(self, large: bool) -> Findings:
         more = 0.04 if self.view == "AP" else 0.0
         if not large:
-            return Findings(ctr=round(self.between(0.39, 0.485) + more, 4))
+            return Findings(ctr=round(self.between(0.395, 0.496) + more, 4))
         severity = self.pick(_SEVERITIES, (0.45, 0.35, 0.2))
-        low, high = {"mild": (0.545, 0.58), "moderate": (0.585, 0.64), "severe": (0.645, 0.71)}[severity]
+        low, high = {"mild": (0.542, 0.575), "moderate": (0.58, 0.63), "severe": (0.635, 0.71)}[severity]
         return Findings(ctr=round(self.between(low, high) + more, 4), cardiomegaly=severity)
 
     def edema(self) -> Edema:
         severity = self.pick(_SEVERITIES, (0.4, 0.4, 0.2))
-        low, high = {"mild": (0.32, 0.48), "moderate": (0.5, 0.7), "severe": (0.72, 0.95)}[severity]
+        low, high = {"mild": (0.28, 0.45), "moderate": (0.47, 0.68), "severe": (0.7, 0.95)}[severity]
         strength = self.between(low, high)
         return Edema(severity, strength, subtle=strength < 0.4)
 
@@ -272,28 +273,28 @@ class _Draw:
 
     def anatomy(self) -> Anatomy:
         female = self.chance(0.48)
-        size = self.about(0.96 if female else 1.03, 0.05)
+        size = self.about(0.95 if female else 1.03, 0.06)
         supine = self.view == "AP"
-        wide = self.about(13.8, 0.8) * size
+        wide = self.about(13.8, 0.95) * size
         apex = self.about(-9.3, 0.6) * size
-        height = (self.about(26.6, 1.7) - (2.6 if supine else 0)) * size
-        right = apex + height - (self.about(4.3, 0.7) + (0.5 if supine else 0)) * size
+        height = (self.about(26.4, 2.0) - (2.6 if supine else 0)) * size
+        right = apex + height - (self.about(4.4, 0.9) + (0.5 if supine else 0)) * size
         fat = self.between(0, 1) ** 2
         r = round
         return Anatomy(
             thorax_half_width=r(wide, 3),
             lung_height=r(height, 3),
             apex=r(apex, 3),
-            dome={"right": r(right, 3), "left": r(right + self.about(1.1, 0.45), 3)},
+            dome={"right": r(right, 3), "left": r(right + self.about(1.0, 0.75), 3)},
             depth=r((self.about(20.5, 1.2) + 5 * fat) * size, 3),
             body_half_width=r(wide + 2.2 + 3.0 * fat + self.between(0, 0.8), 3),
-            tilt=self.about(0, 0.045 if supine else 0.025),
+            tilt=self.about(0, 0.05 if supine else 0.035),
             rotation=self.about(0, 0.8 if supine else 0.45),
             bend=self.about(0, 0.45),
             heart_slope=self.between(0, 1) if not supine else self.between(0.5, 1),
             knob=self.about(1.75, 0.25),
             unfolded=max(0.0, self.about(0.15, 0.3)) + (0.25 if supine else 0),
-            lung_density=self.about(0.27, 0.025) + (0.03 if supine else 0),
+            lung_density=self.about(0.27, 0.035) + (0.03 if supine else 0),
             rib_phase=self.between(0, 1),
             rib_spacing=self.about(2.85, 0.2) * size,
             rib_density=self.about(1.05, 0.2),
@@ -301,7 +302,7 @@ class _Draw:
             scapula_over_lung=self.between(1.5, 4.0) if supine else self.between(-1.5, 0.8),
             clavicle_rise=self.about(5.6, 0.9) if not supine else self.about(4.2, 1.0),
             bubble=self.between(1.2, 3.0) if self.chance(0.65) else 0.0,
-            vessels=self.about(1.0, 0.15),
+            vessels=self.about(1.05, 0.25),
         )
 
     def distractors(self) -> Distractors:
@@ -317,7 +318,7 @@ class _Draw:
             cartilage=self.between(0.2, 1.0) if self.chance(0.4) else 0.0,
         )
 
-    def film(self, view: View | Literal["LATERAL"]) -> Film:
+    def film(self, view: View | Literal["LATERAL"], a: Anatomy) -> Film:
         supine, lateral = view == "AP", view == "LATERAL"
         border = (0.0, 0.0, 0.0, 0.0)
         if self.chance(0.35):
@@ -329,9 +330,10 @@ class _Draw:
         x = self.between(0.72, 0.9) - 0.05 * len(initials) if left else self.between(0.03, 0.2)
         return Film(
             view=view,
-            field=self.about(37.0 if lateral else 40.0, 2.2) + (1.0 if supine else 0),
-            shift_x=self.about(0, 1.3 if supine else 0.9),
-            shift_y=self.about(4.0, 1.5),
+            # The whole lungs are on the film.
+            field=max(self.about(37.0 if lateral else 40.0, 2.6), round(1.28 * a.lung_height, 4)),
+            shift_x=self.about(0, 1.6 if supine else 1.3),
+            shift_y=round(a.apex + 0.5 * a.lung_height + self.about(0.3, 1.3), 4),
             lung_grey=self.about(0.42 if lateral else 0.265, 0.05) + (0.05 if supine else 0),
             mediastinum_grey=self.about(0.82 if lateral else 0.77, 0.05),
             scatter=self.between(0.25, 0.5) + (0.15 if supine else 0),

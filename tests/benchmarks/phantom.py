@@ -25,7 +25,7 @@ from emrrg_cli.phantom.bones import bones
 from emrrg_cli.phantom.disease import diseased
 from emrrg_cli.phantom.film import expose
 from emrrg_cli.phantom.ink import Ink
-from emrrg_cli.phantom.render import attenuation, case_grid, healthy, render
+from emrrg_cli.phantom.render import attenuation, case_grid, healthy, reference_pixels, render
 from emrrg_cli.phantom.vessels import vessels
 
 
@@ -50,6 +50,7 @@ def stages(size: int, count: int = 40) -> dict[str, float]:
     grids = [case_grid(case, size, size) for case in cases]
     thoraxes = [build_thorax(case, grid) for case, grid in zip(cases, grids, strict=True)]
     seen = [attenuation(thorax, np.random.default_rng(0)) for thorax in thoraxes]
+    lateral = next(case.lateral for case in cases if case.lateral)
     films = [Image.fromarray(render(case, size)) for case in cases]
     each: dict[str, Callable[[int], object]] = {
         "parameters and report": partial(synthetic_study, 0),
@@ -58,8 +59,16 @@ def stages(size: int, count: int = 40) -> dict[str, float]:
         "disease": lambda i: diseased(thoraxes[i], np.random.default_rng(0)),
         "vessels": lambda i: vessels(thoraxes[i], np.random.default_rng(0)),
         "attenuation (bones, disease, vessels and more)": lambda i: attenuation(thoraxes[i], np.random.default_rng(0)),
-        "film": lambda i: expose(seen[i], healthy(thoraxes[i]), thoraxes[i], np.random.default_rng(0)),
+        "film": lambda i: expose(
+            seen[i],
+            healthy(thoraxes[i]),
+            cases[i].film,
+            grids[i],
+            *reference_pixels(thoraxes[i]),
+            np.random.default_rng(0),
+        ),
         "render (anatomy, attenuation, film)": lambda i: render(cases[i], size),
+        "lateral film": lambda i: render(cases[i], size, film=lateral),
         "JPEG": lambda i: encode(films[i], "jpeg", 95),
     }
     return {name: _cpu(stage, count) for name, stage in each.items()}

@@ -103,7 +103,8 @@ def test_stopped_the_same_command_continues_to_the_end(
     assert told.endswith("\nThe same command continues the demo.\n")
     stopped_at, steps = map(int, re.search(r"stopped at step (\d+) of (\d+)", told).groups())  # type: ignore[union-attr]
     assert stopped_at < steps
-    assert "--resume" not in told
+    # Warnings before, as that of a busy machine, may name it.
+    assert "--resume" not in told[told.index("stopped at step") :]
 
     assert main(command) == 0
     assert [line[0] for line in ran] == ["preprocess", "finetune", "finetune", "evaluate", "generate"]

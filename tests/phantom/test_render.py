@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +14,7 @@ from emrrg_cli.ingest.sources.phantom import synthetic_study
 from emrrg_cli.phantom.anatomy import Thorax, build_thorax
 from emrrg_cli.phantom.grid import generator
 from emrrg_cli.phantom.parameters import (
+    DRAWING,
     Atelectasis,
     Case,
     Consolidation,
@@ -198,3 +201,47 @@ def test_everything_is_single_precision() -> None:
         layers = (thorax.air, thorax.body, thorax.heart, healthy(thorax), attenuation(thorax, np.random.default_rng(0)))
         assert {layer.dtype for layer in layers} == {np.dtype(np.float32)}
         assert all(np.isfinite(layer).all() for layer in layers)
+
+
+@pytest.mark.parametrize(
+    "distractors",
+    [
+        Distractors(skin_fold="left"),
+        Distractors(nipples=0.8),
+        Distractors(granuloma="right"),
+        Distractors(calcified_nodes="right"),
+        Distractors(rib_callus="left"),
+        Distractors(cartilage=1.0),
+    ],
+    ids=lambda d: next(name for name, value in vars(d).items() if value and name != "skin_fold_at"),
+)
+def test_a_distractor_is_seen_and_is_no_finding(distractors: Distractors) -> None:
+    plain = _case(2)
+    before, _ = _seen(plain, 256)
+    after, thorax = _seen(replace(plain, distractors=distractors), 256)
+    change = np.abs(after - before)
+    assert np.sort(change.ravel())[-8:].mean() > 10
+    assert change.mean() < 2
+    for side in ("left", "right"):
+        if side in vars(distractors).values():
+            other = SIDES[1 - SIDES.index(side)]
+            assert change[thorax.on(side) > 0].max() > change[thorax.on(other) > 0].max()
+
+
+def test_the_letters_of_the_marker_are_drawn() -> None:
+    case = _case(0)
+    film = replace(case.film, marker="L", marker_x=0.85, marker_y=0.12, marker_turn=0.0)
+    before, after = (render(replace(case, film=film), 256).astype(int) for film in (case.film, film))
+    rows, columns = np.nonzero(after - before > 60)
+    assert len(rows) > 10
+    assert 0.8 < columns.mean() / 256 < 0.92
+    assert 0.05 < rows.mean() / 256 < 0.2
+
+
+def test_the_version_of_the_drawing_goes_with_what_is_drawn() -> None:
+    drawn = json.dumps([(case.as_dict(), report.text) for case, report in (synthetic_study(0, i) for i in range(40))])
+    films = [float(render(synthetic_study(0, i)[0], 32).mean()) for i in range(4)]
+    # Another digest, or other means: DRAWING grows, and the changelog says that films differ.
+    assert DRAWING == 2
+    assert hashlib.sha256(drawn.encode()).hexdigest()[:16] == "718ea3d8d2172b91"
+    assert films == pytest.approx([113.9, 129.3, 112.1, 101.3], abs=0.5)

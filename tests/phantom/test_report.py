@@ -9,6 +9,7 @@ import pytest
 
 from emrrg_cli.datasets.report_text import clean_report
 from emrrg_cli.ingest.sources.phantom import synthetic_study
+from emrrg_cli.labeling import label_report
 from emrrg_cli.phantom.parameters import CTR_LIMIT, LABELS
 from emrrg_cli.phantom.reader import read_labels
 from emrrg_cli.vocabulary import CLEANING_RULES
@@ -109,3 +110,64 @@ def test_reports_are_short_and_compare_with_nothing() -> None:
 )
 def test_reading(text: str, labels: set[str]) -> None:
     assert read_labels(text) == labels
+
+
+# What the rules labeler calls each finding; an airspace opacity is an opacity to it.
+OBSERVATIONS = {
+    "atelectasis": ("Atelectasis",),
+    "cardiomegaly": ("Cardiomegaly",),
+    "consolidation": ("Consolidation", "Lung Opacity", "Pneumonia"),
+    "edema": ("Edema",),
+    "nodule": ("Lung Lesion",),
+    "pleural_effusion": ("Pleural Effusion",),
+    "pneumothorax": ("Pneumothorax",),
+    "support_device": ("Support Devices",),
+}
+
+
+def test_the_rules_labeler_reads_the_same_labels() -> None:
+    hits = said = true = 0
+    for case, report in STUDIES[:600]:
+        labels = label_report(report.text)
+        read = {
+            name
+            for name, observations in OBSERVATIONS.items()
+            if any(labels[observation] in ("positive", "uncertain") for observation in observations)
+        }
+        truth = case.findings.labels()
+        hits, said, true = hits + len(truth & read), said + len(read), true + len(truth)
+    assert 2 * hits / (said + true) > 0.97
+
+
+def test_views_and_misplaced_tips_are_said_as_they_are() -> None:
+    for case, report in STUDIES:
+        text = report.findings.lower()
+        if re.search(r"lateral view|two views", text):
+            assert case.lateral, text
+        if re.search(r"single|portable|ap view|ap radiograph|pa radiograph|pa view", text):
+            assert case.lateral is None, text
+        wrong = {d.kind for d in case.findings.devices if d.misplaced}
+        assert bool(re.search(r"right main bronchus", text)) == ("endotracheal tube" in wrong)
+        assert bool(re.search(r"esophagus", text)) == ("nasogastric tube" in wrong)
+        if "central line" in wrong:
+            assert "right atrium" in text
+    assert 0.3 < sum(case.lateral is not None for case, _ in STUDIES) / COUNT < 0.5
+
+
+def test_distractors_are_named_only_where_they_are_drawn() -> None:
+    words = {
+        "skin_fold": "skin fold",
+        "nipples": "nipple",
+        "granuloma": "granuloma",
+        "calcified_nodes": "lymph node",
+        "rib_callus": "healed",
+    }
+    named = Counter()
+    for case, report in STUDIES:
+        for name, word in words.items():
+            if word in report.text.lower():
+                assert getattr(case.distractors, name), report.text
+                named[name] += 1
+        if "healed" in report.text:
+            assert "intact" not in report.text
+    assert set(named) == set(words)

@@ -27,10 +27,11 @@ def phantom(
     from emrrg_cli.datasets.splits import parse_fractions
     from emrrg_cli.errors import UsageError
     from emrrg_cli.ingest.sources.phantom import PhantomSource
+    from emrrg_cli.phantom.parameters import DRAWING
 
     settings = load_settings(options, "phantom/preprocess")
     if settings.size == "original":
         raise UsageError("a synthetic image has no original size", hint="Set size to a number of pixels.")
     studies = PhantomSource(count, seed=options.seed, fractions=parse_fractions(split), limit=options.limit)
-    record = {"layout": "phantom", "count": count, "split": split}
+    record = {"layout": "phantom", "drawing": DRAWING, "count": count, "split": split}
     run_source(studies, out, options, settings, record, title=f"{count:,} synthetic studies, seed {options.seed}")
