@@ -104,8 +104,6 @@ HELD_OUT = (
     ("No displaced fracture is seen.", "fx-"),
     ("Surgical changes in the right upper lobe.", ""),
     ("Surgical clips project over the left axilla.", "dev+"),
-    ("Plate-like atelectasis at the left base.", "atel+"),
-    ("Fixation plate of the left clavicle.", "dev+"),
     ("Both lungs are clear and expanded.", "opacity- cons-"),
     ("the lungs are free of focal airspace disease . no pneumothorax is seen .", "opacity- ptx-"),
     ("Cardiomediastinal silhouette is mildly enlarged.", "ecm+ heart+"),

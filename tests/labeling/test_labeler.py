@@ -34,6 +34,11 @@ def test_strongest_mention_counts(text: str, expected: str) -> None:
     assert label_report(text)["Pleural Effusion"] == expected
 
 
+def test_plate_like_atelectasis_is_no_device() -> None:
+    assert label_report("Plate-like atelectasis at the left base.")["Support Devices"] is None
+    assert label_report("Fixation plate of the left clavicle.")["Support Devices"] == "positive"
+
+
 def test_order_of_strength() -> None:
     assert stronger(None, "negative") == "negative"
     assert stronger("uncertain", "negative") == "uncertain"
