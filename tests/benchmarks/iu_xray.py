@@ -1,14 +1,22 @@
 """IU X-Ray's whole chain and its ablation: pretrain, align, finetune and evaluate, several rows and seeds, one table.
 
-    python tests/benchmarks/iu_xray.py DATA WORK [--films DIR ...] [--rows X,none,full] [--seeds 1,2,3] [--gpus 4]
+    python tests/benchmarks/iu_xray.py DATA WORK [--films DIR ...] [--rows X,none,full] [--seeds 1,2,3]
+        [--gpus 4] [--each 3] [--minutes 9] [--add 'NAME = KEY=VALUE ...'] [--add 'NAME of ROW = KEY=VALUE ...']
 
-DATA is a dataset directory of IU X-Ray with R2Gen's split (`emrrg preprocess r2gen`), --films are further images for
-stage 1 (folders or dataset directories; none may be of its validation or test studies, which is checked). Scores are
-those of the validation split; --split test is for settings that are settled. The seed covers stage 3, and all stages
-in rows that name a stage. What is done already is not done again, so that a run that was stopped goes on.
+DATA is IU X-Ray in R2Gen's layout (`annotation.json` and `images/`) or a dataset directory of it; --reports names the
+folder with NLMCXR_reports.tgz, for context and views. --films are further images for stage 1 (folders or dataset
+directories; none may be of IU's validation or test studies, which is checked).
 
-WORK/table.md has the mean and the standard deviation over the seeds; each run's directory has the rest.
-`--overrides` are given to every stage 3 run, `--tiny` makes every model a toy, to try the script.
+Rows are in order of worth, and seeds come before rows: one seed of every row, then the next. The seed covers stage 3,
+and all stages in rows that change a stage before. `--add` makes a row of its own: its changes are those of stage 3;
+with `pretrain.` or `align.` before the key, of that stage; `of ROW` decodes the finished runs of that row in another
+way and trains nothing. `--list` shows the rows.
+
+`--minutes 9` makes a call of at most that length: trainings are stopped and resumed by the next call with the same
+arguments, and what is done is not done again. WORK/records.json holds what is done: with it alone, in an empty WORK,
+finished rows are not run again. Scores are those of the validation split. `--test --frozen COMMIT` reads the test split
+instead, once, and only where COMMIT is what is checked out. WORK/table.md has mean and standard deviation over seeds.
+`--tiny` makes every model a toy, to try the script on a CPU (`--gpus 0`).
 """
 
 from __future__ import annotations
@@ -16,238 +24,326 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import queue
+import shlex
+import shutil
 import statistics
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
+from typing import Any
 
-SCORES = ("BLEU_1", "BLEU_4", "ROUGE_L", "METEOR", "CIDEr")
+sys.path.insert(0, str(Path(__file__).parent))
+
+from job_queue import Job, Queue, peak_memory
+
+SCORES = ("BLEU_1", "BLEU_4", "ROUGE_L", "METEOR", "CIDEr", "dealt CIDEr", "F1", "dealt F1", "distinct")
+COSTS = ("trained, millions", "minutes", "peak MiB")
 LORA = ("X", "Z", "dt", "B", "C", "in_proj", "x_proj", "dt_proj", "out_proj", "patch_embed")
-CHANGES = ("rotate", "shift", "scale", "brightness", "contrast")
+AUGMENT = ("rotate", "shift", "scale", "brightness", "contrast")
+ENCODER = "model.encoder.{}=".format
 TOY = (
-    "model.encoder.size=null",
-    "model.encoder.d_model=64",
-    "model.encoder.depth=4",
-    "model.encoder.image_size=128",
-    "data.limit=16",
+    *(ENCODER(key) + value for key, value in (("size", "null"), ("d_model", "64"), ("depth", "4"))),
+    *(ENCODER("image_size") + "128", "data.limit=16", "train.epochs=2", "train.batch_size=8", "train.trackers=[]"),
 )
-TOY_TRAIN = ("train.epochs=1", "train.batch_size=8", "train.trackers=[]")
+TOYS = {
+    "pretrain": (*TOY, "model.decoder_width=64", "train.max_steps=2"),
+    "align": (*TOY, "train.warmup_epochs=0", "model.dim=32"),
+    "finetune": (*TOY, "model.llm.scratch.hidden_size=64", "train.validation_limit=4"),
+}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table: what it changes, and whether a stage before is left out."""
+    """One row of the table.
+
+    Args:
+        changes: `key=value` of stage 3, or with `pretrain.` or `align.` before the key, of that stage.
+        without: stages that are left out.
+        of: the row whose runs are decoded in another way; None: runs of its own.
+    """
 
     name: str
     changes: tuple[str, ...] = ()
-    pretrain: bool = True
-    align: bool = True
+    without: tuple[str, ...] = ()
+    of: str | None = None
+
+    def of_stage(self, stage: str) -> tuple[str, ...]:
+        """The changes of one stage."""
+        others = ("pretrain.", "align.")
+        if stage != "finetune":
+            return tuple(change.removeprefix(f"{stage}.") for change in self.changes if change.startswith(f"{stage}."))
+        return tuple(change for change in self.changes if not change.startswith(others))
 
     @property
-    def seeded_stages(self) -> bool:
-        """Rows about stages 1 and 2 draw these anew for each seed."""
-        return not (self.pretrain and self.align) or self.name == "whole chain"
+    def seeds_all(self) -> bool:
+        """Whether the seed covers stages 1 and 2 too."""
+        earlier = self.without or self.of_stage("pretrain") or self.of_stage("align")
+        return bool(earlier) or self.name == "whole chain"
+
+
+def changed(name: str, *changes: str) -> Row:
+    """A row with changes of its own."""
+    return Row(name, changes)
 
 
 # In order of worth: a session that ends early has the rows that matter.
 ROWS = [
     Row("X"),
-    Row("none", ("model.adapter.targets=none",)),
-    Row("full", ("model.adapter.targets=full", "train.lr_scale.encoder=0.2")),
-    Row("no stage 1", pretrain=False),
-    Row("no stage 2", align=False),
-    Row("no stage 1, no stage 2", pretrain=False, align=False),
+    changed("none", "model.adapter.targets=none"),
+    changed("full", "model.adapter.targets=full", "train.lr_scale.encoder=0.2"),
+    Row("no stage 1", without=("pretrain",)),
+    Row("no stage 2", without=("align",)),
+    changed("hybrid off", "model.hybrid.every=null", "model.visual_prompt=full"),
+    changed("findings in the prompt", "model.findings=true", "model.findings_prompt=true"),
+    changed("indication", "data.context=[indication]"),
+    *(changed(name, f"model.adapter.targets=[{name}]") for name in ("in_proj", "out_proj")),
     Row("whole chain"),
-    Row("hybrid off", ("model.hybrid.every=null", "model.visual_prompt=full")),
-    *(Row(name, (f"model.adapter.targets=[{name}]",)) for name in ("in_proj", "out_proj", *LORA[1:5], *LORA[6:8])),
-    Row("patch_embed", ("model.adapter.targets=[patch_embed]",)),
-    Row("prompt full", ("model.visual_prompt=full",)),
-    Row("views concatenated", ("model.views=concat",)),
-    Row("findings", ("model.findings=true",)),
-    Row("findings, balance", ("model.findings=true", "data.balance=2")),
-    Row("no augmentation", tuple(f"data.augment.{what}=0" for what in CHANGES)),
-    Row("no dropout", ("model.llm.scratch.dropout=0",)),
-    Row("no smoothing", ("train.label_smoothing=0",)),
-    Row("no average", ("train.ema=null",)),
-]
+    Row("no stage 1 or 2", without=("pretrain", "align")),
+    *(changed(name, f"model.adapter.targets=[{name}]") for name in (*LORA[1:5], *LORA[6:8], "patch_embed")),
+    changed("prompt full", "model.visual_prompt=full"),
+    changed("views concatenated", "model.views=concat"),
+    changed("gate from attention", "model.hybrid.gate=attention"),
+    changed("findings", "model.findings=true"),
+    changed("findings and balance", "model.findings=true", "model.findings_prompt=true", "data.balance=2"),
+    changed("self-critical", "train.self_critical={after_epochs: 13}"),
+    changed("no augmentation", *(f"data.augment.{what}=0" for what in AUGMENT)),
+    changed("no dropout", "model.llm.scratch.dropout=0"),
+    changed("no smoothing", "train.label_smoothing=0"),
+    changed("no average", "train.ema=null"),
+    *(
+        Row(f"length {penalty}, {least} tokens", (f"generation.length_penalty={penalty}",
+            f"generation.min_new_tokens={least}"), of="X")
+        for penalty in (1.5, 2.0, 3.0) for least in (30, 40)
+    ),
+]  # fmt: skip
 
 
-@dataclass
+def parse_row(text: str) -> Row:
+    """`NAME = CHANGES` or `NAME of ROW = CHANGES`."""
+    head, sign, changes = text.partition(" = ")
+    name, _, of = head.partition(" of ")
+    if not sign or not name.strip() or not changes.strip():
+        sys.exit(f"--add {text!r} is not 'NAME = KEY=VALUE ...' or 'NAME of ROW = KEY=VALUE ...'")
+    return Row(name.strip(), tuple(shlex.split(changes)), of=of.strip() or None)
+
+
 class Chain:
-    """Runs commands of emrrg, each on one GPU at a time, and remembers what they left."""
+    """The jobs of rows and seeds."""
 
-    work: Path
-    gpus: int
-    tiny: bool
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    made: dict[str, threading.Event] = field(default_factory=dict)
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.work = options, options.work.resolve()
+        self.split = "test" if options.test else "validation"
+        self.jobs: dict[str, Job] = {}
+        data = Path(options.data).resolve()
+        self.data, self.before = data, ()
+        if (data / "annotation.json").is_file():
+            self.data = self.work / "data"
+            reports = ("--reports", str(Path(options.reports).resolve())) if options.reports else ()
+            arguments = ("preprocess", "iu_xray", str(data), str(self.data), "--size", "original", *reports)
+            limit = ("--limit", "16") if options.tiny else ()
+            self.before = (self._add(Job("data", (*arguments, *limit), self.data, weight=1.0)),)
 
-    def run(self, gpu: int, output: Path, *arguments: str) -> Path:
-        """A training run in `output`, continued where it was stopped; other threads that want it wait for it."""
-        with self.lock:
-            first = str(output) not in self.made
-            event = self.made.setdefault(str(output), threading.Event())
-        if not first:
-            event.wait()
-            return output
-        try:
-            if not (output / "done").exists():
-                resume = ["--resume"] if (output / "recipe.yaml").exists() else []
-                began = time.perf_counter()
-                self.emrrg(gpu, [*arguments, "--output", str(output), "--num-processes", "1", *resume], output.name)
-                (output / "done").write_text(f"{time.perf_counter() - began:.1f}\n")
-        finally:
-            event.set()
-        return output
+    def _add(self, job: Job) -> str:
+        self.jobs.setdefault(job.name, job)
+        return job.name
 
-    def emrrg(self, gpu: int, arguments: Sequence[str], name: str) -> None:
-        """One command; its output goes to WORK/logs.
+    def _training(self, stage: str, name: str, changes: Sequence[str], needs: Sequence[str], weight: float) -> str:
+        toys = TOYS[stage] if self.options.tiny else ()
+        recipe = self.options.recipe if stage == "finetune" else f"iu_xray/{stage}"
+        arguments = (stage, recipe, *changes[:1], *toys, *changes[1:])
+        return self._add(Job(name, arguments, self.work / name, (*self.before, *needs), weight))
 
-        Raises:
-            RuntimeError: it failed; names the log.
-        """
-        log = self.work / "logs" / f"{name}.txt"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)}
-        with log.open("a") as stream:
-            done = subprocess.run(
-                [sys.executable, "-m", "emrrg_cli", *arguments],
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                env=environment,
+    def goal(self, row: Row, seed: int, rows: dict[str, Row]) -> str:
+        """Adds all that a row needs with a seed; returns the name of its evaluation."""
+        decoding: tuple[str, ...] = ()
+        run = self._run(row if row.of is None else rows[row.of], seed)
+        if row.of is not None:
+            decoding = row.of_stage("finetune")
+        place = self.work / run / "evaluation" / f"{self.split}{_digest(decoding)}"
+        arguments = ("evaluate", *decoding, "--model", str(self.work / run), "--split", self.split)
+        arguments += ("--output", str(place), "--overwrite")
+        return self._add(Job(f"{_file(row.name)}-{seed}-{self.split}", arguments, place, (run,), self._share))
+
+    @property
+    def _share(self) -> float:
+        return 1 / self.options.each
+
+    def _run(self, row: Row, seed: int) -> str:
+        seeds = (f"train.seed={seed}",) if row.seeds_all else ()
+        suffix = f"-{seed}" if row.seeds_all else ""
+        weights: tuple[str, ...] = ()
+        needs: tuple[str, ...] = ()
+        if "pretrain" not in row.without:
+            sets = ", ".join(
+                f"{{root: {root}}}" for root in (self.data, *(Path(films).resolve() for films in self.options.films))
             )
-        if done.returncode:
-            raise RuntimeError(f"emrrg {arguments[0]} failed with {done.returncode}; see {log}")
+            changes = row.of_stage("pretrain")
+            name = f"pretrain{_digest(changes)}{suffix}"
+            held_out = f"data.held_out=[{self.data}]"
+            needs = (self._training("pretrain", name, (f"data.sets=[{sets}]", held_out, *changes, *seeds), (), 1.0),)
+            weights = (f"model.encoder.weights={self.work / name}",)
+        root = f"data.root={self.data}"
+        if "align" not in row.without:
+            changes = (*weights, *row.of_stage("align"))
+            alone = "" if weights else "-alone"
+            name = f"align{_digest((*row.of_stage('pretrain'), *row.of_stage('align')))}{alone}{suffix}"
+            needs = (self._training("align", name, (root, *changes, *seeds), needs, 0.5),)
+            weights = (f"model.encoder.weights={self.work / name}",)
+        changes = (root, *weights, f"train.seed={seed}", *row.of_stage("finetune"), *self.options.overrides)
+        return self._training("finetune", f"{_file(row.name)}-{seed}", changes, needs, self._share)
+
+    def when_done(self, job: Job) -> dict[str, Any]:
+        """What is kept of a run or an evaluation, for the table."""
+        if job.arguments[0] == "evaluate":
+            return {"scores": read_scores(job.output / "scores.json")}
+        if job.arguments[0] != "finetune":
+            return {}
+        checkpoints = job.output / "checkpoints"
+        costs = {"trained": trained_parameters(checkpoints) / 1e6}
+        shutil.rmtree(checkpoints)  # they are large and there are many; the model stays
+        return {"costs": costs | {"memory": peak_memory(self.work / "logs" / f"{job.name}.txt")}}
 
 
-def train(chain: Chain, gpu: int, row: Row, seed: int, options: argparse.Namespace) -> Path:
-    """Stages 1 to 3 of a row and its evaluation; returns the run directory of stage 3."""
-    data = Path(options.data).resolve()
-    early = f"-{seed}" if row.seeded_stages else ""
-    seeds = (f"train.seed={seed}",) if row.seeded_stages else ()
-    toy = (*TOY, *TOY_TRAIN) if chain.tiny else ()
-    weights: tuple[str, ...] = ()
-    if row.pretrain:
-        sets = ", ".join(f"{{root: {Path(root).resolve()}}}" for root in (data, *options.films))
-        toy_decoder = ("model.decoder_width=64", "train.max_steps=2") if chain.tiny else ()
-        recipe = ("pretrain", "iu_xray/pretrain", f"data.sets=[{sets}]", f"data.held_out=[{data}]")
-        run = chain.run(gpu, chain.work / f"pretrain{early}", *recipe, *seeds, *toy, *toy_decoder)
-        weights = (f"model.encoder.weights={run}",)
-    if row.align:
-        name = f"align{'' if row.pretrain else '-alone'}{early}"
-        toy_text = ("train.warmup_epochs=0", "model.dim=32") if chain.tiny else ()
-        recipe = ("align", "iu_xray/align", f"data.root={data}", *weights)
-        run = chain.run(gpu, chain.work / name, *recipe, *seeds, *toy, *toy_text)
-        weights = (f"model.encoder.weights={run}",)
-    name = f"{row.name.replace(', ', '-').replace(' ', '-')}-{seed}"
-    small = ("model.llm.scratch.hidden_size=64",) if chain.tiny else ()
-    recipe = ("finetune", "iu_xray/finetune-small", f"data.root={data}", *weights, f"train.seed={seed}")
-    run = chain.run(gpu, chain.work / name, *recipe, *toy, *small, *row.changes, *options.overrides)
-    if not (run / "evaluation" / options.split / "scores.json").exists():
-        chain.emrrg(gpu, ["evaluate", "--model", str(run), "--split", options.split], f"{name}-evaluate")
-    return run
+def _file(name: str) -> str:
+    return name.replace(", ", "-").replace(" ", "-")
 
 
-def figures(run: Path, split: str) -> dict[str, float]:
-    """What a run came to: scores, trained parameters, seconds of stage 3."""
+def _digest(changes: Sequence[str]) -> str:
+    return f"-{zlib.crc32(' '.join(changes).encode()):08x}" if changes else ""
+
+
+def read_scores(file: Path) -> dict[str, float]:
+    """The figures of the table from an evaluation; F1 is micro over 14 findings, uncertain counts as negative."""
+    result = json.loads(file.read_text())
+    own, dealt = result["scores"], result["controls"].get("dealt", {})
+    found = {name: own.get(name) for name in SCORES[:5]}
+    found["F1"] = result["clinical"]["rules"]["uncertain_negative"]["14"]["micro"]["f1"]
+    if dealt:
+        found["dealt CIDEr"] = dealt["scores"]["CIDEr"]
+        found["dealt F1"] = dealt["clinical"]["rules"]["uncertain_negative"]["14"]["micro"]["f1"]
+    found["distinct"] = result["glance"]["distinct_reports"]["number"]
+    return {name: float(value) for name, value in found.items() if value is not None}
+
+
+def trained_parameters(checkpoints: Path) -> int:
+    """How many numbers a training changes, by its last checkpoint."""
     from safetensors import safe_open
 
-    scores = json.loads((run / "evaluation" / split / "scores.json").read_text())["scores"]
-    checkpoint = run / "checkpoints" / (run / "checkpoints" / "last").read_text().strip()
-    with safe_open(checkpoint / "trainable.safetensors", "pt") as tensors:
-        parameters = sum(_numel(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
-    found = {name: float(scores[name]) for name in SCORES if scores.get(name) is not None}
-    return found | {"parameters": parameters / 1e6, "seconds": float((run / "done").read_text())}
+    last = checkpoints / (checkpoints / "last").read_text().strip() / "trainable.safetensors"
+    with safe_open(last, "pt") as tensors:
+        return sum(prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
 
 
-def _numel(shape: Sequence[int]) -> int:
-    count = 1
-    for side in shape:
-        count *= side
-    return count
-
-
-def table(found: dict[str, list[dict[str, float]]]) -> str:
-    """Markdown: a row for each row of the ablation, mean and standard deviation over its seeds."""
-    columns = (*SCORES, "parameters", "seconds")
-    lines = [
-        f"| row | seeds | {' | '.join(columns[:-2])} | trained, millions | seconds |",
-        "|" + "---|" * (2 + len(columns)),
-    ]
-    for name, runs in found.items():
-        cells = []
-        for column in columns:
-            values = [run[column] for run in runs if column in run]
-            if not values:
-                cells.append("-")
-            elif column in SCORES:
-                deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-                cells.append(f"{statistics.mean(values):.3f}{deviation}")
-            else:
-                cells.append(f"{statistics.mean(values):.1f}")
-        lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
+def table(rows: Sequence[Row], seeds: Sequence[int], split: str, records: dict[str, dict[str, Any]]) -> str:
+    """Markdown: a line for each row, mean and standard deviation over the seeds that are done."""
+    lines = [f"| {split} | seeds | {' | '.join((*SCORES, *COSTS))} |", "|" + "---|" * (2 + len(SCORES) + len(COSTS))]
+    for row in rows:
+        names = [f"{_file(row.name)}-{seed}" for seed in seeds]
+        found = [
+            records[f"{name}-{split}"]["scores"] for name in names if "scores" in records.get(f"{name}-{split}", {})
+        ]
+        cells = [_cell([scores[name] for scores in found if name in scores], name) for name in SCORES]
+        runs = [records[name] for name in names if "costs" in records.get(name, {})]
+        cells.append(_cell([run["costs"]["trained"] for run in runs], "cost"))
+        cells.append(_cell([run["seconds"] / 60 for run in runs], "cost"))
+        cells.append(_cell([run["costs"]["memory"] for run in runs if run["costs"]["memory"]], "count"))
+        lines.append(f"| {row.name} | {len(found)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def run_all(jobs: Sequence[Callable[[int], None]], gpus: int, each: int) -> None:
-    """Runs jobs in order, `each` at a time on every GPU, which a job is told; after a failure the rest goes on."""
-    waiting: queue.SimpleQueue[Callable[[int], None]] = queue.SimpleQueue()
-    for job in jobs:
-        waiting.put(job)
-
-    def work(gpu: int) -> None:
-        while True:
-            try:
-                job = waiting.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                job(gpu)
-            except (RuntimeError, OSError) as error:
-                print(error, file=sys.stderr, flush=True)
-
-    threads = [threading.Thread(target=work, args=(slot % gpus,)) for slot in range(gpus * each)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+def _cell(values: Sequence[float], kind: str) -> str:
+    if not values:
+        return "-"
+    mean = statistics.mean(values)
+    if kind in ("distinct", "count"):
+        return f"{mean:,.0f}"
+    if kind == "cost":
+        return f"{mean:.1f}"
+    return f"{mean:.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 
-def main() -> None:
+def check_frozen(work: Path, commit: str | None) -> None:
+    """Makes sure that the test split is read once, with settings that are frozen in a commit."""
+
+    def git(*arguments: str) -> str:
+        here = Path(__file__).parent
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, cwd=here).stdout.strip()
+
+    try:
+        head = git("rev-parse", "HEAD")
+        if git("status", "--porcelain", "--untracked-files=no"):
+            sys.exit("--test: there are changes that are not committed")
+    except (OSError, subprocess.CalledProcessError):
+        head = os.environ.get("EMRRG_COMMIT", "")  # a copy without its history
+    if not commit or not head or head != commit:
+        sys.exit(
+            f"--test needs --frozen COMMIT with the commit that is checked out ({head or 'not known: EMRRG_COMMIT'})"
+        )
+    marker = work / "test-read.txt"
+    if marker.exists() and marker.read_text().strip() != commit:
+        sys.exit(f"{marker}: the test split was read with commit {marker.read_text().strip()}, and is read once")
+    work.mkdir(parents=True, exist_ok=True)
+    marker.write_text(f"{commit}\n")
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data")
     parser.add_argument("work", type=Path)
+    parser.add_argument("--reports")
     parser.add_argument("--films", nargs="*", default=[])
-    parser.add_argument("--rows", default=",".join(row.name for row in ROWS if "," not in row.name))
+    parser.add_argument("--rows", help="names divided by semicolons or commas; default: all but decodings")
+    parser.add_argument("--add", action="append", default=[], help="a row of your own, after --rows")
     parser.add_argument("--seeds", default="1,2,3")
+    parser.add_argument("--recipe", default="iu_xray/finetune-small", help="of stage 3")
     parser.add_argument("--gpus", type=int, default=1)
-    parser.add_argument("--each", type=int, default=2, help="runs on one GPU at a time")
-    parser.add_argument("--split", default="validation", choices=["validation", "test"])
-    parser.add_argument("--overrides", nargs="*", default=[])
+    parser.add_argument("--each", type=int, default=2, help="runs of stage 3 on one GPU at a time")
+    parser.add_argument("--minutes", type=float, help="of this call; default: until all is done")
+    parser.add_argument("--test", action="store_true", help="read the test split; needs --frozen")
+    parser.add_argument("--frozen", metavar="COMMIT")
+    parser.add_argument("--overrides", nargs="*", default=[], help="changes of every stage 3 run")
     parser.add_argument("--tiny", action="store_true")
-    options = parser.parse_args()
-    chain = Chain(options.work.resolve(), options.gpus, options.tiny)
-    wanted = options.rows.split(",")
-    rows = [row for row in ROWS if row.name in wanted]
-    if unknown := set(wanted) - {row.name for row in rows}:
-        parser.error(f"unknown rows: {', '.join(sorted(unknown))}; known: {', '.join(row.name for row in ROWS)}")
-    found: dict[str, list[dict[str, float]]] = {row.name: [] for row in rows}
+    parser.add_argument("--list", action="store_true", help="show the rows and end")
+    return parser.parse_args()
 
-    def job(row: Row, seed: int) -> Callable[[int], None]:
-        def do(gpu: int) -> None:
-            found[row.name].append(figures(train(chain, gpu, row, seed, options), options.split))
-            (chain.work / "table.md").write_text(table(found))
 
-        return do
+def chosen_rows(options: argparse.Namespace) -> tuple[list[Row], dict[str, Row]]:
+    """The rows that are asked for, and all there are by name."""
+    added = [parse_row(text) for text in options.add]
+    known = {row.name: row for row in (*ROWS, *added)}
+    if options.rows is None:
+        return [row for row in ROWS if row.of is None] + added, known
+    divider = ";" if ";" in options.rows else ","
+    names = [name.strip() for name in options.rows.split(divider) if name.strip()]
+    wanted = [*names, *(row.of for row in added if row.of is not None)]
+    if unknown := [name for name in wanted if name not in known]:
+        sys.exit(f"unknown rows: {', '.join(unknown)}; --list shows them")
+    return [known[name] for name in names] + added, known
 
-    # Seed by seed: one seed of every row is worth more than three of the first.
-    run_all([job(row, int(seed)) for seed in options.seeds.split(",") for row in rows], options.gpus, options.each)
-    print(table(found))
+
+def main() -> None:
+    """Runs the rows and prints the table last."""
+    options = parse_arguments()
+    rows, known = chosen_rows(options)
+    if options.list:
+        for row in rows if options.rows else known.values():
+            print(f"{row.name}{f' (runs of {row.of})' if row.of else ''}: {' '.join((*row.without, *row.changes))}")
+        return
+    if options.test:
+        check_frozen(options.work, options.frozen)
+    chain = Chain(options)
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    goals = [chain.goal(row, seed, known) for seed in seeds for row in rows]
+    queue = Queue(chain.jobs.values(), chain.work, options.gpus, chain.when_done)
+    done = queue.run(goals, options.minutes)
+    text = table(rows, seeds, chain.split, queue.records.entries)
+    (chain.work / "table.md").write_text(text)
+    print(f"\n{'all done' if done else 'not all is done: run the same command again'}\n\n{text}")
+    sys.exit(0 if done or not queue.failed else 1)
 
 
 if __name__ == "__main__":

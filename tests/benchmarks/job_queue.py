@@ -1,0 +1,224 @@
+"""Commands of emrrg on the GPUs of one machine: several at a time on each, in order, each after what it needs.
+
+A call may end before the work does: trainings are stopped by SIGTERM and resumed by the next call, and what is done is
+not done again. `WORK/records.json` says what is done, with the seconds that it took; logs are in `WORK/logs`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+TRAININGS = ("pretrain", "align", "finetune")
+STOPPED = (130, 143)  # exit codes of a command that was stopped by a signal and keeps its work
+GRACE_S = 45.0  # for a checkpoint, after SIGTERM
+LEAST_S = 60.0  # a training that has less is not started
+UNKNOWN_S = 90.0  # what a command takes of which none has ended yet
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command.
+
+    Args:
+        name: of its record and its log.
+        arguments: of emrrg; a training gets `--output`, and `--resume` where it was begun.
+        output: what it leaves; a job that is needed and whose output is gone is done again.
+        needs: names of jobs that have to be done before.
+        weight: part of a GPU that it takes.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    output: Path
+    needs: tuple[str, ...] = ()
+    weight: float = 1.0
+
+    @property
+    def is_training(self) -> bool:
+        return self.arguments[0] in TRAININGS
+
+    def command(self) -> list[str]:
+        """What is run now."""
+        command = [sys.executable, "-m", "emrrg_cli", *self.arguments]
+        if self.is_training:
+            command += ["--output", str(self.output), "--num-processes", "1"]
+            command += ["--resume"] if (self.output / "recipe.yaml").exists() else []
+        return command
+
+
+@dataclass
+class Records:
+    """What is done, by the names of jobs; a file that is written anew after each change."""
+
+    file: Path
+    entries: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, file: Path) -> Records:
+        return cls(file, json.loads(file.read_text()) if file.exists() else {})
+
+    def update(self, name: str, **values: Any) -> None:
+        self.entries.setdefault(name, {}).update(values)
+        partial = self.file.with_suffix(".partial")
+        partial.write_text(json.dumps(self.entries, indent=1) + "\n")
+        partial.replace(self.file)
+
+    def is_done(self, job: Job) -> bool:
+        """Whether a job was done with the same arguments.
+
+        Raises:
+            SystemExit: it was done with others.
+        """
+        entry = self.entries.get(job.name, {})
+        if entry.get("done") and entry["arguments"] != list(job.arguments):
+            changed = set(entry["arguments"]) ^ set(job.arguments)
+            sys.exit(f"{self.file}: {job.name} was done with other settings ({sorted(changed)}): name another WORK")
+        return bool(entry.get("done"))
+
+    def longest(self, kind: str) -> float:
+        """Seconds of the longest command of a kind, a little more."""
+        known = [entry["seconds"] for entry in self.entries.values() if entry.get("done") and entry.get("kind") == kind]
+        return 1.3 * max(known) if known else UNKNOWN_S
+
+
+@dataclass
+class Running:
+    job: Job
+    gpu: int
+    process: subprocess.Popen[bytes]
+    began: float
+
+
+class Queue:
+    """Runs jobs.
+
+    Args:
+        jobs: in order of worth, with everything that they need.
+        work: folder of records and logs.
+        gpus: how many; 0: none, the CPU counts as one.
+        when_done: called with a job that has just ended well; what it returns goes into the record.
+    """
+
+    def __init__(
+        self, jobs: Iterable[Job], work: Path, gpus: int, when_done: Callable[[Job], dict[str, Any]] = lambda job: {}
+    ) -> None:
+        self.jobs = {job.name: job for job in jobs}
+        self.work, self.gpus, self.when_done = work, gpus, when_done
+        (work / "logs").mkdir(parents=True, exist_ok=True)
+        self.records = Records.read(work / "records.json")
+        self.running: list[Running] = []
+        self.failed: set[str] = set()
+
+    def run(self, goals: Sequence[str], minutes: float | None) -> bool:
+        """Does what the goals need; returns whether all of them are done."""
+        end = float("inf") if minutes is None else time.monotonic() + 60 * minutes - GRACE_S
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            while True:
+                self._collect()
+                waiting = self._waiting(goals)
+                if not waiting and not self.running:
+                    break
+                if time.monotonic() >= end:
+                    break
+                started = self._start_first(waiting, end)
+                if not started and not self.running:
+                    break  # nothing fits into the time that is left, or all that is left waits for what failed
+                if not started:
+                    time.sleep(0.5)
+        finally:
+            self._stop()
+            signal.signal(signal.SIGTERM, before)
+        return all(self.records.is_done(self.jobs[name]) for name in goals)
+
+    def _waiting(self, goals: Sequence[str]) -> list[Job]:
+        """Jobs that have to be done and are not, in order, each behind what it needs."""
+        found: dict[str, Job] = {}
+
+        def add(name: str, *, needed: bool) -> None:
+            job = self.jobs[name]
+            if name in found or (self.records.is_done(job) and (not needed or job.output.exists())):
+                return
+            for other in job.needs:
+                add(other, needed=True)
+            found[name] = job
+
+        for name in goals:
+            add(name, needed=False)
+        return list(found.values())
+
+    def _start_first(self, waiting: Sequence[Job], end: float) -> bool:
+        """Starts the first job that may be started and fits."""
+        open_names = {job.name for job in waiting}
+        busy = {running.job.name for running in self.running}
+        left = end - time.monotonic()
+        free = [1.0 - sum(r.job.weight for r in self.running if r.gpu == gpu) for gpu in range(max(1, self.gpus))]
+        for job in waiting:
+            if job.name in busy or job.name in self.failed or open_names & set(job.needs):
+                continue
+            if left < (LEAST_S if job.is_training else self.records.longest(job.arguments[0])):
+                continue
+            gpu = max(range(len(free)), key=lambda gpu: free[gpu])
+            if free[gpu] < job.weight - 1e-6:
+                free[gpu] = -1.0  # kept for this job; others may start elsewhere
+                continue
+            self._start(job, gpu)
+            return True
+        return False
+
+    def _start(self, job: Job, gpu: int) -> None:
+        visible = str(gpu) if self.gpus else ""
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": visible, "TQDM_DISABLE": "1"}
+        with (self.work / "logs" / f"{job.name}.txt").open("ab") as log:
+            process = subprocess.Popen(job.command(), stdout=log, stderr=subprocess.STDOUT, env=environment)
+        self.running.append(Running(job, gpu, process, time.monotonic()))
+        print(f"{job.name}: started{f' on GPU {gpu}' if self.gpus else ''}", flush=True)
+
+    def _collect(self) -> None:
+        for running in [running for running in self.running if running.process.poll() is not None]:
+            self.running.remove(running)
+            self._ended(running)
+
+    def _ended(self, running: Running) -> None:
+        job, code = running.job, running.process.returncode
+        seconds = time.monotonic() - running.began
+        seconds += self.records.entries.get(job.name, {}).get("seconds", 0.0)
+        entry = {"kind": job.arguments[0], "arguments": list(job.arguments), "seconds": round(seconds, 1)}
+        if code == 0:
+            self.records.update(job.name, **entry, done=True, **self.when_done(job))
+            print(f"{job.name}: done after {seconds:.0f} s", flush=True)
+        elif code in STOPPED and job.is_training:
+            self.records.update(job.name, **entry)
+            print(f"{job.name}: stopped after {seconds:.0f} s; the next call continues it", flush=True)
+        else:
+            self.failed.add(job.name)
+            log = self.work / "logs" / f"{job.name}.txt"
+            print(f"{job.name}: failed with {code}; see {log}", file=sys.stderr, flush=True)
+
+    def _stop(self) -> None:
+        for running in self.running:
+            running.process.send_signal(signal.SIGTERM)
+        until = time.monotonic() + GRACE_S
+        for running in self.running:
+            try:
+                running.process.wait(max(0.0, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                running.process.kill()
+                running.process.wait()
+        self._collect()
+
+
+def peak_memory(log: Path) -> float | None:
+    """MiB of GPU memory, as the summary of a training has it; None where it says nothing."""
+    found = re.findall(r"peak GPU memory\D*([\d,]+) MiB", log.read_text(errors="replace"))
+    return max(float(number.replace(",", "")) for number in found) if found else None
