@@ -5,7 +5,7 @@
 
 DATA is IU X-Ray in R2Gen's layout (`annotation.json` and `images/`) or a dataset directory of it; --reports names the
 folder with NLMCXR_reports.tgz, for context and views. --films are further images for stage 1 (folders or dataset
-directories; none may be of IU's validation or test studies, which is checked).
+directories; films of IU's validation or test studies are refused).
 
 Rows are in order of worth, and seeds come before rows: one seed of every row, then the next. The seed covers stage 3,
 and all stages in rows that change a stage before. `--add` makes a row of its own: its changes are those of stage 3;
@@ -14,8 +14,8 @@ way and trains nothing. `--list` shows the rows.
 
 `--minutes 9` makes a call of at most that length: trainings are stopped and resumed by the next call with the same
 arguments, and what is done is not done again. WORK/records.json holds what is done: with it alone, in an empty WORK,
-finished rows are not run again. Scores are those of the validation split. `--test --frozen COMMIT` reads the test split
-instead, once, and only where COMMIT is what is checked out. WORK/table.md has mean and standard deviation over seeds.
+finished rows are not run again. Scores are of the validation split. `--test --frozen COMMIT` reads the test split instead, once,
+and only where COMMIT is what is checked out. WORK/table.md has mean and standard deviation over seeds.
 `--tiny` makes every model a toy, to try the script on a CPU (`--gpus 0`).
 """
 
@@ -98,6 +98,7 @@ ROWS = [
     Row("no stage 1", without=("pretrain",)),
     Row("no stage 2", without=("align",)),
     changed("hybrid off", "model.hybrid.every=null", "model.visual_prompt=full"),
+    changed("LLM", "model.adapter.targets=[llm]"),  # of a frozen LLM
     changed("findings in the prompt", "model.findings=true", "model.findings_prompt=true"),
     changed("indication", "data.context=[indication]"),
     *(changed(name, f"model.adapter.targets=[{name}]") for name in ("in_proj", "out_proj")),
@@ -296,7 +297,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("work", type=Path)
     parser.add_argument("--reports")
     parser.add_argument("--films", nargs="*", default=[])
-    parser.add_argument("--rows", help="names divided by semicolons or commas; default: all but decodings")
+    parser.add_argument("--rows", help="divided by semicolons or commas; default: all but decodings")
     parser.add_argument("--add", action="append", default=[], help="a row of your own, after --rows")
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--recipe", default="iu_xray/finetune-small", help="of stage 3")
@@ -316,7 +317,8 @@ def chosen_rows(options: argparse.Namespace) -> tuple[list[Row], dict[str, Row]]
     added = [parse_row(text) for text in options.add]
     known = {row.name: row for row in (*ROWS, *added)}
     if options.rows is None:
-        return [row for row in ROWS if row.of is None] + added, known
+        frozen = "small" not in options.recipe
+        return [row for row in ROWS if row.of is None and (frozen or row.name != "LLM")] + added, known
     divider = ";" if ";" in options.rows else ","
     names = [name.strip() for name in options.rows.split(divider) if name.strip()]
     wanted = [*names, *(row.of for row in added if row.of is not None)]

@@ -1,0 +1,138 @@
+"""The queue of the benchmarks: order, places on GPUs, what is kept, and the end of a call."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import iu_xray
+import job_queue
+from job_queue import Job, Queue
+
+# Says when it began and on which GPU; a training goes on until it is stopped or has run twice.
+_CODE = """
+import os, pathlib, signal, sys, time
+out = pathlib.Path(sys.argv[1])
+def stopped(*_):
+    out.with_suffix(".stopped").touch()
+    sys.exit(143)
+signal.signal(signal.SIGTERM, stopped)
+out.with_suffix(".gpu").write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+if sys.argv[2] == "fail":
+    sys.exit(1)
+if sys.argv[2] == "long" and not out.with_suffix(".stopped").exists():
+    time.sleep(60)
+time.sleep(0.3)
+out.touch()
+"""
+
+
+@dataclass(frozen=True)
+class Fake(Job):
+    how: str = "well"
+
+    def command(self) -> list[str]:
+        return [sys.executable, "-c", _CODE, str(self.output), self.how]
+
+
+def _job(folder: Path, name: str, *needs: str, kind: str = "finetune", how: str = "well", weight: float = 0.5) -> Fake:
+    return Fake(name, (kind, name), folder / name, needs, weight, how)
+
+
+@pytest.mark.slow
+def test_jobs_run_after_what_they_need_and_once(tmp_path: Path) -> None:
+    jobs = [_job(tmp_path, name, *needs) for name, *needs in (("a",), ("b", "a"), ("c", "a"), ("d", "b"), ("other",))]
+    queue = Queue(jobs, tmp_path, 2, lambda job: {"kept": job.name})
+    assert queue.run(["d", "c"], None)
+    done = {name: (tmp_path / name).stat().st_mtime for name in "abcd"}
+    assert done["a"] < done["b"] < done["d"]
+    assert not (tmp_path / "other").exists()
+    assert queue.records.entries["d"]["kept"] == "d"
+    # Finished goals stay so without what they were made from; what is needed again is made again.
+    (tmp_path / "a").unlink()
+    (tmp_path / "b").unlink()
+    assert Queue(jobs, tmp_path, 2).run(["d", "c"], None)
+    assert not (tmp_path / "a").exists()
+    more = [*jobs, _job(tmp_path, "e", "b")]
+    assert Queue(more, tmp_path, 2).run(["d", "e"], None)
+    assert (tmp_path / "a").exists()
+    with pytest.raises(SystemExit, match="d was done with other settings"):
+        Queue([*jobs[:3], Fake("d", ("finetune", "d", "new"), tmp_path / "d")], tmp_path, 2).run(["d"], None)
+
+
+@pytest.mark.slow
+def test_gpus_are_shared_by_weight(tmp_path: Path) -> None:
+    jobs = [_job(tmp_path, f"j{i}") for i in range(4)] + [_job(tmp_path, "whole", weight=1.0)]
+    queue = Queue(jobs, tmp_path, 2)
+    seen: list[list[float]] = []
+    collect = queue._collect
+
+    def watched() -> None:
+        collect()
+        seen.append([sum(r.job.weight for r in queue.running if r.gpu == gpu) for gpu in (0, 1)])
+
+    queue._collect = watched  # type: ignore[method-assign]
+    assert queue.run([job.name for job in jobs], None)
+    assert max(max(weights) for weights in seen) == 1.0
+    assert {(tmp_path / f"j{i}.gpu").read_text() for i in range(4)} == {"0", "1"}
+
+
+def test_a_failure_stops_only_what_needs_it(tmp_path: Path) -> None:
+    jobs = [_job(tmp_path, "bad", how="fail"), _job(tmp_path, "after", "bad"), _job(tmp_path, "good")]
+    queue = Queue(jobs, tmp_path, 1)
+    assert not queue.run(["after", "good"], None)
+    assert queue.failed == {"bad"}
+    assert not (tmp_path / "after").exists()
+    assert (tmp_path / "good").exists()
+
+
+@pytest.mark.slow
+def test_a_call_ends_in_time_and_the_next_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_queue, "GRACE_S", 5.0)
+    monkeypatch.setattr(job_queue, "LEAST_S", 0.5)
+    jobs = [_job(tmp_path, "long", how="long"), _job(tmp_path, "score", kind="evaluate")]
+    began = time.monotonic()
+    before = signal.getsignal(signal.SIGTERM)
+    assert not Queue(jobs, tmp_path, 1).run(["long", "score"], 7 / 60)
+    assert time.monotonic() - began < 20
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert (tmp_path / "long.stopped").exists()
+    assert not (tmp_path / "score").exists()  # nobody knows that it ends in two seconds
+    first = Queue(jobs, tmp_path, 1).records.entries["long"]["seconds"]
+    queue = Queue(jobs, tmp_path, 1)
+    assert queue.run(["long", "score"], None)
+    assert queue.records.entries["long"]["seconds"] > first
+
+
+def test_rows_change_stages_and_share_what_is_before(tmp_path: Path) -> None:
+    options = iu_xray.argparse.Namespace(
+        data=str(tmp_path / "iu"), work=tmp_path / "w", test=False, tiny=False, each=2, films=[], reports=None,
+        recipe="iu_xray/finetune-small", overrides=[],
+    )  # fmt: skip
+    chain = iu_xray.Chain(options)
+    rows = [
+        iu_xray.Row("X"), iu_xray.parse_row("slow = train.lr=1e-5"), iu_xray.Row("no stage 1", without=("pretrain",)),
+        iu_xray.parse_row("no findings = align.model.findings=false"),
+        iu_xray.parse_row("longer of X = generation.length_penalty=2"),
+    ]  # fmt: skip
+    known = {row.name: row for row in rows}
+    goals = [chain.goal(row, seed, known) for seed in (1, 2) for row in rows]
+    assert len(goals) == len(set(goals)) == 10
+    needs = {job.name: job.needs for job in chain.jobs.values()}
+    assert needs["X-1"] == needs["slow-1"] == needs["X-2"] == ("align",)
+    assert needs["longer-1-validation"] == needs["X-1-validation"] == ("X-1",)
+    assert needs["no-stage-1-1"] == ("align-alone-1",)
+    (align,) = needs["no-findings-2"]
+    assert align.startswith("align-")
+    assert "model.findings=false" in chain.jobs[align].arguments
+    assert "train.seed=2" in chain.jobs[align].arguments
+    assert needs[align] == ("pretrain-2",)
+    assert "generation.length_penalty=2" in chain.jobs["longer-2-validation"].arguments
+    assert "train.lr=1e-5" in chain.jobs["slow-1"].arguments
