@@ -14,7 +14,7 @@ way and trains nothing. `--list` shows the rows.
 
 `--minutes 9` makes a call of at most that length: trainings are stopped and resumed by the next call with the same
 arguments, and what is done is not done again. WORK/records.json holds what is done: with it alone, in an empty WORK,
-finished rows are not run again. Scores are of the validation split. `--test --frozen COMMIT` reads the test split instead, once,
+finished rows are not run again. Scores are of the validation split; `--test --frozen COMMIT` reads test, once,
 and only where COMMIT is what is checked out. WORK/table.md has mean and standard deviation over seeds.
 `--tiny` makes every model a toy, to try the script on a CPU (`--gpus 0`).
 """
