@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -104,6 +105,36 @@ def test_families_and_prompts_with_holes(kind: str, beams: int, make_llm: MakeLL
     llm, prompts = make_model(make_llm, kind), make_prompts(holes=True)
     settings = GenerationSettings(num_beams=beams, max_new_tokens=12, batch_size=8)
     assert ours(llm, prompts, settings) == reference(llm, prompts, settings)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{"num_beams": 1}, {"num_beams": 3}, {"num_beams": 1, "do_sample": True}])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_captured_steps_write_the_same_tokens(
+    options: dict[str, Any], precision: torch.dtype, make_llm: MakeLLM
+) -> None:
+    device = torch.device("cuda")
+    llm, prompts = make_model(make_llm).to(device), make_prompts(holes=True)
+    on_gpu = replace(
+        prompts,
+        **{
+            name: value.to(device)
+            for name in ("embeddings", "mask", "visual_tokens", "visual_mask")
+            if (value := getattr(prompts, name)) is not None
+        },
+    )
+    settings = GenerationSettings(max_new_tokens=40, batch_size=3, **options)
+
+    def autocast() -> torch.autocast:
+        return torch.autocast("cuda", precision, enabled=precision != torch.float32, cache_enabled=False)
+
+    found = []
+    for graphs in (False, True):
+        engine = Engine(llm, settings, [END], device, autocast, graphs=graphs)
+        reports = dict(pair for finished in engine.write([on_gpu]) for pair in finished)
+        assert engine.graphs is None if not graphs else engine.graphs is not None and not engine.graphs.failed
+        found.append([reports[key].tokens for key in prompts.keys])
+    assert found[0] == found[1]
 
 
 # -- the stop test of transformers 4.44 -----------------------------------------------------------------------------
