@@ -19,7 +19,7 @@ from emrrg_cli.files.atomic import atomic_file
 from emrrg_cli.files.output_paths import directory_guard, refuse_links
 from emrrg_cli.files.records import append_jsonl, iterate_jsonl, jsonl_line
 from emrrg_cli.recipe.finetuning import FinetuneRecipe
-from emrrg_cli.vocabulary import PUBLISHED_PROMPT, ContextField
+from emrrg_cli.vocabulary import ContextField
 
 Row = dict[str, Any]
 _COLUMNS = ["path", "report", "seconds", "notes", "study", "files"]
@@ -225,11 +225,11 @@ def fingerprint_of(run_dir: Path, recipe: FinetuneRecipe) -> str:
         RunError: A weight file cannot be read, or is not a regular file.
     """
     digest = hashlib.sha256()
-    options = recipe.model_dump(mode="json", include={"model": True, "generation": True, "protocol": True})
+    # Without defaults, so that a setting that a later version adds does not change the hash.
+    named = {"model", "generation", "protocol"}
+    options = recipe.model_dump(mode="json", include=named, exclude_defaults=True)
     for name in ("batch_size", "engine"):  # a report does not depend on these
-        options["generation"].pop(name)
-    if options["model"]["prompt"] == PUBLISHED_PROMPT:  # unsaid, as before prompts could be chosen
-        options["model"].pop("prompt")
+        options.get("generation", {}).pop(name, None)
     digest.update(json.dumps(options, sort_keys=True).encode())
     for file in sorted(run_dir.rglob("*.safetensors")):
         if "checkpoints" in file.relative_to(run_dir).parts:

@@ -40,6 +40,7 @@ def data_settings(recipe: FinetuneRecipe) -> dict[str, Any]:
 def made_with(recipe: FinetuneRecipe, run_dir: Path, split: str, precision: str) -> dict[str, Any]:
     """All that the reports of a split depend on; equal records mean equal reports."""
     data = whole_directory(Path(recipe.data.root or ""))
+    threshold = recipe.model.findings_threshold
     return {
         "emrrg": installed_versions(["emrrg"])["emrrg"],
         "model": {str(file.relative_to(run_dir)): _stamp(file) for file in sorted((run_dir / "model").rglob("*"))},
@@ -49,6 +50,7 @@ def made_with(recipe: FinetuneRecipe, run_dir: Path, split: str, precision: str)
             "data": data_settings(recipe),
             "generation": recipe.generation.model_dump(mode="json", exclude={"batch_size"}),
             "references": recipe.evaluation.references,
+            **({} if threshold is None else {"findings_threshold": threshold}),
         },
         "precision": precision,
     }

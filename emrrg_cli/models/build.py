@@ -22,6 +22,7 @@ from emrrg_cli.files.atomic import atomic_directory, atomic_write_text, read_dir
 from emrrg_cli.files.records import read_record
 from emrrg_cli.models import adapters
 from emrrg_cli.models.arm.encoder import ArmEncoder
+from emrrg_cli.models.findings_prompt import FindingsPrompt
 from emrrg_cli.models.hybrid_decoder import add_hybrid_layers, hybrid_parameters
 from emrrg_cli.models.llm import add_dropout, build_scratch_llm, llm_record, load_llm, load_tokenizer
 from emrrg_cli.models.report_generator import ReportGenerator
@@ -75,7 +76,13 @@ def _join(settings: ModelSettings, encoder: nn.Module, llm: Any, tokenizer: Any)
         settings.prompt,
     )
     if settings.findings:
-        model.add_findings_head(FINDINGS, in_prompt=settings.findings_prompt)
+        prompt = FindingsPrompt(
+            tokenizer,
+            FINDINGS,
+            threshold=settings.findings_threshold,
+            labels_in_training=settings.findings_prompt_labels,
+        )
+        model.add_findings_head(len(FINDINGS), prompt if settings.findings_prompt else None)
     return model
 
 

@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MAX_BALANCE = 20.0
-
 
 class FindingsHead(nn.Module):
     """One logit a finding and study: a weighted mean of what each token says, the weights learned for each finding.
@@ -68,11 +66,12 @@ class FindingsHead(nn.Module):
         loss: Tensor = self.weight * each.sum()
         return loss
 
-    def set_balance(self, targets: Tensor) -> None:
-        """Weighs each finding that is there so that over all studies both sides count alike, up to 20 times.
+    def set_balance(self, targets: Tensor, most: float) -> None:
+        """Weighs each finding that is there so that over all studies both sides count alike.
 
         Args:
             targets: those of all training studies, `[studies, findings]`.
+            most: the largest weight, at least 1; 1 weighs nothing, so that the outputs are probabilities.
         """
         there, absent = (targets == 1).sum(dim=0), (targets == 0).sum(dim=0)
-        self.balance.copy_((absent / there.clamp(min=1)).clamp(1 / MAX_BALANCE, MAX_BALANCE))
+        self.balance.copy_((absent / there.clamp(min=1)).clamp(1 / most, most))

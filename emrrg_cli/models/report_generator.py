@@ -14,6 +14,7 @@ from emrrg_cli.datasets.report_dataset import IGNORE, Batch
 from emrrg_cli.models.adapters import plain
 from emrrg_cli.models.augment import augmented
 from emrrg_cli.models.findings_head import FindingsHead
+from emrrg_cli.models.findings_prompt import FindingsPrompt
 from emrrg_cli.models.hybrid_decoder import hybrid_parameters
 from emrrg_cli.models.outputs import StageOutput
 from emrrg_cli.models.views import average_views, concatenate_views, pool_patches
@@ -79,7 +80,7 @@ class ReportGenerator(nn.Module):
         self.tokenizer = tokenizer
         self.augment: AugmentSettings | None = None  # in training
         self.findings: FindingsHead | None = None
-        self.finding_words: list[list[int]] | None = None  # tokens of yes, no and each finding's name, for the prompt
+        self.findings_prompt: FindingsPrompt | None = None
         self.report_tokens = 1.0  # of a mean training report; scales the loss on findings, which counts studies
         self.label_smoothing = 0.0  # in training; the loss of a validation is without
         self.visual_prompt = visual_prompt
@@ -97,12 +98,10 @@ class ReportGenerator(nn.Module):
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
 
-    def add_findings_head(self, names: Sequence[str], *, in_prompt: bool) -> None:
-        """Puts a head on findings on the encoder's tokens; `in_prompt` lets the prompt say what it tells."""
-        self.findings = FindingsHead(self.bridge.proj.in_features, len(names))
-        if in_prompt:
-            texts = (" yes", " no", *(f" {name.lower()}:" for name in names))
-            self.finding_words = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    def add_findings_head(self, findings: int, prompt: FindingsPrompt | None = None) -> None:
+        """Puts a head on so many findings on the encoder's tokens; `prompt` lets the prompt say what it predicts."""
+        self.findings = FindingsHead(self.bridge.proj.in_features, findings)
+        self.findings_prompt = prompt
 
     # -- text ---------------------------------------------------------------------------------------------------
 
@@ -165,9 +164,9 @@ class ReportGenerator(nn.Module):
         return self.prompt_of(self.encode(pixels), views, contexts)
 
     def prompt_of(
-        self, tokens: Tensor, views: Tensor, contexts: Contexts = ()
+        self, tokens: Tensor, views: Tensor, contexts: Contexts = (), findings: Tensor | None = None
     ) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
-        """The same from the tokens of `encode`."""
+        """The same from the tokens of `encode`; `findings` `[b, findings]` stand in for what the head predicts."""
         visual, every, visual_mask, every_mask = self.join_views(tokens, views)
         embed = self.llm.get_input_embeddings()
         b, device = len(visual), visual.device
@@ -175,8 +174,8 @@ class ReportGenerator(nn.Module):
         texts = (torch.tensor(ids, dtype=torch.long) for ids in (self.before, self.between, self.after))
         before, between, after = (embed(ids.to(device, non_blocking=True)).expand(b, -1, -1) for ids in texts)
         parts: list[tuple[Tensor, Tensor | None]] = [(before, None), (visual, visual_mask)]
-        if self.finding_words is not None:
-            parts.append((self._told_findings(tokens, views), None))
+        if self.findings is not None and self.findings_prompt is not None:
+            parts.append((self.findings_prompt(embed, self.findings(tokens, views), findings), None))
         parts.append((between, None))
         context = encode_contexts(self.tokenizer, contexts)
         if context is not None:
@@ -189,22 +188,6 @@ class ReportGenerator(nn.Module):
         arguments = {"visual_tokens": every, "visual_mask": every_mask} if self.hybrid else {}
         return embeddings, mask, arguments
 
-    def _told_findings(self, tokens: Tensor, views: Tensor) -> Tensor:
-        """What the head on findings tells, as words: `[b, w, hidden]`.
-
-        Each finding's name is followed by one embedding between those of "yes" and "no", by its probability. It does
-        not train the head: what stands there is to be true, not to be of use.
-        """
-        assert self.findings is not None
-        assert self.finding_words is not None
-        embed = self.llm.get_input_embeddings()
-        probabilities = self.findings(tokens, views).detach().sigmoid()  # [b, findings]
-        device, b = probabilities.device, len(views)
-        yes, no, *names = (embed(torch.tensor(ids).to(device)) for ids in self.finding_words)
-        states = probabilities[..., None] * yes.mean(dim=0) + (1 - probabilities[..., None]) * no.mean(dim=0)
-        parts = [(name.expand(b, -1, -1), states[:, k : k + 1]) for k, name in enumerate(names)]
-        return torch.cat([part for pair in parts for part in pair], dim=1)
-
     # -- objective and generation -------------------------------------------------------------------------------
 
     def forward(self, batch: Batch) -> StageOutput:
@@ -214,7 +197,7 @@ class ReportGenerator(nn.Module):
         """
         assert batch.labels is not None
         tokens = self.encode(batch.pixels)
-        prompt, prompt_mask, visual = self.prompt_of(tokens, batch.views, batch.contexts)
+        prompt, prompt_mask, visual = self.prompt_of(tokens, batch.views, batch.contexts, self._known_findings(batch))
         labels = batch.labels
         if (samples := len(labels) // len(prompt)) > 1:
             prompt, prompt_mask = (t.repeat_interleave(samples, dim=0) for t in (prompt, prompt_mask))
@@ -236,6 +219,11 @@ class ReportGenerator(nn.Module):
         if self.findings is not None and self.training and batch.findings is not None:
             loss = loss + self.report_tokens * self.findings.loss_sum(tokens, batch.views, batch.findings)
         return StageOutput(loss, real.sum())
+
+    def _known_findings(self, batch: Batch) -> Tensor | None:
+        # Sampled reports were written after the head's own predictions, and learn after the same.
+        follows = self.findings_prompt is not None and self.findings_prompt.labels_in_training
+        return batch.findings if follows and self.training and batch.advantages is None else None
 
     def _report_loss(self, logits: Tensor, labels: Tensor, advantages: Tensor | None) -> Tensor:
         # [r, t, vocabulary], [r, t] -> the sum over tokens; of sampled reports the mean over the samples of a study

@@ -7,6 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from emrrg_cli.recipe.common import (
+    FINDINGS_BALANCE,
     FINDINGS_WEIGHT,
     AugmentSettings,
     DataSettings,
@@ -113,6 +114,7 @@ class AlignTrainSettings(LoopSettings):
         None, ge=1, description="pairs in memory at a time on one device, by gradient caching; null: all"
     )
     findings_weight: float = FINDINGS_WEIGHT
+    findings_balance: float = FINDINGS_BALANCE
     validation_limit: int | None = Field(None, ge=2, description="pairs of a validation, drawn once; null: all")
     select: Literal["score", "loss"] = Field(
         "score", description="what the best model is chosen by; score: mean of recall@1, 5 and 10 both ways"

@@ -123,6 +123,11 @@ class LrScaleSettings(Settings):
 
 # Of the stages that train the head on findings.
 FINDINGS_WEIGHT: float = Field(0.5, gt=0, description="of the loss on findings, with model.findings: true")
+FINDINGS_BALANCE: float = Field(
+    20.0,
+    ge=1,
+    description="how many times a rare finding that is there may count in that loss; 1: once, as one that is absent",
+)
 
 
 class LoopSettings(Settings):

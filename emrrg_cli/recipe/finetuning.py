@@ -6,7 +6,15 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from emrrg_cli.recipe.common import FINDINGS_WEIGHT, SEEDS, DataSettings, EncoderSettings, LoopSettings, Settings
+from emrrg_cli.recipe.common import (
+    FINDINGS_BALANCE,
+    FINDINGS_WEIGHT,
+    SEEDS,
+    DataSettings,
+    EncoderSettings,
+    LoopSettings,
+    Settings,
+)
 from emrrg_cli.vocabulary import (
     CONTEXT_PLACE,
     IMAGE_PLACE,
@@ -134,6 +142,16 @@ class ModelSettings(Settings):
     findings_prompt: bool = Field(
         False, description="what that head tells stands in the prompt, a word for each finding; needs findings: true"
     )
+    findings_prompt_labels: bool = Field(
+        False,
+        description="in training the prompt says the findings of the reference report: the LLM learns to follow them",
+    )
+    findings_threshold: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="probability from which the prompt says yes to a finding; null: something between yes and no",
+    )
     scan: ScanEngine = Field("auto", description="engine of the selective scan")
 
     @field_validator("prompt")
@@ -155,6 +173,8 @@ class ModelSettings(Settings):
             raise ValueError("adapter.targets has llm, but the LLM is trained whole: choose one (llm.frozen: true)")
         if self.findings_prompt and not self.findings:
             raise ValueError("findings_prompt needs the head on findings (model.findings: true)")
+        if (self.findings_prompt_labels or self.findings_threshold is not None) and not self.findings_prompt:
+            raise ValueError("findings_prompt_labels and findings_threshold need findings_prompt: true")
         if self.visual_prompt == "pooled" and self.hybrid.every is None:
             raise ValueError("visual_prompt: pooled needs hybrid layers (hybrid.every), which see the tokens left out")
         return self
@@ -186,6 +206,7 @@ class TrainSettings(LoopSettings):
 
     validation_limit: int | None = Field(None, ge=1, description="studies that are generated in a validation")
     findings_weight: float = FINDINGS_WEIGHT
+    findings_balance: float = FINDINGS_BALANCE
     self_critical: SelfCriticalSettings | None = Field(
         None, description="training on sampled reports by their scores; null: cross-entropy alone"
     )

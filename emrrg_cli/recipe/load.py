@@ -38,7 +38,7 @@ OVERLAYS = ("evaluate", "generate")
 # What the run has already settled, so that no overlay can change it,
 _SETTLED = ("output", "train", "model")
 # but for where the LLM is found, and how the model is computed.
-_UNSETTLED = (("model", "llm", "name"), ("model", "llm", "dtype"), ("model", "scan"))
+_UNSETTLED = (("model", "llm", "name"), ("model", "llm", "dtype"), ("model", "scan"), ("model", "findings_threshold"))
 
 RUN_RECIPE = "recipe.yaml"
 

@@ -243,7 +243,7 @@ def run_align(
         model.augment = recipe.data.augment
         if model.findings is not None:
             model.findings.weight = recipe.train.findings_weight
-            model.findings.set_balance(finding_targets(training.reports))
+            model.findings.set_balance(finding_targets(training.reports), recipe.train.findings_balance)
         stage = AlignStage(model, recipe, validation, run_dir, session.accelerator)
         return session.train(stage, training, stage.collate, workers=recipe.data.workers)
 

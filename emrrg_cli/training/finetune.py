@@ -234,7 +234,7 @@ def _set_objective(model: ReportGenerator, recipe: FinetuneRecipe, reports: Sequ
     model.augment = recipe.data.augment
     if model.findings is not None:
         model.findings.weight = recipe.train.findings_weight
-        model.findings.set_balance(finding_targets(reports))
+        model.findings.set_balance(finding_targets(reports), recipe.train.findings_balance)
         limit = recipe.data.max_report_tokens
         model.report_tokens = sum(len(model.encode_report(report, limit)) for report in reports) / len(reports)
 

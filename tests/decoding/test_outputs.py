@@ -14,8 +14,8 @@ from emrrg_cli.errors import RunError
 from emrrg_cli.recipe.load import load_run_recipe
 
 
-def _fingerprint(run: Path) -> str:
-    return fingerprint_of(run, load_run_recipe(run, None, [], "generate"))
+def _fingerprint(run: Path, *changes: str) -> str:
+    return fingerprint_of(run, load_run_recipe(run, None, changes, "generate"))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="special files")
@@ -45,3 +45,12 @@ def test_other_weights_have_another_fingerprint(tiny_run: Path, varied_run: Path
     shutil.copytree(tiny_run, tmp_path / "copy")
     assert _fingerprint(tmp_path / "copy") == _fingerprint(tiny_run)
     assert _fingerprint(varied_run) != _fingerprint(tiny_run)
+
+
+def test_options_that_change_reports_change_the_fingerprint(tiny_run: Path) -> None:
+    plain = _fingerprint(tiny_run)
+    assert _fingerprint(tiny_run, "generation.batch_size=2", "generation.engine=transformers") == plain
+    assert _fingerprint(tiny_run, "generation.length_penalty=1.5") != plain
+    recipe = load_run_recipe(tiny_run, None, [], "generate")
+    told = recipe.model_copy(update={"model": recipe.model.model_copy(update={"findings_threshold": 0.2})})
+    assert fingerprint_of(tiny_run, told) != plain

@@ -54,8 +54,10 @@ def test_the_loss_leaves_unknown_findings_out(head: FindingsHead) -> None:
 
 def test_balance_makes_both_sides_count_alike(head: FindingsHead) -> None:
     targets = torch.tensor([[1.0, 0.0, 0.0]] * 1 + [[0.0, 1.0, 0.0]] * 4 + [[0.0, NAN, 0.0]] * 45)
-    head.set_balance(targets)
+    head.set_balance(targets, most=20.0)
     assert head.balance.tolist() == pytest.approx([20.0, 0.25, 20.0])  # 49 to 1 is capped, as 50 to 0 is
+    head.set_balance(targets, most=1.0)
+    assert head.balance.tolist() == [1.0, 1.0, 1.0]
 
 
 def test_targets_are_the_labels_of_the_reports() -> None:

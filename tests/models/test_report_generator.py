@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -17,6 +18,7 @@ from emrrg_cli.datasets.report_dataset import IGNORE, Batch, Example, collate
 from emrrg_cli.models import adapters
 from emrrg_cli.models.arm.encoder import ArmEncoder
 from emrrg_cli.models.build import set_trainable
+from emrrg_cli.models.findings_prompt import FindingsPrompt
 from emrrg_cli.models.hybrid_decoder import add_hybrid_layers, hybrid_parameters
 from emrrg_cli.models.report_generator import (
     Bridge,
@@ -663,7 +665,7 @@ def test_the_prompt_tells_each_finding_between_yes_and_no(make_model: MakeModel)
     model = make_model()
     plain_prompt, plain_mask, _ = model.prompt(*_pixels_and_views(model))
     names = ["Cardiomegaly", "Pleural Effusion"]
-    model.add_findings_head(names, in_prompt=True)
+    model.add_findings_head(2, FindingsPrompt(model.tokenizer, names))
     with torch.no_grad():
         model.findings.evidence.weight.zero_()
         model.findings.evidence.bias.copy_(torch.tensor([40.0, 0.0]))  # certain, and even
@@ -685,7 +687,7 @@ def test_the_prompt_tells_each_finding_between_yes_and_no(make_model: MakeModel)
 
 def test_findings_in_the_prompt_do_not_train_their_head(make_model: MakeModel) -> None:
     model = make_model()
-    model.add_findings_head(["Cardiomegaly"], in_prompt=True)
+    model.add_findings_head(1, FindingsPrompt(model.tokenizer, ["Cardiomegaly"]))
     model.requires_grad_(True)
     batch = _batch(model, _examples(TEXTS))
     model(batch).loss_sum.backward()
@@ -694,6 +696,39 @@ def test_findings_in_the_prompt_do_not_train_their_head(make_model: MakeModel) -
     with torch.no_grad():
         model.findings.evidence.bias.fill_(30.0)
     assert model(batch).loss_sum.item() != before
+
+
+def test_a_threshold_lets_the_prompt_say_yes_or_no(make_model: MakeModel) -> None:
+    model = make_model()
+    embed = model.llm.get_input_embeddings()
+    words = FindingsPrompt(model.tokenizer, ["Edema"], threshold=0.3)
+    states = words(embed, torch.tensor([[-0.9], [-0.8]]))[:, -1]  # probabilities of .289 and .310
+    yes, no = (embed(torch.tensor(ids)).mean(dim=0) for ids in words.words[:2])
+    assert torch.allclose(states, torch.stack([no, yes]), atol=1e-6)
+
+
+def test_in_training_the_prompt_says_the_labels(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    model.add_findings_head(2, FindingsPrompt(model.tokenizer, ["Edema", "Fracture"], labels_in_training=True))
+    findings = torch.tensor([[1.0, 0.0], [math.nan, 1.0], [0.0, 0.0]])
+    batch = replace(_batch(model, _examples(TEXTS)), findings=findings)
+    of_findings = model.findings.loss_sum(model.encode(batch.pixels), batch.views, findings)
+    trained = model.train()(batch).loss_sum - model.report_tokens * of_findings
+    validated = model.eval()(batch).loss_sum  # by what the head predicts
+    assert trained.item() != pytest.approx(validated.item(), abs=1e-3)
+    embed, prompt = model.llm.get_input_embeddings(), model.findings_prompt
+    certain = torch.tensor([[40.0, -40.0], [0.0, 40.0], [-40.0, -40.0]])
+    assert torch.allclose(prompt(embed, certain), prompt(embed, torch.zeros(3, 2), findings), atol=1e-6)
+    monkeypatch.setattr(model, "_known_findings", lambda batch: findings)
+    assert model(batch).loss_sum.item() == pytest.approx(trained.item(), rel=1e-5)
+
+
+def test_sampled_reports_learn_after_predicted_findings(make_model: MakeModel) -> None:
+    model = make_model()
+    model.add_findings_head(1, FindingsPrompt(model.tokenizer, ["Edema"], labels_in_training=True))
+    batch = replace(_batch(model, _examples(TEXTS)), findings=torch.ones(3, 1))
+    assert model.train()._known_findings(batch) is batch.findings
+    assert model._known_findings(replace(batch, advantages=torch.zeros(3))) is None
 
 
 def _pixels_and_views(model: ReportGenerator) -> tuple[Tensor, Tensor]:

@@ -83,9 +83,12 @@ def test_a_run_with_findings_in_the_prompt_writes_after_loading(finetune: Any) -
     from emrrg_cli.decoding.reports import load_generator
     from emrrg_cli.errors import UsageError
 
-    run = finetune("run", "train.epochs=1", "model.findings=true", "model.findings_prompt=true")
+    labels = ("model.findings_prompt_labels=true", "model.findings_threshold=0.3", "train.findings_balance=1")
+    run = finetune("run", "train.epochs=1", "model.findings=true", "model.findings_prompt=true", *labels)
     generator = load_generator(run.directory, overrides=["generation.max_new_tokens=5"])
-    assert generator.model.finding_words is not None
+    assert generator.model.findings_prompt.threshold == 0.3
     assert len(generator.generate_pixels([torch.zeros(1, 32, 32, dtype=torch.uint8)])) == 1
     with pytest.raises(UsageError, match="findings_prompt needs the head on findings"):
         finetune("bad", "model.findings_prompt=true")
+    with pytest.raises(UsageError, match="need findings_prompt: true"):
+        finetune("bad", "model.findings=true", "model.findings_threshold=0.3")
