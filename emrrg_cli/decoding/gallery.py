@@ -62,21 +62,24 @@ class Gallery:
         Raises:
             RunError: it cannot be written.
         """
-        names = [str(row["study"]) for row in self._rows()]
+        names, several = [], False
+        for row in self._rows():
+            names.append(str(row["study"]))
+            several = several or len(row["files"]) > 1
         self.cards.finish(names)
-        write_gallery(self.place.folder, self._about(), self.cards.join(self._rows()), len(names))
+        write_gallery(self.place.folder, self._about(several), self.cards.join(self._rows()), len(names))
 
     def _rows(self) -> Iterator[Row]:
         return (row for _, row in islice(iterate_jsonl(self.place.reports), self.options.studies))
 
-    def _about(self) -> About:
+    def _about(self, several: bool) -> About:
         skipped: list[tuple[str, str]] = []
         count = 0
         if self.place.skipped.exists():
             for _, row in iterate_jsonl(self.place.skipped):
                 count += 1
                 skipped += [(str(row["path"]), str(row["reason"]))] if count <= _LISTED else []
-        return About(self._facts(), skipped, count, len(self.place.records), self._map_note())
+        return About(self._facts(), skipped, count, len(self.place.records), self._map_note(several))
 
     def _facts(self) -> list[tuple[str, str]]:
         model, generation = self.recipe.model, self.recipe.generation
@@ -99,9 +102,9 @@ class Gallery:
         ]
         return [(name, value) for name, value in facts if value]
 
-    def _map_note(self) -> str:
+    def _map_note(self, several: bool) -> str:
         if not self.options.grounding:
             return ""
         if self.recipe.model.hybrid.every is None:
             return _GRADIENT
-        return _ATTENTION + (_AVERAGED if self.recipe.model.views == "average" else "")
+        return _ATTENTION + (_AVERAGED if several and self.recipe.model.views == "average" else "")

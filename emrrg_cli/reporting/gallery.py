@@ -76,6 +76,7 @@ class _Card:
     sentences: list[_Sentence]
     confidence: float | None
     findings: dict[str, list[str]]  # by "positive", "uncertain", "negative"
+    told: str  # to the model, beside the images
     notes: list[str]
 
 
@@ -143,6 +144,7 @@ def _card(row: Mapping[str, Any], pictures: Pictures) -> _Card:
         sentences=list(_sentences(row, pictures)),
         confidence=None if mean is None else math.exp(mean),
         findings=findings,
+        told="; ".join(f"{field}: {value}" for field, value in (row.get("context") or {}).items()),
         notes=list(row.get("notes") or ()),
     )
 

@@ -30,7 +30,6 @@ from emrrg_cli.datasets.report_text import clean_report, cleaning_for
 from emrrg_cli.decoding.confidence import read_confidence
 from emrrg_cli.decoding.grounding import ground_reports
 from emrrg_cli.decoding.reports import Generator, load_generator
-from emrrg_cli.decoding.writer import Studies
 from emrrg_cli.evaluation.bootstrap import interval, resampled_sums
 from emrrg_cli.ingest.sources.phantom import synthetic_study
 from emrrg_cli.phantom.parameters import Case, Side
@@ -101,7 +100,7 @@ def exchanged(text: str) -> str:
     return re.sub(r"\b(right|left)\b", lambda found: {"right": "left", "left": "right"}[found[1]], text)
 
 
-def read_references(generator: Generator, films: Sequence[Film], texts: Sequence[str]) -> Iterator[Reading]:
+def read_reports(generator: Generator, films: Sequence[Film], texts: Sequence[str]) -> Iterator[Reading]:
     """Maps of the sentences that name the finding, in given reports."""
     model = generator.model
     for start in range(0, len(films), BATCH):
@@ -115,15 +114,6 @@ def read_references(generator: Generator, films: Sequence[Film], texts: Sequence
         for number, text, one, each in zip(some, shown, sure, maps, strict=True):
             for sentence, _ in named(text, one.sentences, films[number].label)[:1]:
                 yield Reading(number, each[sentence, 0])
-
-
-def write_reports(generator: Generator, films: Sequence[Film]) -> dict[int, str]:
-    """The model's own reports, by film."""
-    parts = (
-        Studies.of(range(start, min(start + BATCH, len(films))), [film.pixels for film in films[start : start + BATCH]])
-        for start in range(0, len(films), BATCH)
-    )
-    return {report.key: report.text for done in generator.write(parts) for report in done}
 
 
 def energy(one: torch.Tensor, side: Side) -> float:
@@ -162,11 +152,11 @@ def main() -> None:
     recipe = generator.recipe
     films = draw_films(arguments.count, arguments.seed, recipe.model.encoder.image_size, recipe.data.cleaning)
     references = [film.reference for film in films]
-    own = write_reports(generator, films)
+    own = generator.generate_pixels([film.pixels for film in films])
     readings = {
-        "reference": list(read_references(generator, films, references)),
-        "reference, sides exchanged": list(read_references(generator, films, [exchanged(text) for text in references])),
-        "own report": list(read_references(generator, films, [own[number] for number in range(len(films))])),
+        "reference": list(read_reports(generator, films, references)),
+        "reference, sides exchanged": list(read_reports(generator, films, [exchanged(text) for text in references])),
+        "own report": list(read_reports(generator, films, own)),
     }
     table = Table(title=f"share of the map on the side of the finding, {len(films)} films", title_justify="left")
     for name in ("sentence in", "finding", "n", "own map", "map of another film"):

@@ -59,7 +59,16 @@ def studies() -> Iterator[tuple[dict[str, Any], Pictures]]:
     two = Pictures([PIXEL, PIXEL], 2, [encoded(1, -1), encoded(-1, 2)], [8.0, 8.0])
     text = "the heart is enlarged . no pneumothorax ."
     findings = {"Cardiomegaly": "positive", "Pneumothorax": "negative"}
-    yield record("films/s10.png", text, [1, 1, 1, 0.04, 1, 0.7, 1, 1], findings=findings), two
+    yield (
+        record(
+            "films/s10.png",
+            text,
+            [1, 1, 1, 0.04, 1, 0.7, 1, 1],
+            findings=findings,
+            context={"indication": "pain <now>"},
+        ),
+        two,
+    )
     uncertain = {"Edema": "uncertain"}
     yield (
         record("films/s2.png", "possible edema .", [0.9, 0.9, 1], findings=uncertain, notes=["looks inverted"]),
@@ -95,6 +104,7 @@ def test_everything_stands_on_the_page_and_is_escaped(page: Path) -> None:
     assert text.count("data-map=") == 2
     assert "Edema?" in text
     assert "looks inverted" in text
+    assert "The model was told: indication: pain &lt;now&gt;" in text
     assert ">enlarged</i>" in text
 
 
