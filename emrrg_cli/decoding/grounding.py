@@ -20,6 +20,7 @@ from emrrg_cli.models.hybrid_decoder import CrossAttention, decoder_layers
 from emrrg_cli.models.report_generator import Contexts, ReportGenerator
 
 Tokens = Sequence[Sequence[int]]
+_STUDIES = 4  # at a time where gradients are taken
 
 
 def ground_reports(
@@ -121,25 +122,39 @@ def _sentence_tokens(sentences: Tokens, device: torch.device) -> Tensor:
 # -- without --------------------------------------------------------------------------------------------------------
 
 
-@torch.enable_grad()
 def _by_gradient(
     model: ReportGenerator, tokens: Tensor, views: Tensor, contexts: Contexts, reports: Tokens, sentences: Tokens
 ) -> Tensor:
-    # tokens [n, l + 1, d] -> [b, sentences, v, l + 1]
+    # tokens [n, l + 1, d] -> [b, sentences, v, l + 1]; a few studies at a time, since all states are kept
+    counts: list[int] = views.tolist()
+    most = max(max(numbers, default=-1) for numbers in sentences) + 1
+    found = tokens.new_zeros(len(reports), most, max(counts), tokens.shape[1], dtype=torch.float32)
+    groups = torch.split(tokens, counts)
+    for first in range(0, len(reports), _STUDIES):
+        part = slice(first, first + _STUDIES)
+        own = torch.cat(groups[part])
+        saliency = _saliency(model, own, views[part], contexts[part], reports[part], sentences[part])
+        for study, weight in enumerate(torch.split(saliency, counts[part], dim=1), start=first):
+            found[study, : len(weight), : weight.shape[1]] = weight
+    return found
+
+
+@torch.enable_grad()
+def _saliency(
+    model: ReportGenerator, tokens: Tensor, views: Tensor, contexts: Contexts, reports: Tokens, sentences: Tokens
+) -> Tensor:
+    # tokens [n, l + 1, d] -> [sentences, n, l + 1], each study's sentences in its own views
     tokens = tokens.detach().requires_grad_()
     embeddings, mask, _ = model.prompt_of(tokens, views, contexts)
-    prompts = Prompts([], [], embeddings, mask)
     chosen = _sentence_tokens(sentences, embeddings.device)
     written = chosen.shape[-1]
+    prompts = Prompts([], [], embeddings, mask)
     logits = read_reports(model.llm, prompts, reports, model.pad_token_id, logits=written + 1)[:, :-1].float()
     ids = torch.tensor([[*row, *[0] * (written - len(row))] for row in reports]).to(logits.device)
     given = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]  # [b, t]
-    most, rows = int(views.max()), torch.split(torch.arange(len(tokens)), views.tolist())
-    found = tokens.new_zeros(len(reports), chosen.shape[1], most, tokens.shape[1], dtype=torch.float32)
-    for number in range(chosen.shape[1]):  # a report depends on the tokens of its own study only
+    found = tokens.new_zeros(chosen.shape[1], *tokens.shape[:2], dtype=torch.float32)
+    for number in range(len(found)):  # a report depends on the tokens of its own study only
         wanted = (given * chosen[:, number]).sum()
-        (gradient,) = torch.autograd.grad(wanted, tokens, retain_graph=number + 1 < chosen.shape[1])
-        weight = (gradient.float() * tokens.detach().float()).sum(-1).abs()  # [n, l + 1]
-        for study, own in enumerate(rows):
-            found[study, number, : len(own)] = weight[own.to(weight.device)]
+        (gradient,) = torch.autograd.grad(wanted, tokens, retain_graph=number + 1 < len(found))
+        found[number] = (gradient.float() * tokens.detach().float()).sum(-1).abs()
     return found

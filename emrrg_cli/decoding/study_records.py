@@ -20,6 +20,8 @@ from emrrg_cli.recipe.finetuning import FinetuneRecipe
 from emrrg_cli.reporting.gallery import Pictures
 from emrrg_cli.vocabulary import ContextField
 
+_CARDS = 16  # made at a time; more need more memory and are not faster
+
 
 @dataclass(frozen=True)
 class StudyResult:
@@ -75,7 +77,7 @@ class StudyWriter:
             now = time.perf_counter()
             seconds, last = round((now - last) / len(done), 4), now
             yield [*self._take_unreadable(), *(self._result(report, seconds) for report in done)]
-            if len(self._pictured) >= self.recipe.generation.batch_size:
+            if len(self._pictured) >= min(self.recipe.generation.batch_size, _CARDS):
                 yield [*self._cards()]
                 last = time.perf_counter()  # a report's seconds are those of its writing
         if self._unreadable or self._pictured:
@@ -85,16 +87,18 @@ class StudyWriter:
         taken, self._unreadable = self._unreadable, []
         return taken
 
-    def _cards(self) -> list[StudyCard]:
-        # Several at a time: a pass over many reports costs little more than one over a single one.
+    def _cards(self) -> Iterator[StudyCard]:
         taken, self._pictured = self._pictured, []
-        names, pictures = [read.study.name for read, _ in taken], [Pictures(read.pictures) for read, _ in taken]
-        if self.page.grounding and taken:
-            pixels = [read.pixels for read, _ in taken if read.pixels is not None]
-            contexts = [read.study.context for read, _ in taken]
-            maps = self.generator.ground(pixels, [report for _, report in taken], contexts)
-            pictures = [pictures_with_maps(one.images, its) for one, its in zip(pictures, maps, strict=True)]
-        return [StudyCard(name, one) for name, one in zip(names, pictures, strict=True)]
+        for first in range(0, len(taken), _CARDS):
+            some = taken[first : first + _CARDS]
+            pictures = [Pictures(read.pictures) for read, _ in some]
+            if self.page.grounding:
+                pixels = [read.pixels for read, _ in some if read.pixels is not None]
+                contexts = [read.study.context for read, _ in some]
+                maps = self.generator.ground(pixels, [report for _, report in some], contexts)
+                pictures = [pictures_with_maps(one.images, its) for one, its in zip(pictures, maps, strict=True)]
+            for (read, _), one in zip(some, pictures, strict=True):
+                yield StudyCard(read.study.name, one)
 
     def _result(self, report: WrittenReport, seconds: float) -> StudyResult:
         read = self._reading.pop(report.key)

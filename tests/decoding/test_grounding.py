@@ -206,7 +206,8 @@ def test_without_hybrid_layers_a_map_is_a_derivative(
         assert expected.std() > 0.01
 
 
-def test_a_study_alone_has_the_same_maps(make_model: MakeModel) -> None:
+def test_a_study_alone_has_the_same_maps(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("emrrg_cli.decoding.grounding._STUDIES", 2)
     for hybrid in (True, False):
         model = make_model("concat", hybrid=hybrid)
         together = ground_reports(model, pixels(), VIEWS, REPORTS, SENTENCES)
@@ -223,3 +224,14 @@ def test_a_report_without_sentences_has_no_maps(make_model: MakeModel) -> None:
         assert (empty.shape, full.shape) == ((0, 1, 4, 4), (1, 1, 4, 4))
         (empty,) = ground_reports(model, pixels()[:1], torch.tensor([1]), [[2]], [[-1]])
         assert empty.shape == (0, 1, 4, 4)
+
+
+def test_maps_in_bf16_are_those_in_fp32(make_model: MakeModel) -> None:
+    for hybrid in (True, False):
+        model = make_model(hybrid=hybrid)
+        expected = ground_reports(model, pixels(), VIEWS, REPORTS, SENTENCES)
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            found = ground_reports(model, pixels(), VIEWS, REPORTS, SENTENCES)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours.dtype == torch.float32
+            assert torch.allclose(ours, theirs, atol=0.03)
