@@ -228,6 +228,8 @@ def _print(result: Written, output: Path, *, as_json: bool) -> None:
         err.print(f"note on {printable(path)}: {notes}", markup=False, soft_wrap=True)
     if more := result.noted - len(result.first_noted):
         err.print(f"... and notes on {more} more, in {output / 'reports.jsonl'}", markup=False)
+    if result.unlike:
+        err.print(f"{result.unlike} of the new reports are for films unlike those of the training")
     if result.earlier:
         err.print(f"{result.earlier} reports were there already", markup=False)
     written = result.reports - result.earlier

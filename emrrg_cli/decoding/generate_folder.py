@@ -22,6 +22,7 @@ from emrrg_cli.files.atomic import atomic_write_text
 from emrrg_cli.files.locks import locked
 from emrrg_cli.files.output_paths import check_writable
 from emrrg_cli.files.records import iterate_jsonl
+from emrrg_cli.models.film_distance import UNLIKE
 from emrrg_cli.recipe.finetuning import FinetuneRecipe
 from emrrg_cli.signals import interrupted_by
 from emrrg_cli.silence_libraries import silence_libraries
@@ -40,6 +41,7 @@ class Written:
     skipped: int = 0  # files
     first_skipped: list[tuple[str, str]] = field(default_factory=list)  # with the reasons
     noted: int = 0  # new records with notes
+    unlike: int = 0  # of them, those with films unlike those of the training
     first_noted: list[tuple[str, str]] = field(default_factory=list)  # path and notes
     seconds: float = 0.0
 
@@ -177,6 +179,7 @@ class _Run:
         path = study.row["path"]
         if study.row["notes"]:
             result.noted += 1
+            result.unlike += any(note.startswith(UNLIKE) for note in study.row["notes"])
             result.first_noted += [(path, "; ".join(study.row["notes"]))] if len(result.first_noted) < LISTED else []
 
     def _finish(self, whole: bool) -> None:

@@ -15,11 +15,13 @@ import numpy as np
 from PIL import Image
 
 from emrrg_cli.console import printable
+from emrrg_cli.decoding.contexts import with_contexts
 from emrrg_cli.decoding.reports import load_generator
 from emrrg_cli.decoding.studies import StudyFiles, path_name
 from emrrg_cli.decoding.study_records import StudyResult, StudyWriter
 from emrrg_cli.errors import UsageError
 from emrrg_cli.silence_libraries import silence_libraries
+from emrrg_cli.vocabulary import CONTEXT_FIELDS
 
 if TYPE_CHECKING:
     from emrrg_cli.decoding.reports import Generator
@@ -52,7 +54,8 @@ class Reporter:
         Args:
             batch: columns of `b` studies. `image`: of each a path, an encoded image as bytes, a uint8 array `[h, w]` or
                 `[h, w, 3]`, a PIL image, or a list of these (the views of the study). `study`, which may be missing:
-                names, by which sampling draws.
+                names, by which sampling draws. `indication`, `comparison`, `technique`, `age` and `sex` where the model
+                reads them (`data.context`).
 
         Returns:
             The batch and, as arrays `[b]`: `report`; `findings`, a JSON object of labels by finding;
@@ -64,9 +67,10 @@ class Reporter:
             RunError: The model cannot be loaded.
         """
         studies = _studies(batch)
-        different = {study.name: study for study in studies}.values()  # the same image may be there twice
         with _lock:
             generator = _load(self.run_dir, self.device, self.overrides)
+            # The same image may be there twice.
+            different = {study.name: study for study in with_contexts(studies, {}, generator.recipe.data)}.values()
             writer = StudyWriter(generator, generator.recipe)
             made = (one for some in writer.write(different) for one in some)
             results = {done.study: done for done in made if isinstance(done, StudyResult)}
@@ -115,10 +119,17 @@ def _studies(batch: Mapping[str, Any]) -> list[StudyFiles]:
             raise UsageError(f"study {twice} is in a batch twice", hint="Give its views as a list, in one row.")
     else:
         names = [_name(views) for views in images]
-    return [
-        StudyFiles(name, tuple(_Given(view, f"{name}/{place}") for place, view in enumerate(views)), ("",) * len(views))
-        for name, views in zip(names, images, strict=True)
-    ]
+    studies = []
+    for row, (name, views) in enumerate(zip(names, images, strict=True)):
+        films = tuple(_Given(view, f"{name}/{place}") for place, view in enumerate(views))
+        context = {field: str(batch[field][row]) for field in CONTEXT_FIELDS if _says(batch.get(field), row)}
+        studies.append(StudyFiles(name, films, ("",) * len(views), context))
+    return studies
+
+
+def _says(column: Any, row: int) -> bool:
+    # None, and NaN, which is what a table makes of None, say nothing.
+    return column is not None and column[row] is not None and column[row] == column[row]
 
 
 def _views(given: Any) -> list[Any]:

@@ -17,6 +17,7 @@ from emrrg_cli.decoding.writer import Studies, Writer, WrittenReport, autocast_o
 from emrrg_cli.errors import UsageError
 from emrrg_cli.imaging.raster import resize_square
 from emrrg_cli.imaging.read import read_image
+from emrrg_cli.models.film_distance import FilmDistance
 from emrrg_cli.models.report_generator import ReportGenerator
 from emrrg_cli.recipe.finetuning import FinetuneRecipe, GenerationSettings
 from emrrg_cli.runtime import choose_device
@@ -77,12 +78,22 @@ def write_split(
 class Generator:
     """Writes reports for images with the model of a run. Made by `load_generator`."""
 
-    def __init__(self, model: ReportGenerator, recipe: FinetuneRecipe, device: torch.device, precision: str) -> None:
+    def __init__(
+        self,
+        model: ReportGenerator,
+        recipe: FinetuneRecipe,
+        device: torch.device,
+        precision: str,
+        film_distance: FilmDistance | None = None,
+    ) -> None:
         self.model = model.to(device)
         self.recipe = recipe
         self.device = device
         self.precision = precision
-        self.writer = Writer(self.model, recipe.generation, device, autocast_of(device, precision), confident=True)
+        autocast = autocast_of(device, precision)
+        self.writer = Writer(
+            self.model, recipe.generation, device, autocast, confident=True, film_distance=film_distance
+        )
 
     def generate(self, studies: Sequence[Study], context: Sequence[Mapping[str, Any]] | None = None) -> list[str]:
         """Writes a report for each study.
@@ -204,4 +215,4 @@ def load_generator(
     precision = inference_precision(recipe.train.precision, chosen.type)
     dtype = llm_dtype(recipe.model.llm.dtype, precision)
     model = load_model(Path(run_dir), recipe.model, dtype)
-    return Generator(model, recipe, chosen, precision)
+    return Generator(model, recipe, chosen, precision, FilmDistance.load(Path(run_dir)))

@@ -127,7 +127,8 @@ class StudyWriter:
 def study_record(read: ReadStudy, report: WrittenReport, seconds: float) -> Row:
     """The record of a study, without the fingerprint of the run."""
     study, files = read.study, read.used
-    labels = label_report(report.text)
+    labels, distance = label_report(report.text), report.film_distance
+    note = None if distance is None else distance.note
     return {
         "study": study.name,
         "path": path_name(files[0]),
@@ -139,7 +140,8 @@ def study_record(read: ReadStudy, report: WrittenReport, seconds: float) -> Row:
         "log_probability": round(report.log_probability, 4),
         **({} if report.confidence is None else report.confidence.as_dict()),
         "seconds": seconds,
-        "notes": read.notes,
+        **({} if distance is None else {"film_distance": round(distance.distance, 2)}),
+        "notes": [*read.notes, *([note] if note else [])],
     }
 
 

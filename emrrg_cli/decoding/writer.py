@@ -16,6 +16,7 @@ from emrrg_cli.decoding.engine import Engine
 from emrrg_cli.decoding.reference import generate_reports
 from emrrg_cli.decoding.search import Report
 from emrrg_cli.decoding.slots import Prompts
+from emrrg_cli.models.film_distance import FilmDistance, MeasuredDistance
 from emrrg_cli.models.report_generator import ReportGenerator
 from emrrg_cli.recipe.finetuning import GenerationSettings
 from emrrg_cli.vocabulary import ContextField
@@ -53,6 +54,7 @@ class WrittenReport:
             tell it.
         tokens: its end token included.
         confidence: how sure the model is of it; None where it was not asked for.
+        film_distance: how unlike the films of the training its films are; None: not known.
     """
 
     key: Any
@@ -60,6 +62,7 @@ class WrittenReport:
     log_probability: float
     tokens: list[int] = field(default_factory=list)
     confidence: Confidence | None = None
+    film_distance: MeasuredDistance | None = None
 
 
 class Writer:
@@ -70,6 +73,7 @@ class Writer:
         device: of the model.
         autocast: makes the contexts of the precision, without a cache of casts.
         confident: whether reports come with their confidence.
+        film_distance: compares films with those of the training; None: they are not compared.
     """
 
     def __init__(
@@ -80,8 +84,11 @@ class Writer:
         autocast: Autocast,
         *,
         confident: bool = False,
+        film_distance: FilmDistance | None = None,
     ) -> None:
         self.model = model
+        self.film_distance = film_distance
+        self._distances: dict[Any, MeasuredDistance] = {}  # of studies in decoding
         self.confident = confident
         self.settings = settings
         self.device = device
@@ -124,7 +131,11 @@ class Writer:
     def _prompts(self, studies: Studies) -> Prompts:
         pixels, views = (tensor.to(self.device, non_blocking=True) for tensor in (studies.pixels, studies.views))
         with self.autocast():
-            embeddings, mask, visual = self.model.prompt(pixels, views, studies.contexts)
+            tokens = self.model.encode(pixels)
+            embeddings, mask, visual = self.model.prompt_of(tokens, views, studies.contexts)
+        if self.film_distance is not None:
+            found = self.film_distance.of_studies(tokens, studies.views)
+            self._distances |= dict(zip(studies.keys, found, strict=True))
         seeds = [(self.settings.seed << 32) + number for number in studies.numbers]
         return Prompts(
             list(studies.keys), seeds, embeddings, mask, visual.get("visual_tokens"), visual.get("visual_mask")
@@ -134,7 +145,7 @@ class Writer:
         text, tokens, confidence = self.model.decode(report.tokens), report.tokens, None
         if self.confident:
             confidence = read_confidence(text, tokens, report.token_log_probabilities, self.model.decode)
-        return WrittenReport(key, text, report.log_probability, tokens, confidence)
+        return WrittenReport(key, text, report.log_probability, tokens, confidence, self._distances.pop(key, None))
 
 
 def _chain(first: Prompts, following: Iterator[Prompts]) -> Iterator[Prompts]:

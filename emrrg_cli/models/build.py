@@ -187,18 +187,11 @@ def _load_model(
         )
     check_run(run_dir, trained)
     tokenizer = _run_tokenizer(run_dir, settings)
-    encoder = build_encoder(settings.encoder, settings.scan)
-    whole = trained / "encoder.safetensors"
-    load_weights(encoder, whole if whole.is_file() else run_dir / "encoder.safetensors")
+    encoder = _load_encoder(run_dir, trained, settings)
     llm = load_run_llm(run_dir, settings, dtype)
     _add_hybrid_layers(llm, settings)
-    towers: dict[str, Any] = {"encoder": encoder, "llm": llm}
-    for name in towers:
-        if (directory := trained / "adapters" / name).is_dir():
-            towers[name] = adapters.load_adapters(towers[name], directory, _lora_config(settings, name))
-        elif name in _adapted_towers(settings):
-            raise RunError(f"{directory}: the adapters of this run are missing")
-    model = _join(settings, towers["encoder"], towers["llm"], tokenizer)
+    llm = _with_adapters(llm, "llm", trained, settings)
+    model = _join(settings, encoder, llm, tokenizer)
     parameters = dict(model.bridge_parameters())
     with torch.no_grad():
         for name, tensor in fitting_tensors(parameters, trained / "bridge.safetensors").items():
@@ -208,6 +201,34 @@ def _load_model(
         if settings.llm.quantization == "none":  # added into quantised weights, an update would be rounded away
             model.llm = adapters.merge(model.llm)
     return model.requires_grad_(False).eval()
+
+
+def load_run_encoder(run_dir: Path, settings: ModelSettings) -> nn.Module:
+    """The encoder of a run alone, as it was exported, in evaluation mode, its adapters merged.
+
+    Raises:
+        RunError: as `load_model`.
+    """
+    encoder = read_directory(run_dir / "model", lambda trained: _load_encoder(run_dir, trained, settings))
+    merged: nn.Module = adapters.merge(encoder)
+    return merged.requires_grad_(False).eval()
+
+
+def _load_encoder(run_dir: Path, trained: Path, settings: ModelSettings) -> nn.Module:
+    encoder = build_encoder(settings.encoder, settings.scan)
+    whole = trained / "encoder.safetensors"
+    load_weights(encoder, whole if whole.is_file() else run_dir / "encoder.safetensors")
+    adapted: nn.Module = _with_adapters(encoder, "encoder", trained, settings)
+    return adapted
+
+
+def _with_adapters(tower: Any, name: str, trained: Path, settings: ModelSettings) -> Any:
+    directory = trained / "adapters" / name
+    if directory.is_dir():
+        return adapters.load_adapters(tower, directory, _lora_config(settings, name))
+    if name in _adapted_towers(settings):
+        raise RunError(f"{directory}: the adapters of this run are missing")
+    return tower
 
 
 def _run_tokenizer(run_dir: Path, settings: ModelSettings) -> Any:

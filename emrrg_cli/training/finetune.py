@@ -38,6 +38,7 @@ from emrrg_cli.recipe.finetuning import FinetuneRecipe
 from emrrg_cli.runtime import llm_dtype
 from emrrg_cli.silence_libraries import silence_libraries
 from emrrg_cli.training.checkpoint import trained_bytes
+from emrrg_cli.training.measure_films import measure_film_distance
 from emrrg_cli.training.progress import TrainingDisplay
 from emrrg_cli.training.run_setup import Session, open_session, validation_loss
 from emrrg_cli.training.selection import MIN_BLEU_4
@@ -188,7 +189,10 @@ def run_finetune(
     with open_session(
         recipe, recipe.train, recipe.model.scan, run_dir, resume=resume, expected_processes=expected_processes
     ) as session:
-        return _train(recipe, training, validation, session, verbose)
+        summary = _train(recipe, training, validation, session, verbose)
+        if session.accelerator.is_main_process:
+            measure_film_distance(recipe, run_dir, training, validation, session.accelerator.device)
+        return summary
 
 
 def _train(

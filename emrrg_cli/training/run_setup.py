@@ -40,7 +40,7 @@ from emrrg_cli.training.summary import Summary
 _FILES = (RUN_RECIPE, ENVIRONMENT, CHECKSUMS, "encoder.safetensors", "llm.json", "images.json")
 _DIRECTORIES = ("tokenizer", "llm", "tracking", "wandb")
 # What does not change once training has begun.
-_STATIC = ("encoder.safetensors", "llm.json", "images.json", "tokenizer", "llm")
+STATIC = ("encoder.safetensors", "llm.json", "images.json", "tokenizer", "llm")
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Session:
         from accelerate.utils import set_seed
 
         if self.accelerator.is_main_process and not (self.resume and (self.run_dir / CHECKSUMS).is_file()):
-            write_checksums(self.run_dir, _STATIC)
+            write_checksums(self.run_dir, STATIC)
         # Every process starts from the same weights, then draws its own noise.
         set_seed(self.settings.seed, device_specific=True)
         start_trackers(self.accelerator)
