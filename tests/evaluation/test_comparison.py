@@ -13,7 +13,6 @@ import pytest
 from emrrg_cli.datasets.report_text import clean_report
 from emrrg_cli.evaluation import scores as registry
 from emrrg_cli.evaluation.comparison import Corpus
-from emrrg_cli.evaluation.language import java_path
 
 WORDS = [
     "the",
@@ -91,28 +90,3 @@ def test_the_590_iu_pairs_equal_pycocoevalcap(shared_data: Path) -> None:
     )
     draw = random.Random(0)
     _check(test, [draw.choice(train) for _ in test])
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(java_path() is None, reason="needs Java")
-def test_meteor_of_sums_equals_that_of_the_jar() -> None:
-    from emrrg_cli.evaluation import meteor
-
-    references = [
-        "the heart is normal in size . the lungs are clear .",
-        "there is a small left pleural effusion .",
-        "big hearts are enlarged in the chest",
-        "lungs are clear",
-        "no acute disease",
-    ]
-    hypotheses = [
-        "the heart is normal . lungs clear .",
-        "there is a large right pleural effusions .",
-        "a large heart is seen within the thorax in size enlarge",
-        "lungs are clear",
-        "",
-    ]
-    counted = meteor.statistics([[text] for text in references], hypotheses)
-    for count in (1, 3, 5):  # each starts a Java, which takes seconds
-        wanted = meteor.meteor([[text] for text in references[:count]], hypotheses[:count])
-        assert meteor.combine(counted[:count].sum(axis=0)) == pytest.approx(wanted, abs=1e-9)

@@ -210,24 +210,6 @@ def test_a_java_that_hangs_is_stopped(monkeypatch: pytest.MonkeyPatch, capfd: py
         nlg.score(["a " * 100_000 + "b"], ["a b"], tokenizer="ptb")
 
 
-@pytest.mark.slow
-@needs_java
-def test_meteor_of_identical_and_hostile_texts_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LC_ALL", "C")
-    hostile = ["", "a\nb\r\nc\u2028d", "x ||| y |||| z", "caf\u00e9 \u5fc3\u81d3 \U0001fac1", "\ud800 lone", "|||", "."]
-    texts = [*REFERENCES, *hostile]
-    got = nlg.score([[text, "lungs are clear"] for text in texts], texts)
-    assert got["METEOR"] == pytest.approx(1.0, abs=0.02)
-
-
-@pytest.mark.slow
-@needs_java
-def test_meteor_of_nothing_right_is_zero_in_any_locale(monkeypatch: pytest.MonkeyPatch) -> None:
-    # A decimal comma would end the conversation, and ASCII would make the two accents one letter.
-    monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Duser.language=de -Duser.country=DE -Dfile.encoding=US-ASCII")
-    assert java.meteor([["lungs are clear"], [""], ["caf\u00e9"]], ["", "", "caf\u00e8"]) == 0.0
-
-
 @needs_java
 def test_ptb_lower_cases_and_drops_punctuation() -> None:
     texts = ["The heart (left) is normal, in size.", "", "caf\u00e9\nau lait"]
