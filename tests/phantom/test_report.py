@@ -4,57 +4,63 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from functools import cache
 
 import pytest
 
 from emrrg_cli.datasets.report_text import clean_report
 from emrrg_cli.ingest.sources.phantom import synthetic_study
 from emrrg_cli.labeling import label_report
-from emrrg_cli.phantom.parameters import CTR_LIMIT, LABELS
+from emrrg_cli.phantom.parameters import CTR_LIMIT, LABELS, Case
 from emrrg_cli.phantom.reader import read_labels
+from emrrg_cli.phantom.report import Report
 from emrrg_cli.vocabulary import CLEANING_RULES
 
 COUNT = 3000
-STUDIES = [synthetic_study(11, index) for index in range(COUNT)]
+
+
+@cache
+def studies() -> list[tuple[Case, Report]]:
+    return [synthetic_study(11, index) for index in range(COUNT)]
 
 
 @pytest.mark.parametrize("style", CLEANING_RULES)
 def test_labels_come_back_from_the_text(style: str) -> None:
-    for case, report in STUDIES:
+    for case, report in studies():
         truth = case.findings.labels()
         assert read_labels(clean_report(report.text, style)) == truth, report.text
         assert read_labels(clean_report(report.findings, style)) == truth, report.findings
 
 
 def test_the_impression_names_every_finding_but_devices() -> None:
-    for case, report in STUDIES:
+    for case, report in studies():
         assert read_labels(report.impression) == case.findings.labels() - {"support_device"}, report.impression
 
 
 def test_variety() -> None:
-    assert len({report.text for _, report in STUDIES[:500]}) > 480
-    assert len({report.findings.split(". ")[0] for _, report in STUDIES}) > 60
-    normal = [report.impression for case, report in STUDIES if not case.findings.labels()]
+    assert len({report.text for _, report in studies()[:500]}) > 480
+    assert len({report.findings.split(". ")[0] for _, report in studies()}) > 60
+    normal = [report.impression for case, report in studies() if not case.findings.labels()]
     assert len(set(normal)) > 5
     assert max(Counter(normal).values()) < 0.3 * len(normal)
 
 
 def test_labels_are_balanced() -> None:
-    counts = Counter(label for case, _ in STUDIES for label in case.findings.labels())
+    counts = Counter(label for case, _ in studies() for label in case.findings.labels())
     assert set(counts) == set(LABELS)
     assert all(0.06 < counts[label] / COUNT < 0.25 for label in LABELS), counts
-    assert 0.33 < sum(not case.findings.labels() for case, _ in STUDIES) / COUNT < 0.43
+    assert 0.33 < sum(not case.findings.labels() for case, _ in studies()) / COUNT < 0.43
 
 
 def test_findings_keep_company() -> None:
-    failing = [case.findings for case, _ in STUDIES if case.findings.edema]
+    failing = [case.findings for case, _ in studies() if case.findings.edema]
     assert sum(bool(f.cardiomegaly) for f in failing) > 0.6 * len(failing)
-    tubes = [case for case, _ in STUDIES if any(d.kind == "endotracheal tube" for d in case.findings.devices)]
+    tubes = [case for case, _ in studies() if any(d.kind == "endotracheal tube" for d in case.findings.devices)]
     assert sum(case.film.view == "AP" for case in tubes) > 0.85 * len(tubes)
 
 
 def test_what_cannot_be_seen_together_is_not_drawn_together() -> None:
-    for case, _ in STUDIES:
+    for case, _ in studies():
         found = case.findings
         assert (found.ctr > CTR_LIMIT[case.film.view]) == bool(found.cardiomegaly)
         assert abs(found.ctr - CTR_LIMIT[case.film.view]) > 0.02
@@ -67,7 +73,7 @@ def test_what_cannot_be_seen_together_is_not_drawn_together() -> None:
 
 
 def test_sides_sizes_and_hedges_are_those_of_the_parameters() -> None:
-    for case, report in STUDIES:
+    for case, report in studies():
         found, text = case.findings, report.findings.lower()
         if found.nodule:
             assert f"{found.nodule.diameter_mm} mm" in text
@@ -83,7 +89,7 @@ def test_sides_sizes_and_hedges_are_those_of_the_parameters() -> None:
 
 
 def test_reports_are_short_and_compare_with_nothing() -> None:
-    for _, report in STUDIES:
+    for _, report in studies():
         assert 6 < len(report.text.split()) < 130
         assert report.text == f"{report.findings} {report.impression}"
         assert report.findings.endswith(".")
@@ -127,7 +133,7 @@ OBSERVATIONS = {
 
 def test_the_rules_labeler_reads_the_same_labels() -> None:
     hits = said = true = 0
-    for case, report in STUDIES[:600]:
+    for case, report in studies()[:600]:
         labels = label_report(report.text)
         read = {
             name
@@ -140,7 +146,7 @@ def test_the_rules_labeler_reads_the_same_labels() -> None:
 
 
 def test_views_and_misplaced_tips_are_said_as_they_are() -> None:
-    for case, report in STUDIES:
+    for case, report in studies():
         text = report.findings.lower()
         if re.search(r"lateral view|two views", text):
             assert case.lateral, text
@@ -151,7 +157,7 @@ def test_views_and_misplaced_tips_are_said_as_they_are() -> None:
         assert bool(re.search(r"esophagus", text)) == ("nasogastric tube" in wrong)
         if "central line" in wrong:
             assert "right atrium" in text
-    assert 0.3 < sum(case.lateral is not None for case, _ in STUDIES) / COUNT < 0.5
+    assert 0.3 < sum(case.lateral is not None for case, _ in studies()) / COUNT < 0.5
 
 
 def test_distractors_are_named_only_where_they_are_drawn() -> None:
@@ -163,7 +169,7 @@ def test_distractors_are_named_only_where_they_are_drawn() -> None:
         "rib_callus": "healed",
     }
     named = Counter()
-    for case, report in STUDIES:
+    for case, report in studies():
         for name, word in words.items():
             if word in report.text.lower():
                 assert getattr(case.distractors, name), report.text

@@ -52,6 +52,15 @@ class Run:
         return int(self.checkpoint.name.removeprefix("step-"))
 
 
+@pytest.fixture(autouse=True)
+def quick_curve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writes a few bytes as `curve.png`: drawing takes a third of a tiny run. `tiny_run` has a real one."""
+    from emrrg_cli.files.atomic import atomic_write_bytes
+    from emrrg_cli.training import run_setup
+
+    monkeypatch.setattr(run_setup, "plot_curves", lambda history, path: atomic_write_bytes(path, b"a curve"))
+
+
 @pytest.fixture
 def finetune(tiny_overrides: tuple[str, ...], tmp_path: Path) -> Callable[..., Run]:
     """Runs `finetune` in this process; `train.select` is `loss` unless said otherwise, so that nothing is generated."""

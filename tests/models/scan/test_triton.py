@@ -101,7 +101,7 @@ def _random_sizes(count: int) -> list[tuple[int, ...]]:
 
 
 # Interpreted: less than a warp, more than one section, an odd end, more channels than one program has, each n.
-FEW = [(1, 1, 16, 8, 1, 1), (2, 9, 16, 16, 4, 3), (1, 13, 48, 8, 1, 3), (3, 4, 16, 32, 4, 2)]
+FEW = [(1, 1, 16, 8, 1, 1), (2, 9, 16, 16, 2, 3), (1, 13, 48, 8, 1, 3), (2, 3, 16, 32, 4, 2)]
 SIZES = FEW if INTERPRETED else [*FEW, *_random_sizes(40)]
 
 
@@ -123,27 +123,27 @@ def test_a_launch_that_is_kept_is_not_taken_for_another() -> None:
 # The interpreter stands on numpy, which has no bf16.
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16] if INTERPRETED else [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("sizes", SIZES[1:2] if INTERPRETED else SIZES[1:], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 9, 16, 8, 2, 3)] if INTERPRETED else SIZES[1:], ids=str)
 def test_half_precision_is_near_the_reference(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
     errors = _errors(sizes, dtype)
     assert max(errors.values()) < 2e-2, errors
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("programs", [1, 3, 4, 400])
+@pytest.mark.parametrize("programs", [1, 2, 3, 400])
 def test_parts_of_a_batch_give_what_the_whole_gives(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_engine, "_FORWARD_PART", 1)
     monkeypatch.setattr(triton_engine, "_programs", lambda device: programs)
-    # One or two studies a part, or all of them.
-    monkeypatch.setattr(triton_engine, "_BACKWARD_PART", 2 * programs * 32 * 5)
+    # One or two studies a part, or all of them; a program takes several studies and directions, or one.
+    monkeypatch.setattr(triton_engine, "_BACKWARD_PART", 2 * programs * 32 * 2)
     assert triton_engine._parts(5, 2) == [slice(0, 2), slice(2, 4), slice(4, 5)]
-    errors = _errors((5, 3, 16, 8, 2, 2), torch.float32)
+    errors = _errors((3, 2, 16, 8, 2, 2), torch.float32)
     assert max(errors.values()) < 1e-5, errors
 
 
 @pytest.mark.slow
 def test_sums_in_a_fixed_order() -> None:
-    inputs, order, grad = _inputs(2, 4, 48, 8, 2, 3, seed=1)
+    inputs, order, grad = _inputs(2, 3, 48, 8, 1, 3, seed=1)
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         first, second = (_run(directional_scan_triton, inputs, order, grad, torch.float32) for _ in range(2))
@@ -156,7 +156,7 @@ def test_sums_in_a_fixed_order() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [(1, 7, 16, 16, 4, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 7, 16, 16, 1, 2)], ids=str)
 def test_large_steps_and_fast_decay_stay_finite(sizes: tuple[int, ...]) -> None:
     inputs, order, grad = _inputs(*sizes, seed=2)
     inputs["dt_bias"] = torch.full_like(inputs["dt_bias"], 50.0)
@@ -168,7 +168,7 @@ def test_large_steps_and_fast_decay_stay_finite(sizes: tuple[int, ...]) -> None:
 
 @pytest.mark.slow
 def test_frozen_parameters_get_no_gradient_and_inputs_get_theirs() -> None:
-    inputs, order, grad = _inputs(2, 5, 16, 8, 4, 2, seed=3)
+    inputs, order, grad = _inputs(2, 3, 16, 8, 2, 2, seed=3)
     x, z = (inputs[name].float().requires_grad_() for name in ("x", "z"))
     rest = [inputs[name].float() for name in NAMES[2:]]
     directional_scan_triton(x, z, order, *rest).backward(grad.float())
@@ -204,9 +204,8 @@ def test_the_operator_passes_torchs_own_checks(k: int) -> None:
 def _mixer(**options: Any) -> tuple[Mixer, Tensor, Tensor]:
     torch.manual_seed(0)
     mixer = Mixer(16, 8, scan="triton", **options).to(DEVICE)
-    order = direction_orders(2).to(DEVICE)
-    # Interpreted, each image takes seconds.
-    return mixer, torch.randn(1 if INTERPRETED else 2, 5, 16, device=DEVICE), order
+    side = 1 if INTERPRETED else 2  # interpreted, each token takes its time
+    return mixer, torch.randn(side, side**2 + 1, 16, device=DEVICE), direction_orders(side).to(DEVICE)
 
 
 @pytest.mark.slow
