@@ -17,7 +17,13 @@ from emrrg_cli.planning.llms import llm_config
 from emrrg_cli.planning.trial import Step
 from emrrg_cli.recipe.load import load_recipe
 
-TINY = ["model.encoder.d_model=32", "model.encoder.depth=3", "model.encoder.image_size=64", "data.max_report_tokens=20"]
+TINY = [
+    "model.encoder.d_model=32",
+    "model.encoder.depth=3",
+    "model.encoder.image_size=64",
+    "model.llm.scratch={hidden_size: 32, layers: 2, heads: 2, kv_heads: 1, vocab_size: 320}",
+    "data.max_report_tokens=20",
+]
 
 
 def plan_of(*overrides: str, **options: Any) -> planning.Plan:
