@@ -42,6 +42,7 @@ def test_scores_are_printed_and_a_second_run_overwrites_nothing(run: Path, capsy
     assert second["settings"]["generation"]["max_new_tokens"] == 3
 
 
+@pytest.mark.slow
 def test_json_is_all_that_stdout_holds(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["evaluate", "-m", str(run), "--split", "validation", "-o", str(tmp_path / "out"), "--json"]
     assert main(arguments) == 0

@@ -96,6 +96,7 @@ def test_out_that_exists(tiny_r2gen: Path, tmp_path: Path, capsys: pytest.Captur
     assert "no such folder" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_data_side_imports_no_torch() -> None:
     code = (
         "import sys, emrrg_cli.commands.preprocess as c; heavy = {'torch', 'datasets', 'PIL', 'joblib'};"

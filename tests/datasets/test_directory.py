@@ -58,6 +58,7 @@ def _write(
     return out
 
 
+@pytest.mark.slow
 def test_fixture_opens_as_people_would_open_it(tiny_dataset: Path, tmp_path: Path) -> None:
     code = "import sys; from datasets import load_dataset; d = load_dataset(sys.argv[1]); print(d['train'][1])"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path)}

@@ -172,6 +172,7 @@ def literal_beams(llm: Any, prompts: Prompts, settings: GenerationSettings, stud
     return max(ended)[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("penalty", [0.8, 1.2, 2.0])
 def test_beams_stop_as_in_transformers_444(penalty: float, make_llm: MakeLLM) -> None:
     llm, prompts = make_model(make_llm), make_prompts(24)

@@ -101,6 +101,7 @@ def test_one_set_of_reports_is_refused() -> None:
         compare([_contender("a", 0.5)])
 
 
+@pytest.mark.slow
 def test_runs_and_files_are_found(varied_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     shutil.copytree(varied_run, run)

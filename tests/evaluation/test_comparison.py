@@ -81,6 +81,7 @@ def test_dealt_reports_equal_pycocoevalcap() -> None:
     assert cider == pytest.approx(np.array(_pycocoevalcap(references, dealt)["each"]), abs=1e-9)
 
 
+@pytest.mark.slow
 def test_the_590_iu_pairs_equal_pycocoevalcap(shared_data: Path) -> None:
     rows = json.loads((shared_data / "iu_text" / "annotation.json").read_text())
     test, train = (

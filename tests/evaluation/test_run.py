@@ -54,6 +54,7 @@ def test_each_study_of_the_split_once_with_its_whole_reference(evaluate: Any) ->
     assert (result["studies"], result["split"]) == (4, "test")
 
 
+@pytest.mark.slow
 def test_references_are_cut_to_training_length_on_request(evaluate: Any, varied_run: Path) -> None:
     from emrrg_cli.models.llm import load_tokenizer
 
@@ -78,11 +79,13 @@ def test_the_scores_are_those_of_the_predictions(evaluate: Any) -> None:
     assert result["scores"]["METEOR"] is None
 
 
+@pytest.mark.slow
 def test_predictions_do_not_depend_on_the_batch(evaluate: Any) -> None:
     alone = evaluate("generation.batch_size=1", name="1")["predictions"]
     assert alone == evaluate("generation.batch_size=3", name="3")["predictions"]
 
 
+@pytest.mark.slow
 def test_decoding_is_that_of_the_overrides(evaluate: Any) -> None:
     longer, shorter = evaluate(name="longer"), evaluate("generation.max_new_tokens=1", name="shorter")
     assert shorter["settings"]["generation"]["max_new_tokens"] == 1
@@ -91,6 +94,7 @@ def test_decoding_is_that_of_the_overrides(evaluate: Any) -> None:
         assert long["hypothesis"] != short["hypothesis"]
 
 
+@pytest.mark.slow
 def test_sampling_is_the_same_twice(evaluate: Any) -> None:
     sampled = ("generation.do_sample=true", "generation.min_new_tokens=8")
     first = evaluate(*sampled, name="1")["predictions"]
@@ -205,6 +209,7 @@ def test_study_ids_are_read_once(tiny_dataset: Path, monkeypatch: pytest.MonkeyP
     assert len([key for key in reads if isinstance(key, str)]) <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_reports_outlive_an_interruption(
     evaluate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int

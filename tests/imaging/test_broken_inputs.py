@@ -248,6 +248,7 @@ def test_there_are_enough_of_them() -> None:
     assert len(broken) > 35
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize("name", NAMES, ids=[name.encode("unicode_escape").decode()[:40] for name in NAMES])
 def test_generate(

@@ -292,6 +292,7 @@ def test_dry_run_from_the_command_line(tiny_r2gen: Path, tmp_path: Path, capsys:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_an_exported_annotation_is_read_back(tiny_r2gen: Path, tmp_path: Path) -> None:
     exported = tmp_path / "r2gen" / "annotation.json"
     first, again = tmp_path / "first", tmp_path / "again"
@@ -523,6 +524,7 @@ def test_stopped_it_says_that_it_goes_on(
     assert _content(tmp_path / "out") == many[1]
 
 
+@pytest.mark.slow
 def test_a_file_that_was_replaced_begins_anew(
     many: tuple[Path, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

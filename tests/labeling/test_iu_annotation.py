@@ -16,6 +16,7 @@ from emrrg_cli import clean_report
 from emrrg_cli.labeling import label_reports
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("portion", ["tuning", "held out"])
 def test_agrees_with_the_annotators(shared_data: Path, benchmark: ModuleType, portion: str) -> None:
     table = benchmark.agreement(benchmark.read_studies(shared_data / "iu_text")[portion])

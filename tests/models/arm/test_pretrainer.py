@@ -246,6 +246,7 @@ def test_loss_is_a_mean_over_images_tokens_and_pixels() -> None:
         torch.testing.assert_close(model(images).loss, one_by_one.mean(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_training_on_one_batch_brings_the_loss_down() -> None:
     torch.manual_seed(0)
     model = ArmPretrainer(32, 4, 128, d_state=4, decoder_width=32)
