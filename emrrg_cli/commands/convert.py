@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -68,10 +69,11 @@ def convert(
         err.print(line, markup=False, soft_wrap=True)
     if to is Layout.PUBLISHED:
         return
+    place = shlex.quote(str(out))
     following = {
-        "pretrain": f"emrrg align RECIPE model.encoder.weights={out}",
-        "align": f"emrrg finetune RECIPE model.encoder.weights={out}",
-        "encoder": f"emrrg finetune RECIPE model.encoder.weights={out}",
-        "finetune": f"emrrg generate IMAGES --model {out}",
+        "pretrain": f"emrrg align RECIPE model.encoder.weights={place}",
+        "align": f"emrrg finetune RECIPE model.encoder.weights={place}",
+        "encoder": f"emrrg finetune RECIPE model.encoder.weights={place}",
+        "finetune": f"emrrg generate IMAGES --model {place}",
     }
     err.print(f"Next:  {following[outcome.stage]}", markup=False, soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -84,7 +85,7 @@ def evaluate(
         run = next((word for word in overrides or [] if "=" not in word), "RUN")  # typed without its option
         raise UsageError(
             "give either --model or --predictions",
-            hint=f"`emrrg evaluate --model {run}` or `emrrg evaluate --predictions FILE`.",
+            hint=f"`emrrg evaluate --model {shlex.quote(run)}` or `emrrg evaluate --predictions FILE`.",
         )
     if predictions is not None:
         from emrrg_cli.evaluation.predictions import Columns

@@ -101,7 +101,7 @@ def generate(
     check_device(device)
     images, overrides = split_arguments(paths or [], needed=table is None)
     if model is None:
-        hint = f"Name the run directory: `emrrg generate {' '.join(images) or 'IMAGES'} --model RUN`."
+        hint = f"Name the run directory: `emrrg generate {shlex.join(images) or 'IMAGES'} --model RUN`."
         raise UsageError("no model is given", hint=hint)
     settings = load_run_recipe(model, recipe, overrides, "generate")
 

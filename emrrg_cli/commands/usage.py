@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -105,7 +106,7 @@ def what_to_type(error: Any, arguments: Sequence[str], commands: Sequence[str]) 
         key = "data.root" if name in ("data", "root", "dataset") and command != "preprocess" else name
         place = next((i for i, text in enumerate(arguments) if text.partition("=")[0] == error.option_name), 0)
         value = arguments[place].partition("=")[2] or next(iter(arguments[place + 1 :]), "VALUE")
-        return message, f"Settings of the recipe are changed by key=value, without dashes: {key}={value}"
+        return message, f"Settings of the recipe are changed by key=value, without dashes: {key}={shlex.quote(value)}"
     return message, None
 
 

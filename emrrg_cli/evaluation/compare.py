@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,7 @@ def find_contender(path: Path, split: str, references: Path | None, columns: Col
     folder = path / "evaluation" / split if (path / "evaluation").is_dir() else path
     file = folder / "predictions.jsonl"
     if not file.is_file():
-        hint = f"Evaluate it first: emrrg evaluate --model {path} --split {split}"
+        hint = f"Evaluate it first: emrrg evaluate --model {shlex.quote(str(path))} --split {split}"
         raise UsageError(f"{path} has no predictions of the {split} split ({file})", hint=hint)
     record = read_record(folder / "scores.json", "the scores of an evaluation", "Evaluate again.") or {}
     run = Path(record.get("model", path))

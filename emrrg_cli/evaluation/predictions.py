@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -150,7 +151,7 @@ def _text(path: Path) -> str:
         line = data.count(b"\n", 0, error.start) + 1
         raise UsageError(
             f"{path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x})",
-            hint=f"Convert it first: iconv -f LATIN1 -t UTF-8 {path.name} > utf8{path.suffix}",
+            hint=f"Convert it first: iconv -f LATIN1 -t UTF-8 {shlex.quote(str(path))} > utf8{path.suffix}",
         ) from error
 
 

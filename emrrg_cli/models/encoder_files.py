@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -141,7 +142,10 @@ def _read_directory(path: Path, model: Path) -> EncoderSource:
 def _read_file(file: Path) -> EncoderSource:
     names = _names_in(file)
     if any(name.startswith("visual_encoder.") or ".patch_embed.proj." in f".{name}" for name in names):
-        raise UsageError(f"{file}: this file has the published layout", hint=f"First: emrrg convert {file} DIRECTORY")
+        raise UsageError(
+            f"{file}: this file has the published layout",
+            hint=f"First: emrrg convert {shlex.quote(str(file))} DIRECTORY",
+        )
     prefix = _PREFIX if f"{_PREFIX}patch_embed.weight" in names else ""
     own = {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
     with safe_open(file, framework="pt") as opened:
@@ -161,7 +165,7 @@ def _names_in(file: Path) -> list[str]:
         with file.open("rb") as stream:
             start = stream.read(2)
         if start in (b"PK", b"\x80\x02"):  # a zip archive or a pickle: PyTorch's own formats
-            hint = f"A published checkpoint is converted first: emrrg convert {file} DIRECTORY"
+            hint = f"A published checkpoint is converted first: emrrg convert {shlex.quote(str(file))} DIRECTORY"
             raise UsageError(f"{file}: not a safetensors file but a PyTorch checkpoint", hint=hint)
         check_header(file)
         with safe_open(file, framework="pt") as opened:
