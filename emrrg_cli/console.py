@@ -36,6 +36,12 @@ def progress_bar(description: str, total: int, *, enabled: bool = True) -> Itera
         yield advance
 
 
+def counted(count: int, unit: str) -> str:
+    """A count with its unit: `1 study`, `2,955 studies`."""
+    plural = {"study": "studies"}.get(unit, f"{unit}s")
+    return f"{count:,} {unit if count == 1 else plural}"
+
+
 def printable(text: str) -> str:
     """`text` with control characters and lone surrogates as escapes, so that terminals and UTF-8 files can hold it."""
     text = text.encode("utf-8", "backslashreplace").decode("utf-8")

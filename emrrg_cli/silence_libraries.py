@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def silence_libraries() -> None:
@@ -21,3 +23,22 @@ def silence_libraries() -> None:
     # The penalty ignores the prompt, as in the paper.
     warnings.filterwarnings("ignore", message="Passing `repetition_penalty`")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch")
+
+
+@contextmanager
+def no_loading_bars() -> Iterator[None]:
+    """In the block, transformers shows no progress bar while it loads weights. Downloads of the hub keep theirs."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    shown, downloads_shown = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    transformers_logging.disable_progress_bar()  # also those of the hub
+    try:
+        if downloads_shown:
+            enable_progress_bars()
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+        if not downloads_shown:
+            disable_progress_bars()

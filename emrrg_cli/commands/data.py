@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from emrrg_cli.commands.options import Json
+
+if TYPE_CHECKING:
+    from emrrg_cli.datasets.summary_types import Summary
 
 app = typer.Typer(help="Summarise dataset directories.", no_args_is_help=True)
 
@@ -43,18 +47,33 @@ def show(
 
     Example: emrrg data show data/iu_xray
     """
-    from emrrg_cli.console import err, out
+    from emrrg_cli.console import out
+    from emrrg_cli.reporting.summary_sections import terminal
+
+    def show_summary(summary: Summary) -> None:
+        if as_json:
+            out.print_json(data=summary.as_dict())
+        else:
+            out.print(terminal(summary))
+
+    write_page(directory, output, examples, show_summary)
+
+
+def write_page(
+    directory: Path,
+    output: Path | None = None,
+    examples: int = 12,
+    show_summary: Callable[[Summary], None] = lambda summary: None,
+) -> None:
+    """Write the page and the contact sheet of a dataset directory, and print where they are."""
+    from emrrg_cli.console import err
     from emrrg_cli.datasets.summary import summarise
     from emrrg_cli.reporting.summary_page import PAGE, SHEET, write_summary
-    from emrrg_cli.reporting.summary_sections import terminal
 
     target = output or summary_folder(directory)
     summary = summarise(directory, examples=examples)
     write_summary(summary, target)
-    if as_json:
-        out.print_json(data=summary.as_dict())
-    else:
-        out.print(terminal(summary))
+    show_summary(summary)
     err.print(f"Page: {target / PAGE}", markup=False, soft_wrap=True)
     if summary.examples:
         err.print(f"Contact sheet: {target / SHEET}", markup=False, soft_wrap=True)

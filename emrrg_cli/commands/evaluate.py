@@ -174,7 +174,7 @@ def _write_rexrank(file: Path, target: Path) -> None:
 
 
 def _show(result: dict[str, Any], what: str, as_json: bool) -> None:
-    from emrrg_cli.console import err, out
+    from emrrg_cli.console import counted, err, out
     from emrrg_cli.reporting.evaluation_tables import evaluation_tables
     from emrrg_cli.reporting.tables import DISCLAIMER
 
@@ -182,7 +182,7 @@ def _show(result: dict[str, Any], what: str, as_json: bool) -> None:
         out.print_json(data=result)
         err.print(DISCLAIMER)
         return
-    for table in evaluation_tables(result, f"{what}, {result['studies']} studies"):
+    for table in evaluation_tables(result, f"{what}, {counted(result['studies'], 'study')}"):
         out.print(table)
     out.print(result["protocol_line"], markup=False, soft_wrap=True)
     style = None if result["image_matters"] else "bold red"
@@ -193,7 +193,7 @@ def _show(result: dict[str, Any], what: str, as_json: bool) -> None:
         err.print(f"METEOR was left out: {java if 'Java' in reason else reason}.", markup=False, soft_wrap=True)
     if result.get("seconds"):
         rate = f"{result['seconds']:.1f} s, {result['reports_per_second']:.2f} a second"
-        err.print(f"{result['studies']} reports in {rate}.")
+        err.print(f"{counted(result['studies'], 'report')} in {rate}.")
     if result["output"]:
         err.print(f"Scores and predictions: {result['output']}", markup=False, soft_wrap=True)
     err.print(DISCLAIMER)

@@ -87,12 +87,14 @@ def generate(
 
     Example: emrrg generate films/ study.png --model runs/iu --output reports/ generation.num_beams=1
     """
-    from emrrg_cli.console import err
+    from emrrg_cli.console import counted, err
 
     if merge is not None:
         from emrrg_cli.decoding.outputs import merge_shards
 
-        err.print(f"{merge_shards(merge)} reports in {merge / 'reports.jsonl'}", markup=False, soft_wrap=True)
+        err.print(
+            f"{counted(merge_shards(merge), 'report')} in {merge / 'reports.jsonl'}", markup=False, soft_wrap=True
+        )
         return
 
     from emrrg_cli.errors import UsageError
@@ -212,7 +214,7 @@ def _table_studies(
 
 
 def _print(result: Written, output: Path, *, as_json: bool) -> None:
-    from emrrg_cli.console import err, out, printable
+    from emrrg_cli.console import counted, err, out, printable
     from emrrg_cli.reporting.tables import DISCLAIMER, reports_table
 
     if as_json:
@@ -231,11 +233,12 @@ def _print(result: Written, output: Path, *, as_json: bool) -> None:
     if result.unlike:
         err.print(f"{result.unlike} of the new reports are for films unlike those of the training")
     if result.earlier:
-        err.print(f"{result.earlier} reports were there already", markup=False)
+        err.print(f"{counted(result.earlier, 'report')} of an earlier run kept", markup=False)
     written = result.reports - result.earlier
     rate = written / result.seconds if result.seconds else 0.0
     err.print(
-        f"{written} reports, {result.skipped} files skipped, {rate:.2f} reports a second, in {output}",
+        f"{counted(written, 'report')}, {counted(result.skipped, 'file')} skipped, {rate:.2f} reports a second, "
+        f"in {output}",
         markup=False,
         soft_wrap=True,
     )

@@ -88,7 +88,9 @@ def _parameters(result: Plan) -> Table:
 def _memory(result: Plan) -> Table:
     from rich.table import Table
 
-    title = f"memory: {result.device}, {result.precision}, {result.micro_batch_size} studies at a time"
+    from emrrg_cli.console import counted
+
+    title = f"memory: {result.device}, {result.precision}, {counted(result.micro_batch_size, 'study')} at a time"
     table = Table("part", "predicted", title=title, title_justify="left", min_width=len(title))
     table.columns[1].justify = "right"
     for part, size in result.memory.items():
@@ -99,6 +101,8 @@ def _memory(result: Plan) -> Table:
 
 
 def _time(result: Plan) -> str:
+    from emrrg_cli.console import counted
+
     text = f"time    {result.seconds_per_step:.3g} s a step"
     if result.seconds_loading is not None:
         text += f" (computing {result.seconds_computing:.3g} s, reading images {result.seconds_loading:.3g} s)"
@@ -106,9 +110,9 @@ def _time(result: Plan) -> str:
         return text + " (give --studies N or data.root=DIR for the time of an epoch)"
     epoch, whole = (result.seconds_per_step * steps for steps in (result.steps_per_epoch, result.total_steps))
     capped = result.total_steps < result.epochs * result.steps_per_epoch
-    until = "train.max_steps" if capped else f"{result.epochs} epochs"
+    until = "train.max_steps" if capped else counted(result.epochs, "epoch")
     return (
-        f"{text}, {_hours(epoch)} an epoch of {result.steps_per_epoch:,} steps, "
+        f"{text}, {_hours(epoch)} an epoch of {counted(result.steps_per_epoch, 'step')}, "
         f"{_hours(whole)} for all {result.total_steps:,} ({until})"
     )
 

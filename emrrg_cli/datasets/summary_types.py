@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -98,14 +99,9 @@ class Summary:
         return SYNTHETIC in self.sources
 
     @property
-    def median_words(self) -> int:
-        """Of a report; 0 where there is none."""
-        middle, seen = (sum(self.words.values()) + 1) // 2, 0
-        for length in sorted(self.words):
-            seen += self.words[length]
-            if seen >= middle:
-                return length
-        return 0
+    def median_words(self) -> float:
+        """Median number of words of a report; 0 if there is no report."""
+        return statistics.median(Counter(self.words).elements()) if self.words else 0
 
     def histogram(self) -> list[tuple[int, int | None, int]]:
         """Report lengths as `(from, to, reports)` in at most 16 steps of equal width; the last may be open (None)."""

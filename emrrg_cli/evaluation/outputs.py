@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emrrg_cli.console import printable
+from emrrg_cli.console import counted, printable
 from emrrg_cli.errors import RunError
 from emrrg_cli.evaluation.assess import Assessment
 from emrrg_cli.evaluation.glance import study_rows
@@ -50,7 +50,8 @@ def write_assessment(
     what = f"{result['split']} split of {result['data']}" if "split" in result else str(result["predictions"])
     maker = f"Model: {printable(result['model'])}. " if "model" in result else ""
     intro = (
-        f"{maker}{len(predictions):,} studies. studies.csv and studies.json hold one row per study, {DATA} all figures."
+        f"{maker}{counted(len(predictions), 'study')}. studies.csv and studies.json hold one row per study, "
+        f"{DATA} all figures."
     )
     for row, shown in zip(rows, pictures, strict=True):
         row["pictures"] = shown

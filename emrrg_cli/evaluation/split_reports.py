@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from emrrg_cli.console import progress_bar
+from emrrg_cli.console import counted, progress_bar
 from emrrg_cli.datasets.report_dataset import Example, ReportDataset
 from emrrg_cli.datasets.shard_files import find_shards
 from emrrg_cli.decoding.reports import write_split
@@ -105,7 +105,9 @@ def write_predictions(
         kept += len(reports)
 
     with (
-        interrupted_by(signal.SIGINT, signal.SIGTERM, message=lambda: f"stopped; {kept} reports are in {partial}"),
+        interrupted_by(
+            signal.SIGINT, signal.SIGTERM, message=lambda: f"stopped; {counted(kept, 'report')} saved in {partial}"
+        ),
         progress_bar("writing reports", len(dataset), enabled=accelerator.is_main_process) as advance,
     ):
         hypotheses = write_split(

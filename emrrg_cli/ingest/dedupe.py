@@ -209,7 +209,7 @@ def remarks_about(duplicates: Mapping[str, Any]) -> list[str]:
     images, reports = duplicates["images"], duplicates["reports"]
     total = images["exact"] + images["near"]
     remarks = [
-        f"{total:,} images are there twice ({images['exact']:,} exactly, {images['near']:,} nearly), "
+        f"Images that are there twice: {total:,} ({images['exact']:,} exactly, {images['near']:,} nearly), "
         f"{images['across_splits']:,} of them in another split too"
         + ("; each was kept once, in test, validation, train in this order." if images["dropped"] else ".")
     ]
@@ -221,8 +221,8 @@ def remarks_about(duplicates: Mapping[str, Any]) -> list[str]:
         )
     if reports["repeated"]:
         remarks.append(
-            f"{reports['repeated']:,} reports are word for word those of an earlier study; "
-            f"{reports['across_splits']:,} studies of validation and test have a report that train has too. "
+            f"Reports that repeat an earlier one word for word: {reports['repeated']:,}; studies of validation and "
+            f"test whose report is in train too: {reports['across_splits']:,}. "
             "Reports are never left out for that."
         )
     return remarks

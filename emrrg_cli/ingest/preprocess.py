@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from emrrg_cli.console import err, printable
+from emrrg_cli.console import counted, err, printable
 from emrrg_cli.errors import RunError
 from emrrg_cli.ingest.annotation_file import export_annotation
 from emrrg_cli.ingest.dataset_writer import DatasetWriter, check_target, open_writer
@@ -98,7 +98,7 @@ def _judge_leakage(found: SourceScan, *, allowed: bool) -> None:
     if not allowed:
         found.check_leakage()
     elif found.leaks:
-        found.account.remarks.append(f"{found.leaks:,} patients are in more than one split (--allow-leakage).")
+        found.account.remarks.append(f"Patients in more than one split (--allow-leakage): {found.leaks:,}.")
 
 
 def _open_writer(
@@ -282,7 +282,7 @@ def _printable(value: Any) -> Any:
 def _stopped(writer: DatasetWriter | None) -> str:
     if writer is None or not writer.safe:
         return "stopped; nothing was written"
-    return f"stopped; the same command continues after the first {writer.safe:,} studies"
+    return f"stopped; the same command continues after the first {counted(writer.safe, 'study')}"
 
 
 def _nothing_usable(source: StudySource, account: Account) -> RunError:

@@ -12,6 +12,7 @@ import torch
 from emrrg_cli.datasets.context import prompt_parts
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.models.foreign_files import check_model_directory
+from emrrg_cli.silence_libraries import no_loading_bars
 from emrrg_cli.vocabulary import PUBLISHED_PROMPT
 
 if TYPE_CHECKING:
@@ -58,15 +59,16 @@ def load_llm(source: str, revision: str | None, dtype: torch.dtype, quantization
         options = {"quantization_config": _quantization(quantization, dtype), "device_map": {"": _own_device()}}
     try:
         check_model_directory(source)
-        llm, loaded = AutoModelForCausalLM.from_pretrained(
-            source,
-            revision=revision or "main",
-            dtype=dtype,
-            attn_implementation="sdpa",
-            output_loading_info=True,
-            trust_remote_code=False,
-            **options,
-        )
+        with no_loading_bars():
+            llm, loaded = AutoModelForCausalLM.from_pretrained(
+                source,
+                revision=revision or "main",
+                dtype=dtype,
+                attn_implementation="sdpa",
+                output_loading_info=True,
+                trust_remote_code=False,
+                **options,
+            )
     except Exception as error:  # a broken file raises whatever its reader met
         raise unavailable(source, "LLM", error) from error
     if missing := sorted(loaded["missing_keys"]):

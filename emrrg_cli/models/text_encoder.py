@@ -10,6 +10,7 @@ import torch
 from emrrg_cli.errors import RunError
 from emrrg_cli.models.foreign_files import check_model_directory
 from emrrg_cli.models.llm import train_tokenizer, unavailable
+from emrrg_cli.silence_libraries import no_loading_bars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -85,13 +86,14 @@ def load_text_encoder(source: str, revision: str | None, max_tokens: int) -> Pre
 
     try:
         check_model_directory(source)
-        model, loaded = AutoModel.from_pretrained(
-            source,
-            revision=revision or "main",
-            dtype=torch.float32,
-            output_loading_info=True,
-            trust_remote_code=False,
-        )
+        with no_loading_bars():
+            model, loaded = AutoModel.from_pretrained(
+                source,
+                revision=revision or "main",
+                dtype=torch.float32,
+                output_loading_info=True,
+                trust_remote_code=False,
+            )
     except Exception as error:  # a broken file raises whatever its reader met
         raise unavailable(source, "text encoder", error, _KEY) from error
     try:

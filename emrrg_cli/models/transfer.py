@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from emrrg_cli.console import counted
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.models.arm.encoder import ArmEncoder
 from emrrg_cli.models.encoder_files import EncoderConfig, EncoderSource, encoder_source
@@ -42,7 +43,7 @@ class TransferReport:
 
     def lines(self, *, verbose: bool = False) -> list[str]:
         """The report as text: one line of counts and the notes; with `verbose` also one line per tensor."""
-        counts = f"{len(self.used)} tensors used, {len(self.dropped)} dropped, {len(self.made)} made"
+        counts = f"{counted(len(self.used), 'tensor')} used, {len(self.dropped)} dropped, {len(self.made)} made"
         lines = [f"encoder from {self.source}: {counts}{'' if verbose else ' (--verbose names them)'}", *self.notes]
         if verbose:
             for label, tensors in (("used", self.used), ("dropped", self.dropped), ("made", self.made)):

@@ -83,12 +83,12 @@ def clinical_rows(
 def _clinical(name: str, grid: Mapping[str, Any], controls: Mapping[str, Any]) -> Table:
     table = Table(title=Text(f"Clinical findings by {labeler_name(name)}"), title_justify="left", title_style="bold")
     for head in ("uncertain as", "labels", "average"):
-        table.add_column(head, no_wrap=head == "average")
+        table.add_column(head, min_width=len("positive") if head == "uncertain as" else None)
     for head in ("precision", "recall", "F1"):
-        table.add_column(head, justify="right")
+        table.add_column(head, justify="right", overflow="fold")
     shown = controls_with(name, controls)
     for control in shown:
-        table.add_column(f"F1, {CONTROLS.get(control, control)}", justify="right")
+        table.add_column(f"F1, {CONTROLS.get(control, control)}", justify="right", overflow="fold")
     for policy, labels, words, values in clinical_rows(name, grid, shown):
         table.add_row(policy, labels, words, *(f"{value:.3f}" for value in values))
     if undefined := max(figures["14"]["undefined"] for figures in grid.values()):

@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from emrrg_cli.console import printable
+from emrrg_cli.console import counted, printable
 from emrrg_cli.datasets.summary import Summary
 from emrrg_cli.reporting.page import Bar
 from emrrg_cli.reporting.tables import DISCLAIMER
@@ -41,7 +41,7 @@ def sections(summary: Summary) -> list[Section]:
     sentences = {_short(text): [f"{reports:,}"] for text, reports in summary.sentences}
     found.append(Section("Most common sentences", ["sentence", "reports"], sentences))
     skipped = summary.manifest.get("studies_skipped", 0)
-    found.append(_account(f"Left out: {_studies(skipped)}", summary.manifest.get("skipped")))
+    found.append(_account(f"Left out: {counted(skipped, 'study')}", summary.manifest.get("skipped")))
     found.append(_account("Written, but look at", summary.manifest.get("notes")))
     return [section for section in found if section.rows]
 
@@ -49,7 +49,7 @@ def sections(summary: Summary) -> list[Section]:
 def title(summary: Summary) -> str:
     """The name of the dataset directory and its size."""
     name = printable(Path(summary.root).absolute().name)
-    return f"{name}: {_studies(summary.studies)}, {summary.images:,} images"
+    return f"{name}: {counted(summary.studies, 'study')}, {counted(summary.images, 'image')}"
 
 
 def remarks(summary: Summary) -> list[str]:
@@ -57,7 +57,7 @@ def remarks(summary: Summary) -> list[str]:
     said = [f"Source: {printable(', '.join(summary.sources))}."]
     said += [printable(remark) for remark in summary.manifest.get("remarks") or []]
     if summary.patients_in_several_splits:
-        said.append(f"{summary.patients_in_several_splits:,} patients are in more than one split.")
+        said.append(f"Patients in more than one split: {summary.patients_in_several_splits:,}.")
     if summary.is_synthetic:
         said.append("Synthetic images: a program drew them, they show no patient.")
     return said
@@ -110,7 +110,7 @@ def _lengths(summary: Summary) -> Section:
         ]
         for low, high, reports in bars
     }
-    return Section(f"Report length, median {summary.median_words} words", ["words", "reports", ""], rows)
+    return Section(f"Report length, median {summary.median_words:g} words", ["words", "reports", ""], rows)
 
 
 def _repeated(summary: Summary) -> Section:
@@ -139,10 +139,6 @@ def _short(text: str, length: int = 200) -> str:
     """A text on one line, its end left out where it is long."""
     text = printable(" ".join(text.split()))
     return text if len(text) <= length else text[: length - 1].rstrip() + "…"
-
-
-def _studies(number: int) -> str:
-    return f"{number:,} {'study' if number == 1 else 'studies'}"
 
 
 def _table(section: Section) -> Table:

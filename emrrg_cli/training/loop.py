@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from emrrg_cli.console import counted
 from emrrg_cli.datasets.epochs import DrawsEpoch, EpochOrder, Epochs, epoch_length
 from emrrg_cli.datasets.loading import load_batches
 from emrrg_cli.errors import Interrupted, UsageError
@@ -138,7 +139,7 @@ class _Loop:
             if progress.validation_due:
                 self._validate()
             elif progress.step and (reason := self._reason_to_end()):
-                display.message(f"this run is already finished: {progress.step} steps, {reason}")
+                display.message(f"this run is already finished: {counted(progress.step, 'step')}, {reason}")
             for step_batches in self._steps():
                 signal_number = self._optimizer_step(step_batches, stop.number)
                 self._advise()

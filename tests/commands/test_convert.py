@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,13 @@ def published(tmp_path: Path) -> Path:
     save_encoder(tmp_path / "ours", ArmEncoder(16, 2, 32, 4))
     assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "file.pth"), "--to", "published"]) == 0
     return tmp_path / "file.pth"
+
+
+def test_the_next_command_can_be_pasted(published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "my model; $(x)"
+    assert main(["convert", str(published), str(out)]) == 0
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert shlex.split(last)[-1] == f"model.encoder.weights={out}"
 
 
 def test_there_and_back(published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

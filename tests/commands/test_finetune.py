@@ -63,7 +63,7 @@ def test_the_outcome_and_the_next_commands_are_told_on_stderr(
     told = " ".join(printed.err.split())
     for text in ("run my run", "4 (schedule ended)", "score 0.2500, loss 1.5000, step 2", "12.50", "2,048 MiB"):
         assert text in told
-    assert "emrrg evaluate --model" in told
+    assert "emrrg evaluate --model 'my run'" in told
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def test_reports_are_shown_and_the_skipped_named(
     for text in ("a b.png", "[bold]ü.png", "not for diagnosis"):
         assert text in printed.out
     assert "skipped notes.txt: not an image" in printed.err
-    assert "2 reports, 1 files skipped" in printed.err
+    assert "2 reports, 1 file skipped" in printed.err
     assert len((tmp_path / "out" / "reports.jsonl").read_text().splitlines()) == 2
 
 
@@ -56,7 +56,7 @@ def test_no_image_among_the_files_is_exit_code_1(
     assert main(["generate", str(images / "notes.txt"), "-m", str(tiny_run), "-o", str(tmp_path / "out")]) == 1
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert "0 reports, 1 files skipped" in printed.err
+    assert "0 reports, 1 file skipped" in printed.err
 
 
 def test_many_skipped_files_are_counted(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,7 +128,7 @@ def test_the_same_command_again_continues(
     assert main(arguments) == 0
     Image.new("L", (30, 20), 30).save(images / "new.png")
     assert main(arguments) == 0
-    assert "2 reports were there already" in capsys.readouterr().err
+    assert "2 reports of an earlier run kept" in capsys.readouterr().err
     rows = [json.loads(line) for line in (tmp_path / "out" / "reports.jsonl").read_text().splitlines()]
     assert sorted(Path(row["path"]).name for row in rows) == ["[bold]ü.png", "a b.png", "new.png"]
 

@@ -21,7 +21,9 @@ def test_writes_and_prints_a_table(tiny_r2gen: Path, tmp_path: Path, capsys: pyt
     assert "r2gen: 24 studies read" in printed.out
     for row in ("train │ 16 │ 24", "validation │ 4 │ 6", "test │ 4 │ 6", "written │ 24 │ 36"):
         assert row in " ".join(printed.out.split())
+    assert printed.out.count("validation") == 1  # one table; `data show` prints the others
     assert f"Written to {out}" in printed.out
+    assert f"Page: {out}-summary/page.html" in printed.err
     assert "images/s" in printed.err
     assert {split: len(rows) for split, rows in open_dataset(out).items()} == {"train": 16, "validation": 4, "test": 4}
 

@@ -213,7 +213,7 @@ def test_earlier_reports_are_replaced_by_a_whole_run_alone(
 
     # or is stopped,
     writer.before = lambda: os.kill(os.getpid(), signal.SIGINT) if writer.batches else None  # type: ignore[method-assign]
-    with pytest.raises(Interrupted, match=r"2 reports are in .*reports\.jsonl\.partial, the earlier ones as they were"):
+    with pytest.raises(Interrupted, match=r"2 reports saved in .*jsonl\.partial, the earlier ones as they were"):
         run_generation(files[2:], tmp_path / "run", recipe, out, overwrite=True)
     partial = out / "reports.jsonl.partial"
     assert [row["path"] for row in _rows(partial)] == [str(file) for file in files[2:4]]
@@ -262,7 +262,7 @@ def test_an_interruption_keeps_what_was_written(
     (tmp_path / "0.txt").write_text("text")
     handlers = [signal.getsignal(watched) for watched in (signal.SIGINT, signal.SIGTERM)]
     writer.before = lambda: os.kill(os.getpid(), number) if writer.batches else None  # type: ignore[method-assign]
-    with pytest.raises(Interrupted, match="stopped after 3 of 6 files; 2 reports are in") as caught:
+    with pytest.raises(Interrupted, match="stopped after 3 of 6 files; 2 reports saved in") as caught:
         run_generation([tmp_path / "0.txt", *files], tmp_path / "run", recipe, tmp_path / "out")
     assert caught.value.exit_code == code
     assert [row["path"] for row in _rows(tmp_path / "out" / "reports.jsonl")] == [str(file) for file in files[:2]]

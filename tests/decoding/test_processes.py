@@ -112,7 +112,7 @@ def test_a_signal_stops_all_and_keeps_what_is_written(varied_run: Path, films: P
     assert "Traceback" not in printed
     rows = _rows(tmp_path / "out")
     assert 0 < len(rows) < 400
-    assert f"{len(rows)} reports are in" in printed
+    assert f"{len(rows)} reports saved in" in printed
     assert _has_ended(process.pid)
 
 

@@ -224,7 +224,7 @@ def test_reports_outlive_an_interruption(
         save(*arguments)
 
     monkeypatch.setattr(split_reports, "append_jsonl", interrupted)
-    with pytest.raises(Interrupted, match=r"2 reports are in .*predictions\.jsonl\.partial") as caught:
+    with pytest.raises(Interrupted, match=r"2 reports saved in .*predictions\.jsonl\.partial") as caught:
         evaluate("generation.batch_size=1")
     assert caught.value.exit_code == code
     written = (tmp_path / "out" / "predictions.jsonl.partial").read_text().splitlines()

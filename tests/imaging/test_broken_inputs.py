@@ -279,7 +279,7 @@ def test_generate(
         assert skip["reason"].split(": ")[0] == reason
         lines = [line for line in printed.err.splitlines() if line.startswith("skipped ")]
         assert len(lines) == 1
-        assert "1 files skipped" in printed.err
+        assert "1 file skipped" in printed.err
         assert json.loads((output / "skipped.jsonl").read_text().strip())["path"] == str(films / name)
 
 
@@ -355,7 +355,7 @@ def test_no_permission(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkey
     assert main(arguments) == 0
     printed = capfd.readouterr().err
     assert printed.count("no permission to read") == 2
-    assert "1 reports, 2 files skipped" in printed
+    assert "1 report, 2 files skipped" in printed
 
 
 @pytest.mark.usefixtures("no_model")

@@ -166,7 +166,7 @@ def test_a_patient_in_two_splits_is_an_error_before_decoding(tmp_path: Path, mon
     assert sorted(tmp_path.iterdir()) == [root]
     manifest = _run(_Source(root, studies), tmp_path / "out", allow_leakage=True)
     assert manifest["studies_written"] == 8
-    assert manifest["remarks"] == ["2 patients are in more than one split (--allow-leakage)."]
+    assert manifest["remarks"] == ["Patients in more than one split (--allow-leakage): 2."]
 
 
 # Duplicates.

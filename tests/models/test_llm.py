@@ -279,3 +279,20 @@ def test_code_of_a_directory_is_never_run(
             load()
     assert not ran.exists()
     assert "[y/N]" not in "".join(capfd.readouterr())
+
+
+def test_loading_shows_no_bar_and_leaves_the_setting(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from transformers.utils import logging
+
+    tokenizer = train_tokenizer(["the heart is enlarged ."], 300)
+    settings = ScratchLLMSettings(hidden_size=32, layers=2, heads=2, kv_heads=1, vocab_size=300)
+    build_scratch_llm(settings, tokenizer).save_pretrained(tmp_path)
+    capfd.readouterr()
+    before = logging.is_progress_bar_enabled()
+    try:
+        logging.enable_progress_bar()
+        load_llm(str(tmp_path), None, torch.float32)
+        assert logging.is_progress_bar_enabled()
+    finally:
+        logging.enable_progress_bar() if before else logging.disable_progress_bar()
+    assert capfd.readouterr().err == ""

@@ -62,7 +62,7 @@ def test_the_page_holds_all_and_executes_nothing(odd: Summary, tmp_path: Path) -
         "Synthetic images",
         "Left out: 1 study",
         "inverted",
-        "4 patients are in more than one split",
+        "Patients in more than one split: 4.",
     ):
         assert said in text
     for said in ("Look &amp; see.", "cannot be decoded", "· train · &lt;b&gt;PA · synthetic"):
@@ -93,7 +93,7 @@ def test_the_terminal_shows_the_same(odd: Summary) -> None:
 def test_columns_and_tables_that_would_be_empty_are_left_out(tiny_dataset: Path) -> None:
     found = {section.name: section for section in sections(summarise(tiny_dataset, examples=0))}
     assert list(found) == [
-        "Splits", "Views", "Report length, median 10 words", "Repeated reports", "Reports met most often",
+        "Splits", "Views", "Report length, median 11 words", "Repeated reports", "Reports met most often",
         "Most common sentences",
     ]  # fmt: skip
     assert found["Splits"].heads == ["split", "studies", "images", "without patient"]

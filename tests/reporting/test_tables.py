@@ -7,7 +7,9 @@ from typing import Any
 
 from rich.console import Console
 
+from emrrg_cli.console import counted
 from emrrg_cli.reporting import tables
+from emrrg_cli.reporting.evaluation_tables import evaluation_tables
 
 
 def _shown(table: Any, width: int = 100) -> str:
@@ -38,3 +40,20 @@ def test_reports_table_shows_the_disclaimer_and_counts_the_rest() -> None:
     assert "(empty)" in narrow
     assert tables.DISCLAIMER in narrow
     assert "seconds" not in narrow
+
+
+def test_the_clinical_table_cuts_no_word_at_80_columns() -> None:
+    row = {"precision": 0.5, "recall": 0.25, "f1": 1 / 3}
+    labels = {"undefined": 2, "micro": row, "macro": row, "macro_defined": row, "example": row}
+    grid = {policy: {"14": labels, "5": labels} for policy in ("uncertain_positive", "uncertain_negative")}
+    controls = {name: {"clinical": {"rules": grid}, "scores": {}} for name in ("dealt", "most_frequent")}
+    result = {"controls": controls, "clinical": {"rules": grid}, "scores": {}, "intervals": {}, "left_out": {}}
+    text = _shown(evaluation_tables(result, "test split")[-1], width=80)
+    assert "\u2026" not in text
+    for word in ("uncertain", "positive", "negative", "precision", "recall", "0.333", "macro, defined"):
+        assert word in text
+
+
+def test_a_count_has_the_right_unit() -> None:
+    assert [counted(n, "study") for n in (0, 1, 2955)] == ["0 studies", "1 study", "2,955 studies"]
+    assert [counted(n, "image") for n in (1, 2)] == ["1 image", "2 images"]

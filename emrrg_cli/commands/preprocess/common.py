@@ -231,7 +231,7 @@ def run_source(
         UsageError, RunError, Interrupted: As `emrrg_cli.ingest.preprocess.preprocess`.
     """
     # Here, not above: `emrrg --help` stays fast.
-    from emrrg_cli.commands.data import show
+    from emrrg_cli.commands.data import write_page
     from emrrg_cli.commands.preprocess.outcome import print_manifest, print_plan
     from emrrg_cli.ingest.preprocess import dry_run, preprocess
 
@@ -264,7 +264,7 @@ def run_source(
     if options.export_annotation is not None:
         console.print(f"Exported to {options.export_annotation}.", markup=False, soft_wrap=True)
     if options.summary:
-        show(out)
+        write_page(out)
 
 
 def _check_outputs(source: StudySource, out: Path, options: Options) -> None:

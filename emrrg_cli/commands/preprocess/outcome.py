@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from emrrg_cli.console import counted
 from emrrg_cli.console import out as console
 
 
@@ -18,19 +19,19 @@ def print_plan(plan: dict[str, Any], out: Path, title: str | None) -> None:
     console.print(_summary(plan, title or _title(plan), "to be written", studies))
     views = ", ".join(f"{count:,} {view}" for view, count in plan["views"].items())
     _line(f"Views: {views or 'none'}.")
-    _print_account(plan, f"{_counted(plan['studies_skipped'], 'study')} left out", "To check")
+    _print_account(plan, f"{counted(plan['studies_skipped'], 'study')} left out", "To check")
     for reason, entry in plan["known_problems"].items():
         first = ", ".join(dict.fromkeys((entry["id"], entry["path"])))
         _line(
-            f"{_counted(entry['count'], 'image')} cannot be used: {reason}, first: {first}",
+            f"{counted(entry['count'], 'image')} cannot be used: {reason}, first: {first}",
         )
     _line(
-        f"{_counted(sample['studies'], 'study')} from all parts of the source decoded as a sample:",
+        f"{counted(sample['studies'], 'study')} from all parts of the source decoded as a sample:",
     )
     for kind in ("problems", "notes"):
         for reason, entry in sample[kind].items():
             first = ", ".join(dict.fromkeys(entry["examples"][0].values()))
-            _line(f"  {reason}: {_counted(entry['count'], entry['unit'])}, first: {first}")
+            _line(f"  {reason}: {counted(entry['count'], entry['unit'])}, first: {first}")
     _line(
         f"  The whole data set needs about {sample['bytes'] / 1e9:.2f} GB and "
         f"{sample['seconds'] / 60:.1f} minutes of one core.",
@@ -41,7 +42,7 @@ def print_plan(plan: dict[str, Any], out: Path, title: str | None) -> None:
 def print_manifest(manifest: dict[str, Any], title: str | None) -> None:
     """Prints what was written, and what was not."""
     console.print(_summary(manifest, title or _title(manifest), "written", manifest["studies_written"]))
-    _print_account(manifest, f"{_counted(manifest['studies_skipped'], 'study')} skipped", "Written, but check")
+    _print_account(manifest, f"{counted(manifest['studies_skipped'], 'study')} skipped", "Written, but check")
 
 
 def _line(text: str) -> None:
@@ -51,13 +52,7 @@ def _line(text: str) -> None:
 def _title(manifest: dict[str, Any]) -> str:
     layout = manifest["options"].get("layout")
     name = manifest["source"] if layout in (None, manifest["source"]) else f"{manifest['source']}, layout {layout}"
-    return f"{name}: {_counted(manifest['studies_read'], 'study')} read"
-
-
-def _counted(count: int, unit: str) -> str:
-    """`1 study`, `2,955 studies`."""
-    many = {"study": "studies"}.get(unit, f"{unit}s")
-    return f"{count:,} {unit if count == 1 else many}"
+    return f"{name}: {counted(manifest['studies_read'], 'study')} read"
 
 
 def _print_account(manifest: dict[str, Any], skipped: str, noted: str) -> None:
@@ -88,5 +83,5 @@ def _reasons(entries: dict[str, Any], title: str) -> Table:
     table.add_column("first", overflow="fold")
     for reason, entry in entries.items():
         first = Text(", ".join(dict.fromkeys(entry["examples"][0].values())))  # an id is often the path
-        table.add_row(reason, _counted(entry["count"], entry["unit"]), first)
+        table.add_row(reason, counted(entry["count"], entry["unit"]), first)
     return table

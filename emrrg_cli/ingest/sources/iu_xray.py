@@ -223,7 +223,7 @@ class R2GenWithReports:
                 extra=_extra(entry.report if entry else None),
             )
         if missing:
-            account.remarks.append(f"{missing:,} studies have no report in --reports, so no context and no labels.")
+            account.remarks.append(f"Studies without a report in --reports, context and labels: {missing:,}.")
 
 
 def _view(entry: Entry | None, image: Path) -> str:

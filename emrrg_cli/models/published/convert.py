@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from emrrg_cli.checksums import CHECKSUMS, write_checksums
+from emrrg_cli.console import counted
 from emrrg_cli.errors import UsageError
 from emrrg_cli.files.atomic import atomic_directory
 from emrrg_cli.files.write_errors import writing
@@ -178,7 +179,9 @@ def convert_to_published(
             temporary.replace(out)
         finally:
             temporary.unlink(missing_ok=True)
-    lines = [f"{directory}: {LABELS[stage]}: {len(checkpoint.tensors)} tensors written, {len(dropped)} left out"]
+    lines = [
+        f"{directory}: {LABELS[stage]}: {counted(len(checkpoint.tensors), 'tensor')} written, {len(dropped)} left out"
+    ]
     if verbose:
         lines += [f"  written   {name}  {list(tensor.shape)}" for name, tensor in checkpoint.tensors.items()]
         lines += [f"  left out  {name}" for name in dropped]

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from emrrg_cli.console import counted
 from emrrg_cli.errors import RunError
 from emrrg_cli.models.encoder_files import EncoderConfig
 from emrrg_cli.models.published.checkpoint import Checkpoint, read_checkpoint
@@ -56,7 +57,7 @@ class Imported:
         what = LABELS[self.stage]
         if (config := self.config) is not None:
             what += f", width {config.d_model}, depth {config.depth}, state {config.d_state}, {config.image_size} px"
-        counts = f"{len(self.used)} tensors used, {len(self.left_out)} left out, {len(self.made)} made"
+        counts = f"{counted(len(self.used), 'tensor')} used, {len(self.left_out)} left out, {len(self.made)} made"
         lines = [f"{self.file}: {what}: {counts}{'' if verbose else ' (--verbose names them)'}"]
         beside = [*(f"{name} {value}" for name, value in self.checkpoint.kept.items())]
         beside += [f"{name} (dropped)" for name in self.checkpoint.dropped]

@@ -155,7 +155,7 @@ def test_r2gens_studies_with_the_rest_of_the_reports(openi: Any, tmp_path: Path,
         last = studies[3]
         assert (last.views, last.impression, last.extra["indication"]) == (("unknown", "unknown"), None, None)
         assert set(last.extra) == set(R2GenWithReports.columns)
-        assert account.remarks == ["1 studies have no report in --reports, so no context and no labels."]
+        assert account.remarks == ["Studies without a report in --reports, context and labels: 1."]
     with pytest.raises(UsageError, match="--reports: there is no"):
         R2GenWithReports(iu_xray_source(root), tmp_path / "none.tgz")
     with pytest.raises(UsageError, match="goes with R2Gen's layout alone"):
