@@ -9,15 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-<<<<<<< HEAD
-from emrrg_cli.console import progress_bar
+from emrrg_cli.console import counted, progress_bar
 from emrrg_cli.decoding.cards import NO_PAGE, PAGE, PageOptions, StudyCard
 from emrrg_cli.decoding.gallery import Gallery
-=======
-from PIL.Image import Image
-
-from emrrg_cli.console import counted, progress_bar
->>>>>>> 9798780 (fix: one table after preprocess, true medians and plurals, no loading bars in Python, clinical table at 80 columns)
 from emrrg_cli.decoding.outputs import Output, Row, fingerprint_of
 from emrrg_cli.decoding.processes import write_in_processes
 from emrrg_cli.decoding.reports import load_generator
@@ -195,20 +189,5 @@ class _Run:
         place.finish((study.name for study in self.studies), keep_partial=keep_partial)
         if keep_partial:
             result.records, result.skipped_file = place.partial, place.skipped_partial
-<<<<<<< HEAD
         elif result.reports and self.gallery.options.studies:
             self.gallery.write()
-=======
-        elif result.reports and place.shard is None:
-            self._write_page()
-
-    def _write_page(self) -> None:
-        rows = (row for row in self.result.rows() if row["path"] in self.pictures)
-        cards = [
-            Card(row["path"], [self.pictures[row["path"]]], row["report"], notes="; ".join(row["notes"]))
-            for row in islice(rows, len(self.pictures))
-        ]
-        intro = f"{counted(self.result.reports, 'report')}; the first {len(cards)} are shown."
-        page = Page("Generated reports", f"{intro} All are in reports.jsonl and reports.csv.", cards)
-        write_page(self.place.folder / "page.html", page)
->>>>>>> 9798780 (fix: one table after preprocess, true medians and plurals, no loading bars in Python, clinical table at 80 columns)

@@ -81,14 +81,13 @@ def clinical_rows(
 
 
 def _clinical(name: str, grid: Mapping[str, Any], controls: Mapping[str, Any]) -> Table:
-    table = Table(title=Text(f"Clinical findings by {labeler_name(name)}"), title_justify="left", title_style="bold")
+    title = Text(f"Clinical findings by {labeler_name(name)}")
+    table = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)  # 80 columns hold it
     for head in ("uncertain as", "labels", "average"):
-        table.add_column(head, min_width=len("positive") if head == "uncertain as" else None)
-    for head in ("precision", "recall", "F1"):
-        table.add_column(head, justify="right", overflow="fold")
+        table.add_column(head, min_width=max(map(len, head.split())))
     shown = controls_with(name, controls)
-    for control in shown:
-        table.add_column(f"F1, {CONTROLS.get(control, control)}", justify="right", overflow="fold")
+    for head in ("precision", "recall", "F1", *(f"F1, {CONTROLS.get(control, control)}" for control in shown)):
+        table.add_column(head, justify="right", min_width=max(5, *map(len, head.split())))
     for policy, labels, words, values in clinical_rows(name, grid, shown):
         table.add_row(policy, labels, words, *(f"{value:.3f}" for value in values))
     if undefined := max(figures["14"]["undefined"] for figures in grid.values()):
