@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -105,9 +104,7 @@ def write_predictions(
         kept += len(reports)
 
     with (
-        interrupted_by(
-            signal.SIGINT, signal.SIGTERM, message=lambda: f"stopped; {counted(kept, 'report')} saved in {partial}"
-        ),
+        interrupted_by(message=lambda: f"stopped; {counted(kept, 'report')} saved in {partial}"),
         progress_bar("writing reports", len(dataset), enabled=accelerator.is_main_process) as advance,
     ):
         hypotheses = write_split(
