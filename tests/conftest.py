@@ -145,23 +145,32 @@ def tiny_dataset(tiny_r2gen: Path, make_once: MakeOnce) -> Path:
 
 @pytest.fixture(scope="session")
 def context_dataset(tiny_r2gen: Path, make_once: MakeOnce) -> Path:
-    """The studies of `tiny_r2gen` with indication, age and sex, from a table. Not to be changed."""
+    """The studies of `tiny_r2gen` with indication, age, sex and views, from a table. Not to be changed."""
     return make_once("context", lambda folder: _write_context(tiny_r2gen, folder)) / "dataset"
 
 
 def _write_context(root: Path, folder: Path) -> None:
     from emrrg_cli.app import main
 
-    rows = ["file,text,split,id,reason,age,sex"]
+    rows = ["file,text,split,id,reason,age,sex,view"]
     number = 0
     for split, studies in json.loads((root / "annotation.json").read_text()).items():
         for study in studies:
             reason = ("Dyspnoea.", "Cough and fever for three days.", "Fall", "XXXX")[number % 4]
-            path = study["image_path"][0]
-            rows.append(f"{path},{study['report']},{split},{study['id']},{reason},{40 + number},{'FM'[number % 2]}")
+            path, view = study["image_path"][0], ("PA", "LL", "LAO", "")[number // 2 % 4]
+            rows.append(
+                f"{path},{study['report']},{split},{study['id']},{reason},{40 + number},{'FM'[number % 2]},{view}"
+            )
             number += 1
     (folder / "table.csv").write_text("\n".join(rows) + "\n")
-    columns = {"image": "file", "report": "text", "split": "split", "study": "id", "indication": "reason"}
+    columns = {
+        "image": "file",
+        "report": "text",
+        "split": "split",
+        "study": "id",
+        "indication": "reason",
+        "view": "view",
+    }
     options = [part for kind, name in columns.items() for part in (f"--{kind}-column", name)]
     options += ["--age-column", "age", "--sex-column", "sex", "--table", str(folder / "table.csv")]
     assert main(["preprocess", "folder", str(root), str(folder / "dataset"), *options]) == 0

@@ -19,6 +19,7 @@ from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.imaging.base import ImageError
 from emrrg_cli.imaging.raster import resize_square
 from emrrg_cli.imaging.read import read_image
+from emrrg_cli.imaging.views import view_token
 from emrrg_cli.recipe.common import DataSettings
 from emrrg_cli.vocabulary import ContextField
 
@@ -27,13 +28,17 @@ IGNORE = -100  # label of a position that carries no loss
 
 @dataclass(frozen=True)
 class Example:
-    """One study as the model sees it: `pixels` is uint8 `[views, size, size]`, grey; `context` stands in the prompt."""
+    """One study as the model sees it: `pixels` is uint8 `[views, size, size]`, grey; `context` stands in the prompt.
+
+    `projections` are places in `VIEW_TOKENS`, one a view; empty: none is known.
+    """
 
     index: int
     study_id: str
     pixels: Tensor
     report: str
     context: Mapping[ContextField, str] = field(default_factory=dict)
+    projections: tuple[int, ...] = ()
 
 
 @dataclass
@@ -41,10 +46,11 @@ class Batch:
     """Several studies.
 
     `pixels`: uint8 `[n, size, size]`, all views one after the other; `views`: int64 `[b]`, views of each study, summing
-    to `n`; `contexts`: what the prompt tells of each study (empty: nothing of any); `labels`: int64 `[b, t]`, report
-    tokens, padded with `IGNORE` (None where reports are to be written); `findings`: `[b, 14]` as `finding_targets`
-    gives them (None where no head learns them); `advantages`: `[b * n]`, where `labels` are `[b * n, t]` sampled
-    reports, n a study, what the log-probability of each is worth.
+    to `n`; `contexts`: what the prompt tells of each study (empty: nothing of any); `projections`: int64 `[n]`, places
+    in `VIEW_TOKENS` (None: all unknown); `labels`: int64 `[b, t]`, report tokens, padded with `IGNORE` (None where
+    reports are to be written); `findings`: `[b, 14]` as `finding_targets` gives them (None where no head learns them);
+    `advantages`: `[b * n]`, where `labels` are `[b * n, t]` sampled reports, n a study, what the log-probability of
+    each is worth.
     """
 
     indices: list[int]
@@ -53,6 +59,7 @@ class Batch:
     views: Tensor
     reports: list[str]
     contexts: list[Mapping[ContextField, str]] = field(default_factory=list)
+    projections: Tensor | None = None
     labels: Tensor | None = None
     findings: Tensor | None = None
     advantages: Tensor | None = None
@@ -68,8 +75,9 @@ class Batch:
     def _mapped(self, function: Callable[[Tensor], Tensor]) -> Batch:
         labels = None if self.labels is None else function(self.labels)
         findings = None if self.findings is None else function(self.findings)
+        projections = None if self.projections is None else function(self.projections)
         pixels, views = function(self.pixels), function(self.views)
-        return replace(self, pixels=pixels, views=views, labels=labels, findings=findings)
+        return replace(self, pixels=pixels, views=views, projections=projections, labels=labels, findings=findings)
 
 
 class ReportDataset(Dataset[Example]):
@@ -134,7 +142,15 @@ class ReportDataset(Dataset[Example]):
         except ImageError as error:
             raise RunError(f"{where}: {error}") from error
         pixels = [torch.from_numpy(resize_square(view, self.image_size)) for view in views]
-        return Example(index, record["study_id"], torch.stack(pixels), self.reports[index], self._context(index))
+        projections = projections_of(record["views"], len(pixels))
+        context = self._context(index)
+        return Example(index, record["study_id"], torch.stack(pixels), self.reports[index], context, projections)
+
+    @property
+    def knows_views(self) -> bool:
+        """Whether the data set says of any film whether it is frontal or lateral."""
+        rows = self.split.select_columns(["views"]).select(self.rows)
+        return any(any(projections_of(row["views"], len(row["views"] or ()))) for row in rows)
 
     def set_epoch(self, epoch: int) -> None:
         """Called by a training before each study: fields of the context are left out from then on."""
@@ -145,6 +161,12 @@ class ReportDataset(Dataset[Example]):
         if self._epoch is None or not context:
             return context
         return drop_fields(context, self.settings.context_dropout, self.seed, self._epoch, self.study_ids[index])
+
+
+def projections_of(views: Sequence[str | None] | None, images: int) -> tuple[int, ...]:
+    """The places in `VIEW_TOKENS` of the first images of a study, by the names of their views."""
+    known = [view_token(view or "") for view in views or ()]
+    return tuple((known + [0] * images)[:images])
 
 
 def _check_context(split: Any, settings: DataSettings) -> None:
@@ -175,6 +197,9 @@ def collate(
         pixels=torch.cat([example.pixels for example in examples]),
         views=torch.tensor([len(example.pixels) for example in examples]),
         reports=[example.report for example in examples],
+        projections=torch.tensor(
+            [place for example in examples for place in example.projections or (0,) * len(example.pixels)]
+        ),
         contexts=[example.context for example in examples] if any(example.context for example in examples) else [],
         labels=labels,
         findings=finding_targets([example.report for example in examples]) if findings else None,

@@ -30,6 +30,7 @@ def ground_reports(
     reports: Tokens,
     sentences: Tokens,
     contexts: Contexts = (),
+    projections: Tensor | None = None,
 ) -> list[Tensor]:
     """Where the model looks as it writes each sentence.
 
@@ -45,6 +46,7 @@ def ground_reports(
         reports: tokens of each report, `b` of them.
         sentences: for each token the number of its sentence, -1 for one of none.
         contexts: what the prompt tells of each study; empty: nothing of any.
+        projections: int64 `[n]`, places in `VIEW_TOKENS`; None: all unknown.
 
     Returns:
         For each study fp32 `[sentences, views, grid, grid]` on the CPU, row by row from the top left. Each sentence's
@@ -52,7 +54,7 @@ def ground_reports(
     """
     ground = _by_attention if model.hybrid else _by_gradient
     with torch.no_grad():
-        tokens = model.encode(pixels)
+        tokens = model.encode(pixels, projections)
     maps = ground(model, tokens, views, contexts, reports, sentences)
     found = []
     for study, (weights, numbers) in enumerate(zip(maps, sentences, strict=True)):

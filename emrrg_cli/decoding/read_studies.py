@@ -18,6 +18,7 @@ from emrrg_cli.decoding.studies import Film, StudyFiles, path_name
 from emrrg_cli.imaging.base import ImageError
 from emrrg_cli.imaging.notes import image_notes
 from emrrg_cli.imaging.read import read_image
+from emrrg_cli.imaging.views import view_token
 
 
 @dataclass
@@ -27,6 +28,7 @@ class ReadStudy:
     Args:
         pixels: uint8 `[views, size, size]`; None where no image can be read.
         used: the files that were read.
+        projections: of these, places in `VIEW_TOKENS`.
         notes: what a reader should know about them.
         skipped: files that could not be read, with the reasons.
         pictures: addresses of small pictures of the files that were read; none unless they are wanted.
@@ -37,6 +39,7 @@ class ReadStudy:
     used: list[Film]
     notes: list[str]
     skipped: list[tuple[str, str]]
+    projections: list[int] = field(default_factory=list)
     pictures: list[str] = field(default_factory=list)
 
 
@@ -46,7 +49,7 @@ def read_study(study: StudyFiles, size: int, most: int | None, *, pictured: bool
     views: list[torch.Tensor] = []
     if not study.files:
         read.skipped.append((study.name, "no images"))
-    for file in study.files:
+    for file, view in zip(study.files, study.views, strict=True):
         if len(views) == most:
             break
         try:
@@ -62,6 +65,7 @@ def read_study(study: StudyFiles, size: int, most: int | None, *, pictured: bool
         views.append(pixels)
         read.notes += [note for note in image_notes(image) if note not in read.notes]
         read.used.append(file)
+        read.projections.append(view_token(view))
     if views:
         read.pixels = torch.cat(views)
         if read.skipped:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -13,8 +13,10 @@ from emrrg_cli.decoding.slots import Prompts
 from emrrg_cli.decoding.teacher_forcing import token_log_probabilities
 from emrrg_cli.errors import RunError
 from emrrg_cli.models.adapters import plain
-from emrrg_cli.models.report_generator import generation_config
 from emrrg_cli.recipe.finetuning import GenerationSettings
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 _HOOKS = ("_get_running_beams_for_next_iteration", "_check_early_stop_heuristic")
 
@@ -82,3 +84,22 @@ def beam_stop(llm: Any, settings: GenerationSettings) -> Iterator[None]:
     finally:
         for name in _HOOKS:
             llm.__dict__.pop(name, None)
+
+
+def generation_config(settings: Any) -> Callable[[], GenerationConfig]:
+    """The decoding options of a recipe as a factory of `transformers.GenerationConfig`."""
+    from transformers import GenerationConfig
+
+    options: dict[str, Any] = {
+        "num_beams": settings.num_beams,
+        "min_new_tokens": settings.min_new_tokens or None,
+        "max_new_tokens": settings.max_new_tokens,
+        "repetition_penalty": settings.repetition_penalty,
+        "no_repeat_ngram_size": settings.no_repeat_ngram_size,
+        "do_sample": settings.do_sample,
+    }
+    if settings.num_beams > 1:
+        options["length_penalty"] = settings.length_penalty
+    if settings.do_sample:
+        options |= {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
+    return lambda: GenerationConfig(**options)

@@ -59,7 +59,7 @@ def write_split(
 
     def studies() -> Iterator[Studies]:
         for batch in load_batches(dataset, batches, collate, workers=workers):
-            yield Studies(batch.indices, batch.indices, batch.pixels, batch.views, batch.contexts)
+            yield Studies(batch.indices, batch.indices, batch.pixels, batch.views, batch.contexts, batch.projections)
 
     written: list[tuple[int, str]] = []
     for done in writer.write(studies()):
@@ -130,13 +130,14 @@ class Generator:
         pixels: Sequence[torch.Tensor],
         reports: Sequence[WrittenReport],
         contexts: Sequence[Mapping[ContextField, str]] = (),
+        projections: torch.Tensor | None = None,
     ) -> list[torch.Tensor]:
         """Where the model looked as it wrote each sentence; see `ground_reports`.
 
         Args:
             pixels: of each study uint8 `[views, size, size]`.
             reports: what `write` yielded for them.
-            contexts: of each study, as they were told to `write`; empty: nothing was.
+            contexts, projections: as in `Studies`.
 
         Returns:
             For each study fp32 `[sentences, views, grid, grid]`.
@@ -146,7 +147,7 @@ class Generator:
         tokens = [report.tokens for report in reports]
         with self.writer.autocast():
             all_pixels = torch.cat(list(pixels)).to(self.device)
-            return ground_reports(self.model, all_pixels, views, tokens, sentences, contexts)
+            return ground_reports(self.model, all_pixels, views, tokens, sentences, contexts, projections)
 
     def generate_pixels(
         self,

@@ -16,6 +16,7 @@ from emrrg_cli.errors import UsageError
 from emrrg_cli.imaging.base import DICOM_SUFFIXES, ImageError, is_dicom, open_stream
 from emrrg_cli.imaging.dicom.facts import DicomFacts, read_dicom_facts
 from emrrg_cli.imaging.image_paths import find_images
+from emrrg_cli.imaging.views import view_of_path
 from emrrg_cli.vocabulary import CONTEXT_FIELDS, ContextField
 
 StudyBy = Literal["auto", "folder", "file"]
@@ -39,7 +40,7 @@ class StudyFiles:
     Args:
         name: Study Instance UID, path of the folder or file, or what a table or dataset directory calls it.
         files: in the order of their names.
-        views: of each file, as DICOM headers say; "" where it is not known.
+        views: of each file, as DICOM headers or names such as `view1_frontal.jpg` say; "" where it is not known.
         context: what a table or DICOM headers say before the films are read; not cleaned yet.
     """
 
@@ -71,7 +72,7 @@ class StudyFiles:
             for field_name, text in (("indication", facts.indication), ("age", facts.age), ("sex", facts.sex)):
                 if text:
                     found.setdefault(field_name, text)  # type: ignore[arg-type]
-        views = tuple(facts.view if facts else "" for facts in facts_of.values())
+        views = tuple((facts.view if facts else "") or view_of_path(str(file)) for file, facts in facts_of.items())
         return cls(name, tuple(facts_of), views, found | dict(context or {}))
 
     @property

@@ -49,6 +49,7 @@ class WritesReports(Protocol):
         pixels: Sequence[torch.Tensor],
         reports: Sequence[WrittenReport],
         contexts: Sequence[Mapping[ContextField, str]],
+        projections: torch.Tensor,
     ) -> list[torch.Tensor]:
         """Where the model looked in each sentence of each report."""
 
@@ -95,7 +96,8 @@ class StudyWriter:
             if self.page.grounding:
                 pixels = [read.pixels for read, _ in some if read.pixels is not None]
                 contexts = [read.study.context for read, _ in some]
-                maps = self.generator.ground(pixels, [report for _, report in some], contexts)
+                projections = torch.tensor([place for read, _ in some for place in read.projections])
+                maps = self.generator.ground(pixels, [report for _, report in some], contexts, projections)
                 pictures = [pictures_with_maps(one.images, its) for one, its in zip(pictures, maps, strict=True)]
             for (read, _), one in zip(some, pictures, strict=True):
                 yield StudyCard(read.study.name, one)
@@ -150,7 +152,8 @@ def _joined(batch: list[ReadStudy]) -> Studies:
     views = torch.tensor([len(images) for images in pixels])
     studies = [read.study for read in batch]
     names, numbers = [study.name for study in studies], [study.number for study in studies]
-    return Studies(names, numbers, torch.cat(pixels), views, [study.context for study in studies])
+    projections = torch.tensor([place for read in batch for place in read.projections])
+    return Studies(names, numbers, torch.cat(pixels), views, [study.context for study in studies], projections)
 
 
 def is_gpu(generator: Any) -> bool:

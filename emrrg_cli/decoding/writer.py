@@ -34,6 +34,7 @@ class Studies:
         pixels: uint8 `[n, size, size]`, the views of all of them one after the other.
         views: `[b]`, views of each.
         contexts: what is told of each (`emrrg_cli.datasets.context`); empty: nothing of any.
+        projections: int64 `[n]`, places in `VIEW_TOKENS`; None: all unknown.
     """
 
     keys: Sequence[Any]
@@ -41,6 +42,7 @@ class Studies:
     pixels: Tensor
     views: Tensor
     contexts: Sequence[Mapping[ContextField, str]] = ()
+    projections: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ class Writer:
     def _prompts(self, studies: Studies) -> Prompts:
         pixels, views = (tensor.to(self.device, non_blocking=True) for tensor in (studies.pixels, studies.views))
         with self.autocast():
-            tokens = self.model.encode(pixels)
+            tokens = self.model.encode(pixels, studies.projections)
             embeddings, mask, visual = self.model.prompt_of(tokens, views, studies.contexts)
         if self.film_distance is not None:
             found = self.film_distance.of_studies(tokens, studies.views)

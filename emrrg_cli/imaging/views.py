@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from emrrg_cli.console import printable
-from emrrg_cli.vocabulary import LATERAL_VIEW, UNKNOWN_VIEW, Projection
+from emrrg_cli.vocabulary import LATERAL_VIEW, UNKNOWN_VIEW, VIEW_TOKENS, Projection
 
 # DICOM's terms of View Position (PS3.3 C.8.1.1), those of MIMIC-CXR, and words. The beam decides: in a decubitus film
 # on the left or right side it goes from front to back, so the picture is frontal; with the patient on the back or the
@@ -17,6 +17,7 @@ _FRONTAL = {
     *("PA", "AP", "FRONTAL", "POSTEROANTERIOR", "ANTEROPOSTERIOR", "POSTERO", "ANTERO", "LORDOTIC"),
     *("POSTERIOR", "ANTERIOR"),
 }
+_IN_PATH = re.compile(r"/view\d+_(frontal|lateral)\.\w+$")
 _LATERAL = {"LATERAL", "LAT", "LL", "RL", "L", "LLAT", "RLAT", "XTABLE", "CROSSTABLE", "LATEROMEDIAL", "MEDIOLATERAL"}
 
 
@@ -41,6 +42,18 @@ def projection(view: str) -> Projection:
         if word in _LATERAL:
             return "lateral"
     return "unknown"
+
+
+def view_token(view: str) -> int:
+    """Which of `VIEW_TOKENS` the name of a view stands for."""
+    found = projection(view)
+    return VIEW_TOKENS.index(found) if found in VIEW_TOKENS else 0
+
+
+def view_of_path(path: str) -> str:
+    """The view that the name of a file tells, as CheXpert's `view1_frontal.jpg` does; "" where it tells none."""
+    match = _IN_PATH.search(path.replace("\\", "/"))
+    return view_name(match[1]) if match else ""
 
 
 def view_name(text: str) -> str:

@@ -75,6 +75,8 @@ def _join(settings: ModelSettings, encoder: nn.Module, llm: Any, tokenizer: Any)
         text.end_text,
         settings.prompt,
     )
+    if settings.view_tokens:
+        model.add_view_embedding()
     if settings.findings:
         prompt = FindingsPrompt(
             tokenizer,

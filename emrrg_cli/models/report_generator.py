@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,7 @@ from emrrg_cli.models.findings_prompt import FindingsPrompt
 from emrrg_cli.models.hybrid_decoder import hybrid_parameters
 from emrrg_cli.models.outputs import StageOutput
 from emrrg_cli.models.views import average_views, concatenate_views, pool_patches
-from emrrg_cli.vocabulary import IMAGENET_MEAN, IMAGENET_STD, PUBLISHED_PROMPT, ContextField
+from emrrg_cli.vocabulary import IMAGENET_MEAN, IMAGENET_STD, PUBLISHED_PROMPT, VIEW_TOKENS, ContextField
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -83,6 +83,7 @@ class ReportGenerator(nn.Module):
         self.findings_prompt: FindingsPrompt | None = None
         self.report_tokens = 1.0  # of a mean training report; scales the loss on findings, which counts studies
         self.label_smoothing = 0.0  # in training; the loss of a validation is without
+        self.view_embedding: nn.Parameter | None = None  # [3, d], a row for each of VIEW_TOKENS
         self.visual_prompt = visual_prompt
         self.views = views
         self.end_text = end_text
@@ -102,6 +103,10 @@ class ReportGenerator(nn.Module):
         """Puts a head on so many findings on the encoder's tokens; `prompt` lets the prompt say what it predicts."""
         self.findings = FindingsHead(self.bridge.proj.in_features, findings)
         self.findings_prompt = prompt
+
+    def add_view_embedding(self) -> None:
+        """Tells the model which views are frontal and which lateral; at first it makes no difference."""
+        self.view_embedding = nn.Parameter(torch.zeros(len(VIEW_TOKENS), self.bridge.proj.in_features))
 
     # -- text ---------------------------------------------------------------------------------------------------
 
@@ -132,11 +137,20 @@ class ReportGenerator(nn.Module):
         """
         return self.join_views(self.encode(pixels), views)
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        """The encoder's tokens `[n, l + 1, d]` of images, uint8 `[n, size, size]`; in training of augmented ones."""
+    def encode(self, pixels: Tensor, projections: Tensor | None = None) -> Tensor:
+        """The encoder's tokens `[n, l + 1, d]` of images, uint8 `[n, size, size]`; in training of augmented ones.
+
+        Args:
+            projections: int64 `[n]`, places in `VIEW_TOKENS`, for a model that is told of views; None: all unknown.
+        """
         grey = augmented(pixels, self.augment) if self.training and self.augment else pixels.float()
         tokens: Tensor = self.encoder((grey[:, None] / 255 - self.mean) / self.std)
-        return tokens
+        if self.view_embedding is None:
+            return tokens
+        places = torch.zeros(len(pixels), dtype=torch.long) if projections is None else projections
+        # A product rather than indexing: its gradient is summed in the same order on every run.
+        chosen = F.one_hot(places.to(tokens.device), len(VIEW_TOKENS)).to(self.view_embedding.dtype)
+        return tokens + (chosen @ self.view_embedding)[:, None].to(tokens.dtype)
 
     def join_views(self, tokens: Tensor, views: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """From the encoder's tokens `[n, l + 1, d]` on; arguments and result as in `visual_tokens`."""
@@ -153,15 +167,16 @@ class ReportGenerator(nn.Module):
         return prompt, every, prompt_mask, every_mask
 
     def prompt(
-        self, pixels: Tensor, views: Tensor, contexts: Contexts = ()
+        self, pixels: Tensor, views: Tensor, contexts: Contexts = (), projections: Tensor | None = None
     ) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
         """What a report is written from: embeddings `[b, p, hidden]`, mask `[b, p]`, visual arguments of the LLM.
 
         Args:
             pixels, views: as in `visual_tokens`.
             contexts: what is told of each study (`emrrg_cli.datasets.context`); empty: nothing of any.
+            projections: as in `encode`.
         """
-        return self.prompt_of(self.encode(pixels), views, contexts)
+        return self.prompt_of(self.encode(pixels, projections), views, contexts)
 
     def prompt_of(
         self, tokens: Tensor, views: Tensor, contexts: Contexts = (), findings: Tensor | None = None
@@ -196,7 +211,7 @@ class ReportGenerator(nn.Module):
         In training the loss of the head on findings is added where there is one.
         """
         assert batch.labels is not None
-        tokens = self.encode(batch.pixels)
+        tokens = self.encode(batch.pixels, batch.projections)
         prompt, prompt_mask, visual = self.prompt_of(tokens, batch.views, batch.contexts, self._known_findings(batch))
         labels = batch.labels
         if (samples := len(labels) // len(prompt)) > 1:
@@ -283,11 +298,13 @@ class ReportGenerator(nn.Module):
         self.train(self.training)
 
     def bridge_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What connects the towers and is trained in every run: bridge, hybrid layers, and the head on findings.
+        """What connects the towers and is trained in every run: bridge, views, hybrid layers, the head on findings.
 
         The names are those without adapters, so that they do not depend on where LoRA was put.
         """
         yield from self.bridge.named_parameters(prefix="bridge")
+        if self.view_embedding is not None:
+            yield "view_embedding", self.view_embedding
         if self.findings is not None:
             yield from self.findings.named_parameters(prefix="findings")
         for name, parameter in hybrid_parameters(plain(self.llm)):
@@ -315,22 +332,3 @@ def encode_report(
     if end_at_limit and len(tokens) <= max_tokens:
         return tokens + end
     return (tokens + end)[:max_tokens]
-
-
-def generation_config(settings: Any) -> Callable[[], GenerationConfig]:
-    """The decoding options of a recipe as a factory of `transformers.GenerationConfig`."""
-    from transformers import GenerationConfig
-
-    options: dict[str, Any] = {
-        "num_beams": settings.num_beams,
-        "min_new_tokens": settings.min_new_tokens or None,
-        "max_new_tokens": settings.max_new_tokens,
-        "repetition_penalty": settings.repetition_penalty,
-        "no_repeat_ngram_size": settings.no_repeat_ngram_size,
-        "do_sample": settings.do_sample,
-    }
-    if settings.num_beams > 1:
-        options["length_penalty"] = settings.length_penalty
-    if settings.do_sample:
-        options |= {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
-    return lambda: GenerationConfig(**options)

@@ -136,6 +136,11 @@ class ModelSettings(Settings):
         "full", description="full: every visual token in the prompt; pooled: 2x2 averages and the class token"
     )
     views: Literal["average", "concat"] = Field("average", description="how a study's views are joined")
+    view_tokens: bool = Field(
+        False,
+        description="the model is told whether a view is frontal, lateral or unknown, by a learned vector added to its "
+        "visual tokens; needs a data set that knows its views",
+    )
     findings: bool = Field(
         False, description="a head that tells the 14 observations of the rules labeler from the encoder's tokens"
     )

@@ -185,6 +185,11 @@ def run_finetune(
     size = recipe.model.encoder.image_size
     training = ReportDataset(splits["train"], recipe.data, size, recipe.train.seed)
     validation = ReportDataset(splits["validation"], recipe.data, size) if "validation" in splits else None
+    if recipe.model.view_tokens and not resume and not training.knows_views:
+        raise UsageError(
+            f"model.view_tokens: {recipe.data.root} says of no film whether it is frontal or lateral",
+            hint="Write the directory again with views (R2Gen's IU X-Ray: `emrrg preprocess iu_xray --reports`).",
+        )
 
     with open_session(
         recipe, recipe.train, recipe.model.scan, run_dir, resume=resume, expected_processes=expected_processes

@@ -95,7 +95,7 @@ def sampled_batch(
         max_new_tokens=settings.max_new_tokens,
     )
     with accelerator.autocast():
-        embeddings, mask, visual = model.prompt(batch.pixels, batch.views, batch.contexts)
+        embeddings, mask, visual = model.prompt(batch.pixels, batch.views, batch.contexts, batch.projections)
         repeated = {name: None if t is None else t.repeat_interleave(n, dim=0) for name, t in visual.items()}
         keys = list(range(n * len(embeddings)))
         prompts = Prompts(

@@ -108,6 +108,8 @@ ROWS = [
     changed("prompt full", "model.visual_prompt=full"),
     changed("views concatenated", "model.views=concat"),
     changed("gate from attention", "model.hybrid.gate=attention"),
+    changed("views told", "model.view_tokens=true"),
+    changed("views told, concatenated", "model.view_tokens=true", "model.views=concat"),
     changed("findings", "model.findings=true"),
     changed("findings and balance", "model.findings=true", "model.findings_prompt=true", "data.balance=2"),
     changed("self-critical", "train.self_critical={after_epochs: 13}"),

@@ -13,10 +13,9 @@ import torch
 from emrrg_cli.datasets.report_text import sentence_spans
 from emrrg_cli.decoding.confidence import read_confidence, token_places
 from emrrg_cli.decoding.engine import Engine
-from emrrg_cli.decoding.reference import generate_reports
+from emrrg_cli.decoding.reference import generate_reports, generation_config
 from emrrg_cli.decoding.slots import Prompts
 from emrrg_cli.decoding.teacher_forcing import token_log_probabilities
-from emrrg_cli.models.report_generator import generation_config
 from emrrg_cli.recipe.finetuning import GenerationSettings
 from tests.decoding.test_engine import END, OPTIONS, SAMPLING, make_model, make_prompts
 

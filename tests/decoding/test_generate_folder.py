@@ -53,10 +53,11 @@ class Writer:
             yield [WrittenReport(key, text, -0.5, [5, 2], sure) for key, text in zip(some.keys, texts, strict=True)]
 
     def ground(
-        self, pixels: list[torch.Tensor], reports: list[WrittenReport], contexts: list[Any]
+        self, pixels: list[torch.Tensor], reports: list[WrittenReport], contexts: list[Any], projections: torch.Tensor
     ) -> list[torch.Tensor]:
         """A map whose largest value stands at the first patch of the first view."""
         assert len(pixels) == len(reports) == len(contexts)
+        assert len(projections) == sum(map(len, pixels))
         self.grounded.append(len(reports))
         maps = [torch.ones(1, len(images), 2, 2) for images in pixels]
         for one in maps:

@@ -229,7 +229,7 @@ def test_a_split_is_written_in_order(generator: Generator, tiny_dataset: Path, a
 
 
 def _config() -> Any:
-    from emrrg_cli.models.report_generator import generation_config
+    from emrrg_cli.decoding.reference import generation_config
 
     return generation_config(_settings())()
 

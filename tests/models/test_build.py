@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from emrrg_cli.datasets.report_dataset import Batch
+from emrrg_cli.decoding.reference import generation_config
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.models import adapters, build
 from emrrg_cli.models.build import (
@@ -26,7 +27,7 @@ from emrrg_cli.models.build import (
     save_trained,
 )
 from emrrg_cli.models.hybrid_decoder import hybrid_parameters
-from emrrg_cli.models.report_generator import ReportGenerator, generation_config
+from emrrg_cli.models.report_generator import ReportGenerator
 from emrrg_cli.models.weights import load_weights
 from emrrg_cli.recipe.finetuning import GenerationSettings, ModelSettings
 

@@ -15,6 +15,7 @@ from peft import get_peft_model
 from torch import Tensor
 
 from emrrg_cli.datasets.report_dataset import IGNORE, Batch, Example, collate
+from emrrg_cli.decoding.reference import generation_config
 from emrrg_cli.models import adapters
 from emrrg_cli.models.arm.encoder import ArmEncoder
 from emrrg_cli.models.build import set_trainable
@@ -24,7 +25,6 @@ from emrrg_cli.models.report_generator import (
     Bridge,
     ReportGenerator,
     encode_report,
-    generation_config,
 )
 from emrrg_cli.models.views import average_views, concatenate_views, pool_patches
 from emrrg_cli.recipe.finetuning import GenerationSettings
@@ -793,3 +793,33 @@ def test_the_context_stands_behind_the_image_or_at_its_place(make_model: MakeMod
 def _told(model: ReportGenerator, prompt: int) -> list[list[int]]:
     texts = [" Indication: cough.", "", " Indication: the heart is enlarged. Age: 45 years."]
     return [[0] * prompt + (model.tokenizer.encode(text, add_special_tokens=False) if text else []) for text in texts]
+
+
+# -- views told to the model ------------------------------------------------------------------------------------------
+
+
+def test_views_are_told_once_their_embedding_is_learned(make_model: MakeModel) -> None:
+    model = make_model()
+    batch = _batch(model, _examples(TEXTS))
+    told = replace(batch, projections=torch.tensor([1, 2, 0, 1, 1, 2]))
+    swapped = replace(batch, projections=torch.tensor([2, 1, 0, 2, 2, 1]))
+    with torch.no_grad():
+        off = model(batch).loss_sum
+        assert torch.equal(model(told).loss_sum, off)  # without the embedding the views are not looked at
+        model.add_view_embedding()
+        assert model.view_embedding is not None
+        for views in (batch, told, swapped):
+            assert torch.equal(model(views).loss_sum, off)
+        model.view_embedding.copy_(torch.randn(3, 32, generator=torch.Generator().manual_seed(2)))
+        assert len({float(model(views).loss_sum) for views in (batch, told, swapped)}) == 3
+        tokens, plain_tokens = model.encode(told.pixels, told.projections), model.encoder(_normalised(model, told))
+        for place, projection in enumerate(told.projections.tolist()):
+            expected = plain_tokens[place] + model.view_embedding[projection]
+            torch.testing.assert_close(tokens[place], expected)
+        assert torch.equal(model.encode(told.pixels), model.encode(told.pixels, torch.zeros(6, dtype=torch.long)))
+        prompts = [model.prompt(told.pixels, told.views, (), some.projections)[0] for some in (told, swapped)]
+    assert not torch.equal(*prompts)
+
+
+def _normalised(model: ReportGenerator, batch: Batch) -> Tensor:
+    return (batch.pixels[:, None].float() / 255 - model.mean) / model.std

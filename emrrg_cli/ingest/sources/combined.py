@@ -8,17 +8,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from emrrg_cli.errors import UsageError
-from emrrg_cli.imaging.views import view_name
+from emrrg_cli.imaging.views import view_of_path
 from emrrg_cli.ingest.sources.annotation import Annotation, AnnotationRow
 from emrrg_cli.ingest.sources.image_paths import MISSING, OUTSIDE, locate
 from emrrg_cli.ingest.sources.seen_ids import SeenIds
 from emrrg_cli.ingest.study import Account, ImageProblem, Study
+from emrrg_cli.vocabulary import UNKNOWN_VIEW
 
 NAME = "combined"
 
 # What the paths of the three public sets say of the patient: CXR2384_IM-0942, p10/p10000032/s50414267, patient00001.
 _PATIENT = re.compile(r"(?:^|/)(?:CXR(\d+)_[^/]*IM-|p\d\d/p(\d+)/s\d|(patient\d+)/study)")
-_VIEW = re.compile(r"/view\d+_(frontal|lateral)\.\w+$")
 
 
 class CombinedSource:
@@ -95,7 +95,7 @@ class CombinedSource:
             patient_id=row.patient_id or patient,
             split=row.split,
             image_paths=tuple(image for _, image in images),
-            views=tuple(_view(image) for _, image in images),
+            views=tuple(view_of_path(image.as_posix()) or UNKNOWN_VIEW for _, image in images),
             findings=None,
             impression=None,
             report=row.report,
@@ -142,8 +142,3 @@ def parse_pairs(option: str, pairs: Sequence[str]) -> dict[str, str]:
             raise UsageError(f"{option} {name} is given twice")
         parsed[name] = value
     return parsed
-
-
-def _view(image: Path) -> str:
-    match = _VIEW.search(image.as_posix())
-    return view_name(match[1] if match else "")
