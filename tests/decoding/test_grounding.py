@@ -177,7 +177,7 @@ def test_without_hybrid_layers_a_map_is_a_derivative(
     model = make_model(views, hybrid=False).double()
     with torch.no_grad():
         tokens = model.encode(pixels()[:3].double())
-    monkeypatch.setattr(model, "encode", lambda _: tokens)
+    monkeypatch.setattr(model, "encode", lambda _, projections: tokens)
     counts, reports, sentences = torch.tensor([1, 2]), REPORTS[:2], SENTENCES[:2]
     found = ground_reports(model, pixels()[:3], counts, reports, sentences)
 
