@@ -133,10 +133,11 @@ class Writer:
     def _prompts(self, studies: Studies) -> Prompts:
         pixels, views = (tensor.to(self.device, non_blocking=True) for tensor in (studies.pixels, studies.views))
         with self.autocast():
-            tokens = self.model.encode(pixels, studies.projections)
+            films = self.model.encode_films(pixels)
+            tokens = self.model.tell_views(films, studies.projections)
             embeddings, mask, visual = self.model.prompt_of(tokens, views, studies.contexts)
         if self.film_distance is not None:
-            found = self.film_distance.of_studies(tokens, studies.views)
+            found = self.film_distance.of_studies(films, studies.views)
             self._distances |= dict(zip(studies.keys, found, strict=True))
         seeds = [(self.settings.seed << 32) + number for number in studies.numbers]
         return Prompts(

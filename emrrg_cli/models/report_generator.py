@@ -138,16 +138,24 @@ class ReportGenerator(nn.Module):
         return self.join_views(self.encode(pixels), views)
 
     def encode(self, pixels: Tensor, projections: Tensor | None = None) -> Tensor:
-        """The encoder's tokens `[n, l + 1, d]` of images, uint8 `[n, size, size]`; in training of augmented ones.
+        """What the decoder sees of images: `encode_films`, then `tell_views`."""
+        return self.tell_views(self.encode_films(pixels), projections)
 
-        Args:
-            projections: int64 `[n]`, places in `VIEW_TOKENS`, for a model that is told of views; None: all unknown.
-        """
+    def encode_films(self, pixels: Tensor) -> Tensor:
+        """The encoder's tokens `[n, l + 1, d]` of images, uint8 `[n, size, size]`; in training of augmented ones."""
         grey = augmented(pixels, self.augment) if self.training and self.augment else pixels.float()
         tokens: Tensor = self.encoder((grey[:, None] / 255 - self.mean) / self.std)
+        return tokens
+
+    def tell_views(self, tokens: Tensor, projections: Tensor | None) -> Tensor:
+        """Tokens `[n, l, d]` with the embedding of their views, in a model that is told of these.
+
+        Args:
+            projections: int64 `[n]`, places in `VIEW_TOKENS`; None: all unknown.
+        """
         if self.view_embedding is None:
             return tokens
-        places = torch.zeros(len(pixels), dtype=torch.long) if projections is None else projections
+        places = torch.zeros(len(tokens), dtype=torch.long) if projections is None else projections
         # A product rather than indexing: its gradient is summed in the same order on every run.
         chosen = F.one_hot(places.to(tokens.device), len(VIEW_TOKENS)).to(self.view_embedding.dtype)
         return tokens + (chosen @ self.view_embedding)[:, None].to(tokens.dtype)

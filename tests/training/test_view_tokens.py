@@ -80,3 +80,24 @@ def test_generate_and_evaluate_use_known_views(
     reports = {name: row["report"] for name, row in found.items()}
     assert reports["view1_frontal"] == reports["pa"] != reports["view2_lateral"] == reports["ll"]
     assert reports["plain"] not in (reports["pa"], reports["ll"])
+
+
+@pytest.mark.slow
+def test_films_are_compared_without_their_views(told_run: Path) -> None:
+    from emrrg_cli.decoding.reports import load_generator
+
+    seen: list[torch.Tensor] = []
+
+    class Recorder:
+        def of_studies(self, tokens: torch.Tensor, views: torch.Tensor) -> list[Any]:
+            seen.append(tokens)
+            return [None] * len(views)
+
+    generator = load_generator(told_run, device="cpu")
+    generator.writer.film_distance = Recorder()  # type: ignore[assignment]
+    pixels = torch.randint(0, 256, (1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    assert len(generator.generate_pixels([pixels])) == 1
+    with torch.no_grad():
+        images = (pixels[:, None].float() / 255 - generator.model.mean) / generator.model.std
+        assert torch.equal(seen[0], generator.model.encoder(images))
+        assert not torch.equal(seen[0], generator.model.encode(pixels))
