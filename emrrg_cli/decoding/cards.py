@@ -17,6 +17,7 @@ from emrrg_cli.files.records import append_jsonl, iterate_jsonl, jsonl_line
 from emrrg_cli.reporting.gallery import Pictures
 
 _SIDE = 512  # of a picture, pixels
+_TEXTS = ("images", "maps")
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class CardFile:
         for file in (self.file, self.partial):
             if file.exists():
                 for begin, row in iterate_jsonl(file):
-                    if row.get("fingerprint") == self.fingerprint and "study" in row:
+                    if row.get("fingerprint") == self.fingerprint and _is_card(row):
                         self.index.add(str(row["study"]), file, begin)
 
     def append(self, card: StudyCard) -> None:
@@ -121,3 +122,11 @@ class CardFile:
                 continue
             yield row, Pictures(card["images"], card["grid"], card["maps"], card["peaks"])
             card = next(cards, None)
+
+
+def _is_card(row: Row) -> bool:
+    # Others can write the file, and the page must be made whatever it holds.
+    texts = all(isinstance(row.get(name), list) and all(isinstance(one, str) for one in row[name]) for name in _TEXTS)
+    peaks = row.get("peaks")
+    numbers = isinstance(peaks, list) and all(isinstance(one, int | float) for one in peaks)
+    return texts and numbers and isinstance(row.get("grid"), int) and isinstance(row.get("study"), str)

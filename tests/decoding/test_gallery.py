@@ -128,11 +128,12 @@ def test_a_record_whose_card_was_lost_is_shown_in_words(
     run_generation(files[:4], *arguments)
     kept = (tmp_path / "out" / "page.jsonl").read_text().splitlines(keepends=True)
     foreign = json.dumps(json.loads(kept[2]) | {"fingerprint": "another"}) + "\n"
-    (tmp_path / "out" / "page.jsonl").write_text(kept[0] + foreign + kept[3])
+    broken = json.dumps(json.loads(kept[3]) | {"images": [5]}) + "\n"
+    (tmp_path / "out" / "page.jsonl").write_text(kept[0] + foreign + broken)
     run_generation(files, *arguments)
     text = page(tmp_path / "out")
-    assert (text.count("<article"), text.count("data-map="), text.count("No picture was kept")) == (5, 3, 2)
-    assert [Path(card["study"]).name for card in cards(tmp_path / "out")] == ["0.png", "3.png", "4.png"]
+    assert (text.count("<article"), text.count("data-map="), text.count("No picture was kept")) == (5, 2, 3)
+    assert [Path(card["study"]).name for card in cards(tmp_path / "out")] == ["0.png", "4.png"]
 
 
 def test_overwriting_replaces_the_cards(
