@@ -124,11 +124,14 @@ class TokenSearch(Search):
     """The likeliest token, or a drawn one, after another."""
 
     def _next(self, state: State, logits: Tensor) -> State:
-        scores = self._constrained(state, logits)[:, 0]  # [b, v]
+        constrained = self._constrained(state, logits)
+        scores = constrained[:, 0]  # [b, v]
         token = self._drawn(state, scores, 1) if self.settings.do_sample else scores.argmax(-1, keepdim=True)
         length = state["length"] + 1
         log_probability = scores.gather(-1, token) - scores.logsumexp(-1, keepdim=True)
-        given = logits[:, 0].gather(-1, token) - logits[:, 0].logsumexp(-1, keepdim=True)
+        given = log_probability
+        if constrained is not logits:
+            given = logits[:, 0].gather(-1, token) - logits[:, 0].logsumexp(-1, keepdim=True)
         return {
             "tokens": self._put(state["tokens"], state["length"], token),
             "given": self._put(state["given"], state["length"], given),
