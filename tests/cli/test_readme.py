@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 BLOCK = re.compile(r"(?:<!-- not run by the tests: (?P<reason>.+?) -->\n)?```(?P<language>\w+)\n(?P<code>.*?)```", re.S)
 BLOCKS = [(match["reason"], match["language"], match["code"]) for match in BLOCK.finditer(README)]
+TUTORIAL = (ROOT / "CONTRIBUTING.md").read_text().split("## Tutorial", 1)[1].split("\n## ", 1)[0]
 
 # Put behind the commands that train, so that a step takes milliseconds.
 ENCODER = "model.encoder={d_model: 16, depth: 4, d_state: 4, image_size: 128}"
@@ -112,6 +113,25 @@ def test_the_commands_and_the_python_run(
             ran += 1
     assert ran >= 15
     for written in ("scores/scores.json", "reports/reports.csv", "more-reports/reports.jsonl", "mine.yaml"):
+        assert Path(written).is_file(), written
+
+
+@pytest.mark.slow
+def test_the_tutorial_runs(
+    tmp_path: Path, no_java: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = 0
+    for block in BLOCK.finditer(TUTORIAL):
+        if block["language"] == "python":
+            exec(compile(block["code"], "CONTRIBUTING.md", "exec"), {})
+            for film in sorted(Path("raw").glob("*.png"))[20:]:  # the rest is counted as missing
+                film.unlink()
+        for line in commands(block["code"]) if block["language"] == "bash" else ():
+            assert main(small(line)) == 0, (line, capsys.readouterr().err[-2000:])
+            ran += 1
+    assert ran == 11
+    for written in ("runs/tutorial-scores/scores.json", "runs/tutorial-reports/reports.csv"):
         assert Path(written).is_file(), written
 
 
