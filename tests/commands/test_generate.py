@@ -45,6 +45,7 @@ def test_json_is_all_that_stdout_holds(
     lines = (tmp_path / "out" / "reports.jsonl").read_text().splitlines()
     assert result["reports"] == [json.loads(line) for line in lines]
     assert result["skipped"] == [{"path": str(images / "notes.txt"), "reason": "not an image"}]
+    assert "not for diagnosis" in result["note"]
     assert main(arguments) == 2
     assert "already holds reports" in capsys.readouterr().err
     assert main([*arguments, "--overwrite"]) == 0

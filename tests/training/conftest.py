@@ -76,7 +76,7 @@ def finetune(tiny_overrides: tuple[str, ...], tmp_path: Path) -> Callable[..., R
     return run
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_of() -> type[Run]:
     """`Run`, for directories that other processes made."""
     return Run

@@ -238,8 +238,9 @@ def test_a_run_stopped_and_resumed_is_the_uninterrupted_one(align: Any, tiny_dat
     for name, tensor in whole.exported.items():
         assert torch.equal(part.exported[name], tensor), name
     assert part.history == whole.history
-    quiet = align("quiet", *options, "model.text.scratch.dropout=0.0")
-    assert any(not torch.equal(quiet.weights[name], tensor) for name, tensor in whole.weights.items())
+    if size == "null":  # the noise that is drawn matters
+        quiet = align("quiet", *options, "model.text.scratch.dropout=0.0")
+        assert any(not torch.equal(quiet.weights[name], tensor) for name, tensor in whole.weights.items())
 
 
 @pytest.mark.slow

@@ -32,16 +32,21 @@ def options(tiny_dataset: Path) -> tuple[str, ...]:
     return (f"data.root={tiny_dataset}", MODEL, "model.decoder_width=16", LOOP, "train.trackers=[]")
 
 
+def run_in(folder: Path, run_of: Any, *overrides: str, resume: bool = False) -> Any:
+    recipe = load_recipe("phantom/pretrain", overrides, stage="pretrain")
+    return run_of(folder, run_pretrain(recipe, folder, resume=resume, expected_processes=0))
+
+
 @pytest.fixture
 def pretrain(options: tuple[str, ...], tmp_path: Path, run_of: Any) -> Callable[..., Any]:
     """Runs `pretrain` in this process."""
+    return lambda name, *overrides, **how: run_in(tmp_path / name, run_of, *options, *overrides, **how)
 
-    def run(name: str, *overrides: str, resume: bool = False) -> Any:
-        recipe = load_recipe("phantom/pretrain", [*options, *overrides], stage="pretrain")
-        summary = run_pretrain(recipe, tmp_path / name, resume=resume, expected_processes=0)
-        return run_of(tmp_path / name, summary)
 
-    return run
+@pytest.fixture(scope="module")
+def whole(options: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory, run_of: Any) -> Any:
+    """An uninterrupted run of six steps. Not to be changed."""
+    return run_in(tmp_path_factory.mktemp("whole") / "run", run_of, *options)
 
 
 @pytest.fixture
@@ -58,9 +63,8 @@ def films(tiny_r2gen: Path, tmp_path: Path) -> Path:
 # -- the run directory -------------------------------------------------------------------------------------------
 
 
-def test_a_run_directory_explains_itself_and_its_model_loads(pretrain: Any, options: tuple[str, ...]) -> None:
-    run = pretrain("run")
-    names = {entry.name for entry in run.directory.iterdir()}
+def test_a_run_directory_explains_itself_and_its_model_loads(whole: Any, options: tuple[str, ...]) -> None:
+    names = {entry.name for entry in whole.directory.iterdir()}
     assert names == {
         "recipe.yaml",
         "environment.json",
@@ -70,20 +74,20 @@ def test_a_run_directory_explains_itself_and_its_model_loads(pretrain: Any, opti
         "model",
         "pictures",
     }
-    assert load_recipe(str(run.directory / "recipe.yaml")) == load_recipe("phantom/pretrain", options)
-    rows = [(row["step"], sorted(set(row) - {"step", "epoch"})) for row in run.history]
+    assert load_recipe(str(whole.directory / "recipe.yaml")) == load_recipe("phantom/pretrain", options)
+    rows = [(row["step"], sorted(set(row) - {"step", "epoch"})) for row in whole.history]
     step, validation = ["train/grad_norm", "train/loss", "train/lr"], ["validation/loss"]
     assert rows == [(1, step), (2, step), (3, step), (3, validation), (4, step), (5, step), (6, step), (6, validation)]
-    assert sorted(path.name for path in (run.directory / "pictures").iterdir()) == ["epoch-001.png", "epoch-002.png"]
-    with Image.open(run.directory / "pictures" / "epoch-002.png") as picture:
+    assert sorted(path.name for path in (whole.directory / "pictures").iterdir()) == ["epoch-001.png", "epoch-002.png"]
+    with Image.open(whole.directory / "pictures" / "epoch-002.png") as picture:
         picture.load()
         assert picture.width > 500
-    assert {path.name for path in (run.directory / "model").iterdir()} == {
+    assert {path.name for path in (whole.directory / "model").iterdir()} == {
         *("pretrainer.json", "pretrainer.safetensors", "checksums.json")
     }
-    model = emrrg_cli.load_pretrainer(run.directory)
-    assert run.summary.best_step == 6
-    for name, tensor in run.weights.items():
+    model = emrrg_cli.load_pretrainer(whole.directory)
+    assert whole.summary.best_step == 6
+    for name, tensor in whole.weights.items():
         assert torch.equal(model.state_dict()[name.removeprefix("pretrainer.")], tensor), name
 
 
@@ -115,8 +119,7 @@ def test_training_learns_and_the_rate_follows_the_batch(pretrain: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stops", [(4,), (3,), (1, 1)])  # within an epoch, between epochs, twice
-def test_a_run_stopped_and_resumed_is_the_uninterrupted_one(pretrain: Any, stops: tuple[int, ...]) -> None:
-    whole = pretrain("whole")
+def test_a_run_stopped_and_resumed_is_the_uninterrupted_one(pretrain: Any, whole: Any, stops: tuple[int, ...]) -> None:
     for number, steps in enumerate(stops):
         pretrain("part", f"train.stop_after_steps={steps}", resume=number > 0)
         torch.rand(10)
@@ -216,18 +219,17 @@ def test_without_validation_images_the_last_model_is_the_result(pretrain: Any, f
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_from_the_model_of_another(pretrain: Any, difference: Any) -> None:
-    first = pretrain("first")
+def test_a_run_goes_on_from_the_model_of_another(pretrain: Any, whole: Any, tmp_path: Path, difference: Any) -> None:
     still = "train.lr=1e-30"
-    second = pretrain("second", f"model.encoder.weights={first.directory}", still, "train.max_steps=1")
-    assert difference(second.exported, first.exported) < 1e-6
+    second = pretrain("second", f"model.encoder.weights={whole.directory}", still, "train.max_steps=1")
+    assert difference(second.exported, whole.exported) < 1e-6
     third = pretrain("third", f"model.encoder.weights={second.directory / 'model'}", still, "train.max_steps=1")
-    assert difference(third.exported, first.exported) < 1e-6
+    assert difference(third.exported, whole.exported) < 1e-6
     with pytest.raises(RunError, match="the weights do not fit the model of the recipe"):
-        pretrain("other", f"model.encoder.weights={first.directory}", "model.decoder_width=32")
+        pretrain("other", f"model.encoder.weights={whole.directory}", "model.decoder_width=32")
     with pytest.raises(UsageError, match="holds no pre-trained model of stage 1"):
-        pretrain("other", f"model.encoder.weights={first.directory / 'pictures'}")
-    assert not (first.directory.parent / "other").exists()
+        pretrain("other", f"model.encoder.weights={whole.directory / 'pictures'}")
+    assert not (tmp_path / "other").exists()
 
 
 # -- several data sets, and studies that must not be among them -----------------------------------------------------
