@@ -61,11 +61,6 @@ class Thorax:
         """Inner half width of the rib cage at a height, cm."""
         return float(np.interp(y, self.grid.rows[:, 0], self.half_width[:, 0]))
 
-    @property
-    def angle(self) -> float:
-        """y of the costophrenic angles, cm."""
-        return self.case.anatomy.apex + self.case.anatomy.lung_height
-
 
 def build_thorax(case: Case, grid: Grid) -> Thorax:
     """The thorax of a case on a grid; findings count only where they move contours (heart size, volume loss, shift)."""
@@ -109,7 +104,7 @@ def domes(case: Case) -> dict[Side, float]:
 def fluid_level(case: Case, level: float) -> float:
     """y of the surface of an effusion in the middle of the chest, cm; from below the costophrenic angle up."""
     a = case.anatomy
-    return a.apex + a.lung_height + 0.2 - level * 0.8 * a.lung_height
+    return a.angle + 0.2 - level * 0.8 * a.lung_height
 
 
 def fine_texture(case: Case, grid: Grid) -> F32 | float:
@@ -206,7 +201,7 @@ def _diaphragm(case: Case, grid: Grid, outwards: F32, is_left: F32, dome: dict[S
     a = case.anatomy
     wide = a.thorax_half_width
     height = dome["right"] + is_left * (dome["left"] - dome["right"])
-    drop = (a.apex + a.lung_height) - height
+    drop = a.angle - height
     peak = (0.46 * wide) + is_left * (0.06 * wide)
     lateral = np.maximum(outwards - peak, 0) / (wide - peak)
     medial = np.maximum(peak - outwards, 0) / peak

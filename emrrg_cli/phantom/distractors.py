@@ -41,7 +41,7 @@ def distractors(thorax: Thorax) -> F32:
     if d.granuloma:
         s = sign(d.granuloma)
         x = s * rng.uniform(5.5, 0.8 * a.thorax_half_width)
-        total += 2.4 * ball(grid, x, granuloma_height(case), 0.22, 0.2)
+        total += 2.4 * ball(grid, x, granuloma_place(case)[0], 0.22, 0.2)
     if d.calcified_nodes:
         x, y = hilum(case, d.calcified_nodes)
         for _ in range(4):
@@ -50,10 +50,10 @@ def distractors(thorax: Thorax) -> F32:
     return total
 
 
-def granuloma_height(case: Case) -> float:
-    """y of the calcified node in the lung, cm, the same on both films."""
-    a = case.anatomy
-    return float(generator(case.texture_seed, 7).uniform(a.apex + 7, a.dome["right"] - 2))
+def granuloma_place(case: Case) -> tuple[float, float]:
+    """y of the calcified node in the lung, and how far it lies behind the middle of the chest, cm."""
+    a, rng = case.anatomy, generator(case.texture_seed, 7)
+    return float(rng.uniform(a.apex + 7, a.dome["right"] - 2)), float(rng.uniform(-4, 5))
 
 
 def _skin_fold(thorax: Thorax) -> F32:

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from emrrg_cli.phantom.anatomy import fine_texture
 from emrrg_cli.phantom.bones import rib_shapes
-from emrrg_cli.phantom.distractors import granuloma_height, letters
+from emrrg_cli.phantom.distractors import granuloma_place, letters
 from emrrg_cli.phantom.film import expose
 from emrrg_cli.phantom.grid import F32, ball, film_grid, generator, noise, ramp, root
 from emrrg_cli.phantom.ink import Ink
@@ -67,7 +67,8 @@ def _mediastinum(profile: Profile) -> F32:
     hila = 2.6 * ball(grid, -0.9, 2.3, 1.3, 1.7) + 2.2 * ball(grid, 1.3, 1.1, 1.5, 1.2)
     total: F32 = np.maximum(arch, ascending) + descending + hila
     if d.granuloma:
-        total = total + 2.8 * ball(grid, 7 * (d.skin_fold_at - 0.5), granuloma_height(case), 0.22, 0.2)
+        y, behind = granuloma_place(case)
+        total = total + 2.8 * ball(grid, behind, y, 0.22, 0.2)
     if d.calcified_nodes:
         total = total + 3.4 * ball(grid, 0.6, 2.6, 0.5, 0.4) + 3.0 * ball(grid, 1.2, 1.6, 0.35, 0.3)
     return total

@@ -185,6 +185,11 @@ class Anatomy:
     bubble: float  # radius of the gastric air bubble; 0: none
     vessels: float  # prominence
 
+    @property
+    def angle(self) -> float:
+        """y of the costophrenic angles."""
+        return self.apex + self.lung_height
+
 
 @dataclass(frozen=True)
 class Film:

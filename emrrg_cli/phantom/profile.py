@@ -96,7 +96,7 @@ def build_profile(case: Case, grid: Grid) -> Profile:
 def _dome(case: Case, height: float, across: F32) -> F32:
     """y of a hemidiaphragm, cm, `[h, w]`: lowest at the back, in the posterior costophrenic angle."""
     a = case.anatomy
-    drop = a.apex + a.lung_height + 1.2 - height
+    drop = a.angle + 1.2 - height
     behind, before = np.maximum(across + 0.25, 0) * (1 / 1.25), np.maximum(-0.25 - across, 0) * (1 / 0.75)
     result: F32 = height + drop * behind**2.4 + 0.45 * drop * before**2
     return result

@@ -78,7 +78,7 @@ def test_the_same_lateral_film_at_every_size() -> None:
 def test_an_effusion_fills_the_posterior_angle(side: str) -> None:
     for level in (0.12, 0.4):
         added, profile = _added(1, effusions=(Effusion(side, "small", level, False),))  # type: ignore[arg-type]
-        depth = profile.case.anatomy.apex + profile.case.anatomy.lung_height - profile.grid.y
+        depth = profile.case.anatomy.angle - profile.grid.y
         behind = (profile.across > 0.6) & (profile.across < 0.9) & (np.abs(depth - 1.0) < 1.0)
         above = (profile.across > -0.5) & (profile.across < 0.3) & (profile.grid.y < 2) & (profile.air["left"] > 2)
         assert added[behind].mean() > 0.15

@@ -48,9 +48,9 @@ def _seen(case: Case, size: int = SIZE) -> tuple[NDArray[np.float64], Thorax]:
 
 def _base(thorax: Thorax, side: Side) -> NDArray[np.bool_]:
     """The outer costophrenic corner."""
-    y, outwards = thorax.grid.y, thorax.outwards * thorax.on(side)
+    y, outwards, angle = thorax.grid.y, thorax.outwards * thorax.on(side), thorax.case.anatomy.angle
     inner, outer = 0.7 * thorax.half_width, 0.95 * thorax.half_width
-    return (y > thorax.angle - 4) & (y < thorax.angle - 1.5) & (outwards > inner) & (outwards < outer)
+    return (y > angle - 4) & (y < angle - 1.5) & (outwards > inner) & (outwards < outer)
 
 
 def _mid_lung(thorax: Thorax, side: Side) -> NDArray[np.bool_]:
