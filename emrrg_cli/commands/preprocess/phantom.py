@@ -19,8 +19,8 @@ def phantom(
 ) -> None:
     """Synthetic chest radiographs with reports: no data, no licence, known labels.
 
-    A program draws them from random parameters; the same seed gives the same studies. They show no patient; results on
-    them say nothing about clinical use.
+    A program draws them from random parameters; the same seed gives the same studies. Half of the PA films have a
+    lateral one beside them. They show no patient; results on them say nothing about clinical use.
 
     Example: emrrg preprocess phantom data/phantom --count 2000 --seed 1
     """
