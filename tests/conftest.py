@@ -177,6 +177,27 @@ def _write_context(root: Path, folder: Path) -> None:
 
 
 @pytest.fixture(scope="session")
+def labelled_dataset(tiny_r2gen: Path, make_once: MakeOnce) -> Path:
+    """The first films of `tiny_r2gen`'s studies with labels of ChestX-ray14, every fourth without, and no reports."""
+    return make_once("labelled", lambda folder: _write_labelled(tiny_r2gen, folder)) / "dataset"
+
+
+def _write_labelled(root: Path, folder: Path) -> None:
+    from emrrg_cli.app import main
+
+    rows, number = ["image,split,found"], 0
+    for split, studies in json.loads((root / "annotation.json").read_text()).items():
+        for study in studies:
+            rows.append(
+                f"{study['image_path'][0]},{split},{('Cardiomegaly', 'Effusion', '', 'No Finding')[number % 4]}"
+            )
+            number += 1
+    (folder / "table.csv").write_text("\n".join(rows) + "\n")
+    options = ["--table", str(folder / "table.csv"), "--labels-column", "found", "--split-column", "split"]
+    assert main(["preprocess", "folder", str(root), str(folder / "dataset"), *options]) == 0
+
+
+@pytest.fixture(scope="session")
 def tiny_overrides(tiny_dataset: Path) -> tuple[str, ...]:
     """Changes to the recipe `tiny/finetune` that make it train on `tiny_dataset` at milliseconds a step."""
     model = "model.encoder={d_model: 16, depth: 2, image_size: 32, d_state: 4, drop_path: 0.0}"

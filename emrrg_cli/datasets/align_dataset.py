@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from emrrg_cli.datasets.finding_targets import finding_targets
+from emrrg_cli.datasets.labelled_films import LabelledFilms
 from emrrg_cli.datasets.report_dataset import Example, ReportDataset
 from emrrg_cli.errors import UsageError
 
@@ -26,7 +27,8 @@ class PairBatch:
 
     `pixels`: uint8 `[n, size, size]`, all views one after the other; `views`: int64 `[b]`, views of each study, summing
     to `n`; `input_ids`, `attention_mask`: int64 `[b, t]`, report tokens, padded on the right; `findings`:
-    `[b, 14]` as `finding_targets` gives them (None where no head learns them).
+    `[b, 14]` as `finding_targets` gives them (None where no head learns them); `paired`: bool `[b]`, false for films
+    that have labels and no report (None: all have reports).
     """
 
     indices: list[int]
@@ -35,6 +37,7 @@ class PairBatch:
     input_ids: Tensor
     attention_mask: Tensor
     findings: Tensor | None = None
+    paired: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -55,6 +58,7 @@ class PairBatch:
             input_ids=function(self.input_ids),
             attention_mask=function(self.attention_mask),
             findings=None if self.findings is None else function(self.findings),
+            paired=None if self.paired is None else function(self.paired),
         )
 
 
@@ -72,11 +76,17 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_t
 
 
 def collate_pairs(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_tokens: int, *, findings: bool = False
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
+    *,
+    findings: bool = False,
+    labelled: bool = False,
 ) -> PairBatch:
     """Joins examples into a batch of pairs; reports are cut to `max_tokens` tokens.
 
-    `findings` reads the targets of the head on findings from the reports.
+    `findings` reads the targets of the head on findings from the reports, `labelled` says that some examples may have
+    labels in their place.
     """
     input_ids, attention_mask = encode_texts(tokenizer, [example.report for example in examples], max_tokens)
     return PairBatch(
@@ -85,8 +95,18 @@ def collate_pairs(
         views=torch.tensor([len(example.pixels) for example in examples]),
         input_ids=input_ids,
         attention_mask=attention_mask,
-        findings=finding_targets([example.report for example in examples]) if findings else None,
+        findings=_targets(examples) if findings else None,
+        paired=torch.tensor([example.findings is None for example in examples]) if labelled else None,
     )
+
+
+def _targets(examples: Sequence[Example]) -> Tensor:
+    read = finding_targets([example.report for example in examples])
+    given = [
+        targets if example.findings is None else example.findings
+        for example, targets in zip(examples, read, strict=True)
+    ]
+    return torch.stack(given)
 
 
 class PairDataset(Dataset[Example]):
@@ -99,14 +119,14 @@ class PairDataset(Dataset[Example]):
     epoch alone.
 
     Args:
-        parts: the split of each data set.
+        parts: the split of each data set; of films that have labels alone, `LabelledFilms`.
         weights: one for each, above 0; None: 1 for all.
 
     Raises:
         UsageError: where a weight is so small that it leaves no study.
     """
 
-    def __init__(self, parts: Sequence[ReportDataset], weights: Sequence[float] | None = None) -> None:
+    def __init__(self, parts: Sequence[ReportDataset | LabelledFilms], weights: Sequence[float] | None = None) -> None:
         self.parts = list(parts)
         self.counts: list[int] = []
         for index, (part, weight) in enumerate(zip(self.parts, weights or [1.0] * len(parts), strict=True)):
@@ -126,6 +146,13 @@ class PairDataset(Dataset[Example]):
         number = bisect_right(self._ends, index)
         first = self._ends[number - 1] if number else 0
         return replace(self.parts[number][index - first], index=index)
+
+    def finding_targets(self) -> Tensor:
+        """Those of all studies, `[studies, 14]`, from labels or reports."""
+        parts = [
+            part.targets if isinstance(part, LabelledFilms) else finding_targets(part.reports) for part in self.parts
+        ]
+        return torch.cat(parts)
 
     @property
     def epoch_length(self) -> int:

@@ -30,7 +30,8 @@ IGNORE = -100  # label of a position that carries no loss
 class Example:
     """One study as the model sees it: `pixels` is uint8 `[views, size, size]`, grey; `context` stands in the prompt.
 
-    `projections` are places in `VIEW_TOKENS`, one a view; empty: none is known.
+    `projections` are places in `VIEW_TOKENS`, one a view; empty: none is known. `findings` `[14]` are targets of the
+    head on findings where labels give them; None: they are read from the report.
     """
 
     index: int
@@ -39,6 +40,7 @@ class Example:
     report: str
     context: Mapping[ContextField, str] = field(default_factory=dict)
     projections: tuple[int, ...] = ()
+    findings: Tensor | None = None
 
 
 @dataclass
@@ -133,18 +135,9 @@ class ReportDataset(Dataset[Example]):
 
     def __getitem__(self, index: int) -> Example:
         record = self.split[self.rows[index]]
-        where = f"study {printable(str(record['study_id']))}"
-        images = (record["images"] or [])[: self.settings.max_views]
-        if not images:
-            raise RunError(f"{where} has no images")
-        try:
-            views = [read_image(stored_image(image, self.split, where)) for image in images]
-        except ImageError as error:
-            raise RunError(f"{where}: {error}") from error
-        pixels = [torch.from_numpy(resize_square(view, self.image_size)) for view in views]
+        pixels = read_views(record, self.split, self.settings.max_views, self.image_size)
         projections = projections_of(record["views"], len(pixels))
-        context = self._context(index)
-        return Example(index, record["study_id"], torch.stack(pixels), self.reports[index], context, projections)
+        return Example(index, record["study_id"], pixels, self.reports[index], self._context(index), projections)
 
     @property
     def knows_views(self) -> bool:
@@ -161,6 +154,27 @@ class ReportDataset(Dataset[Example]):
         if self._epoch is None or not context:
             return context
         return drop_fields(context, self.settings.context_dropout, self.seed, self._epoch, self.study_ids[index])
+
+
+def read_views(record: Mapping[str, Any], split: Any, most: int | None, size: int) -> Tensor:
+    """The first views of a study, uint8 `[views, size, size]`, grey.
+
+    Args:
+        record: its row of `split`.
+        most: None: all.
+
+    Raises:
+        RunError: it has no images, or one that cannot be read.
+    """
+    where = f"study {printable(str(record['study_id']))}"
+    images = (record["images"] or [])[:most]
+    if not images:
+        raise RunError(f"{where} has no images")
+    try:
+        views = [read_image(stored_image(image, split, where)) for image in images]
+    except ImageError as error:
+        raise RunError(f"{where}: {error}") from error
+    return torch.stack([torch.from_numpy(resize_square(view, size)) for view in views])
 
 
 def projections_of(views: Sequence[str | None] | None, images: int) -> tuple[int, ...]:

@@ -180,7 +180,7 @@ class Alignment(nn.Module):
             pairs, contrast = batch.pairs, batch.contrast
         else:
             tokens, image, text = self._embed(batch)
-            pairs, contrast = batch, self.contrast(image, text)
+            pairs, contrast = batch, self.contrast(image, text, batch.paired)
         loss = contrast.loss_sum(image, text, self.logit_scale)
         if self.findings is not None and self.training and pairs.findings is not None:
             loss = loss + self.findings.loss_sum(tokens, pairs.views, pairs.findings)
@@ -196,20 +196,23 @@ class Alignment(nn.Module):
         """
         device = self.logit_scale.device
         states, images, texts = [], [], []
+        paired = None if batches[0].paired is None else torch.cat([b.paired for b in batches if b.paired is not None])
         for batch in batches:
             states.append((torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None))
             image, text = self.embed(batch)
             images.append(image)
             texts.append(text)
-        contrast = self.contrast(torch.cat(images), torch.cat(texts)).split([len(batch) for batch in batches])
+        contrast = self.contrast(torch.cat(images), torch.cat(texts), paired).split([len(batch) for batch in batches])
         parts = zip(batches, contrast, states, strict=True)
         return [CachedPairs(batch, part, *state) for batch, part, state in parts]
 
-    def contrast(self, image: Tensor, text: Tensor) -> Contrast:
+    def contrast(self, image: Tensor, text: Tensor, paired: Tensor | None = None) -> Contrast:
         """The loss over the pairs of all processes, and its gradient for those of this one.
 
         Args:
             image, text: fp32 `[n, dim]`, embeddings of this process's pairs, of length 1.
+            paired: bool `[n]`, false for films without a report, which have no part in it; None: all have one. The
+                losses are so scaled that their mean over all films is the mean over the pairs.
         """
         n, rank, world_size = len(image), 0, 1
         if dist.is_available() and dist.is_initialized():
@@ -218,7 +221,10 @@ class Alignment(nn.Module):
         with torch.enable_grad(), torch.autocast(image.device.type, enabled=False):
             images, texts = (_gathered(part.detach(), world_size).requires_grad_() for part in (image, text))
             scale = self.logit_scale.detach().clamp(max=MAX_LOGIT_SCALE).requires_grad_()
-            losses = contrastive_losses(images, texts, scale.exp())
+            if paired is None:
+                losses = contrastive_losses(images, texts, scale.exp())
+            else:
+                losses = _losses_of_pairs(images, texts, scale.exp(), _gathered(paired.float(), world_size) > 0)
             to_images, to_texts, to_scale = torch.autograd.grad(losses.sum(), (images, texts, scale))
         climbs = (self.logit_scale >= MAX_LOGIT_SCALE) & (to_scale < 0)
         # Every process finds the gradient of the whole for the scale; together they are to give it once.
@@ -269,6 +275,16 @@ def contrastive_losses(images: Tensor, texts: Tensor, scale: Tensor | float) -> 
     by_image = F.cross_entropy(logits, targets, reduction="none")
     by_text = F.cross_entropy(logits.T, targets, reduction="none")
     return (by_image + by_text) / 2
+
+
+def _losses_of_pairs(images: Tensor, texts: Tensor, scale: Tensor, paired: Tensor) -> Tensor:
+    # [b] with 0 for films without a report; times the films a pair, so that their mean is that of the pairs
+    places = paired.nonzero().flatten()
+    losses = (images.sum(dim=1) + texts.sum(dim=1)) * 0 + scale * 0
+    if not len(places):
+        return losses
+    share = len(paired) / len(places)
+    return losses.index_add(0, places, share * contrastive_losses(images[places], texts[places], scale))
 
 
 def pool_text(hidden: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:

@@ -27,6 +27,10 @@ class DataSetSettings(Settings):
     )
     section: Section | None = Field(None, description="null: data.section")
     cleaning: Cleaning | None = Field(None, description="null: data.cleaning")
+    labels_only: bool = Field(
+        False,
+        description="its films have labels and no reports: they train the head on findings (model.findings) alone",
+    )
 
 
 class AlignDataSettings(Settings):
@@ -44,7 +48,13 @@ class AlignDataSettings(Settings):
     def _check(self) -> Self:
         if self.root is not None and self.sets:
             raise ValueError("root and sets both name data; put the one data set of root into sets, or leave sets out")
+        if self.sets and all(self.labelled()):
+            raise ValueError("sets has labels_only data sets alone; the contrast needs reports")
         return self
+
+    def labelled(self) -> list[bool]:
+        """Of each data set of `all_sets`, whether it has labels and no reports."""
+        return [one.labels_only for one in self.sets] if self.root is None else [False]
 
     def all_sets(self) -> list[tuple[DataSettings, float]]:
         """Each data set as stage 3 would name it, and its weight; none where neither `root` nor `sets` is given."""
@@ -129,3 +139,9 @@ class AlignRecipe(Settings):
     data: AlignDataSettings = Field(default_factory=AlignDataSettings)
     model: AlignModelSettings = Field(default_factory=AlignModelSettings)
     train: AlignTrainSettings = Field(default_factory=AlignTrainSettings)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if any(self.data.labelled()) and not self.model.findings:
+            raise ValueError("data.sets has labels_only, which needs the head on findings (model.findings: true)")
+        return self

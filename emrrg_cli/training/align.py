@@ -15,7 +15,7 @@ from emrrg_cli.console import err
 from emrrg_cli.datasets.align_dataset import PairBatch, PairDataset, collate_pairs
 from emrrg_cli.datasets.directory import open_dataset
 from emrrg_cli.datasets.epochs import evaluation_batches
-from emrrg_cli.datasets.finding_targets import finding_targets
+from emrrg_cli.datasets.labelled_films import LabelledFilms
 from emrrg_cli.datasets.loading import load_batches
 from emrrg_cli.datasets.report_dataset import Example, ReportDataset
 from emrrg_cli.errors import RunError, UsageError
@@ -59,6 +59,7 @@ class AlignStage:
             tokenizer=self.model.tokenizer,
             max_tokens=self.model.max_text_tokens,
             findings=self.recipe.model.findings,
+            labelled=any(self.recipe.data.labelled()),
         )
 
     def prepare_step(self, batches: list[PairBatch], epoch: int) -> list[PairBatch] | list[CachedPairs]:
@@ -169,7 +170,7 @@ def open_pairs(
     Args:
         required: whether each data set has to have the split; otherwise those that lack it are left out, and None is
             returned where all do.
-        weighted: go by the weights of the recipe, for training.
+        weighted: go by the weights of the recipe, and take films with labels alone too, for training.
 
     Raises:
         UsageError: where the recipe names no data, or a directory that is none.
@@ -181,23 +182,27 @@ def open_pairs(
             "data.root is not set",
             hint="Name a dataset directory, as `emrrg preprocess` writes: data.root=DIR; several are data.sets.",
         )
-    parts, weights = [], []
-    for one, weight in sets:
+    parts: list[ReportDataset | LabelledFilms] = []
+    weights = []
+    for (one, weight), labelled in zip(sets, settings.labelled(), strict=True):
         assert one.root is not None
+        if labelled and not weighted:
+            continue
         splits = open_dataset(one.root)
         if split not in splits:
             if required:
                 raise RunError(f"{one.root}: this dataset directory has no split named {split}")
             continue
         try:
-            parts.append(ReportDataset(splits[split], one, image_size))
+            parts.append((LabelledFilms if labelled else ReportDataset)(splits[split], one, image_size))
         except RunError as error:
             raise RunError(f"{one.root}: {error.message}", hint=error.hint) from error
         weights.append(weight if weighted else 1.0)
         if parts[-1].without_text and is_first_process():
+            lacking = "no labels" if labelled else f"no text for data.section={one.section}"
             err.print(
-                f"{one.root}: {parts[-1].without_text:,} of {len(splits[split]):,} {split} studies have no text for "
-                f"data.section={one.section} and are left out",
+                f"{one.root}: {parts[-1].without_text:,} of {len(splits[split]):,} {split} studies have {lacking} and "
+                "are left out",
                 markup=False,
                 soft_wrap=True,
             )
@@ -243,7 +248,7 @@ def run_align(
         model.augment = recipe.data.augment
         if model.findings is not None:
             model.findings.weight = recipe.train.findings_weight
-            model.findings.set_balance(finding_targets(training.reports), recipe.train.findings_balance)
+            model.findings.set_balance(training.finding_targets(), recipe.train.findings_balance)
         stage = AlignStage(model, recipe, validation, run_dir, session.accelerator)
         return session.train(stage, training, stage.collate, workers=recipe.data.workers)
 

@@ -194,7 +194,9 @@ class Chain:
             changes = (*weights, *row.of_stage("align"))
             alone = "" if weights else "-alone"
             name = f"align{_digest((*row.of_stage('pretrain'), *row.of_stage('align')))}{alone}{suffix}"
-            needs = (self._training("align", name, (root, *changes, *seeds), needs, 0.5),)
+            own = any(change.startswith("data.sets=") for change in changes)
+            data = () if own else (root,)
+            needs = (self._training("align", name, (*data, *changes, *seeds), needs, 0.5),)
             weights = (f"model.encoder.weights={self.work / name}",)
         changes = (root, *weights, f"train.seed={seed}", *row.of_stage("finetune"), *self.options.overrides)
         return self._training("finetune", f"{_file(row.name)}-{seed}", changes, needs, self._share)

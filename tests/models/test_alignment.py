@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -270,3 +271,80 @@ def test_half_precision_keeps_the_loss_in_fp32(make_model: Any, batch_of: Any) -
 def test_an_unknown_pooling_is_refused(make_model: Any) -> None:
     with pytest.raises(ValueError, match="pooling must be last or mean, got first"):
         make_model("first")
+
+
+# -- films with labels and no report ----------------------------------------------------------------------------------
+
+
+def _mixed(examples: list[Example], text_tokenizer: Any, indices: Sequence[int]) -> PairBatch:
+    """Studies 1, 3 and 4 have labels in place of their reports; nobody knows some of the others' findings."""
+    labels = torch.zeros(14)
+    labels[3], labels[5:] = 1.0, math.nan
+    films = {1, 3, 4}
+    chosen = [replace(examples[i], report=".", findings=labels) if i in films else examples[i] for i in indices]
+    return collate_pairs(chosen, text_tokenizer, 16, findings=True, labelled=True)
+
+
+def _with_head(model: Alignment) -> Alignment:
+    from emrrg_cli.models.findings_head import FindingsHead
+
+    torch.manual_seed(6)
+    model.findings = FindingsHead(model.encoder.d_model, 14)
+    model.findings.weight = 0.7
+    return model.train()
+
+
+def test_films_without_report_have_no_part_in_the_contrast(
+    make_model: Callable[..., Alignment], examples: list[Example], text_tokenizer: Any, batch_of: Any
+) -> None:
+    model = _with_head(make_model())
+    count = len(examples)
+    pairs = [i for i in range(count) if i not in (1, 3, 4)]
+    batch = _mixed(examples, text_tokenizer, range(count))
+    loss_sum, items = model(batch)
+    (loss_sum / items).backward()
+    found = gradients(model)
+    # The mean over the pairs of the contrast of pairs alone, and the mean over all films of the findings' loss.
+    alone = batch_of(pairs)
+    image, text = model.embed(alone)
+    contrast = contrastive_losses(image, text, model.logit_scale.clamp(max=math.log(100)).exp()).mean()
+    assert model.findings is not None
+    assert batch.findings is not None
+    findings = model.findings.loss_sum(model.encode(batch.pixels), batch.views, batch.findings) / count
+    expected = contrast + findings
+    torch.testing.assert_close(loss_sum / items, expected, rtol=1e-5, atol=1e-6)
+    expected.backward()
+    assert_same_gradients(found, gradients(model), 1e-4)
+    assert int(items) == count
+
+
+@pytest.mark.parametrize("sizes", [[2, 2, 2], [1, 3, 2], [4, 2]])
+def test_accumulated_mixed_batches_equal_the_whole(
+    sizes: list[int], make_model: Callable[..., Alignment], examples: list[Example], text_tokenizer: Any
+) -> None:
+    model = _with_head(make_model())
+    order, total = [0, 1, 2, 3, 5, 4], sum(sizes)  # in [1, 3, 2] the last part has one pair, in [2, 2, 2] each has
+    whole_loss, whole_items = model(_mixed(examples, text_tokenizer, order))
+    (whole_loss / whole_items).backward()
+    expected = gradients(model)
+    starts = [sum(sizes[:k]) for k in range(len(sizes))]
+    parts = [_mixed(examples, text_tokenizer, order[s : s + n]) for s, n in zip(starts, sizes, strict=True)]
+    total_loss = 0.0
+    for part in model.cache_gradients(parts):
+        loss, _ = model(part)
+        (loss / total).backward()
+        total_loss += float(loss.detach()) / total
+    assert total_loss == pytest.approx(float(whole_loss / whole_items), rel=1e-5)
+    assert_same_gradients(gradients(model), expected, 1e-4)
+
+
+def test_a_batch_without_any_report_trains_the_head_alone(
+    make_model: Callable[..., Alignment], examples: list[Example], text_tokenizer: Any
+) -> None:
+    model = _with_head(make_model())
+    loss, items = model(_mixed(examples, text_tokenizer, [1, 3, 4]))
+    (loss / items).backward()
+    found = gradients(model)
+    assert all(bool(gradient.isfinite().all()) for gradient in found.values())
+    touched = {name.split(".")[0] for name, gradient in found.items() if gradient.abs().max() > 0}
+    assert touched == {"encoder", "findings"}

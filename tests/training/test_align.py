@@ -327,3 +327,32 @@ def test_the_head_on_findings_is_trained_and_kept(align: Any) -> None:
     split = align("split", *options, "train.micro_batch_size=2")
     assert split.series("train/loss")[0] > 0
     assert any("findings" in name for name in split.weights)
+
+
+# -- films with labels and no report ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_films_with_labels_train_the_head_on_findings(align: Any, tiny_dataset: Path, labelled_dataset: Path) -> None:
+    both = f"data.sets=[{{root: {tiny_dataset}}}, {{root: {labelled_dataset}, labels_only: true}}]"
+    options = ("data.root=null", "model.findings=true", "train.epochs=2", "train.batch_size=7")
+    whole = align("whole", both, *options)
+    assert whole.last_step() == 2 * ((16 + 12) // 7)
+    # The validation is of pairs alone.
+    assert [row["validation/image_to_text_R@1"] for row in whole.history if "validation/loss" in row]
+    align("part", both, *options, "train.stop_after_steps=3", "train.checkpoint_every_steps=1")
+    resumed = align("part", both, *options, "train.checkpoint_every_steps=1", resume=True)
+    for name, tensor in whole.weights.items():
+        assert torch.equal(resumed.weights[name], tensor), name
+    chunks = align("chunks", both, *options, "train.micro_batch_size=3", "train.max_steps=1")
+    first = align("first", both, *options, "train.max_steps=1")
+    assert largest(gradients(chunks), gradients(first)) < 1e-4
+    assert chunks.series("train/loss") == pytest.approx(first.series("train/loss"), rel=1e-5)
+
+
+def test_labels_only_needs_a_head_and_reports_beside_it(align: Any, tiny_dataset: Path, labelled_dataset: Path) -> None:
+    films = f"{{root: {labelled_dataset}, labels_only: true}}"
+    with pytest.raises(UsageError, match="labels_only, which needs the head on findings"):
+        align("a", "data.root=null", f"data.sets=[{{root: {tiny_dataset}}}, {films}]", "model.findings=false")
+    with pytest.raises(UsageError, match="sets has labels_only data sets alone"):
+        align("b", "data.root=null", f"data.sets=[{films}]", "model.findings=true")
