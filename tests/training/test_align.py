@@ -356,3 +356,16 @@ def test_labels_only_needs_a_head_and_reports_beside_it(align: Any, tiny_dataset
         align("a", "data.root=null", f"data.sets=[{{root: {tiny_dataset}}}, {films}]", "model.findings=false")
     with pytest.raises(UsageError, match="sets has labels_only data sets alone"):
         align("b", "data.root=null", f"data.sets=[{films}]", "model.findings=true")
+
+
+@pytest.mark.slow
+def test_two_processes_share_films_with_labels(
+    align: Any, in_two: Any, tiny_dataset: Path, labelled_dataset: Path
+) -> None:
+    both = f"data.sets=[{{root: {tiny_dataset}}}, {{root: {labelled_dataset}, labels_only: true}}]"
+    options = ("data.root=null", both, "model.findings=true", *ONE_STEP, "train.batch_size=10")
+    alone = align("alone", *options)
+    for name, chunks in (("both", ()), ("chunks", ("train.micro_batch_size=3",))):
+        run = in_two(name, *options, *chunks)
+        assert largest(gradients(run), gradients(alone)) < 1e-5
+        assert run.series("train/loss") == pytest.approx(alone.series("train/loss"), rel=1e-5)
