@@ -121,7 +121,8 @@ class Queue:
 
     def run(self, goals: Sequence[str], minutes: float | None) -> bool:
         """Does what the goals need; returns whether all of them are done."""
-        end = float("inf") if minutes is None else time.monotonic() + 60 * minutes - GRACE_S
+        length = float("inf") if minutes is None else 60 * minutes - GRACE_S
+        end = time.monotonic() + length
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             while True:
@@ -131,7 +132,7 @@ class Queue:
                     break
                 if time.monotonic() >= end:
                     break
-                started = self._start_first(waiting, end)
+                started = self._start_first(waiting, end, 0.8 * length)
                 if not started and not self.running:
                     break  # nothing fits into the time that is left, or all that is left waits for what failed
                 if not started:
@@ -157,8 +158,8 @@ class Queue:
             add(name, needed=False)
         return list(found.values())
 
-    def _start_first(self, waiting: Sequence[Job], end: float) -> bool:
-        """Starts the first job that may be started and fits."""
+    def _start_first(self, waiting: Sequence[Job], end: float, most: float) -> bool:
+        """Starts the first job that may be started and fits; none is expected to take longer than `most` seconds."""
         open_names = {job.name for job in waiting}
         busy = {running.job.name for running in self.running}
         left = end - time.monotonic()
@@ -166,7 +167,7 @@ class Queue:
         for job in waiting:
             if job.name in busy or job.name in self.failed or open_names & set(job.needs):
                 continue
-            if left < (LEAST_S if job.is_training else self.records.longest(job.arguments[0])):
+            if left < (LEAST_S if job.is_training else min(most, self.records.longest(job.arguments[0]))):
                 continue
             gpu = max(range(len(free)), key=lambda gpu: free[gpu])
             if free[gpu] < job.weight - 1e-6:
@@ -178,7 +179,8 @@ class Queue:
 
     def _start(self, job: Job, gpu: int) -> None:
         visible = str(gpu) if self.gpus else ""
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": visible, "TQDM_DISABLE": "1"}
+        threads = max(1, (os.cpu_count() or 1) // (4 * max(1, self.gpus)))  # as if four ran on each GPU
+        environment = {"OMP_NUM_THREADS": str(threads)} | os.environ | {"CUDA_VISIBLE_DEVICES": visible}
         with (self.work / "logs" / f"{job.name}.txt").open("ab") as log:
             process = subprocess.Popen(job.command(), stdout=log, stderr=subprocess.STDOUT, env=environment)
         self.running.append(Running(job, gpu, process, time.monotonic()))
@@ -197,7 +199,7 @@ class Queue:
         if code == 0:
             self.records.update(job.name, **entry, done=True, **self.when_done(job))
             print(f"{job.name}: done after {seconds:.0f} s", flush=True)
-        elif code in STOPPED and job.is_training:
+        elif code in STOPPED:
             self.records.update(job.name, **entry)
             print(f"{job.name}: stopped after {seconds:.0f} s; the next call continues it", flush=True)
         else:
