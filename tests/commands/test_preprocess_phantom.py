@@ -10,6 +10,7 @@ import pytest
 from emrrg_cli.app import main
 from emrrg_cli.datasets.directory import open_dataset
 from emrrg_cli.datasets.manifest import read_manifest
+from emrrg_cli.ingest.sources.phantom import synthetic_study
 
 
 @pytest.mark.slow
@@ -18,7 +19,9 @@ def test_writes_and_says_synthetic(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["preprocess", "phantom", str(out), "--count", "20", "--seed", "2", "--size", "64"]) == 0
     printed = capsys.readouterr().out
     assert "20 synthetic studies, seed 2" in printed
-    assert "written │ 20 │ 20" in " ".join(printed.split())
+    films = sum(len(synthetic_study(2, index)[0].films) for index in range(20))
+    assert films > 20  # some have a lateral film
+    assert f"written │ 20 │ {films}" in " ".join(printed.split())
     assert {split: len(rows) for split, rows in open_dataset(out).items()} == {"train": 16, "validation": 2, "test": 2}
     assert main(["preprocess", "phantom", str(out), "--count", "10", "--size", "64"]) == 2
     assert main(["preprocess", "phantom", str(out), "--count", "10", "--size", "64", "--overwrite"]) == 0
@@ -34,6 +37,7 @@ def test_settings_and_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert {split: entry["studies"] for split, entry in manifest["splits"].items()} == {"train": 5, "validation": 5}
     assert manifest["options"] == {
         "layout": "phantom",
+        "drawing": 2,
         "recipe": None,
         "count": 10,
         "seed": 0,
