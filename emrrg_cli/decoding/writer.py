@@ -16,7 +16,7 @@ from emrrg_cli.decoding.engine import Engine
 from emrrg_cli.decoding.reference import generate_reports
 from emrrg_cli.decoding.search import Report
 from emrrg_cli.decoding.slots import Prompts
-from emrrg_cli.models.film_distance import FilmDistance, MeasuredDistance
+from emrrg_cli.models.film_distance import FilmDistance, MeasuredDistance, describe
 from emrrg_cli.models.report_generator import ReportGenerator
 from emrrg_cli.recipe.finetuning import GenerationSettings
 from emrrg_cli.vocabulary import ContextField
@@ -137,7 +137,7 @@ class Writer:
             tokens = self.model.tell_views(films, studies.projections)
             embeddings, mask, visual = self.model.prompt_of(tokens, views, studies.contexts)
         if self.film_distance is not None:
-            found = self.film_distance.of_studies(films, studies.views)
+            found = self.film_distance.of_studies(describe(films, studies.pixels), studies.views)
             self._distances |= dict(zip(studies.keys, found, strict=True))
         seeds = [(self.settings.seed << 32) + number for number in studies.numbers]
         return Prompts(

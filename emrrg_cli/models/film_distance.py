@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor
 
@@ -17,10 +18,12 @@ from emrrg_cli.files.write_errors import writing
 from emrrg_cli.models.weights import load_tensors
 
 FILM_DISTANCE = "film_distance.safetensors"
+Films = tuple[Tensor, Tensor]  # as `describe` gives them
 UNLIKE = "unlike the films of the training"
 LEAST = 10  # films that a threshold is taken from
 _USUAL = 0.995  # share of held-out films below the threshold
 _DEVIATIONS = 2.576  # the same share of a normal distribution
+_SMALLEST = 8  # pixels on a side of a level of texture
 _ROUNDING = 2.0**-8  # of a value at bf16
 
 
@@ -29,60 +32,72 @@ class MeasuredDistance:
     """The distance of a study's films from those of the training; of several the largest."""
 
     distance: float
-    threshold: float
 
     @property
     def note(self) -> str | None:
-        """What a reader should know; None where it is below the threshold."""
-        if self.distance <= self.threshold:
-            return None
-        return f"{UNLIKE} (distance {self.distance:.1f}, threshold {self.threshold:.1f})"
+        """What a reader should know; None where it is at most 1."""
+        return f"{UNLIKE} (distance {self.distance:.1f}, threshold 1.0)" if self.distance > 1 else None
 
 
 @dataclass(frozen=True)
-class FilmDistance:
-    """Mahalanobis distance of films from those of the training, by the mean and deviation of the encoder's tokens.
-
-    Args:
-        mean: of the training films, float64 `[e]`, with e = 2 d.
-        precision: inverse of their shrunk covariance, float64 `[e, e]`.
-        threshold: 99.5 percent of held-out films are nearer.
-
-    Source: Lee et al., arXiv 1807.03888; shrinkage: Ledoit and Wolf, J. Multivariate Analysis 88 (2004).
-    """
+class _Part:
+    """Mahalanobis distance from training films by some of their values: mean float64 `[e]`, precision `[e, e]`."""
 
     mean: Tensor
     precision: Tensor
-    threshold: float
+    threshold: float = 1.0
 
     @classmethod
-    def fit(cls, training: Tensor, held_out: Tensor) -> FilmDistance:
-        """Fits to embeddings of films, as `embed` gives them: `[n, e]` and `[m, e]`.
-
-        Raises:
-            ValueError: there are fewer than 10 held-out films, or fewer than two in training.
-        """
-        if len(held_out) < LEAST or len(training) < 2:
-            raise ValueError(f"{len(training)} training and {len(held_out)} held-out films are too few")
-        mean = training.double().mean(dim=0)
-        precision = torch.linalg.inv(_shrunk_covariance(training.double() - mean)).contiguous()
-        distances = cls(mean, precision, 0.0).distances(held_out)
+    def fit(cls, training: Tensor, held_out: Tensor) -> _Part:
+        mean, spread = training.double().mean(dim=0), training.double().std(dim=0).clamp(min=1e-6)
+        inverse = torch.linalg.inv(_shrunk_covariance((training.double() - mean) / spread))
+        part = cls(mean, (inverse / spread[:, None] / spread).contiguous())
+        distances = part.distances(held_out)
         threshold = distances.quantile(_USUAL)
         if len(held_out) < 1 / (1 - _USUAL):  # too few to show it: it may lie above all of them
             logarithms = distances.log()
             threshold = torch.maximum(threshold, (logarithms.mean() + _DEVIATIONS * logarithms.std()).exp())
-        return cls(mean, precision, threshold.item())
+        return replace(part, threshold=threshold.item())
 
-    def of_studies(self, tokens: Tensor, views: Tensor) -> list[MeasuredDistance]:
-        """The distance of each study by the encoder's tokens, `[n, l, d]`, with `[b]` views of each."""
-        films = torch.split(self.distances(embed(tokens)), views.tolist())
-        return [MeasuredDistance(max(own.tolist()), self.threshold) for own in films]
-
-    def distances(self, embeddings: Tensor) -> Tensor:
-        """The distance of each film, `[n, e] -> [n]`."""
-        deviation = embeddings.double() - self.mean
+    def distances(self, values: Tensor) -> Tensor:
+        """`[n, e] -> [n]`."""
+        deviation = values.double() - self.mean
         squared = torch.einsum("ni,ij,nj->n", deviation, self.precision, deviation)
         return squared.clamp(min=0).sqrt()
+
+
+@dataclass(frozen=True)
+class FilmDistance:
+    """How unlike the training films are films, by the encoder's tokens and by their texture.
+
+    For each of the two it is the Mahalanobis distance, as a multiple of the one that 99.5 percent of held-out films do
+    not reach; the larger counts. Above 1, a film is called unlike.
+
+    Source: Lee et al., arXiv 1807.03888; shrinkage: Ledoit and Wolf, J. Multivariate Analysis 88 (2004).
+    """
+
+    tokens: _Part
+    texture: _Part
+
+    @classmethod
+    def fit(cls, training: Films, held_out: Films) -> FilmDistance:
+        """Fits to films, as `describe` gives them.
+
+        Raises:
+            ValueError: there are fewer than 10 held-out films, or fewer than two in training.
+        """
+        if len(held_out[0]) < LEAST or len(training[0]) < 2:
+            raise ValueError(f"{len(training[0])} training and {len(held_out[0])} held-out films are too few")
+        return cls(*(_Part.fit(*values) for values in zip(training, held_out, strict=True)))
+
+    def distances(self, films: Films) -> Tensor:
+        """The distance of each film, `[n]`."""
+        parts = zip((self.tokens, self.texture), films, strict=True)
+        return torch.stack([part.distances(values) / part.threshold for part, values in parts]).amax(dim=0)
+
+    def of_studies(self, films: Films, views: Tensor) -> list[MeasuredDistance]:
+        """The distance of each study, with `[b]` films of each."""
+        return [MeasuredDistance(max(own.tolist())) for own in torch.split(self.distances(films), views.tolist())]
 
     def save(self, run_dir: Path) -> None:
         """Writes it into a run, for the weights that the run has now.
@@ -90,11 +105,12 @@ class FilmDistance:
         Raises:
             RunError: it cannot be written.
         """
-        threshold = torch.tensor(self.threshold, dtype=torch.float64)
-        tensors = {"mean": self.mean, "precision": self.precision, "threshold": threshold}
-        weights = torch.tensor(list(_weights_digest(run_dir)), dtype=torch.uint8)
+        tensors = {"weights": torch.tensor(list(_weights_digest(run_dir)), dtype=torch.uint8)}
+        for name, part in (("tokens", self.tokens), ("texture", self.texture)):
+            threshold = torch.tensor(part.threshold, dtype=torch.float64)
+            tensors |= {f"{name}.mean": part.mean, f"{name}.precision": part.precision, f"{name}.threshold": threshold}
         with writing(run_dir / FILM_DISTANCE), atomic_file(run_dir / FILM_DISTANCE) as file:
-            file.write(save({**tensors, "weights": weights}))
+            file.write(save(tensors))
 
     @classmethod
     def load(cls, run_dir: Path) -> FilmDistance | None:
@@ -109,10 +125,7 @@ class FilmDistance:
         check_file(file)
         tensors = load_tensors(file)
         try:
-            mean, precision, threshold = (tensors[name].double() for name in ("mean", "precision", "threshold"))
-            if mean.ndim != 1 or precision.shape != (len(mean), len(mean)):
-                raise ValueError("shapes do not fit")
-            found = cls(mean, precision, threshold.item())
+            found = cls(_read_part(tensors, "tokens"), _read_part(tensors, "texture"))
             return found if bytes(tensors["weights"].tolist()) == _weights_digest(run_dir) else None
         except (ValueError, KeyError, RuntimeError) as error:
             raise RunError(f"{file}, the distances of training films, cannot be read: {error}") from error
@@ -124,10 +137,36 @@ def _weights_digest(run_dir: Path) -> bytes:
     return hashlib.sha256(file.read_bytes()).digest() if file.is_file() else b""
 
 
-def embed(tokens: Tensor) -> Tensor:
-    """What films are compared by: mean and deviation of their tokens, on the CPU, `[n, l, d] -> [n, 2 d]`."""
+def _read_part(tensors: dict[str, Tensor], name: str) -> _Part:
+    mean, precision, threshold = (tensors[f"{name}.{key}"].double() for key in ("mean", "precision", "threshold"))
+    if mean.ndim != 1 or precision.shape != (len(mean), len(mean)):
+        raise ValueError("shapes do not fit")
+    return _Part(mean, precision, threshold.item())
+
+
+def describe(tokens: Tensor, pixels: Tensor) -> Films:
+    """What films are compared by, on the CPU: mean and deviation of their tokens `[n, 2 d]`, texture `[n, t]`.
+
+    Args:
+        tokens: of the encoder, `[n, l, d]`.
+        pixels: uint8 `[n, size, size]`.
+    """
     values = tokens.float().cpu()
-    return torch.cat([values.mean(dim=1), values.std(dim=1)], dim=-1)
+    return torch.cat([values.mean(dim=1), values.std(dim=1)], dim=-1), _texture(pixels.cpu())
+
+
+def _texture(pixels: Tensor) -> Tensor:
+    # Of each level of a Laplacian pyramid: its strength (two measures), and how alike neighbours across and down are.
+    level, found = pixels.float()[:, None] / 255, []
+    while level.shape[-1] >= _SMALLEST:
+        below = F.avg_pool2d(level, 2)
+        detail = level - F.interpolate(below, size=level.shape[-2:], mode="bilinear")
+        energy = detail.square().mean(dim=(1, 2, 3)) + 1e-6
+        across = (detail[..., 1:] * detail[..., :-1]).mean(dim=(1, 2, 3)) / energy
+        down = (detail[..., 1:, :] * detail[..., :-1, :]).mean(dim=(1, 2, 3)) / energy
+        found += [energy.log(), (detail.abs().mean(dim=(1, 2, 3)) + 1e-4).log(), across, down]
+        level = below
+    return torch.stack(found, dim=-1)
 
 
 def _shrunk_covariance(deviations: Tensor) -> Tensor:

@@ -6,14 +6,13 @@ import random
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from emrrg_cli.checksums import write_checksums
 from emrrg_cli.console import progress_bar
 from emrrg_cli.datasets.loading import load_batches
 from emrrg_cli.datasets.report_dataset import ReportDataset, collate
 from emrrg_cli.models.build import load_run_encoder
-from emrrg_cli.models.film_distance import FILM_DISTANCE, LEAST, FilmDistance, embed
+from emrrg_cli.models.film_distance import FILM_DISTANCE, LEAST, FilmDistance, Films, describe
 from emrrg_cli.recipe.finetuning import FinetuneRecipe
 from emrrg_cli.training.run_setup import STATIC
 from emrrg_cli.vocabulary import IMAGENET_MEAN, IMAGENET_STD
@@ -48,17 +47,18 @@ def measure_film_distance(
     center, spread = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     with progress_bar("comparing films", len(rest) + len(others)) as advance:
 
-        def embeddings(dataset: ReportDataset, indices: list[int]) -> Tensor:
+        def films(dataset: ReportDataset, indices: list[int]) -> Films:
             batches = [indices[start : start + _BATCH] for start in range(0, len(indices), _BATCH)]
             found = []
             for batch in load_batches(dataset, batches, collate, workers=recipe.data.workers):
                 with torch.no_grad():
                     pixels = batch.pixels.to(device).float()[:, None] / 255
-                    found.append(embed(encoder((pixels - center) / spread)))
+                    found.append(describe(encoder((pixels - center) / spread), batch.pixels))
                 advance(len(batch.views))
-            return torch.cat(found)
+            tokens, textures = zip(*found, strict=True)
+            return torch.cat(tokens), torch.cat(textures)
 
-        fitted, tested = embeddings(training, rest), embeddings(validation or training, others)
+        fitted, tested = films(training, rest), films(validation or training, others)
     FilmDistance.fit(fitted, tested).save(run_dir)
     write_checksums(run_dir, (*STATIC, FILM_DISTANCE))
 

@@ -3,7 +3,7 @@
     python tests/benchmarks/unlike_films.py --model runs/phantom --data data/phantom --others FOLDER FOLDER --each 200
 
 `--others` are folders of images, at any depth. Pages of text, noise and drawn scenes are made here. Prints the share
-of each that is above the run's threshold, with the median distance.
+of each that is called unlike (distance above 1), with the median distance.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from PIL import Image, ImageDraw, ImageFilter
 from emrrg_cli import load_generator
 from emrrg_cli.decoding.reports import study_pixels
 from emrrg_cli.decoding.stored_studies import stored_studies
-from emrrg_cli.models.film_distance import embed
+from emrrg_cli.imaging.read import read_image
+from emrrg_cli.models.film_distance import describe
 
 SIDE = 256
 
@@ -65,7 +66,7 @@ def groups(options: argparse.Namespace) -> Iterator[tuple[str, list[Any]]]:
         films = [study.files[0].content() for study in stored_studies(str(options.data), split)[: options.each]]
         yield f"{split} split", films
     for folder in options.others:
-        yield folder.name, pictures(folder, options.each)
+        yield folder.parent.name, pictures(folder, options.each)
     for make in (noise, scene, page):
         rng = np.random.default_rng(0)
         yield f"{make.__name__}s" if make is not noise else "noise", [make(rng) for _ in range(options.each)]
@@ -82,15 +83,15 @@ def main() -> None:
     known = generator.writer.film_distance
     assert known is not None, "this run has no distances: train it with this version"
     size = generator.recipe.model.encoder.image_size
-    print(f"threshold {known.threshold:.1f}\n| images | number | median distance | flagged |\n|---|---|---|---|")
+    print("| images | number | median distance | flagged |\n|---|---|---|---|")
     for name, images in groups(options):
         distances = []
         for start in range(0, len(images), 32):
-            pixels = torch.cat([study_pixels(image, size) for image in images[start : start + 32]])
+            pixels = torch.cat([study_pixels(read_image(image), size) for image in images[start : start + 32]])
             with torch.no_grad():
-                distances.append(known.distances(embed(generator.model.encode(pixels))))
+                distances.append(known.distances(describe(generator.model.encode_films(pixels), pixels)))
         found = torch.cat(distances)
-        share = (found > known.threshold).double().mean()
+        share = (found > 1).double().mean()
         print(f"| {name} | {len(found)} | {found.median():.1f} | {100 * share:.1f} % |", flush=True)
 
 

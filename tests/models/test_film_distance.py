@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from emrrg_cli.errors import RunError
-from emrrg_cli.models.film_distance import FILM_DISTANCE, FilmDistance, _shrunk_covariance, embed
+from emrrg_cli.models.film_distance import (
+    FILM_DISTANCE,
+    FilmDistance,
+    Films,
+    MeasuredDistance,
+    _Part,
+    _shrunk_covariance,
+    describe,
+)
 
 
 def _films(count: int, seed: int, spread: float = 1.0) -> torch.Tensor:
@@ -19,7 +27,7 @@ def _films(count: int, seed: int, spread: float = 1.0) -> torch.Tensor:
 
 
 def test_the_distance_is_that_of_mahalanobis() -> None:
-    fitted = FilmDistance.fit(_films(100_000, 1), _films(500, 2))
+    fitted = _Part.fit(_films(100_000, 1), _films(500, 2))
     films = _films(5, 3)
     covariance = np.cov(_films(100_000, 1).double().numpy().T)
     deviation = (films.double() - fitted.mean).numpy()
@@ -28,7 +36,7 @@ def test_the_distance_is_that_of_mahalanobis() -> None:
 
 
 def test_the_threshold_leaves_one_film_of_200_out() -> None:
-    fitted = FilmDistance.fit(_films(2000, 1), _films(2000, 2))
+    fitted = _Part.fit(_films(2000, 1), _films(2000, 2))
     share = (fitted.distances(_films(20_000, 3)) > fitted.threshold).double().mean().item()
     assert 0.001 < share < 0.008
     assert (fitted.distances(_films(200, 4, spread=6)) > fitted.threshold).double().mean() > 0.9
@@ -36,10 +44,10 @@ def test_the_threshold_leaves_one_film_of_200_out() -> None:
 
 def test_a_threshold_of_few_films_is_above_them() -> None:
     held_out = _films(12, 2)
-    fitted = FilmDistance.fit(_films(300, 1), held_out)
+    fitted = _Part.fit(_films(300, 1), held_out)
     assert fitted.threshold > fitted.distances(held_out).max()
     with pytest.raises(ValueError, match="too few"):
-        FilmDistance.fit(_films(300, 1), held_out[:9])
+        FilmDistance.fit((_films(300, 1), _films(300, 1)), (held_out[:9], held_out[:9]))
 
 
 def test_the_covariance_shrinks_as_ledoit_and_wolf_say() -> None:
@@ -57,28 +65,51 @@ def test_the_covariance_shrinks_as_ledoit_and_wolf_say() -> None:
     assert torch.linalg.cond(_shrunk_covariance(deviations)) < 100
 
 
-def test_films_are_compared_by_their_tokens() -> None:
+def _described(count: int, seed: int, size: int = 16) -> Films:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (count, size, size), generator=generator, dtype=torch.uint8)
+    return describe(torch.randn(count, 5, 3, generator=generator), pixels)
+
+
+def test_films_are_described_by_tokens_and_texture() -> None:
     tokens = torch.randn(2, 5, 3)
-    assert torch.allclose(embed(tokens), torch.cat([tokens.mean(1), tokens.std(1)], dim=1))
-    fitted = FilmDistance.fit(torch.randn(100, 6), torch.randn(50, 6))
-    measured = fitted.of_studies(tokens, torch.tensor([2]))[0]
-    assert measured.distance == fitted.distances(embed(tokens)).max().item()
-    far = fitted.of_studies(tokens + 100, torch.tensor([1, 1]))[1]
-    assert far.note == f"unlike the films of the training (distance {far.distance:.1f}, threshold {far.threshold:.1f})"
+    stripes = torch.tensor([0, 255], dtype=torch.uint8).repeat(16, 8)
+    spread, texture = describe(tokens, torch.stack([stripes, stripes.T]))
+    assert torch.allclose(spread, torch.cat([tokens.mean(1), tokens.std(1)], dim=1))
+    assert texture.shape == (2, 8)  # levels of 16 and 8 pixels
+    assert texture[0, 0].exp().item() == pytest.approx(0.25, abs=0.05)  # 0 and 1 around a mean of one half
+    assert texture[0, 2] < -0.8  # neighbours across differ
+    assert texture[0, 3] > 0.8  # neighbours down are the same
+    assert torch.allclose(texture[0, [0, 1, 2, 3]], texture[1, [0, 1, 3, 2]], atol=1e-5)
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_tokens_or_texture_make_a_film_unlike(part: int) -> None:
+    fitted = FilmDistance.fit(_described(400, 1), _described(300, 2))
+    films = _described(50, 3)
+    assert (fitted.distances(films) > 1).double().mean() < 0.1
+    strange = list(films)
+    strange[part] = strange[part] * 5 + 5
+    far = fitted.of_studies((strange[0], strange[1]), torch.tensor([2, 48]))
+    assert min(one.distance for one in far) > 1
+    assert far[0].distance == fitted.distances((strange[0][:2], strange[1][:2])).max().item()
+
+
+def test_a_note_says_what_is_unlike() -> None:
+    assert MeasuredDistance(1.0).note is None
+    assert MeasuredDistance(2.34).note == "unlike the films of the training (distance 2.3, threshold 1.0)"
 
 
 def test_a_file_is_of_the_weights_it_was_measured_with(tiny_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
-    (run / FILM_DISTANCE).unlink(missing_ok=True)
     (run / "checksums.json").unlink(missing_ok=True)
     assert FilmDistance.load(run) is None
-    fitted = FilmDistance.fit(torch.randn(100, 6), torch.randn(50, 6))
+    fitted = FilmDistance.fit(_described(100, 1), _described(50, 2))
     fitted.save(run)
     read = FilmDistance.load(run)
     assert read is not None
-    assert read.threshold == fitted.threshold
-    assert torch.equal(read.precision, fitted.precision)
+    assert torch.equal(read.distances(_described(20, 3)), fitted.distances(_described(20, 3)))
     checksums = run / "model" / "checksums.json"
     checksums.write_text(checksums.read_text() + "\n")  # another export
     assert FilmDistance.load(run) is None
