@@ -85,12 +85,13 @@ def test_generate_and_evaluate_use_known_views(
 @pytest.mark.slow
 def test_films_are_compared_without_their_views(told_run: Path) -> None:
     from emrrg_cli.decoding.reports import load_generator
+    from emrrg_cli.models.film_distance import describe
 
     seen: list[torch.Tensor] = []
 
     class Recorder:
-        def of_studies(self, tokens: torch.Tensor, views: torch.Tensor) -> list[Any]:
-            seen.append(tokens)
+        def of_studies(self, films: tuple[torch.Tensor, torch.Tensor], views: torch.Tensor) -> list[Any]:
+            seen.append(films[0])
             return [None] * len(views)
 
     generator = load_generator(told_run, device="cpu")
@@ -99,5 +100,5 @@ def test_films_are_compared_without_their_views(told_run: Path) -> None:
     assert len(generator.generate_pixels([pixels])) == 1
     with torch.no_grad():
         images = (pixels[:, None].float() / 255 - generator.model.mean) / generator.model.std
-        assert torch.equal(seen[0], generator.model.encoder(images))
-        assert not torch.equal(seen[0], generator.model.encode(pixels))
+        assert torch.equal(seen[0], describe(generator.model.encoder(images), pixels)[0])
+        assert not torch.equal(seen[0], describe(generator.model.encode(pixels), pixels)[0])
