@@ -57,6 +57,11 @@ def convert(
     for given in (file, base):  # before torch is imported
         if given is not None and not given.exists():
             raise UsageError(f"{given}: no such file or directory")
+    if to is not Layout.PUBLISHED and out.is_file():
+        raise UsageError(f"{out} is a file; a directory is to be written there", hint="Choose another name.")
+    if out.exists() and not overwrite and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
+        what = "already exists" if out.is_file() else "already exists and is not empty"
+        raise UsageError(f"{out} {what}", hint="Give --overwrite, or another name.")
     silence_libraries()
     from emrrg_cli.models.published.convert import convert_to_ours, convert_to_published
 

@@ -92,6 +92,7 @@ def evaluate(
 
         if overrides:
             raise UsageError(f"a file of predictions is scored as it is: {overrides[0]} has no effect")
+        _check_files(chexbert, merge, output)
         columns = Columns(id_column, hypothesis_column, reference_column)
         options = _options(chexbert, bertscore, no_meteor, merge)
         _show(
@@ -103,11 +104,15 @@ def evaluate(
     assert model is not None
     from emrrg_cli.commands.options import start_processes
     from emrrg_cli.recipe.load import load_run_recipe
+    from emrrg_cli.recipe.paths import check_roots_exist, require_trained
     from emrrg_cli.training.launch import inside_launcher, processes_expected
 
     settings = load_run_recipe(model, recipe, overrides or [], "evaluate")
     if data is not None:
         settings.data.root = str(data)
+    require_trained(model)
+    check_roots_exist(settings, required=False)
+    _check_files(chexbert, merge, output)
     if not inside_launcher() and start_processes(context, num_processes):
         return
     from emrrg_cli.evaluation.run import RunOptions, run_evaluation
@@ -126,6 +131,20 @@ def evaluate(
     if rexrank is not None:
         _write_rexrank(Path(found["output"]) / "predictions.jsonl", rexrank)
     _show(found, f"{split} split of {settings.data.root}", as_json)
+
+
+def _check_files(chexbert: str | None, merge: list[Path] | None, output: Path | None) -> None:
+    """Finds files that are not there, and an output that cannot be written, before torch is imported."""
+    from emrrg_cli.files.output_paths import check_writable
+
+    for path in merge or []:
+        if not path.is_file():
+            raise UsageError(f"{path}: no such file", hint="--merge takes a JSON file of scores.")
+    named_as_path = chexbert is not None and (chexbert.endswith(".pth") or chexbert.startswith((".", "/", "~")))
+    if chexbert is not None and named_as_path and not Path(chexbert).expanduser().exists():
+        raise UsageError(f"no CheXbert checkpoint at {chexbert}", hint="--chexbert takes chexbert.pth or its folder.")
+    if output is not None:
+        check_writable(output)
 
 
 def _options(chexbert: str | None, bertscore: str | None, no_meteor: bool, merge: list[Path] | None) -> Options:

@@ -99,6 +99,7 @@ def generate(
 
     from emrrg_cli.errors import UsageError
     from emrrg_cli.recipe.load import load_run_recipe
+    from emrrg_cli.recipe.paths import require_trained
 
     check_device(device)
     images, overrides = split_arguments(paths or [], needed=table is None)
@@ -107,18 +108,24 @@ def generate(
         raise UsageError("no model is given", hint=hint)
     settings = load_run_recipe(model, recipe, overrides, "generate")
 
-    from emrrg_cli.decoding.cards import PageOptions
-    from emrrg_cli.decoding.contexts import with_contexts
-    from emrrg_cli.decoding.generate_folder import run_generation
     from emrrg_cli.decoding.shards import Shard
+    from emrrg_cli.files.output_paths import check_writable
 
     part = None if shard is None else Shard.parse(shard)
-    machine = _machine(device, num_processes)
+    require_trained(model)
+    check_writable(output)
     if table is not None:
         studies = _table_studies(table, images, split, image_column, study_column)
     else:
         studies = _find_studies(images, study_by, split)
-    studies = with_contexts(studies, parse_context(context or []), settings.data)
+    given = parse_context(context or [])
+
+    from emrrg_cli.decoding.cards import PageOptions
+    from emrrg_cli.decoding.contexts import with_contexts
+    from emrrg_cli.decoding.generate_folder import run_generation
+
+    studies = with_contexts(studies, given, settings.data)
+    machine = _machine(device, num_processes)
     shown = PageOptions(page, grounding, shlex.join(["emrrg", *invocation.obj.arguments]))
     result = run_generation(
         studies, model, settings, output, machine=machine, overwrite=overwrite, shard=part, page=shown
@@ -182,7 +189,6 @@ def _machine(device: str, requested: int | None) -> Machine:
 
 def _find_studies(paths: list[str], study_by: str, split: str | None) -> list[StudyFiles]:
     from emrrg_cli.datasets.directory import is_dataset_dir
-    from emrrg_cli.decoding.stored_studies import stored_studies
     from emrrg_cli.decoding.studies import find_studies
     from emrrg_cli.errors import UsageError
 
@@ -193,8 +199,11 @@ def _find_studies(paths: list[str], study_by: str, split: str | None) -> list[St
     if split is not None and not stored:
         raise UsageError("--split is for dataset directories, and none is named")
     found = find_studies(others, study_by) if others else []  # type: ignore[arg-type]
-    for root in stored:
-        found += stored_studies(root, split)
+    if stored:
+        from emrrg_cli.decoding.stored_studies import stored_studies  # imports torch
+
+        for root in stored:
+            found += stored_studies(root, split)
     counts = Counter(study.name for study in found)
     if twice := next((name for name, count in counts.items() if count > 1), None):
         raise UsageError(f"two studies are called {twice}", hint="Write their reports into two folders (--output).")

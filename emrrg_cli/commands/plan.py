@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from emrrg_cli.commands.options import Json, RecipeName, TrainingOverrides
-from emrrg_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -37,11 +35,11 @@ def plan(
     from emrrg_cli.console import err, out
     from emrrg_cli.recipe.finetuning import FinetuneRecipe
     from emrrg_cli.recipe.load import load_recipe
+    from emrrg_cli.recipe.paths import check_roots_exist, check_weights_exist
 
     settings = load_recipe(recipe, overrides or [], stage=FinetuneRecipe)
-    root = settings.data.root
-    if root is not None and not Path(root).is_dir():  # before torch is imported
-        raise UsageError(f"no such dataset directory: {root}", hint="Make one with `emrrg preprocess`.")
+    check_roots_exist(settings, required=False)
+    check_weights_exist(settings)
 
     from emrrg_cli.planning import plan as predict
     from emrrg_cli.silence_libraries import silence_libraries

@@ -106,9 +106,9 @@ def _train(
     if print_recipe:
         out.print(dump_recipe(settings), end="", markup=False, soft_wrap=True)
         return
-    check_roots_exist(settings, folders=stage_name == "pretrain")
     if not resume:  # what was trained is in the run
         check_weights_exist(settings)
+    check_roots_exist(settings, folders=stage_name == "pretrain")
     run_dir = output or (Path(settings.output) if settings.output else default_run_dir(recipe, resume=resume))
     if is_first_process():
         with locked(run_dir):  # released at once: the process that writes holds it, and this one may only start others

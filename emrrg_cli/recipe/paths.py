@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, TypeVar
 
-from emrrg_cli.errors import UsageError
+from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.recipe.common import Settings
 
 R = TypeVar("R", bound=Settings)
@@ -13,23 +13,33 @@ R = TypeVar("R", bound=Settings)
 
 # Settings that are paths, wherever in a recipe they stand; a `name` is one where there is a directory of that name.
 _PATHS = ("root", "weights", "held_out")
+_DATASET_FILES = ("manifest.json", "data/*.parquet")
 
 
-def check_roots_exist(recipe: Settings, *, folders: bool = False) -> None:
+def check_roots_exist(recipe: Settings, *, folders: bool = False, required: bool = True) -> None:
     """Finds a data set that is not there before torch is imported, which takes seconds.
 
     Args:
-        folders: folders of images will do as well.
+        folders: Folders of images are accepted as well.
+        required: Whether a recipe without a data set is refused.
 
     Raises:
         UsageError: It names the directory.
     """
     data = recipe.model_dump()["data"]
+    if data["root"] is None and not data.get("sets") and required:
+        raise UsageError(
+            "data.root is not set", hint="Name a dataset directory, as `emrrg preprocess` writes: data.root=DIR."
+        )
     for root in (data["root"], *(one["root"] for one in data.get("sets", []))):
         if root is not None and not Path(root).exists() and folders:
             raise UsageError(f"{root}: no such folder", hint="Name a dataset directory or a folder of images.")
         if root is not None and not Path(root).is_dir() and not folders:
             raise UsageError(f"no such dataset directory: {root}", hint="Make one with `emrrg preprocess`.")
+        if root is not None and not folders and not any(any(Path(root).glob(p)) for p in _DATASET_FILES):
+            raise UsageError(
+                f"{root} is not a dataset directory: it has no data/*.parquet", hint="Make one with `emrrg preprocess`."
+            )
 
 
 def check_weights_exist(recipe: Settings) -> None:
@@ -44,6 +54,20 @@ def check_weights_exist(recipe: Settings) -> None:
             f"{path}: no such file or directory; an encoder is to be there",
             hint="model.encoder.weights names a run of `emrrg pretrain`, `align` or `finetune`, or a converted file.",
         )
+    for part in ("llm", "text"):
+        name = (recipe.model_dump().get("model", {}).get(part) or {}).get("name") or ""
+        if name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():  # no name of the hub
+            raise UsageError(f"{name}: no such directory", hint=f"model.{part}.name is a directory or a hub name.")
+
+
+def require_trained(run_dir: Path) -> None:
+    """Finds a run without a trained model before torch is imported.
+
+    Raises:
+        RunError: It names the directory.
+    """
+    if not any((run_dir / name).is_dir() for name in ("model", "model.previous-emrrg")):
+        raise RunError(f"{run_dir}: this run holds no trained model yet", hint="It is written at the first validation.")
 
 
 def with_absolute_paths(recipe: R) -> R:

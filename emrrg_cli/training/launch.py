@@ -43,6 +43,8 @@ def processes_wanted(requested: int | None) -> int:
         UsageError: for more processes than GPUs.
         RunError: when `accelerate launch` was asked for several processes and started one, as it does on a CPU.
     """
+    if requested is not None and requested < 1:  # before torch is imported
+        raise UsageError(f"--num-processes must be 1 or more, got {requested}")
     import torch
 
     gpus = torch.cuda.device_count()
@@ -55,8 +57,6 @@ def processes_wanted(requested: int | None) -> int:
                 hint="Use emrrg's own --num-processes, or torchrun.",
             )
         return 1
-    if requested < 1:
-        raise UsageError(f"--num-processes must be 1 or more, got {requested}")
     if gpus and requested > gpus:
         raise UsageError(f"--num-processes {requested}: there are {gpus} GPUs here")
     return requested

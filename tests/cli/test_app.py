@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +95,71 @@ def test_a_missing_gpu_is_found_before_torch_is_imported() -> None:
     assert done.returncode == 2
     assert "there is no device 'cuda:1' here" in done.stderr
     assert not re.search(r"\| +torch$", done.stderr, re.M)
+
+
+# Runs commands one after the other, and prints the exit code of each and whether torch was imported.
+_MISTAKES = """
+import json, sys
+from emrrg_cli.app import main
+for line in json.loads(sys.argv[1]):
+    print(main(line), "torch" in sys.modules, " ".join(line), flush=True)
+"""
+
+
+def test_no_command_imports_torch_for_a_cheap_mistake(tiny_run: Path, tiny_dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "films").mkdir()
+    for name in ("full/x", "file", "films/film.png", "table.csv"):
+        (tmp_path / name).touch()
+    (tmp_path / "table.csv").write_text("id,prediction\n1,clear .\n")
+    shutil.copytree(tiny_run, tmp_path / "untrained", ignore=lambda folder, names: {"model"} & set(names))
+    data, run = f"data.root={tiny_dataset}", str(tiny_run)
+    lines = [
+        ["preprocess", "folder", "nowhere", "out"],
+        ["preprocess", "folder", "films", "full"],
+        ["preprocess", "folder", "films", "out", "nokey=1"],
+        ["data", "show", "nowhere"],
+        ["pretrain", "nowhere/x"],
+        ["pretrain", "phantom/pretrain", data, "-o", "full"],
+        ["pretrain", "phantom/pretrain", data, "--num-processes", "0"],
+        ["align", "phantom/align", "data.root=films"],
+        ["align", "phantom/align", data, "model.text={name: ./none, frozen: true}"],
+        ["finetune", "tiny/finetune"],
+        ["finetune", "tiny/finetune", data, "nokey=1"],
+        ["finetune", "tiny/finetune", data, "-o", "full"],
+        ["finetune", "tiny/finetune", data, "-o", "out", "--resume"],
+        ["finetune", "tiny/finetune", data, "model.llm.name=./none"],
+        ["evaluate", "--model", "untrained"],
+        ["evaluate", "--model", run, "--data", "nowhere"],
+        ["evaluate", "--model", run, "--data", "films"],
+        ["evaluate", "--model", run, "--output", "file/x"],
+        ["evaluate", "--model", run, "--chexbert", "none.pth"],
+        ["evaluate", "--model", run, "--num-processes", "0"],
+        ["evaluate", "--predictions", "none.csv"],
+        ["evaluate", "--predictions", "table.csv", "--chexbert", "./none"],
+        ["compare", "nowhere", "table.csv"],
+        ["generate", "nowhere.png", "--model", run, "-o", "out"],
+        ["generate", "films", "--model", "untrained", "-o", "out"],
+        ["generate", "films", "--model", run, "-o", "file"],
+        ["generate", "films", "--model", run, "-o", "out", "--shard", "5/4"],
+        ["generate", "films", "--model", run, "-o", "out", "--recipe", "none/none"],
+        ["generate", "--table", "none.csv", "--model", run, "-o", "out"],
+        ["convert", "table.csv", "full"],
+        ["convert", "table.csv", "file"],
+        ["convert", run, "file", "--to", "published"],
+        ["plan", "tiny/finetune", "data.root=films"],
+        ["plan", "tiny/finetune", "model.llm.name=./none"],
+        ["demo", "full"],
+    ]
+    command = [sys.executable, "-c", _MISTAKES, json.dumps(lines)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    printed = done.stdout.splitlines()
+    assert [line for line in printed if not line.startswith(("2 False", "1 False"))] == [], done.stderr
+    assert len(printed) == len(lines), done.stderr
+    assert [line.split()[2:] for line in printed if line.startswith("1 ")] == [
+        ["evaluate", "--model", "untrained"],
+        ["generate", "films", "--model", "untrained", "-o", "out"],
+    ]
 
 
 def test_help_lists_the_commands_in_the_order_of_the_work() -> None:
