@@ -291,6 +291,17 @@ def test_deflated(make_dicom: MakeDicom, tmp_path: Path) -> None:
     assert _refused(head + b"\xff" * 400)[0] == "broken image"
 
 
+def test_a_damaged_deflated_file_is_an_image_error(make_dicom: MakeDicom, tmp_path: Path) -> None:
+    head, body = _deflated(make_dicom, RAMP)
+    whole = head + _raw(body)
+    length = whole.index(b"\x02\0\0\0UL\x04\0") + 8  # of the first group
+    claims_more = whole[:length] + b"\xff\xff\0\0" + whole[length + 4 :]
+    for number, data in enumerate((claims_more, *(whole[:end] for end in range(132, len(whole), 7)))):
+        (tmp_path / f"{number}.dcm").write_bytes(data)
+        with pytest.raises(ImageError):
+            read_image(tmp_path / f"{number}.dcm")
+
+
 @pytest.mark.slow
 def test_a_deflated_bomb_is_too_large(make_dicom: MakeDicom, tmp_path: Path) -> None:
     head, body = _deflated(make_dicom, RAMP)

@@ -113,6 +113,8 @@ def inflated(stream: IO[bytes], where: str, size: int, limit: int, *, cut: bool 
     start = _end_of_file_meta(head)
     if DeflatedExplicitVRLittleEndian.encode() not in head[:start]:
         return stream, size
+    if start > size:
+        raise ImageError(where, TRUNCATED, "the file ends within its first group")
     stream.seek(start)
     deflated = stream.read(size - start)
     stream.seek(0)

@@ -87,7 +87,8 @@ class PixelReader:
         """Takes what decoders go by from the header: checked, and complete where files leave things out."""
         if self._file.pixels_at is None:
             what = text(header, "SOPClassUID")
-            detail = f"DICOM file without an image: {printable(UID(what).name)}" if what else ""
+            # A UID has at most 64 characters; in a damaged file this may be anything.
+            detail = f"DICOM file without an image: {printable(UID(what).name[:64])}" if what else ""
             raise self._error(NO_PIXELS, detail)
         if (frames := self._whole("NumberOfFrames", 1)) > 1:
             raise self._error("multi-frame DICOM", f"{frames} frames")

@@ -44,15 +44,15 @@ def read_dicom(stream: IO[bytes], where: str, size: int, max_pixels: int) -> Ima
     if size > (limit := 8 * max_pixels + MAX_HEADER):
         raise ImageError(where, "file too large", f"{size:,} bytes, limit {limit:,}")
     with no_warnings():
-        stream, size = inflated(stream, where, size, limit)
-        file = read_header(stream, where, size)
-        facts = facts_of(file.header)
-        reader = PixelReader(stream, where, size, file, max_pixels)
         try:
+            stream, size = inflated(stream, where, size, limit)
+            file = read_header(stream, where, size)
+            facts = facts_of(file.header)
+            reader = PixelReader(stream, where, size, file, max_pixels)
             image = Image.fromarray(reader.grey())
         except ImageError:
             raise
-        except Exception as error:  # decoders raise whatever they meet
+        except Exception as error:  # parsers and decoders raise whatever they meet
             raise ImageError(where, "broken image", short_message(error)) from None
     add_notes(image, *facts.notes, *reader.notes, frontal_chest=facts.is_chest and not facts.is_lateral)
     return image
