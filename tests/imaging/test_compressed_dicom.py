@@ -294,9 +294,9 @@ def test_deflated(make_dicom: MakeDicom, tmp_path: Path) -> None:
 def test_a_damaged_deflated_file_is_an_image_error(make_dicom: MakeDicom, tmp_path: Path) -> None:
     head, body = _deflated(make_dicom, RAMP)
     whole = head + _raw(body)
-    length = whole.index(b"\x02\0\0\0UL\x04\0") + 8  # of the first group
-    claims_more = whole[:length] + b"\xff\xff\0\0" + whole[length + 4 :]
-    for number, data in enumerate((claims_more, *(whole[:end] for end in range(132, len(whole), 7)))):
+    place = whole.index(b"\x02\0\x10\0UI") + 6  # the length of the transfer syntax
+    claims_more = whole[:place] + b"\xff\xff" + whole[place + 2 :]
+    for number, data in enumerate((claims_more, *(whole[:end] for end in range(132, len(whole) - 40, 7)))):
         (tmp_path / f"{number}.dcm").write_bytes(data)
         with pytest.raises(ImageError):
             read_image(tmp_path / f"{number}.dcm")

@@ -184,7 +184,9 @@ def test_the_views_of_a_study_are_those_that_are_used(tiny_dataset: Path, monkey
 
 
 def test_an_unknown_llm_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "tiny/finetune", f"model.llm.name={tmp_path}/none"]) == 1
+    assert main(["plan", "tiny/finetune", f"model.llm.name={tmp_path}/none"]) == 2
+    assert "none: no such directory" in capsys.readouterr().err
+    assert main(["plan", "tiny/finetune", f"model.llm.name={tmp_path}"]) == 1
     assert "config.json" in capsys.readouterr().err
 
 
