@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
 from emrrg_cli.errors import RunError, UsageError
-from emrrg_cli.files.records import append_jsonl, read_bounded, read_jsonl, read_record
+from emrrg_cli.files import records
+from emrrg_cli.files.records import append_jsonl, iterate_jsonl, read_bounded, read_jsonl, read_record
 
 
 def test_jsonl_round_trip(tmp_path: Path) -> None:
@@ -66,3 +68,28 @@ def test_reads_are_bounded_and_never_wait(tmp_path: Path) -> None:
     (tmp_path / "deep").write_text("[" * 100_000)
     with pytest.raises(RunError, match="cannot be read"):
         read_record(tmp_path / "deep", "a record", "")
+
+
+def test_rows_come_one_at_a_time_with_their_places(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"a": "ü"}\n\n{"a": 2}\n{"a": cut')
+    places = dict(iterate_jsonl(file))
+    assert list(places.values()) == [{"a": "ü"}, {"a": 2}] == read_jsonl(file)
+    begin = append_jsonl(file, {"a": 3})  # what was cut off goes
+    assert dict(iterate_jsonl(file)) == places | {begin: {"a": 3}}
+    for place, row in iterate_jsonl(file):
+        with file.open("rb") as stream:
+            stream.seek(place)
+            assert json.loads(stream.readline()) == row
+
+
+def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"a": 1}\n' + "x" * 100)
+    monkeypatch.setattr(records, "_LARGEST_LINE", 50)
+    rows = iterate_jsonl(file)
+    assert next(rows) == (0, {"a": 1})
+    with pytest.raises(UsageError, match=r"rows\.jsonl:2: longer than 50 bytes"):
+        next(rows)
+    with pytest.raises(UsageError, match="cannot read"):
+        list(iterate_jsonl(tmp_path))
