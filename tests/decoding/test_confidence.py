@@ -51,6 +51,7 @@ def step_by_step(llm: Any, prompts: Prompts, settings: GenerationSettings) -> Fo
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("hybrid", [True, False], ids=["hybrid", "plain"])
 def test_token_probabilities_are_those_of_transformers(

@@ -293,6 +293,7 @@ CONTEXTS: list[Any] = [
 ]
 
 
+@pytest.mark.slow
 def test_both_engines_write_the_same_with_contexts(run_dir: Path, images: list[Path]) -> None:
     studies = [images[0], images[1:], images[2], images, images[1]]
     written = []

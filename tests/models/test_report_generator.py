@@ -493,6 +493,7 @@ def _config(**options: Any) -> Any:
     return generation_config(GenerationSettings(**({"num_beams": 1, "max_new_tokens": 10} | options)))()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("case", CASES)
 def test_generating_a_batch_equals_each_study_alone(

@@ -40,7 +40,12 @@ def _compare(ours: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     ("stage", "d", "depth", "n", "grid"),
-    [("2", 32, 2, 16, 4), ("3", 48, 3, 4, 2), ("2", 40, 1, 8, 6), ("emrrg", 16, 4, 4, 4)],
+    [
+        ("2", 32, 2, 16, 4),
+        ("3", 48, 3, 4, 2),
+        ("2", 40, 1, 8, 6),
+        pytest.param("emrrg", 16, 4, 4, 4, marks=pytest.mark.slow),
+    ],
 )
 def test_encoder(
     reference: Any,
