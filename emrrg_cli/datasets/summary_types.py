@@ -149,7 +149,7 @@ class Summary:
             "repeated_reports": asdict(self.repeated)
             | {"most": [{"text": text, "studies": studies} for text, studies in self.repeated.most]},
             "patients_in_several_splits": self.patients_in_several_splits,
-            **{name: self.manifest.get(name) or empty for name, empty in _ACCOUNT.items()},
+            **{name: self.manifest.get(name) or empty for name, empty in _NOTHING.items()},
             "examples": [
                 {"study_id": one.study_id, "split": one.split, "views": one.views, "report": one.report}
                 for one in self.examples
@@ -157,7 +157,7 @@ class Summary:
         }
 
 
-_ACCOUNT: dict[str, Any] = {"studies_skipped": 0, "skipped": {}, "notes": {}, "remarks": []}
+_NOTHING: dict[str, Any] = {"studies_skipped": 0, "skipped": {}, "notes": {}, "remarks": []}
 
 
 def _widths() -> Iterator[int]:

@@ -1,4 +1,4 @@
-"""Writes a dataset directory, and goes on where a run that was killed had stopped.
+"""Writes a dataset directory. A run that was killed continues where it stopped.
 
 Beside OUT, on the same file system, until the directory is whole:
 
@@ -9,7 +9,7 @@ Beside OUT, on the same file system, until the directory is whole:
   finish.json                     how the shards become the directory, once there are all of them
   dataset/                        becomes OUT
 
-A run that goes on reads the source from its start and leaves out, of each split, as many studies as the journals have:
+A continued run reads the source from its start and skips, in each split, the studies that the journals count:
 the bytes are those of a run that was not interrupted.
 """
 
@@ -38,7 +38,7 @@ from emrrg_cli.files.write_errors import reason, space_hint
 from emrrg_cli.ingest.dedupe import Plan, Shard, make_plan, remarks_about
 from emrrg_cli.ingest.prepare import PreparedImages
 from emrrg_cli.ingest.shards import SplitShards, named_errors, new_parquet, to_disk
-from emrrg_cli.ingest.study import Account, Study
+from emrrg_cli.ingest.study import ImportLog, Study
 from emrrg_cli.vocabulary import SPLITS, Split
 
 _FORMAT = 1  # of what lies in the work directory
@@ -193,17 +193,17 @@ class DatasetWriter:
         left = max(expected_studies - self.safe, self._put_studies)
         return round(self._put_bytes / self._put_studies * left)
 
-    def add_to(self, account: Account) -> None:
+    def add_to(self, log: ImportLog) -> None:
         """Finishes the shards and adds their skipped items and notes, split by split."""
         for shards in self._splits.values():
             shards.end_shard()
             for journal in shards.journals():
-                account.add(journal.skipped, journal.notes)
+                log.add(journal.skipped, journal.notes)
 
     def finish(
         self,
-        manifest: Callable[[Account], Mapping[str, Any]],
-        account: Account,
+        manifest: Callable[[ImportLog], Mapping[str, Any]],
+        log: ImportLog,
         *,
         dedupe: str = "off",
         before: Callable[[Path], None] | None = None,
@@ -211,20 +211,20 @@ class DatasetWriter:
         """Ends the shards, writes manifest and card, and puts the directory in its place.
 
         Args:
-            manifest: Given the whole account, what the writer does not know; counts and `fingerprint` are added.
-            account: Of what was left out while the source was read; the skipped images are added to it.
+            manifest: Given the whole log, what the writer does not know; counts and `fingerprint` are added.
+            log: Of what was left out while the source was read; the skipped images are added to it.
             dedupe: `off`, `report` or `drop`; but for `off`, every study that was put had hashes.
             before: Called with the whole directory before it is put in its place.
 
         Returns:
             The manifest as written.
         """
-        self.add_to(account)
+        self.add_to(log)
         dataset = self._work / "dataset"
         (dataset / "data").mkdir(parents=True, exist_ok=True)  # before the plan: a plan alone tells of a finished run
         plan = self._plan(dedupe)
-        account.add(plan.skipped, {})
-        account.remarks += remarks_about(plan.duplicates)
+        log.add(plan.skipped, {})
+        log.remarks += remarks_about(plan.duplicates)
         counts: dict[str, dict[str, int]] = {}
         for split in SPLITS:
             chosen = [shard for shard in plan.shards if shard.split == split]
@@ -237,12 +237,12 @@ class DatasetWriter:
                     "shards": len(chosen),
                 }
         content = {
-            **manifest(account),
+            **manifest(log),
             "studies_written": sum(count["studies"] for count in counts.values()),
-            "studies_skipped": account.studies_skipped,
-            "skipped": account.as_dict(),
-            "notes": account.notes_as_dict(),
-            "remarks": account.remarks,
+            "studies_skipped": log.studies_skipped,
+            "skipped": log.as_dict(),
+            "notes": log.notes_as_dict(),
+            "remarks": log.remarks,
             **({"duplicates": plan.duplicates} if plan.duplicates else {}),
             "splits": counts,
             "files": {f"data/{file.name}": shard_digest(file) for file in sorted((dataset / "data").glob("*.parquet"))},

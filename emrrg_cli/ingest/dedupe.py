@@ -1,4 +1,4 @@
-"""What is there twice in a written data set: found from the journals of its shards, reported, and left out on request.
+"""Finds duplicate images and reports in the journals of the shards, and leaves duplicate images out on request.
 
 Images are compared exactly and by what they show (`emrrg_cli.ingest.duplicates`), reports word by word. Only images are
 ever left out: many patients have the same normal report.
@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 
 from emrrg_cli.ingest.duplicates import Duplicate, find_duplicates
 from emrrg_cli.ingest.shards import REPORT_HASH_BYTES, SplitShards
-from emrrg_cli.ingest.study import Account
+from emrrg_cli.ingest.study import ImportLog
 from emrrg_cli.vocabulary import SPLITS, Split
 
-# An image that is there twice is kept where it is missed most: published test sets stay as they are.
+# A duplicate is kept in test first, then validation, then train, so published test sets do not change.
 _KEPT_FIRST: tuple[Split, ...] = SPLITS[::-1]
 _EXAMPLES = 5
 
@@ -43,7 +43,7 @@ class Plan:
     Attributes:
         shards: Those that are left, in order.
         duplicates: For the manifest; empty where they were not looked for.
-        skipped: What leaving duplicates out adds to the account.
+        skipped: What leaving duplicates out adds to the log.
     """
 
     shards: tuple[Shard, ...]
@@ -81,12 +81,12 @@ def make_plan(splits: Mapping[Split, SplitShards], *, look: bool, drop: bool) ->
     index = _Index(splits)
     found = find_duplicates(bytes(index.hashes), index.study, index.rank)
     dropped: dict[int, list[tuple[int, int]]] = {}
-    account = Account()
+    log = ImportLog()
     if drop:
         for duplicate in found:
             number, study, view = index.place(duplicate.index)
             dropped.setdefault(number, []).append((study, view))
-        index.count(found, account)
+        index.count(found, log)
     kept = []
     for number, shard in enumerate(index.shards):
         gone = dropped.get(number, [])
@@ -95,7 +95,7 @@ def make_plan(splits: Mapping[Split, SplitShards], *, look: bool, drop: bool) ->
             per_study[study] -= 1
         if left := int((per_study > 0).sum()):
             kept.append(Shard(shard.split, shard.index, left, shard.images - len(gone), tuple(gone)))
-    return Plan(tuple(kept), index.summary(found, dropped=drop), account.as_dict())
+    return Plan(tuple(kept), index.summary(found, dropped=drop), log.as_dict())
 
 
 class _Index:
@@ -144,7 +144,7 @@ class _Index:
                 names[image] = (table["study_id"][study].as_py(), table["images"][study].as_py()[view]["path"])
         return names
 
-    def count(self, found: Sequence[Duplicate], account: Account) -> None:
+    def count(self, found: Sequence[Duplicate], log: ImportLog) -> None:
         """Counts what is left out: images, and studies that have no other."""
         gone = np.bincount(self.study[[duplicate.index for duplicate in found]], minlength=len(self._starts) - 1)
         whole = gone == np.diff(self._starts)
@@ -157,9 +157,9 @@ class _Index:
                 study, path = names.get(duplicate.index, ("", ""))
                 as_in = f"as {self.split(duplicate.first)}: {', '.join(names.get(duplicate.first, ()))}"
                 if reason == DUPLICATE_IMAGE:
-                    account.leave_out_image(study, path, reason, as_in)
+                    log.leave_out_image(study, path, reason, as_in)
                 else:
-                    account.skip_study(reason, study, path=path, detail=as_in)
+                    log.skip_study(reason, study, path=path, detail=as_in)
 
     def summary(self, found: Sequence[Duplicate], *, dropped: bool) -> dict[str, Any]:
         """For the manifest."""
@@ -203,7 +203,7 @@ class _Index:
 
 
 def remarks_about(duplicates: Mapping[str, Any]) -> list[str]:
-    """What was found, in sentences."""
+    """The result as sentences for the manifest."""
     if not duplicates:
         return []
     images, reports = duplicates["images"], duplicates["reports"]

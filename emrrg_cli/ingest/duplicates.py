@@ -56,7 +56,7 @@ class Duplicate:
 
 
 def find_duplicates(hashes: bytes, study: NDArray[np.int64], rank: NDArray[np.int64]) -> list[Duplicate]:
-    """The images that can be done without, each with the one that is kept in its place.
+    """The duplicate images, each with the image that is kept in its place.
 
     Kept is what comes first by `rank`, then by its place. Images of one study that are nearly alike are both kept: a
     film may be there in two exposures.

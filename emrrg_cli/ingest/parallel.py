@@ -1,4 +1,4 @@
-"""Studies prepared by other processes, in their order, with few of them in memory: joblib with any of its backends."""
+"""Prepares studies in worker processes through joblib. Results keep their order, and only a few are in memory."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def prepare_all(
 
 
 def _give_up(blocks: list[Any]) -> None:
-    """Ends work that is under way, without joblib's warnings."""
+    """Stop running work without joblib's warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for results in blocks:
@@ -143,7 +143,7 @@ def _give_up(blocks: list[Any]) -> None:
 
 
 def _start(block: list[Study], size: int, root: Path | None, recipe: PreprocessRecipe, pool: Pool) -> Any:
-    """Hands a block over; the results, in order, when they are asked for."""
+    """Start the work on a block. Returns an iterator over its results, in order."""
     task = joblib.delayed(prepare_studies)
     with joblib.parallel_config(pool.backend, **pool.options):
         # Some backends can only give all results at once; then the blocks come one after the other.

@@ -1,4 +1,4 @@
-"""One study's images to the bytes that are written. Runs in worker processes: imports no more than it needs."""
+"""Decodes and encodes the images of a study. Runs in worker processes, so it has few imports."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _KEPT_OVERHEAD = 16 * 1024
 
 @dataclass(frozen=True)
 class PreparedImages:
-    """A study's images after they were tried: `images` and `views` can be used, `problems` are the others.
+    """The images of a study: `images` and `views` can be used, `problems` cannot.
 
     `notes` are pairs of an image's name and a note about it; `hashes` are those of the images where
     duplicates are looked for.
@@ -78,7 +78,7 @@ def prepare_study(study: Study, root: Path | None, recipe: PreprocessRecipe) -> 
                 encoded = _from_file(image, recipe) if isinstance(image, Path) else _rendered(image, recipe)
         except ImageError as error:
             problems.append(ImageProblem(name, error.reason, error.detail))
-        except OSError as error:  # a network share that comes and goes
+        except OSError as error:  # for example a network share that is not always reachable
             problems.append(ImageProblem(name, "cannot be opened", error.strerror or str(error)))
         else:
             images.append(EncodedImage(name, encoded.data))

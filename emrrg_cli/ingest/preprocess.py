@@ -23,7 +23,7 @@ from emrrg_cli.ingest.parallel import Pool, open_pool, prepare_all
 from emrrg_cli.ingest.prepare import prepare_study
 from emrrg_cli.ingest.selection import select
 from emrrg_cli.ingest.source_scan import SourceScan, scan_source
-from emrrg_cli.ingest.study import Account, HasColumns, StudySource
+from emrrg_cli.ingest.study import HasColumns, ImportLog, StudySource
 from emrrg_cli.recipe.preprocessing import PreprocessRecipe
 from emrrg_cli.signals import interrupted_by
 from emrrg_cli.versions import installed_versions
@@ -69,7 +69,7 @@ def preprocess(
 
     Raises:
         UsageError: `out` or the backend cannot be used, or an unfinished run with other data or settings is there.
-        RunError: A patient is in two splits, no study is usable (nothing is written), the disk refuses, or a worker
+        RunError: A patient is in two splits, no study is usable (nothing is written), the disk is full, or a worker
             process died.
         Interrupted: Ctrl-C or SIGTERM.
     """
@@ -87,8 +87,8 @@ def preprocess(
         with _open_writer(out, source, recipe, found, overwrite=overwrite) as writer:
             _write_studies(source, recipe, found, writer, pool, progress)
             return writer.finish(
-                lambda account: _manifest(source, recipe, options) | _work_done(account, started),
-                found.account,
+                lambda log: _manifest(source, recipe, options) | _work_done(log, started),
+                found.log,
                 dedupe=recipe.dedupe,
                 before=None if annotation is None else lambda dataset: export_annotation(dataset, annotation),
             )
@@ -98,7 +98,7 @@ def _judge_leakage(found: SourceScan, *, allowed: bool) -> None:
     if not allowed:
         found.check_leakage()
     elif found.leaks:
-        found.account.remarks.append(f"Patients in more than one split (--allow-leakage): {found.leaks:,}.")
+        found.log.remarks.append(f"Patients in more than one split (--allow-leakage): {found.leaks:,}.")
 
 
 def _open_writer(
@@ -116,10 +116,10 @@ def _open_writer(
     )
 
 
-def _work_done(account: Account, started: float) -> dict[str, Any]:
+def _work_done(log: ImportLog, started: float) -> dict[str, Any]:
     """What the manifest says of the work; `started` by the monotonic clock."""
     return {
-        "studies_read": account.read,
+        "studies_read": log.read,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - started, 2),
     }
@@ -146,20 +146,20 @@ def _write_studies(
     task = progress.add_task("preprocess", total=found.total, skipped=0, rate=0.0)
     images, begun = 0, time.monotonic()
     # Studies that are left out before decoding were counted by the scan.
-    studies = writer.remaining(select(source.studies(Account()), recipe, source.root, Account()))
+    studies = writer.remaining(select(source.studies(ImportLog()), recipe, source.root, ImportLog()))
     for study, prepared in prepare_all(studies, source.root, recipe, pool):
         writer.put(study, prepared)
         images += len(prepared.images)
         progress.update(
             task,
             completed=writer.studies + writer.skipped,
-            skipped=found.account.studies_skipped + writer.skipped,
+            skipped=found.log.studies_skipped + writer.skipped,
             rate=images / (time.monotonic() - begun),
         )
     progress.update(task, completed=found.total)
     if not writer.studies:
-        writer.add_to(found.account)
-        raise _nothing_usable(source, found.account)
+        writer.add_to(found.log)
+        raise _nothing_usable(source, found.log)
 
 
 def dry_run(
@@ -189,11 +189,11 @@ def dry_run(
     counts = {split: {"studies": found.studies[split], "images": found.images[split]} for split in SPLITS}
     return _manifest(source, recipe, options) | {
         "dry_run": True,
-        "studies_read": found.account.read,
-        "studies_skipped": found.account.studies_skipped,
-        "skipped": found.account.as_dict(),
-        "notes": found.account.notes_as_dict(),
-        "remarks": found.account.remarks,
+        "studies_read": found.log.read,
+        "studies_skipped": found.log.studies_skipped,
+        "skipped": found.log.as_dict(),
+        "notes": found.log.notes_as_dict(),
+        "remarks": found.log.remarks,
         "splits": {split: count for split, count in counts.items() if count["studies"]},
         "images": found.images.total(),
         "views": dict(found.views.most_common()),
@@ -208,10 +208,10 @@ def dry_run(
 
 
 def _sample(source: StudySource, recipe: PreprocessRecipe, found: SourceScan) -> dict[str, Any]:
-    """Decodes studies from all over the source, as many as there is time for."""
-    # In no order, so that they are from all over even if the time is up before the last.
+    """Decode a sample of studies from all parts of the source, for a limited time."""
+    # In random order, so that the sample covers the whole source even if the time ends early.
     chosen = sorted(found.sample, key=lambda study: hashlib.blake2b(study.study_id.encode("utf-8", "replace")).digest())
-    account, images, size, tried = Account(), 0, 0, 0
+    log, images, size, tried = ImportLog(), 0, 0, 0
     started = time.monotonic()
     for study in chosen:
         if time.monotonic() - started > _SAMPLE_SECONDS:
@@ -221,15 +221,15 @@ def _sample(source: StudySource, recipe: PreprocessRecipe, found: SourceScan) ->
         images += len(prepared.images)
         size += sum(len(image.data) for image in prepared.images)
         for problem in prepared.problems:
-            account.leave_out_image(study.study_id, problem.path, problem.reason, problem.detail)
+            log.leave_out_image(study.study_id, problem.path, problem.reason, problem.detail)
         for name, note in prepared.notes:
-            account.note_image(study.study_id, name, note)
+            log.note_image(study.study_id, name, note)
     scale = found.total / tried if tried else 0.0
     return {
         "studies": tried,
         "images": images,
-        "problems": account.as_dict(),
-        "notes": account.notes_as_dict(),
+        "problems": log.as_dict(),
+        "notes": log.notes_as_dict(),
         "bytes": round(size * scale),
         "seconds": round((time.monotonic() - started) * scale, 1),
     }
@@ -249,7 +249,7 @@ def _scan(source: StudySource, recipe: PreprocessRecipe, progress: Progress) -> 
 
 
 def _fingerprint(source: StudySource, recipe: PreprocessRecipe, found: SourceScan) -> str:
-    """Of everything that the written bytes depend on."""
+    """Fingerprint of everything that the written bytes depend on."""
     described = source if isinstance(source, HasColumns) else None
     settings = recipe.model_dump(exclude={"workers"})
     columns = {name: vars(column) for name, column in described.columns.items()} if described else {}
@@ -285,9 +285,9 @@ def _stopped(writer: DatasetWriter | None) -> str:
     return f"stopped; the same command continues after the first {counted(writer.safe, 'study')}"
 
 
-def _nothing_usable(source: StudySource, account: Account) -> RunError:
-    lines = [f"none of the {account.read:,} studies in {source.root} can be used, so nothing was written:"]
-    for reason, entry in account.skipped.items():
+def _nothing_usable(source: StudySource, log: ImportLog) -> RunError:
+    lines = [f"none of the {log.read:,} studies in {source.root} can be used, so nothing was written:"]
+    for reason, entry in log.skipped.items():
         example = entry.examples[0]
         first = ", ".join(filter(None, (example["id"], example.get("path"), example.get("detail"))))
         lines.append(f"  {reason}: {entry.counted()}, first: {first}")

@@ -1,4 +1,4 @@
-"""Which studies and views of a source are asked for, before anything is decoded."""
+"""Selects studies and views of a source, before images are decoded."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 from emrrg_cli.datasets.report_text import select_section
 from emrrg_cli.imaging.views import projection
-from emrrg_cli.ingest.study import Account, RenderedImage, Study, image_name
+from emrrg_cli.ingest.study import ImportLog, RenderedImage, Study, image_name
 from emrrg_cli.recipe.preprocessing import PreprocessRecipe
 from emrrg_cli.vocabulary import WantedView
 
 
-def select(studies: Iterable[Study], recipe: PreprocessRecipe, root: Path | None, account: Account) -> Iterator[Study]:
+def select(studies: Iterable[Study], recipe: PreprocessRecipe, root: Path | None, log: ImportLog) -> Iterator[Study]:
     """The studies as the recipe asks for them: `report` is its section, `image_paths` are its views.
 
     - Section `report` is the text by the source's rule, whether there is one or not. Of the others a study needs to
@@ -26,32 +26,32 @@ def select(studies: Iterable[Study], recipe: PreprocessRecipe, root: Path | None
         studies: Of a source.
         recipe: What is asked for.
         root: Of the source.
-        account: Counts what is left out.
+        log: Counts what is left out.
     """
     for study in studies:
-        chosen = _with_section(study, recipe, account)
+        chosen = _with_section(study, recipe, log)
         if chosen is not None and recipe.views != "all":
-            chosen = _with_views(chosen, recipe.views, root, account)
+            chosen = _with_views(chosen, recipe.views, root, log)
         if chosen is not None:
             yield chosen
 
 
-def _with_section(study: Study, recipe: PreprocessRecipe, account: Account) -> Study | None:
+def _with_section(study: Study, recipe: PreprocessRecipe, log: ImportLog) -> Study | None:
     if recipe.section != "report":
         texts = {"report": study.report, "findings": study.findings, "impression": study.impression}
         text = select_section(texts, recipe.section)
         if not text.strip():
             name = {"both": "findings or impression"}.get(recipe.section, recipe.section)
-            account.skip_study(f"no {name}", study.study_id)
+            log.skip_study(f"no {name}", study.study_id)
             return None
         study = replace(study, report=text)
     if recipe.min_words and (words := len((study.report or "").split())) < recipe.min_words:
-        account.skip_study("report too short", study.study_id, detail=f"{words} of {recipe.min_words} words")
+        log.skip_study("report too short", study.study_id, detail=f"{words} of {recipe.min_words} words")
         return None
     return study
 
 
-def _with_views(study: Study, wanted: WantedView, root: Path | None, account: Account) -> Study | None:
+def _with_views(study: Study, wanted: WantedView, root: Path | None, log: ImportLog) -> Study | None:
     kept: list[tuple[Path | RenderedImage, str]] = []
     left_out: list[tuple[Path | RenderedImage, str]] = []
     unknown: list[Path | RenderedImage] = []
@@ -62,12 +62,12 @@ def _with_views(study: Study, wanted: WantedView, root: Path | None, account: Ac
         if kind == "unknown":
             unknown.append(image)
     if not kept and left_out:
-        account.skip_study(f"no {wanted} view", study.study_id, detail=", ".join(view for _, view in left_out))
+        log.skip_study(f"no {wanted} view", study.study_id, detail=", ".join(view for _, view in left_out))
         return None
     for image, view in left_out:
-        account.leave_out_image(study.study_id, image_name(image, root), f"not a {wanted} view", view)
+        log.leave_out_image(study.study_id, image_name(image, root), f"not a {wanted} view", view)
     for image in unknown:
-        account.note_image(study.study_id, image_name(image, root), f"view not known, kept as {wanted}")
+        log.note_image(study.study_id, image_name(image, root), f"view not known, kept as {wanted}")
     return replace(
         study,
         image_paths=tuple(image for image, _ in kept if isinstance(image, Path)),

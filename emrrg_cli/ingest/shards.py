@@ -1,7 +1,7 @@
-"""The Parquet shards of one split, and the journal of each, from which an interrupted run goes on.
+"""The Parquet shards of one split. Each has a journal, from which an interrupted run continues.
 
 A shard holds the next studies of its split, in the order of the source, and its journal says how many were read for it
-and which of their images were skipped. The journal is written after the shard: then the shard is finished.
+and which of their images were skipped. The journal is written after the shard, so a shard with a journal is complete.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from datasets import Features
 
 from emrrg_cli.files.atomic import atomic_write_text
 from emrrg_cli.ingest.prepare import PreparedImages
-from emrrg_cli.ingest.study import Account, Study
+from emrrg_cli.ingest.study import ImportLog, Study
 from emrrg_cli.vocabulary import Split
 
-# A row group is the least that a reader fetches and that the writer holds: small, so that a split streams.
+# Readers fetch whole row groups and the writer holds one in memory, so they are small.
 STUDIES_PER_ROW_GROUP = 100
 BYTES_PER_ROW_GROUP = 64 * 2**20
 
@@ -43,8 +43,8 @@ class Journal:
         views: Number of views of each study written.
         hashes: Of the images, in hexadecimal; empty where duplicates are not looked for.
         reports: Of the reports, in hexadecimal, likewise; zeros for a study without one.
-        skipped: As `Account.as_dict`.
-        notes: As `Account.notes_as_dict`.
+        skipped: As `ImportLog.as_dict`.
+        notes: As `ImportLog.notes_as_dict`.
     """
 
     read: int
@@ -60,9 +60,9 @@ class Journal:
 
 @dataclass
 class _Segment:
-    """The shard that is being filled, and what was read for it."""
+    """The shard that is being written, and what was read for it."""
 
-    account: Account = field(default_factory=Account)
+    log: ImportLog = field(default_factory=ImportLog)
     digest: Any = field(default_factory=lambda: hashlib.blake2b(digest_size=16))
     read: int = 0
     views: list[int] = field(default_factory=list)
@@ -78,8 +78,8 @@ class _Segment:
             views=self.views,
             hashes=self.hashes.hex(),
             reports=self.reports.hex(),
-            skipped=self.account.as_dict(),
-            notes=self.account.notes_as_dict(),
+            skipped=self.log.as_dict(),
+            notes=self.log.notes_as_dict(),
         )
 
 
@@ -109,12 +109,12 @@ class SplitShards:
 
     @property
     def read(self) -> int:
-        """Studies that were put here, used or not, by this run and those before it."""
+        """Studies read so far, used or not, by this run and earlier ones."""
         return sum(journal.read for journal in self._finished) + self._segment.read
 
     @property
     def safe(self) -> int:
-        """Those of them that a run after this one need not read again."""
+        """Studies in finished shards. A later run does not read them again."""
         return sum(journal.read for journal in self._finished)
 
     @property
@@ -145,14 +145,14 @@ class SplitShards:
         if not prepared.images:
             if prepared.problems:
                 first = prepared.problems[0]
-                segment.account.skip_study(first.reason, study.study_id, path=first.path, detail=first.detail)
+                segment.log.skip_study(first.reason, study.study_id, path=first.path, detail=first.detail)
             else:
-                segment.account.skip_study("no image listed", study.study_id)
+                segment.log.skip_study("no image listed", study.study_id)
             return
         for problem in prepared.problems:
-            segment.account.drop_image(study.study_id, problem)
+            segment.log.drop_image(study.study_id, problem)
         for name, note in prepared.notes:
-            segment.account.note_image(study.study_id, name, note)
+            segment.log.note_image(study.study_id, name, note)
         text = {
             "study_id": study.study_id,
             "patient_id": study.patient_id,
@@ -179,7 +179,7 @@ class SplitShards:
             self._end_row_group()
 
     def end_shard(self) -> None:
-        """Brings the shard to the disk, then its journal."""
+        """Write the shard to disk, then its journal."""
         if not self._segment.read:
             return
         index = len(self._finished)
@@ -195,7 +195,7 @@ class SplitShards:
         self._segment = _Segment()
 
     def close(self) -> None:
-        """Lets go of the open file; used when the run ends before its time."""
+        """Close the open file, if the run stops early."""
         if self._writer is not None:
             self._writer.close()
 
@@ -238,7 +238,7 @@ def new_parquet(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
 
 
 def to_disk(written: Path, final: Path) -> None:
-    """Brings a file that was written under a temporary name to the disk and gives it its own."""
+    """Sync a file to disk, then rename it from its temporary name to the final one."""
     with written.open("rb+") as file:
         os.fsync(file.fileno())
     written.replace(final)

@@ -1,4 +1,4 @@
-"""A source read from end to end without decoding: what there is, whether it may be used, and a fingerprint of it."""
+"""Reads a source once without decoding images: counts studies, finds patients in two splits, computes a fingerprint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from emrrg_cli.console import printable
 from emrrg_cli.errors import RunError
 from emrrg_cli.imaging.views import projection
 from emrrg_cli.ingest.selection import select
-from emrrg_cli.ingest.study import Account, ImageProblem, Study, StudySource
+from emrrg_cli.ingest.study import ImageProblem, ImportLog, Study, StudySource
 from emrrg_cli.recipe.preprocessing import PreprocessRecipe
 from emrrg_cli.vocabulary import SPLITS, Split
 
@@ -30,10 +30,10 @@ _SAMPLE = 40
 
 @dataclass
 class SourceScan:
-    """What a source holds, as the recipe asks for it.
+    """What a source contains after the selection of the recipe.
 
     Attributes:
-        account: What was left out while reading.
+        log: What was left out while reading.
         studies: Studies to write, by split.
         images: Views of them, likewise.
         views: Views of them, by projection.
@@ -44,7 +44,7 @@ class SourceScan:
         sample: Some studies, evenly from all over.
     """
 
-    account: Account = field(default_factory=Account)
+    log: ImportLog = field(default_factory=ImportLog)
     studies: Counter[Split] = field(default_factory=Counter)
     images: Counter[Split] = field(default_factory=Counter)
     views: Counter[str] = field(default_factory=Counter)
@@ -61,7 +61,7 @@ class SourceScan:
         return self.studies.total()
 
     def add_patient(self, study: Study, splits_of: dict[str, frozenset[Split]]) -> None:
-        """Remembers the split of the study's patient; counts a patient once, when a second split comes."""
+        """Record the split of the study's patient. A patient in a second split is counted once."""
         patient = study.patient_id or ""
         before = splits_of.get(patient, frozenset())
         if len(before) == 1 and study.split not in before:
@@ -94,16 +94,16 @@ def scan_source(
 
     Args:
         source: Read once, from its start.
-        recipe: What is asked for.
+        recipe: The selection.
         report_progress: Called now and then with the number of studies read.
     """
     found = SourceScan()
     digest = hashlib.blake2b(digest_size=16)
     splits_of: dict[str, frozenset[Split]] = {}
     step = 1
-    for number, study in enumerate(select(source.studies(found.account), recipe, source.root, found.account)):
+    for number, study in enumerate(select(source.studies(found.log), recipe, source.root, found.log)):
         if number % 256 == 0:
-            report_progress(found.account.read)
+            report_progress(found.log.read)
         found.studies[study.split] += 1
         found.images[study.split] += len(study.views)
         found.views.update(projection(view) for view in study.views)
@@ -122,7 +122,7 @@ def scan_source(
 
 
 def _identity(study: Study) -> bytes:
-    """What tells a study from another, or from itself after a file was replaced."""
+    """Values that differ between two studies, and change when a file of a study is replaced."""
     files = [(str(path), *_state(path)) for path in study.image_paths]
     rendered = [image.name for image in study.rendered]
     texts: list[Any] = [study.study_id, study.patient_id, study.split, study.source, study.views]

@@ -1,4 +1,4 @@
-"""What a source hands to the dataset writer: studies, and why some of them cannot be used."""
+"""The studies that a source yields for the dataset writer, and the log of what cannot be used."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ImageProblem:
 
 
 class RenderedImage(Protocol):
-    """An image that is made where it is needed, in a worker process, instead of read from a file."""
+    """An image that a worker process draws, instead of reading it from a file."""
 
     @property
     def name(self) -> str:
@@ -88,7 +88,7 @@ class Study:
 
 @dataclass
 class Skipped:
-    """One reason: how often it was met, and its first examples."""
+    """One reason to skip something: how often it occurred, and the first examples."""
 
     unit: Literal["study", "image"]
     count: int = 0
@@ -101,11 +101,11 @@ class Skipped:
 
 
 @dataclass
-class Account:
-    """Everything that was read and not used, or used with a reservation. Its memory does not grow with the studies.
+class ImportLog:
+    """Lists what was read and not used, or used with a note. Its memory does not grow with the number of studies.
 
-    Every study is written or counted here once, under its first problem; an image that a written study lost is counted
-    under `image dropped`.
+    Every study is either written, or counted here once under its first problem. An image that a written study lacks is
+    counted under `image dropped`.
 
     Attributes:
         notes: Flags of images that were written, such as `not chest`.
@@ -123,16 +123,16 @@ class Account:
         self._add(self.skipped, "study", reason, study_id, path, detail)
 
     def drop_image(self, study_id: str, problem: ImageProblem) -> None:
-        """Counts an image that its study does without."""
+        """Count an image that is left out of a study that is written."""
         detail = f"{problem.reason}: {problem.detail}" if problem.detail else problem.reason
         self._add(self.skipped, "image", IMAGE_DROPPED, study_id, problem.path, detail)
 
     def leave_out_image(self, study_id: str, path: str, reason: str, detail: str = "") -> None:
-        """Counts an image that could be used and was not asked for."""
+        """Count a usable image that the recipe does not ask for."""
         self._add(self.skipped, "image", reason, study_id, path, detail)
 
     def note_image(self, study_id: str, path: str, note: str) -> None:
-        """Counts a flag of an image that is written as it is, by what stands before its colon."""
+        """Count a note about an image that is written unchanged. Notes are grouped by their text before the colon."""
         reason, _, detail = note.partition(": ")
         self._add(self.notes, "image", reason, study_id, path, detail)
 
@@ -157,7 +157,7 @@ class Account:
         return sum(entry.count for entry in self.skipped.values() if entry.unit == "study")
 
     def add(self, skipped: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
-        """Adds what another account holds, given as its `as_dict` and `notes_as_dict`; its examples come last."""
+        """Add the content of another log, given as its `as_dict` and `notes_as_dict`. Its examples come last."""
         for entries, others in ((self.skipped, skipped), (self.notes, notes)):
             for reason, other in others.items():
                 entry = entries.setdefault(reason, Skipped(other["unit"]))
@@ -181,7 +181,7 @@ def _counted(entries: dict[str, Skipped]) -> dict[str, Any]:
 
 
 class StudySource(Protocol):
-    """A raw data set: an importer gives one, the dataset writer consumes it."""
+    """A raw data set that the dataset writer reads."""
 
     @property
     def name(self) -> str:
@@ -198,13 +198,13 @@ class StudySource(Protocol):
     def __len__(self) -> int:
         """Studies that `studies` reads, the skipped ones included."""
 
-    def studies(self, account: Account) -> Iterator[Study]:
-        """Reads the studies, always in the same order; what cannot be used goes to `account` instead."""
+    def studies(self, log: ImportLog) -> Iterator[Study]:
+        """Reads the studies, always in the same order; what cannot be used goes to `log` instead."""
 
 
 @runtime_checkable
 class HasColumns(Protocol):
-    """A source whose studies carry more than image and text (`Study.extra`), and that the dataset card says more of."""
+    """A source with further columns (`Study.extra`) and a paragraph for the dataset card."""
 
     @property
     def columns(self) -> Mapping[str, Column]:

@@ -41,8 +41,8 @@ def sections(summary: Summary) -> list[Section]:
     sentences = {_short(text): [f"{reports:,}"] for text, reports in summary.sentences}
     found.append(Section("Most common sentences", ["sentence", "reports"], sentences))
     skipped = summary.manifest.get("studies_skipped", 0)
-    found.append(_account(f"Left out: {counted(skipped, 'study')}", summary.manifest.get("skipped")))
-    found.append(_account("Written, but look at", summary.manifest.get("notes")))
+    found.append(_reasons(f"Left out: {counted(skipped, 'study')}", summary.manifest.get("skipped")))
+    found.append(_reasons("Written, but look at", summary.manifest.get("notes")))
     return [section for section in found if section.rows]
 
 
@@ -126,7 +126,7 @@ def _repeated(summary: Summary) -> Section:
     return Section("Repeated reports", ["", "number"], {name: [f"{count:,}"] for name, count in rows.items()})
 
 
-def _account(name: str, entries: Mapping[str, Any] | None) -> Section:
+def _reasons(name: str, entries: Mapping[str, Any] | None) -> Section:
     rows = {}
     for reason, entry in (entries or {}).items():
         first = entry["examples"][0] if entry.get("examples") else {}

@@ -157,7 +157,7 @@ def embed_pairs(
 
 
 def read_alike(model: Alignment, reports: Sequence[str]) -> list[tuple[int, ...]]:
-    """For `retrieval`: the tokens of each report, equal where the text tower cannot tell two of them apart."""
+    """For `retrieval`: the tokens of each report, equal for reports that the text tower cannot distinguish."""
     tokens = model.tokenizer(list(reports), truncation=True, max_length=model.max_text_tokens)["input_ids"]
     return [tuple(ids) for ids in tokens]
 

@@ -1,8 +1,8 @@
 """Checkpoints with everything that an exact continuation needs.
 
 A run keeps `checkpoints/step-<n>/`, complete once it has that name, and a text file `checkpoints/last` that names the
-newest. Where that file is lost or names none, the newest whole checkpoint is used. Only what is trained is in it:
-frozen weights are those of the start. `progress.json` is replaced once the validation of its step is done, which
+newest. If that file is lost or wrong, the newest complete checkpoint is used. A checkpoint has trained weights only:
+frozen weights do not change. `progress.json` is replaced once the validation of its step is done, which
 changes nothing else; the other files have their SHA-256 in `checksums.json`.
 """
 
@@ -109,7 +109,7 @@ def save_checkpoint(
         average: the average of the trainable parameters (`train.ema`); None: there is none.
 
     Raises:
-        RunError: when it cannot be written; the one before is as it was.
+        RunError: It cannot be written. The previous checkpoint is unchanged.
     """
     target = _place(directory, progress)
     tensors = trainable_state(model)

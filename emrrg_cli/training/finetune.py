@@ -116,7 +116,7 @@ class FinetuneStage:
         return figures
 
     def _comment(self, reports: Sequence[str], display: TrainingDisplay) -> None:
-        """Says once what the score is, and each time when nearly all reports are the same text."""
+        """Explain the score once, and warn whenever nearly all reports are the same text."""
         if not self.score_explained:
             self.score_explained = True
             parts = " + ".join(f"{weight:g} {name}" for name, weight in self.recipe.train.score_weights.items())
@@ -169,7 +169,7 @@ def run_finetune(
             "data.root is not set", hint="Name a dataset directory, as `emrrg preprocess` writes: data.root=DIR."
         )
     llm = recipe.model.llm
-    # No rule of the recipe itself, so that runs from before can still be resumed, evaluated and used.
+    # The recipe itself allows it, so that older runs can still be resumed, evaluated and used.
     if not resume and not llm.is_frozen and llm.dtype in ("bf16", "fp16"):
         raise UsageError(
             f"model.llm.dtype={llm.dtype} is for a frozen LLM; the weights of one that is trained are fp32",
@@ -180,7 +180,7 @@ def run_finetune(
     if "train" not in splits:
         raise RunError(f"{recipe.data.root}: this dataset directory has no split named train")
     if "validation" in splits and recipe.train.select == "score":
-        # A METEOR that is left out would count as 0, and the choice go by the other scores or by the loss alone.
+        # A missing METEOR would count as 0, and the model would be chosen by the other scores or the loss.
         require_java(recipe.evaluation.tokenizer, meteor=bool(recipe.train.score_weights.get(METEOR)))
     size = recipe.model.encoder.image_size
     training = ReportDataset(splits["train"], recipe.data, size, recipe.train.seed)
@@ -238,7 +238,7 @@ def _train(
 
 
 def _set_objective(model: ReportGenerator, recipe: FinetuneRecipe, reports: Sequence[str]) -> None:
-    """What the model does in training alone."""
+    """Set what the model does only in training."""
     model.label_smoothing = recipe.train.label_smoothing
     model.augment = recipe.data.augment
     if model.findings is not None:

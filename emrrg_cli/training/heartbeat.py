@@ -37,7 +37,7 @@ def wait_for(file: Path, heartbeat: Path, patience_s: float = 60.0) -> None:
 
     Args:
         heartbeat: What the process that writes the file touches with `beating`.
-        patience_s: How long it may be still. By this computer's clock: that of a network share may differ.
+        patience_s: Longest time without a touch, by the clock of this computer. That of a network share may differ.
 
     Raises:
         RunError: The other process gives no sign of life.

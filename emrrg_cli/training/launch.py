@@ -78,7 +78,7 @@ def launch(arguments: Sequence[str], processes: int) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
-    # Its warnings and tracebacks speak of the launcher.
+    # The warnings and tracebacks of torch's launcher do not help the user.
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -138,13 +138,13 @@ def _signals_raise(exception: Any) -> Iterator[None]:
 
 
 def tell_launcher(error: EmrrgError | Interrupted, *, expected: bool = True) -> bool:
-    """Hands the error to `launch` in the parent process, which shows one for all processes.
+    """Pass the error to `launch` in the parent process, which prints one message for all processes.
 
     Args:
         expected: False for what may only follow from the error of another process, such as a lost connection.
 
     Returns:
-        Whether there is nothing left to show here.
+        True if this process does not print the error itself.
     """
     if not inside_launcher():
         return False
@@ -161,7 +161,7 @@ def tell_launcher(error: EmrrgError | Interrupted, *, expected: bool = True) -> 
 
 
 def leave_processes() -> None:
-    """Ends what connects this process with the others, if anything does: its threads would not outlive the program."""
+    """Close the process group, if there is one: its threads must end before the program does."""
     distributed = sys.modules.get("torch.distributed")  # not imported: not used
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()

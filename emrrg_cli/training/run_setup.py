@@ -1,4 +1,4 @@
-"""What the training of every stage begins and ends with: records, seeds, trackers, the curve, the validation loss."""
+"""The parts that all training stages share: records, seeds, trackers, the curve, the validation loss."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Session:
         # Every process starts from the same weights, then draws its own noise.
         set_seed(self.settings.seed, device_specific=True)
         start_trackers(self.accelerator)
-        if not inside_launcher():  # which shares the cores out
+        if not inside_launcher():  # which divides the cores
             fit_threads(sum(parameter.numel() for parameter in stage.model.parameters()))
         try:
             return train(
@@ -112,13 +112,13 @@ def open_session(
 ) -> Iterator[Session]:
     """Starts a run: writes its recipe and its environment, and seeds all processes alike.
 
-    What was written is taken away again where the block fails before the first step of the training.
+    If the block fails before the first training step, the written files are removed.
 
     Args:
         recipe: written as `recipe.yaml`, with absolute paths, unless the run is resumed.
         settings: the part of the recipe that the loop goes by.
         scan: the recipe's `model.scan`.
-        expected_processes: the number asked for; 0 when nobody asked.
+        expected_processes: the number of processes that was requested; 0 if none was.
 
     Raises:
         UsageError: where the recipe does not fit the machine or the number of processes, or names a tracker that is
@@ -152,7 +152,7 @@ def open_session(
 
 @contextmanager
 def _no_false_start(run_dir: Path) -> Iterator[None]:
-    """Removes what a new run wrote that failed before its first step, so that the next try finds the place free."""
+    """If a new run fails before its first step, remove its files, so that the directory can be used again."""
     try:
         yield
     except BaseException:

@@ -25,7 +25,7 @@ from emrrg_cli.imaging.read import read_image
 from emrrg_cli.ingest import shards
 from emrrg_cli.ingest.dataset_writer import check_target, open_writer
 from emrrg_cli.ingest.prepare import PreparedImages
-from emrrg_cli.ingest.study import Account, Study
+from emrrg_cli.ingest.study import ImportLog, Study
 from emrrg_cli.vocabulary import Split
 
 
@@ -54,7 +54,7 @@ def _write(
             writer.put(study, PreparedImages(images, ("PA", "LATERAL"), ()))
         if fail is not None:
             raise fail
-        writer.finish(lambda account: {"source": "mine"}, Account())
+        writer.finish(lambda log: {"source": "mine"}, ImportLog())
     return out
 
 
@@ -123,7 +123,7 @@ def test_the_fingerprint_is_of_the_content(tmp_path: Path) -> None:
     def fingerprint(name: str, study: Study, image: EncodedImage) -> str:
         with open_writer(tmp_path / name, fingerprint="x", studies_per_shard=1) as writer:
             writer.put(study, PreparedImages((image,), ("PA",), ()))
-            return str(writer.finish(lambda account: {}, Account())["fingerprint"])
+            return str(writer.finish(lambda log: {}, ImportLog())["fingerprint"])
 
     prints = [
         fingerprint("a", _study("x"), _image(1)),

@@ -29,7 +29,7 @@ from emrrg_cli.imaging.views import projection
 from emrrg_cli.ingest.duplicates import NEAR, find_duplicates, hash_image
 from emrrg_cli.ingest.preprocess import dry_run, preprocess
 from emrrg_cli.ingest.sources.r2gen import R2GenSource
-from emrrg_cli.ingest.study import Account, Study
+from emrrg_cli.ingest.study import ImportLog, Study
 from emrrg_cli.recipe.preprocessing import PreprocessRecipe
 from emrrg_cli.vocabulary import Split
 
@@ -45,9 +45,9 @@ class _Source:
     def __len__(self) -> int:
         return len(self._studies)
 
-    def studies(self, account: Account) -> Iterator[Study]:
+    def studies(self, log: ImportLog) -> Iterator[Study]:
         for study in self._studies:
-            account.read += 1
+            log.read += 1
             yield study
 
 

@@ -19,7 +19,7 @@ def print_plan(plan: dict[str, Any], out: Path, title: str | None) -> None:
     console.print(_summary(plan, title or _title(plan), "to be written", studies))
     views = ", ".join(f"{count:,} {view}" for view, count in plan["views"].items())
     _line(f"Views: {views or 'none'}.")
-    _print_account(plan, f"{counted(plan['studies_skipped'], 'study')} left out", "To check")
+    _print_skipped(plan, f"{counted(plan['studies_skipped'], 'study')} left out", "To check")
     for reason, entry in plan["known_problems"].items():
         first = ", ".join(dict.fromkeys((entry["id"], entry["path"])))
         _line(
@@ -42,7 +42,7 @@ def print_plan(plan: dict[str, Any], out: Path, title: str | None) -> None:
 def print_manifest(manifest: dict[str, Any], title: str | None) -> None:
     """Prints what was written, and what was not."""
     console.print(_summary(manifest, title or _title(manifest), "written", manifest["studies_written"]))
-    _print_account(manifest, f"{counted(manifest['studies_skipped'], 'study')} skipped", "Written, but check")
+    _print_skipped(manifest, f"{counted(manifest['studies_skipped'], 'study')} skipped", "Written, but check")
 
 
 def _line(text: str) -> None:
@@ -55,7 +55,7 @@ def _title(manifest: dict[str, Any]) -> str:
     return f"{name}: {counted(manifest['studies_read'], 'study')} read"
 
 
-def _print_account(manifest: dict[str, Any], skipped: str, noted: str) -> None:
+def _print_skipped(manifest: dict[str, Any], skipped: str, noted: str) -> None:
     if manifest["skipped"]:
         console.print(_reasons(manifest["skipped"], skipped))
     if manifest["notes"]:

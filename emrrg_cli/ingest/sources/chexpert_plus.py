@@ -15,7 +15,7 @@ from emrrg_cli.ingest.sources.chexpert_table import ChexpertTable, TableStudy, p
 from emrrg_cli.ingest.sources.image_paths import find_image, require_folder
 from emrrg_cli.ingest.sources.seen_ids import SeenIds
 from emrrg_cli.ingest.sources.texts import lacks_text
-from emrrg_cli.ingest.study import Account, ImageProblem, Study
+from emrrg_cli.ingest.study import ImageProblem, ImportLog, Study
 from emrrg_cli.vocabulary import CONTEXT_FIELDS, UNKNOWN_VIEW, Section, Split
 
 NAME = "chexpert_plus"
@@ -88,24 +88,24 @@ class ChexpertPlusSource:
     def __len__(self) -> int:
         return (self._table if self._annotation is None else self._annotation).count(self._limit)
 
-    def studies(self, account: Account) -> Iterator[Study]:
+    def studies(self, log: ImportLog) -> Iterator[Study]:
         """Yields train, validation, test, each in the order of the table or the annotation.
 
-        Left out and counted in `account`: rows that cannot be used, studies without the text. Missing images travel
+        Left out and counted in `log`: rows that cannot be used, studies without the text. Missing images travel
         with their study as problems.
         """
-        account.remarks += self.remarks
-        studies = self._listed(account) if self._annotation is None else self._annotated(self._annotation, account)
+        log.remarks += self.remarks
+        studies = self._listed(log) if self._annotation is None else self._annotated(self._annotation, log)
         for study in studies:
             if problem := lacks_text(study, self._section):
-                account.skip_study(problem, study.study_id)
+                log.skip_study(problem, study.study_id)
             else:
                 yield study
 
-    def _listed(self, account: Account) -> Iterator[Study]:
-        self._table.skip_rows(account)
+    def _listed(self, log: ImportLog) -> Iterator[Study]:
+        self._table.skip_rows(log)
         for split, listed in self._table.studies(self._limit):
-            account.read += 1
+            log.read += 1
             yield self._study(split, listed)
 
     def _study(self, split: Split, listed: TableStudy) -> Study:
@@ -127,11 +127,11 @@ class ChexpertPlusSource:
             extra=_extra(listed),
         )
 
-    def _annotated(self, annotation: Annotation, account: Account) -> Iterator[Study]:
+    def _annotated(self, annotation: Annotation, log: ImportLog) -> Iterator[Study]:
         seen = SeenIds()
         for row in annotation.first(self._limit):
-            account.read += 1
-            if not seen.skip(row.study_id, row.split, account):
+            log.read += 1
+            if not seen.skip(row.study_id, row.split, log):
                 yield self._annotated_study(row)
 
     def _annotated_study(self, row: AnnotationRow) -> Study:

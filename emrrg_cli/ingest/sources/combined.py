@@ -12,7 +12,7 @@ from emrrg_cli.imaging.views import view_of_path
 from emrrg_cli.ingest.sources.annotation import Annotation, AnnotationRow
 from emrrg_cli.ingest.sources.image_paths import MISSING, OUTSIDE, locate
 from emrrg_cli.ingest.sources.seen_ids import SeenIds
-from emrrg_cli.ingest.study import Account, ImageProblem, Study
+from emrrg_cli.ingest.study import ImageProblem, ImportLog, Study
 from emrrg_cli.vocabulary import UNKNOWN_VIEW
 
 NAME = "combined"
@@ -68,20 +68,20 @@ class CombinedSource:
     def __len__(self) -> int:
         return self._annotation.count(self._limit)
 
-    def studies(self, account: Account) -> Iterator[Study]:
+    def studies(self, log: ImportLog) -> Iterator[Study]:
         """Yields train, validation, test, each in the file's order.
 
-        Left out and counted in `account`: an id that the same data set had before, and empty reports. Images that are
+        Left out and counted in `log`: an id that the same data set had before, and empty reports. Images that are
         missing or under no root travel with their study as problems.
         """
         seen = SeenIds()
         for row in self._annotation.first(self._limit):
-            account.read += 1
+            log.read += 1
             study = self._study(row)
             if seen.add(f"{study.source}/{row.study_id}", row.split):
-                account.skip_study("id seen before", row.study_id, detail=f"in {row.split}")
+                log.skip_study("id seen before", row.study_id, detail=f"in {row.split}")
             elif not row.report.strip():
-                account.skip_study("empty report", row.study_id)
+                log.skip_study("empty report", row.study_id)
             else:
                 yield study
 

@@ -1,4 +1,4 @@
-"""Studies of a folder while the rows of a table, or the files, are gathered."""
+"""Studies that are being put together from the rows of a table or from files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Draft:
 
     @property
     def unit(self) -> str:
-        """What stays together in a split. The letters keep the names of patients and studies apart."""
+        """The key of what must be in one split: the patient, or the study if the patient is unknown."""
         return f"p{self.patient_id}" if self.patient_id else f"s{self.study_id}"
 
 

@@ -19,7 +19,7 @@ from emrrg_cli.imaging.views import view_name
 from emrrg_cli.ingest.sources.drafts import Draft, Drafts
 from emrrg_cli.ingest.sources.image_paths import locate, require_folder
 from emrrg_cli.ingest.sources.table import Table, cell_list, cell_text, read_table
-from emrrg_cli.ingest.study import Account, ImageProblem, Study
+from emrrg_cli.ingest.study import ImageProblem, ImportLog, Study
 from emrrg_cli.vocabulary import CONTEXT_FIELDS, SPLIT_NAMES, Split
 
 _OTHER_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif")  # no DICOM is called so
@@ -115,20 +115,20 @@ class FolderSource:
     def __len__(self) -> int:
         return self._drafts.count(self._limit)
 
-    def studies(self, account: Account) -> Iterator[Study]:
+    def studies(self, log: ImportLog) -> Iterator[Study]:
         """Yields train, validation, test, each in the order of the table or the paths.
 
-        Left out and counted in `account`: rows that cannot be used, studies whose text is empty. Images that are
+        Left out and counted in `log`: rows that cannot be used, studies whose text is empty. Images that are
         missing or outside the folder travel with their study as problems.
         """
-        account.remarks += self.remarks
+        log.remarks += self.remarks
         for reason, study_id, detail in self._drafts.skipped:
-            account.read += 1
-            account.skip_study(reason, study_id, detail=detail)
+            log.read += 1
+            log.skip_study(reason, study_id, detail=detail)
         for split, draft in self._drafts.first(self._limit):
-            account.read += 1
+            log.read += 1
             if draft.texts and not any(draft.texts.values()):
-                account.skip_study("empty report", draft.study_id)
+                log.skip_study("empty report", draft.study_id)
                 continue
             yield self._study(split, draft)
 

@@ -50,7 +50,7 @@ def locate(path: str, root: Path, folders: tuple[Path, ...]) -> Path | ImageProb
 def _locate(path: str, root: Path, folders: tuple[Path, ...]) -> Path | ImageProblem:
     outside = False
     present: Path | None = None
-    # Where nothing stands there is nothing to follow, unless the path leads out of the folder: several times as fast.
+    # A path without an entry has no link to follow, unless it leads out of the folder. This check is much faster.
     plain = not os.path.isabs(path) and ".." not in path  # noqa: PTH117
     for folder in folders:
         if plain and not os.path.lexists(os.path.join(folder, path)):  # noqa: PTH118

@@ -24,7 +24,7 @@ from emrrg_cli.ingest.sources.iu_layouts import (
 from emrrg_cli.ingest.sources.openi import OpeniReport
 from emrrg_cli.ingest.sources.r2gen import IU_ID, R2GenSource
 from emrrg_cli.ingest.sources.texts import lacks_text
-from emrrg_cli.ingest.study import Account, ImageProblem, Study
+from emrrg_cli.ingest.study import ImageProblem, ImportLog, Study
 from emrrg_cli.vocabulary import SPLITS, UNKNOWN_VIEW, Section, Split
 
 NAME = "iu_xray"
@@ -99,21 +99,21 @@ class IuXraySource:
     def __len__(self) -> int:
         return len(self._entries) + len(self._skipped)
 
-    def studies(self, account: Account) -> Iterator[Study]:
+    def studies(self, log: ImportLog) -> Iterator[Study]:
         """Yields train, validation, test, each by the number of the study.
 
-        Left out and counted in `account`: reports that cannot be read or are empty, and, with an annotation, studies
+        Left out and counted in `log`: reports that cannot be read or are empty, and, with an annotation, studies
         that it does not name. Missing images travel with their study as problems.
         """
-        account.remarks += self.remarks
+        log.remarks += self.remarks
         for row in self._skipped:
-            account.read += 1
-            account.skip_study(**row)
+            log.read += 1
+            log.skip_study(**row)
         for split, entry in self._entries:
-            account.read += 1
+            log.read += 1
             study = self._study(split, entry)
             if problem := lacks_text(study, self._section):
-                account.skip_study(problem, study.study_id)
+                log.skip_study(problem, study.study_id)
             else:
                 yield study
 
@@ -210,10 +210,10 @@ class R2GenWithReports:
     def __len__(self) -> int:
         return len(self._studies)
 
-    def studies(self, account: Account) -> Iterator[Study]:
+    def studies(self, log: ImportLog) -> Iterator[Study]:
         """As R2Gen's source; a remark counts the studies that have no report."""
         missing = 0
-        for study in self._studies.studies(account):
+        for study in self._studies.studies(log):
             entry = self._entries.get(study.patient_id or "")
             missing += entry is None
             yield replace(
@@ -223,7 +223,7 @@ class R2GenWithReports:
                 extra=_extra(entry.report if entry else None),
             )
         if missing:
-            account.remarks.append(f"Studies without a report in --reports, context and labels: {missing:,}.")
+            log.remarks.append(f"Studies without a report in --reports, context and labels: {missing:,}.")
 
 
 def _view(entry: Entry | None, image: Path) -> str:

@@ -18,7 +18,7 @@ from emrrg_cli.ingest.sources.mimic_reports import MimicReports, ReportError
 from emrrg_cli.ingest.sources.mimic_tables import Labeler, MimicTables, number
 from emrrg_cli.ingest.sources.seen_ids import SeenIds
 from emrrg_cli.ingest.sources.texts import lacks_text
-from emrrg_cli.ingest.study import Account, ImageProblem, Study
+from emrrg_cli.ingest.study import ImageProblem, ImportLog, Study
 from emrrg_cli.vocabulary import Section
 
 NAME = "mimic_cxr"
@@ -85,33 +85,33 @@ class MimicCxrSource:
     def __len__(self) -> int:
         return (self._tables if self._annotation is None else self._annotation).count(self._limit)
 
-    def studies(self, account: Account) -> Iterator[Study]:
+    def studies(self, log: ImportLog) -> Iterator[Study]:
         """Yields train, validation, test, each by patient and study, or in the order of the annotation.
 
-        Left out and counted in `account`: rows that cannot be used, studies whose note is missing, cannot be read or
+        Left out and counted in `log`: rows that cannot be used, studies whose note is missing, cannot be read or
         has no text. Missing images travel with their study as problems.
         """
-        account.remarks += self._tables.remarks
-        studies = self._listed(account) if self._annotation is None else self._annotated(self._annotation, account)
+        log.remarks += self._tables.remarks
+        studies = self._listed(log) if self._annotation is None else self._annotated(self._annotation, log)
         for study in studies:
             if problem := lacks_text(study, self._section):
-                account.skip_study(problem, study.study_id)
+                log.skip_study(problem, study.study_id)
             else:
                 yield study
 
-    def _listed(self, account: Account) -> Iterator[Study]:
-        self._tables.skip_rows(account)
+    def _listed(self, log: ImportLog) -> Iterator[Study]:
+        self._tables.skip_rows(log)
         for listed in self._tables.studies(self._limit):
-            account.read += 1
+            log.read += 1
             study_id = str(listed.study)
             folder = f"p{str(listed.subject)[:2]}/p{listed.subject}/s{listed.study}"
             try:
                 note = self._note(listed.subject, listed.study)
             except ReportError as error:
-                account.skip_study("report cannot be read", study_id, detail=str(error))
+                log.skip_study("report cannot be read", study_id, detail=str(error))
                 continue
             if note is None:
-                account.skip_study("report missing", study_id, path=f"{folder}.txt")
+                log.skip_study("report missing", study_id, path=f"{folder}.txt")
                 continue
             found = [(self._locate(f"{folder}/{dicom}.jpg"), view) for dicom, view in listed.images]
             yield Study(
@@ -131,11 +131,11 @@ class MimicCxrSource:
                 extra=self._extra(listed.study, note),
             )
 
-    def _annotated(self, annotation: Annotation, account: Account) -> Iterator[Study]:
+    def _annotated(self, annotation: Annotation, log: ImportLog) -> Iterator[Study]:
         seen = SeenIds()
         for row in annotation.first(self._limit):
-            account.read += 1
-            if not seen.skip(row.study_id, row.split, account):
+            log.read += 1
+            if not seen.skip(row.study_id, row.split, log):
                 yield self._annotated_study(row)
 
     def _annotated_study(self, row: AnnotationRow) -> Study:

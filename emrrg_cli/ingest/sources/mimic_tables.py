@@ -14,7 +14,7 @@ from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.imaging.views import view_name
 from emrrg_cli.ingest.sources.chexpert_labels import LABELS, NOT_MENTIONED, encode_labels
 from emrrg_cli.ingest.sources.table import CsvFile
-from emrrg_cli.ingest.study import Account
+from emrrg_cli.ingest.study import ImportLog
 from emrrg_cli.vocabulary import SPLIT_NAMES, SPLITS, UNKNOWN_VIEW, Split
 
 Labeler = Literal["chexpert", "negbio"]
@@ -80,11 +80,11 @@ class MimicTables:
         counts = Counter(study.split for study in self._studies.values()).values()
         return sum(count if limit is None else min(count, limit) for count in counts) + len(self._skipped)
 
-    def skip_rows(self, account: Account) -> None:
+    def skip_rows(self, log: ImportLog) -> None:
         """Counts the rows of the split that cannot be used."""
         for reason, study_id, detail in self._skipped:
-            account.read += 1
-            account.skip_study(reason, study_id, detail=detail)
+            log.read += 1
+            log.skip_study(reason, study_id, detail=detail)
 
     def studies(self, limit: int | None) -> Iterator[ListedStudy]:
         """Yields train, validation, test, each by patient and study; only the first `limit` of each."""

@@ -12,7 +12,7 @@ from PIL import Image
 
 from emrrg_cli.datasets.directory import Column
 from emrrg_cli.errors import UsageError
-from emrrg_cli.ingest.study import Account, Study
+from emrrg_cli.ingest.study import ImportLog, Study
 from emrrg_cli.phantom.grid import generator
 from emrrg_cli.phantom.parameters import Case, Film
 from emrrg_cli.phantom.render import render
@@ -92,10 +92,10 @@ class PhantomSource:
     def __len__(self) -> int:
         return sum(1 for _ in self._indices())
 
-    def studies(self, account: Account) -> Iterator[Study]:
+    def studies(self, log: ImportLog) -> Iterator[Study]:
         """Studies 0 to `count` - 1; images are drawn later."""
         for index, split in self._indices():
-            account.read += 1
+            log.read += 1
             case, report = synthetic_study(self._seed, index)
             study_id = f"phantom-{self._seed}-{index:06d}"
             yield Study(

@@ -10,7 +10,7 @@ from emrrg_cli.errors import UsageError
 from emrrg_cli.ingest.sources.annotation import Annotation, AnnotationRow
 from emrrg_cli.ingest.sources.image_paths import locate
 from emrrg_cli.ingest.sources.seen_ids import SeenIds
-from emrrg_cli.ingest.study import Account, ImageProblem, Study
+from emrrg_cli.ingest.study import ImageProblem, ImportLog, Study
 from emrrg_cli.vocabulary import UNKNOWN_VIEW
 
 # R2Gen's ids of IU X-Ray: patient, then study. One of its 2,955 ids has one more number in the middle: CXR1_1_IM-0001.
@@ -52,20 +52,20 @@ class R2GenSource:
     def __len__(self) -> int:
         return self._rows.count(self._limit)
 
-    def studies(self, account: Account) -> Iterator[Study]:
+    def studies(self, log: ImportLog) -> Iterator[Study]:
         """Yields train, validation, test, each in the file's order.
 
-        Left out and counted in `account`: an id seen before (in the same split or another; the first is kept, so that
+        Left out and counted in `log`: an id seen before (in the same split or another; the first is kept, so that
         no study is trained on and tested on) and empty reports. An image that is missing or lies outside the root
         travels with its study as a problem.
         """
         seen = SeenIds()
         for row in self._rows.first(self._limit):
-            account.read += 1
-            if seen.skip(row.study_id, row.split, account):
+            log.read += 1
+            if seen.skip(row.study_id, row.split, log):
                 continue
             if not row.report.strip():
-                account.skip_study("empty report", row.study_id)
+                log.skip_study("empty report", row.study_id)
                 continue
             yield self._study(row)
 

@@ -1,8 +1,8 @@
-"""The ids that a source has met."""
+"""The study ids that a source has read so far."""
 
 from __future__ import annotations
 
-from emrrg_cli.ingest.study import Account
+from emrrg_cli.ingest.study import ImportLog
 from emrrg_cli.vocabulary import Split
 
 
@@ -19,12 +19,12 @@ class SeenIds:
             self._splits[study_id] = split
         return before
 
-    def skip(self, study_id: str, split: Split, account: Account) -> bool:
-        """Whether the id was met before, which is then counted in `account`: the first is kept.
+    def skip(self, study_id: str, split: Split, log: ImportLog) -> bool:
+        """Whether the id was met before, which is then counted in `log`: the first is kept.
 
         Otherwise a study would be trained on twice, or trained on and tested on.
         """
         before = self.add(study_id, split)
         if before is not None:
-            account.skip_study("id seen before", study_id, detail=f"in {split}, kept from {before}")
+            log.skip_study("id seen before", study_id, detail=f"in {split}, kept from {before}")
         return before is not None

@@ -7,7 +7,7 @@ from emrrg_cli.vocabulary import Section
 
 
 def lacks_text(study: Study, section: Section) -> str | None:
-    """Why a study cannot have the section as its report; None: it can, or the selection that follows reports it.
+    """The reason why a study has no text for the section. None: it has one, or the later selection reports it.
 
     Only the source knows what `report` stands for: it leaves `Study.report` empty where its rule finds nothing.
     """

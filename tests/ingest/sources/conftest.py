@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 import pytest
 from PIL import Image
 
-from emrrg_cli.ingest.study import Account, Study, StudySource
+from emrrg_cli.ingest.study import ImportLog, Study, StudySource
 
-Read = Callable[[StudySource], tuple[list[Study], Account]]
+Read = Callable[[StudySource], tuple[list[Study], ImportLog]]
 
 LABELS = (
     "Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Enlarged Cardiomediastinum", "Fracture", "Lung Lesion",
@@ -26,14 +26,14 @@ LABELS = (
 
 @pytest.fixture(scope="session")
 def read() -> Read:
-    """All studies of a source and its account, which must name every study once."""
+    """All studies of a source and its log, which must name every study once."""
 
-    def _read(source: StudySource) -> tuple[list[Study], Account]:
-        account = Account()
-        studies = list(source.studies(account))
-        assert account.read == len(source) == len(studies) + account.studies_skipped
-        assert studies == list(source.studies(Account()))  # it is read twice, once to look and once to decode
-        return studies, account
+    def _read(source: StudySource) -> tuple[list[Study], ImportLog]:
+        log = ImportLog()
+        studies = list(source.studies(log))
+        assert log.read == len(source) == len(studies) + log.studies_skipped
+        assert studies == list(source.studies(ImportLog()))  # it is read twice, once to look and once to decode
+        return studies, log
 
     return _read
 

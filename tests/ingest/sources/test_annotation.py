@@ -11,7 +11,7 @@ from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.ingest.sources import json_stream as module
 from emrrg_cli.ingest.sources.annotation import Annotation
 from emrrg_cli.ingest.sources.seen_ids import SeenIds
-from emrrg_cli.ingest.study import Account
+from emrrg_cli.ingest.study import ImportLog
 
 
 def _row(number: int, **more: object) -> dict[str, object]:
@@ -102,7 +102,7 @@ def test_no_such_file(tmp_path: Path) -> None:
 
 
 def test_seen_ids() -> None:
-    seen, account = SeenIds(), Account()
-    assert [seen.skip(name, "train", account) for name in ("a", "b", "a")] == [False, False, True]
+    seen, log = SeenIds(), ImportLog()
+    assert [seen.skip(name, "train", log) for name in ("a", "b", "a")] == [False, False, True]
     assert seen.add("b", "test") == "train"
-    assert account.skipped["id seen before"].examples == [{"id": "a", "detail": "in train, kept from train"}]
+    assert log.skipped["id seen before"].examples == [{"id": "a", "detail": "in train, kept from train"}]

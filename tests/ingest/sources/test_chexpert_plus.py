@@ -14,17 +14,17 @@ from PIL import Image
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.ingest.sources.chexpert_labels import encode_labels, label_columns
 from emrrg_cli.ingest.sources.chexpert_plus import ChexpertPlusSource
-from emrrg_cli.ingest.study import Account, Study
+from emrrg_cli.ingest.study import ImportLog, Study
 
-Read = Callable[[Any], tuple[list[Study], Account]]
+Read = Callable[[Any], tuple[list[Study], ImportLog]]
 
 
-def _reasons(account: Account) -> dict[str, list[str]]:
-    return {reason: [example["id"] for example in entry.examples] for reason, entry in account.skipped.items()}
+def _reasons(log: ImportLog) -> dict[str, list[str]]:
+    return {reason: [example["id"] for example in entry.examples] for reason, entry in log.skipped.items()}
 
 
 def test_the_release(chexpert: Any, read: Read) -> None:
-    studies, account = read(ChexpertPlusSource(chexpert.root))
+    studies, log = read(ChexpertPlusSource(chexpert.root))
     by_id = {study.study_id: study for study in studies}
     assert sorted(by_id) == [f"patient{number:05d}_study1" for number in range(1, 10)]
     assert Counter(study.split for study in studies)["train"] >= 6
@@ -41,8 +41,8 @@ def test_the_release(chexpert: Any, read: Read) -> None:
         "comparison": None, "technique": None, "age": "61.0", "sex": "Female",
     }  # fmt: skip
     assert set(first.extra) == set(ChexpertPlusSource.columns)
-    assert _reasons(account) == {"no findings": ["patient00010_study1"]}
-    assert account.remarks == [
+    assert _reasons(log) == {"no findings": ["patient00010_study1"]}
+    assert log.remarks == [
         "Labels: findings_fixed.json.",
         "Split drawn by patient with seed 0: 70, 10, 20 percent.",
     ]
@@ -54,23 +54,21 @@ def test_the_release(chexpert: Any, read: Read) -> None:
 def test_other_sections_have_their_own_labels(chexpert: Any, section: Any, labels: str, read: Read) -> None:
     path = chexpert.rows[-1]["path_to_image"]
     chexpert.write_labels(labels, [{"path_to_image": path, "Fracture": 1, "Edema": float("nan"), "No Finding": None}])
-    studies, account = read(ChexpertPlusSource(chexpert.root, section=section))
+    studies, log = read(ChexpertPlusSource(chexpert.root, section=section))
     last = next(study for study in studies if study.study_id == "patient00010_study1")
     assert (last.findings, last.report, last.impression) == (None, None, "1.  No acute disease.")
     assert last.extra["labels"] == ["Fracture"]
     assert last.extra["labels_absent"] == []
-    assert account.remarks[0] == f"Labels: {labels}."
-    assert not account.skipped
+    assert log.remarks[0] == f"Labels: {labels}."
+    assert not log.skipped
 
 
 def test_views_of_a_study_may_be_anonymised_differently(chexpert: Any, read: Read) -> None:
     chexpert.rows[4]["section_findings"] = "The lungs are clear in patient 1, on another date."
     chexpert.write()
-    studies, account = read(ChexpertPlusSource(chexpert.root))
+    studies, log = read(ChexpertPlusSource(chexpert.root))
     assert next(s for s in studies if len(s.views) == 2).findings == "The lungs are clear in patient 1."
-    assert (
-        "The views of 1 studies carry reports that were anonymised differently: the first is kept." in account.remarks
-    )
+    assert "The views of 1 studies carry reports that were anonymised differently: the first is kept." in log.remarks
 
 
 def test_images_by_other_names(chexpert: Any, read: Read) -> None:
@@ -109,10 +107,10 @@ def test_rows_that_cannot_be_used(chexpert: Any, read: Read) -> None:
     chexpert.rows += [chexpert.rows[0], chexpert.row("x/../y"), chexpert.rows[0] | {"path_to_image": "nan"}]
     chexpert.write()
     chexpert.table.write_text(chexpert.table.read_text() + "train/patient00011/study1/view1_frontal.jpg,short\n")
-    studies, account = read(ChexpertPlusSource(chexpert.root))
+    studies, log = read(ChexpertPlusSource(chexpert.root))
     first = next(study for study in studies if study.study_id == "patient00001_study1")
     assert [(p.reason, p.path) for p in first.problems] == [("listed twice", "train/patient00001/study1/view1_frontal")]
-    assert {reason: entry.count for reason, entry in account.skipped.items()} == {
+    assert {reason: entry.count for reason, entry in log.skipped.items()} == {
         "no study id": 2, "row of another length than the header": 1, "no findings": 1,
     }  # fmt: skip
 
@@ -137,9 +135,9 @@ def test_a_patient_is_in_one_split(chexpert: Any, read: Read) -> None:
 
 def test_no_labels(chexpert: Any, read: Read) -> None:
     (chexpert.root / "chexbert_labels" / "findings_fixed.json").unlink()
-    studies, account = read(ChexpertPlusSource(chexpert.root))
+    studies, log = read(ChexpertPlusSource(chexpert.root))
     assert all(study.extra["labels"] == [] for study in studies)
-    assert account.remarks[0] == "No chexbert_labels/findings_fixed.json: the studies have no labels."
+    assert log.remarks[0] == "No chexbert_labels/findings_fixed.json: the studies have no labels."
 
 
 @pytest.mark.parametrize(
@@ -204,7 +202,7 @@ def annotation(tmp_path: Path) -> Path:
 
 
 def test_rows_of_the_annotation_are_the_studies(chexpert: Any, annotation: Path, read: Read) -> None:
-    studies, account = read(ChexpertPlusSource(chexpert.root, annotation=annotation))
+    studies, log = read(ChexpertPlusSource(chexpert.root, annotation=annotation))
     assert [(s.study_id, s.split, s.patient_id, s.views) for s in studies] == [
         ("row1", "train", "patient00001", ("AP",)), ("row2", "train", "patient00001", ("LATERAL",)),
         ("row3", "validation", "p3", ("AP",)), ("row10", "test", "patient00010", ("AP",)),
@@ -214,7 +212,7 @@ def test_rows_of_the_annotation_are_the_studies(chexpert: Any, annotation: Path,
     assert [s.findings for s in studies[-1:]] == ["Text 10."]
     assert {s.impression for s in studies} == {"1.  No acute disease."}
     assert studies[0].extra["labels"] == ["Edema"]
-    assert _reasons(account) == {"id seen before": ["row10"], "no findings": ["row4"]}
+    assert _reasons(log) == {"id seen before": ["row10"], "no findings": ["row4"]}
 
 
 def test_the_annotation_alone(chexpert: Any, annotation: Path, read: Read) -> None:

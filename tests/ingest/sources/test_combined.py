@@ -12,9 +12,9 @@ from PIL import Image
 
 from emrrg_cli.errors import UsageError
 from emrrg_cli.ingest.sources.combined import CombinedSource, parse_pairs
-from emrrg_cli.ingest.study import Account, Study
+from emrrg_cli.ingest.study import ImportLog, Study
 
-Read = Callable[[Any], tuple[list[Study], Account]]
+Read = Callable[[Any], tuple[list[Study], ImportLog]]
 
 _IU, _MIMIC = "CXR2384_IM-0942/0.png", "p10/p10000032/s50414267/a-b.jpg"
 _CHEXPERT = "train/patient00001/study2/view1_frontal.png"
@@ -50,13 +50,13 @@ def test_three_sets_of_another_machine(roots: dict[str, Path], tmp_path: Path, r
     moved = {"/data/R2Gen/iu_xray": roots["iu_xray"], "/data/mimic": roots["mimic_cxr"] / "files",
              "/data": tmp_path / "iu", "D:\\cheXpert_plus": roots["chexpert_plus"]}  # fmt: skip
     source = CombinedSource(file, roots, moved=moved)
-    studies, account = read(source)
+    studies, log = read(source)
     assert [(s.source, s.study_id, s.patient_id, s.views) for s in studies] == [
         ("iu_xray", "CXR2384_IM-0942", "2384", ("unknown",)), ("mimic_cxr", "a-b", "10000032", ("unknown",)),
         ("chexpert_plus", "c", "patient00001", ("FRONTAL",)),
     ]  # fmt: skip
     assert [s.image_paths[0].relative_to(source.root).parts[0] for s in studies] == ["iu", "mimic", "cxp"]
-    assert not account.skipped
+    assert not log.skipped
 
 
 def test_relative_paths_are_looked_up_in_each_root(roots: dict[str, Path], tmp_path: Path, read: Read) -> None:
@@ -93,11 +93,11 @@ def test_missing_says_more_than_outside(roots: dict[str, Path], tmp_path: Path, 
 def test_ids_are_those_of_a_set(roots: dict[str, Path], tmp_path: Path, read: Read) -> None:
     rows = (("1", _IU), ("1", f"files/{_MIMIC}"), ("1", _IU))
     test = [{"id": 2, "report": " ", "image_path": []}, {"id": 3, "report": "x", "image_path": [], "subject_id": 9}]
-    studies, account = read(CombinedSource(_write(tmp_path, *rows, test=test), roots))
+    studies, log = read(CombinedSource(_write(tmp_path, *rows, test=test), roots))
     assert [(s.source, s.study_id, s.patient_id) for s in studies] == [
         ("iu_xray", "1", "2384"), ("mimic_cxr", "1", "10000032"), ("combined", "3", "9"),
     ]  # fmt: skip
-    assert {reason: entry.count for reason, entry in account.skipped.items()} == {
+    assert {reason: entry.count for reason, entry in log.skipped.items()} == {
         "id seen before": 1,
         "empty report": 1,
     }

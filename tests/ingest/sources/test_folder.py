@@ -19,7 +19,7 @@ from emrrg_cli.imaging.image_paths import find_images
 from emrrg_cli.ingest.preprocess import preprocess
 from emrrg_cli.ingest.sources.folder import Columns, FolderSource
 from emrrg_cli.ingest.sources.table import cell_list, cell_text, read_table
-from emrrg_cli.ingest.study import Account, Study
+from emrrg_cli.ingest.study import ImportLog, Study
 from emrrg_cli.recipe.preprocessing import PreprocessRecipe
 
 MakeDicom = Callable[..., bytes]
@@ -35,12 +35,12 @@ def films(tmp_path: Path) -> Path:
     return root
 
 
-def _read(root: Path, **options: Any) -> tuple[list[Study], Account]:
-    account = Account()
+def _read(root: Path, **options: Any) -> tuple[list[Study], ImportLog]:
+    log = ImportLog()
     source = FolderSource(root, **options)
-    studies = list(source.studies(account))
-    assert account.read == len(source) == len(studies) + account.studies_skipped
-    return studies, account
+    studies = list(source.studies(log))
+    assert log.read == len(source) == len(studies) + log.studies_skipped
+    return studies, log
 
 
 def _table(root: Path, text: str, name: str = "table.csv", encoding: str = "utf-8") -> Path:
@@ -49,8 +49,8 @@ def _table(root: Path, text: str, name: str = "table.csv", encoding: str = "utf-
     return path
 
 
-def _skipped(account: Account) -> dict[str, list[str]]:
-    return {reason: [example["id"] for example in entry.examples] for reason, entry in account.skipped.items()}
+def _skipped(log: ImportLog) -> dict[str, list[str]]:
+    return {reason: [example["id"] for example in entry.examples] for reason, entry in log.skipped.items()}
 
 
 # Without a table.
@@ -61,14 +61,14 @@ def test_every_file_is_tried_and_hidden_ones_are_not(films: Path) -> None:
     (films / ".git").mkdir()
     (films / ".git" / "x.png").touch()
     (films / "notes.txt").write_text("text")
-    studies, account = _read(films)
+    studies, log = _read(films)
     assert {study.study_id for study in studies} == {
         "a.png", "b.png", "c.png", "d.png", "images/e.png", "images/f.png", "notes.txt",
     }  # fmt: skip
     assert all(study.report is study.findings is study.patient_id is None for study in studies)
     assert {study.views for study in studies} == {("unknown",)}
-    assert "without a table there are no reports" in account.remarks[0].lower()
-    assert "seed 0: 80, 10, 10 percent" in account.remarks[1]
+    assert "without a table there are no reports" in log.remarks[0].lower()
+    assert "seed 0: 80, 10, 10 percent" in log.remarks[1]
 
 
 def test_dicom_files_are_grouped_into_studies(films: Path, make_dicom: MakeDicom) -> None:
@@ -124,9 +124,9 @@ def test_a_folder_that_cannot_be_listed_is_counted(films: Path, monkeypatch: pyt
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    studies, account = _read(films)
+    studies, log = _read(films)
     assert len(studies) == 4
-    assert _skipped(account) == {"folder cannot be read": ["images"]}
+    assert _skipped(log) == {"folder cannot be read": ["images"]}
 
 
 def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
@@ -154,8 +154,8 @@ def test_all_columns(films: Path) -> None:
         "images/f.png,,,Normal.,test,3,s3,,\n",
     )
     columns = Columns("path", "text", "f", "i", "fold", "who", "exam", "proj", "tags")
-    studies, account = _read(films, table=table, columns=columns, source="mine")
-    assert account.skipped == {}
+    studies, log = _read(films, table=table, columns=columns, source="mine")
+    assert log.skipped == {}
     first, second, third = studies
     assert (first.study_id, first.patient_id, first.split, first.source) == ("s1", "1", "train", "mine")
     assert [path.name for path in first.image_paths] == ["a.png", "b.png"]
@@ -179,9 +179,9 @@ def test_all_columns(films: Path) -> None:
     ],
 )
 def test_formats_and_encodings(films: Path, name: str, text: str, encoding: str) -> None:
-    studies, account = _read(films, table=_table(films, text, name, encoding), columns=Columns(report="text"))
+    studies, log = _read(films, table=_table(films, text, name, encoding), columns=Columns(report="text"))
     assert [(study.study_id, study.report) for study in studies] == [("a.png", "Große Öffnung.")]
-    assert any("Windows-1252" in remark for remark in account.remarks) == (encoding == "cp1252")
+    assert any("Windows-1252" in remark for remark in log.remarks) == (encoding == "cp1252")
 
 
 def test_cells() -> None:
@@ -206,8 +206,8 @@ def test_rows_that_cannot_be_used_are_counted(films: Path) -> None:
         "/etc/passwd,Clear.,test\n"
         "\n",
     )
-    studies, account = _read(films, table=table, columns=Columns(report="text", split="fold"))
-    assert _skipped(account) == {
+    studies, log = _read(films, table=table, columns=Columns(report="text", split="fold"))
+    assert _skipped(log) == {
         "id seen before": ["a.png"],
         "no image listed": ["table.csv:4"],
         "unknown split": ["c.png"],
@@ -225,8 +225,8 @@ def test_rows_of_one_study_that_differ(films: Path) -> None:
         films, "image,text,exam,who\na.png,One.,s,1\nb.png,Two.,s,1\nc.png,One.,s,2\na.png,One.,s,1\nd.png,One.,s,1\n"
     )
     columns = Columns(report="text", study="exam", patient="who")
-    studies, account = _read(films, table=table, columns=columns)
-    assert _skipped(account) == {"row differs from its study": ["s", "s"]}
+    studies, log = _read(films, table=table, columns=columns)
+    assert _skipped(log) == {"row differs from its study": ["s", "s"]}
     assert [path.name for path in studies[0].image_paths] == ["a.png", "d.png"]
     assert studies[0].problems[0].reason == "listed twice"
 

@@ -23,14 +23,14 @@ from emrrg_cli.ingest.sources.annotation import Annotation
 from emrrg_cli.ingest.sources.iu_layouts import detect_layout
 from emrrg_cli.ingest.sources.iu_xray import IuXraySource, R2GenWithReports, iu_xray_source
 from emrrg_cli.ingest.sources.openi import BadReport, OpeniReport, parse_report
-from emrrg_cli.ingest.study import Account, Study
+from emrrg_cli.ingest.study import ImportLog, Study
 from tests.ingest.sources.conftest import save_image
 
-Read = Callable[[Any], tuple[list[Study], Account]]
+Read = Callable[[Any], tuple[list[Study], ImportLog]]
 
 
-def _reasons(account: Account) -> dict[str, list[str]]:
-    return {reason: [example["id"] for example in entry.examples] for reason, entry in account.skipped.items()}
+def _reasons(log: ImportLog) -> dict[str, list[str]]:
+    return {reason: [example["id"] for example in entry.examples] for reason, entry in log.skipped.items()}
 
 
 def _pack(openi: Any, name: str = "NLMCXR_reports.tgz") -> Path:
@@ -56,7 +56,7 @@ def _add(archive: Path, name: str, data: bytes) -> None:
 
 
 def test_openi(openi: Any, read: Read) -> None:
-    studies, account = read(iu_xray_source(openi.root))
+    studies, log = read(iu_xray_source(openi.root))
     by_id = {study.study_id: study for study in studies}
     assert sorted(by_id) == [f"CXR{uid}" for uid in range(1, 6)]
     first = by_id["CXR1"]
@@ -71,8 +71,8 @@ def test_openi(openi: Any, read: Read) -> None:
         "indication": "Cough & fever.",
         "comparison": "None.",
     }
-    assert _reasons(account) == {"no findings": ["CXR6"]}
-    assert account.remarks == [
+    assert _reasons(log) == {"no findings": ["CXR6"]}
+    assert log.remarks == [
         "6 reports: findings in 5, impression in 6, neither in 0; 12 images listed, none in 0 reports.",
         "Split drawn by patient with seed 0: 80, 10, 10 percent.",
     ]
@@ -94,9 +94,9 @@ def test_the_folder_of_reports_itself(openi: Any, read: Read) -> None:
 
 def test_flat_gives_the_same_studies_in_the_same_split(openi: Any, read: Read) -> None:
     whole, _ = read(iu_xray_source(openi.root, seed=3))
-    flat, account = read(iu_xray_source(openi.flat, seed=3))
+    flat, log = read(iu_xray_source(openi.flat, seed=3))
     assert {study.views for study in flat} == {("FRONTAL", "LATERAL")}
-    assert len(account.remarks) == 2
+    assert len(log.remarks) == 2
 
     def common(study: Study) -> Study:
         return replace(study, image_paths=(), views=(), extra=dict(study.extra) | {"mesh_automatic": []})
@@ -145,7 +145,7 @@ def test_r2gens_studies_with_the_rest_of_the_reports(openi: Any, tmp_path: Path,
     (openi.flat / "indiana_projections.csv").rename(openi.root / "indiana_projections.csv")
     reports = _pack(openi)
     for place in (openi.root, reports):
-        studies, account = read(R2GenWithReports(iu_xray_source(root), place))
+        studies, log = read(R2GenWithReports(iu_xray_source(root), place))
         for study, plain in zip(studies[:3], bare[:3], strict=True):
             described = by_patient[study.patient_id]
             assert study.extra == described.extra
@@ -155,7 +155,7 @@ def test_r2gens_studies_with_the_rest_of_the_reports(openi: Any, tmp_path: Path,
         last = studies[3]
         assert (last.views, last.impression, last.extra["indication"]) == (("unknown", "unknown"), None, None)
         assert set(last.extra) == set(R2GenWithReports.columns)
-        assert account.remarks == ["Studies without a report in --reports, context and labels: 1."]
+        assert log.remarks == ["Studies without a report in --reports, context and labels: 1."]
     with pytest.raises(UsageError, match="--reports: there is no"):
         R2GenWithReports(iu_xray_source(root), tmp_path / "none.tgz")
     with pytest.raises(UsageError, match="goes with R2Gen's layout alone"):
@@ -208,12 +208,12 @@ def test_r2gens_split(openi: Any, tmp_path: Path, read: Read) -> None:
     rows = [{"id": f"CXR{uid}_IM-000{uid}", "report": "", "image_path": []} for uid in (1, 2, 3, 5, 9)]
     annotation = tmp_path / "annotation.json"
     annotation.write_text(json.dumps({"train": rows[:2], "val": rows[2:3], "test": rows[3:]}))
-    studies, account = read(iu_xray_source(openi.root, annotation=annotation))
+    studies, log = read(iu_xray_source(openi.root, annotation=annotation))
     assert [(s.study_id, s.split) for s in studies] == [
         ("CXR1", "train"), ("CXR2", "train"), ("CXR3", "validation"), ("CXR5", "test"),
     ]  # fmt: skip
-    assert _reasons(account) == {"report missing": ["CXR9"], "not in the annotation": ["CXR4", "CXR6"]}
-    assert account.remarks[1] == "Split by the ids of annotation.json."
+    assert _reasons(log) == {"report missing": ["CXR9"], "not in the annotation": ["CXR4", "CXR6"]}
+    assert log.remarks[1] == "Split by the ids of annotation.json."
     with pytest.raises(UsageError, match="--annotation and --split exclude each other"):
         iu_xray_source(openi.root, annotation=annotation, fractions=(1.0, 0.0, 0.0))
     annotation.write_text(json.dumps({"train": rows[:2], "val": [], "test": [rows[1] | {"id": "CXR2_IM-1"}]}))
@@ -236,9 +236,9 @@ def test_a_drawn_split_is_the_seeds_and_limit_is_per_split(openi: Any, read: Rea
 
 def test_sections(openi: Any, read: Read) -> None:
     openi.write(5, findings="", impression="", images=["CXR5_IM-0005-1001"])
-    studies, account = read(IuXraySource(openi.root, section="impression"))
+    studies, log = read(IuXraySource(openi.root, section="impression"))
     assert sorted(study.study_id for study in studies) == ["CXR1", "CXR2", "CXR3", "CXR4", "CXR6"]
-    assert _reasons(account) == {"empty report": ["CXR5"]}
+    assert _reasons(log) == {"empty report": ["CXR5"]}
     assert next(study for study in studies if study.study_id == "CXR6").report is None
 
 
@@ -275,9 +275,9 @@ def test_reports_that_are_none(openi: Any, read: Read, data: bytes, reason: str,
     assert (bad.name, bad.reason) == ("3.xml", reason)
     assert detail in bad.detail
     openi.report(3).write_bytes(data)
-    studies, account = read(iu_xray_source(openi.root))
+    studies, log = read(iu_xray_source(openi.root))
     assert len(studies) == 4
-    assert _reasons(account)[reason] == ["3.xml"]
+    assert _reasons(log)[reason] == ["3.xml"]
 
 
 def test_xml_of_other_encodings_is_read() -> None:
@@ -292,20 +292,20 @@ def test_xml_of_other_encodings_is_read() -> None:
 def test_a_report_that_is_too_large(openi: Any, read: Read) -> None:
     data = openi.report(3).read_bytes().replace(b"</eCitation>", b"<x/>" * 300_000 + b"</eCitation>")
     openi.report(3).write_bytes(data)
-    _, account = read(iu_xray_source(openi.root))
-    assert account.skipped["report cannot be read"].examples == [
+    _, log = read(iu_xray_source(openi.root))
+    assert log.skipped["report cannot be read"].examples == [
         {"id": "3.xml", "detail": f"it has {len(data):,} bytes, more than 1,048,576"}
     ]
     archive = _pack(openi)
-    _, account = read(iu_xray_source(openi.root))
-    assert _reasons(account)["report cannot be read"] == ["3.xml"]
+    _, log = read(iu_xray_source(openi.root))
+    assert _reasons(log)["report cannot be read"] == ["3.xml"]
     assert archive.stat().st_size < 100_000  # much smaller than what it unpacks to
 
 
 def test_a_study_twice(openi: Any, read: Read) -> None:
     (openi.root / "ecgen-radiology" / "9.xml").write_bytes(openi.report(2).read_bytes())
-    _, account = read(iu_xray_source(openi.root))
-    assert _reasons(account)["id seen before"] == ["CXR2"]
+    _, log = read(iu_xray_source(openi.root))
+    assert _reasons(log)["id seen before"] == ["CXR2"]
 
 
 @pytest.mark.parametrize("cut", [20, 400])
@@ -331,15 +331,15 @@ def test_rows_of_the_flat_tables(openi: Any, read: Read) -> None:
     lines += ["nan,a,b,c,d,e,f,g", "7,too,short", lines[1], "8,,,,,,Caf\xe9.,"]
     reports.write_bytes("\n".join(lines).encode("cp1252"))
     views.write_text(views.read_text() + "99,99_IM-1.dcm.png,Frontal\n,x.png,Frontal\n8,,Frontal\n")
-    studies, account = read(iu_xray_source(openi.flat))
+    studies, log = read(iu_xray_source(openi.flat))
     by_id = {study.study_id: study for study in studies}
     assert by_id["CXR2"].extra["indication"] is None
     assert by_id["CXR8"].findings == "Café."
     assert by_id["CXR8"].image_paths == ()
-    assert {reason: entry.count for reason, entry in account.skipped.items()} == {
+    assert {reason: entry.count for reason, entry in log.skipped.items()} == {
         "row of a table cannot be used": 4, "id seen before": 1, "report missing": 1, "no findings": 1,
     }  # fmt: skip
-    assert "indiana_reports.csv is not UTF-8: it was read as Windows-1252." in account.remarks
+    assert "indiana_reports.csv is not UTF-8: it was read as Windows-1252." in log.remarks
 
 
 def test_missing_images_travel_with_their_study(openi: Any, read: Read) -> None:
@@ -359,20 +359,20 @@ def real(shared_data: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def real_openi(real: Path, read: Read) -> tuple[list[Study], Account]:
+def real_openi(real: Path, read: Read) -> tuple[list[Study], ImportLog]:
     images = real.parent / "iu_sample" / "images"
     return read(iu_xray_source(real, layout="openi", images=images, section="both"))
 
 
 @pytest.mark.slow
-def test_the_real_archive(real_openi: tuple[list[Study], Account]) -> None:
-    studies, account = real_openi
-    assert account.read == 3955
-    assert _reasons(account).keys() == {"empty report"}
-    assert account.skipped["empty report"].count == 28
+def test_the_real_archive(real_openi: tuple[list[Study], ImportLog]) -> None:
+    studies, log = real_openi
+    assert log.read == 3955
+    assert _reasons(log).keys() == {"empty report"}
+    assert log.skipped["empty report"].count == 28
     assert sum(study.findings is not None for study in studies) == 3425
     assert sum(study.impression is not None for study in studies) == 3921
-    assert account.remarks[0] == (
+    assert log.remarks[0] == (
         "3,955 reports: findings in 3,425, impression in 3,921, neither in 28; "
         "7,470 images listed, none in 104 reports."
     )
@@ -382,7 +382,7 @@ def test_the_real_archive(real_openi: tuple[list[Study], Account]) -> None:
     assert {study.views for study in studies if study.study_id == "CXR1000"} == {("FRONTAL", "LATERAL", "FRONTAL")}
 
 
-def test_the_real_releases_agree(real: Path, real_openi: tuple[list[Study], Account], read: Read) -> None:
+def test_the_real_releases_agree(real: Path, real_openi: tuple[list[Study], ImportLog], read: Read) -> None:
     whole = {study.study_id: study for study in real_openi[0]}
     flat = {s.study_id: s for s in read(iu_xray_source(real, layout="flat", section="both"))[0]}
     assert (len(whole), len(flat)) == (3927, 3826)
@@ -402,9 +402,9 @@ def test_the_real_releases_agree(real: Path, real_openi: tuple[list[Study], Acco
 
 @pytest.mark.slow
 def test_the_real_annotation_holds_the_findings(real: Path, read: Read) -> None:
-    studies, account = read(iu_xray_source(real, layout="openi", annotation=real / "annotation.json"))
+    studies, log = read(iu_xray_source(real, layout="openi", annotation=real / "annotation.json"))
     assert Counter(study.split for study in studies) == {"train": 2069, "validation": 296, "test": 590}
-    assert {reason: entry.count for reason, entry in account.skipped.items()} == {"not in the annotation": 1000}
+    assert {reason: entry.count for reason, entry in log.skipped.items()} == {"not in the annotation": 1000}
     texts = {study.study_id.split("_")[0]: study.report for study in read(iu_xray_source(real, layout="r2gen"))[0]}
     assert {study.study_id: study.report for study in studies} == texts
 
@@ -412,14 +412,14 @@ def test_the_real_annotation_holds_the_findings(real: Path, read: Read) -> None:
 def test_images_at_any_depth_and_the_layout_is_named(
     openi: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    expected = [study.image_paths for study in iu_xray_source(openi.root).studies(Account())]
+    expected = [study.image_paths for study in iu_xray_source(openi.root).studies(ImportLog())]
     images = tmp_path / "elsewhere" / "deep" / "er"
     images.mkdir(parents=True)
     for paths in expected:
         for path in paths:
             path.rename(images / path.name)
     source = iu_xray_source(openi.root, images=tmp_path / "elsewhere")
-    found = [study.image_paths for study in source.studies(Account())]
+    found = [study.image_paths for study in source.studies(ImportLog())]
     assert [[path.name for path in paths] for paths in found] == [[path.name for path in paths] for paths in expected]
     assert any(found)
     arguments = ["preprocess", "iu_xray", str(openi.root), str(tmp_path / "out"), "--images"]
@@ -449,8 +449,8 @@ def test_a_long_name_in_an_archive_is_refused(openi: Any) -> None:
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes")
 def test_pipes_are_not_opened(openi: Any, tmp_path: Path, read: Read) -> None:
     os.mkfifo(openi.root / "ecgen-radiology" / "9999.xml")
-    _, account = read(iu_xray_source(openi.root))
-    assert account.skipped["report cannot be read"].examples == [{"id": "9999.xml", "detail": "not a regular file"}]
+    _, log = read(iu_xray_source(openi.root))
+    assert log.skipped["report cannot be read"].examples == [{"id": "9999.xml", "detail": "not a regular file"}]
     os.mkfifo(tmp_path / "annotation.json")
     with pytest.raises(RunError, match="cannot be read: not a regular file"):
         Annotation(tmp_path / "annotation.json")

@@ -15,18 +15,18 @@ from PIL import Image
 
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.ingest.sources.mimic_cxr import MimicCxrSource
-from emrrg_cli.ingest.study import Account, Study
+from emrrg_cli.ingest.study import ImportLog, Study
 
-Read = Callable[[Any], tuple[list[Study], Account]]
+Read = Callable[[Any], tuple[list[Study], ImportLog]]
 _SPLIT = "dicom_id,study_id,subject_id,split"
 
 
-def _reasons(account: Account) -> dict[str, list[str]]:
-    return {reason: [example["id"] for example in entry.examples] for reason, entry in account.skipped.items()}
+def _reasons(log: ImportLog) -> dict[str, list[str]]:
+    return {reason: [example["id"] for example in entry.examples] for reason, entry in log.skipped.items()}
 
 
 def test_the_release(mimic: Any, read: Read) -> None:
-    studies, account = read(MimicCxrSource(mimic.root))
+    studies, log = read(MimicCxrSource(mimic.root))
     assert [(s.study_id, s.patient_id, s.split) for s in studies] == [
         ("50000001", "10000032", "train"), ("50000002", "10000032", "train"), ("50000003", "11000033", "validation"),
         ("50000004", "12000034", "test"),
@@ -43,8 +43,8 @@ def test_the_release(mimic: Any, read: Read) -> None:
     }  # fmt: skip
     assert studies[1].extra["labels"] == []
     assert set(first.extra) == set(MimicCxrSource.columns)
-    assert account.remarks == ["Labels: mimic-cxr-2.0.0-chexpert.csv.gz."]
-    assert not account.skipped
+    assert log.remarks == ["Labels: mimic-cxr-2.0.0-chexpert.csv.gz."]
+    assert not log.skipped
 
 
 def test_notes_in_a_zip_beside_the_images_or_elsewhere(mimic: Any, tmp_path: Path, read: Read) -> None:
@@ -70,12 +70,12 @@ def test_sections(mimic: Any, read: Read) -> None:
     mimic.write_note(10000032, 50000001, " FINAL REPORT\n IMPRESSION:  No change.\n")
     mimic.write_note(10000032, 50000002, " FINAL REPORT\n \n The lungs are clear.\n")
     mimic.write_note(11000033, 50000003, " FINAL REPORT\n INDICATION:  Cough.\n")
-    studies, account = read(MimicCxrSource(mimic.root))
+    studies, log = read(MimicCxrSource(mimic.root))
     assert [(s.study_id, s.findings, s.report) for s in studies[:1]] == [("50000002", None, "The lungs are clear.")]
-    assert _reasons(account) == {"no findings": ["50000001"], "empty report": ["50000003"]}
-    studies, account = read(MimicCxrSource(mimic.root, section="impression"))
+    assert _reasons(log) == {"no findings": ["50000001"], "empty report": ["50000003"]}
+    studies, log = read(MimicCxrSource(mimic.root, section="impression"))
     assert [(s.study_id, s.impression) for s in studies[:2]] == [("50000001", "No change."), ("50000002", None)]
-    assert _reasons(account) == {"empty report": ["50000003"]}
+    assert _reasons(log) == {"empty report": ["50000003"]}
 
 
 def test_missing_pieces(mimic: Any, read: Read) -> None:
@@ -83,12 +83,12 @@ def test_missing_pieces(mimic: Any, read: Read) -> None:
     mimic.image(*mimic.images[0][:3]).unlink()
     for kind in ("metadata", "chexpert"):
         mimic.table(kind).unlink()
-    studies, account = read(MimicCxrSource(mimic.root))
-    assert _reasons(account) == {"report missing": ["50000002"]}
+    studies, log = read(MimicCxrSource(mimic.root))
+    assert _reasons(log) == {"report missing": ["50000002"]}
     assert [problem.reason for problem in studies[0].problems] == ["missing image"]
     assert studies[0].views == ("unknown",)
     assert studies[0].extra["labels"] == []
-    assert account.remarks == [
+    assert log.remarks == [
         "No mimic-cxr-2.0.0-metadata.csv.gz: the views are unknown.",
         "No mimic-cxr-2.0.0-chexpert.csv.gz: the studies have no labels.",
     ]
@@ -101,9 +101,9 @@ def test_rows_that_cannot_be_used(mimic: Any, read: Read) -> None:
            rows[1]]  # fmt: skip
     floats = [(d, f"{study}.0", f"{subject}.0", split) for d, study, subject, split in rows]
     mimic.write_table("split", _SPLIT, floats + bad)
-    studies, account = read(MimicCxrSource(mimic.root))
+    studies, log = read(MimicCxrSource(mimic.root))
     assert [s.study_id for s in studies] == ["50000001", "50000002", "50000003", "50000004"]
-    assert {reason: entry.count for reason, entry in account.skipped.items()} == {
+    assert {reason: entry.count for reason, entry in log.skipped.items()} == {
         "no study id": 3, "unknown split": 1, "row of another length than the header": 1, "id seen before": 1,
     }  # fmt: skip
     assert [(p.path, p.reason, p.detail) for p in studies[0].problems] == [
@@ -125,10 +125,10 @@ def test_notes_that_cannot_be_read(mimic: Any, tmp_path: Path, read: Read) -> No
     mimic.write_note(10000032, 50000001, b"FINDINGS:\0 none")
     mimic.write_note(10000032, 50000002, b" FINDINGS:  Caf\xe9.\n")
     mimic.write_note(11000033, 50000003, b"x" * (2**20 + 1))
-    studies, account = read(MimicCxrSource(mimic.root))
+    studies, log = read(MimicCxrSource(mimic.root))
     assert [s.study_id for s in studies] == ["50000002", "50000004"]
     assert studies[0].findings == "Café."
-    assert [e["detail"] for e in account.skipped["report cannot be read"].examples] == [
+    assert [e["detail"] for e in log.skipped["report cannot be read"].examples] == [
         "not text", "more than 1,048,576 bytes",
     ]  # fmt: skip
 
@@ -141,9 +141,9 @@ def test_a_broken_member_of_the_zip(mimic: Any, tmp_path: Path, read: Read) -> N
     data = bytearray(path.read_bytes())
     data[start + 5 : start + 25] = b"\xff" * 20
     path.write_bytes(data)
-    studies, account = read(MimicCxrSource(mimic.root, reports=path))
+    studies, log = read(MimicCxrSource(mimic.root, reports=path))
     assert len(studies) == 3
-    assert _reasons(account) == {"report cannot be read": ["50000001"]}
+    assert _reasons(log) == {"report cannot be read": ["50000001"]}
     path.write_bytes(data[:-30])
     with pytest.raises(RunError, match="is not a whole zip file"):
         MimicCxrSource(mimic.root, reports=path)
@@ -165,13 +165,13 @@ def test_limit_is_per_split(mimic: Any, read: Read) -> None:
 def test_studies_may_be_pulled_by_another_thread(mimic: Any, read: Read) -> None:
     source = MimicCxrSource(mimic.root)
     with ThreadPoolExecutor(1) as pool:  # as the dispatcher of a worker pool does
-        studies = pool.submit(lambda: list(source.studies(Account()))).result()
+        studies = pool.submit(lambda: list(source.studies(ImportLog()))).result()
     assert studies == read(source)[0]
 
 
 def test_negbio_labels(mimic: Any, read: Read) -> None:
-    studies, account = read(MimicCxrSource(mimic.root, labeler="negbio"))
-    assert account.remarks == ["No mimic-cxr-2.0.0-negbio.csv.gz: the studies have no labels."]
+    studies, log = read(MimicCxrSource(mimic.root, labeler="negbio"))
+    assert log.remarks == ["No mimic-cxr-2.0.0-negbio.csv.gz: the studies have no labels."]
     mimic.table("chexpert").rename(mimic.table("negbio"))
     studies, _ = read(MimicCxrSource(mimic.root, labeler="negbio"))
     assert studies[3].extra["labels"] == ["No Finding"]
@@ -230,7 +230,7 @@ def annotation(mimic: Any, tmp_path: Path) -> Path:
 
 
 def test_rows_of_the_annotation_are_the_studies(mimic: Any, annotation: Path, read: Read) -> None:
-    studies, account = read(MimicCxrSource(mimic.root, annotation=annotation))
+    studies, log = read(MimicCxrSource(mimic.root, annotation=annotation))
     assert [s.study_id for s in studies] == [image[0] for image in mimic.images]
     assert [(s.patient_id, s.split, s.views, len(s.image_paths)) for s in studies[:3]] == [
         ("10000032", "train", ("PA",), 1), ("10000032", "train", ("LATERAL",), 1), ("10000032", "train", ("AP",), 1),
@@ -240,7 +240,7 @@ def test_rows_of_the_annotation_are_the_studies(mimic: Any, annotation: Path, re
     assert first.findings == "The lungs are clear in study 50000001. The heart is not enlarged."
     assert first.impression == "No acute disease."
     assert first.extra["labels"] == ["Cardiomegaly"]
-    assert _reasons(account) == {"no findings": ["again"]}
+    assert _reasons(log) == {"no findings": ["again"]}
 
 
 def test_the_annotation_alone(mimic: Any, annotation: Path, tmp_path: Path, read: Read) -> None:

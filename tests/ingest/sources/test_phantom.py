@@ -16,7 +16,7 @@ from emrrg_cli.errors import UsageError
 from emrrg_cli.imaging.read import read_image
 from emrrg_cli.ingest.preprocess import preprocess
 from emrrg_cli.ingest.sources.phantom import PhantomSource, split_of, synthetic_study
-from emrrg_cli.ingest.study import Account
+from emrrg_cli.ingest.study import ImportLog
 from emrrg_cli.phantom.render import render
 from emrrg_cli.recipe.preprocessing import PreprocessRecipe
 
@@ -100,8 +100,8 @@ def test_splits_follow_the_index() -> None:
 
 
 def test_the_source_counts_what_it_gives() -> None:
-    account, source = Account(), PhantomSource(5, seed=1)
-    studies = list(source.studies(account))
-    assert (len(source), account.read, len({study.study_id for study in studies})) == (5, 5, 5)
+    log, source = ImportLog(), PhantomSource(5, seed=1)
+    studies = list(source.studies(log))
+    assert (len(source), log.read, len({study.study_id for study in studies})) == (5, 5, 5)
     with pytest.raises(UsageError, match="1 or more"):
         PhantomSource(0)

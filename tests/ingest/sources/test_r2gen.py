@@ -12,7 +12,7 @@ from PIL import Image
 
 from emrrg_cli.errors import EmrrgError, RunError, UsageError
 from emrrg_cli.ingest.sources.r2gen import R2GenSource
-from emrrg_cli.ingest.study import Account, Study
+from emrrg_cli.ingest.study import ImportLog, Study
 
 
 def _row(id: object, /, report: object = "Clear.", images: object = "a.png", **more: object) -> dict[str, object]:
@@ -27,16 +27,16 @@ def _write(root: Path, train: Any, val: Any = (), test: Any = (), **more: Any) -
     return root
 
 
-def _read(root: Path, **options: Any) -> tuple[list[Study], Account]:
-    account = Account()
-    return list(R2GenSource(root, **options).studies(account)), account
+def _read(root: Path, **options: Any) -> tuple[list[Study], ImportLog]:
+    log = ImportLog()
+    return list(R2GenSource(root, **options).studies(log)), log
 
 
 def test_reads_the_fixture(tiny_r2gen: Path) -> None:
     source = R2GenSource(tiny_r2gen)
-    account = Account()
-    studies = list(source.studies(account))
-    assert (source.name, len(source), account.read, account.skipped) == ("r2gen", 24, 24, {})
+    log = ImportLog()
+    studies = list(source.studies(log))
+    assert (source.name, len(source), log.read, log.skipped) == ("r2gen", 24, 24, {})
     assert [s.split for s in studies] == ["train"] * 16 + ["validation"] * 4 + ["test"] * 4
     first, second = studies[:2]
     assert (first.study_id, first.patient_id, first.findings, first.impression) == ("study00", None, None, None)
@@ -78,19 +78,19 @@ def test_numbers_as_ids_and_a_byte_order_mark(tmp_path: Path) -> None:
 def test_limit_is_per_split(tiny_r2gen: Path) -> None:
     source = R2GenSource(tiny_r2gen, limit=3)
     assert len(source) == 9
-    assert [s.study_id for s in source.studies(Account())][3:5] == ["study16", "study17"]
+    assert [s.study_id for s in source.studies(ImportLog())][3:5] == ["study16", "study17"]
 
 
 def test_ids_twice_and_empty_reports_are_counted(tmp_path: Path) -> None:
     _write(tmp_path, [_row("x"), _row("x", "Other."), _row("y", " \n"), _row("z", None)], test=[_row("x")])
-    studies, account = _read(tmp_path)
+    studies, log = _read(tmp_path)
     assert [(s.study_id, s.report) for s in studies] == [("x", "Clear.")]
-    assert account.read == 5
-    assert {reason: entry.count for reason, entry in account.skipped.items()} == {
+    assert log.read == 5
+    assert {reason: entry.count for reason, entry in log.skipped.items()} == {
         "id seen before": 2,
         "empty report": 2,
     }
-    details = [example["detail"] for example in account.skipped["id seen before"].examples]
+    details = [example["detail"] for example in log.skipped["id seen before"].examples]
     assert details == ["in train, kept from train", "in test, kept from train"]
 
 
@@ -182,9 +182,9 @@ def test_wrong_types_name_the_row(tmp_path: Path, row: dict[str, object], messag
 def test_null_and_nan_stand_for_what_is_missing(tmp_path: Path, missing: object) -> None:
     rows = [_row("a"), _row("b", missing), _row("c", images=missing), _row("d", images=["a.png", missing])]
     _write(tmp_path, [*rows, _row("e", subject_id=missing, note=missing, text='NaN "Infinity" \\ud800')])
-    studies, account = _read(tmp_path)
+    studies, log = _read(tmp_path)
     assert [(study.study_id, len(study.image_paths)) for study in studies] == [("a", 1), ("c", 0), ("d", 1), ("e", 1)]
-    assert {reason: entry.count for reason, entry in account.skipped.items()} == {"empty report": 1}
+    assert {reason: entry.count for reason, entry in log.skipped.items()} == {"empty report": 1}
     assert studies[3].patient_id is None
 
 
@@ -235,9 +235,9 @@ def test_wrong_roots(tmp_path: Path) -> None:
 
 def test_real_annotations(shared_data: Path) -> None:
     iu = R2GenSource(shared_data / "iu_text")
-    account = Account()
-    studies = list(iu.studies(account))
-    assert (iu.name, account.read, len(studies)) == ("iu_xray", 2955, 2955)
+    log = ImportLog()
+    studies = list(iu.studies(log))
+    assert (iu.name, log.read, len(studies)) == ("iu_xray", 2955, 2955)
     assert all(s.patient_id for s in studies)
     assert sum(len(s.problems) for s in studies) == 5910
     covid = R2GenSource(shared_data / "covid_chestxray")
