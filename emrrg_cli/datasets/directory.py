@@ -89,7 +89,7 @@ def open_dataset(root: str | Path) -> datasets.DatasetDict:
         builder.download_and_prepare()
         opened = builder.as_dataset()
     except Exception as error:
-        # `datasets` wraps what went wrong in its own exception; the cause is the part that helps.
+        # `datasets` wraps the error in its own exception; the cause has the useful message.
         cause = error.__cause__ or error
         raise RunError(
             f"cannot open the dataset {folder}: {str(cause).strip() or type(cause).__name__}",
@@ -105,7 +105,7 @@ def open_dataset(root: str | Path) -> datasets.DatasetDict:
 
 
 def _check_columns(folder: Path, split: str, found: Features) -> None:
-    """Makes sure that the columns are there and hold what their names say.
+    """Check that all columns exist and have the expected types.
 
     Raises:
         RunError: One is missing, or holds numbers in place of text, for instance.

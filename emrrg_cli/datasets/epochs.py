@@ -58,7 +58,7 @@ def epoch_length(dataset: Dataset[Any]) -> int:
 
 
 def check_batch(batch_size: int, processes: int, examples: int | None = None) -> None:
-    """Refuses a batch that the training could not be cut into; quick, so that it is asked before models are loaded.
+    """Refuse a batch size that does not fit. Fast, so it is called before models are loaded.
 
     Args:
         batch_size: `train.batch_size`.

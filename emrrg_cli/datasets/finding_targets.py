@@ -12,7 +12,7 @@ from emrrg_cli.labeling import OBSERVATIONS, label_report
 
 FINDINGS = tuple(OBSERVATIONS)
 
-# A report that does not speak of an observation is taken to have seen none: reports name what is there.
+# A report that does not mention an observation counts as negative, since reports name what is present.
 _NUMBERS = {"positive": 1.0, "negative": 0.0, None: 0.0, "uncertain": math.nan}
 
 

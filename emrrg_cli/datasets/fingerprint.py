@@ -1,4 +1,4 @@
-"""What tells the content of a dataset directory from another's."""
+"""A fingerprint of the content of a dataset directory."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from emrrg_cli.files.atomic import whole_directory
 def dataset_fingerprint(root: str | Path) -> str:
     """The fingerprint of a dataset directory, without reading its images.
 
-    `emrrg preprocess` writes one of all rows into the manifest. A directory without a manifest is known by the sizes
-    and footers of its Parquet files, which hold the place and the statistics of every column.
+    `emrrg preprocess` writes one of all rows into the manifest. For a directory without a manifest, it is computed from
+    the sizes and footers of its Parquet files, which hold the place and the statistics of every column.
 
     Raises:
         UsageError: No such directory, or not a dataset directory.

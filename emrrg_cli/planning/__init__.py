@@ -1,4 +1,4 @@
-"""What a recipe will need on this machine: parameters, memory, time, disk."""
+"""Predicts the parameters, memory, time and disk space of a recipe on this machine."""
 
 from emrrg_cli.planning.prediction import plan
 from emrrg_cli.planning.result import Plan

@@ -1,4 +1,4 @@
-"""What the reader of a plan should know, and what makes it fit."""
+"""Notes on a plan, and changes to the recipe that make it fit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from emrrg_cli.recipe.finetuning import FinetuneRecipe
 
 
 def notes_on(result: Plan, recipe: FinetuneRecipe) -> list[str]:
-    """What the reader of the figures should know."""
+    """Notes that help to read the figures."""
     notes = []
     loading = result.seconds_loading
     if loading is None:
@@ -30,7 +30,7 @@ def notes_on(result: Plan, recipe: FinetuneRecipe) -> list[str]:
 
 
 def proposals_for(result: Plan, recipe: FinetuneRecipe, checkpointed: int, share: int) -> list[str]:
-    """Changes, gentlest first, until the memory suffices; each as `key=value`."""
+    """Changes as `key=value` until the memory is enough, those with the least effect first."""
     if result.fits:
         return []
     proposals: list[str] = []

@@ -89,7 +89,7 @@ def llm_config(settings: ModelSettings) -> Any:
 
 
 def quantize(llm: Any, quantization: str, dtype: torch.dtype) -> None:
-    """Holds the projections of an LLM as bitsandbytes does, in place; leaves them where that is not installed.
+    """Quantise the projections of an LLM with bitsandbytes, in place. Without bitsandbytes, nothing changes.
 
     Args:
         quantization: `none`, `8bit` or `4bit`, with the options of `emrrg_cli.models.llm.load_llm`.

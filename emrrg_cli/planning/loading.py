@@ -41,7 +41,7 @@ def count_studies(recipe: FinetuneRecipe) -> tuple[int, float]:
 
 
 def seconds_per_study(recipe: FinetuneRecipe, micro: int) -> float:
-    """Time between two studies of the training's own loader where nothing waits for it, with the recipe's processes.
+    """Seconds that the training's loader needs for a study, with the recipe's processes.
 
     Args:
         recipe: `data.root` is set.
@@ -54,7 +54,7 @@ def seconds_per_study(recipe: FinetuneRecipe, micro: int) -> float:
     settings = recipe.data.model_copy(update={"limit": limit})
     dataset = ReportDataset(_training_split(recipe), settings, recipe.model.encoder.image_size)
     order = EpochOrder(len(dataset), min(micro, len(dataset)), seed=recipe.train.seed)
-    # Processes hand over their batches in rounds: the first two start them and empty what they have in store.
+    # The first two rounds of batches include the start of the processes and batches that were prepared before.
     a_round = max(1, settings.workers)
     batches = chain.from_iterable(order.epoch(epoch) for epoch in count())
     encode = partial(encode_report, PlanTokenizer(), max_tokens=settings.max_report_tokens)

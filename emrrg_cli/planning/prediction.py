@@ -102,7 +102,7 @@ def plan(
 
 @dataclass(frozen=True)
 class _Work:
-    """What a device does in a step: `share` studies of `views` images, `micro` at a time."""
+    """The work of a device in a step: `share` studies of `views` images, `micro` at a time."""
 
     recipe: FinetuneRecipe
     config: Any
@@ -169,7 +169,7 @@ def _trial(work: _Work, llm_parameters: int, report: Callable[[str], None]) -> t
 
 
 def _memory(work: _Work, step: Step, *, program: int, weights: int, llm_weights: int, trained: int) -> dict[str, int]:
-    """Bytes on the device at the peak of a step, by what they are."""
+    """Bytes on the device at the peak of a step, by part."""
     train = work.recipe.train
     # fp32 copy and its gradient
     logits = work.micro * (work.recipe.data.max_report_tokens + 2) * work.config.vocab_size * 4 * 2
@@ -200,6 +200,6 @@ def _together(computing: float, loading: float, workers: int, device_type: str) 
         return computing + loading
     if device_type == "cuda":
         return max(computing, loading)
-    # Arithmetic takes every core of a CPU: what is loaded meanwhile is taken from it.
+    # Arithmetic uses every core of a CPU, so loading data at the same time slows it down.
     cores = os.cpu_count() or 1
     return max(loading, computing + loading * min(workers, cores) / cores)

@@ -1,4 +1,4 @@
-"""What a plan says."""
+"""The result of a plan."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether memory and disk suffice; a twentieth of the memory is left for what is not counted."""
+        """Whether memory and disk are large enough. 5 % of the memory is kept free for what is not counted."""
         return self.peak <= 0.95 * self.available and sum(self.disk.values()) <= self.disk_free
 
     def as_dict(self) -> dict[str, Any]:

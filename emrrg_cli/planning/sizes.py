@@ -75,11 +75,11 @@ def gradients(size: int, activations: int, *, accumulates: bool, device_type: st
 
 
 def disk_bytes(recipe: FinetuneRecipe, parameters: dict[str, int], trained: int, llm_weights: int) -> dict[str, int]:
-    """Bytes that a run directory takes, by what they are."""
+    """Bytes of a run directory, by part."""
     frozen_encoder = recipe.model.adapter.targets != "full"
     disk = {
         "encoder": 4 * parameters["encoder"] if frozen_encoder else 0,
-        # Export and checkpoint are each written beside the one they replace.
+        # A new export or checkpoint is written before the old one is removed.
         "model": 2 * 4 * trained,
         "checkpoints": 2 * 12 * trained,
     }
@@ -102,7 +102,7 @@ def file_bytes() -> int:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that a training could have on a device, what this process has included."""
+    """Memory that a training can use on a device, including the memory of this process."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + CUDA_CONTEXT
     return psutil.virtual_memory().available + resident_bytes()

@@ -1,4 +1,4 @@
-"""Training steps of a small model of a recipe's widths, and what a whole model's step follows from them."""
+"""Measures training steps of a small model with a recipe's widths, and computes a step of the whole model."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def measure(
     llm_parameters: int,
     report: Callable[[str], None],
 ) -> Step:
-    """A whole model's step, from trials that fit this device.
+    """Estimate a step of the whole model from trials that fit this device.
 
     Args:
         config: of the LLM.
@@ -146,7 +146,7 @@ class _Trial:
                 self._keep(part)
                 times[part] = self._time(size)
             rounds.append(times)
-            # Where steps take this long, what the first one takes to start is nothing beside them.
+            # If steps take this long, the start-up time of the first one does not matter.
             if time.perf_counter() - began > (_BUDGET_S if len(rounds) > 1 else _BUDGET_S / 2):
                 break
         # Other work on the machine only ever adds: the lower quartile of each, from steps spread over the whole trial.
@@ -165,7 +165,7 @@ class _Trial:
     def _extrapolate(self, figures: Mapping[str | None, float]) -> float:
         smallest = figures[None]
         more = ((figures[part] - smallest) / count * self.missing[part] for part, count in self.further.items())
-        return float(smallest + max(0.0, sum(more)))  # noise can make small parts look negative
+        return float(smallest + max(0.0, sum(more)))  # noise can make small differences negative
 
     def _checkpoints(self, micro: int) -> float:
         # Checkpointing keeps the input of each block and layer, and one of them whole at a time.

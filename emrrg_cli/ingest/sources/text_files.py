@@ -18,7 +18,13 @@ from typing import IO, Any, cast
 
 from emrrg_cli.errors import RunError
 
-_BYTE_ORDER_MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+_BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),  # starts with the mark of UTF-16, so it comes first
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 _MAX_LINE = 20_000_000  # characters
 _MAX_CELL = 10_000_000
 _MAX_HEADER_LINES = 100
@@ -81,7 +87,7 @@ def read_lines(path: Path, encoding: str, errors: str = "replace") -> Iterator[s
 def find_encoding(path: Path) -> str:
     """The encoding of a text file, plain or gzipped (`.gz`).
 
-    UTF-8 or UTF-16 by the byte order mark; UTF-16 without one by its zeros; UTF-8 where all of the file is that;
+    UTF-8, UTF-16 or UTF-32 by the byte order mark; UTF-16 without one by its zeros; UTF-8 if the whole file is UTF-8;
     otherwise Windows-1252.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()

@@ -45,7 +45,7 @@ def _rows(path: Path) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("ends", ["\n", "\r\n"])
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_every_form_has_the_same_rows(tmp_path: Path, form: str, ends: str, encoding: str, packed: bool) -> None:
     name, content = FORMS[form]
