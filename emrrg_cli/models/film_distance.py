@@ -21,8 +21,8 @@ FILM_DISTANCE = "film_distance.safetensors"
 Films = tuple[Tensor, Tensor]  # as `describe` gives them
 UNLIKE = "unlike the films of the training"
 LEAST = 10  # films that a threshold is taken from
-_USUAL = 0.995  # share of held-out films below the threshold
-_DEVIATIONS = 2.576  # the same share of a normal distribution
+_USUAL = 0.99  # share of held-out films below the threshold
+_DEVIATIONS = 2.326  # the same share of a normal distribution
 _SMALLEST = 8  # pixels on a side of a level of texture
 _ROUNDING = 2.0**-8  # of a value at bf16
 
@@ -70,7 +70,7 @@ class _Part:
 class FilmDistance:
     """How unlike the training films are films, by the encoder's tokens and by their texture.
 
-    For each of the two it is the Mahalanobis distance, as a multiple of the one that 99.5 percent of held-out films do
+    For each of the two it is the Mahalanobis distance, as a multiple of the one that 99 percent of held-out films do
     not reach; the larger counts. Above 1, a film is called unlike.
 
     Source: Lee et al., arXiv 1807.03888; shrinkage: Ledoit and Wolf, J. Multivariate Analysis 88 (2004).
