@@ -160,6 +160,10 @@ def _unpickled(file: Path) -> Any:
             raise _damaged(file, "its end is missing")
     if is_zip:
         try:
+            with zipfile.ZipFile(file) as archive:
+                is_program = any(name.endswith("/constants.pkl") for name in archive.namelist())
+            if is_program:  # its code is compressed
+                raise RunError(f"{file}: refused: this is a TorchScript program, not a checkpoint")
             check_archive(file)
         except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
             raise _damaged(file, getattr(error, "strerror", None) or str(error)) from error
@@ -176,8 +180,6 @@ def _unpickled(file: Path) -> Any:
             raise _refused(file, [named[1]]) from error
         if isinstance(error, pickle.UnpicklingError) and (names := _globals_in(file)) and "operand" in reason:
             raise _refused(file, names) from error
-        if "TorchScript" in reason:
-            raise RunError(f"{file}: refused: this is a TorchScript program, not a checkpoint") from error
         raise _damaged(file, next(iter(reason.splitlines()), type(error).__name__)) from error
 
 
