@@ -47,10 +47,14 @@ def check_archive(file: Path) -> None:
     """
     if not stat.S_ISREG(file.stat().st_mode):
         raise OSError(errno.EINVAL, "not a regular file", str(file))
-    if not zipfile.is_zipfile(file):
-        return
-    with zipfile.ZipFile(file) as archive:
-        compressed = [member.filename for member in archive.infolist() if member.compress_type != zipfile.ZIP_STORED]
+    try:
+        if not zipfile.is_zipfile(file):
+            return
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+    except Exception as error:  # a damaged list of members raises whatever its reader met
+        raise OSError(errno.EINVAL, f"its list of members is damaged: {error}", str(file)) from error
+    compressed = [member.filename for member in members if member.compress_type != zipfile.ZIP_STORED]
     if compressed:
         raise OSError(errno.EINVAL, f"{compressed[0]} in it is compressed, which torch.save never does", str(file))
 

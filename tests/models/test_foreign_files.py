@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -146,3 +147,21 @@ def test_what_torch_saves_is_accepted(tmp_path: Path) -> None:
     for zipped in (True, False):
         torch.save({"x": torch.zeros(3)}, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
         check_archive(tmp_path / "x.pth")
+
+
+def test_a_damaged_list_of_members_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "x.pth"
+    torch.save({"model": {f"x{number}": torch.zeros(3) for number in range(8)}}, file)
+    whole = file.read_bytes()
+    draw = random.Random(0)
+    refused = 0
+    for _ in range(200):
+        damaged = bytearray(whole)
+        for _ in range(3):
+            damaged[draw.randrange(len(whole) - 1200, len(whole))] = draw.randrange(256)
+        file.write_bytes(damaged)
+        try:
+            read_checkpoint(file)
+        except EmrrgError:
+            refused += 1
+    assert refused > 100

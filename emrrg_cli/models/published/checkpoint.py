@@ -154,19 +154,18 @@ def _joined(index: Path) -> Checkpoint:
 
 
 def _unpickled(file: Path) -> Any:
-    is_zip = zipfile.is_zipfile(file)
+    try:
+        is_zip = zipfile.is_zipfile(file)
+        if is_zip and _is_program(file):  # its code is compressed, so it is looked for first
+            raise RunError(f"{file}: refused: this is a TorchScript program, not a checkpoint")
+        check_archive(file)
+    except RunError:
+        raise
+    except Exception as error:  # a damaged list of members raises whatever its reader met
+        raise _damaged(file, getattr(error, "strerror", None) or str(error)) from error
     with file.open("rb") as stream:
         if stream.read(2) == b"PK" and not is_zip:
             raise _damaged(file, "its end is missing")
-    if is_zip:
-        try:
-            with zipfile.ZipFile(file) as archive:
-                is_program = any(name.endswith("/constants.pkl") for name in archive.namelist())
-            if is_program:  # its code is compressed
-                raise RunError(f"{file}: refused: this is a TorchScript program, not a checkpoint")
-            check_archive(file)
-        except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
-            raise _damaged(file, getattr(error, "strerror", None) or str(error)) from error
     if is_zip and (name := _broken_member(file)):
         raise _damaged(file, f"{name} in it is not what was written (its checksum)")
     try:
@@ -181,6 +180,11 @@ def _unpickled(file: Path) -> Any:
         if isinstance(error, pickle.UnpicklingError) and (names := _globals_in(file)) and "operand" in reason:
             raise _refused(file, names) from error
         raise _damaged(file, next(iter(reason.splitlines()), type(error).__name__)) from error
+
+
+def _is_program(file: Path) -> bool:
+    with zipfile.ZipFile(file) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def _broken_member(file: Path) -> str | None:
