@@ -49,9 +49,12 @@ def dataset_features(columns: Mapping[str, Column]) -> Features:
 
 
 def is_dataset_dir(root: str | Path) -> bool:
-    """Whether a folder is meant as a dataset directory, rather than one of images."""
-    folder = whole_directory(Path(root))
-    return (folder / MANIFEST).is_file() or any((folder / "data").glob("*.parquet"))
+    """Whether a folder is meant as a dataset directory, rather than one of images; false for what cannot be read."""
+    try:
+        folder = whole_directory(Path(root))
+        return (folder / MANIFEST).is_file() or any((folder / "data").glob("*.parquet"))
+    except (OSError, ValueError):  # a name that is too long or no path, a folder that is locked
+        return False
 
 
 def open_dataset(root: str | Path) -> datasets.DatasetDict:

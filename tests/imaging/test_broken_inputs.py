@@ -15,13 +15,15 @@ import tarfile
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor
 
 from emrrg_cli.app import main
 from emrrg_cli.datasets.manifest import read_manifest
@@ -230,15 +232,19 @@ class _Stub:
             assert batch.pixels.shape == (len(batch.keys), 32, 32)
             yield [WrittenReport(key, "The lungs are clear.", -1.0) for key in batch.keys]
 
+    def ground(self, pixels: Sequence[Tensor], *args: object) -> list[Tensor]:
+        return [torch.ones(1, len(views), 2, 2) for views in pixels]
+
 
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     from emrrg_cli.decoding import generate_folder as folder
-    from emrrg_cli.recipe import load
+    from emrrg_cli.recipe import load, paths
 
     size = "model.encoder={d_model: 16, depth: 2, image_size: 32, d_state: 4}"
     recipe = load.load_recipe("tiny/finetune", ["data.root=none", size], stage="finetune")
     monkeypatch.setattr(load, "load_run_recipe", lambda *args: recipe)
+    monkeypatch.setattr(paths, "require_trained", lambda run_dir: None)
     monkeypatch.setattr(folder, "load_generator", lambda *args, **options: _Stub())
 
 
