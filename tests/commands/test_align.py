@@ -22,6 +22,7 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, A
         return Summary(4, [0.25, -1.5], 2, "schedule ended", 12.5, None, True)
 
     monkeypatch.setattr("emrrg_cli.training.align.run_align", run_align)
+    monkeypatch.setattr("emrrg_cli.recipe.paths.check_roots_exist", lambda *arguments, **options: None)  # no data
     monkeypatch.chdir(tmp_path)
     return calls
 
