@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import pickle
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -125,15 +123,7 @@ def test_a_wrong_batch_is_refused(batch: dict[str, Any], message: str, tiny_run:
 
 
 @pytest.mark.slow
-def test_other_processes_write_the_same(varied_run: Path, films: Path, written: Any) -> None:
-    reporter, paths = Reporter(varied_run, device="cpu"), _paths(films)
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        for found in pool.map(reporter, [{"image": paths[:3]}, {"image": paths[3:]}]):
-            _check(found, written)
-
-
-@pytest.mark.slow
-def test_dask_writes_the_same(varied_run: Path, films: Path, written: Any) -> None:
+def test_other_processes_of_dask_write_the_same(varied_run: Path, films: Path, written: Any) -> None:
     from distributed import Client, LocalCluster
 
     reporter, paths = Reporter(varied_run, device="cpu"), _paths(films)
