@@ -19,7 +19,7 @@ from emrrg_cli.reporting.page import Card, Page, write_page
 
 INTRO = (
     "Synthetic films, drawn by emrrg with known findings, and reports by a tiny model that was trained on other "
-    "synthetic films for about two minutes. The page shows that all parts work together. It says nothing about real "
+    "synthetic films for a few minutes. The page shows that all parts work together. It says nothing about real "
     "radiographs."
 )
 LEGEND = (

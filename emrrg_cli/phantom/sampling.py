@@ -50,15 +50,17 @@ _STORIES: tuple[tuple[str, float], ...] = (
 )
 
 
-def draw_case(rng: np.random.Generator) -> Case:
-    """One study."""
+def draw_case(rng: np.random.Generator, *, plain: bool = False) -> Case:
+    """One study; `plain`: a frontal film that differs less from others, without look-alikes of findings."""
     names, weights = zip(*_STORIES, strict=True)
     story = names[int(rng.choice(len(names), p=weights))]
     view: View = "AP" if rng.random() < (0.95 if story == "intensive care" else 0.22) else "PA"
-    draw = _Draw(rng, view)
+    draw = _Draw(rng, view, spread=0.4 if plain else 1.0)
     findings = draw.findings(story)
-    # Bedside films are single ones.
-    two = view == "PA" and draw.chance(0.55)
+    if plain:
+        film = replace(draw.film(view, anatomy := draw.anatomy()), equalise=0.2, marker="")
+        return Case(anatomy, film, findings, texture_seed=int(rng.integers(2**31)))
+    two = view == "PA" and draw.chance(0.55)  # bedside films are single ones
     anatomy = draw.anatomy()
     return Case(
         anatomy,
@@ -71,8 +73,8 @@ def draw_case(rng: np.random.Generator) -> Case:
 
 
 class _Draw:
-    def __init__(self, rng: np.random.Generator, view: View) -> None:
-        self.rng, self.view = rng, view
+    def __init__(self, rng: np.random.Generator, view: View, spread: float) -> None:
+        self.rng, self.view, self.spread = rng, view, spread
         self.taken: set[tuple[Side, Zone]] = set()  # places in the lungs where something already is
 
     def chance(self, p: float) -> bool:
@@ -84,7 +86,7 @@ class _Draw:
 
     def about(self, mean: float, spread: float) -> float:
         """Normal, within two standard deviations."""
-        return round(float(mean + spread * np.clip(self.rng.standard_normal(), -2, 2)), 4)
+        return round(float(mean + self.spread * spread * np.clip(self.rng.standard_normal(), -2, 2)), 4)
 
     def pick(self, options: tuple[T, ...], p: tuple[float, ...] | None = None) -> T:
         return options[int(self.rng.choice(len(options), p=p))]

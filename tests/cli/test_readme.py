@@ -63,6 +63,7 @@ def test_the_blocks_that_are_not_run_are_few_and_say_why() -> None:
         "installs the package",
         "needs IU X-Ray and a hub",
         "needs IU X-Ray, a hub and several GPUs",
+        "installs another tool, which downloads models",
     ]
     assert len(README.splitlines()) <= 200
     assert 'pip install ".[dev]" && python -m pytest' in README

@@ -16,6 +16,9 @@ def phantom(
     split: Annotated[
         str, typer.Option(metavar="PARTS", help="Parts of train, validation, test, by the study's number.")
     ] = "0.8,0.1,0.1",
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Frontal films that differ less, without look-alikes of findings.")
+    ] = False,
 ) -> None:
     """Synthetic chest radiographs with reports: no data, no licence, known labels.
 
@@ -32,6 +35,10 @@ def phantom(
     settings = load_settings(options, "phantom/preprocess")
     if settings.size == "original":
         raise UsageError("a synthetic image has no original size", hint="Set size to a number of pixels.")
-    studies = PhantomSource(count, seed=options.seed, fractions=parse_fractions(split), limit=options.limit)
+    studies = PhantomSource(
+        count, seed=options.seed, fractions=parse_fractions(split), limit=options.limit, plain=plain
+    )
     record = {"layout": "phantom", "drawing": DRAWING, "count": count, "split": split}
+    if plain:
+        record["plain"] = True
     run_source(studies, out, options, settings, record, title=f"{count:,} synthetic studies, seed {options.seed}")

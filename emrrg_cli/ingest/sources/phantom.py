@@ -31,10 +31,10 @@ _COLUMNS = {
 }
 
 
-def synthetic_study(seed: int, index: int) -> tuple[Case, Report]:
-    """Study `index` of a seed: a pure function of the two, whatever else is made."""
+def synthetic_study(seed: int, index: int, *, plain: bool = False) -> tuple[Case, Report]:
+    """Study `index` of a seed: a pure function of the arguments, whatever else is made; `plain` as in `draw_case`."""
     rng = generator(seed, index)
-    case = draw_case(rng)
+    case = draw_case(rng, plain=plain)
     return case, write_report(case, rng)
 
 
@@ -71,6 +71,7 @@ class PhantomSource:
         seed: 0 or more.
         fractions: Parts of train, validation and test, adding up to 1.
         limit: First studies of each split that are made; None: all.
+        plain: As in `draw_case`.
 
     Raises:
         UsageError: A number is out of range.
@@ -83,11 +84,18 @@ class PhantomSource:
     about = _ABOUT
 
     def __init__(
-        self, count: int, *, seed: int = 0, fractions: Sequence[float] = (0.8, 0.1, 0.1), limit: int | None = None
+        self,
+        count: int,
+        *,
+        seed: int = 0,
+        fractions: Sequence[float] = (0.8, 0.1, 0.1),
+        limit: int | None = None,
+        plain: bool = False,
     ) -> None:
         if count < 1 or seed < 0:
             raise UsageError("the number of phantoms must be 1 or more, the seed 0 or more")
         self._count, self._seed, self._fractions, self._limit = count, seed, fractions, limit
+        self._plain = plain
 
     def __len__(self) -> int:
         return sum(1 for _ in self._indices())
@@ -96,7 +104,7 @@ class PhantomSource:
         """Studies 0 to `count` - 1; images are drawn later."""
         for index, split in self._indices():
             log.read += 1
-            case, report = synthetic_study(self._seed, index)
+            case, report = synthetic_study(self._seed, index, plain=self._plain)
             study_id = f"phantom-{self._seed}-{index:06d}"
             yield Study(
                 study_id=study_id,

@@ -17,6 +17,7 @@ from emrrg_cli.imaging.read import read_image
 from emrrg_cli.ingest.preprocess import preprocess
 from emrrg_cli.ingest.sources.phantom import PhantomSource, split_of, synthetic_study
 from emrrg_cli.ingest.study import ImportLog
+from emrrg_cli.phantom.parameters import Distractors
 from emrrg_cli.phantom.render import render
 from emrrg_cli.recipe.preprocessing import PreprocessRecipe
 
@@ -34,6 +35,16 @@ def test_a_study_is_a_function_of_seed_and_index() -> None:
     assert synthetic_study(1, 7) == synthetic_study(1, 7)
     assert synthetic_study(1, 7) != synthetic_study(1, 8)
     assert synthetic_study(1, 7) != synthetic_study(2, 7)
+
+
+def test_plain_films_are_frontal_and_differ_less() -> None:
+    assert synthetic_study(1, 7, plain=True) == synthetic_study(1, 7, plain=True) != synthetic_study(1, 7)
+    plain = [synthetic_study(3, index, plain=True)[0] for index in range(200)]
+    varied = [synthetic_study(3, index)[0] for index in range(200)]
+    assert all(case.lateral is None and case.distractors == Distractors() for case in plain)
+    assert [case.findings.labels() for case in plain] != [set()] * 200
+    for value in (lambda case: case.film.field, lambda case: case.anatomy.tilt, lambda case: case.film.shift_x):
+        assert np.std([value(case) for case in plain]) < 0.6 * np.std([value(case) for case in varied])
 
 
 @pytest.mark.slow
