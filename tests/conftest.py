@@ -22,6 +22,8 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import ExplicitVRLittleEndian, JPEGBaseline8Bit, generate_uid
 
+from tests.varied import varied_copy
+
 # Before `datasets` is imported: tests run offline and leave no Arrow copies in the user's cache.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Before torch is: on tensors this small threads cost more than they bring, twenty times so when the machine is busy.
@@ -219,25 +221,7 @@ def tiny_run(tiny_overrides: tuple[str, ...], make_once: MakeOnce) -> Path:
 @pytest.fixture(scope="session")
 def varied_run(tiny_run: Path, make_once: MakeOnce) -> Path:
     """`tiny_run` with weights so large that most images get a text of their own. Not to be changed."""
-    return make_once("varied_run", lambda folder: _vary(tiny_run, folder / "run")) / "run"
-
-
-def _vary(source: Path, run: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    from emrrg_cli.checksums import write_checksums
-
-    shutil.copytree(source, run)
-    for name, factor in (("encoder", 30), ("llm/model", 50), ("bridge", 50)):
-        file = run / "model" / f"{name}.safetensors"
-        tensors = load_file(file)
-        for key, tensor in tensors.items():
-            if "proj" in key or key == "patch_embed.weight":
-                tensor *= factor
-            elif key.endswith("warmup"):  # opens the gates of the hybrid layers
-                tensor.fill_(1.0)
-        save_file(tensors, file, {"format": "pt"})
-    write_checksums(run / "model")
+    return make_once("varied_run", lambda folder: varied_copy(tiny_run, folder / "run")) / "run"
 
 
 def _draw_chest(rng: np.random.Generator, finding: str | None) -> Image.Image:

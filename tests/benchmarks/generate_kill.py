@@ -1,7 +1,7 @@
 """Kills `emrrg generate` at random moments, runs the same command again, and compares with a run that nobody stopped.
 
-    python tests/benchmarks/generate_kill.py --files 2000 --kills 5            # a few minutes on two idle cores
-    python tests/benchmarks/generate_kill.py --files 60 --kills 2 --processes 2
+    python -m tests.benchmarks.generate_kill --files 2000 --kills 5            # a few minutes on two idle cores
+    python -m tests.benchmarks.generate_kill --files 60 --kills 2 --processes 2
 
 The folder holds synthetic films as PNG, the same as DICOM, real X-rays where `--real FOLDER` names some, and 5 percent
 of files that are no images or are cut off. Each run is killed (SIGKILL, with all of its processes) after a random
@@ -26,7 +26,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from safetensors.torch import load_file, save_file
+
+from tests.varied import vary
 
 ENCODER = "model.encoder={size: null, d_model: 16, depth: 2, image_size: 32, d_state: 4}"
 LLM = "model.llm.scratch={hidden_size: 32, layers: 2, heads: 2, kv_heads: 1, vocab_size: 320}"
@@ -63,22 +64,6 @@ def tiny_run(root: Path, count: int = 200) -> tuple[Path, Path]:
     )  # fmt: skip
     vary(run)
     return data, run
-
-
-def vary(run: Path) -> None:
-    """Makes weights so large that most films get a text of their own: with one text for all, nothing is compared."""
-    from emrrg_cli.checksums import write_checksums
-
-    for name, factor in (("encoder", 30), ("llm/model", 50), ("bridge", 50)):
-        file = run / "model" / f"{name}.safetensors"
-        tensors = load_file(file)
-        for key, tensor in tensors.items():
-            if "proj" in key or key == "patch_embed.weight":
-                tensor *= factor
-            elif key.endswith("warmup"):  # opens the gates of the hybrid layers
-                tensor.fill_(1.0)
-        save_file(tensors, file, {"format": "pt"})
-    write_checksums(run / "model")
 
 
 def phantoms(data: Path) -> list[Image.Image]:

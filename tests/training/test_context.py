@@ -21,12 +21,12 @@ def context_run(
     context_dataset: Path, tiny_overrides: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """A run that reads indication and age, with weights so large that its reports depend on them. Not to be changed."""
-    from tests.conftest import _vary
+    from tests.varied import varied_copy
 
     folder = tmp_path_factory.mktemp("context")
     options = [*tiny_overrides[1:], f"data.root={context_dataset}", READ, "train.trackers=[]", "train.select=loss"]
     assert main(["finetune", "tiny/finetune", *options, "--output", str(folder / "run")]) == 0
-    _vary(folder / "run", folder / "varied")
+    varied_copy(folder / "run", folder / "varied")
     return folder / "varied"
 
 

@@ -18,7 +18,7 @@ from emrrg_cli.datasets.directory import open_dataset
 from emrrg_cli.datasets.report_dataset import ReportDataset, collate, projections_of
 from emrrg_cli.errors import UsageError
 from emrrg_cli.recipe.common import DataSettings
-from tests.conftest import _vary
+from tests.varied import varied_copy
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def told_run(context_dataset: Path, tiny_overrides: tuple[str, ...], tmp_path_fa
     options = [*tiny_overrides[1:], f"data.root={context_dataset}", "model.view_tokens=true", "train.trackers=[]"]
     options += ["train.select=loss", "train.epochs=1"]
     assert main(["finetune", "tiny/finetune", *options, "--output", str(folder / "run")]) == 0
-    _vary(folder / "run", folder / "varied")
+    varied_copy(folder / "run", folder / "varied")
     file = folder / "varied" / "model" / "bridge.safetensors"
     tensors = load_file(file)
     assert tensors["view_embedding"].abs().max() > 0  # trained
