@@ -37,8 +37,10 @@ from emrrg_cli import load_generator, score
 from emrrg_cli.checksums import write_checksums
 from emrrg_cli.datasets.directory import open_dataset
 from emrrg_cli.datasets.report_text import clean_report
+from emrrg_cli.default_model import LIMITS, SYNTHETIC_ONLY
 from emrrg_cli.demo import DemoResult, read_result, write_films
 from emrrg_cli.ingest.sources.phantom import synthetic_study
+from emrrg_cli.models.film_distance import FILM_DISTANCE, FilmDistance
 from emrrg_cli.phantom.grid import generator
 from emrrg_cli.phantom.reader import read_labels
 from emrrg_cli.phantom.report import write_report
@@ -53,8 +55,9 @@ TOY = {
     "finetune": (ENCODER, LLM, *SMALL),
     "evaluate": ("generation.max_new_tokens=60",),
 }
-# Files of a run that reports need.
-KEPT = ("recipe.yaml", "environment.json", "llm.json", "tokenizer", "model")
+# Files of a run that reports need. What says which films are unlike those of the training is written anew: it names the
+# weights that it was measured with.
+KEPT = ("recipe.yaml", "llm.json", "tokenizer", "model")
 SENTENCE = re.compile(r"\s\.\s?|[.;]\s+")
 
 
@@ -227,8 +230,11 @@ def export(run: Path, target: Path, found: dict[str, Any], work: Work) -> None:
     recipe["data"]["root"] = recipe["model"]["encoder"]["weights"] = recipe["output"] = None
     (target / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     (target / "README.md").write_text(card(found, work))
+    (target / LIMITS).write_text(f"{SYNTHETIC_ONLY}\n")
     write_checksums(target / "model")
-    write_checksums(target, [name for name in KEPT if name != "model"])
+    if (known := FilmDistance.load(run)) is not None:
+        known.save(target)
+    write_checksums(target, [name for name in (*KEPT, FILM_DISTANCE, LIMITS) if name != "model"])
 
 
 def card(found: dict[str, Any], work: Work) -> str:

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from emrrg_cli import load_generator
+from emrrg_cli.datasets.directory import open_dataset
+from emrrg_cli.datasets.report_dataset import ReportDataset
 from emrrg_cli.datasets.report_text import clean_report
+from emrrg_cli.default_model import LIMITS, SYNTHETIC_ONLY, read_limits
 from emrrg_cli.ingest.sources.phantom import synthetic_study
-from emrrg_cli.recipe.load import load_recipe
+from emrrg_cli.models.film_distance import FILM_DISTANCE
+from emrrg_cli.recipe.load import load_recipe, load_run_recipe
+from emrrg_cli.training.measure_films import measure_film_distance
 
 
 @pytest.fixture(scope="module")
@@ -53,17 +60,19 @@ def test_splits_hold_a_thousand_test_films_or_a_tenth(box: ModuleType, tmp_path:
     assert box.Work(tmp_path, 200, 0, True).split == "0.800,0.1,0.1"
 
 
+FOUND = {
+    "films": 10,
+    "f1": {"micro": [0.9, 0.1, 0.0]},
+    "sides": 0.97,
+    "language": {"BLEU_4": (0.2, 0.25)},
+    "parameters": 1000,
+}
+
+
 def test_an_export_is_half_as_large_and_writes_reports(
     box: ModuleType, tiny_run: Path, tiny_r2gen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = {
-        "films": 10,
-        "f1": {"micro": [0.9, 0.1, 0.0]},
-        "sides": 0.97,
-        "language": {"BLEU_4": (0.2, 0.25)},
-        "parameters": 1000,
-    }
-    box.export(tiny_run, tmp_path / "box", found, box.Work(tmp_path, 200, 3, True))
+    box.export(tiny_run, tmp_path / "box", FOUND, box.Work(tmp_path, 200, 3, True))
     for file in (tmp_path / "box" / "model").rglob("*.safetensors"):
         whole = load_file(tiny_run / file.relative_to(tmp_path / "box"))
         half = load_file(file)
@@ -74,8 +83,27 @@ def test_an_export_is_half_as_large_and_writes_reports(
     assert "synthetic films only" in text
     assert "not for clinical use" in text
     assert "97.0%" in text
-    assert str(tmp_path) not in (tmp_path / "box" / "recipe.yaml").read_text()
+    for file in (file for file in (tmp_path / "box").rglob("*") if file.suffix in (".yaml", ".json")):
+        assert str(tmp_path.parent) not in file.read_text(), file
     assert "model/" not in json.dumps(json.loads((tmp_path / "box" / "checksums.json").read_text()))
     image = next((tiny_r2gen / "images").rglob("*.png"))
     assert load_generator(tmp_path / "box", device="cpu").generate([image])[0]
     assert "checksums" not in capsys.readouterr().err
+
+
+def test_an_export_knows_its_films_and_its_limits(
+    box: ModuleType, tiny_run: Path, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "box"
+    shutil.copytree(tiny_run, run)
+    recipe = load_run_recipe(run, None, [], "generate")
+    films = ReportDataset(open_dataset(tiny_dataset)["train"], recipe.data, recipe.model.encoder.image_size)
+    measure_film_distance(recipe, run, films, films, torch.device("cpu"))
+    before = load_generator(run, device="cpu").writer.film_distance
+    box.export(run, out, FOUND, box.Work(tmp_path, 200, 3, True))
+    after = load_generator(out, device="cpu").writer.film_distance
+    assert before is not None
+    assert after is not None
+    assert torch.equal(after.tokens.mean, before.tokens.mean)
+    assert read_limits(out) == SYNTHETIC_ONLY
+    assert {FILM_DISTANCE, LIMITS} <= set(json.loads((out / "checksums.json").read_text()))
