@@ -42,7 +42,7 @@ from emrrg_cli.training.measure_films import measure_film_distance
 from emrrg_cli.training.progress import TrainingDisplay
 from emrrg_cli.training.run_setup import Session, open_session, validation_loss
 from emrrg_cli.training.selection import MIN_BLEU_4
-from emrrg_cli.training.self_critical import Reward, sampled_batch
+from emrrg_cli.training.self_critical import Reward, Sampler
 from emrrg_cli.training.summary import Summary
 from emrrg_cli.vocabulary import F1_RULES, METEOR
 
@@ -57,7 +57,7 @@ class FinetuneStage:
     run_dir: Path
     accelerator: Any
     score_explained: bool = False
-    reward: Reward | None = None
+    sampler: Sampler | None = None
 
     def items(self, batch: Batch) -> int:
         """Report tokens of a batch."""
@@ -69,8 +69,8 @@ class FinetuneStage:
         settings = self.recipe.train.self_critical
         if settings is None or epoch < settings.after_epochs:
             return batches
-        assert self.reward is not None
-        return [sampled_batch(self.model, batch, settings, self.reward, self.accelerator) for batch in batches]
+        assert self.sampler is not None
+        return [self.sampler.sampled_batch(batch) for batch in batches]
 
     @property
     def collate(self) -> Callable[[Sequence[Example]], Batch]:
@@ -230,8 +230,8 @@ def _train(
     _set_objective(model, recipe, training.reports)
     model.set_gradient_checkpointing(recipe.train.gradient_checkpointing)
     stage = FinetuneStage(model, recipe, validation, run_dir, accelerator)
-    if recipe.train.self_critical is not None:
-        stage.reward = Reward(training.reports, recipe.train.self_critical.rewards)
+    if (settings := recipe.train.self_critical) is not None:
+        stage.sampler = Sampler(model, settings, Reward(training.reports, settings.rewards), accelerator)
     balance = recipe.data.balance
     shown = training if balance == 1 else BalancedStudies(training, balance)
     return session.train(stage, shown, stage.collate, workers=recipe.data.workers)

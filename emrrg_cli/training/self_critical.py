@@ -19,8 +19,11 @@ import torch
 from torch import Tensor
 
 from emrrg_cli.datasets.report_dataset import IGNORE, Batch
+from emrrg_cli.decoding.choice import choose_engine
+from emrrg_cli.decoding.engine import Engine
 from emrrg_cli.decoding.reference import generate_reports
 from emrrg_cli.decoding.slots import Prompts
+from emrrg_cli.decoding.writer import autocast_without_cache
 from emrrg_cli.evaluation.comparison import Corpus
 from emrrg_cli.evaluation.scores import SCORES
 from emrrg_cli.models.report_generator import ReportGenerator
@@ -74,46 +77,75 @@ def advantages(rewards: Tensor) -> Tensor:
     return rewards - others
 
 
-@torch.no_grad()
-def sampled_batch(
-    model: ReportGenerator, batch: Batch, settings: SelfCriticalSettings, reward: Reward, accelerator: Any
-) -> Batch:
-    """The batch with sampled reports as its labels, `samples` a study, and their advantages.
+class Sampler:
+    """Samples reports from the model that is trained and weighs them by their rewards.
 
-    Dropout, augmentation and stochastic depth are off while the reports are sampled. The draws are those of the
-    device's generator.
+    Args:
+        model: as it is trained; its weights are read anew for each batch.
+        reward: of a report.
+        accelerator: of the training.
     """
-    batch = batch.to(accelerator.device)
-    n = settings.samples
-    training = model.training
-    model.eval()
-    decoding = GenerationSettings(
-        engine="transformers",
-        num_beams=1,
-        do_sample=True,
-        temperature=settings.temperature,
-        max_new_tokens=settings.max_new_tokens,
-    )
-    with accelerator.autocast():
-        embeddings, mask, visual = model.prompt(batch.pixels, batch.views, batch.contexts, batch.projections)
-        repeated = {name: None if t is None else t.repeat_interleave(n, dim=0) for name, t in visual.items()}
-        keys = list(range(n * len(embeddings)))
-        prompts = Prompts(
-            keys,
-            keys,
-            embeddings.repeat_interleave(n, dim=0),
-            mask.repeat_interleave(n, dim=0),
-            repeated.get("visual_tokens"),
-            repeated.get("visual_mask"),
+
+    def __init__(
+        self, model: ReportGenerator, settings: SelfCriticalSettings, reward: Reward, accelerator: Any
+    ) -> None:
+        self.model, self.settings, self.reward, self.accelerator = model, settings, reward, accelerator
+        self._autocast = autocast_without_cache(accelerator)
+        self._engine: Engine | None = None  # kept for its CUDA graphs, which read the weights where they are
+
+    @torch.no_grad()
+    def sampled_batch(self, batch: Batch) -> Batch:
+        """The batch with sampled reports as its labels, `samples` a study, and their advantages.
+
+        Dropout, augmentation and stochastic depth are off while the reports are sampled. The draws are seeded by the
+        generator of the CPU.
+        """
+        batch = batch.to(self.accelerator.device)
+        training = self.model.training
+        self.model.eval()
+        tokens = self._sample(batch)
+        self.model.train(training)
+        n = self.settings.samples
+        references = [report for report in batch.reports for _ in range(n)]
+        rewards = torch.tensor(self.reward(references, [self.model.decode(row) for row in tokens])).view(-1, n)
+        labels = torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(row) for row in tokens], batch_first=True, padding_value=IGNORE
         )
-        end = [int(model.tokenizer.eos_token_id)]
-        reports = generate_reports(model.llm, prompts, decoding, end, model.pad_token_id)
-    model.train(training)
-    tokens = [report.tokens for report in reports]
-    references = [report for report in batch.reports for _ in range(n)]
-    rewards = torch.tensor(reward(references, [model.decode(row) for row in tokens])).view(-1, n)
-    labels = torch.nn.utils.rnn.pad_sequence(
-        [torch.tensor(row) for row in tokens], batch_first=True, padding_value=IGNORE
-    )
-    device = accelerator.device
-    return replace(batch, labels=labels.to(device), advantages=advantages(rewards).flatten().to(device))
+        device = self.accelerator.device
+        return replace(batch, labels=labels.to(device), advantages=advantages(rewards).flatten().to(device))
+
+    def _sample(self, batch: Batch) -> list[list[int]]:
+        # Token ids of `samples` reports a study, those of one study next to each other.
+        model, n = self.model, self.settings.samples
+        with self._autocast():
+            embeddings, mask, visual = model.prompt(batch.pixels, batch.views, batch.contexts, batch.projections)
+            repeated = {name: None if t is None else t.repeat_interleave(n, dim=0) for name, t in visual.items()}
+            count = n * len(embeddings)
+            prompts = Prompts(
+                list(range(count)),
+                torch.randint(2**62, (count,)).tolist(),
+                embeddings.repeat_interleave(n, dim=0),
+                mask.repeat_interleave(n, dim=0),
+                repeated.get("visual_tokens"),
+                repeated.get("visual_mask"),
+            )
+            decoding = self._decoding(count)
+            end = [int(model.tokenizer.eos_token_id)]
+            longest = mask.shape[1] + decoding.max_new_tokens
+            if choose_engine(model.llm, decoding, longest) == "transformers":
+                return [
+                    report.tokens for report in generate_reports(model.llm, prompts, decoding, end, model.pad_token_id)
+                ]
+        if self._engine is None:
+            self._engine = Engine(model.llm, decoding, end, self.accelerator.device, self._autocast)
+        written = {key: report.tokens for done in self._engine.write([prompts]) for key, report in done}
+        return [written[key] for key in prompts.keys]
+
+    def _decoding(self, count: int) -> GenerationSettings:
+        return GenerationSettings(
+            batch_size=count,
+            num_beams=1,
+            do_sample=True,
+            temperature=self.settings.temperature,
+            max_new_tokens=self.settings.max_new_tokens,
+        )

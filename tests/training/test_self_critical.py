@@ -60,12 +60,12 @@ def study(finetune: Any, tiny_dataset: Any) -> Any:
 
 def _sampled(study: Any, samples: int = 3) -> Any:
     from emrrg_cli.recipe.finetuning import SelfCriticalSettings
-    from emrrg_cli.training.self_critical import sampled_batch
+    from emrrg_cli.training.self_critical import Sampler
 
     model, batch, reports, accelerator = study
     torch.manual_seed(5)
     settings = SelfCriticalSettings(samples=samples, max_new_tokens=12)
-    return sampled_batch(model, batch, settings, Reward(reports, settings.rewards), accelerator)
+    return Sampler(model, settings, Reward(reports, settings.rewards), accelerator).sampled_batch(batch)
 
 
 @pytest.mark.slow
