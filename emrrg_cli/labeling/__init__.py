@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from emrrg_cli.labeling.labeler import label_report, label_reports
+from emrrg_cli.labeling.labeler import label_report, label_reports, positive_labels
 from emrrg_cli.labeling.policy import FIVE, OBSERVATIONS, Label
 
-__all__ = ["FIVE", "OBSERVATIONS", "Label", "label_report", "label_reports"]
+__all__ = ["FIVE", "OBSERVATIONS", "Label", "label_report", "label_reports", "positive_labels"]

@@ -42,6 +42,11 @@ def label_reports(texts: Iterable[str]) -> list[dict[str, Label | None]]:
     return [label_report(text) for text in texts]
 
 
+def positive_labels(texts: Iterable[str]) -> list[set[str]]:
+    """The observations that each text calls present, "No Finding" where it calls the chest normal."""
+    return [{name for name, label in labels.items() if label == "positive"} for labels in label_reports(texts)]
+
+
 # Reports repeat their sentences: about half of those in IU X-Ray stand in several reports.
 @lru_cache(maxsize=65_536)
 def _read_sentence(sentence: str) -> tuple[tuple[tuple[str, Label], ...], bool]:

@@ -21,7 +21,7 @@ from emrrg_cli.evaluation.language import require_java, score
 from emrrg_cli.evaluation.protocol import reference_reports
 from emrrg_cli.files.atomic import atomic_directory
 from emrrg_cli.files.write_errors import writing
-from emrrg_cli.labeling import label_reports
+from emrrg_cli.labeling import positive_labels
 from emrrg_cli.models.build import (
     assemble,
     build_encoder,
@@ -110,7 +110,7 @@ class FinetuneStage:
         weights = settings.score_weights
         scores = score(references, hypotheses, tokenizer=self.recipe.evaluation.tokenizer, meteor=METEOR in weights)
         if F1_RULES in weights:
-            scores[F1_RULES] = finding_scores(_positives(references), _positives(hypotheses))["micro"]["f1"]
+            scores[F1_RULES] = finding_scores(positive_labels(references), positive_labels(hypotheses))["micro"]["f1"]
         figures |= {f"validation/{name}": value for name, value in scores.items() if value is not None}
         figures["validation/score"] = sum(weight * (scores[name] or 0.0) for name, weight in weights.items())
         return figures
@@ -144,10 +144,6 @@ class FinetuneStage:
         """Replaces `model/` of the run directory."""
         with writing(self.run_dir / "model", trained_bytes(self.model)):
             save_trained(self.run_dir, self.recipe.model, self.model)
-
-
-def _positives(reports: Sequence[str]) -> list[set[str]]:
-    return [{name for name, label in labels.items() if label == "positive"} for labels in label_reports(reports)]
 
 
 def run_finetune(

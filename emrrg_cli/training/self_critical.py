@@ -26,9 +26,10 @@ from emrrg_cli.decoding.slots import Prompts
 from emrrg_cli.decoding.writer import autocast_without_cache
 from emrrg_cli.evaluation.comparison import Corpus
 from emrrg_cli.evaluation.scores import SCORES
+from emrrg_cli.labeling import positive_labels
 from emrrg_cli.models.report_generator import ReportGenerator
 from emrrg_cli.recipe.finetuning import GenerationSettings, SelfCriticalSettings
-from emrrg_cli.vocabulary import CIDER
+from emrrg_cli.vocabulary import CIDER, F1_RULES
 
 _REMEMBERED = 20_000
 
@@ -36,7 +37,8 @@ _REMEMBERED = 20_000
 class Reward:
     """The weighted sum of scores of each report against its reference; CIDEr counts as a part of 10.
 
-    CIDEr's n-grams are weighed by how rare they are among the training reports.
+    CIDEr's n-grams are weighed by how rare they are among the training reports. `F1_rules` is the F1 of the positive
+    labels of the pair, "No Finding" among them.
 
     Args:
         corpus: the training reports.
@@ -60,7 +62,13 @@ class Reward:
                 for name in wanted:
                     scale = self._weights[name] / (10 if name == CIDER else 1)
                     total += scale * values[:, score.names.index(name)]
+        if weight := self._weights.get(F1_RULES):
+            total += weight * np.array(list(map(_f1, positive_labels(references), positive_labels(hypotheses))))
         return [float(value) for value in total]
+
+
+def _f1(truth: set[str], found: set[str]) -> float:
+    return 2 * len(truth & found) / (len(truth) + len(found)) if truth or found else 1.0
 
 
 def advantages(rewards: Tensor) -> Tensor:

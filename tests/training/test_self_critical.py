@@ -34,6 +34,16 @@ def test_cider_weighs_words_by_the_training_reports() -> None:
     assert Reward(CORPUS, {"CIDEr": 1.0})(CORPUS[:1], written[:1]) == pytest.approx(rewards[:1])  # not by the batch
 
 
+def test_the_reward_of_findings_is_the_f1_of_positive_labels() -> None:
+    written = [
+        "the heart is enlarged . there is a left pleural effusion .",
+        "no acute disease .",
+        "the lungs are clear .",
+    ]
+    found = Reward(CORPUS, {"F1_rules": 2.0})([CORPUS[0], "normal chest .", CORPUS[2]], written)
+    assert found == pytest.approx([2 * 2 / 3, 2.0, 0.0])
+
+
 def test_an_advantage_is_over_the_mean_of_the_other_samples() -> None:
     found = advantages(torch.tensor([[1.0, 2.0, 6.0], [3.0, 3.0, 3.0]]))
     assert torch.allclose(found, torch.tensor([[1 - 4, 2 - 3.5, 6 - 1.5], [0.0, 0.0, 0.0]]))
