@@ -38,7 +38,7 @@ def progress_bar(description: str, total: int, *, enabled: bool = True) -> Itera
 
 def counted(count: int, unit: str) -> str:
     """A count with its unit: `1 study`, `2,955 studies`."""
-    plural = {"study": "studies"}.get(unit, f"{unit}s")
+    plural = {"study": "studies", "hypothesis": "hypotheses"}.get(unit, f"{unit}s")
     return f"{count:,} {unit if count == 1 else plural}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from emrrg_cli.console import counted
 from emrrg_cli.errors import UsageError
 
 _SHOWN = 3
@@ -35,7 +36,8 @@ def paired_texts(references: Any, hypotheses: Any) -> tuple[list[list[str]], lis
         truth, written = _listed(references, "references"), _listed(hypotheses, "hypotheses")
         ids = range(len(truth))
     if len(truth) != len(written):
-        raise UsageError(f"{len(truth)} references for {len(written)} hypotheses: one of each is needed")
+        here, there = counted(len(truth), "reference"), counted(len(written), "hypothesis")
+        raise UsageError(f"{here} for {there}: one of each is needed")
     if not written:
         raise UsageError("there is nothing to score: no references and no hypotheses")
     for name, text in zip(ids, written, strict=True):
@@ -56,9 +58,9 @@ def check_ids(references: Mapping[Any, Any], hypotheses: Mapping[Any, Any]) -> N
         return
     said = []
     if unanswered:
-        said.append(f"{len(unanswered)} references without a hypothesis ({_named(unanswered)})")
+        said.append(f"{counted(len(unanswered), 'reference')} without a hypothesis ({_named(unanswered)})")
     if unknown:
-        said.append(f"{len(unknown)} hypotheses without a reference ({_named(unknown)})")
+        said.append(f"{counted(len(unknown), 'hypothesis')} without a reference ({_named(unknown)})")
     common = len(references) - len(unanswered)
     hint = "Both sides must list the same ids."
     if not common and references and hypotheses:
@@ -71,9 +73,10 @@ def _named(ids: Sequence[Any]) -> str:
 
 
 def _listed(given: Any, what: str) -> list[Any]:
-    if not isinstance(given, Iterable):
-        raise UsageError(f"{what} must be a list of texts, not {type(given).__name__}")
-    return list(given)
+    try:
+        return list(given)
+    except TypeError:  # an array of no dimension calls itself iterable
+        raise UsageError(f"{what} must be a list of texts, not {type(given).__name__}") from None
 
 
 def _single(value: Any, name: Any) -> Any:
@@ -97,6 +100,7 @@ def _reference(value: Any, name: Any) -> list[str]:
 
 
 def _kind(value: Any) -> str:
+    name = type(value).__name__
     if isinstance(value, float) and value != value:
         return "float (NaN, an empty cell)"
-    return type(value).__name__
+    return f"{name} (an empty cell)" if name in ("NoneType", "NAType", "NaTType") else name

@@ -12,7 +12,7 @@ from emrrg_cli.vocabulary import LATERAL_VIEW, UNKNOWN_VIEW, VIEW_TOKENS, Projec
 # front it goes from side to side. `POSTERO` and `ANTERO` begin `postero-anterior` and its reverse.
 _OBLIQUE = {"OBLIQUE", "OBL", "LAO", "RAO", "LPO", "RPO", "LLO", "RLO", "SWIMMERS", "SWIMMER"}
 _DECUBITUS_ON_A_SIDE = {"LLD", "RLD"}
-_FROM_THE_SIDE = {"DORSAL", "VENTRAL", "SUPINE", "PRONE", "CROSS", "XTABLE", "CROSSTABLE", "HORIZONTAL"}
+_FROM_THE_SIDE = {"DORSAL", "VENTRAL", "SUPINE", "PRONE", "CROSS", "TABLE", "XTABLE", "CROSSTABLE", "HORIZONTAL"}
 _FRONTAL = {
     *("PA", "AP", "FRONTAL", "POSTEROANTERIOR", "ANTEROPOSTERIOR", "POSTERO", "ANTERO", "LORDOTIC"),
     *("POSTERIOR", "ANTERIOR"),
@@ -34,7 +34,7 @@ def projection(view: str) -> Projection:
         return "oblique"
     if any(word in _DECUBITUS_ON_A_SIDE for word in words):
         return "frontal"
-    if any(word.startswith("DECUB") for word in words):
+    if any("DECUB" in word for word in words):
         return "lateral" if any(word in _FROM_THE_SIDE for word in words) else "frontal"
     for word in words:
         if word in _FRONTAL:

@@ -1,12 +1,14 @@
-"""Paths inside recipes."""
+"""What a recipe names and has to be there: paths and packages."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.recipe.common import Settings
+from emrrg_cli.versions import installed_versions
 
 R = TypeVar("R", bound=Settings)
 
@@ -58,6 +60,20 @@ def check_weights_exist(recipe: Settings) -> None:
         name = (recipe.model_dump().get("model", {}).get(part) or {}).get("name") or ""
         if name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():  # no name of the hub
             raise UsageError(f"{name}: no such directory", hint=f"model.{part}.name is a directory or a hub name.")
+
+
+def check_trackers_installed(names: Sequence[str]) -> None:
+    """Finds a tracker (`train.trackers`) that is not installed before torch is imported.
+
+    Raises:
+        UsageError: It names the package.
+    """
+    for name, version in installed_versions(names).items():
+        if version is None:
+            raise UsageError(
+                f"train.trackers names {name}, which is not installed",
+                hint=f"pip install {name}, or take it out of train.trackers.",
+            )
 
 
 def require_trained(run_dir: Path) -> None:

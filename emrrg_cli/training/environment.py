@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from emrrg_cli.errors import RunError, UsageError
+from emrrg_cli.errors import RunError
 from emrrg_cli.files.atomic import atomic_write_text
 from emrrg_cli.files.records import read_record
 from emrrg_cli.versions import installed_versions
@@ -30,19 +30,11 @@ def make_trackers(names: Sequence[str], run_dir: Path, recipe: Mapping[str, Any]
         names: `tensorboard`, `wandb`.
         run_dir: W&B calls the run by its last name.
         recipe: the configuration that W&B shows.
-
-    Raises:
-        UsageError: for a tracker that is not installed.
     """
     from accelerate.tracking import TensorBoardTracker, WandBTracker
 
     made = []
     for name in names:
-        if installed_versions([name])[name] is None:
-            raise UsageError(
-                f"train.trackers names {name}, which is not installed",
-                hint=f"pip install {name}, or take it out of train.trackers.",
-            )
         if name == "tensorboard":
             made.append(TensorBoardTracker("tracking", str(run_dir)))
         else:

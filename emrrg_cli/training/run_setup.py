@@ -121,8 +121,7 @@ def open_session(
         expected_processes: the number of processes that was requested; 0 if none was.
 
     Raises:
-        UsageError: where the recipe does not fit the machine or the number of processes, or names a tracker that is
-            not installed.
+        UsageError: where the recipe does not fit the machine or the number of processes.
         RunError: when the number of processes is not the one asked for, or another process writes to `run_dir`.
     """
     precision = choose_precision(settings.precision)

@@ -146,6 +146,23 @@ def test_a_run_holds_the_lock_from_recipe_to_curve(
     assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
 
 
+@pytest.mark.parametrize("stage", ["pretrain", "align", "finetune"])
+def test_a_missing_tracker_is_found_before_torch(tmp_path: Path, tiny_dataset: Path, stage: str) -> None:
+    code = (
+        "import sys; from importlib import metadata; known = metadata.version\n"
+        "def version(name):\n    if name == 'wandb': raise metadata.PackageNotFoundError\n    return known(name)\n"
+        "metadata.version = version\n"
+        "from emrrg_cli.app import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
+    )
+    run = tmp_path / "run"
+    arguments = [stage, f"phantom/{stage}", f"data.root={tiny_dataset}", "train.trackers=[wandb]", "-o", str(run)]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.stdout.strip() == "2 False"
+    assert "error: train.trackers names wandb, which is not installed" in done.stderr
+    assert "pip install wandb" in done.stderr
+    assert not run.exists()
+
+
 def test_missing_data_is_found_before_torch_is_imported(tmp_path: Path) -> None:
     code = "import sys; from emrrg_cli.app import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
     arguments = ["finetune", "tiny/finetune", f"data.root={tmp_path / 'none'}", "-o", str(tmp_path / "run")]

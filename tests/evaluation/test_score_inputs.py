@@ -45,8 +45,8 @@ def test_every_usual_kind_gives_the_same_scores(references: Any, hypotheses: Any
 @pytest.mark.parametrize(
     ("references", "hypotheses", "message"),
     [
-        ({"a": "x", "b": "y"}, {"a": "x"}, r"1 references without a hypothesis \(b\); 1 match"),
-        ({"a": "x"}, {"a": "x", "s1": "y"}, r"1 hypotheses without a reference \(s1\); 1 match"),
+        ({"a": "x", "b": "y"}, {"a": "x"}, r"1 reference without a hypothesis \(b\); 1 match"),
+        ({"a": "x"}, {"a": "x", "s1": "y"}, r"1 hypothesis without a reference \(s1\); 1 match"),
         ({"50": ["x"]}, {"s50": ["x"]}, "0 match"),
         ({"a": "x"}, ["x"], "one of references and hypotheses is a dictionary, the other is not"),
         ({"a": "x"}, {"a": ["x", "y"]}, "hypothesis a has 2 texts: one is needed"),
@@ -66,8 +66,10 @@ def test_every_usual_kind_gives_the_same_scores(references: Any, hypotheses: Any
         ([], [], "there is nothing to score"),
         ({}, {}, "there is nothing to score"),
         (7, ["x"], "references must be a list of texts, not int"),
+        (np.array("x"), ["x"], "references must be a list of texts, not ndarray"),
+        (["x"], pd.Series([pd.NA], dtype="string"), r"hypothesis 0 is not a text but NAType \(an empty cell\)"),
         (["", " "], ["x", "y"], "every reference is empty"),
-        (["x", "y"], ["x"], "2 references for 1 hypotheses"),
+        (["x", "y"], ["x"], "2 references for 1 hypothesis: "),
     ],
 )
 def test_a_mistake_gets_one_message(references: Any, hypotheses: Any, message: str) -> None:

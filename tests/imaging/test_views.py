@@ -8,10 +8,11 @@ from emrrg_cli.imaging.views import projection, view_name
 
 FRONTAL = ("PA", "AP", "ap", "Frontal", "AP LLD", "LLD", "RLD", "PA RLD", "AP AXIAL", "LORDOTIC", "postero-anterior",
            "Lateral decubitus", "DECUBITUS LATERAL LEFT", "Left lateral decub", "LAT DECUB", "DECUB", "Decub. right",
-           "LEFT LATERAL DECUBITUS", "R lat decub", "AP erect")  # fmt: skip
+           "LEFT LATERAL DECUBITUS", "R lat decub", "AP erect", "LATDECUB",
+           "LEFTDECUBITUS")  # fmt: skip
 LATERAL = ("LL", "RL", "L", "Lateral", "LAT", "left lateral", "XTABLE LATERAL", "Cross-table lateral",
            "dorsal decubitus", "VENTRAL DECUBITUS", "lateral, left", "Cross table decubitus",
-           "decubitus, dorsal")  # fmt: skip
+           "decubitus, dorsal", "X-table decubitus")  # fmt: skip
 OBLIQUE = ("LAO", "RAO", "LPO", "RPO", "LLO", "RLO", "Oblique", "Left anterior oblique", "lateral oblique",
            "SWIMMERS")  # fmt: skip
 UNKNOWN = ("", "unknown", "ERECT", "4", "CHEST")

@@ -43,19 +43,6 @@ def test_a_frozen_llm_has_the_dtype_of_training_by_default() -> None:
     assert llm_dtype("fp16", "fp32") is torch.float16
 
 
-def test_a_tracker_that_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    known = metadata.version
-
-    def version(name: str) -> str:
-        if name == "wandb":
-            raise metadata.PackageNotFoundError
-        return known(name)
-
-    monkeypatch.setattr(metadata, "version", version)
-    with pytest.raises(UsageError, match=r"train\.trackers names wandb, which is not installed"):
-        make_trackers(["wandb"], tmp_path, {})
-
-
 def test_the_number_of_processes_is_checked() -> None:
     assert make_accelerator("fp32", 1).num_processes == make_accelerator("fp32", 0).num_processes == 1
     with pytest.raises(RunError, match="3 processes were asked for, 1 are there"):
