@@ -60,6 +60,12 @@ def short_message(error: Exception) -> str:
     return chosen[:200] or type(error).__name__
 
 
+def decoding_error(where: str, error: Exception) -> ImageError:
+    """The error for what a decoder raised: truncated image where it says so, else broken image."""
+    detail = short_message(error)
+    return ImageError(where, TRUNCATED if "truncated" in detail.lower() else "broken image", detail)
+
+
 @contextlib.contextmanager
 def open_stream(path: Path, where: str) -> Iterator[tuple[IO[bytes], int]]:
     """A regular file, open, and its size in bytes.

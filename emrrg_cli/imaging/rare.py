@@ -12,6 +12,7 @@ from PIL import Image
 from emrrg_cli.imaging.base import NOT_AN_IMAGE, TRUNCATED, ImageError, too_many_pixels
 from emrrg_cli.imaging.decoder_process import decode_apart
 from emrrg_cli.imaging.jpeg import Frame, frame_of, has_end
+from emrrg_cli.imaging.jpeg2000 import whole_codestream
 
 # Bytes a pixel, with room for tags and profiles: larger files are refused before they are read.
 _BYTES_PER_PIXEL, _BYTES_BESIDE = 40, 64 * 2**20
@@ -120,7 +121,13 @@ def read_rare(codec: str, stream: IO[bytes], where: str, size: int, max_pixels: 
     data = stream.read(size)
     if codec == "grey-jpeg" and not has_end(data):
         raise ImageError(where, TRUNCATED, "compressed data end too early")
-    return Image.fromarray(decode_apart(codec, data, where, pixels or _pixels_at_most(size, max_pixels), max_pixels))
+    try:
+        grey = decode_apart(codec, data, where, pixels or _pixels_at_most(size, max_pixels), max_pixels)
+    except ImageError as error:
+        if codec == "grey-jpeg-2000" and error.reason == "broken image" and whole_codestream(data) is None:
+            raise ImageError(where, TRUNCATED, "compressed data end too early") from None
+        raise
+    return Image.fromarray(grey)
 
 
 def _pixels_at_most(size: int, max_pixels: int) -> int:

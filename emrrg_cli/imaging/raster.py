@@ -13,10 +13,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from emrrg_cli.imaging.base import (
     NOT_AN_IMAGE,
-    TRUNCATED,
     ImageError,
     caught_stderr,
-    short_message,
+    decoding_error,
     too_many_pixels,
 )
 from emrrg_cli.imaging.notes import add_notes
@@ -144,7 +143,7 @@ def open_header(stream: IO[bytes], where: str) -> Image.Image:
         except UnidentifiedImageError:
             raise ImageError(where, NOT_AN_IMAGE) from None
         except Exception as error:  # a broken header raises whatever its plug-in met
-            raise ImageError(where, "broken image", short_message(error)) from None
+            raise decoding_error(where, error) from None
         finally:
             Image.MAX_IMAGE_PIXELS = pillow_limit
 
@@ -170,9 +169,7 @@ def decode_image(image: Image.Image, where: str, max_pixels: int, enough: int | 
         if reduced:
             image.format = None  # or its file could be taken for one that can be kept as it is
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error, ...
-        detail = short_message(error)
-        reason = TRUNCATED if "truncated" in detail.lower() else "broken image"
-        raise ImageError(where, reason, detail) from None
+        raise decoding_error(where, error) from None
     return image
 
 

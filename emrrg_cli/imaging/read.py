@@ -22,6 +22,7 @@ from emrrg_cli.imaging.jpeg import MAX_MENDED, mend
 from emrrg_cli.imaging.notes import add_notes
 from emrrg_cli.imaging.rare import rare_codec, read_rare, read_unidentified, unread_jpeg
 from emrrg_cli.imaging.raster import decode_image, open_header, to_grey
+from emrrg_cli.imaging.signatures import refusal
 
 
 def read_image(source: Path | str | bytes | Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -54,8 +55,9 @@ def read_image(source: Path | str | bytes | Image.Image, max_pixels: int = MAX_P
 
     Raises:
         ImageError: With a short reason: missing image, image path is a folder, not a regular file, no permission to
-            read, cannot be opened, empty file, not an image, too many pixels, truncated image, broken image; of DICOM
-            also file too large, no pixel data, multi-frame DICOM, DICOM compression not supported.
+            read, cannot be opened, empty file, not an image, image format not supported, too many pixels, truncated
+            image, broken image; of DICOM also file too large, no pixel data, multi-frame DICOM, DICOM compression not
+            supported.
     """
     return to_grey(load_image(source, max_pixels))
 
@@ -99,9 +101,9 @@ def _load(
         if named_dicom and error.reason == NOT_AN_IMAGE:
             stream.seek(0)
             return _load_dicom(stream, where, size, max_pixels)
-        if (rare := read_unidentified(stream, where, size, max_pixels, error)) is None:
-            raise
-        return rare
+        if (rare := read_unidentified(stream, where, size, max_pixels, error)) is not None:
+            return rare
+        raise refusal(error, head, size) from None
     if codec := rare_codec(image, head):
         if (pixels := image.width * image.height) > max_pixels:
             raise too_many_pixels(where, image.width, image.height, max_pixels)

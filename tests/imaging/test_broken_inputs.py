@@ -36,6 +36,7 @@ FILM = np.random.default_rng(0).integers(0, 256, (40, 50), dtype=np.uint8)
 LAYOUT = {"Rows": 40, "Columns": 50, "BitsAllocated": 8, "BitsStored": 8, "PixelRepresentation": 0}
 
 NOT_AN_IMAGE, BROKEN, TRUNCATED, MISSING = "not an image", "broken image", "truncated image", "missing image"
+UNREAD = "image format not supported"
 
 
 def _saved(image: Image.Image, format: str, **options: Any) -> bytes:
@@ -103,9 +104,11 @@ def _plain_files() -> dict[str, tuple[str | None, Content]]:
         "cut.png.gz": (NOT_AN_IMAGE, gzip.compress(png)[:-9]),
         "zip.png": (NOT_AN_IMAGE, _zip("film.png", png)),
         "tar.jpg": (NOT_AN_IMAGE, _tar("film.jpg", jpeg)),
-        "icon.ico": (NOT_AN_IMAGE, _film("ICO")),
+        "icon.ico": (UNREAD, _film("ICO")),
         "cursor.cur": (NOT_AN_IMAGE, b"\0\0\x02\0" + _film("ICO")[4:]),
-        "layers.psd": (NOT_AN_IMAGE, _psd()),
+        "layers.psd": (UNREAD, _psd()),
+        "film.avif": (UNREAD, b"\0\0\0\x20ftypavif" + bytes(200)),
+        "film.mp4": (NOT_AN_IMAGE, b"\0\0\0\x20ftypisom" + bytes(200)),
         "program.eps": (NOT_AN_IMAGE, _film("EPS")),
         "array.npy": (NOT_AN_IMAGE, b"\x93NUMPY\x01\0v\0{'descr': '|u1', 'fortran_order': False, 'shape': (4,)}\n1234"),
         # Wrong endings of readable files.
@@ -115,21 +118,23 @@ def _plain_files() -> dict[str, tuple[str | None, Content]]:
         "webp.jpg": (None, webp),
         # Cut off and damaged.
         "cut.png": (TRUNCATED, png[: len(png) // 2]),
-        "header-cut.png": (BROKEN, png[:20]),
-        "signature.png": (NOT_AN_IMAGE, png[:8]),
+        "header-cut.png": (TRUNCATED, png[:20]),
+        "signature.png": (BROKEN, png[:8]),
         "cut.jpg": (TRUNCATED, jpeg[: len(jpeg) // 2]),
-        "header-cut.jpg": (BROKEN, jpeg[:100]),
+        "header-cut.jpg": (TRUNCATED, jpeg[:100]),
         "cut.tif": (TRUNCATED, tiff[: len(tiff) // 2]),
         "cut.bmp": (TRUNCATED, _film("BMP")[:1500]),
-        "cut.webp": (BROKEN, webp[: len(webp) // 2]),
+        "cut.webp": (TRUNCATED, webp[: len(webp) // 2]),
         "cut.gif": (TRUNCATED, _film("GIF")[:900]),
         "cut.pgm": (TRUNCATED, _film("PPM")[:900]),
-        "cut.jp2": (BROKEN, _film("JPEG2000")[:500]),
+        "header-cut.webp": (TRUNCATED, webp[:18]),
+        "header-cut.gif": (BROKEN, _film("GIF")[:90]),
+        "cut.jp2": (TRUNCATED, _film("JPEG2000")[:500]),
         "checksum.png": (BROKEN, png[:60] + bytes([png[60] ^ 255]) + png[61:]),
         "no-pixels.png": (TRUNCATED, _png(10, 10, zlib.compress(b""))),
         "colours-missing.png": (None, _png(1, 1, zlib.compress(b"\0\0"), kind=3)),
         "tables-missing.jpg": (BROKEN, jpeg[:2] + jpeg[jpeg.index(b"\xff\xc0") :]),
-        "no-width.png": (NOT_AN_IMAGE, _png(0, 10, zlib.compress(b"\0" * 10))),
+        "no-width.png": (BROKEN, _png(0, 10, zlib.compress(b"\0" * 10))),
         # Bombs.
         "bomb.png": ("too many pixels", _png(30_000, 30_000, zlib.compress(b"\0" * 1000))),
         "bomb.tif": ("too many pixels", _tiff(100_000, 100_000)),

@@ -354,13 +354,21 @@ def test_without_a_transfer_syntax(make_dicom: MakeDicom) -> None:
 
 
 _SHAPE = {"Rows": 30, "Columns": 40, "BitsAllocated": 8, "BitsStored": 8, "PixelRepresentation": 0}
+_RLE = b"\1\0\0\0\x40\0\0\0" + bytes(56) + b"\x81\x07" * 10  # one segment
+
+
+def test_bits_stored_that_are_absent_follow_the_high_bit(make_dicom: MakeDicom) -> None:
+    whole = make_dicom(_film(12), BitsStored=12)
+    assert _read(make_dicom(_film(12), BitsStored=12, drop=("BitsStored",))).tolist() == _read(whole).tolist()
 
 
 @pytest.mark.parametrize(
     ("pixels", "elements", "reason", "detail"),
     [
         (_film(8), {"NumberOfFrames": 12}, "multi-frame DICOM", "12 frames"),
-        (None, _SHAPE, "no pixel data", "Computed Radiography Image Storage"),
+        (None, _SHAPE, "no pixel data", "the file ends before them, or they were taken out"),
+        (None, _SHAPE | {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.88.11"}, "no pixel data", "Basic Text SR"),
+        (None, _SHAPE | {"FloatPixelData": bytes(4800)}, "no pixel data", "floating-point pixels are not read"),
         (_film(8), {"drop": ("Rows",)}, "broken image", "no Rows"),
         (_film(8), {"drop": ("BitsAllocated",)}, "broken image", "no BitsAllocated"),
         (_film(8), {"Columns": 0}, "broken image", "0 x 30"),
@@ -374,14 +382,16 @@ _SHAPE = {"Rows": 30, "Columns": 40, "BitsAllocated": 8, "BitsStored": 8, "Pixel
         ([b"no JPEG at all.."], _SHAPE | {"syntax": "1.2.840.10008.1.2.4.50"}, "broken image", "no JPEG Baseline"),
         ([b"no JPEG at all.."], _SHAPE | {"syntax": "1.2.840.10008.1.2.4.90"}, "broken image", "no JPEG 2000"),
         ([b"\x01\0\0\0" + b"\0" * 60], _SHAPE | {"syntax": "1.2.840.10008.1.2.5"}, "broken image", ""),
+        ([_RLE, _RLE], _SHAPE | {"syntax": "1.2.840.10008.1.2.5", "cut": 40}, "truncated image", "end too early"),
     ],
 )  # fmt: skip
 def test_refused(make_dicom: MakeDicom, pixels: Any, elements: dict[str, Any], reason: str, detail: str) -> None:
     elements = dict(elements)
     if elements.pop("compressed", False):
         pixels, elements = [b"\xff\xd8\xff\xd9"], _SHAPE | elements
+    cut = elements.pop("cut", 0)
     data = make_dicom(pixels, **elements)
-    found = _reason(data)
+    found = _reason(data[: len(data) - cut])
     assert found[0] == reason
     assert detail in found[1]
 

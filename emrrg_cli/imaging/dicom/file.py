@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO, Any
 
 import pydicom
@@ -58,7 +58,7 @@ class DicomFile:
         implicit, little_endian: The encoding that the header was read by.
         pixels_at: Offset of the pixel data's value; None where there is none.
         length: Of that value, as claimed; None: undefined, the pixels are compressed.
-        vr: Its value representation.
+        vr: Its value representation; OF without `pixels_at`: floating-point pixels, which are not read.
     """
 
     header: Dataset
@@ -177,7 +177,7 @@ def read_header(stream: IO[bytes], where: str, size: int) -> DicomFile:
     little_endian = syntax != ExplicitVRBigEndian if syntax else little is not False
     file = DicomFile(header, UID(syntax) if syntax else None, bool(implicit), little_endian)
     if reader.tell() > size:
-        raise ImageError(where, "truncated image", "the file ends within its header")
+        raise ImageError(where, TRUNCATED, "the file ends within its header")
     return _find_pixels(reader, file)
 
 
@@ -186,7 +186,10 @@ def _find_pixels(reader: BoundedReader, file: DicomFile) -> DicomFile:
     order = "<" if file.little_endian else ">"
     start = reader.tell()
     head = reader.read(12)
-    if len(head) < 8 or struct.unpack_from(order + "2H", head) != (0x7FE0, 0x0010):
+    tag = struct.unpack_from(order + "2H", head) if len(head) >= 8 else None
+    if tag in ((0x7FE0, 0x0008), (0x7FE0, 0x0009)):
+        return replace(file, vr="OF")
+    if tag != (0x7FE0, 0x0010):
         return file
     # By the bytes, since there are files that change over to implicit representations on the way.
     if head[4:6] in _LONG_FORM and len(head) == 12:
@@ -194,7 +197,7 @@ def _find_pixels(reader: BoundedReader, file: DicomFile) -> DicomFile:
     else:
         length, at, vr = struct.unpack_from(order + "I", head, 4)[0], start + 8, "OW"
     undefined = length == _UNDEFINED
-    return DicomFile(file.header, file.syntax, file.implicit, file.little_endian, at, None if undefined else length, vr)
+    return replace(file, pixels_at=at, length=None if undefined else length, vr=vr)
 
 
 def read_native(stream: IO[bytes], size: int, file: DicomFile, expected: int) -> bytes:
@@ -204,14 +207,17 @@ def read_native(stream: IO[bytes], size: int, file: DicomFile, expected: int) ->
     return BoundedReader(stream, size).read(min(expected + expected % 2, claimed))
 
 
-def read_fragments(stream: IO[bytes], where: str, size: int, file: DicomFile) -> list[bytes]:
-    """The fragments of compressed pixels, without the offset table; the last one may be cut short by the file's end.
+def read_fragments(stream: IO[bytes], where: str, size: int, file: DicomFile, *, whole: bool) -> list[bytes]:
+    """The fragments of compressed pixels, without the offset table.
 
     There is to be an offset table, of four bytes or none for one frame; a first item that is longer and begins as
     compressed data do is no table.
 
+    Args:
+        whole: Refuse a last fragment that is cut short by the file's end; a missing fill byte is accepted.
+
     Raises:
-        ImageError: broken image.
+        ImageError: broken image, truncated image.
     """
     reader = BoundedReader(stream, size)
     reader.seek(file.pixels_at or 0)
@@ -224,6 +230,8 @@ def read_fragments(stream: IO[bytes], where: str, size: int, file: DicomFile) ->
         if tag != _ITEM or length == _UNDEFINED:
             raise ImageError(where, "broken image", "compressed pixels are not in fragments")
         items.append(reader.read(length))
+        if whole and len(items[-1]) < length - 1:
+            raise ImageError(where, TRUNCATED, "compressed data end too early")
     return items if items and len(items[0]) > 4 and _begins_as_data(items[0]) else items[1:]
 
 

@@ -13,7 +13,7 @@ from pydicom.encaps import encapsulate
 from pydicom.pixels.utils import pixel_array
 from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from emrrg_cli.console import printable
+from emrrg_cli.console import counted, printable
 from emrrg_cli.imaging.base import TRUNCATED, ImageError, too_many_pixels
 from emrrg_cli.imaging.decoder_process import decode_apart
 from emrrg_cli.imaging.dicom.file import (
@@ -86,10 +86,7 @@ class PixelReader:
     def _describe(self, header: Dataset) -> None:
         """Takes what decoders go by from the header: checked, and complete where files leave things out."""
         if self._file.pixels_at is None:
-            what = text(header, "SOPClassUID")
-            # A UID has at most 64 characters; in a damaged file this may be anything.
-            detail = f"DICOM file without an image: {printable(UID(what).name[:64])}" if what else ""
-            raise self._error(NO_PIXELS, detail)
+            raise self._error(NO_PIXELS, self._why_no_pixels(text(header, "SOPClassUID")))
         if (frames := self._whole("NumberOfFrames", 1)) > 1:
             raise self._error("multi-frame DICOM", f"{frames} frames")
         self._rows, self._columns = self._whole("Rows"), self._whole("Columns")
@@ -102,12 +99,21 @@ class PixelReader:
         self._photometric = photometric or ("RGB" if samples == 3 else "MONOCHROME2")
         self._planar = self._whole("PlanarConfiguration", 0) if samples == 3 else 0
         self._allocated = allocated = self._whole("BitsAllocated")
-        self._stored = stored = self._whole("BitsStored", allocated)
+        self._stored = stored = self._whole("BitsStored", self._whole("HighBit", allocated - 1) + 1)
         self._high = high = self._whole("HighBit", stored - 1)
         self._signed = self._whole("PixelRepresentation", 0) == 1
         if samples not in (1, 3) or allocated not in (1, 8, 16, 32) or not 1 <= stored <= high + 1 <= allocated:
-            detail = f"{samples} samples of {stored} bits, high bit {high}, in {allocated} bits"
+            detail = f"{counted(samples, 'sample')} of {stored} bits, high bit {high}, in {allocated} bits"
             raise self._error("broken image", detail)
+
+    def _why_no_pixels(self, kind: str) -> str:
+        if self._file.vr == "OF":
+            return "floating-point pixels are not read"
+        # A UID has at most 64 characters; in a damaged file this may be anything.
+        name = printable(UID(kind).name[:64])
+        if not name or "Image Storage" in name:
+            return "the file ends before them, or they were taken out"
+        return f"DICOM file without an image: {name}"
 
     def _whole(self, keyword: str, otherwise: int | None = None) -> int:
         value = number(self._file.header, keyword)
@@ -142,7 +148,7 @@ class PixelReader:
         syntax = self._syntax()
         if syntax in _NATIVE:
             return self._native(syntax), None
-        data = b"".join(read_fragments(self._stream, self._where, self._size, self._file))
+        data = b"".join(read_fragments(self._stream, self._where, self._size, self._file, whole=syntax == _RLE))
         if not data:
             raise self._error(TRUNCATED, "no compressed data")
         if syntax == _RLE:
