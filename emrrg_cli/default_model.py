@@ -28,7 +28,7 @@ def find_default_model(hint: str) -> Path:
     """
     folder = default_model_dir()
     if not (folder / "model").is_dir():
-        raise UsageError("no model is given, and this installation has no default model", hint=hint)
+        raise UsageError("this installation has no default model", hint=hint)
     return folder
 
 

@@ -1,27 +1,25 @@
-"""The whole toolkit in one command, on synthetic films: draw, train, evaluate, generate, and write a page."""
+"""What `emrrg demo` makes of synthetic films and the reports for them: scores against what was drawn, and a page."""
 
 from __future__ import annotations
 
-import io
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from emrrg_cli.datasets.directory import open_dataset
+from emrrg_cli.datasets.report_text import clean_report, sentence_spans
+from emrrg_cli.decoding.cards import CardFile
+from emrrg_cli.decoding.outputs import Row
+from emrrg_cli.default_model import read_limits
 from emrrg_cli.evaluation.findings import finding_scores
 from emrrg_cli.files.records import read_jsonl
 from emrrg_cli.phantom.reader import read_labels
-from emrrg_cli.reporting.page import Card, Page, write_page
+from emrrg_cli.reporting.gallery import About, write_gallery
 
-INTRO = (
-    "Synthetic films, drawn by emrrg with known findings, and reports by a tiny model that was trained on other "
-    "synthetic films for a few minutes. The page shows that all parts work together. It says nothing about real "
-    "radiographs."
-)
+MAP_NOTE = "The map is the model's attention to the film, averaged over the words of the sentence."
 LEGEND = (
     ("found: in the film and in the report", "good"),
     ("invented: in the report, not in the film", "bad"),
@@ -40,55 +38,92 @@ class DemoResult:
     f1: dict[str, list[float]]
 
 
-def write_films(dataset: Any, folder: Path, count: int) -> None:
-    """Writes the first films of a split as PNG files, named by their studies."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for row in dataset.select(range(min(count, len(dataset)))):
-        Image.open(io.BytesIO(row["images"][0]["bytes"])).save(folder / f"{row['study_id']}.png")
-
-
-def read_result(data: Path, scores: Path) -> DemoResult:
-    """Compares the findings in the predictions of `emrrg evaluate` with the known ones.
+def read_result(data: Path, reports: Mapping[str, str]) -> DemoResult:
+    """Compares the findings in reports for a test split of synthetic films with the known ones.
 
     Two controls do not look at the image: the model's own reports dealt to other films, and the most frequent report of
-    the training split for every film.
+    the training split, or of the test split where there is no other, for every film.
+
+    Args:
+        reports: Of each study.
     """
     splits = open_dataset(data)
-    predictions = {row["study_id"]: row for row in read_jsonl(scores / "predictions.jsonl")}
-    test = splits["test"].select_columns(["study_id", "labels"])
-    rows = [(row["study_id"], set(row["labels"])) for row in test if row["study_id"] in predictions]
-    ids, truth = [row[0] for row in rows], [row[1] for row in rows]
-    hypotheses = [predictions[i]["hypothesis"] for i in ids]
+    rows = [
+        row for row in splits["test"].select_columns(["study_id", "labels", "findings"]) if row["study_id"] in reports
+    ]
+    ids, truth = [row["study_id"] for row in rows], [set(row["labels"]) for row in rows]
+    references = [clean_report(row["findings"], "r2gen-iu") for row in rows]
+    hypotheses = [reports[study] for study in ids]
     found = [read_labels(text) for text in hypotheses]
     shuffled = [found[i] for i in np.random.default_rng(0).permutation(len(found))]
-    labels = [frozenset(row) for row in splits["train"]["labels"]]
+    labels = [frozenset(row) for row in splits["train" if "train" in splits else "test"]["labels"]]
     usual = [set(Counter(labels).most_common(1)[0][0])] * len(truth)
     answers = [finding_scores(truth, answer) for answer in (found, shuffled, usual)]
     names = ["micro", "macro", *sorted(set().union(*truth))]
     f1 = {name: [scores.get(name, {"f1": 0.0})["f1"] for scores in answers] for name in names}
-    return DemoResult(ids, truth, [predictions[i]["reference"] for i in ids], hypotheses, f1)
+    return DemoResult(ids, truth, references, hypotheses, f1)
 
 
-def write_demo_page(path: Path, data: Path, result: DemoResult, scores: dict[str, Any], commands: list[str]) -> None:
-    """Writes the page: scores, commands, and films with reference, generated report and findings."""
-    different = len(set(result.hypotheses))
-    test = open_dataset(data)["test"]
-    rows = {study: row for row, study in enumerate(test["study_id"])}
-    cards = []
-    for study, truth, reference, report in list(zip(*_columns(result), strict=True))[:24]:
-        found = read_labels(report)
-        tags = [(name, "good" if name in truth else "bad") for name in sorted(found)]
-        tags += [(name, "missed") for name in sorted(truth - found)]
-        picture = Image.open(io.BytesIO(test[rows[study]]["images"][0]["bytes"]))
-        cards.append(Card(f"{study} (synthetic)", [picture], report, reference, tags))
-    language = {name: ["needs Java" if value is None else f"{value:.3f}"] for name, value in scores.items()}
-    findings = {"": ["model", "shuffled images", "usual report"]}
+def write_demo_page(
+    folder: Path,
+    reports: Path,
+    result: DemoResult,
+    scores: Mapping[str, float | None],
+    intro: str,
+    commands: Sequence[str],
+    run_dir: Path,
+) -> Path:
+    """Writes `page.html`: scores, and films with reference, report and findings, compared sentence by sentence.
+
+    Args:
+        reports: Folder of `emrrg generate`; its films and maps are shown.
+        scores: Of language.
+        intro: What is shown.
+        commands: That made it.
+        run_dir: Of the model.
+
+    Returns:
+        The page.
+    """
+    known = {
+        study: (truth, text)
+        for study, truth, text in zip(result.study_ids, result.truth, result.references, strict=True)
+    }
+    rows = [
+        compared(row, *known[row["study"]]) for row in read_jsonl(reports / "reports.jsonl") if row["study"] in known
+    ]
+    language = {name: [f"{value:.3f}"] for name, value in scores.items() if value is not None}
+    findings = {"": ["model", "shuffled films", "usual report"]}
     findings |= {name: [f"{value:.2f}" for value in row] for name, row in result.f1.items()}
-    count = len(result.study_ids)
-    tables = [(f"Language, {count} films", language), (f"F1 of findings, {count} films", findings)]
-    intro = f"{INTRO} The model wrote {different} different reports for {count} films."
-    write_page(path, Page("emrrg demo: synthetic chest films", intro, cards, tables, commands, LEGEND))
+    count, different = len(rows), len(set(result.hypotheses))
+    about = About(
+        facts=[("Command", command) for command in commands],
+        reports=count,
+        map_note=MAP_NOTE,
+        limits=read_limits(run_dir),
+        title="emrrg demo: synthetic chest films",
+        intro=f"{intro} The model wrote {different} different reports for {count} films.",
+        tables=[(f"F1 of findings, {count} films", findings), (f"Language, {count} films", language)],
+        legend=LEGEND,
+    )
+    return write_gallery(folder, about, CardFile(reports, "").join(rows), count)[0]
 
 
-def _columns(result: DemoResult) -> tuple[list[str], list[set[str]], list[str], list[str]]:
-    return result.study_ids, result.truth, result.references, result.hypotheses
+def compared(row: Row, truth: set[str], reference: str) -> Row:
+    """A record of `generate` with what the page needs to compare it with the truth; see `write_gallery`."""
+    report, found = row["report"], read_labels(row["report"])
+    tags = [(name, "good" if name in truth else "bad") for name in sorted(found)]
+    tags += [(name, "missed") for name in sorted(truth - found)]
+    spans = [(one["start"], one["end"]) for one in row["sentences"]]
+    said = [reference[start:end] for start, end in sentence_spans(reference)]
+    return row | {
+        "tags": tags,
+        "sentence_tags": [_tag(report[start:end], truth, "bad") for start, end in spans],
+        "reference": [(sentence, _tag(sentence, found, "missed")) for sentence in said],
+    }
+
+
+def _tag(sentence: str, others: set[str], alone: str) -> str:
+    """`alone` for a sentence that states a finding that the others lack, `good` for one that they have."""
+    stated = read_labels(sentence)
+    return alone if stated - others else "good" if stated else ""

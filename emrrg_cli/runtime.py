@@ -75,19 +75,23 @@ def make_accelerator(precision: str, expected_processes: int, trackers: Sequence
     return accelerator
 
 
-def fit_threads(parameters: int) -> int:
+def fit_threads(parameters: int, *, writing: bool = False) -> int:
     """Sets the threads of torch to what the model can use and other programs leave free; returns their number.
 
     A number that the user set (`OMP_NUM_THREADS`) stays. On a GPU nothing is changed.
 
     Args:
         parameters: Of the model: below a few million, more than four threads wait for each other.
+        writing: Reports are written, token by token. Two threads of a small model then wait for each other at every
+            step, ten times as long as the step takes where another program is busy; nothing is trained.
     """
     if "OMP_NUM_THREADS" in os.environ or torch.cuda.is_available():
         return torch.get_num_threads()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     free = cores - round(psutil.getloadavg()[0])
     useful = min(cores, 4) if parameters < 5_000_000 else cores
+    if writing and parameters < 10_000_000:
+        useful = 1
     # A quarter of the cores even on a busy machine: the others may be done soon.
     torch.set_num_threads(max(1, min(useful, max(free, cores // 4))))
     return torch.get_num_threads()

@@ -224,6 +224,26 @@ def varied_run(tiny_run: Path, make_once: MakeOnce) -> Path:
     return make_once("varied_run", lambda folder: varied_copy(tiny_run, folder / "run")) / "run"
 
 
+@pytest.fixture
+def default_model(varied_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of `varied_run` that stands in for the model of the package and states its limits."""
+    from emrrg_cli import default_model
+
+    run = tmp_path / "default-model"
+    shutil.copytree(varied_run, run)
+    (run / default_model.LIMITS).write_text(f"{default_model.SYNTHETIC_ONLY}\n")
+    monkeypatch.setattr(default_model, "default_model_dir", lambda: run)
+    return run
+
+
+@pytest.fixture
+def no_default_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package without a model."""
+    from emrrg_cli import default_model
+
+    monkeypatch.setattr(default_model, "default_model_dir", lambda: tmp_path / "none")
+
+
 def _draw_chest(rng: np.random.Generator, finding: str | None) -> Image.Image:
     """Two dark lungs, a bright heart, one finding; blurred noise over all of it."""
     image = Image.new("L", (160, 140), 150)

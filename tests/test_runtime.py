@@ -15,19 +15,20 @@ from emrrg_cli.runtime import fit_threads, slowdown_advice
 
 
 @pytest.mark.parametrize(
-    ("cores", "load", "parameters", "threads"),
+    ("cores", "load", "parameters", "writing", "threads"),
     [
-        (2, 0.1, 10**6, 2),
-        (2, 9.0, 10**6, 1),
-        (64, 0.0, 10**6, 4),
-        (64, 0.0, 10**8, 64),
-        (64, 40.0, 10**8, 24),
-        (64, 90.0, 10**8, 16),
-        (1, 0.0, 10**8, 1),
+        (2, 0.1, 10**6, False, 2),
+        (2, 9.0, 10**6, False, 1),
+        (64, 0.0, 10**6, False, 4),
+        (64, 0.0, 10**8, False, 64),
+        (64, 40.0, 10**8, True, 24),
+        (64, 90.0, 10**8, True, 16),
+        (1, 0.0, 10**8, True, 1),
+        (2, 0.1, 10**6, True, 1),
     ],
 )
 def test_threads_fit_load_and_model(
-    monkeypatch: pytest.MonkeyPatch, cores: int, load: float, parameters: int, threads: int
+    monkeypatch: pytest.MonkeyPatch, cores: int, load: float, parameters: int, writing: bool, threads: int
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
@@ -35,10 +36,10 @@ def test_threads_fit_load_and_model(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     chosen: list[int] = []
     monkeypatch.setattr(runtime.torch, "set_num_threads", chosen.append)
-    fit_threads(parameters)
+    fit_threads(parameters, writing=writing)
     assert chosen == [threads]
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    fit_threads(parameters)
+    fit_threads(parameters, writing=writing)
     assert chosen == [threads]
 
 

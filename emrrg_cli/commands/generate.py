@@ -26,7 +26,15 @@ def generate(
             "generation.num_beams=1.",
         ),
     ] = None,
-    model: Annotated[Path | None, typer.Option("--model", "-m", help="Run directory of `emrrg finetune`.")] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="Run directory of `emrrg finetune`; default: the model that comes with emrrg.",
+            show_default=False,
+        ),
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for reports.jsonl and reports.csv.")] = Path(
         "reports"
     ),
@@ -82,12 +90,14 @@ def generate(
     The reports are research output and are not for diagnosis. The same command again continues: studies that have a
     report from the same model and options are skipped.
 
+    Without --model a small model writes that comes with emrrg. It knows synthetic films only.
+
     A model that was trained with data.context reads it from --context, from the columns indication, comparison,
     technique, age and sex of --table, or from DICOM headers (age, sex, reason for the study), in this order.
 
     Example: emrrg generate films/ study.png --model runs/iu --output reports/ generation.num_beams=1
     """
-    from emrrg_cli.console import counted, err
+    from emrrg_cli.console import counted, err, printable
 
     if merge is not None:
         from emrrg_cli.decoding.outputs import merge_shards
@@ -97,7 +107,7 @@ def generate(
         )
         return
 
-    from emrrg_cli.errors import UsageError
+    from emrrg_cli.default_model import find_default_model, read_limits
     from emrrg_cli.recipe.load import load_run_recipe
     from emrrg_cli.recipe.paths import require_trained
 
@@ -105,7 +115,10 @@ def generate(
     images, overrides = split_arguments(paths or [], needed=table is None)
     if model is None:
         hint = f"Name the run directory: `emrrg generate {shlex.join(images) or 'IMAGES'} --model RUN`."
-        raise UsageError("no model is given", hint=hint)
+        model = find_default_model(hint)
+        err.print("No --model is given: the model that comes with emrrg writes the reports.")
+    if limits := read_limits(model):
+        err.print(f"Note: {printable(limits)}.", markup=False, soft_wrap=True)
     settings = load_run_recipe(model, recipe, overrides, "generate")
 
     from emrrg_cli.decoding.shards import Shard
@@ -130,7 +143,7 @@ def generate(
     result = run_generation(
         studies, model, settings, output, machine=machine, overwrite=overwrite, shard=part, page=shown
     )
-    _print(result, output, as_json=as_json)
+    _print(result, output, limits, as_json=as_json)
     if not result.reports:
         raise typer.Exit(1)
 
@@ -222,7 +235,7 @@ def _table_studies(
     return table_studies(table, image_column, study_column)
 
 
-def _print(result: Written, output: Path, *, as_json: bool) -> None:
+def _print(result: Written, output: Path, limits: str, *, as_json: bool) -> None:
     from emrrg_cli.console import counted, err, out, printable
     from emrrg_cli.reporting.tables import DISCLAIMER, reports_table
 
@@ -240,7 +253,9 @@ def _print(result: Written, output: Path, *, as_json: bool) -> None:
     if more := result.noted - len(result.first_noted):
         err.print(f"... and notes on {more} more, in {output / 'reports.jsonl'}", markup=False)
     if result.unlike:
-        err.print(f"{result.unlike} of the new reports are for films unlike those of the training")
+        unlike = f"{result.unlike} of the new reports are for films unlike those of the training"
+        advice = f": {printable(limits)}, so do not read them as findings" if limits else ""
+        err.print(unlike + advice, markup=False, soft_wrap=True)
     if result.earlier:
         err.print(f"{counted(result.earlier, 'report')} of an earlier run kept", markup=False)
     written = result.reports - result.earlier

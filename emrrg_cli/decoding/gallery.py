@@ -10,6 +10,7 @@ from pathlib import Path
 from emrrg_cli.decoding.cards import CardFile, PageOptions, StudyCard
 from emrrg_cli.decoding.outputs import Output, Row
 from emrrg_cli.decoding.studies import path_name
+from emrrg_cli.default_model import read_limits
 from emrrg_cli.files.records import iterate_jsonl
 from emrrg_cli.recipe.finetuning import FinetuneRecipe
 from emrrg_cli.reporting.gallery import About, write_gallery
@@ -79,7 +80,8 @@ class Gallery:
             for _, row in iterate_jsonl(self.place.skipped):
                 count += 1
                 skipped += [(str(row["path"]), str(row["reason"]))] if count <= _LISTED else []
-        return About(self._facts(), skipped, count, len(self.place.records), self._map_note(several))
+        maps, limits = self._map_note(several), read_limits(self.run_dir)
+        return About(self._facts(), skipped, count, len(self.place.records), maps, limits)
 
     def _facts(self) -> list[tuple[str, str]]:
         model, generation = self.recipe.model, self.recipe.generation

@@ -18,12 +18,14 @@ from emrrg_cli.decoding.reports import load_generator
 from emrrg_cli.decoding.shards import Shard
 from emrrg_cli.decoding.studies import StudyFiles
 from emrrg_cli.decoding.study_records import StudyResult, StudyWriter
+from emrrg_cli.default_model import read_limits
 from emrrg_cli.files.atomic import atomic_write_text
 from emrrg_cli.files.locks import locked
 from emrrg_cli.files.output_paths import check_writable
 from emrrg_cli.files.records import iterate_jsonl
 from emrrg_cli.models.film_distance import UNLIKE
 from emrrg_cli.recipe.finetuning import FinetuneRecipe
+from emrrg_cli.runtime import fit_threads
 from emrrg_cli.signals import interrupted_by
 from emrrg_cli.silence_libraries import silence_libraries
 
@@ -112,6 +114,7 @@ class _Run:
     ) -> None:
         self.studies, self.run_dir, self.recipe, self.place = studies, run_dir, recipe, place
         self.gallery = gallery
+        self.limits = read_limits(run_dir)
         if not overwrite:
             place.find_earlier({study.name: study.context for study in studies})
             gallery.find_earlier()
@@ -148,6 +151,7 @@ class _Run:
         if processes > 1:
             return lambda: write_in_processes(left, processes, self.run_dir, self.recipe, machine.device, page)
         generator = load_generator(self.run_dir, device=machine.device, recipe=self.recipe)
+        fit_threads(sum(parameter.numel() for parameter in generator.model.parameters()), writing=True)
         return lambda: StudyWriter(generator, self.recipe, page).write(left)
 
     def _stopped(self) -> str:
@@ -175,7 +179,8 @@ class _Run:
             result.first_skipped += [(path, reason)] if len(result.first_skipped) < LISTED else []
         if study.row is None:
             return
-        self.place.append(study.row | {"fingerprint": self.place.fingerprint})
+        limits = {"limits": self.limits} if self.limits else {}
+        self.place.append(study.row | limits | {"fingerprint": self.place.fingerprint})
         result.reports += 1
         path = study.row["path"]
         if study.row["notes"]:

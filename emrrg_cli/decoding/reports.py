@@ -14,6 +14,7 @@ from emrrg_cli.datasets.report_dataset import ReportDataset, collate
 from emrrg_cli.decoding.contexts import read_context
 from emrrg_cli.decoding.grounding import ground_reports
 from emrrg_cli.decoding.writer import Studies, Writer, WrittenReport, autocast_of, autocast_without_cache
+from emrrg_cli.default_model import find_default_model
 from emrrg_cli.errors import UsageError
 from emrrg_cli.imaging.raster import resize_square
 from emrrg_cli.imaging.read import read_image
@@ -188,7 +189,7 @@ def study_pixels(study: Study, size: int) -> torch.Tensor:
 
 
 def load_generator(
-    run_dir: Path | str,
+    run_dir: Path | str | None = None,
     *,
     device: str = "auto",
     overrides: Sequence[str] = (),
@@ -197,23 +198,24 @@ def load_generator(
     """The model of a run directory, ready to write reports.
 
     Args:
-        run_dir: what `emrrg finetune` wrote.
+        run_dir: what `emrrg finetune` wrote; None: the default model of the package, which knows synthetic films only.
         device: `auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1` or `mps`.
         overrides: `key=value` changes to the run's recipe, such as `generation.num_beams=1`.
         recipe: the run's recipe with such changes already made.
 
     Raises:
-        UsageError: when this is no run directory, or an override is wrong.
+        UsageError: when this is no run directory, the package has no default model, or an override is wrong.
         RunError: when the run holds no trained model yet, or its LLM cannot be had.
     """
     from emrrg_cli.models.build import load_model
     from emrrg_cli.recipe.load import load_run_recipe
     from emrrg_cli.runtime import inference_precision, llm_dtype
 
+    run = find_default_model("Name the run directory: load_generator(RUN).") if run_dir is None else Path(run_dir)
     if recipe is None:
-        recipe = load_run_recipe(Path(run_dir), None, overrides, "generate")
+        recipe = load_run_recipe(run, None, overrides, "generate")
     chosen = choose_device(device)
     precision = inference_precision(recipe.train.precision, chosen.type)
     dtype = llm_dtype(recipe.model.llm.dtype, precision)
-    model = load_model(Path(run_dir), recipe.model, dtype)
-    return Generator(model, recipe, chosen, precision, FilmDistance.load(Path(run_dir)))
+    model = load_model(run, recipe.model, dtype)
+    return Generator(model, recipe, chosen, precision, FilmDistance.load(run))

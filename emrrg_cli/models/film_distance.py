@@ -12,6 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from emrrg_cli.checksums import CHECKSUMS, check_file
+from emrrg_cli.default_model import read_limits
 from emrrg_cli.errors import RunError
 from emrrg_cli.files.atomic import atomic_file, whole_directory
 from emrrg_cli.files.write_errors import writing
@@ -29,14 +30,24 @@ _ROUNDING = 2.0**-8  # of a value at bf16
 
 @dataclass(frozen=True)
 class MeasuredDistance:
-    """The distance of a study's films from those of the training; of several the largest."""
+    """The distance of a study's films from those of the training; of several the largest.
+
+    Attributes:
+        limits: What the model's run says that it cannot do, as `read_limits` gives it.
+    """
 
     distance: float
+    limits: str = ""
 
     @property
     def note(self) -> str | None:
         """What a reader should know; None where it is at most 1."""
-        return f"{UNLIKE} (distance {self.distance:.1f}, threshold 1.0)" if self.distance > 1 else None
+        if self.distance <= 1:
+            return None
+        note = f"{UNLIKE} (distance {self.distance:.1f}, threshold 1.0)"
+        if not self.limits:
+            return note
+        return f"{note}: {self.limits}; this looks like something else: do not read the report as a finding"
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,7 @@ class FilmDistance:
 
     tokens: _Part
     texture: _Part
+    limits: str = ""
 
     @classmethod
     def fit(cls, training: Films, held_out: Films) -> FilmDistance:
@@ -88,7 +100,8 @@ class FilmDistance:
         """
         if len(held_out[0]) < LEAST or len(training[0]) < 2:
             raise ValueError(f"{len(training[0])} training and {len(held_out[0])} held-out films are too few")
-        return cls(*(_Part.fit(*values) for values in zip(training, held_out, strict=True)))
+        tokens, texture = (_Part.fit(*values) for values in zip(training, held_out, strict=True))
+        return cls(tokens, texture)
 
     def distances(self, films: Films) -> Tensor:
         """The distance of each film, `[n]`."""
@@ -97,7 +110,8 @@ class FilmDistance:
 
     def of_studies(self, films: Films, views: Tensor) -> list[MeasuredDistance]:
         """The distance of each study, with `[b]` films of each."""
-        return [MeasuredDistance(max(own.tolist())) for own in torch.split(self.distances(films), views.tolist())]
+        distances = torch.split(self.distances(films), views.tolist())
+        return [MeasuredDistance(max(own.tolist()), self.limits) for own in distances]
 
     def save(self, run_dir: Path) -> None:
         """Writes it into a run, for the weights that the run has now.
@@ -125,7 +139,7 @@ class FilmDistance:
         check_file(file)
         tensors = load_tensors(file)
         try:
-            found = cls(_read_part(tensors, "tokens"), _read_part(tensors, "texture"))
+            found = cls(_read_part(tensors, "tokens"), _read_part(tensors, "texture"), read_limits(run_dir))
             return found if bytes(tensors["weights"].tolist()) == _weights_digest(run_dir) else None
         except (ValueError, KeyError, RuntimeError) as error:
             raise RunError(f"{file}, the distances of training films, cannot be read: {error}") from error

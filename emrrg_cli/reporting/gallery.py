@@ -19,6 +19,7 @@ from emrrg_cli.reporting.rendering import render_parts
 
 STUDIES_A_PAGE = 500
 _LEVELS = 9  # of shading
+_WORDS = {"good": "found", "bad": "invented", "missed": "missed"}
 _PUNCTUATION = re.compile(r"[.,;:!?)\]]+")
 
 
@@ -32,6 +33,9 @@ class About:
         skipped_count: how many there are.
         reports: how many reports the run has, shown or not.
         map_note: what the maps are; "" where there are none.
+        limits: what the model cannot do, as `read_limits` gives it.
+        intro: what the page shows, where that is more than reports.
+        tables, legend: as those of a `Page`.
     """
 
     facts: Sequence[tuple[str, str]]
@@ -39,6 +43,11 @@ class About:
     skipped_count: int = 0
     reports: int = 0
     map_note: str = ""
+    limits: str = ""
+    title: str = "Generated reports"
+    intro: str = ""
+    tables: Sequence[tuple[str, Mapping[str, Sequence[str]]]] = ()
+    legend: Sequence[tuple[str, str]] = ()
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,7 @@ class _Sentence:
     confidence: float | None
     map: str
     peak: float
+    tag: str  # "good" or "bad" where it is compared with a reference
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,9 @@ class _Card:
     findings: dict[str, list[str]]  # by "positive", "uncertain", "negative"
     told: str  # to the model, beside the images
     notes: list[str]
+    filters: list[str]  # what the list of findings offers
+    tags: list[tuple[str, str]]  # findings compared with the known ones, as those of a `Card` of `Page`
+    reference: list[tuple[str, str]]  # its sentences, each with a tag or ""
 
 
 def write_gallery(
@@ -86,7 +99,9 @@ def write_gallery(
     """Writes `page.html`, and `page-2.html` and so on where there are more than 500 studies; removes older ones.
 
     Args:
-        studies: records of `generate` with their pictures, one at a time.
+        studies: records of `generate` with their pictures, one at a time. Where the truth is known, a record also has
+            `tags` (findings, each with `good`, `bad` or `missed`), `sentence_tags` (of each sentence `good`, `bad` or
+            "") and `reference` (sentences, each with `good`, `missed` or "").
         count: how many there are.
 
     Returns:
@@ -102,8 +117,8 @@ def write_gallery(
         cards = (_card(row, pictures) for row, pictures in islice(rest, STUDIES_A_PAGE))
         parts = render_parts(
             "gallery.html",
-            title="Generated reports",
-            intro="",
+            title=about.title,
+            intro=about.intro,
             about=about,
             first=first + 1,
             last=min(count, first + STUDIES_A_PAGE),
@@ -134,6 +149,8 @@ def _card(row: Mapping[str, Any], pictures: Pictures) -> _Card:
         findings[label].append(name)
     mean = row.get("mean_token_logprob")
     name = row["study"]
+    tags = list(row.get("tags") or ())
+    compared = [f"{finding}: {_WORDS[tag]}" for finding, tag in tags]
     title = max(name.rfind("/"), name.rfind("\\")) + 1
     return _Card(
         name=name,
@@ -146,6 +163,9 @@ def _card(row: Mapping[str, Any], pictures: Pictures) -> _Card:
         findings=findings,
         told="; ".join(f"{field}: {value}" for field, value in (row.get("context") or {}).items()),
         notes=list(row.get("notes") or ()),
+        filters=compared if "tags" in row else findings["positive"] + findings["uncertain"],
+        tags=tags,
+        reference=list(row.get("reference") or ()),
     )
 
 
@@ -153,7 +173,7 @@ def _sentences(row: Mapping[str, Any], pictures: Pictures) -> Iterator[_Sentence
     text = row["report"]
     kept = row.get("sentences")
     spans = sentence_spans(text) if kept is None else [(one["start"], one["end"]) for one in kept]
-    sure = row.get("word_confidence") or []
+    sure, tags = row.get("word_confidence") or [], row.get("sentence_tags") or ()
     for number, (start, end) in enumerate(spans):
         first = text[:start].count(" ")
         pieces = shaded_words(text[start:end], sure[first : first + text[start:end].count(" ") + 1])
@@ -162,6 +182,7 @@ def _sentences(row: Mapping[str, Any], pictures: Pictures) -> Iterator[_Sentence
             confidence=None if kept is None else kept[number]["confidence"],
             map=pictures.maps[number] if number < len(pictures.maps) else "",
             peak=pictures.peaks[number] if number < len(pictures.peaks) else 0.0,
+            tag=tags[number] if number < len(tags) else "",
         )
 
 

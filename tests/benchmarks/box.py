@@ -15,6 +15,7 @@ writes the run in fp16 with a model card.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import re
@@ -29,6 +30,7 @@ from typing import Any
 
 import torch
 import yaml
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
@@ -38,7 +40,8 @@ from emrrg_cli.checksums import write_checksums
 from emrrg_cli.datasets.directory import open_dataset
 from emrrg_cli.datasets.report_text import clean_report
 from emrrg_cli.default_model import LIMITS, SYNTHETIC_ONLY
-from emrrg_cli.demo import DemoResult, read_result, write_films
+from emrrg_cli.demo import DemoResult, read_result
+from emrrg_cli.files.records import read_jsonl
 from emrrg_cli.ingest.sources.phantom import synthetic_study
 from emrrg_cli.models.film_distance import FILM_DISTANCE, FilmDistance
 from emrrg_cli.phantom.grid import generator
@@ -170,7 +173,9 @@ def seconds_a_report(run: Path, films: Path, count: int = 12) -> float:
 
 def measure(work: Work) -> dict[str, Any]:
     """Everything that is printed and that the card says."""
-    result: DemoResult = read_result(work.path("draw"), work.path("evaluate"))
+    predictions = read_jsonl(work.path("evaluate") / "predictions.jsonl")
+    reports = {row["study_id"]: row["hypothesis"] for row in predictions}
+    result: DemoResult = read_result(work.path("draw"), reports)
     cases = [synthetic_study(work.seed, int(study.rsplit("-", 1)[1]))[0] for study in result.study_ids]
     again = [
         clean_report(write_report(case, generator(work.seed, 2**31 + number)).findings, "r2gen-iu")
@@ -192,6 +197,13 @@ def measure(work: Work) -> dict[str, Any]:
         "seconds a report, two CPU threads": seconds_a_report(work.path("finetune"), films),
         "seconds of the stages": {stage: int((work.root / f"{stage}.seconds").read_text()) for stage in STAGES},
     }
+
+
+def write_films(dataset: Any, folder: Path, count: int) -> None:
+    """Writes the first films of a split as PNG files, named by their studies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for row in dataset.select(range(min(count, len(dataset)))):
+        Image.open(io.BytesIO(row["images"][0]["bytes"])).save(folder / f"{row['study_id']}.png")
 
 
 def show(found: dict[str, Any], console: Console) -> None:

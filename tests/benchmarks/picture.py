@@ -1,6 +1,6 @@
 """The picture of the README, made from the folder of a demo.
 
-    emrrg demo && python tests/benchmarks/picture.py emrrg-demo tests/readme/demo.png
+    emrrg demo --train && python tests/benchmarks/picture.py emrrg-demo tests/readme/demo.png
 
 Shows three films of the test split with reference and generated report, findings in both marked as on the demo's page.
 """
@@ -18,6 +18,7 @@ from PIL import Image
 from emrrg_cli.datasets.directory import open_dataset
 from emrrg_cli.demo import read_result
 from emrrg_cli.files.atomic import atomic_write_bytes
+from emrrg_cli.files.records import read_jsonl
 from emrrg_cli.phantom.reader import read_labels
 
 COUNT = 3
@@ -25,7 +26,8 @@ COUNT = 3
 
 def main() -> None:
     folder, target = Path(sys.argv[1]), Path(sys.argv[2])
-    result = read_result(folder / "data", folder / "scores")
+    reports = read_jsonl(folder / "reports" / "reports.jsonl")
+    result = read_result(folder / "data", {row["study"]: row["report"] for row in reports})
     studies = list(zip(result.study_ids, result.truth, result.references, result.hypotheses, strict=True))
     # The first films of the split with two findings or more, whether the report is right or not.
     chosen = [study for study in studies if len(study[1]) > 1][:COUNT]

@@ -12,9 +12,12 @@ import pytest
 
 from emrrg_cli.app import main
 from emrrg_cli.commands.demo import Steps
-from emrrg_cli.demo import LEGEND, read_result, write_demo_page
+from emrrg_cli.datasets.directory import open_dataset
+from emrrg_cli.datasets.report_text import sentence_spans
+from emrrg_cli.default_model import SYNTHETIC_ONLY
+from emrrg_cli.demo import LEGEND, compared, read_result
 from emrrg_cli.errors import EmrrgError, Interrupted, UsageError
-from emrrg_cli.files.records import append_jsonl
+from emrrg_cli.phantom.reader import read_labels
 
 
 @pytest.fixture(scope="module")
@@ -24,18 +27,14 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def predictions(data: Path, folder: Path, answer: Any) -> Path:
-    from emrrg_cli.datasets.directory import open_dataset
-
-    for row in open_dataset(data)["test"]:
-        text = answer(row)
-        append_jsonl(folder / "predictions.jsonl", {"study_id": row["study_id"], "reference": "r", "hypothesis": text})
-    return folder
+def answers(data: Path, answer: Any) -> dict[str, str]:
+    """What a model writes for each study of the test split."""
+    return {row["study_id"]: answer(row) for row in open_dataset(data)["test"]}
 
 
 @pytest.mark.slow
-def test_perfect_reports_score_one_and_the_blind_answers_less(phantoms: Path, tmp_path: Path) -> None:
-    result = read_result(phantoms, predictions(phantoms, tmp_path, lambda row: row["findings"].lower()))
+def test_perfect_reports_score_one_and_the_blind_answers_less(phantoms: Path) -> None:
+    result = read_result(phantoms, answers(phantoms, lambda row: row["findings"].lower()))
     model, shuffled, usual = result.f1["micro"]
     assert model == 1.0
     assert shuffled < 1.0
@@ -43,22 +42,60 @@ def test_perfect_reports_score_one_and_the_blind_answers_less(phantoms: Path, tm
     assert len(result.study_ids) == 10
 
 
-def test_a_report_of_nothing_finds_nothing(phantoms: Path, tmp_path: Path) -> None:
-    result = read_result(phantoms, predictions(phantoms, tmp_path, lambda row: "the lungs are clear ."))
+def test_a_report_of_nothing_finds_nothing(phantoms: Path) -> None:
+    result = read_result(phantoms, answers(phantoms, lambda row: "the lungs are clear ."))
     assert result.f1["micro"][0] == 0.0
 
 
-def test_page(phantoms: Path, tmp_path: Path) -> None:
-    reports = iter(["clear ."] * 4 + ["effusion ."] * 6)
-    result = read_result(phantoms, predictions(phantoms, tmp_path, lambda row: next(reports)))
-    write_demo_page(tmp_path / "page.html", phantoms, result, {"BLEU_1": 0.5, "METEOR": None}, ["emrrg demo"])
-    text = (tmp_path / "page.html").read_text()
-    assert text.count("data:image/jpeg") == len(result.study_ids)
-    assert "synthetic" in text.lower()
-    assert "needs Java" in text
-    assert "not for diagnosis" in text
+def test_found_invented_and_missed_are_told_apart() -> None:
+    report = "the heart is enlarged . there is a nodule . no pneumothorax ."
+    spans = [{"start": a, "end": b} for a, b in sentence_spans(report)]
+    reference = "there is cardiomegaly . a small left pneumothorax is seen . the bones are intact ."
+    row = compared({"report": report, "sentences": spans}, {"cardiomegaly", "pneumothorax"}, reference)
+    assert row["tags"] == [("cardiomegaly", "good"), ("nodule", "bad"), ("pneumothorax", "missed")]
+    assert row["sentence_tags"] == ["good", "bad", ""]
+    assert [tag for _, tag in row["reference"]] == ["good", "missed", ""]
+
+
+@pytest.mark.slow
+def test_the_demo_shows_the_default_model_on_unseen_films(
+    default_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "demo"
+    command = ["demo", str(out), "--count", "12"]
+    assert main(command) == 0
+    shown = capsys.readouterr()
+    for text in ("emrrg generate", "F1 of findings, 12 unseen synthetic films", "shuffled films", "not for diagnosis"):
+        assert text in shown.out
+    assert SYNTHETIC_ONLY in shown.err
+    test = open_dataset(out / "data")["test"]
+    assert {len(images) for images in test["images"]} == {1, 2}  # lateral films too
+    text = (out / "page.html").read_text()
+    rows = [json.loads(line) for line in (out / "reports" / "reports.jsonl").read_text().splitlines()]
+    assert text.count("<article") == text.count("<b>Reference</b>") == len(rows) == 12
+    assert text.count("data-map=") == sum(len(row["sentences"]) for row in rows) > 0
     assert all(f"<span class='tag {kind}'>{words}</span>" in text for words, kind in LEGEND)
-    assert "The model wrote 2 different reports for 10 films." in text
+    assert f"The model wrote {len({row['report'] for row in rows})} different reports for 12 films." in text
+    assert SYNTHETIC_ONLY in text
+    missed = sum(len(set(row["labels"]) - read_labels(one["report"])) for row, one in zip(test, rows, strict=True))
+    assert text.count("<span class='tag missed'>") == missed + 1 > 1  # and the legend
+    assert main(command) == 0  # finished: shown again
+    assert "not for diagnosis" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("no_default_model")
+def test_without_a_default_model_the_demo_offers_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", str(tmp_path / "demo")]) == 2
+    told = capsys.readouterr().err
+    assert "this installation has no default model" in told
+    assert "`emrrg demo --train`" in told
+    assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.parametrize("options", [["--epochs", "2"], ["--train", "--count", "50"]])
+def test_options_that_do_not_fit_are_refused(options: list[str], tmp_path: Path) -> None:
+    assert main(["demo", str(tmp_path / "demo"), *options]) == 2
+    assert not (tmp_path / "demo").exists()
 
 
 SMALL = ("model.encoder.d_model=16", "model.encoder.depth=1", "model.encoder.image_size=32")
@@ -88,7 +125,7 @@ def test_stopped_the_same_command_continues_to_the_end(
 
     monkeypatch.setattr(Steps, "run", smaller)
     out = tmp_path / "demo"
-    command = ["demo", str(out), "--count", "100", "--epochs", "1"]
+    command = ["demo", str(out), "--train", "--count", "100", "--epochs", "1"]
     step = loop._Loop._optimizer_step  # type: ignore[attr-defined]
     with monkeypatch.context() as patch:
 
@@ -111,7 +148,7 @@ def test_stopped_the_same_command_continues_to_the_end(
     assert ran[2] == [*ran[1], "--resume"]
     shown = capsys.readouterr().out
     assert "emrrg evaluate --model" in shown
-    assert "shuffled images" in shown
+    assert "shuffled films" in shown
     assert "not for diagnosis" in shown
     assert (out / "page.html").is_file()
     assert len((out / "reports" / "reports.jsonl").read_text().splitlines()) == 10
@@ -119,13 +156,13 @@ def test_stopped_the_same_command_continues_to_the_end(
 
     assert main(command) == 0  # finished: shown again, nothing is run
     assert len(ran) == 5
-    assert main(["demo", str(out)]) == 2
+    assert main(["demo", str(out), "--train"]) == 2
     assert "holds a demo with other options" in capsys.readouterr().err
 
 
 def test_a_folder_with_other_files_is_not_touched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    assert main(["demo", str(tmp_path)]) == 2
+    assert main(["demo", str(tmp_path), "--train"]) == 2
     assert "already exists and is not empty" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 from emrrg_cli.app import main
 from emrrg_cli.commands.generate import split_arguments
+from emrrg_cli.default_model import SYNTHETIC_ONLY
 from emrrg_cli.errors import UsageError
 
 
@@ -33,6 +34,7 @@ def test_reports_are_shown_and_the_skipped_named(
         assert text in printed.out
     assert "skipped notes.txt: not an image" in printed.err
     assert "2 reports, 1 file skipped" in printed.err
+    assert "Note: " not in printed.err
     assert len((tmp_path / "out" / "reports.jsonl").read_text().splitlines()) == 2
 
 
@@ -105,8 +107,33 @@ def test_wrong_usage_is_exit_code_2(
 def test_what_is_no_run(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", str(images), "--model", str(images), "-o", str(tmp_path / "out")]) == 2
     assert "is not a run directory" in capsys.readouterr().err
-    assert main(["generate", str(images)]) == 2
     assert main(["generate", "--model", str(images)]) == 2
+
+
+@pytest.mark.usefixtures("no_default_model")
+def test_without_a_default_model_a_model_is_asked_for(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(images)]) == 2
+    told = capsys.readouterr().err
+    assert "this installation has no default model" in told
+    assert f"emrrg generate {images} --model RUN" in told
+
+
+def test_the_default_model_states_its_limits_everywhere(
+    default_model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["generate", str(images), "--output", str(out)]) == 0
+    told = capsys.readouterr().err
+    assert "the model that comes with emrrg writes the reports" in told
+    assert f"Note: {SYNTHETIC_ONLY}." in told
+    rows = [json.loads(line) for line in (out / "reports.jsonl").read_text().splitlines()]
+    assert [row["limits"] for row in rows] == [SYNTHETIC_ONLY] * 2
+    assert f"<p class=warning>Note: {SYNTHETIC_ONLY}.</p>" in (out / "page.html").read_text()
+    # Named, the same run states them too; another has none to state.
+    assert main(["generate", str(images), "--model", str(default_model), "--output", str(out)]) == 0
+    told = capsys.readouterr().err
+    assert "comes with emrrg" not in told
+    assert f"Note: {SYNTHETIC_ONLY}." in told
 
 
 def test_an_argument_that_exists_is_a_path_whatever_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -318,3 +318,16 @@ def test_a_context_that_the_model_does_not_read(run_dir: Path, generator: Genera
         reads.generate(images[:1], [{"sex": "F", "indication": "cough"}])
     with pytest.raises(UsageError, match="there are 2 studies and 1 contexts"):
         reads.generate(images[:2], [{"age": 4}])
+
+
+def test_without_a_path_the_default_model_is_loaded(default_model: Path, tiny_r2gen: Path) -> None:
+    image = next((tiny_r2gen / "images").rglob("*.png"))
+    written = load_generator(device="cpu").generate([image])
+    assert written == load_generator(default_model, device="cpu").generate([image])
+
+
+@pytest.mark.usefixtures("no_default_model")
+def test_without_a_path_and_a_default_model_a_run_is_asked_for() -> None:
+    with pytest.raises(UsageError, match="has no default model") as raised:
+        load_generator()
+    assert raised.value.hint == "Name the run directory: load_generator(RUN)."

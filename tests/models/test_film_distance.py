@@ -97,7 +97,12 @@ def test_tokens_or_texture_make_a_film_unlike(part: int) -> None:
 
 def test_a_note_says_what_is_unlike() -> None:
     assert MeasuredDistance(1.0).note is None
-    assert MeasuredDistance(2.34).note == "unlike the films of the training (distance 2.3, threshold 1.0)"
+    note = "unlike the films of the training (distance 2.3, threshold 1.0)"
+    assert MeasuredDistance(2.34).note == note
+    limited = MeasuredDistance(2.34, "this model knows drawings only").note
+    assert limited is not None
+    assert limited.startswith(f"{note}: this model knows drawings only; ")
+    assert limited.endswith("do not read the report as a finding")
 
 
 def test_a_file_is_of_the_weights_it_was_measured_with(tiny_run: Path, tmp_path: Path) -> None:

@@ -122,6 +122,25 @@ def test_an_earlier_record_without_confidence_is_shown(tmp_path: Path) -> None:
     assert "confidence 0" not in text
 
 
+def test_a_compared_report_shows_agreement(tmp_path: Path) -> None:
+    row = record("s", "a nodule . clear .", [1.0] * 5, findings={"Lung Lesion": "positive"})
+    row["sentence_tags"] = ["bad", ""]
+    row["reference"] = [("an effusion <b> .", "missed"), ("clear .", "")]
+    row["tags"] = [("nodule", "bad"), ("effusion", "missed")]
+    tables = [("F1", {"nodule": ["0.00"]})]
+    about = About([], title="Compared", tables=tables, legend=[("nowhere", "missed")], limits="it knows nothing")
+    (path,) = write_gallery(tmp_path, about, [(row, Pictures([PIXEL]))], 1)
+    text = path.read_text()
+    HTMLParser().feed(text)
+    assert "<h1>Compared</h1>" in text
+    assert "<p class=warning>Note: it knows nothing.</p>" in text
+    assert '<span class="sentence is-bad"' in text
+    assert "<span class=is-missed>An effusion &lt;b&gt;.</span>" in text
+    assert 'data-findings="nodule: invented|effusion: missed"' in text
+    assert text.count("<span class='tag missed'>") == 2
+    assert "Lung Lesion" not in text
+
+
 @pytest.mark.parametrize(
     "text",
     ["the heart is enlarged .", "No acute disease.", "a , b ; c ( d ) .", "clear . .", "size 1.5 cm .", "", "."],

@@ -18,6 +18,7 @@ from emrrg_cli.app import main
 from emrrg_cli.checksums import CHECKSUMS
 from emrrg_cli.datasets.directory import open_dataset
 from emrrg_cli.datasets.report_dataset import ReportDataset
+from emrrg_cli.default_model import LIMITS
 from emrrg_cli.models import film_distance
 from emrrg_cli.models.film_distance import FILM_DISTANCE, FilmDistance, describe
 from emrrg_cli.recipe.load import load_run_recipe
@@ -49,6 +50,16 @@ def test_generate_names_films_unlike_the_training(
         assert [text.partition(" (")[0] for text in row["notes"]] == note
         assert (row["film_distance"] > 1) == bool(note)
         assert row["report"]
+
+    (run / LIMITS).write_text("this model knows drawings only")
+    assert main([*command, "--overwrite"]) == 0
+    told = capsys.readouterr().err
+    advice = "this model knows drawings only; this looks like something else: do not read the report as a finding"
+    assert advice in told
+    assert "of the training: this model knows drawings only, so do not read them as findings" in told
+    rows = [json.loads(line) for line in (tmp_path / "out" / "reports.jsonl").read_text().splitlines()]
+    assert [advice in " ".join(row["notes"]) for row in rows] == [False, True]
+    assert (tmp_path / "out" / "page.html").read_text().count(advice) == 1
 
 
 @pytest.mark.usefixtures("no_java")
