@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import io
 import json
 import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,10 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import ExplicitVRLittleEndian, JPEGBaseline8Bit, generate_uid
 
+from tests.forks import fork_server, forked
 from tests.varied import varied_copy
+
+__all__ = ["fork_server", "forked"]
 
 # Before `datasets` is imported: tests run offline and leave no Arrow copies in the user's cache.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -57,6 +61,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests come first, so that no worker of pytest-xdist is left with a long one at the end."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
+
+
+def pytest_collection_finish() -> None:
+    """The modules that are imported by now stay: the garbage collector need not look through them again and again."""
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # else libraries report leaks
+
+
+@pytest.fixture(autouse=True, scope="session")
+def unsynced_files() -> Iterator[None]:
+    """Files of tests need not survive a power cut: waiting for the disk takes nearly half of a tiny training."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

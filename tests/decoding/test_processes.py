@@ -55,25 +55,40 @@ def _has_ended(group: int) -> bool:
     return False
 
 
+# Runs `emrrg` in a fork whose processes are forks as well; with `killed`, the second ends at its start.
+_FORKED = """
+import multiprocessing
+import sys
+from types import SimpleNamespace
+
+from emrrg_cli.app import main
+from emrrg_cli.decoding import processes
+
+start = processes._start
+
+def start_and_kill(index, *arguments):
+    connection, process = start(index, *arguments)
+    if index == 1 and {killed}:
+        process.kill()
+    return connection, process
+
+processes._start = start_and_kill
+processes.multiprocessing = SimpleNamespace(get_context=lambda method: multiprocessing.get_context("fork"))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.slow
 def test_two_processes_write_what_one_writes_after_one_died(
-    varied_run: Path, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    varied_run: Path, films: Path, tmp_path: Path, forked: Any
 ) -> None:
     assert main(["generate", str(films), *_options(varied_run, tmp_path / "one")]) == 0
     command = ["generate", str(films), *_options(varied_run, tmp_path / "two"), "--num-processes", "2"]
-    start = processes._start
-
-    def start_and_kill(index: int, *arguments: Any) -> Any:
-        connection, process = start(index, *arguments)
-        if index == 1:
-            process.kill()
-        return connection, process
-
-    with monkeypatch.context() as patch:
-        patch.setattr(processes, "_start", start_and_kill)
-        assert main(command) == 1
-    assert "process 2 of 2 ended by signal 9" in capsys.readouterr().err
-    assert main(command) == 0
+    (done,) = forked(*command, code=_FORKED.format(killed=True))
+    assert done.returncode == 1
+    assert "process 2 of 2 ended by signal 9" in done.stderr
+    (done,) = forked(*command, code=_FORKED.format(killed=False))
+    assert done.returncode == 0, done.stderr
     one, two = _rows(tmp_path / "one"), _rows(tmp_path / "two")
     assert len({row["report"] for row in one}) > 3
     assert len(two) == 9

@@ -21,12 +21,6 @@ from emrrg_cli.training.launch import processes_expected, processes_wanted, tell
 OPTIONS = ("train.trackers=[]", "train.epochs=3", "generation.batch_size=3")
 
 
-def emrrg(*arguments: str, by: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *(by or ("-m", "emrrg_cli")), *arguments]
-    env = {**os.environ, **environment}
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
-
-
 @pytest.fixture(scope="module")
 def one(tiny_overrides: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of a single process, with the same global batch."""
@@ -40,7 +34,8 @@ def two(tiny_overrides: tuple[str, ...], tmp_path_factory: pytest.TempPathFactor
     """The run of `emrrg finetune --num-processes 2`."""
     run = tmp_path_factory.mktemp("two") / "run"
     arguments = ["finetune", "tiny/finetune", *tiny_overrides, *OPTIONS, "--output", str(run)]
-    done = emrrg(*arguments, "--num-processes", "2")
+    command = [sys.executable, "-m", "emrrg_cli", *arguments, "--num-processes", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert done.stderr.count("schedule ended") == 1  # one process speaks
@@ -91,12 +86,13 @@ split_reports.write_split = fail
 
 @pytest.mark.slow
 def test_torchrun_does_the_same_and_leaves_no_thread(
-    two: Path, tiny_overrides: tuple[str, ...], tmp_path: Path, run_of: Any
+    two: Path, tiny_overrides: tuple[str, ...], tmp_path: Path, run_of: Any, forked: Any
 ) -> None:
     script = tmp_path / "leaving.py"
     script.write_text(LEAVING)
-    by = ("-m", "torch.distributed.run", "--nproc-per-node", "2", str(script))
-    done = emrrg("finetune", "tiny/finetune", *tiny_overrides, *OPTIONS, "--output", str(tmp_path / "run"), by=by)
+    how = ("--nproc-per-node=2", "--start-method=fork", "--run-path", str(script))
+    training = ("finetune", "tiny/finetune", *tiny_overrides, *OPTIONS, "--output", str(tmp_path / "run"))
+    (done,) = forked(*how, *training, code="from torch.distributed.run import main\nmain()")
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stdout.splitlines() if line.endswith("]")] == ["0 False []"] * 2
     run, both = run_of(tmp_path / "run"), run_of(two)
@@ -117,10 +113,11 @@ def test_an_error_leaves_no_thread_of_the_process_group(
 
 @pytest.mark.slow
 def test_accelerate_launch_does_the_same(
-    one: Path, tiny_overrides: tuple[str, ...], tmp_path: Path, run_of: Any
+    one: Path, tiny_overrides: tuple[str, ...], tmp_path: Path, run_of: Any, forked: Any
 ) -> None:
-    by = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "emrrg_cli")
-    done = emrrg("finetune", "tiny/finetune", *tiny_overrides, *OPTIONS, "--output", str(tmp_path / "run"), by=by)
+    how = ("--cpu", "--num_processes", "1", "-m", "emrrg_cli")
+    training = ("finetune", "tiny/finetune", *tiny_overrides, *OPTIONS, "--output", str(tmp_path / "run"))
+    (done,) = forked(*how, *training, code="from accelerate.commands.launch import main\nmain()")
     assert done.returncode == 0, done.stderr
     assert run_of(tmp_path / "run").series("train/loss") == pytest.approx(run_of(one).series("train/loss"), rel=1e-6)
 

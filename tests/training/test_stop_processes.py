@@ -23,47 +23,73 @@ OPTIONS = ("model.encoder.depth=3", "model.encoder.drop_path=0.9", "train.tracke
            "train.epochs=30", "train.validate_every_epochs=30", "train.checkpoint_every_steps=60")  # fmt: skip
 
 
-def _start(*arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "emrrg_cli", "finetune", "tiny/finetune", *arguments, "--num-processes", "2"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ})
+# Runs `emrrg` with processes that are forked, not started, and sends itself a signal once there is a new step.
+STOPPED = """
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
 
+from torch.distributed.launcher import api
 
-def _rows(run: Path) -> int:
-    history = run / "history.jsonl"
-    return len(history.read_text().splitlines()) if history.exists() else 0
+from emrrg_cli.app import main
+from emrrg_cli.training import launch
 
+history = Path(sys.argv[sys.argv.index("--output") + 1], "history.jsonl")
+config, elastic = launch._launch_config, api.elastic_launch
 
-def _stop_after_a_step(process: subprocess.Popen[str], run: Path, number: signal.Signals) -> str:
-    """Send the signal once the training has written a new step, and return what the command printed."""
-    rows = _rows(run)
-    while process.poll() is None and _rows(run) <= rows:
+def run(module, package, *arguments):
+    sys.exit(main(arguments))
+
+def stop(size):
+    while history.stat().st_size == size:
         time.sleep(0.01)
-    process.send_signal(number)
-    return process.communicate(timeout=300)[1]
+    os.kill(os.getpid(), signal.SIGHUP)
+
+launch._launch_config = lambda processes: replace(config(processes), start_method="fork")
+api.elastic_launch = lambda config, python: elastic(config, run)
+threading.Thread(target=stop, args=(history.stat().st_size,), daemon=True).start()
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def _stopped_after_a_step(*arguments: str, run: Path) -> subprocess.CompletedProcess[str]:
+    """Starts two processes from the command line, and sends SIGUSR1 once there is a step."""
+    command = [sys.executable, "-m", "emrrg_cli", *arguments, "--num-processes", "2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not (run / "history.jsonl").exists():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGUSR1)  # torch by itself would not pass it on
+        printed = process.communicate(timeout=300)
+        return subprocess.CompletedProcess(command, process.returncode, *printed)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_signals_stop_two_processes_and_nothing_is_lost(
-    tiny_overrides: tuple[str, ...], tmp_path: Path, run_of: Any
+    tiny_overrides: tuple[str, ...], tmp_path: Path, run_of: Any, forked: Any
 ) -> None:
-    options = (*tiny_overrides, *OPTIONS, "--output")
-    undisturbed = _start(*options, str(tmp_path / "whole"))
-    assert undisturbed.wait(300) == 0, undisturbed.communicate()[1]
     run = tmp_path / "run"
-    reached = 0
-    for name in ("SIGUSR1", "SIGHUP"):  # torch by itself would not pass the first on
-        resume = ["--resume"] if reached else []
-        process = _start(*options, str(run), *resume)
-        printed = _stop_after_a_step(process, run, signal.Signals[name])
-        assert process.returncode == 128 + signal.Signals[name], printed
-        assert run_of(run).last_step() > reached, printed
-        reached = run_of(run).last_step()
-        assert reached < 60
-        assert f"stopped at step {reached} of 60" in printed
-    rest = _start(*options, str(run), "--resume")
-    assert rest.wait(300) == 0, rest.communicate()[1]
     whole, stopped = run_of(tmp_path / "whole"), run_of(run)
+    command = ("finetune", "tiny/finetune", *tiny_overrides, *OPTIONS, "--output")
+    undisturbed = forked(*command, str(whole.directory), processes=2)
+    assert [process.returncode for process in undisturbed] == [0, 0], undisturbed
+    reached = 0
+    for name in ("SIGUSR1", "SIGHUP"):
+        if name == "SIGUSR1":
+            process = _stopped_after_a_step(*command, str(run), run=run)
+        else:
+            (process,) = forked(*command, str(run), "--resume", "--num-processes", "2", code=STOPPED)
+        assert process.returncode == 128 + signal.Signals[name], process.stderr
+        assert stopped.last_step() > reached, process.stderr
+        reached = stopped.last_step()
+        assert reached < 60
+        assert f"stopped at step {reached} of 60" in process.stderr
+    rest = forked(*command, str(run), "--resume", processes=2)
+    assert [process.returncode for process in rest] == [0, 0], rest
     for key in ("train/loss", "validation/loss"):
         assert stopped.series(key) == whole.series(key)
     for name, tensor in whole.weights.items():
