@@ -44,6 +44,11 @@ def unix_line_ends(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
+def whole_characters(text: str) -> str:
+    """JSON can spell half a character (a lone surrogate), which no UTF-8 file holds; it becomes U+FFFD."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def clean_report(text: str, style: CleaningRule | str) -> str:
     """The report as it is learned and scored.
 

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from emrrg_cli.console import printable
-from emrrg_cli.datasets.report_text import unix_line_ends
+from emrrg_cli.console import counted, printable
+from emrrg_cli.datasets.report_text import unix_line_ends, whole_characters
 from emrrg_cli.errors import UsageError
 from emrrg_cli.evaluation.score_inputs import check_ids
 from emrrg_cli.files.atomic import atomic_write_text
+from emrrg_cli.ingest.sources.text_files import find_encoding
 
 # Names that columns and keys have in published files; the first that is there is taken.
 ID_NAMES = ("study_id", "id", "uid", "study", "image_id", "dicom_id", "filename", "image")
@@ -79,29 +80,21 @@ def read_predictions(path: Path, references: Path | None = None, columns: Column
             the two files do not match.
     """
     columns = columns or Columns()
-    table = _read(path)
+    table = _read(path, columns)
     hypotheses = _column(table, "hypothesis", columns.hypothesis, HYPOTHESIS_NAMES, columns.study_id)
     remarks = [f"{path.name}: {table.layout}"]
     if references is None:
-        if table.layout == _REXRANK and columns.reference is None and not _named(table, ("reference",)):
-            truth = {name: _rexrank_reference(row) for name, row in zip(hypotheses, table.records, strict=True)}
-        else:
-            names = tuple(name for name in REFERENCE_NAMES if name != _chosen(table, columns.hypothesis))
-            truth = _column(table, "reference", columns.reference, names, columns.study_id)
+        names = tuple(name for name in REFERENCE_NAMES if name != _chosen(table, columns.hypothesis))
+        truth = _references(table, columns, names)
     else:
-        other = _read(references)
+        other = _read(references, columns)
         remarks.append(f"{references.name}: {other.layout}")
-        if other.layout == _REXRANK and columns.reference is None and not _named(other, ("reference",)):
-            ids = _ids(other, columns.study_id)
-            truth = {name: _rexrank_reference(row) for name, row in zip(ids, other.records, strict=True)}
-        else:
-            truth = _column(
-                other, "reference", columns.reference, (*REFERENCE_NAMES, *HYPOTHESIS_NAMES), columns.study_id
-            )
+        truth = _references(other, columns, (*REFERENCE_NAMES, *HYPOTHESIS_NAMES))
         check_ids(truth, hypotheses)
-    for what, texts in (("hypotheses", hypotheses), ("references", truth)):
+    for what, texts in (("hypothesis", hypotheses), ("reference", truth)):
         if empty := sum(not text.strip() for text in texts.values()):
-            remarks.append(f"{empty} {what} are empty: they count as wrong")
+            verb, they = ("is", "it counts") if empty == 1 else ("are", "they count")
+            remarks.append(f"{counted(empty, what)} {verb} empty: {they} as wrong")
     ids = list(hypotheses)
     reports, generated = ([unix_line_ends(texts[i]) for i in ids] for texts in (truth, hypotheses))
     return Predictions(ids, reports, generated, path.name, remarks)
@@ -123,17 +116,19 @@ def write_rexrank(path: Path, predictions: Predictions) -> None:
 
 
 _REXRANK = "ReXrank's JSON"
+_SECTIONS = ("section_findings", "section_impression", "findings", "impression")
 
 
-def _read(path: Path) -> _Table:
+def _read(path: Path, columns: Columns) -> _Table:
+    kind = path.suffix.lower()
+    if kind not in (".csv", ".tsv", ".jsonl", ".json") and not path.is_dir():
+        raise UsageError(f"{path} is of an unknown kind", hint="Give a file that ends in .jsonl, .csv, .tsv or .json.")
     text = _text(path)
-    if path.suffix.lower() in (".csv", ".tsv"):
-        return _read_csv(path, text)
-    if path.suffix.lower() == ".jsonl":
+    if kind == ".jsonl":
         return _read_lines(path, text)
-    if path.suffix.lower() == ".json":
+    if kind == ".json":
         return _read_json(path, text)
-    raise UsageError(f"{path} is of an unknown kind", hint="Give a file that ends in .jsonl, .csv, .tsv or .json.")
+    return _read_csv(path, text, [name for name in (columns.study_id, columns.hypothesis, columns.reference) if name])
 
 
 def _text(path: Path) -> str:
@@ -142,11 +137,11 @@ def _text(path: Path) -> str:
             raise UsageError(f"{path} is not a file", hint="Give a file of predictions (.jsonl, .csv or .json).")
         if path.stat().st_size > _MAX_BYTES:
             raise UsageError(f"{path} is larger than {_MAX_BYTES >> 30} GB: this is no file of reports")
-        data = path.read_bytes()
+        data, encoding = path.read_bytes(), find_encoding(path)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
     try:
-        return data.decode("utf-8-sig")
+        return data.decode("utf-8-sig" if encoding == "cp1252" else encoding)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UsageError(
@@ -155,9 +150,10 @@ def _text(path: Path) -> str:
         ) from error
 
 
-def _read_csv(path: Path, text: str) -> _Table:
+def _read_csv(path: Path, text: str, names: Sequence[str]) -> _Table:
     csv.field_size_limit(_CELL)
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    known = {*ID_NAMES, *HYPOTHESIS_NAMES, *REFERENCE_NAMES, *names}
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else _delimiter(text, known)
     try:
         rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if row]
     except csv.Error as error:
@@ -165,7 +161,6 @@ def _read_csv(path: Path, text: str) -> _Table:
     if not rows:
         raise UsageError(f"{path} is empty")
     head = [name.strip() for name in rows[0]]
-    known = {*ID_NAMES, *HYPOTHESIS_NAMES, *REFERENCE_NAMES}
     if len(head) == 1 and head[0].lower() not in known:
         # R2Gen's res.csv and gts.csv: one report a row, no heads, no ids.
         records = [{"text": row[0]} for row in rows]
@@ -180,6 +175,16 @@ def _read_csv(path: Path, text: str) -> _Table:
                 hint="Texts with commas or line breaks stand in double quotes.",
             )
     return _Table(path, [dict(zip(head, row, strict=True)) for row in rows[1:]], places, "CSV")
+
+
+def _delimiter(text: str, known: set[str]) -> str:
+    """A comma, or the semicolon or tab that divides the first line into names of which one is known."""
+    head = text.lstrip().partition("\n")[0]
+    for delimiter in ",;\t":
+        names = [name.strip() for name in next(csv.reader([head], delimiter=delimiter), [])]
+        if len(names) > 1 and any(name.lower() in known or name in known for name in names):
+            return delimiter
+    return ","
 
 
 def _read_lines(path: Path, text: str) -> _Table:
@@ -263,7 +268,7 @@ def _ids(table: _Table, given: str | None) -> list[str]:
         value = row.get(name)
         if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
             raise UsageError(f"{table.path}, {place}: no id under {name!r}", hint=_heads(table))
-        study = str(value).strip()
+        study = whole_characters(str(value).strip())
         if study in places:
             raise UsageError(
                 f"{table.path}: the id {printable(study)} occurs twice ({places[study]} and {place})",
@@ -287,7 +292,7 @@ def _column(table: _Table, what: str, given: str | None, names: Sequence[str], i
                 f"{table.path}, {place}: the {what} is not a text but {_shown(value)}",
                 hint='An empty report is written as an empty text ("").',
             )
-        texts[study] = value
+        texts[study] = whole_characters(value)
     return texts
 
 
@@ -301,6 +306,15 @@ def _shown(value: Any) -> str:
     if isinstance(value, str) or (isinstance(value, float) and value != value):
         return "NaN (an empty cell)"
     return f"{type(value).__name__} ({printable(str(value))[:40]})"
+
+
+def _references(table: _Table, columns: Columns, names: Sequence[str]) -> dict[str, str]:
+    """By id: the sections that ReXrank joins, or the column that is named or has one of `names`."""
+    sections = table.layout == _REXRANK and _named(table, _SECTIONS) and not _named(table, ("reference",))
+    if columns.reference is not None or not sections:
+        return _column(table, "reference", columns.reference, names, columns.study_id)
+    ids = _ids(table, columns.study_id)
+    return {name: whole_characters(_rexrank_reference(row)) for name, row in zip(ids, table.records, strict=True)}
 
 
 def _rexrank_reference(row: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from emrrg_cli.reporting.evaluation_tables import CONTROLS, clinical_rows, contr
 from emrrg_cli.reporting.rendering import render
 from emrrg_cli.vocabulary import SCORE_LABELS
 
+_BARS = 40
 _GENERATED, _REFERENCE = "#4878a8", "#888888"
 
 
@@ -133,24 +135,30 @@ def _bars(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _histogram(lengths: Mapping[str, Any]) -> list[dict[str, Any]]:
-    own, other = lengths["hypotheses"]["histogram"], lengths["references"]["histogram"]
-    width = lengths["bin"]
-    last = max([int(start) for start in (*own, *other)], default=0)
+    """Bars of equal width, at most `_BARS`; the last one holds all longer reports."""
+    width, sides = lengths["bin"], [lengths[side]["histogram"] for side in ("hypotheses", "references")]
+    own, other = (_up_to(side, width) for side in sides)
     most = max([*own.values(), *other.values()], default=1)
-    bins = []
-    for start in range(0, last + width, width):
-        counts = own.get(str(start), 0), other.get(str(start), 0)
-        bins.append(
-            {
-                "start": start,
-                "name": f"{start} to {start + width - 1}",
-                "own": counts[0],
-                "other": counts[1],
-                "own_part": 100 * counts[0] / most,
-                "other_part": 100 * counts[1] / most,
-            }
-        )
-    return bins
+    last = max((0, *own, *other))
+    is_open = any(int(start) > last for side in sides for start in side)
+    return [
+        {
+            "start": start,
+            "name": f"{start} or more" if start == last and is_open else f"{start} to {start + width - 1}",
+            "own": own[start],
+            "other": other[start],
+            "own_part": 100 * own[start] / most,
+            "other_part": 100 * other[start] / most,
+        }
+        for start in range(0, last + width, width)
+    ]
+
+
+def _up_to(histogram: Mapping[str, int], width: int) -> Counter[int]:
+    counts: Counter[int] = Counter()
+    for start, count in histogram.items():
+        counts[min(int(start), width * (_BARS - 1))] += count
+    return counts
 
 
 def _glance(glance: Mapping[str, Any]) -> list[tuple[str, str]]:

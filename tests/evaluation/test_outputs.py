@@ -83,6 +83,15 @@ def test_the_page_executes_nothing_of_a_report_and_loads_nothing(written: Path) 
     assert "Research output: not for diagnosis." in text
 
 
+def test_one_long_report_does_not_stretch_the_plots(tmp_path: Path) -> None:
+    predictions = Predictions(["a", "b"], ["clear lungs .", "no effusion ."], ["word " * 20_000, "clear"], "p.jsonl")
+    evaluate_file(predictions, tmp_path / "out", Options(meteor=False, resamples=20))
+    text = (tmp_path / "out" / "page.html").read_text()
+    bars = re.findall(r'<div title="([^"]*) words: (\d+) generated', text)
+    assert len(bars) == 40
+    assert (bars[0], bars[-1]) == (("0 to 9", "1"), ("390 or more", "1"))
+
+
 _ACTIONS = """
   const studies = () => [...document.querySelectorAll("#studies article")];
   const ids = () => studies().filter((study) => !study.hidden).map((study) => study.dataset.id);

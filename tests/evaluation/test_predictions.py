@@ -88,6 +88,29 @@ def test_rexranks_json_with_its_sections(tmp_path: Path) -> None:
     assert only == {"501": "Normal.", "502": "Normal."}
 
 
+def test_rexranks_json_without_sections_has_a_reference_column(tmp_path: Path) -> None:
+    rows = {i: {"model_prediction": TEXTS[i], "report": TRUTH[i]} for i in TRUTH}
+    assert _read(_write(tmp_path / "r.json", rows)) == (TRUTH, TEXTS)
+    with pytest.raises(UsageError, match="id s1: the reference is not a text but NaN"):
+        _read(_write(tmp_path / "nan.json", rows | {"s1": {"model_prediction": "x", "report": float("nan")}}))
+    with pytest.raises(UsageError, match="no column with the reference"):
+        _read(_write(tmp_path / "none.json", {"s1": {"model_prediction": "x"}}))
+
+
+def test_half_a_character_becomes_a_whole_one(tmp_path: Path) -> None:
+    row = '{"id": "a\\ud800", "hypothesis": "\\ud800 x", "reference": "\\ud83e\\udec0 \\udc00"}'
+    assert _read(_write(tmp_path / "p.jsonl", row)) == ({"a\ufffd": "\U0001fac0 \ufffd"}, {"a\ufffd": "\ufffd x"})
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_tables_as_spreadsheets_write_them(tmp_path: Path, encoding: str, delimiter: str) -> None:
+    rows = [["Case", "Model; output", "ref"], *([i, TEXTS[i], TRUTH[i]] for i in TRUTH)]
+    path = _csv(tmp_path / "p.csv", rows, delimiter=delimiter)
+    path.write_bytes(path.read_text(encoding="utf-8").encode(encoding))
+    assert _read(path, columns=Columns("Case", "Model; output")) == (TRUTH, TEXTS)
+
+
 def test_rexranks_json_is_written_and_read_back(tmp_path: Path) -> None:
     predictions = Predictions(list(TRUTH), list(TRUTH.values()), list(TEXTS.values()))
     write_rexrank(tmp_path / "out.json", predictions)
@@ -106,8 +129,8 @@ def test_empty_reports_are_kept_and_mentioned(tmp_path: Path) -> None:
     found = read_predictions(path)
     assert list(found.hypotheses) == ["", "y"]
     assert found.remarks[1:] == [
-        "1 hypotheses are empty: they count as wrong",
-        "1 references are empty: they count as wrong",
+        "1 hypothesis is empty: it counts as wrong",
+        "1 reference is empty: it counts as wrong",
     ]
 
 

@@ -146,21 +146,16 @@ def _parse_row(row: Any, split: Split, where: str) -> AnnotationRow:
         split=split,
         study_id=study_id,
         patient_id=None if patient is None else _text_or_number(patient, f"{where}: subject_id"),
-        report=_whole_characters(report or ""),
+        report=report or "",
         image_paths=tuple(path for path in paths if path is not None),
-        other={key: _whole_characters(str(value)) for key, value in plain.items() if key not in known},
+        other={key: str(value) for key, value in plain.items() if key not in known},
     )
 
 
 def _text_or_number(value: Any, where: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise RunError(f"{where} is {_kind(value)}, not text or a whole number")
-    return _whole_characters(str(value))
-
-
-def _whole_characters(text: str) -> str:
-    """JSON can spell half a character (a lone surrogate), which no UTF-8 file holds; it becomes U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return str(value)
 
 
 def _kind(value: Any) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from emrrg_cli.console import printable
+from emrrg_cli.datasets.report_text import whole_characters
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.ingest.sources.text_files import csv_rows, find_encoding, json_rows, read_lines, reading, tsv_rows
 
@@ -118,10 +119,7 @@ def cell_text(value: Any) -> str:
     text = "" if value is None else str(value).strip()
     if not text or (len(text) <= _LONGEST_EMPTY and text.lower() in _EMPTY):
         return ""
-    if text.isascii():
-        return text.replace("\0", "")
-    # JSON can spell half a character (a lone surrogate), which no UTF-8 file holds.
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", "")
+    return whole_characters(text).replace("\0", "")
 
 
 def cell_list(value: Any) -> list[str]:
