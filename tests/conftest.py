@@ -23,10 +23,10 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import ExplicitVRLittleEndian, JPEGBaseline8Bit, generate_uid
 
-from tests.forks import fork_server, forked
+from tests.forks import fork_server, forked, light_fork_server, light_forked
 from tests.varied import varied_copy
 
-__all__ = ["fork_server", "forked"]
+__all__ = ["fork_server", "forked", "light_fork_server", "light_forked"]
 
 # Before `datasets` is imported: tests run offline and leave no Arrow copies in the user's cache.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

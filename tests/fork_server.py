@@ -1,4 +1,4 @@
-"""Runs Python code in forks of this process, which has imported what takes seconds to import.
+"""Runs Python code in forks of this process, which has imported what takes seconds, or the modules of its arguments.
 
 Each line of standard input is a JSON list of processes that run at the same time: `code`, `arguments`, `environment`,
 `stdout` and `stderr` (files). The answer is a line with the JSON list of their return codes. No process waits for the
@@ -49,10 +49,10 @@ def run(process: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    for name in IMPORTED:
+    for name in sys.argv[1:] or IMPORTED:
         import_module(name)
-    run_setup = import_module("emrrg_cli.training.run_setup")
-    run_setup.plot_curves = lambda history, path: Path(path).write_bytes(b"a curve")
+    if run_setup := sys.modules.get("emrrg_cli.training.run_setup"):
+        run_setup.plot_curves = lambda history, path: Path(path).write_bytes(b"a curve")  # type: ignore[attr-defined]
     os.fsync = lambda file: None
     gc.collect()
     gc.freeze()

@@ -8,51 +8,74 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 Server = subprocess.Popen[str]
+Forked = Callable[..., list[subprocess.CompletedProcess[str]]]
 _EMRRG = "import sys\nfrom emrrg_cli.app import main\nsys.exit(main(sys.argv[1:]))"
 
 
-@pytest.fixture(scope="session")
-def fork_server() -> Iterator[Server]:
-    """A process that has imported torch and the package, and runs code in forks of itself."""
+@contextmanager
+def _server(*modules: str) -> Iterator[Server]:
     if not hasattr(os, "fork"):
         pytest.skip("needs os.fork")
-    command = [sys.executable, str(Path(__file__).with_name("fork_server.py"))]
+    command = [sys.executable, str(Path(__file__).with_name("fork_server.py")), *modules]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         yield server
         server.communicate()
 
 
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[Server]:
+    """A process that has imported torch and the package, and runs code in forks of itself."""
+    with _server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def light_fork_server() -> Iterator[Server]:
+    """The same with the command line alone, which imports nothing heavy."""
+    with _server("emrrg_cli.app") as server:
+        yield server
+
+
 @pytest.fixture
-def forked(fork_server: Server, tmp_path: Path) -> Callable[..., list[subprocess.CompletedProcess[str]]]:
+def forked(fork_server: Server, tmp_path: Path) -> Forked:
     """`forked(*arguments, processes=1, code=...)`: runs `emrrg <arguments>`, or `code`, in processes of their own.
 
     Two or more are a group, as torchrun starts it.
     """
+    return partial(_run, fork_server, tmp_path)
 
-    def run(*arguments: str, processes: int = 1, code: str = _EMRRG) -> list[subprocess.CompletedProcess[str]]:
-        with socket.create_server(("127.0.0.1", 0)) as listening:
-            port = listening.getsockname()[1]
-        rows = []
-        for rank in range(processes):
-            group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
-            variables = {name: str(value) for name, value in group.items()} | {"MASTER_ADDR": "127.0.0.1"}
-            environment = {**os.environ, **(variables if processes > 1 else {})}
-            row = {"code": code, "arguments": arguments, "environment": environment}
-            rows.append(row | {name: str(tmp_path / f"{name}{rank}.txt") for name in ("stdout", "stderr")})
-        assert fork_server.stdin is not None
-        assert fork_server.stdout is not None
-        fork_server.stdin.write(json.dumps(rows) + "\n")
-        fork_server.stdin.flush()
-        codes = json.loads(fork_server.stdout.readline())
-        texts = [[Path(str(row[name])).read_text() for name in ("stdout", "stderr")] for row in rows]
-        return [
-            subprocess.CompletedProcess([*arguments], code, out, err)
-            for code, (out, err) in zip(codes, texts, strict=True)
-        ]
 
-    return run
+@pytest.fixture
+def light_forked(light_fork_server: Server, tmp_path: Path) -> Forked:
+    """`forked` where torch is not imported yet."""
+    return partial(_run, light_fork_server, tmp_path)
+
+
+def _run(
+    server: Server, folder: Path, *arguments: str, processes: int = 1, code: str = _EMRRG
+) -> list[subprocess.CompletedProcess[str]]:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+    rows = []
+    for rank in range(processes):
+        group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
+        variables = {name: str(value) for name, value in group.items()} | {"MASTER_ADDR": "127.0.0.1"}
+        environment = {**os.environ, **(variables if processes > 1 else {})}
+        row = {"code": code, "arguments": arguments, "environment": environment}
+        rows.append(row | {name: str(folder / f"{name}{rank}.txt") for name in ("stdout", "stderr")})
+    assert server.stdin is not None
+    assert server.stdout is not None
+    server.stdin.write(json.dumps(rows) + "\n")
+    server.stdin.flush()
+    codes = json.loads(server.stdout.readline())
+    texts = [[Path(str(row[name])).read_text() for name in ("stdout", "stderr")] for row in rows]
+    return [
+        subprocess.CompletedProcess([*arguments], code, out, err) for code, (out, err) in zip(codes, texts, strict=True)
+    ]

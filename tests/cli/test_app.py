@@ -17,16 +17,6 @@ from emrrg_cli.app import COMMANDS, main
 from emrrg_cli.errors import Interrupted, RunError, UsageError
 
 
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "emrrg_cli", *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-        timeout=120,
-    )
-
-
 @pytest.fixture
 def raises(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Makes `emrrg doctor` raise what it is given."""
@@ -41,6 +31,14 @@ def raises(monkeypatch: pytest.MonkeyPatch) -> Any:
     return _raises
 
 
+# Runs `emrrg` and prints the packages that are imported.
+_IMPORTED = """
+import sys
+from emrrg_cli.app import main
+code = main(sys.argv[1:])
+print(*{name.split(".")[0] for name in sys.modules}, file=sys.stderr)
+sys.exit(code)
+"""
 HEAVY = {"torch", "transformers", "datasets", "peft", "accelerate", "numpy", "matplotlib", "PIL"}
 
 
@@ -55,12 +53,10 @@ HEAVY = {"torch", "transformers", "datasets", "peft", "accelerate", "numpy", "ma
         (["recipe", "validate", "tiny/finetune"], HEAVY),
     ],
 )
-def test_help_and_recipes_import_nothing_heavy(arguments: list[str], absent: set[str]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "emrrg_cli", *arguments], capture_output=True, text=True, timeout=120
-    )
+def test_help_and_recipes_import_nothing_heavy(arguments: list[str], absent: set[str], light_forked: Any) -> None:
+    (done,) = light_forked(*arguments, code=_IMPORTED)
     assert done.returncode == 0
-    packages = {line.rsplit("|", 1)[1].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
+    packages = {*done.stderr.splitlines()[-1].split()}
     assert "typer" in packages
     assert packages & absent == set()
 
@@ -70,7 +66,7 @@ def test_help_and_recipes_import_nothing_heavy(arguments: list[str], absent: set
     [
         (["plan", "tiny/finetune", "data.root=nowhere"], "no such dataset directory: nowhere"),
         (["convert", "nowhere.pth", "out"], "nowhere.pth: no such file or directory"),
-        (["demo", "."], "already exists and is not empty"),
+        (["demo", ".", "--train"], "already exists and is not empty"),
         (["evaluate", "--model", "nowhere"], "nowhere"),
         (["generate", "film.png", "--model", "nowhere"], "nowhere"),
         (["generate", "film.png", "--model", "nowhere", "--device", "cuda!"], "unknown device 'cuda!'"),
@@ -80,21 +76,19 @@ def test_help_and_recipes_import_nothing_heavy(arguments: list[str], absent: set
         (["finetune", "nowhere/nothing"], "no shipped recipe"),
     ],
 )
-def test_a_cheap_mistake_is_found_before_torch_is_imported(arguments: list[str], said: str) -> None:
-    command = [sys.executable, "-X", "importtime", "-m", "emrrg_cli", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+def test_a_cheap_mistake_is_found_before_torch_is_imported(arguments: list[str], said: str, light_forked: Any) -> None:
+    (done,) = light_forked(*arguments, code=_IMPORTED)
     assert done.returncode == 2
     assert said in done.stderr
-    assert not re.search(r"\| +torch$", done.stderr, re.M)
+    assert "torch" not in done.stderr.splitlines()[-1].split()
 
 
 @pytest.mark.skipif(any(Path("/dev").glob("nvidia*")) or sys.platform != "linux", reason="a GPU may be there")
-def test_a_missing_gpu_is_found_before_torch_is_imported() -> None:
-    command = [sys.executable, "-X", "importtime", "-m", "emrrg_cli", "generate", "film.png", "-m", "run"]
-    done = subprocess.run([*command, "--device", "cuda:1"], capture_output=True, text=True, timeout=120)
+def test_a_missing_gpu_is_found_before_torch_is_imported(light_forked: Any) -> None:
+    (done,) = light_forked("generate", "film.png", "-m", "run", "--device", "cuda:1", code=_IMPORTED)
     assert done.returncode == 2
     assert "there is no device 'cuda:1' here" in done.stderr
-    assert not re.search(r"\| +torch$", done.stderr, re.M)
+    assert "torch" not in done.stderr.splitlines()[-1].split()
 
 
 # Runs commands one after the other, and prints the exit code of each and whether torch was imported.
@@ -106,6 +100,7 @@ for line in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_no_command_imports_torch_for_a_cheap_mistake(tiny_run: Path, tiny_dataset: Path, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "films").mkdir()
@@ -162,8 +157,9 @@ def test_no_command_imports_torch_for_a_cheap_mistake(tiny_run: Path, tiny_datas
     ]
 
 
-def test_help_lists_the_commands_in_the_order_of_the_work() -> None:
-    lines = run("--help", COLUMNS="120").stdout.splitlines()
+def test_help_lists_the_commands_in_the_order_of_the_work(light_forked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    lines = light_forked("--help")[0].stdout.splitlines()
     listed = [word for line in lines if len(line.split()) > 1 and (word := line.split()[0]) in COMMANDS]
     assert listed == list(COMMANDS)
 
@@ -171,7 +167,10 @@ def test_help_lists_the_commands_in_the_order_of_the_work() -> None:
 def test_version_is_that_of_the_package() -> None:
     from importlib.metadata import version
 
-    assert run("--version").stdout == f"emrrg {version('emrrg')}\n"
+    command = [sys.executable, "-X", "importtime", "-m", "emrrg_cli", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout == f"emrrg {version('emrrg')}\n"
+    assert not re.search(r"\| +torch$", done.stderr, re.M)
 
 
 @pytest.mark.parametrize(
@@ -183,8 +182,8 @@ def test_version_is_that_of_the_package() -> None:
         (["recipe", "show", "nope"], "error: no shipped recipe is named nope"),
     ],
 )
-def test_wrong_usage_is_exit_code_2_on_stderr(arguments: list[str], said: str) -> None:
-    done = run(*arguments)
+def test_wrong_usage_is_exit_code_2_on_stderr(arguments: list[str], said: str, light_forked: Any) -> None:
+    (done,) = light_forked(*arguments)
     assert done.returncode == 2
     assert done.stdout == ""
     assert said in done.stderr

@@ -49,6 +49,8 @@ def small(arguments: list[str]) -> list[str]:
     ]
     if arguments[0] in TINY:
         changed += [*TINY[arguments[0]], *SHORT]
+    if arguments[0] == "plan":
+        changed += [ENCODER, LLM]
     if arguments[0] == "evaluate" and "--model" in arguments:
         changed += ["data.limit=2"]
     return changed
