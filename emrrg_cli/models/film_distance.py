@@ -1,4 +1,4 @@
-"""How unlike the films of the training a film is, by what the encoder makes of it."""
+"""How unlike the films of the training a film is, by what the encoder makes of it and by how it looks."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ LEAST = 10  # films that a threshold is taken from
 _USUAL = 0.99  # share of held-out films below the threshold
 _DEVIATIONS = 2.326  # the same share of a normal distribution
 _SMALLEST = 8  # pixels on a side of a level of texture
+_LAYOUT = 6  # squares on a side whose brightness is compared
+_SHARES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)  # of the pixels: how bright they are at most
 _ROUNDING = 2.0**-8  # of a value at bf16
 
 
@@ -79,16 +81,17 @@ class _Part:
 
 @dataclass(frozen=True)
 class FilmDistance:
-    """How unlike the training films are films, by the encoder's tokens and by their texture.
+    """How unlike the training films are films, by the encoder's tokens and by their looks.
 
     For each of the two it is the Mahalanobis distance, as a multiple of the one that 99 percent of held-out films do
-    not reach; the larger counts. Above 1, a film is called unlike.
+    not reach; the larger counts, and 99 percent of held-out films do not reach 1 by it. Above 1, a film is called
+    unlike.
 
     Source: Lee et al., arXiv 1807.03888; shrinkage: Ledoit and Wolf, J. Multivariate Analysis 88 (2004).
     """
 
     tokens: _Part
-    texture: _Part
+    looks: _Part
     limits: str = ""
 
     @classmethod
@@ -100,12 +103,14 @@ class FilmDistance:
         """
         if len(held_out[0]) < LEAST or len(training[0]) < 2:
             raise ValueError(f"{len(training[0])} training and {len(held_out[0])} held-out films are too few")
-        tokens, texture = (_Part.fit(*values) for values in zip(training, held_out, strict=True))
-        return cls(tokens, texture)
+        tokens, looks = (_Part.fit(*values) for values in zip(training, held_out, strict=True))
+        scale = max(1.0, cls(tokens, looks).distances(held_out).quantile(_USUAL).item())
+        tokens, looks = (replace(part, threshold=scale * part.threshold) for part in (tokens, looks))
+        return cls(tokens, looks)
 
     def distances(self, films: Films) -> Tensor:
         """The distance of each film, `[n]`."""
-        parts = zip((self.tokens, self.texture), films, strict=True)
+        parts = zip((self.tokens, self.looks), films, strict=True)
         return torch.stack([part.distances(values) / part.threshold for part, values in parts]).amax(dim=0)
 
     def of_studies(self, films: Films, views: Tensor) -> list[MeasuredDistance]:
@@ -120,7 +125,7 @@ class FilmDistance:
             RunError: it cannot be written.
         """
         tensors = {"weights": torch.tensor(list(_weights_digest(run_dir)), dtype=torch.uint8)}
-        for name, part in (("tokens", self.tokens), ("texture", self.texture)):
+        for name, part in (("tokens", self.tokens), ("looks", self.looks)):
             threshold = torch.tensor(part.threshold, dtype=torch.float64)
             tensors |= {f"{name}.mean": part.mean, f"{name}.precision": part.precision, f"{name}.threshold": threshold}
         with writing(run_dir / FILM_DISTANCE), atomic_file(run_dir / FILM_DISTANCE) as file:
@@ -128,7 +133,7 @@ class FilmDistance:
 
     @classmethod
     def load(cls, run_dir: Path) -> FilmDistance | None:
-        """Reads that of a run; None where there is none, or it was measured with other weights.
+        """Reads that of a run; None where there is none, or it was measured with other weights or by other values.
 
         Raises:
             RunError: the file is damaged.
@@ -138,8 +143,10 @@ class FilmDistance:
             return None
         check_file(file)
         tensors = load_tensors(file)
+        if "texture.mean" in tensors:  # an earlier version wrote it
+            return None
         try:
-            found = cls(_read_part(tensors, "tokens"), _read_part(tensors, "texture"), read_limits(run_dir))
+            found = cls(_read_part(tensors, "tokens"), _read_part(tensors, "looks"), read_limits(run_dir))
             return found if bytes(tensors["weights"].tolist()) == _weights_digest(run_dir) else None
         except (ValueError, KeyError, RuntimeError) as error:
             raise RunError(f"{file}, the distances of training films, cannot be read: {error}") from error
@@ -159,14 +166,25 @@ def _read_part(tensors: dict[str, Tensor], name: str) -> _Part:
 
 
 def describe(tokens: Tensor, pixels: Tensor) -> Films:
-    """What films are compared by, on the CPU: mean and deviation of their tokens `[n, 2 d]`, texture `[n, t]`.
+    """What films are compared by, on the CPU: mean and deviation of their tokens `[n, 2 d]`, and their looks `[n, t]`.
+
+    The looks are texture, how bright the pixels are, and where.
 
     Args:
         tokens: of the encoder, `[n, l, d]`.
         pixels: uint8 `[n, size, size]`.
     """
     values = tokens.float().cpu()
-    return torch.cat([values.mean(dim=1), values.std(dim=1)], dim=-1), _texture(pixels.cpu())
+    pixels = pixels.cpu()
+    looks = torch.cat([_texture(pixels), _brightness(pixels)], dim=-1)
+    return torch.cat([values.mean(dim=1), values.std(dim=1)], dim=-1), looks
+
+
+def _brightness(pixels: Tensor) -> Tensor:
+    ordered = pixels.flatten(1).sort(dim=1).values
+    places = torch.tensor([round(share * (ordered.shape[1] - 1)) for share in _SHARES])
+    layout = F.adaptive_avg_pool2d(pixels.float()[:, None], _LAYOUT).flatten(1)
+    return torch.cat([ordered[:, places].float(), layout], dim=-1) / 255
 
 
 def _texture(pixels: Tensor) -> Tensor:

@@ -55,8 +55,8 @@ def measure_film_distance(
                     pixels = batch.pixels.to(device).float()[:, None] / 255
                     found.append(describe(encoder((pixels - center) / spread), batch.pixels))
                 advance(len(batch.views))
-            tokens, textures = zip(*found, strict=True)
-            return torch.cat(tokens), torch.cat(textures)
+            tokens, looks = zip(*found, strict=True)
+            return torch.cat(tokens), torch.cat(looks)
 
         fitted, tested = films(training, rest), films(validation or training, others)
     FilmDistance.fit(fitted, tested).save(run_dir)

@@ -38,15 +38,18 @@ from safetensors.torch import load_file, save_file
 from emrrg_cli import load_generator, score
 from emrrg_cli.checksums import write_checksums
 from emrrg_cli.datasets.directory import open_dataset
+from emrrg_cli.datasets.report_dataset import ReportDataset
 from emrrg_cli.datasets.report_text import clean_report
 from emrrg_cli.default_model import LIMITS, SYNTHETIC_ONLY
 from emrrg_cli.demo import DemoResult, read_result
 from emrrg_cli.files.records import read_jsonl
 from emrrg_cli.ingest.sources.phantom import synthetic_study
-from emrrg_cli.models.film_distance import FILM_DISTANCE, FilmDistance
+from emrrg_cli.models.film_distance import FILM_DISTANCE
 from emrrg_cli.phantom.grid import generator
 from emrrg_cli.phantom.reader import read_labels
 from emrrg_cli.phantom.report import write_report
+from emrrg_cli.recipe.load import load_run_recipe
+from emrrg_cli.training.measure_films import measure_film_distance
 
 STAGES = ("draw", "pretrain", "align", "finetune", "evaluate")
 ENCODER = "model.encoder={size: null, d_model: 32, depth: 2, d_state: 4, image_size: 128}"
@@ -58,8 +61,7 @@ TOY = {
     "finetune": (ENCODER, LLM, *SMALL),
     "evaluate": ("generation.max_new_tokens=60",),
 }
-# Files of a run that reports need. What says which films are unlike those of the training is written anew: it names the
-# weights that it was measured with.
+# Files of a run that reports need. What says which films are unlike those of the training is measured anew.
 KEPT = ("recipe.yaml", "llm.json", "tokenizer", "model")
 SENTENCE = re.compile(r"\s\.\s?|[.;]\s+")
 
@@ -244,9 +246,16 @@ def export(run: Path, target: Path, found: dict[str, Any], work: Work) -> None:
     (target / "README.md").write_text(card(found, work))
     (target / LIMITS).write_text(f"{SYNTHETIC_ONLY}\n")
     write_checksums(target / "model")
-    if (known := FilmDistance.load(run)) is not None:
-        known.save(target)
+    measure_films(target, work.path("draw"))
     write_checksums(target, [name for name in (*KEPT, FILM_DISTANCE, LIMITS) if name != "model"])
+
+
+def measure_films(run: Path, data: Path) -> None:
+    """Writes what says which films are unlike those of the training, for the weights that a run has now."""
+    recipe = load_run_recipe(run, None, ["data.workers=0"], "generate")
+    splits, size = open_dataset(data), recipe.model.encoder.image_size
+    training, held_out = (ReportDataset(splits[name], recipe.data, size) for name in ("train", "validation"))
+    measure_film_distance(recipe, run, training, held_out, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def card(found: dict[str, Any], work: Work) -> str:

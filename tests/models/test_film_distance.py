@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from emrrg_cli.errors import RunError
 from emrrg_cli.models.film_distance import (
@@ -71,20 +72,31 @@ def _described(count: int, seed: int, size: int = 16) -> Films:
     return describe(torch.randn(count, 5, 3, generator=generator), pixels)
 
 
-def test_films_are_described_by_tokens_and_texture() -> None:
+def test_films_are_described_by_tokens_and_looks() -> None:
     tokens = torch.randn(2, 5, 3)
     stripes = torch.tensor([0, 255], dtype=torch.uint8).repeat(16, 8)
-    spread, texture = describe(tokens, torch.stack([stripes, stripes.T]))
+    spread, looks = describe(tokens, torch.stack([stripes, stripes.T]))
     assert torch.allclose(spread, torch.cat([tokens.mean(1), tokens.std(1)], dim=1))
-    assert texture.shape == (2, 8)  # levels of 16 and 8 pixels
-    assert texture[0, 0].exp().item() == pytest.approx(0.25, abs=0.05)  # 0 and 1 around a mean of one half
-    assert texture[0, 2] < -0.8  # neighbours across differ
-    assert texture[0, 3] > 0.8  # neighbours down are the same
-    assert torch.allclose(texture[0, [0, 1, 2, 3]], texture[1, [0, 1, 3, 2]], atol=1e-5)
+    assert looks.shape == (2, 8 + 9 + 36)  # texture of levels of 16 and 8 pixels, shares, squares
+    assert looks[0, 0].exp().item() == pytest.approx(0.25, abs=0.05)  # 0 and 1 around a mean of one half
+    assert looks[0, 2] < -0.8  # neighbours across differ
+    assert looks[0, 3] > 0.8  # neighbours down are the same
+    assert torch.allclose(looks[0, [0, 1, 2, 3]], looks[1, [0, 1, 3, 2]], atol=1e-5)
+    half = torch.zeros(1, 12, 12, dtype=torch.uint8)
+    half[:, :, 6:] = 255
+    brightness = describe(tokens[:1], half)[1][0, -45:]
+    assert brightness[:9].tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 1]
+    assert brightness[9:].view(6, 6).tolist() == [[0, 0, 0, 1, 1, 1]] * 6
+
+
+def test_one_held_out_film_of_100_is_unlike_by_either_part() -> None:
+    held_out = _described(1000, 2)
+    fitted = FilmDistance.fit(_described(1000, 1), held_out)
+    assert (fitted.distances(held_out) > 1).sum() == 10
 
 
 @pytest.mark.parametrize("part", [0, 1])
-def test_tokens_or_texture_make_a_film_unlike(part: int) -> None:
+def test_tokens_or_looks_make_a_film_unlike(part: int) -> None:
     fitted = FilmDistance.fit(_described(400, 1), _described(300, 2))
     films = _described(50, 3)
     assert (fitted.distances(films) > 1).double().mean() < 0.1
@@ -117,6 +129,8 @@ def test_a_file_is_of_the_weights_it_was_measured_with(tiny_run: Path, tmp_path:
     assert torch.equal(read.distances(_described(20, 3)), fitted.distances(_described(20, 3)))
     checksums = run / "model" / "checksums.json"
     checksums.write_text(checksums.read_text() + "\n")  # another export
+    assert FilmDistance.load(run) is None
+    save_file({"texture.mean": torch.zeros(2)}, run / FILM_DISTANCE)  # of an earlier version
     assert FilmDistance.load(run) is None
     (run / FILM_DISTANCE).write_bytes(b"damaged")
     with pytest.raises(RunError, match="not a readable safetensors file"):

@@ -78,7 +78,7 @@ def test_a_training_measures_its_films(
     with torch.no_grad():
         pixels = [data[index].pixels for index in range(len(data))]
         films = [describe(generator.model.encode_films(views), views) for views in pixels]
-    for part, values in zip((known.tokens, known.texture), zip(*films, strict=True), strict=True):
+    for part, values in zip((known.tokens, known.looks), zip(*films, strict=True), strict=True):
         assert torch.allclose(torch.cat(values).double().mean(dim=0), part.mean, atol=1e-5)
 
 
