@@ -47,22 +47,23 @@ def demo(
         typer.Option(
             "--count",
             min=10,
-            help="Number of synthetic films; default: 100, with --train 2400, a tenth of them for testing.",
+            help="Number of synthetic films; default: 60, with --train 2400, a tenth of them for testing.",
             show_default=False,
         ),
     ] = None,
     seed: Annotated[
-        int, typer.Option("--seed", min=0, help="Random seed for the films; the model that comes with emrrg knows 0.")
+        int, typer.Option("--seed", min=0, help="Random seed for the films. The default model was trained on another.")
     ] = SEED,
     epochs: Annotated[
         int | None,
         typer.Option("--epochs", min=1, help="Passes over the films, with --train.", show_default=False),
     ] = None,
 ) -> None:
-    """Draw films, write reports for them, score these and make a page.
+    """Write reports for synthetic films, score them, make a page.
 
     Needs no data, no GPU and no network. The model that comes with emrrg writes the reports in less than a minute on
-    two CPU cores; with --train the demo trains a tiny one, through the commands that it shows.
+    two CPU cores. With --train, the demo trains a tiny model instead.
+
     After Ctrl-C, the same command continues the demo.
 
     Example: emrrg demo my-demo --count 200
@@ -71,7 +72,7 @@ def demo(
         raise UsageError(f"--train needs 100 films or more, got {count}")
     if epochs is not None and not train:
         raise UsageError("--epochs is for --train")
-    count = count or (2400 if train else 100)
+    count = count or (2400 if train else 60)
     start = None if train else _default_model()
     steps = Steps(output, {"count": count, "seed": seed, "epochs": epochs, "train": train}, context.obj.run)
     try:

@@ -90,7 +90,7 @@ def generate(
     The reports are research output and are not for diagnosis. The same command again continues: studies that have a
     report from the same model and options are skipped.
 
-    Without --model a small model writes that comes with emrrg. It knows synthetic films only.
+    Without --model, the small model that comes with emrrg writes the reports. It knows synthetic films only.
 
     A model that was trained with data.context reads it from --context, from the columns indication, comparison,
     technique, age and sex of --table, or from DICOM headers (age, sex, reason for the study), in this order.
