@@ -63,6 +63,7 @@ def test_the_list_of_commands_has_whole_sentences(
         assert "..." not in help_of(path, capsys, monkeypatch).partition("Commands:")[2]
 
 
+@pytest.mark.usefixtures("no_default_model")
 @pytest.mark.parametrize(
     ("line", "advice"),
     [
