@@ -49,12 +49,13 @@ class Run:
 
 
 @pytest.fixture(autouse=True)
-def quick_curve(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Writes a few bytes as `curve.png`: drawing takes a third of a tiny run. `tiny_run` has a real one."""
+def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writes a few bytes in place of pictures, which take a third of a tiny run or more; `tiny_run` has real ones."""
     from emrrg_cli.files.atomic import atomic_write_bytes
-    from emrrg_cli.training import run_setup
+    from emrrg_cli.training import pretrain, run_setup
 
     monkeypatch.setattr(run_setup, "plot_curves", lambda history, path: atomic_write_bytes(path, b"a curve"))
+    monkeypatch.setattr(pretrain, "draw_predictions", lambda *films, path, **more: atomic_write_bytes(path, b"films"))
 
 
 @pytest.fixture
