@@ -17,6 +17,24 @@ import pytest
 Server = subprocess.Popen[str]
 Forked = Callable[..., list[subprocess.CompletedProcess[str]]]
 _EMRRG = "import sys\nfrom emrrg_cli.app import main\nsys.exit(main(sys.argv[1:]))"
+# What `forked` takes as `code`, with an end that calls `main`: the launcher of `emrrg` forks its processes, too.
+LAUNCHER = """
+import sys
+from dataclasses import replace
+
+from torch.distributed.launcher import api
+
+from emrrg_cli.app import main
+from emrrg_cli.training import launch
+
+config, elastic = launch._launch_config, api.elastic_launch
+
+def run(module, package, *arguments):
+    sys.exit(main(arguments))
+
+launch._launch_config = lambda processes: replace(config(processes), start_method="fork")
+api.elastic_launch = lambda config, python: elastic(config, run)
+"""
 
 
 @contextmanager
@@ -49,16 +67,16 @@ def forked(fork_server: Server, tmp_path: Path) -> Forked:
 
     Two or more are a group, as torchrun starts it.
     """
-    return partial(_run, fork_server, tmp_path)
+    return partial(run_forked, fork_server, tmp_path)
 
 
 @pytest.fixture
 def light_forked(light_fork_server: Server, tmp_path: Path) -> Forked:
     """`forked` where torch is not imported yet."""
-    return partial(_run, light_fork_server, tmp_path)
+    return partial(run_forked, light_fork_server, tmp_path)
 
 
-def _run(
+def run_forked(
     server: Server, folder: Path, *arguments: str, processes: int = 1, code: str = _EMRRG
 ) -> list[subprocess.CompletedProcess[str]]:
     with socket.create_server(("127.0.0.1", 0)) as listening:

@@ -66,6 +66,7 @@ FOUND = {
 }
 
 
+@pytest.mark.slow
 def test_an_export_is_half_as_large_and_writes_reports(
     box: ModuleType,
     tiny_run: Path,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from emrrg_cli.app import main
 from emrrg_cli.errors import EmrrgError, Interrupted, RunError, UsageError
 from emrrg_cli.training import launch
 from emrrg_cli.training.launch import processes_expected, processes_wanted, tell_launcher
+from tests.forks import LAUNCHER, run_forked
 
 # No tracker, no noise, three epochs of two steps, a validation with generation in each.
 OPTIONS = ("train.trackers=[]", "train.epochs=3", "generation.batch_size=3")
@@ -30,12 +29,12 @@ def one(tiny_overrides: tuple[str, ...], tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="module")
-def two(tiny_overrides: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of `emrrg finetune --num-processes 2`."""
-    run = tmp_path_factory.mktemp("two") / "run"
-    arguments = ["finetune", "tiny/finetune", *tiny_overrides, *OPTIONS, "--output", str(run)]
-    command = [sys.executable, "-m", "emrrg_cli", *arguments, "--num-processes", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+def two(tiny_overrides: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory, fork_server: Any) -> Path:
+    """The run of `emrrg finetune --num-processes 2`; `test_stop_processes.py` starts one that does not fork."""
+    folder = tmp_path_factory.mktemp("two")
+    run = folder / "run"
+    arguments = ["finetune", "tiny/finetune", *tiny_overrides, *OPTIONS, "--output", str(run), "--num-processes", "2"]
+    (done,) = run_forked(fork_server, folder, *arguments, code=LAUNCHER + "sys.exit(main(sys.argv[1:]))")
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert done.stderr.count("schedule ended") == 1  # one process speaks
@@ -142,6 +141,7 @@ def test_two_processes_evaluate_each_study_once_as_one_does(
     assert result["scores"] == json.loads((tmp_path / "alone" / "scores.json").read_text())["scores"]
 
 
+@pytest.mark.slow
 def test_an_error_in_all_processes_is_said_once(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(EmrrgError) as caught:
         launch.launch(["recipe", "show", "no/such-recipe"], 2)

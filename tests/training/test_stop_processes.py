@@ -17,40 +17,28 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from emrrg_cli.errors import Interrupted
 from emrrg_cli.training import launch
 from emrrg_cli.training.stop_request import SharedStop
+from tests.forks import LAUNCHER
 
 # 60 steps, with noise, so that a signal arrives long before the end. No validation and no checkpoint before it.
 OPTIONS = ("model.encoder.depth=3", "model.encoder.drop_path=0.9", "train.trackers=[]", "train.select=loss",
            "train.epochs=30", "train.validate_every_epochs=30", "train.checkpoint_every_steps=60")  # fmt: skip
 
 
-# Runs `emrrg` with processes that are forked, not started, and sends itself a signal once there is a new step.
+# Sends the launcher a signal once there is a new step.
 STOPPED = """
 import os
 import signal
-import sys
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
-from torch.distributed.launcher import api
-
-from emrrg_cli.app import main
-from emrrg_cli.training import launch
-
 history = Path(sys.argv[sys.argv.index("--output") + 1], "history.jsonl")
-config, elastic = launch._launch_config, api.elastic_launch
-
-def run(module, package, *arguments):
-    sys.exit(main(arguments))
 
 def stop(size):
     while history.stat().st_size == size:
         time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGHUP)
 
-launch._launch_config = lambda processes: replace(config(processes), start_method="fork")
-api.elastic_launch = lambda config, python: elastic(config, run)
 threading.Thread(target=stop, args=(history.stat().st_size,), daemon=True).start()
 sys.exit(main(sys.argv[1:]))
 """
@@ -81,8 +69,10 @@ def test_signals_stop_two_processes_and_nothing_is_lost(
     for name in ("SIGUSR1", "SIGHUP"):
         if name == "SIGUSR1":
             process = _stopped_after_a_step(*command, str(run), run=run)
+            assert process.stdout == ""
+            assert "Warning" not in process.stderr
         else:
-            (process,) = forked(*command, str(run), "--resume", "--num-processes", "2", code=STOPPED)
+            (process,) = forked(*command, str(run), "--resume", "--num-processes", "2", code=LAUNCHER + STOPPED)
         assert process.returncode == 128 + signal.Signals[name], process.stderr
         assert stopped.last_step() > reached, process.stderr
         reached = stopped.last_step()
