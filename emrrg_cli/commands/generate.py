@@ -253,7 +253,8 @@ def _print(result: Written, output: Path, limits: str, *, as_json: bool) -> None
     if more := result.noted - len(result.first_noted):
         err.print(f"... and notes on {more} more, in {output / 'reports.jsonl'}", markup=False)
     if result.unlike:
-        unlike = f"{result.unlike} of the new reports are for films unlike those of the training"
+        of = "is for a film" if result.unlike == 1 else "are for films"
+        unlike = f"{counted(result.unlike, 'new report')} {of} unlike those of the training"
         advice = f": {printable(limits)}, so do not read them as findings" if limits else ""
         err.print(unlike + advice, markup=False, soft_wrap=True)
     if result.earlier:

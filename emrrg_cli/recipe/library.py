@@ -71,7 +71,8 @@ def find_recipe(ref: str, *, relative_to: Path | None = None) -> Path:
             return path
         bare = str(Path(ref).with_suffix(""))
         hint = f"A shipped recipe is named without .yaml: {bare}" if bare in names else None
-        raise UsageError(f"recipe file {path} does not exist", hint=hint)
+        problem = "is a folder" if path.is_dir() else "does not exist"
+        raise UsageError(f"recipe file {path} {problem}", hint=hint)
     if ref in names:
         return recipes_dir() / f"{ref}.yaml"
     same_part = [name for name in names if ref in name.split("/")]

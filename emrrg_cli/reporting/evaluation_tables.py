@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -29,7 +30,8 @@ AVERAGES = {
 def evaluation_tables(result: Mapping[str, Any], title: str) -> list[Table]:
     """Scores with intervals and controls, then each labeler's grid."""
     tables = [_scores(result, title)]
-    tables += [_clinical(name, grid, result["controls"]) for name, grid in result["clinical"].items()]
+    for name, grid in result["clinical"].items():
+        tables += [_clinical(name, {policy: grid[policy]}, result["controls"]) for policy in grid]
     return tables
 
 
@@ -41,12 +43,10 @@ def labeler_name(name: str) -> str:
 def _scores(result: Mapping[str, Any], title: str) -> Table:
     controls = {name: made["scores"] for name, made in result["controls"].items()}
     reasons = result["left_out"]
-    table = Table(title=Text(title), title_justify="left", title_style="bold", min_width=len(title))
-    table.add_column("score")
-    table.add_column("value", justify="right")
-    table.add_column("95 % interval", justify="right")
-    for name in controls:
-        table.add_column(CONTROLS.get(name, name), justify="right")
+    heads = ["score", "value", "95 % interval", *(CONTROLS.get(name, name) for name in controls)]
+    table = _table(title, heads, digits=6)
+    if result["intervals"]:
+        table.columns[2].width = len("0.435-0.478")
     for name, value in result["scores"].items():
         ends = result["intervals"].get(name)
         shown = "" if ends is None else f"{ends[0]:.3f}-{ends[1]:.3f}"
@@ -81,17 +81,32 @@ def clinical_rows(
 
 
 def _clinical(name: str, grid: Mapping[str, Any], controls: Mapping[str, Any]) -> Table:
-    title = Text(f"Clinical findings by {labeler_name(name)}")
-    table = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)  # 80 columns hold it
-    for head in ("uncertain as", "labels", "average"):
-        table.add_column(head, min_width=max(map(len, head.split())))
+    [policy] = grid
     shown = controls_with(name, controls)
-    for head in ("precision", "recall", "F1", *(f"F1, {CONTROLS.get(control, control)}" for control in shown)):
-        table.add_column(head, justify="right", min_width=max(5, *map(len, head.split())))
-    for policy, labels, words, values in clinical_rows(name, grid, shown):
-        table.add_row(policy, labels, words, *(f"{value:.3f}" for value in values))
+    heads = ["labels, average", "precision", "recall", "F1"]
+    heads += [f"F1, {CONTROLS.get(control, control)}" for control in shown]
+    table = _table(f"Clinical findings by {labeler_name(name)}, uncertain as {POLICY[policy]}", heads, digits=5)
+    for _, labels, words, values in clinical_rows(name, grid, shown):
+        table.add_row(f"{labels}, {words}", *(f"{value:.3f}" for value in values))
     if undefined := max(figures["14"]["undefined"] for figures in grid.values()):
         table.caption = f"{undefined} of 14 labels occur on neither side; macro counts them as 0."
+    return table
+
+
+def _table(title: str, heads: Sequence[str], digits: int) -> Table:
+    """A table that 80 columns hold with all controls: heads run over several lines, and no word or number is cut.
+
+    Args:
+        heads: The first one is of text, the others of numbers.
+        digits: Characters of a number.
+    """
+    table = Table(
+        title=Text(f"\n{title}"), title_justify="left", title_style="bold", min_width=len(title),
+        box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 0, 0, 1), pad_edge=False,
+    )  # fmt: skip
+    table.add_column(heads[0])
+    for head in heads[1:]:
+        table.add_column(head, justify="right", width=max(digits, *map(len, head.split())))
     return table
 
 

@@ -105,3 +105,9 @@ def test_recipes_are_looked_up_and_checked_without_torch() -> None:
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert json.loads(output) == []
+
+
+def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").mkdir()
+    with pytest.raises(UsageError, match=r"mine\.yaml is a folder"):
+        find_recipe(str(tmp_path / "mine.yaml"))

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from emrrg_cli.console import counted
 from emrrg_cli.reporting import tables
-from emrrg_cli.reporting.evaluation_tables import evaluation_tables
+from emrrg_cli.reporting.evaluation_tables import CONTROLS, evaluation_tables
 
 
 def _shown(table: Any, width: int = 100) -> str:
@@ -42,16 +42,22 @@ def test_reports_table_shows_the_disclaimer_and_counts_the_rest() -> None:
     assert "seconds" not in narrow
 
 
-def test_the_clinical_table_cuts_no_word_at_80_columns() -> None:
+def test_80_columns_hold_the_tables_with_all_controls() -> None:
     row = {"precision": 0.5, "recall": 0.25, "f1": 1 / 3}
     labels = {"undefined": 2, "micro": row, "macro": row, "macro_defined": row, "example": row}
     grid = {policy: {"14": labels, "5": labels} for policy in ("uncertain_positive", "uncertain_negative")}
-    controls = {name: {"clinical": {"rules": grid}, "scores": {}} for name in ("dealt", "most_frequent")}
-    result = {"controls": controls, "clinical": {"rules": grid}, "scores": {}, "intervals": {}, "left_out": {}}
-    text = _shown(evaluation_tables(result, "test split")[-1], width=80)
+    scores = {"BLEU_1": 0.12345, "METEOR": None, "CIDEr": 1.23456}
+    controls = {name: {"clinical": {"rules": grid}, "scores": scores} for name in CONTROLS}
+    result = {"controls": controls, "clinical": {"rules": grid}, "scores": scores, "left_out": {}}
+    made = evaluation_tables(result | {"intervals": {"CIDEr": [1.1234, 1.3456]}}, "test split")
+    text = "".join(_shown(table, width=80) for table in made)
     assert "\u2026" not in text
-    for word in ("uncertain", "positive", "negative", "precision", "recall", "0.333", "macro,", "defined"):
+    for said in ("0.1235", "1.2346", "1.123-1.346", "left out", "uncertain as positive", "uncertain as negative"):
+        assert said in text
+    words = [word for head in CONTROLS.values() for word in head.split()]
+    for word in (*words, "precision", "recall", "0.333", "macro,", "defined", "2 of 14 labels occur on neither"):
         assert word in text
+    assert text.count("0.333") == 2 * 8 * (1 + len(CONTROLS))
 
 
 def test_a_count_has_the_right_unit() -> None:
