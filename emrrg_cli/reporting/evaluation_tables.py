@@ -45,13 +45,18 @@ def _scores(result: Mapping[str, Any], title: str) -> Table:
     reasons = result["left_out"]
     heads = ["score", "value", "95 % interval", *(CONTROLS.get(name, name) for name in controls)]
     table = _table(title, heads, digits=6)
+    table.columns[1].width = None  # as wide as the reason why a score is left out
     if result["intervals"]:
         table.columns[2].width = len("0.435-0.478")
     for name, value in result["scores"].items():
         ends = result["intervals"].get(name)
         shown = "" if ends is None else f"{ends[0]:.3f}-{ends[1]:.3f}"
-        cells = [Text(shown), *(_value(scores.get(name), reasons.get(name, "")) for scores in controls.values())]
-        table.add_row(Text(SCORE_LABELS.get(name, name)), _value(value, reasons.get(name, "")), *cells)
+        cells = [Text(shown), *(_value(scores.get(name), "-") for scores in controls.values())]
+        table.add_row(
+            Text(SCORE_LABELS.get(name, name)),
+            _value(value, "needs Java" if "Java" in reasons.get(name, "") else "left out"),
+            *cells,
+        )
     for name, value in result.get("merged", {}).items():
         table.add_row(Text(f"{name} (merged)"), Text(f"{value:.4f}"))
     return table
@@ -110,7 +115,5 @@ def _table(title: str, heads: Sequence[str], digits: int) -> Table:
     return table
 
 
-def _value(value: float | None, reason: str) -> Text:
-    if value is not None:
-        return Text(f"{value:.4f}")
-    return Text("needs Java" if "Java" in reason else "left out", style="dim")
+def _value(value: float | None, instead: str) -> Text:
+    return Text(instead, style="dim") if value is None else Text(f"{value:.4f}")
