@@ -192,6 +192,12 @@ class SelfCriticalSettings(Settings):
     samples: int = Field(4, ge=2, description="reports sampled for each study of a step")
     temperature: float = Field(1.0, gt=0, description="of the sampling")
     max_new_tokens: int = Field(100, ge=1, description="longest sampled report")
+    cross_entropy: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the reference's own cross-entropy beside the samples; without it, scores of words can "
+        "lead to one report for everybody",
+    )
     rewards: dict[str, float] = Field(
         default_factory=lambda: {"BLEU_4": 1.0, "CIDEr": 1.0, "ROUGE_L": 1.0},
         description="scores of a report and their weights; CIDEr counts as a part of 10",

@@ -105,6 +105,8 @@ class Sampler:
     def sampled_batch(self, batch: Batch) -> Batch:
         """The batch with sampled reports as its labels, `samples` a study, and their advantages.
 
+        With `cross_entropy` the reference follows the samples of its study, and this weight is its advantage.
+
         Dropout, augmentation and stochastic depth are off while the reports are sampled. The draws are seeded by the
         generator of the CPU.
         """
@@ -116,11 +118,15 @@ class Sampler:
         n = self.settings.samples
         references = [report for report in batch.reports for _ in range(n)]
         rewards = torch.tensor(self.reward(references, [self.model.decode(row) for row in tokens])).view(-1, n)
-        labels = torch.nn.utils.rnn.pad_sequence(
-            [torch.tensor(row) for row in tokens], batch_first=True, padding_value=IGNORE
-        )
+        rows, weights = [torch.tensor(row) for row in tokens], advantages(rewards)
+        if self.settings.cross_entropy:  # the reference stands behind the samples of its study
+            assert batch.labels is not None
+            known = [row[row != IGNORE].cpu() for row in batch.labels]
+            rows = [row for i, own in enumerate(known) for row in (*rows[n * i : n * (i + 1)], own)]
+            weights = torch.nn.functional.pad(weights, (0, 1), value=self.settings.cross_entropy)
+        labels = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORE)
         device = self.accelerator.device
-        return replace(batch, labels=labels.to(device), advantages=advantages(rewards).flatten().to(device))
+        return replace(batch, labels=labels.to(device), advantages=weights.flatten().to(device))
 
     def _sample(self, batch: Batch) -> list[list[int]]:
         # Token ids of `samples` reports a study, those of one study next to each other.

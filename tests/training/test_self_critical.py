@@ -68,13 +68,13 @@ def study(finetune: Any, tiny_dataset: Any) -> Any:
     return model, batch, data.reports, make_accelerator("fp32", 0)
 
 
-def _sampled(study: Any, samples: int = 3) -> Any:
+def _sampled(study: Any, samples: int = 3, **options: float) -> Any:
     from emrrg_cli.recipe.finetuning import SelfCriticalSettings
     from emrrg_cli.training.self_critical import Sampler
 
     model, batch, reports, accelerator = study
     torch.manual_seed(5)
-    settings = SelfCriticalSettings(samples=samples, max_new_tokens=12)
+    settings = SelfCriticalSettings(samples=samples, max_new_tokens=12, **options)
     return Sampler(model, settings, Reward(reports, settings.rewards), accelerator).sampled_batch(batch)
 
 
@@ -107,6 +107,20 @@ def test_the_gradient_is_that_of_each_sample_times_its_advantage(study: Any) -> 
         expected += advantage * gradient
     assert torch.allclose(found, expected, atol=1e-5, rtol=1e-3)
     assert expected.abs().max() > 1e-4
+
+
+@pytest.mark.slow
+def test_the_reference_can_be_learned_beside_the_samples(study: Any) -> None:
+    from emrrg_cli.datasets.report_dataset import IGNORE
+
+    alone, beside = _sampled(study), _sampled(study, cross_entropy=0.25)
+    assert beside.labels.shape[0] == 8
+    for row in range(2):
+        samples, reference = beside.labels[4 * row : 4 * row + 3], beside.labels[4 * row + 3]
+        for own, same in zip(alone.labels[3 * row : 3 * row + 3], samples, strict=True):
+            assert torch.equal(own[own != IGNORE], same[same != IGNORE])
+        assert torch.equal(reference[reference != IGNORE], study[1].labels[row][study[1].labels[row] != IGNORE])
+        assert beside.advantages.view(2, 4)[row].tolist() == [*alone.advantages.view(2, 3)[row].tolist(), 0.25]
 
 
 @pytest.mark.slow
