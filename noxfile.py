@@ -36,7 +36,7 @@ def lint(session: nox.Session) -> None:
 def demo(session: nox.Session) -> None:
     """The README's first command, in an environment that has nothing else."""
     session.install(".")
-    session.run("emrrg", "demo", "--train", *session.posargs, env=OFFLINE)
+    session.run("emrrg", "demo", *session.posargs, env=OFFLINE)
 
 
 @nox.session

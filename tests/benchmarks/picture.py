@@ -1,6 +1,6 @@
 """The picture of the README, made from the folder of a demo.
 
-    emrrg demo --train && python tests/benchmarks/picture.py emrrg-demo tests/readme/demo.png
+    emrrg demo && python tests/benchmarks/picture.py emrrg-demo tests/readme/demo.png
 
 Shows three films of the test split with reference and generated report, findings in both marked as on the demo's page.
 """
