@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from emrrg_cli.datasets.directory import open_dataset
+from emrrg_cli.datasets.report_text import readable_report
 from emrrg_cli.demo import read_result
 from emrrg_cli.files.atomic import atomic_write_bytes
 from emrrg_cli.files.records import read_jsonl
@@ -42,7 +43,7 @@ def main() -> None:
             f"✗ {name} (invented)" for name in sorted(found - truth)
         ]
         marks += [f"○ {name} (missed)" for name in sorted(truth - found)]
-        lines = [*_wrapped("Reference: ", reference), "", *_wrapped("Generated: ", report), "", "   ".join(marks)]
+        lines = [*_wrapped("Reference: ", readable_report(reference)), "", *_wrapped("Generated: ", readable_report(report)), "", "   ".join(marks)]
         text.text(0, 1, "\n".join(lines), va="top", fontsize=9, family="DejaVu Sans")
     for axis in figure.axes:
         axis.axis("off")
