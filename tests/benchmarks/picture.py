@@ -43,7 +43,13 @@ def main() -> None:
             f"✗ {name} (invented)" for name in sorted(found - truth)
         ]
         marks += [f"○ {name} (missed)" for name in sorted(truth - found)]
-        lines = [*_wrapped("Reference: ", readable_report(reference)), "", *_wrapped("Generated: ", readable_report(report)), "", "   ".join(marks)]
+        lines = [
+            *_wrapped("Reference: ", readable_report(reference)),
+            "",
+            *_wrapped("Generated: ", readable_report(report)),
+            "",
+            "   ".join(marks),
+        ]
         text.text(0, 1, "\n".join(lines), va="top", fontsize=9, family="DejaVu Sans")
     for axis in figure.axes:
         axis.axis("off")
