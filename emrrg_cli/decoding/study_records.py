@@ -139,6 +139,11 @@ def study_record(read: ReadStudy, report: WrittenReport, seconds: float) -> Row:
         **({"context": dict(study.context)} if study.context else {}),
         "report": report.text,
         "findings": {name: label for name, label in labels.items() if label is not None},
+        **(
+            {"finding_probabilities": {name: round(p, 4) for name, p in report.findings.items()}}
+            if report.findings
+            else {}
+        ),
         "log_probability": round(report.log_probability, 4),
         **({} if report.confidence is None else report.confidence.as_dict()),
         "seconds": seconds,

@@ -16,6 +16,7 @@ from emrrg_cli.decoding.engine import Engine
 from emrrg_cli.decoding.reference import generate_reports
 from emrrg_cli.decoding.search import Report
 from emrrg_cli.decoding.slots import Prompts
+from emrrg_cli.labeling import OBSERVATIONS
 from emrrg_cli.models.film_distance import FilmDistance, MeasuredDistance, describe
 from emrrg_cli.models.report_generator import ReportGenerator
 from emrrg_cli.recipe.finetuning import GenerationSettings
@@ -57,6 +58,7 @@ class WrittenReport:
         tokens: its end token included.
         confidence: how sure the model is of it; None where it was not asked for.
         film_distance: how unlike the films of the training its films are; None: not known.
+        findings: the probability of each observation by the head on findings; empty: no head, or not asked for.
     """
 
     key: Any
@@ -65,6 +67,7 @@ class WrittenReport:
     tokens: list[int] = field(default_factory=list)
     confidence: Confidence | None = None
     film_distance: MeasuredDistance | None = None
+    findings: Mapping[str, float] = field(default_factory=dict)
 
 
 class Writer:
@@ -74,7 +77,7 @@ class Writer:
         settings: decoding options; `engine` chooses among ours and transformers'.
         device: of the model.
         autocast: makes the contexts of the precision, without a cache of casts.
-        confident: whether reports come with their confidence.
+        confident: whether reports come with their confidence and the probabilities of findings.
         film_distance: compares films with those of the training; None: they are not compared.
     """
 
@@ -91,6 +94,7 @@ class Writer:
         self.model = model
         self.film_distance = film_distance
         self._distances: dict[Any, MeasuredDistance] = {}  # of studies in decoding
+        self._findings: dict[Any, Mapping[str, float]] = {}
         self.confident = confident
         self.settings = settings
         self.device = device
@@ -136,6 +140,9 @@ class Writer:
             films = self.model.encode_films(pixels)
             tokens = self.model.tell_views(films, studies.projections)
             embeddings, mask, visual = self.model.prompt_of(tokens, views, studies.contexts)
+            if self.confident and self.model.findings is not None:
+                for key, row in zip(studies.keys, self.model.findings(tokens, views).sigmoid().tolist(), strict=True):
+                    self._findings[key] = dict(zip(OBSERVATIONS, row, strict=True))
         if self.film_distance is not None:
             found = self.film_distance.of_studies(describe(films, studies.pixels), studies.views)
             self._distances |= dict(zip(studies.keys, found, strict=True))
@@ -148,7 +155,8 @@ class Writer:
         text, tokens, confidence = self.model.decode(report.tokens), report.tokens, None
         if self.confident:
             confidence = read_confidence(text, tokens, report.token_log_probabilities, self.model.decode)
-        return WrittenReport(key, text, report.log_probability, tokens, confidence, self._distances.pop(key, None))
+        distance, findings = self._distances.pop(key, None), self._findings.pop(key, {})
+        return WrittenReport(key, text, report.log_probability, tokens, confidence, distance, findings)
 
 
 def _chain(first: Prompts, following: Iterator[Prompts]) -> Iterator[Prompts]:

@@ -30,6 +30,7 @@ from emrrg_cli.models.build import (
     save_static,
     save_trained,
 )
+from emrrg_cli.models.build_alignment import FINDINGS_FILE
 from emrrg_cli.models.llm import load_tokenizer, train_tokenizer
 from emrrg_cli.models.report_generator import ReportGenerator, encode_report
 from emrrg_cli.models.transfer import fill_encoder
@@ -207,11 +208,14 @@ def _train(
     session.check_batch(training)
     tokenizer = _tokenizer(recipe, training, run_dir, accelerator)
     encoder = build_encoder(recipe.model.encoder, session.scan)
-    frozen = run_dir / "encoder.safetensors"
+    frozen, head = run_dir / "encoder.safetensors", None
     if resume and frozen.is_file():
         load_weights(encoder, frozen)
     elif recipe.model.encoder.weights is not None and not (session.begun and recipe.model.adapter.targets == "full"):
         transfer = fill_encoder(encoder, recipe.model.encoder.weights)
+        if recipe.model.findings and (transfer.source.parent / FINDINGS_FILE).is_file():
+            head = transfer.source.parent / FINDINGS_FILE
+            transfer.notes.append("the head on findings begins as that of stage 2")
         if accelerator.is_main_process:
             transfer.show(verbose=verbose)
     dtype = llm_dtype(recipe.model.llm.dtype, session.precision)
@@ -223,6 +227,9 @@ def _train(
         with writing(run_dir):
             save_static(run_dir, recipe.model, encoder, llm, tokenizer)
     model = assemble(recipe.model, encoder, llm, tokenizer)
+    if head is not None:
+        assert model.findings is not None
+        load_weights(model.findings, head)
     _set_objective(model, recipe, training.reports)
     model.set_gradient_checkpointing(recipe.train.gradient_checkpointing)
     stage = FinetuneStage(model, recipe, validation, run_dir, accelerator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,6 +57,30 @@ def test_a_run_trains_saves_and_loads_the_head(finetune: Any) -> None:
 
 
 @pytest.mark.slow
+def test_the_head_on_findings_begins_as_that_of_stage_2(finetune: Any, tmp_path: Path, capfd: Any) -> None:
+    from safetensors.torch import save_file
+
+    from emrrg_cli.models.build import build_encoder
+    from emrrg_cli.models.encoder_files import save_encoder
+    from emrrg_cli.models.findings_head import FindingsHead
+    from emrrg_cli.recipe.load import load_recipe
+
+    options = ("train.max_steps=1", "train.lr=1e-30", "model.findings=true")
+    recipe = load_recipe(str(finetune("plain", *options).directory / "recipe.yaml"), [], stage="finetune")
+    encoder, stage_2 = build_encoder(recipe.model.encoder), tmp_path / "stage-2" / "model"
+    stage_2.mkdir(parents=True)
+    save_encoder(stage_2, encoder)
+    head = {
+        name: torch.randn_like(t) for name, t in FindingsHead(recipe.model.encoder.d_model, 14).state_dict().items()
+    }
+    save_file(head, stage_2 / "findings.safetensors")
+    run = finetune("run", *options, f"model.encoder.weights={stage_2}")
+    assert "the head on findings begins as that of stage 2" in capfd.readouterr().err
+    for name, tensor in head.items():
+        assert torch.allclose(run.exported[f"bridge.safetensors:findings.{name}"], tensor, atol=1e-6)
+
+
+@pytest.mark.slow
 def test_balance_lengthens_the_epoch_by_studies_with_findings(finetune: Any, tiny_dataset: Any) -> None:
     from emrrg_cli.datasets.balance import BalancedStudies
     from emrrg_cli.datasets.directory import open_dataset
@@ -81,6 +106,7 @@ def test_findings_can_choose_the_best_model(finetune: Any) -> None:
 @pytest.mark.slow
 def test_a_run_with_findings_in_the_prompt_writes_after_loading(finetune: Any) -> None:
     from emrrg_cli.decoding.reports import load_generator
+    from emrrg_cli.decoding.writer import Studies
     from emrrg_cli.errors import UsageError
 
     labels = ("model.findings_prompt_labels=true", "model.findings_threshold=0.3", "train.findings_balance=1")
@@ -88,6 +114,12 @@ def test_a_run_with_findings_in_the_prompt_writes_after_loading(finetune: Any) -
     generator = load_generator(run.directory, overrides=["generation.max_new_tokens=5"])
     assert generator.model.findings_prompt.threshold == 0.3
     assert len(generator.generate_pixels([torch.zeros(1, 32, 32, dtype=torch.uint8)])) == 1
+    film = torch.zeros(1, 32, 32, dtype=torch.uint8)
+    written = next(iter(generator.write([Studies(["film"], [0], film, torch.tensor([1]))])))[0]
+    tokens = generator.model.encode_films(film)
+    expected = generator.model.findings(tokens, torch.tensor([1])).sigmoid()[0].tolist()
+    assert list(written.findings.values()) == pytest.approx(expected, abs=1e-5)
+    assert list(written.findings)[:2] == ["No Finding", "Enlarged Cardiomediastinum"]
     with pytest.raises(UsageError, match="findings_prompt needs the head on findings"):
         finetune("bad", "model.findings_prompt=true")
     with pytest.raises(UsageError, match="need findings_prompt: true"):
