@@ -1,4 +1,4 @@
-"""A dataset directory as R2Gen's annotation file, with the images in a folder beside it."""
+"""Exports a dataset directory as R2Gen's annotation file, with the images in a folder beside it."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ _ENDINGS = {b"\xff\xd8": "jpg", b"\x89P": "png"}
 
 
 def check_annotation(path: Path, *, out: Path, raw: Path | None, overwrite: bool) -> None:
-    """Makes sure that an annotation file can be exported to `path`.
+    """Checks that an annotation file can be exported to `path`.
 
     Args:
         path: The file to write; images go to `images/` beside it.
         out: The dataset directory that is made in the same run.
         raw: The raw data; None: there are none.
-        overwrite: Whether an annotation file that stands there may be replaced, with its images.
+        overwrite: Whether an existing annotation file and its images may be replaced.
 
     Raises:
-        UsageError: It is a directory, or lies in `out`; it exists, without `overwrite` or where the raw data are; or
-            there is an `images` folder beside it that holds something else.
+        UsageError: `path` is a directory or inside `out`; it exists, and `overwrite` is false or it is in the folder of
+            the raw data; or there is already an `images` folder beside it.
     """
     hint = "Name a file in a folder of its own, such as r2gen/annotation.json."
     if path.is_dir():
         raise UsageError(f"{path} is a directory", hint=hint)
     folder = path.parent.resolve()
     if folder.is_relative_to(out.resolve()):
-        raise UsageError(f"{path} lies in {out}, which is put in its place as a whole", hint=hint)
+        raise UsageError(f"{path} is inside {out}, which is replaced as a whole", hint=hint)
     if path.exists() and not overwrite:
         raise UsageError(f"{path} exists", hint="Name another file, or pass --overwrite.")
     if path.exists() and raw is not None and (raw.resolve() in folder.parents or raw.resolve().is_relative_to(folder)):
-        raise UsageError(f"{path} stands where the raw data are, so --overwrite does not replace it", hint=hint)
+        raise UsageError(f"{path} is in the folder of the raw data, so --overwrite does not replace it", hint=hint)
     images = path.parent / "images"
     if not path.exists() and images.exists() and (not images.is_dir() or any(images.iterdir())):
         raise UsageError(
@@ -56,16 +56,15 @@ def check_annotation(path: Path, *, out: Path, raw: Path | None, overwrite: bool
 def export_annotation(dataset: Path, path: Path) -> None:
     """Writes `{"train": [...], "val": [...], "test": [...]}` and the images it names, in R2Gen's layout.
 
-    A row has `id`, `report` (raw; "" where there is none), `image_path` (below `images/`: `<id>/0.jpg`, ...), `split`
-    and, where the patient is known, `subject_id`. The file is written last, so that where it stands, all its images do.
-    `emrrg preprocess r2gen` reads it back.
+    A row has `id`, `report` (raw; "" if there is none), `image_path` (below `images/`: `<id>/0.jpg`, ...), `split` and,
+    if the patient is known, `subject_id`. The file is written after all images. `emrrg preprocess r2gen` reads it back.
 
     Args:
         dataset: A dataset directory.
         path: The file to write.
 
     Raises:
-        RunError: The disk refuses.
+        RunError: A file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +117,7 @@ def _exported(row: dict[str, Any], split: Split, images: Path) -> dict[str, Any]
 
 
 def _file_name(study_id: str) -> str:
-    """The id itself where every file system takes it, else what is left of it and a hash."""
+    """Returns the id itself if every file system accepts it, or else a shortened id with a hash."""
     if _PLAIN.fullmatch(study_id):
         return study_id
     digest = hashlib.blake2b(study_id.encode("utf-8", "surrogatepass"), digest_size=6).hexdigest()

@@ -1,16 +1,16 @@
 """Writes a dataset directory. A run that was killed continues where it stopped.
 
-Beside OUT, on the same file system, until the directory is whole:
+Until OUT is complete, the work is in a directory beside it, on the same file system:
 
 .OUT.partial/
-  work.json                       what is being made: a fingerprint of data, recipe and libraries
-  shards/train-00000.parquet      finished
-  journal/train-00000.json        one for each finished shard, written after it
-  finish.json                     how the shards become the directory, once there are all of them
-  dataset/                        becomes OUT
+  work.json                       fingerprint of data, recipe and libraries
+  shards/train-00000.parquet      a finished shard
+  journal/train-00000.json        written after each finished shard
+  finish.json                     how the shards become the dataset; written after the last shard
+  dataset/                        is renamed to OUT
 
-A continued run reads the source from its start and skips, in each split, the studies that the journals count:
-the bytes are those of a run that was not interrupted.
+A continued run reads the source from its start and skips the studies that the journals of each split count. It writes
+the same bytes as a run without interruption.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ from emrrg_cli.ingest.shards import SplitShards, named_errors, new_parquet, to_d
 from emrrg_cli.ingest.study import ImportLog, Study
 from emrrg_cli.vocabulary import SPLITS, Split
 
-_FORMAT = 1  # of what lies in the work directory
+_FORMAT = 1  # of the work directory
 
 
 def check_target(out: Path, *, overwrite: bool, protect: Path | None = None) -> None:
-    """Makes sure that a dataset directory may be written to `out`.
+    """Checks that a dataset directory may be written to `out`.
 
     Args:
         out: The directory.
-        overwrite: Whether a dataset directory that stands there may be replaced.
-        protect: A path (the raw data) that must not lie inside a directory that is replaced.
+        overwrite: Whether an existing dataset directory may be replaced.
+        protect: A path (the raw data) that must not be inside a replaced directory.
 
     Raises:
-        UsageError: `out` is a file; a directory that is not empty, without `overwrite`; or one that `preprocess` did
-            not write, which is never removed.
+        UsageError: `out` is a file, or a directory that is not empty while `overwrite` is false, or a directory that
+            `preprocess` did not write, which is never removed.
     """
     target = out.resolve()
     if not target.exists():
@@ -77,7 +77,7 @@ def check_target(out: Path, *, overwrite: bool, protect: Path | None = None) -> 
 
 
 def is_finishing(out: Path) -> bool:
-    """Whether a run that was killed had all its shards, and was making them the directory `out`."""
+    """Whether an interrupted run had finished all shards and was making the directory `out` from them."""
     return (_work_directory(out) / "finish.json").exists()
 
 
@@ -97,22 +97,22 @@ def open_writer(
     columns: Mapping[str, Column] | None = None,
     about: str | None = None,
 ) -> Iterator[DatasetWriter]:
-    """A writer that makes a dataset directory at `out`, from what an earlier run with the same fingerprint had done.
+    """Opens a writer for a dataset directory at `out`. It continues an earlier run with the same fingerprint.
 
-    If the block ends before `finish`, `out` is as it was, and finished shards stay in the work directory.
+    If the block ends before `finish`, `out` is unchanged, and finished shards stay in the work directory.
 
     Args:
         out: The directory to make or to replace; see `check_target`.
-        fingerprint: Of everything that the result depends on.
+        fingerprint: Fingerprint of everything that the result depends on.
         studies_per_shard: Studies in one Parquet file.
-        expected_studies: Studies that the source has, to estimate the space that is needed on a full disk.
+        expected_studies: Studies in the source, to estimate the needed space when the disk is full.
         overwrite: Whether finished shards of other data or settings may be removed.
-        columns: Those beside `FEATURES`; every study's `extra` fills them.
-        about: A paragraph for the dataset card; None: that the terms of the source apply.
+        columns: Columns beside `FEATURES`; `Study.extra` fills them.
+        about: A paragraph for the dataset card; None: a sentence that the terms of the source apply.
 
     Raises:
-        UsageError: There are finished shards of other data or settings, without `overwrite`.
-        RunError: The disk refuses (full, read-only, ...), or another process is writing to `out`.
+        UsageError: There are finished shards of other data or settings, and `overwrite` is false.
+        RunError: The disk cannot be written (full, read-only, ...), or another process is writing to `out`.
     """
     final, work = out.resolve(), _work_directory(out)
     writer = None
@@ -158,21 +158,21 @@ class DatasetWriter:
 
     @property
     def studies(self) -> int:
-        """Studies that were written so far, by this run or an earlier one."""
+        """Number of studies written so far, by this run or an earlier one."""
         return sum(shards.studies for shards in self._splits.values())
 
     @property
     def skipped(self) -> int:
-        """Studies that were read and of which no image can be used."""
+        """Number of studies read without a usable image."""
         return sum(shards.skipped for shards in self._splits.values())
 
     @property
     def safe(self) -> int:
-        """Studies, used or not, that a run after this one need not read again."""
+        """Number of studies, used or not, in finished shards."""
         return sum(shards.safe for shards in self._splits.values())
 
     def remaining(self, studies: Iterator[Study]) -> Iterator[Study]:
-        """Those studies of a source, read from its start, that are not in a finished shard."""
+        """Yields the studies of a source, read from its start, that are not in a finished shard."""
         done = {split: shards.safe for split, shards in self._splits.items()}
         for study in studies:
             if done[study.split]:
@@ -187,7 +187,7 @@ class DatasetWriter:
         self._splits[study.split].put(study, prepared)
 
     def needed(self, expected_studies: int) -> int | None:
-        """Bytes that the studies without a finished shard need, from the size of those read; None if none was read."""
+        """Estimates the bytes that the remaining studies need, from the studies read so far; None if there are none."""
         if not self._put_studies:
             return None
         left = max(expected_studies - self.safe, self._put_studies)
@@ -208,20 +208,21 @@ class DatasetWriter:
         dedupe: str = "off",
         before: Callable[[Path], None] | None = None,
     ) -> dict[str, Any]:
-        """Ends the shards, writes manifest and card, and puts the directory in its place.
+        """Finishes the shards, writes manifest and card, and renames the directory to its final name.
 
         Args:
-            manifest: Given the whole log, what the writer does not know; counts and `fingerprint` are added.
-            log: Of what was left out while the source was read; the skipped images are added to it.
-            dedupe: `off`, `report` or `drop`; but for `off`, every study that was put had hashes.
-            before: Called with the whole directory before it is put in its place.
+            manifest: Called with the complete log; returns the entries of the source and the recipe. The writer adds
+                counts and `fingerprint`.
+            log: Items that were skipped while the source was read; skipped images are added to it.
+            dedupe: `off`, `report` or `drop`. `report` and `drop` need hashes for every study that was put.
+            before: Called with the complete directory before it is renamed.
 
         Returns:
             The manifest as written.
         """
         self.add_to(log)
         dataset = self._work / "dataset"
-        (dataset / "data").mkdir(parents=True, exist_ok=True)  # before the plan: a plan alone tells of a finished run
+        (dataset / "data").mkdir(parents=True, exist_ok=True)  # before the plan: a plan without it means a finished run
         plan = self._plan(dedupe)
         log.add(plan.skipped, {})
         log.remarks += remarks_about(plan.duplicates)
@@ -258,13 +259,13 @@ class DatasetWriter:
         return content
 
     def close(self) -> None:
-        """Lets go of open files."""
+        """Closes open files."""
         for shards in self._splits.values():
             with contextlib.suppress(OSError):  # usually a full disk, which the first error reports
                 shards.close()
 
     def _plan(self, dedupe: str) -> Plan:
-        """Written down before the first shard is moved, so that a run that goes on moves the others likewise."""
+        """Writes the plan before the first shard is moved, so that a continued run moves the others in the same way."""
         path = self._work / "finish.json"
         if path.exists():
             return Plan.from_dict(json.loads(path.read_text(encoding="utf-8")))
@@ -274,7 +275,7 @@ class DatasetWriter:
 
     def _place(self, shard: Shard, target: Path) -> None:
         source = self._splits[shard.split].path(shard.index)
-        if target.exists():  # by a run that was killed after it
+        if target.exists():  # an interrupted run placed it
             source.unlink(missing_ok=True)
         elif shard.dropped:
             growing = target.with_suffix(".growing")
@@ -286,7 +287,7 @@ class DatasetWriter:
             source.replace(target)
 
     def _fingerprint(self, plan: Plan) -> str:
-        """Of all rows: of the digests of the shards and of what was left out of them."""
+        """Fingerprint of all rows: from the digests of the shards and the images dropped from them."""
         digest = hashlib.blake2b(digest_size=16)
         for split, shards in self._splits.items():
             for journal in shards.journals():
@@ -296,7 +297,7 @@ class DatasetWriter:
 
 
 def _copy_without(source: Path, target: Path, shard: Shard, schema: pa.Schema) -> None:
-    """A shard without the images that are dropped, and without the studies that have no other."""
+    """Copies a shard without the dropped images and without studies that have no other image."""
     dropped: dict[int, set[int]] = {}
     for study, view in shard.dropped:
         dropped.setdefault(study, set()).add(view)
@@ -316,22 +317,22 @@ def _copy_without(source: Path, target: Path, shard: Shard, schema: pa.Schema) -
 
 
 def _prepare(work: Path, fingerprint: str, overwrite: bool) -> None:
-    """Empties the work directory unless it holds what the same command left.
+    """Empties the work directory unless the same command left its work there.
 
     Raises:
-        UsageError: It holds finished shards of another one, without `overwrite`.
+        UsageError: It has finished shards of another command, and `overwrite` is false.
     """
     mark = work / "work.json"
     content = json.dumps({"format": _FORMAT, "fingerprint": fingerprint})
     if mark.exists():
         if not (work / "dataset").exists() and (work / "finish.json").exists():
-            pass  # a run that was killed after its last step
+            pass  # a run was killed after its last step
         elif mark.read_bytes() == content.encode():
             return
         elif not overwrite and any((work / "journal").glob("*")):
             raise UsageError(
                 f"{work} holds an unfinished run with other data or settings",
-                hint="Give that command once more to finish it, or pass --overwrite to start from the beginning.",
+                hint="Run the earlier command again to finish it, or pass --overwrite to start from the beginning.",
             )
         else:
             err.print(

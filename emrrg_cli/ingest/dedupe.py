@@ -1,7 +1,7 @@
-"""Finds duplicate images and reports in the journals of the shards, and leaves duplicate images out on request.
+"""Finds duplicate images and reports in the journals of the shards, and drops duplicate images on request.
 
-Images are compared exactly and by what they show (`emrrg_cli.ingest.duplicates`), reports word by word. Only images are
-ever left out: many patients have the same normal report.
+Images are compared by their bytes and by their content (`emrrg_cli.ingest.duplicates`), reports word by word. Reports
+are never dropped, because many patients have the same normal report.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DUPLICATE_IMAGE, DUPLICATE_STUDY = "duplicate image", "only duplicate images"
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard of the dataset: its number among those written, and what is left of it."""
+    """A shard of the dataset: its index among the written shards, and the studies and images that remain in it."""
 
     split: Split
     index: int
@@ -41,9 +41,9 @@ class Plan:
     """How finished shards become a dataset directory.
 
     Attributes:
-        shards: Those that are left, in order.
-        duplicates: For the manifest; empty where they were not looked for.
-        skipped: What leaving duplicates out adds to the log.
+        shards: The remaining shards, in order.
+        duplicates: Entry of the manifest; empty if duplicates were not searched.
+        skipped: Log entries of dropped duplicates.
     """
 
     shards: tuple[Shard, ...]
@@ -62,12 +62,12 @@ class Plan:
 
 
 def make_plan(splits: Mapping[Split, SplitShards], *, look: bool, drop: bool) -> Plan:
-    """Looks for duplicates among finished shards and decides what is written.
+    """Searches finished shards for duplicates and decides what is written.
 
     Args:
         splits: The shards.
-        look: Whether their journals have hashes and duplicates are to be reported.
-        drop: Whether images that are there twice are left out.
+        look: Whether duplicates are searched and reported; the journals must have hashes.
+        drop: Whether duplicate images are dropped.
     """
     if not look:
         return Plan(
@@ -99,7 +99,7 @@ def make_plan(splits: Mapping[Split, SplitShards], *, look: bool, drop: bool) ->
 
 
 class _Index:
-    """Every image of the finished shards: its hash, its study and where it is."""
+    """The images of the finished shards, with hash, study and place."""
 
     def __init__(self, splits: Mapping[Split, SplitShards]) -> None:
         self._splits = splits
@@ -122,7 +122,7 @@ class _Index:
         self.rank = self._study_rank[self.study]
 
     def place(self, image: int) -> tuple[int, int, int]:
-        """Number of the shard, study in it, view of the study."""
+        """Returns the number of the shard, the study in it and the view of the study."""
         study = int(self.study[image])
         shard = int(np.searchsorted(self._first_study, study, side="right")) - 1
         return shard, study - int(self._first_study[shard]), image - int(self._starts[study])
@@ -131,7 +131,7 @@ class _Index:
         return self.shards[self.place(image)[0]].split
 
     def names(self, images: Iterable[int]) -> dict[int, tuple[str, str]]:
-        """Study and name of some images, from their shards."""
+        """Reads study id and name of some images from their shards."""
         wanted: dict[int, list[int]] = {}
         for image in images:
             wanted.setdefault(self.place(image)[0], []).append(image)
@@ -145,7 +145,7 @@ class _Index:
         return names
 
     def count(self, found: Sequence[Duplicate], log: ImportLog) -> None:
-        """Counts what is left out: images, and studies that have no other."""
+        """Counts dropped images, and studies that have only dropped images."""
         gone = np.bincount(self.study[[duplicate.index for duplicate in found]], minlength=len(self._starts) - 1)
         whole = gone == np.diff(self._starts)
         alone = [duplicate for duplicate in found if not whole[self.study[duplicate.index]]]
@@ -162,7 +162,7 @@ class _Index:
                     log.skip_study(reason, study, path=path, detail=as_in)
 
     def summary(self, found: Sequence[Duplicate], *, dropped: bool) -> dict[str, Any]:
-        """For the manifest."""
+        """Returns the counts and examples for the manifest."""
         crossing = [d for d in found if self.rank[d.index] != self.rank[d.first]]
         shown = (crossing or list(found))[:_EXAMPLES]
         names = self.names(i for d in shown for i in (d.index, d.first))
@@ -190,7 +190,7 @@ class _Index:
         }
 
     def _repeated_reports(self) -> dict[str, int]:
-        """Studies whose report another one had before, and studies of validation and test whose report train has."""
+        """Counts repeated reports, and studies of validation and test whose report is also in train."""
         reports = np.frombuffer(bytes(self._reports), f"V{REPORT_HASH_BYTES}").view(np.uint64)
         there = reports != 0
         reports, rank = reports[there], self._study_rank[there]
@@ -203,27 +203,27 @@ class _Index:
 
 
 def remarks_about(duplicates: Mapping[str, Any]) -> list[str]:
-    """The result as sentences for the manifest."""
+    """Returns the result as sentences for the manifest."""
     if not duplicates:
         return []
     images, reports = duplicates["images"], duplicates["reports"]
     total = images["exact"] + images["near"]
     remarks = [
-        f"Images that are there twice: {total:,} ({images['exact']:,} exactly, {images['near']:,} nearly), "
-        f"{images['across_splits']:,} of them in another split too"
-        + ("; each was kept once, in test, validation, train in this order." if images["dropped"] else ".")
+        f"Duplicate images: {total:,} ({images['exact']:,} exact, {images['near']:,} nearly equal), "
+        f"{images['across_splits']:,} of them across splits"
+        + ("; one copy was kept, in test first, then validation, then train." if images["dropped"] else ".")
     ]
     if images["across_splits"] and not images["dropped"]:
         example = images["examples"][0]
         remarks.append(
             f"Leakage: {example['path']} of study {example['id']} ({example['split']}) is also "
-            f"{example['as_path']} of study {example['as_id']} ({example['as_split']}). `--dedupe drop` leaves one out."
+            f"{example['as_path']} of study {example['as_id']} ({example['as_split']}). `--dedupe drop` drops one."
         )
     if reports["repeated"]:
         remarks.append(
-            f"Reports that repeat an earlier one word for word: {reports['repeated']:,}; studies of validation and "
-            f"test whose report is in train too: {reports['across_splits']:,}. "
-            "Reports are never left out for that."
+            f"Reports with the same words as an earlier one: {reports['repeated']:,}; studies of validation and "
+            f"test whose report is also in train: {reports['across_splits']:,}. "
+            "Repeated reports are never dropped."
         )
     return remarks
 

@@ -1,8 +1,8 @@
-"""Images that a data set holds twice, exactly or nearly.
+"""Finds images that a data set contains twice, exactly or nearly.
 
-Chest films are alike: of 1,657 public ones 17 pairs of different films share a 64-bit difference hash. So the hash of
-an image is 256 bits of its cosine transform, of which the copies of one film (compressed again, at half the size, with
-another contrast) differ in 0 to 14 for nine in ten, and the films of one patient in 34 and more.
+Chest films look similar: among 1,657 public films, 17 pairs of different films share a 64-bit difference hash. The hash
+of an image is therefore 256 bits of its cosine transform. Copies of one film (compressed again, at half the size, with
+another contrast) differ in 0 to 14 bits in nine of ten cases; different films of one patient differ in 34 or more.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ ImageHash = bytes  # 8 bytes of the file, 32 of the picture
 _SIDE, _LOW = 64, 16  # pixels that are transformed, and lowest frequencies that are kept, in each direction
 _EXACT_BYTES = 8
 
-# Two pictures of which at most this many bits differ share one of 16 bands of 16 bits.
+# Two pictures that differ in at most this many bits have one of 16 bands of 16 bits in common.
 NEAR = 15
 _BANDS = 16
 _PAIRS_AT_A_TIME = 2**20
 
 _cosines = np.cos(np.pi * np.outer(np.arange(_LOW), np.arange(_SIDE) + 0.5) / _SIDE)
-# Band `b` takes one frequency of each row and each column, so that none holds only what all chests have in common.
+# Band `b` takes one frequency of each row and each column, so that no band has only features that all chests share.
 _order = np.array([row * _LOW + (row + band) % _LOW for band in range(_BANDS) for row in range(_LOW)])
 
 
 def hash_image(grey: Image.Image, data: bytes) -> ImageHash:
-    """The hash of an image: of the bytes that are written, then of what they show.
+    """Hashes an image: first its encoded bytes, then its content.
 
-    A bit of the second tells whether a coefficient of the discrete cosine transform, one of the 16 x 16 lowest
-    frequencies, is above the median of all (the perceptual hash of Zauner 2010 at 256 bits).
+    Each bit of the second hash tells whether one of the 16 x 16 lowest coefficients of the discrete cosine transform is
+    above their median (the perceptual hash of Zauner 2010 with 256 bits).
 
     Args:
-        grey: Mode `L`.
-        data: Its encoded bytes.
+        grey: The image, mode `L`.
+        data: The encoded bytes of the image.
     """
     small = np.asarray(grey.resize((_SIDE, _SIDE), Image.Resampling.BOX), dtype=np.float64)
     low = (_cosines @ small @ _cosines.T).ravel()
@@ -48,7 +48,7 @@ def hash_image(grey: Image.Image, data: bytes) -> ImageHash:
 
 @dataclass(frozen=True)
 class Duplicate:
-    """Image `index` shows what `first` shows, an image that is kept."""
+    """Image `index` is a duplicate of `first`, which is kept."""
 
     index: int
     first: int
@@ -56,18 +56,18 @@ class Duplicate:
 
 
 def find_duplicates(hashes: bytes, study: NDArray[np.int64], rank: NDArray[np.int64]) -> list[Duplicate]:
-    """The duplicate images, each with the image that is kept in its place.
+    """Finds duplicate images, each with the image that is kept instead.
 
-    Kept is what comes first by `rank`, then by its place. Images of one study that are nearly alike are both kept: a
-    film may be there in two exposures.
+    The image with the lowest `rank`, then the lowest index, is kept. Nearly equal images of one study are both kept,
+    because a study may have a film in two exposures.
 
     Args:
-        hashes: Of all images, one after the other.
-        study: `[n]`, the study of each.
-        rank: `[n]`, smaller numbers are kept in preference.
+        hashes: The hashes of all images, concatenated.
+        study: `[n]`, the study of each image.
+        rank: `[n]`, images with smaller numbers are kept first.
 
     Returns:
-        By `index`.
+        The duplicates, sorted by `index`.
     """
     if not hashes:
         return []
@@ -86,7 +86,7 @@ def find_duplicates(hashes: bytes, study: NDArray[np.int64], rank: NDArray[np.in
     distinct = order[np.sort(first)]
     neighbours: dict[int, list[int]] = {}
     for a, b in _near_pairs(np.ascontiguousarray(table[distinct, _EXACT_BYTES:])):
-        # `distinct` is in the order of preference, so the earlier one may be kept for the later one.
+        # `distinct` is in the order of preference, so the earlier image is kept instead of the later one.
         early, late = sorted((a, b))
         if study[distinct[early]] != study[distinct[late]]:
             neighbours.setdefault(late, []).append(early)
@@ -94,7 +94,7 @@ def find_duplicates(hashes: bytes, study: NDArray[np.int64], rank: NDArray[np.in
         kept = [int(distinct[early]) for early in sorted(neighbours[late]) if int(distinct[early]) not in found]
         if kept:
             found[int(distinct[late])] = Duplicate(int(distinct[late]), kept[0], exact=False)
-    # What was to be kept for an exact copy may itself be done without: then so is the copy, for the same image.
+    # The image kept instead of an exact copy may itself be a near duplicate: then both refer to the same kept image.
     for index, duplicate in list(found.items()):
         if duplicate.exact and duplicate.first in found:
             found[index] = Duplicate(index, found[duplicate.first].first, exact=False)
@@ -102,7 +102,7 @@ def find_duplicates(hashes: bytes, study: NDArray[np.int64], rank: NDArray[np.in
 
 
 def _near_pairs(pictures: NDArray[np.uint8]) -> set[tuple[int, int]]:
-    """Pairs of rows (uint8 `[n, 32]`) that differ in at most `NEAR` bits."""
+    """Finds the pairs of rows (uint8 `[n, 32]`) that differ in at most `NEAR` bits."""
     bands = pictures.view(np.uint16)
     words = pictures.view(np.uint64)
     pairs: set[tuple[int, int]] = set()
@@ -117,7 +117,7 @@ def _near_pairs(pictures: NDArray[np.uint8]) -> set[tuple[int, int]]:
 
 
 def _equal_groups(keys: NDArray[np.uint16]) -> Iterator[NDArray[np.int64]]:
-    """The places of every key that is there more than once."""
+    """Yields the indices of each key that occurs more than once."""
     order = np.argsort(keys, kind="stable")
     ends = np.flatnonzero(np.diff(keys[order])) + 1
     starts = np.concatenate(([0], ends))

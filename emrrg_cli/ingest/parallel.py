@@ -23,11 +23,11 @@ from emrrg_cli.recipe.preprocessing import PreprocessRecipe
 
 DEFAULT_BACKEND = "loky"
 
-# joblib hands results over in order but goes on dispatching while they wait, so the studies in flight are bounded by
-# feeding it blocks. Two are under way at a time: the workers go on with the second while the first is written.
+# joblib returns results in order but continues dispatching while they wait. Blocks limit the number of studies in
+# memory. Two blocks run at a time: the workers continue with the second while the first is written.
 _TASKS_PER_WORKER = 8
 _BLOCKS = 2
-# A task is as many studies as take about this long: much longer than it takes to hand them over and back.
+# A task has as many studies as take about this long, which is much longer than their transfer between processes.
 _SECONDS_PER_TASK = 0.1
 _MAX_STUDIES_PER_TASK = 32
 
@@ -36,7 +36,7 @@ _LOKY_THREAD = "ExecutorManagerThread"
 
 @dataclass(frozen=True)
 class Pool:
-    """Where the work is done. `options` go to joblib's backend."""
+    """A pool of workers. `options` are passed to joblib's backend."""
 
     backend: str
     workers: int
@@ -45,18 +45,18 @@ class Pool:
 
 @contextlib.contextmanager
 def open_pool(backend: str | None, workers: int | None, studies: int, scheduler: str | None = None) -> Iterator[Pool]:
-    """The processes that a run works with.
+    """Opens the pool of processes for a run.
 
     Args:
-        backend: Name of a joblib backend; None: processes of this machine (loky).
-        workers: At most that many; None: one a core, or all of a Dask cluster.
-        studies: To prepare. A process takes about half a second to start, so where no backend is named, a handful of
-            studies is prepared in this one.
-        scheduler: Address of a Dask scheduler, such as `tcp://10.0.0.1:8786`. None: the client that is open in this
-            process, if there is one, else a cluster of `workers` processes on this machine, for this run.
+        backend: Name of a joblib backend; None: processes on this machine (loky).
+        workers: Largest number of workers; None: one per core, or all workers of a Dask cluster.
+        studies: Number of studies to prepare. A process takes about half a second to start, so without `backend`, a
+            few studies are prepared in this process.
+        scheduler: Address of a Dask scheduler, such as `tcp://10.0.0.1:8786`. None: the Dask client open in this
+            process, or else a new cluster of `workers` processes on this machine for this run.
 
     Raises:
-        UsageError: No such backend, or a scheduler with another backend than Dask.
+        UsageError: The backend does not exist, or a scheduler is given for a backend other than Dask.
         RunError: The scheduler cannot be reached.
     """
     if scheduler is not None and backend not in (None, "dask"):
@@ -77,7 +77,7 @@ def open_pool(backend: str | None, workers: int | None, studies: int, scheduler:
     except ValueError:
         raise UsageError(
             f"no joblib backend is named {backend!r}",
-            hint="There are loky, threading, sequential, dask, and those that are registered with joblib.",
+            hint="Choose loky, threading, sequential, dask, or a backend registered with joblib.",
         ) from None
     cores = workers or joblib.cpu_count()
     yield Pool(backend or DEFAULT_BACKEND, cores if backend else max(1, min(cores, studies // 32)))
@@ -86,7 +86,7 @@ def open_pool(backend: str | None, workers: int | None, studies: int, scheduler:
 def prepare_all(
     studies: Iterator[Study], root: Path | None, recipe: PreprocessRecipe, pool: Pool
 ) -> Iterator[tuple[Study, PreparedImages]]:
-    """Every study with its prepared images, in their order.
+    """Yields every study with its prepared images, in order.
 
     Raises:
         RunError: A worker process died.
@@ -96,7 +96,7 @@ def prepare_all(
     hook = threading.excepthook
 
     def ignore_loky(args: threading.ExceptHookArgs) -> None:
-        """Cancelled work may leave a KeyError in loky's own thread; its traceback helps nobody."""
+        """Hides the traceback of a KeyError that cancelled work may leave in loky's own thread."""
         if args.thread is None or args.thread.name != _LOKY_THREAD:
             hook(args)
 
@@ -146,7 +146,7 @@ def _start(block: list[Study], size: int, root: Path | None, recipe: PreprocessR
     """Start the work on a block. Returns an iterator over its results, in order."""
     task = joblib.delayed(prepare_studies)
     with joblib.parallel_config(pool.backend, **pool.options):
-        # Some backends can only give all results at once; then the blocks come one after the other.
+        # Some backends return all results at once; the blocks then run one after the other.
         lazy = getattr(get_active_backend()[0], "supports_return_generator", False)
         parallel = joblib.Parallel(
             n_jobs=pool.workers,
@@ -186,5 +186,5 @@ def _dask_client(scheduler: str | None, workers: int | None) -> Iterator[Any]:
 def _open_client(distributed: Any) -> Any:
     try:
         return distributed.get_client()
-    except ValueError:  # there is none
+    except ValueError:  # no client is open
         return None

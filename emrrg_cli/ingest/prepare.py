@@ -21,16 +21,16 @@ from emrrg_cli.ingest.duplicates import ImageHash, hash_image
 from emrrg_cli.ingest.study import ImageProblem, RenderedImage, Study, image_name
 from emrrg_cli.recipe.preprocessing import PreprocessRecipe
 
-# A file is kept as it is only while it is not much larger than its raw pixels (it may carry anything beside them).
+# A file is kept unchanged only if it is not much larger than its raw pixels (it may contain other data).
 _KEPT_OVERHEAD = 16 * 1024
 
 
 @dataclass(frozen=True)
 class PreparedImages:
-    """The images of a study: `images` and `views` can be used, `problems` cannot.
+    """The images of a study: usable `images` with their `views`, and `problems` of the others.
 
-    `notes` are pairs of an image's name and a note about it; `hashes` are those of the images where
-    duplicates are looked for.
+    `notes` are pairs of an image's name and a note about it; `hashes` are the hashes of the images if duplicates are
+    searched.
     """
 
     images: tuple[EncodedImage, ...]
@@ -43,14 +43,14 @@ class PreparedImages:
 def prepare_studies(
     studies: Sequence[Study], root: Path | None, recipe: PreprocessRecipe
 ) -> tuple[list[PreparedImages], float]:
-    """`prepare_study` for several studies, and the seconds that it took."""
+    """Runs `prepare_study` for several studies; also returns the seconds it took."""
     _leave_ctrl_c_to_parent()
     started = time.perf_counter()
     return [prepare_study(study, root, recipe) for study in studies], time.perf_counter() - started
 
 
 def _leave_ctrl_c_to_parent() -> None:
-    """A terminal sends Ctrl-C to the worker processes too; the one that started them ends them."""
+    """Ignores Ctrl-C, which a terminal sends to worker processes too; the parent process ends them."""
     is_worker = multiprocessing.current_process().name != "MainProcess"
     if is_worker and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -59,9 +59,8 @@ def _leave_ctrl_c_to_parent() -> None:
 def prepare_study(study: Study, root: Path | None, recipe: PreprocessRecipe) -> PreparedImages:
     """Decodes (or renders) and encodes the images of one study.
 
-    An image that is already what would be written (a grey baseline JPEG, upright, not above the size, and JPEG is asked
-    for) keeps its bytes but for its metadata, so that it is not compressed twice; it is decoded all the same, to know
-    that it can be.
+    If JPEG is requested, an upright grey baseline JPEG that is not too large keeps its bytes without the metadata, so
+    that it is not compressed twice. It is decoded only to check that it can be.
     """
     images: list[EncodedImage] = []
     views: list[str] = []
@@ -83,7 +82,7 @@ def prepare_study(study: Study, root: Path | None, recipe: PreprocessRecipe) -> 
         else:
             images.append(EncodedImage(name, encoded.data))
             views.append(view)
-            # Bright lungs are no sign of an inverted film where they are seen from the side.
+            # In lateral views, bright lungs do not mean that the film is inverted.
             sideways = projection(view) == "lateral"
             notes += [(name, note) for note in encoded.notes if note != INVERTED or not sideways]
             hashes += encoded.hashes

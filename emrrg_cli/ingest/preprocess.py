@@ -1,4 +1,4 @@
-"""Raw data to a dataset directory: the work behind `emrrg preprocess`, whatever the source."""
+"""Converts raw data of any source to a dataset directory, for `emrrg preprocess`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from emrrg_cli.vocabulary import SPLITS
 
 _LIBRARIES = ("datasets", "pyarrow", "pillow", "numpy", "joblib")
 
-_SAMPLE_SECONDS = 3.0  # that a dry run decodes for
+_SAMPLE_SECONDS = 3.0  # decoding time of a dry run
 
 
 def preprocess(
@@ -48,30 +48,30 @@ def preprocess(
 ) -> dict[str, Any]:
     """Decodes, shrinks and writes every usable study of `source`.
 
-    The source is read twice: once without decoding, to find what is wrong with it as a whole before hours are spent,
-    then shard by shard. What an earlier run with the same data and settings finished is taken over. The directory's
-    Parquet files are the same for any number of workers, any backend and any number of interruptions. Memory grows
-    with the ids of studies and patients alone, and by 40 bytes an image where duplicates are looked for.
+    The source is read twice: first without decoding, to find problems of the whole source before hours are spent, then
+    shard by shard. Shards that an earlier run with the same data and settings finished are reused. The Parquet files
+    are the same for any number of workers, any backend and any number of interruptions. Memory grows only with the ids
+    of studies and patients, and by 40 bytes per image if duplicates are searched.
 
     Args:
         source: Studies to read.
         out: Dataset directory to make; see `check_target`.
-        recipe: What is asked for; image size and format, shard size, workers.
-        overwrite: Replace a dataset directory at `out`.
-        options: Of the command, recorded in the manifest beside the recipe.
-        backend: Of joblib; see `open_pool`.
+        recipe: Selection of studies, image size and format, shard size, workers.
+        overwrite: Whether to replace a dataset directory at `out`.
+        options: Options of the command, which the manifest records beside the recipe.
+        backend: A joblib backend; see `open_pool`.
         scheduler: Address of a Dask scheduler.
-        allow_leakage: Accept patients that are in more than one split.
-        annotation: R2Gen's annotation file to write as well, with the images in a folder beside it.
+        allow_leakage: Whether patients may be in more than one split.
+        annotation: R2Gen annotation file to write in addition, with the images in a folder beside it.
 
     Returns:
         The manifest that was written.
 
     Raises:
-        UsageError: `out` or the backend cannot be used, or an unfinished run with other data or settings is there.
+        UsageError: `out` or the backend cannot be used, or `out` has an unfinished run with other data or settings.
         RunError: A patient is in two splits, no study is usable (nothing is written), the disk is full, or a worker
             process died.
-        Interrupted: Ctrl-C or SIGTERM.
+        Interrupted: The process received Ctrl-C or SIGTERM.
     """
     started = time.monotonic()
     check_target(out, overwrite=overwrite, protect=source.root)
@@ -117,7 +117,7 @@ def _open_writer(
 
 
 def _work_done(log: ImportLog, started: float) -> dict[str, Any]:
-    """What the manifest says of the work; `started` by the monotonic clock."""
+    """Returns the manifest's entries about the work; `started` is a time of the monotonic clock."""
     return {
         "studies_read": log.read,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -133,10 +133,10 @@ def _write_studies(
     pool: Pool,
     progress: Progress,
 ) -> None:
-    """Prepares the studies that no finished shard has, and hands them to the writer.
+    """Prepares the studies that are not in finished shards, and passes them to the writer.
 
     Raises:
-        RunError: None was usable.
+        RunError: No study is usable.
     """
     if writer.safe:
         progress.console.print(
@@ -145,7 +145,7 @@ def _write_studies(
         )
     task = progress.add_task("preprocess", total=found.total, skipped=0, rate=0.0)
     images, begun = 0, time.monotonic()
-    # Studies that are left out before decoding were counted by the scan.
+    # The scan has already counted studies that are skipped before decoding.
     studies = writer.remaining(select(source.studies(ImportLog()), recipe, source.root, ImportLog()))
     for study, prepared in prepare_all(studies, source.root, recipe, pool):
         writer.put(study, prepared)
@@ -171,12 +171,12 @@ def dry_run(
     options: dict[str, Any] | None = None,
     allow_leakage: bool = False,
 ) -> dict[str, Any]:
-    """What `preprocess` would do: the source is read, a sample of studies is decoded, nothing is written.
+    """Reports what `preprocess` would do: reads the source, decodes a sample of studies, and writes nothing.
 
     Returns:
-        As much of the manifest as is known; `splits` and `images` are those to be written. Also `views` (by
-        projection), `known_problems` (images, by reason, with the first) and `sample`: studies and images decoded,
-        what was wrong with them, and an estimate for the whole (`bytes`, `seconds` of one core).
+        The known part of the manifest; `splits` and `images` count what would be written. Also `views` (by projection),
+        `known_problems` (images by reason, with the first example) and `sample`: studies and images decoded, their
+        problems, and an estimate for the whole source (`bytes`, `seconds` of one core).
 
     Raises:
         UsageError, RunError: As `preprocess`, before it decodes.
@@ -237,7 +237,7 @@ def _sample(source: StudySource, recipe: PreprocessRecipe, found: SourceScan) ->
 
 def _scan(source: StudySource, recipe: PreprocessRecipe, progress: Progress) -> SourceScan:
     task = progress.add_task("read", total=len(source), skipped=0, rate=0.0, visible=False)
-    # Shown only where it takes a while.
+    # Shown only if it takes a while.
     started = time.monotonic()
 
     def report_progress(read: int) -> None:
@@ -271,7 +271,7 @@ def _manifest(source: StudySource, recipe: PreprocessRecipe, options: dict[str, 
 
 
 def _printable(value: Any) -> Any:
-    # Paths of a command line need not be UTF-8, as a JSON file is.
+    # Paths on a command line may not be valid UTF-8, but JSON files must be.
     if isinstance(value, Mapping):
         return {_printable(key): _printable(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -292,7 +292,7 @@ def _nothing_usable(source: StudySource, log: ImportLog) -> RunError:
         first = ", ".join(filter(None, (example["id"], example.get("path"), example.get("detail"))))
         lines.append(f"  {reason}: {entry.counted()}, first: {first}")
     looked_in = ", ".join(printable(str(folder)) for folder in source.image_folders)
-    return RunError("\n".join(lines), hint=f"Images were looked for in: {looked_in}" if looked_in else None)
+    return RunError("\n".join(lines), hint=f"Images were searched in: {looked_in}" if looked_in else None)
 
 
 @contextmanager

@@ -14,19 +14,19 @@ from emrrg_cli.vocabulary import WantedView
 
 
 def select(studies: Iterable[Study], recipe: PreprocessRecipe, root: Path | None, log: ImportLog) -> Iterator[Study]:
-    """The studies as the recipe asks for them: `report` is its section, `image_paths` are its views.
+    """Yields the studies that the recipe selects: `report` is its section, `image_paths` are its views.
 
-    - Section `report` is the text by the source's rule, whether there is one or not. Of the others a study needs to
-      have a text, or it is left out; `both` is findings, then impression, or the one that there is.
-    - Of the views, `frontal` or `lateral` leaves out every image that is known to be another projection, and a study
-      that has no other; an image whose projection is not known is kept and noted.
-    - A report of less than `min_words` words (parts between white space) leaves its study out.
+    - Section `report` is the text by the source's rule, which may be empty. For any other section, a study without its
+      text is skipped; `both` is findings followed by impression, or the one that exists.
+    - `frontal` or `lateral` views skip images of a known other projection, and studies without other images. Images
+      of unknown projection are kept with a note.
+    - A study whose report has less than `min_words` words (separated by white space) is skipped.
 
     Args:
-        studies: Of a source.
-        recipe: What is asked for.
-        root: Of the source.
-        log: Counts what is left out.
+        studies: The studies of a source.
+        recipe: The selection.
+        root: Folder of the source.
+        log: Counts skipped studies and images.
     """
     for study in studies:
         chosen = _with_section(study, recipe, log)

@@ -1,7 +1,7 @@
 """The Parquet shards of one split. Each has a journal, from which an interrupted run continues.
 
-A shard holds the next studies of its split, in the order of the source, and its journal says how many were read for it
-and which of their images were skipped. The journal is written after the shard, so a shard with a journal is complete.
+A shard has the next studies of its split, in the order of the source. Its journal records how many studies were read
+and which images were skipped. The journal is written after the shard, so a shard with a journal is complete.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from emrrg_cli.ingest.prepare import PreparedImages
 from emrrg_cli.ingest.study import ImportLog, Study
 from emrrg_cli.vocabulary import Split
 
-# Readers fetch whole row groups and the writer holds one in memory, so they are small.
+# Row groups are small, because readers fetch whole groups and the writer keeps one in memory.
 STUDIES_PER_ROW_GROUP = 100
 BYTES_PER_ROW_GROUP = 64 * 2**20
 
@@ -33,16 +33,16 @@ REPORT_HASH_BYTES = 8
 
 @dataclass(frozen=True)
 class Journal:
-    """The studies that were read for one shard: what was written and what was skipped.
+    """The record of one shard: the studies that were written and skipped.
 
     Attributes:
-        read: Studies that were tried.
-        studies: Those that were written; a shard without any has no file.
-        images: Views that were written.
-        digest: Of the rows, in hexadecimal.
-        views: Number of views of each study written.
-        hashes: Of the images, in hexadecimal; empty where duplicates are not looked for.
-        reports: Of the reports, in hexadecimal, likewise; zeros for a study without one.
+        read: Number of studies read.
+        studies: Number of studies written; a shard without studies has no file.
+        images: Number of images written.
+        digest: Digest of the rows, in hexadecimal.
+        views: Number of images of each written study.
+        hashes: Hashes of the images, in hexadecimal; empty if duplicates are not searched.
+        reports: Hashes of the reports, likewise; zeros for a study without a report.
         skipped: As `ImportLog.as_dict`.
         notes: As `ImportLog.notes_as_dict`.
     """
@@ -60,7 +60,7 @@ class Journal:
 
 @dataclass
 class _Segment:
-    """The shard that is being written, and what was read for it."""
+    """The shard that is being written, and the studies read for it."""
 
     log: ImportLog = field(default_factory=ImportLog)
     digest: Any = field(default_factory=lambda: hashlib.blake2b(digest_size=16))
@@ -89,15 +89,15 @@ class SplitShards:
     Args:
         work: Folder with `shards/` and `journal/`.
         split: The split.
-        studies_per_shard: Studies of a shard.
+        studies_per_shard: Number of studies in a shard.
         features: Columns of the rows.
-        trust: Take finished shards from the journals alone; their files may have been moved.
+        trust: Whether a journal alone proves a finished shard, because shard files may have been moved.
     """
 
     def __init__(self, work: Path, split: Split, studies_per_shard: int, features: Features, *, trust: bool) -> None:
         self._work, self._split, self._studies_per_shard = work, split, studies_per_shard
         self._schema = features.arrow_schema
-        self._finished: list[Journal] = []  # without what can be read again
+        self._finished: list[Journal] = []  # without hashes and logs, which can be read again
         self._segment = _Segment()
         self._rows: list[dict[str, Any]] = []
         self._bytes = 0
@@ -124,7 +124,7 @@ class SplitShards:
 
     @property
     def skipped(self) -> int:
-        """Studies of which no image can be used."""
+        """Number of studies without a usable image."""
         return self.read - self.studies
 
     def path(self, index: int) -> Path:
@@ -224,7 +224,7 @@ class SplitShards:
 
 @contextlib.contextmanager
 def named_errors(path: Path) -> Iterator[None]:
-    """Give the errors of a block the name of the file: those of a write, and pyarrow's, have none."""
+    """Add the file name to errors in a block, because errors of writing and of pyarrow have none."""
     try:
         yield
     except OSError as error:

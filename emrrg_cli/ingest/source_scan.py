@@ -19,7 +19,7 @@ from emrrg_cli.recipe.preprocessing import PreprocessRecipe
 from emrrg_cli.vocabulary import SPLITS, Split
 
 _EXAMPLES = 5
-# One object for each set of splits, however many patients have it.
+# One shared object for each set of splits, to save memory.
 _SETS = {
     chosen: chosen
     for count in range(1, len(SPLITS) + 1)
@@ -33,15 +33,15 @@ class SourceScan:
     """What a source contains after the selection of the recipe.
 
     Attributes:
-        log: What was left out while reading.
+        log: Items that were skipped while reading.
         studies: Studies to write, by split.
-        images: Views of them, likewise.
-        views: Views of them, by projection.
-        problems: Images that are already known to be unusable, by reason, with the first as `(study, problem)`.
-        leaks: Patients that are in more than one split.
-        leaking: The first of them.
-        digest: Of every study and of the size and time of its files, in hexadecimal.
-        sample: Some studies, evenly from all over.
+        images: Images to write, by split.
+        views: Images to write, by projection.
+        problems: Images already known to be unusable, by reason, with the first as `(study, problem)`.
+        leaks: Number of patients in more than one split.
+        leaking: The first of these patients.
+        digest: Digest of every study and of the size and time of its files, in hexadecimal.
+        sample: Some studies, evenly spread over the source.
     """
 
     log: ImportLog = field(default_factory=ImportLog)
@@ -72,10 +72,10 @@ class SourceScan:
             splits_of[patient] = _SETS[before | {study.split}]
 
     def check_leakage(self) -> None:
-        """Makes sure that no patient is in two splits.
+        """Checks that no patient is in two splits.
 
         Raises:
-            RunError: One is; names the first.
+            RunError: A patient is in two splits; the message names the first ones.
         """
         if self.leaks:
             some = ", ".join(self.leaking) + (", ..." if self.leaks > len(self.leaking) else "")
@@ -93,7 +93,7 @@ def scan_source(
     """Reads all studies of a source.
 
     Args:
-        source: Read once, from its start.
+        source: The source; it is read once, from its start.
         recipe: The selection.
         report_progress: Called now and then with the number of studies read.
     """

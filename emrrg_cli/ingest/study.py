@@ -33,14 +33,14 @@ class RenderedImage(Protocol):
 
     @property
     def name(self) -> str:
-        """As a file name, for the dataset."""
+        """File name of the image in the dataset."""
 
     def render(self, size: int) -> Image:
-        """The image, mode `L`, `size` pixels at its shorter side."""
+        """Draws the image: mode `L`, shorter side of `size` pixels."""
 
 
 def image_name(image: Path | RenderedImage, root: Path | None) -> str:
-    """What an image is called in the dataset: its path below the root of the raw data."""
+    """Returns the name of an image in the dataset: its path below the root of the raw data."""
     if not isinstance(image, Path):
         return image.name
     return printable((image if root is None else image.relative_to(root)).as_posix())
@@ -53,10 +53,10 @@ class Study:
     Attributes:
         image_paths: Files of the views, resolved, inside the source's root.
         views: Projection of each image (`PA`, `AP`, `LATERAL`, ..., or `unknown`): files first, then `rendered`.
-        report: The text by the source's own rule; `findings` and `impression` where the source tells them apart. Lines
-            of all texts end in LF, whatever the source has.
-        problems: Images that the source lists and that are already known to be unusable.
-        rendered: Images that are made, not read.
+        report: The text by the source's own rule; `findings` and `impression` if the source separates them. Lines of
+            all texts end in LF.
+        problems: Listed images that are already known to be unusable.
+        rendered: Images that are drawn, not read from files.
         extra: Values of the columns that only this source has; see `HasColumns`.
     """
 
@@ -88,7 +88,7 @@ class Study:
 
 @dataclass
 class Skipped:
-    """One reason to skip something: how often it occurred, and the first examples."""
+    """One reason to skip items: its count and the first examples."""
 
     unit: Literal["study", "image"]
     count: int = 0
@@ -102,14 +102,14 @@ class Skipped:
 
 @dataclass
 class ImportLog:
-    """Lists what was read and not used, or used with a note. Its memory does not grow with the number of studies.
+    """Lists skipped items, and notes about used items. Its memory does not grow with the number of studies.
 
-    Every study is either written, or counted here once under its first problem. An image that a written study lacks is
+    Every study is either written, or counted here once under its first problem. Images dropped from a written study are
     counted under `image dropped`.
 
     Attributes:
-        notes: Flags of images that were written, such as `not chest`.
-        remarks: About the data set as a whole, each a sentence.
+        notes: Notes about written images, such as `not chest`.
+        remarks: Sentences about the whole data set.
     """
 
     max_examples: int = 5
@@ -119,7 +119,7 @@ class ImportLog:
     remarks: list[str] = field(default_factory=list)
 
     def skip_study(self, reason: str, study_id: str, *, path: str = "", detail: str = "") -> None:
-        """Counts a study that is left out."""
+        """Counts a skipped study."""
         self._add(self.skipped, "study", reason, study_id, path, detail)
 
     def drop_image(self, study_id: str, problem: ImageProblem) -> None:
@@ -153,7 +153,7 @@ class ImportLog:
 
     @property
     def studies_skipped(self) -> int:
-        """Studies left out, for all reasons together."""
+        """Number of skipped studies, for all reasons together."""
         return sum(entry.count for entry in self.skipped.values() if entry.unit == "study")
 
     def add(self, skipped: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
@@ -165,11 +165,11 @@ class ImportLog:
                 entry.examples += other["examples"][: self.max_examples - len(entry.examples)]
 
     def as_dict(self) -> dict[str, Any]:
-        """For the manifest: `{reason: {"unit", "count", "examples": [{"id", "path", "detail"}]}}`."""
+        """Returns the manifest's form: `{reason: {"unit", "count", "examples": [{"id", "path", "detail"}]}}`."""
         return _counted(self.skipped)
 
     def notes_as_dict(self) -> dict[str, Any]:
-        """For the manifest, as `as_dict`."""
+        """Returns the notes in the same form as `as_dict`."""
         return _counted(self.notes)
 
 
@@ -185,21 +185,21 @@ class StudySource(Protocol):
 
     @property
     def name(self) -> str:
-        """Written to the `source` column; the cleaning rule `auto` goes by it."""
+        """Value of the `source` column; the cleaning rule `auto` depends on it."""
 
     @property
     def root(self) -> Path | None:
-        """Resolved folder under which every image lies; None where images are rendered."""
+        """Resolved folder that contains every image; None if images are rendered."""
 
     @property
     def image_folders(self) -> tuple[Path, ...]:
         """Folders in which image paths are looked up, first match first."""
 
     def __len__(self) -> int:
-        """Studies that `studies` reads, the skipped ones included."""
+        """Number of studies that `studies` reads, including skipped ones."""
 
     def studies(self, log: ImportLog) -> Iterator[Study]:
-        """Reads the studies, always in the same order; what cannot be used goes to `log` instead."""
+        """Yields the studies, always in the same order; records unusable items in `log`."""
 
 
 @runtime_checkable
@@ -208,7 +208,7 @@ class HasColumns(Protocol):
 
     @property
     def columns(self) -> Mapping[str, Column]:
-        """By name; every study's `extra` has exactly these."""
+        """The columns by name; every study's `extra` has exactly these."""
 
     @property
     def about(self) -> str:

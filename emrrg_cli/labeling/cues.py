@@ -1,6 +1,6 @@
-"""Words around findings: negation, doubt, history, requests, the states of organs, and where a scope ends.
+"""Cue words around findings: negation, doubt, history, requests, the states of organs, and the end of a scope.
 
-Source of the idea: NegEx (Chapman et al., 2001), a cue, its direction and the words that end its scope.
+Source: NegEx (Chapman et al., 2001), which has cues, their direction, and words that end their scope.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ _ADVERB = (
 )
 _EXCLUDE = r"(?:excluded?|exclusion|ruled out|rule out)"
 
-# In this order: the first that matches at a place wins.
+# In order of priority: the first pattern that matches at a position wins.
 CUES: tuple[tuple[str, str], ...] = (
-    # Sounds like a negation and is none; ends the scope of an earlier one.
+    # Looks like a negation but is not; ends the scope of an earlier negation.
     (
         "affirm",
         r"not (?:entirely |completely )?without|not only"
@@ -28,7 +28,7 @@ CUES: tuple[tuple[str, str], ...] = (
         r"|(?:partial(?:ly)?|nearly|almost|mostly|incomplete(?:ly)?)(?: (?:complete(?:ly)?))? (?:resol\w+"
         r"|clear\w+)",
     ),
-    # Doubt that holds for what stands before it or after it.
+    # Doubt about the words before or after it.
     (
         "doubt_around",
         r"(?:can ?not|can't|cannot|could not|not|difficult to|hard to|unable to)(?: (?:be|to"
@@ -39,7 +39,7 @@ CUES: tuple[tuple[str, str], ...] = (
         r"|(?:is|are|be) (?:a |also a |another )?(?:consideration|concern|possibility)"
         r"|(?:is|are) in the differential|less likely",
     ),
-    # Absence of what stands before it.
+    # Absence of the findings before it.
     (
         "absent_before",
         rf"(?:not|never)(?: been| be)? {_ADVERB}{_SEEN}|no longer(?: {_ADVERB}{_SEEN})?|absent"
@@ -47,13 +47,13 @@ CUES: tuple[tuple[str, str], ...] = (
         r"|(?:not|less) (?:felt |thought )?(?:to be )?(?:likely|suspected)|none|(?:is|are|:) negative"
         r"|doubtful",
     ),
-    # Absence of what stands on either side: "has resolved", "resolved effusion", "resolution of the effusion".
+    # Absence of the findings on either side: "has resolved", "resolved effusion", "resolution of the effusion".
     (
         "resolved",
         r"(?:completely |interval |near ){0,6}(?:resolved|resolution(?: of)?|cleared|clearance of|clearing of)",
     ),
     ("removed", r"(?:interval )?(?:removed|removal(?: of)?|explanted|withdrawn)"),
-    # Requests and limits: what follows is not reported.
+    # Requests and limitations: the words after it are not findings.
     (
         "ignore",
         r"(?:evaluat\w+|assess\w*|correlat\w+|sensitivity|examin\w+|look|looking|screen\w*"
@@ -68,13 +68,13 @@ CUES: tuple[tuple[str, str], ...] = (
         r"(?:known )?(?:past )?(?:history|hx|h/o)(?: (?:of|includes?))?|h/o|status[- ]?post|s/p|treated"
         r"|treatment (?:of|for)",
     ),
-    # Absence of what follows.
+    # Absence of the findings after it.
     (
         "absent",
         r"no|without|not|negative for|absence of|lack of|free (?:of|from)|clear (?:of|from)|neither|nor"
         r"|rather than|cannot see|un ?likely to (?:be|represent)|denies|fails? to|non|excludes?|w/o",
     ),
-    # Doubt about what follows.
+    # Doubt about the findings after it.
     (
         "doubt",
         r"may|might|could|can(?= (?:be|represent|also|reflect))|possibl[ey]|possibilit\w+|questionabl[ey]"
@@ -96,8 +96,8 @@ CUES: tuple[tuple[str, str], ...] = (
     ),
     ("present", rf"(?:is|are|was|were|has been|have been) {_ADVERB}{_SEEN}"),
     ("verb", r"is|are|was|were|has|have|appears?|remains?|demonstrates?|shows?"),
-    # Words that begin a statement of its own where the comma is missing, as in cleaned reports; `weak` ones may also
-    # stand inside a list ("no effusion, small pneumothorax or consolidation").
+    # Words that begin a new statement if the comma is missing, as in cleaned reports; `weak` ones may also be inside a
+    # list ("no effusion, small pneumothorax or consolidation").
     (
         "strong",
         r"mild(?:ly)?|minimal(?:ly)?|stable|unchanged|persistent|residual|scattered|chronic|calcified"

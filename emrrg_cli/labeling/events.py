@@ -1,4 +1,4 @@
-"""A report as sentences, and a sentence as the events in it: mentions of findings, organs, their states, cues."""
+"""Splits a report into sentences, and a sentence into events: mentions of findings, organs, their states, cues."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from emrrg_cli.labeling.patterns import alternatives, first_characters
 
 
 class Event(NamedTuple):
-    """A phrase that matters: its kind, what it is of that kind, and where it stands in the sentence."""
+    """A relevant phrase of a sentence: its kind, its name and its position."""
 
     kind: str  # "mention", "absence", "organ", "state", "cue", "comma"
     name: str  # the organ, state or cue; the text of a mention
@@ -29,7 +29,7 @@ _SPACE = re.compile(r"[^\S\n]+")
 
 
 def split_sentences(text: str) -> list[str]:
-    """Lower-case sentences of a report, raw or cleaned (" . " between sentences); a decimal point splits nothing."""
+    """Splits a raw or cleaned report (" . " between sentences) into lower-case sentences, but not at decimal points."""
     text = _SPACE.sub(" ", text.lower().replace("vs.", "vs").replace("’", "'"))
     text = _JOINED.sub(" / ", text)
     return [sentence for part in _SPLIT.split(text) if (sentence := part.strip(" .,"))]
@@ -40,10 +40,10 @@ Meaning = tuple[str, str, tuple[str, ...]]
 
 @lru_cache(maxsize=1)
 def _compile() -> dict[str, tuple[re.Pattern[str], list[Meaning]]]:
-    """For each character an event can begin with: a pattern in order of priority, and what its alternatives mean.
+    """Compiles, for each first character of an event, a pattern in order of priority and the meanings of its parts.
 
-    One pattern for all would try hundreds of alternatives at each word, and takes four times as long. Compiled at the
-    first report, so that the import stays quick.
+    A single pattern would try hundreds of alternatives at each word and take four times as long. Compiled at the first
+    report, so that the import is fast.
     """
     kinds: list[tuple[Meaning, tuple[str, ...]]] = [(("noise", "", ()), vocabulary.NOISE)]
     kinds += [(("absence", "", observations), patterns) for observations, patterns in vocabulary.ABSENCES]
@@ -56,7 +56,7 @@ def _compile() -> dict[str, tuple[re.Pattern[str], list[Meaning]]]:
         for alternative in (part for pattern in patterns for part in alternatives(pattern)):
             for letter in first_characters(alternative):
                 by_letter.setdefault(letter, []).append((alternative, meaning))
-    # The empty group at the end of each alternative tells which one matched.
+    # The empty group at the end of each alternative shows which one matched.
     return {
         letter: (re.compile("|".join(rf"{pattern}\b()" for pattern, _ in found)), [meaning for _, meaning in found])
         for letter, found in by_letter.items()
@@ -69,7 +69,7 @@ _DEVICES = ("Support Devices",)
 
 
 def find_events(sentence: str) -> list[Event]:
-    """Events of a lower-case sentence, in order; phrases that only look like a finding are left out."""
+    """Finds the events of a lower-case sentence, in order, without phrases that only look like a finding."""
     compiled = _compile()
     events: list[Event] = []
     end = 0
@@ -88,10 +88,10 @@ def find_events(sentence: str) -> list[Event]:
 
 
 def _append(events: list[Event], event: Event) -> None:
-    """Adds an event, unless it is noise or the one before shows that it means something else."""
+    """Adds an event, unless it is noise or the previous event changes its meaning."""
     before = events[-1] if events and event.start - events[-1].end <= 1 else None
     if event.kind == "noise" or (before and "Fracture" in event.observations and before.observations == _DEVICES):
-        return  # a catheter or a wire that is broken is no fracture
+        return  # a broken catheter or wire is not a fracture
     if before and before.kind == "organ" and event.kind == "mention":
-        events.pop()  # in "lung consolidation" the lung is no organ whose state is told
+        events.pop()  # "lung consolidation" does not describe the state of the lung
     events.append(event)

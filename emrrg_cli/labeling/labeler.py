@@ -1,4 +1,4 @@
-"""Labels of whole reports: read each sentence once, keep the strongest mention of each observation."""
+"""Labels whole reports: reads each sentence once and keeps the strongest mention of each observation."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _NORMAL = re.compile(NORMAL_REPORT)
 
 
 def label_report(text: str) -> dict[str, Label | None]:
-    """Labels of a chest X-ray report for CheXpert's 14 observations, by our own rules (see `policy`).
+    """Labels a chest X-ray report for CheXpert's 14 observations by our own rules (see `policy`).
 
-    They are not the labels of CheXbert or of CheXpert's labeler.
+    The labels differ from those of CheXbert and of CheXpert's labeler.
 
     Args:
         text: A report in English, raw or cleaned as R2Gen does (lower case, " . " between sentences).
 
     Returns:
-        `OBSERVATIONS` in order, each "positive", "negative", "uncertain", or None where the report does not speak of
-        it. An empty report has None everywhere.
+        `OBSERVATIONS` in order, each "positive", "negative", "uncertain", or None if the report does not mention it.
+        All are None for an empty report.
     """
     labels: dict[str, Label | None] = dict.fromkeys(OBSERVATIONS)
     normal = False
@@ -38,19 +38,19 @@ def label_report(text: str) -> dict[str, Label | None]:
 
 
 def label_reports(texts: Iterable[str]) -> list[dict[str, Label | None]]:
-    """`label_report` of each text, in order; repeated sentences are read once."""
+    """Runs `label_report` on each text, in order; repeated sentences are read once."""
     return [label_report(text) for text in texts]
 
 
 def positive_labels(texts: Iterable[str]) -> list[set[str]]:
-    """The observations that each text calls present, "No Finding" where it calls the chest normal."""
+    """Returns the positive observations of each text, or "No Finding" for a normal chest."""
     return [{name for name, label in labels.items() if label == "positive"} for labels in label_reports(texts)]
 
 
-# Reports repeat their sentences: about half of those in IU X-Ray stand in several reports.
+# Sentences repeat: about half of the sentences in IU X-Ray occur in several reports.
 @lru_cache(maxsize=65_536)
 def _read_sentence(sentence: str) -> tuple[tuple[tuple[str, Label], ...], bool]:
-    """(observation, label) for each mention that counts, and whether the sentence calls something normal."""
+    """Returns (observation, label) for each mention that counts, and whether the sentence calls something normal."""
     mentions = SentenceReader(sentence).read()
     found = ((name, mention.label) for mention in mentions for name in mention.observations)
     return tuple((name, label) for name, label in found if label is not None), bool(_NORMAL.search(sentence))

@@ -1,7 +1,7 @@
-"""Open-i's manual annotation of IU X-Ray (MeSH terms of each study) as observations, to test the labeler against.
+"""Converts Open-i's manual MeSH terms of IU X-Ray to observations, to test the labeler.
 
-The annotators indexed what a report affirms, from findings and impression together; a term is
-`heading/qualifier/...`, terms are separated by `;`. Absent and merely possible findings mostly have no term.
+The annotators indexed the positive statements of a report, from findings and impression together. A term is
+`heading/qualifier/...`; terms are separated by `;`. Absent and merely possible findings mostly have no term.
 
 Cardiomegaly: Cardiomegaly (borderline too), Cardiac Shadow with "enlarged".
 Pleural Effusion: Pleural Effusion, Hydropneumothorax, Hemothorax, Hemopneumothorax, Hydrothorax, Pleural Empyema;
@@ -33,7 +33,7 @@ _HEADINGS: dict[str, tuple[str, ...]] = {
     "Edema": ("Pulmonary Edema", "Pulmonary Congestion", "Heart Failure"),
     "Fracture": ("Fractures, Bone",),
 }
-# (heading, qualifier) that makes it the observation
+# (heading, qualifier) -> observation
 _QUALIFIED: dict[tuple[str, str], str] = {
     ("Cardiac Shadow", "enlarged"): "Cardiomegaly",
     ("Costophrenic Angle", "blunted"): "Pleural Effusion",
@@ -48,10 +48,10 @@ MESH_OBSERVATIONS: tuple[str, ...] = tuple(_HEADINGS)
 
 
 def observations_from_mesh(terms: str) -> frozenset[str]:
-    """Which of `MESH_OBSERVATIONS` a study has, from its MeSH terms.
+    """Returns the `MESH_OBSERVATIONS` of a study from its MeSH terms.
 
     Args:
-        terms: As Open-i writes them, such as `Cardiomegaly/mild;Pulmonary Atelectasis/base/left`.
+        terms: Terms in Open-i's format, such as `Cardiomegaly/mild;Pulmonary Atelectasis/base/left`.
     """
     found: set[str] = set()
     for term in terms.split(";"):

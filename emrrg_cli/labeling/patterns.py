@@ -1,6 +1,6 @@
-"""Small tools on regular expressions: the alternatives of one, and the characters a match can begin with.
+"""Analyses regular expressions: their alternatives, and the characters that a match can begin with.
 
-They know what the patterns of this package use: letters, digits, `\\w`, `\\d`, `[...]`, `(?:...)`, look-around and
+Supports the syntax of the patterns of this package: letters, digits, `\\w`, `\\d`, `[...]`, `(?:...)`, look-around and
 quantifiers, but no capturing groups.
 """
 
@@ -13,7 +13,7 @@ _CLASSES = {"w": _WORD, "d": frozenset(string.digits)}
 
 
 def alternatives(pattern: str) -> list[str]:
-    """A pattern split at each `|` outside brackets."""
+    """Splits a pattern at each `|` outside brackets."""
     parts, depth, start = [], 0, 0
     for place, character in enumerate(pattern):
         depth += (character in "([") - (character in ")]")
@@ -24,10 +24,10 @@ def alternatives(pattern: str) -> list[str]:
 
 
 def first_characters(pattern: str) -> frozenset[str]:
-    """The word characters that a match of the pattern can begin with.
+    """Returns the word characters that a match of the pattern can begin with.
 
     Raises:
-        ValueError: The pattern can match nothing at all.
+        ValueError: The pattern can match the empty string.
     """
     found, empty = _first(pattern)
     if empty:
@@ -36,7 +36,7 @@ def first_characters(pattern: str) -> frozenset[str]:
 
 
 def _first(pattern: str) -> tuple[frozenset[str], bool]:
-    """First characters, and whether the pattern can match the empty string."""
+    """Returns the first characters, and whether the pattern can match the empty string."""
     found: frozenset[str] = frozenset()
     any_empty = False
     for alternative in alternatives(pattern):
@@ -49,13 +49,13 @@ def _first(pattern: str) -> tuple[frozenset[str], bool]:
 
 
 def _atom(pattern: str, place: int) -> tuple[frozenset[str], bool, int]:
-    """First characters of the atom at a place, whether it can be empty, and where the next one begins."""
+    """Returns the first characters of the atom at `place`, whether it can be empty, and the next atom's position."""
     character = pattern[place]
     if character == "(":
         end = _closing(pattern, place)
         if pattern.startswith("(?:", place):
             characters, empty = _first(pattern[place + 3 : end])
-        else:  # look-around takes no room
+        else:  # look-around has no width
             characters, empty = frozenset(), True
     elif character == "[":
         end = pattern.index("]", place)

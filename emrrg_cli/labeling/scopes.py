@@ -1,4 +1,4 @@
-"""How certain each mention in a sentence is: the scopes of negation, doubt, history and requests, and organ states."""
+"""Labels each mention in a sentence by the scopes of negation, doubt, history and requests, and by organ states."""
 
 from __future__ import annotations
 
@@ -38,26 +38,26 @@ class Mention:
 
 @dataclass
 class SentenceReader:
-    """Reads the events of one sentence from left to right; `mentions` then holds what it says."""
+    """Reads the events of one sentence from left to right and collects its `mentions`."""
 
     text: str
     events: list[Event] = field(init=False)
     mentions: list[Mention] = field(default_factory=list)
     _scope: str = ""
-    _used: bool = False  # a mention stood in the scope already
-    _joined: bool = False  # "or" or "and" stood directly before
-    _either: bool = False  # "or" stood directly before, outside a negation
+    _used: bool = False  # the scope already contains a mention
+    _joined: bool = False  # the previous event was "or" or "and"
+    _either: bool = False  # the previous event was "or", outside a negation
     _verb: bool = False  # a verb followed the group or the organs
-    _prefix: str = ""  # a state that waits for its organ, as in "normal heart size"
-    _group: list[Mention] = field(default_factory=list)  # mentions a later "is not seen" speaks of
-    _organs: list[str] = field(default_factory=list)  # organs that wait for their state
-    _stated: bool = False  # the waiting organs have a state already
+    _prefix: str = ""  # a state before its organ, as in "normal heart size"
+    _group: list[Mention] = field(default_factory=list)  # mentions that a later "is not seen" applies to
+    _organs: list[str] = field(default_factory=list)  # organs whose state may follow
+    _stated: bool = False  # these organs already have a state
 
     def __post_init__(self) -> None:
         self.events = find_events(self.text)
 
     def read(self) -> list[Mention]:
-        """All mentions of the sentence with their labels, those that do not count left out."""
+        """Returns the mentions of the sentence with their labels, without those that do not count."""
         for index, event in enumerate(self.events):
             match event.kind:
                 case "mention" | "absence":
@@ -138,7 +138,7 @@ class SentenceReader:
         self._used = True
 
     def _before(self, event: Event) -> str:
-        """The words before an event. Not all of them: texts that repeat one word thousands of times exist."""
+        """Returns the words before an event, but not all, because some texts repeat one word thousands of times."""
         return self.text[max(0, event.start - 60) : event.start]
 
     # Cues
@@ -170,7 +170,7 @@ class SentenceReader:
                 self._verb = True
 
     def _on_scope(self, name: str) -> None:
-        # "No opacity to suggest pneumonia", "no possible source": a doubt inside a negation changes nothing.
+        # "No opacity to suggest pneumonia", "no possible source": a doubt inside a negation has no effect.
         if name == "doubt" and self._scope in ("absent", "ignore", "history"):
             self._used = False
             return
@@ -238,7 +238,7 @@ class SentenceReader:
         if not self._list_goes_on(index, ("or", "and", "absent")):
             self._group = []
         self._prefix = ""
-        # "No effusion, pneumothorax": a list, unless something else than a finding follows.
+        # "No effusion, pneumothorax": a list, unless the next event is not a finding.
         following = self.events[index + 1] if index + 1 < len(self.events) else None
         ended = self._used and (not following or following.kind == "organ")
         if ended or (self._scope in ("ignore", "history") and not self._list_goes_on(index, ("or",))):

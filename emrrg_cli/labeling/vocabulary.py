@@ -1,14 +1,14 @@
-"""Words of findings: phrases that mention an observation, and organs whose state ("enlarged", "clear") says something.
+"""Phrases that mention an observation, and organs whose state ("enlarged", "clear") gives a label.
 
-Patterns are lower case and matched from the start of a word to its end. `XXXX` is how IU X-Ray blanks a word, often
-"angle" or "vessels". Misspellings are those of real reports. What belongs where follows `policy`.
+Patterns are lower case and match whole words. `XXXX` replaces a removed word in IU X-Ray, often "angle" or "vessels".
+The misspellings occur in real reports. The assignment follows `policy`.
 """
 
 from __future__ import annotations
 
 _LOBE = r"(?:(?:left|right|upper|middle|lower|both|the) ){0,6}(?:lungs?|lobes?|lingula)"
 
-# Read first: words that look like a finding and are none.
+# Matched first: phrases that look like a finding but are not.
 NOISE: tuple[str, ...] = (
     r"pericardial (?:fat|effusions?)(?: or (?:pleural )?thickening)?",
     r"(?:soft[- ]tissue|laryngeal|subcutaneous|peripheral|leg|pedal|arm|facial|bone marrow) (?:o?edema"
@@ -35,7 +35,7 @@ NOISE: tuple[str, ...] = (
     r"(?:mid ?line|in ?line|air bronchograms?)",
 )
 
-# (observations, patterns): a mention that counts whatever its certainty.
+# (observations, patterns): mentions that count with any certainty.
 MENTIONS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (
         ("Support Devices",),
@@ -156,7 +156,7 @@ MENTIONS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     ),
 )
 
-# Findings so general that only their absence labels an observation ("no acute bony abnormality").
+# General findings: only their absence labels an observation ("no acute bony abnormality").
 ABSENCES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (
         ("Fracture",),
@@ -171,7 +171,7 @@ ABSENCES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
 
 _HEART = r"(?:heart|cardiac|cardio-?pericardial)"
 
-# Organs; the predicates of `cues` say what state they are in.
+# Organs; the predicates of `cues` give their state.
 ORGANS: dict[str, tuple[str, ...]] = {
     "heart_and_mediastinum": (
         r"(?:cardio-?mediastin\w+|heart mediastin\w+|cardiac mediastinal)(?: silhouettes?| contours?| size)?",

@@ -63,7 +63,7 @@ def test_nothing_usable_is_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["preprocess", "r2gen", str(tmp_path), str(tmp_path / "out")]) == 1
     printed = capsys.readouterr()
     assert "missing image: 1 study, first: x, none.png" in printed.err
-    assert "Images were looked for in" in printed.err
+    assert "Images were searched in" in printed.err
     assert "Traceback" not in printed.err
     assert not (tmp_path / "out").exists()
 

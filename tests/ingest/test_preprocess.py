@@ -179,7 +179,7 @@ def test_nothing_usable_is_explained_and_nothing_written(tmp_path: Path) -> None
     text = str(error.value)
     assert "none of the 40 studies" in text
     assert "missing image: 40 studies, first: s0, 0/0.png" in text
-    assert f"looked for in: {root.resolve()}, {root.resolve() / 'images'}" in text
+    assert f"searched in: {root.resolve()}, {root.resolve() / 'images'}" in text
     assert list(tmp_path.iterdir()) == [root]
 
 

@@ -331,7 +331,7 @@ def test_an_export_replaces_only_what_it_may(
     for more in ([], ["--overwrite"]):
         told = "so --overwrite does not replace it" if more else "annotation.json exists"
         assert told in refused("--export-annotation", str(raw / "annotation.json"), *more)
-        assert "is put in its place as a whole" in refused("--export-annotation", str(out / "a.json"), *more)
+        assert "is replaced as a whole" in refused("--export-annotation", str(out / "a.json"), *more)
     assert {path: path.read_bytes() for path in raw.rglob("*") if path.is_file()} == before
     assert not out.exists()
     assert main([*arguments, "--export-annotation", str(exported)]) == 0

@@ -1,7 +1,7 @@
-"""Annotation files in R2Gen's form, read row by row: `{"train": [...], "val": [...], "test": [...]}`.
+"""Reads annotation files in R2Gen's format row by row: `{"train": [...], "val": [...], "test": [...]}`.
 
-Those of MIMIC-CXR and of the combined sets hold hundreds of thousands of rows; one row and a block of text are in
-memory at a time.
+The files of MIMIC-CXR and of the combined sets have hundreds of thousands of rows. Only one row and one block of text
+are in memory at a time.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from emrrg_cli.vocabulary import SPLIT_NAMES, SPLITS, Split
 
 SPLIT_KEYS: dict[str, Split] = {key: SPLIT_NAMES[key] for key in ("train", "val", "test")}
 
-_LAYOUT = 'An annotation file reads {"train": [...], "val": [...], "test": [...]}.'
+_LAYOUT = 'An annotation file has the form {"train": [...], "val": [...], "test": [...]}.'
 
 
 @dataclass(frozen=True)
 class AnnotationRow:
-    """One row. `other` are the keys that only some data sets have, such as `study_id`, as text."""
+    """One row. `other` holds the keys that only some data sets have, such as `study_id`, with values as text."""
 
     split: Split
     study_id: str
@@ -34,20 +34,20 @@ class AnnotationRow:
 
 
 class Annotation:
-    """An annotation file, checked from end to end; iterating it reads it again.
+    """An annotation file. The constructor checks the whole file; each iteration reads it again.
 
     A row has `id` (text or number), `report` (text), `image_path` (a path or a list of paths), and may have
-    `subject_id`, the patient. Null, or NaN as data frames write it, stands for a text or a path that is missing.
+    `subject_id`, the patient. A missing text or path is null, or NaN as data frames write it.
 
     Args:
         path: The JSON file.
 
     Attributes:
-        counts: Rows of each split.
+        counts: Number of rows in each split.
 
     Raises:
-        UsageError: No such file.
-        RunError: It is not what it should be; names the line or the row.
+        UsageError: The file does not exist.
+        RunError: The file does not have this format; the message names the line or the row.
 
     Source: R2Gen (Chen et al., EMNLP 2020).
     """
@@ -61,14 +61,14 @@ class Annotation:
             raise RunError(f"{path}: no studies: train, val and test are empty")
 
     def __iter__(self) -> Iterator[AnnotationRow]:
-        """Yields train, validation, test, each in the file's order."""
+        """Yields the rows of train, validation and test, each in the file's order."""
         for only in [None] if self._in_order else SPLIT_KEYS:
             for key, row in self._rows():
                 if row is not None and only in (None, key):
                     yield row
 
     def first(self, limit: int | None) -> Iterator[AnnotationRow]:
-        """As iteration, but only the first `limit` rows of each split; None: all."""
+        """Yields the first `limit` rows of each split; None: all rows."""
         read = dict.fromkeys(SPLITS, 0)
         for row in self:
             read[row.split] += 1
@@ -76,11 +76,11 @@ class Annotation:
                 yield row
 
     def count(self, limit: int | None = None) -> int:
-        """How many rows `first` yields."""
+        """Returns the number of rows that `first` yields."""
         return sum(rows if limit is None else min(rows, limit) for rows in self.counts.values())
 
     def _rows(self, *, count: bool = False) -> Iterator[tuple[str, AnnotationRow | None]]:
-        """Yields the key of each split as it begins, without a row, then its rows; with `count`, the keys alone."""
+        """Yields each split's key without a row, then the key with each row; with `count`, only counts the rows."""
         keys: list[str] = []
         unknown: str | None = None
         with open_json(self.path) as document:
@@ -92,7 +92,7 @@ class Annotation:
                 key = event[1]
                 keys.append(key)
                 if key in SPLIT_KEYS and keys.count(key) > 1:
-                    raise RunError(f"{self.path}: {key} stands there twice", hint=_LAYOUT)
+                    raise RunError(f"{self.path}: {key} occurs twice", hint=_LAYOUT)
                 start = document.next()
                 if key not in SPLIT_KEYS:
                     if start[0] == "start_array":
@@ -115,7 +115,7 @@ class Annotation:
                 f"{self.path}: no {' and no '.join(missing)}; keys found: {present}",
                 hint=f"{_LAYOUT} A split that you do not have is an empty list.",
             )
-        if unknown is not None:  # a list under another key would be studies lost without a word
+        if unknown is not None:  # its studies would be lost silently
             raise RunError(f"{self.path}: unknown split {printable(unknown)!r}", hint=_LAYOUT)
 
 

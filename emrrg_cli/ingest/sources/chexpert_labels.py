@@ -13,28 +13,28 @@ LABELS = (
 )  # fmt: skip
 
 COLUMNS = {
-    "labels": Column("texts", "CheXpert labels that the report calls present"),
-    "labels_uncertain": Column("texts", "CheXpert labels that it leaves open"),
-    "labels_absent": Column("texts", "CheXpert labels that it rules out; the others are not mentioned"),
+    "labels": Column("texts", "CheXpert labels that are present"),
+    "labels_uncertain": Column("texts", "CheXpert labels that are uncertain"),
+    "labels_absent": Column("texts", "CheXpert labels that are absent; the report does not mention the others"),
 }
 
 NOT_MENTIONED = "." * len(LABELS)
 
 
 def encode_labels(values: Iterable[object]) -> str:
-    """Labels as one letter each, in the order of `LABELS`: `p`resent, `a`bsent, `u`ncertain, or `.` for none.
+    """Encodes labels as one letter each, in the order of `LABELS`: `p`resent, `a`bsent, `u`ncertain, `.` not mentioned.
 
     Args:
         values: 1, 0, -1 or nothing (None, NaN, "") for each label, as numbers or text.
 
     Raises:
-        ValueError: Another value.
+        ValueError: A value is none of these.
     """
     return "".join(map(_letter, values))
 
 
 def label_columns(code: str) -> dict[str, list[str]]:
-    """The values of `COLUMNS` for an encoded study."""
+    """Decodes the labels of a study to the values of `COLUMNS`."""
     letters = {"labels": "p", "labels_uncertain": "u", "labels_absent": "a"}
     return {
         column: [label for label, own in zip(LABELS, code, strict=True) if own == letter]
@@ -47,5 +47,5 @@ def _letter(value: object) -> str:
         return "."
     number = float(value) if isinstance(value, str | int | float) else 2.0
     if number not in (1.0, 0.0, -1.0):
-        raise ValueError(f"{value!r} is no label: 1, 0, -1 or nothing")
+        raise ValueError(f"{value!r} is not a label; labels are 1, 0, -1 or empty")
     return {1.0: "p", 0.0: "a", -1.0: "u"}[number]

@@ -1,4 +1,4 @@
-"""CheXpert Plus: its table of reports, its PNG (or DICOM) images and its CheXbert labels."""
+"""Reads CheXpert Plus: the table of reports, the PNG (or DICOM) images and the CheXbert labels."""
 
 from __future__ import annotations
 
@@ -33,31 +33,31 @@ _COLUMNS = COLUMNS | {
 }
 _ABOUT = (
     "Studies of CheXpert Plus (Chambon et al., arXiv 2405.19538), under the Stanford University School of Medicine "
-    "research use agreement, which does not allow them to be passed on. Labels by CheXbert."
+    "research use agreement, which does not allow redistribution. Labels by CheXbert."
 )
 
 
 class ChexpertPlusSource:
-    """CheXpert Plus as Stanford AIMI ships it.
+    """CheXpert Plus as Stanford AIMI distributes it.
 
-    The rows of `df_chexpert_plus_240401.csv` that name views of one study make one study, `patient00001_study1`. Its
-    views carry reports that were anonymised one by one and may differ in dates: the first row's is kept. Paths in the
-    table end in `.jpg`; the images are looked up as `.png`, then under the table's own name, then as DICOM.
+    The rows of `df_chexpert_plus_240401.csv` are grouped by the study in their paths, such as `patient00001_study1`.
+    Each view has its own anonymised report, and dates may differ between them; the report of the first row is kept.
+    Paths in the table end in `.jpg`; images are looked up as `.png`, then by the name in the table, then as DICOM.
 
-    `report` is the findings section, as in CXPMRG-Bench. Labels are CheXbert's of the section that is asked for.
+    `report` is the findings section, as in CXPMRG-Bench. Labels are CheXbert's labels of `section`.
 
     Args:
         root: Folder with the table, `PNGs/` (or `PNG/`, `DICOM/`) and `chexbert_labels/`.
-        section: What the report will be, which chooses the labels.
-        annotation: A file in R2Gen's form, whose rows are then the studies: its texts, images and split. The table,
-            where it is there, adds views, sections and labels.
-        fractions: Parts of train, validation and test, drawn by patient, where there is no annotation.
-        seed: Of that draw.
-        limit: First studies of each split that are read; None: all.
+        section: Section that becomes the report; labels are read for the same section.
+        annotation: A file in R2Gen's format. Its rows then define the studies: texts, images and splits. The table
+            adds views, sections and labels if it exists.
+        fractions: Fractions of train, validation and test in a random split by patient; not used with `annotation`.
+        seed: Random seed of the split.
+        limit: Number of studies to read from the start of each split; None: all.
 
     Raises:
-        UsageError: A folder or file is not there.
-        RunError: A file cannot be read, or is not what it should be.
+        UsageError: A folder or file does not exist.
+        RunError: A file cannot be read or has the wrong format.
     """
 
     name = NAME
@@ -89,10 +89,10 @@ class ChexpertPlusSource:
         return (self._table if self._annotation is None else self._annotation).count(self._limit)
 
     def studies(self, log: ImportLog) -> Iterator[Study]:
-        """Yields train, validation, test, each in the order of the table or the annotation.
+        """Yields the studies of train, validation and test, each in the order of the table or the annotation.
 
-        Left out and counted in `log`: rows that cannot be used, studies without the text. Missing images travel
-        with their study as problems.
+        Rows that cannot be used and studies without the text are skipped and counted in `log`. Missing images are
+        listed in `Study.problems`.
         """
         log.remarks += self.remarks
         studies = self._listed(log) if self._annotation is None else self._annotated(self._annotation, log)
@@ -167,7 +167,7 @@ def _extra(listed: TableStudy | None) -> dict[str, Any]:
 
 
 def _names(path: str) -> tuple[str, ...]:
-    """Where an image may be: as PNG, as the path says, as JPEG, as DICOM."""
+    """Returns the possible paths of an image: PNG, the path itself, JPEG, DICOM."""
     path = path.replace("\\", "/")
     stem = re.sub(r"\.(jpe?g|png|dcm)$", "", path, flags=re.IGNORECASE)
     return (f"{stem}.png", path, f"{stem}.jpg", f"{stem}.dcm") if stem else ()

@@ -1,4 +1,4 @@
-"""The table of CheXpert Plus with its CheXbert labels: rows of images, gathered into studies."""
+"""Reads the table of CheXpert Plus and its CheXbert labels, and groups rows of images into studies."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ _PATH = re.compile(r"(?:.*/)?(\w+/(patient\d+)/(study\d+)/view\d+_(\w+))\.\w+")
 
 @dataclass(frozen=True)
 class ImagePath:
-    """What a path such as `train/patient00001/study1/view1_frontal.jpg` says.
+    """The parts of a path such as `train/patient00001/study1/view1_frontal.jpg`.
 
     Attributes:
-        stem: The path without what stands before the split, and without its ending.
+        stem: The path from the split on, without the file extension.
         study: `patient00001_study1`.
         view: `FRONTAL`, `LATERAL`.
     """
@@ -50,19 +50,19 @@ class ImagePath:
 
 
 def parse_path(path: str) -> ImagePath | None:
-    """The parts of a path, in whatever folder; None: it is of another form."""
+    """Parses a path in any folder; returns None for a path of another form."""
     match = _PATH.fullmatch(path.replace("\\", "/"))
     return match and ImagePath(match[1], match[2], f"{match[2]}_{match[3]}", view_name(match[4]))
 
 
 @dataclass(slots=True)
 class TableStudy:
-    """A study as the table has it.
+    """A study of the table.
 
     Attributes:
-        images: Path without ending, path as DICOM, and view, of each image.
-        twice: Paths that are listed again, and the line.
-        labels: Encoded.
+        images: Path without extension, DICOM path, and view of each image.
+        twice: Paths that are listed a second time, with the line.
+        labels: Labels as `encode_labels` returns them.
     """
 
     study_id: str
@@ -80,19 +80,19 @@ class TableStudy:
 
 
 class ChexpertTable:
-    """The table and the labels, joined in memory; the rows of a study need not stand together.
+    """The table and the labels, joined in memory; the rows of a study need not be consecutive.
 
     Args:
-        root: Folder with both.
-        section: Whose labels.
-        needed: The table must be there.
+        root: Folder with the table and the labels.
+        section: Section whose labels are read.
+        needed: Whether the table must exist.
 
     Attributes:
-        remarks: About what was read, and labels that are missing.
+        remarks: Remarks about the files that were read and about missing labels.
 
     Raises:
-        UsageError: No table, though it is needed.
-        RunError: A file is not what it should be.
+        UsageError: The table does not exist, and `needed` is true.
+        RunError: A file has the wrong format.
     """
 
     def __init__(self, root: Path, section: Section, *, needed: bool = True) -> None:
@@ -109,11 +109,11 @@ class ChexpertTable:
             self._read_labels(root, section)
 
     def draw(self, fractions: Sequence[float], seed: int) -> None:
-        """Draws the split of each patient, which `studies` goes by."""
+        """Draws the split of each patient; `studies` uses these splits."""
         self._splits = draw_splits((study.patient for study in self._studies.values()), fractions, seed)
 
     def count(self, limit: int | None) -> int:
-        """Studies that `studies` yields, and rows that `skip_rows` counts."""
+        """Returns the number of studies that `studies` yields plus the rows that `skip_rows` counts."""
         counts = Counter(self._splits[study.patient] for study in self._studies.values()).values()
         return sum(count if limit is None else min(count, limit) for count in counts) + len(self._skipped)
 
@@ -124,17 +124,17 @@ class ChexpertTable:
             log.skip_study(reason, study_id, detail=detail)
 
     def studies(self, limit: int | None) -> Iterator[tuple[Split, TableStudy]]:
-        """Yields train, validation, test, each in the table's order; only the first `limit` of each."""
+        """Yields the first `limit` studies of train, validation and test, each in the table's order."""
         for split in SPLITS:
             chosen = (study for study in self._studies.values() if self._splits[study.patient] == split)
             yield from ((split, study) for study in islice(chosen, limit))
 
     def study(self, study_id: str) -> TableStudy | None:
-        """One study, or None where the table has none of that id."""
+        """Returns a study, or None if the table does not have this id."""
         return self._studies.get(study_id)
 
     def view(self, image: ImagePath) -> str:
-        """The projection of an image: by the table, or by the name of the file."""
+        """Returns the projection of an image from the table, or else from its file name."""
         return self._views.get(image.stem, image.view)
 
     # Reading.
@@ -147,19 +147,18 @@ class ChexpertTable:
         for line, cells in table:
             where = f"{path.name}:{line}"
             if cells is None:
-                self._skipped.append(("row of another length than the header", where, ""))
+                self._skipped.append(("row and header differ in length", where, ""))
             elif image := parse_path(cells[0]):
                 self._add(image, cells, line, several)
             else:
                 self._skipped.append(("no study id", where, f"path_to_image: {printable(cells[0]) or 'empty'}"))
         if several:
             self.remarks.append(
-                f"The views of {len(several):,} studies carry reports that were anonymised differently: "
-                "the first is kept."
+                f"Studies whose views have differently anonymised reports: {len(several):,}. The first report is kept."
             )
 
     def _add(self, image: ImagePath, cells: tuple[str, ...], line: int, several: set[str]) -> None:
-        """Adds one image to its study; `several` gets the studies whose views carry different reports."""
+        """Adds one image to its study, and the study to `several` if its views have different reports."""
         _, findings, impression, dicom, frontal, position, *context = cells
         study = self._studies.get(image.study)
         if study is None:
@@ -192,7 +191,7 @@ class ChexpertTable:
 
 
 def _label_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """The path of each image, without its ending, and its labels."""
+    """Yields the path of each image, without its extension, and its labels."""
     try:
         with reading(path):
             for number, line in enumerate(read_lines(path, "utf-8-sig", errors="strict"), start=1):
@@ -208,7 +207,7 @@ def _label_line(where: str, line: str) -> tuple[str, str] | None:
         image = parse_path(row["path_to_image"])
         code = encode_labels(row.get(label) for label in LABELS)
     except (ValueError, RecursionError) as error:
-        raise RunError(f"{where}: not a line of labels: {error}") from None
+        raise RunError(f"{where}: the labels cannot be read: {error}") from None
     except (TypeError, KeyError, AttributeError):
-        raise RunError(f"{where}: not an object with path_to_image", hint="One a line.") from None
+        raise RunError(f"{where}: not an object with path_to_image", hint="Each line is one JSON object.") from None
     return None if image is None else (image.stem, code)

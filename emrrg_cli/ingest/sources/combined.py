@@ -1,4 +1,4 @@
-"""Several data sets in one annotation file, whose images lie in folders of other names, or of another machine."""
+"""Reads an annotation file of several data sets, whose image paths may name folders of another machine."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from emrrg_cli.vocabulary import UNKNOWN_VIEW
 
 NAME = "combined"
 
-# What the paths of the three public sets say of the patient: CXR2384_IM-0942, p10/p10000032/s50414267, patient00001.
+# The patient in the paths of the three public sets: CXR2384_IM-0942, p10/p10000032/s50414267, patient00001.
 _PATIENT = re.compile(r"(?:^|/)(?:CXR(\d+)_[^/]*IM-|p\d\d/p(\d+)/s\d|(patient\d+)/study)")
 
 
 class CombinedSource:
-    """An annotation file in R2Gen's form, of several data sets, such as the one published for stage 2 of MambaXray-VL.
+    """An annotation file of several data sets in R2Gen's format, such as the one published for stage 2 of MambaXray-VL.
 
-    An image path has its beginning replaced by the longest fitting entry of `moved`, and must then name a file under
-    one of the roots, links followed. A relative path is looked up in each root and in `images/` of it, in their order.
-    The name of the root is the study's `source`, which decides how its report is cleaned: `iu_xray` for IU X-Ray.
+    The longest prefix in `moved` that matches an image path is replaced. The path must then name a file inside one of
+    the roots, after symbolic links are resolved. A relative path is looked up in each root and its `images/`, in order.
+    The name of the root becomes the `source` of the study, which decides how its report is cleaned, such as `iu_xray`.
 
     Args:
-        annotation: The file.
+        annotation: The annotation file.
         roots: Folders of the data sets, by name.
-        moved: Beginnings of paths as the file has them, and folders of this machine in their place.
-        limit: First studies of each split that are read; None: all.
+        moved: Path prefixes in the file, and the folders of this machine that replace them.
+        limit: Number of studies to read from the start of each split; None: all.
 
     Raises:
-        UsageError: A folder or file is not there, or a folder of `moved` is under no root.
-        RunError: The file is not what it should be.
+        UsageError: A folder or file does not exist, or a folder of `moved` is not inside a root.
+        RunError: The file has the wrong format.
 
     Source: CXPMRG-Bench (arXiv 2410.00379).
     """
@@ -60,7 +60,7 @@ class CombinedSource:
         self._moved = {PurePosixPath(old.replace("\\", "/")): new.resolve() for old, new in (moved or {}).items()}
         for old, new in self._moved.items():
             if not any(new.is_relative_to(root) for root in self._roots.values()):
-                raise UsageError(f"--map {old}: {new} is under none of the roots", hint="Every image must lie in one.")
+                raise UsageError(f"--map {old}: {new} is not inside a root", hint="Every image must be inside a root.")
         self.root = Path(os.path.commonpath(list(self._roots.values())))
         self.image_folders = tuple(self._roots.values())
         self._annotation, self._limit = Annotation(annotation), limit
@@ -69,10 +69,10 @@ class CombinedSource:
         return self._annotation.count(self._limit)
 
     def studies(self, log: ImportLog) -> Iterator[Study]:
-        """Yields train, validation, test, each in the file's order.
+        """Yields the studies of train, validation and test, each in the file's order.
 
-        Left out and counted in `log`: an id that the same data set had before, and empty reports. Images that are
-        missing or under no root travel with their study as problems.
+        Repeated ids of a data set and empty reports are skipped and counted in `log`. Images that are missing or not
+        inside a root are listed in `Study.problems`.
         """
         seen = SeenIds()
         for row in self._annotation.first(self._limit):
@@ -104,9 +104,9 @@ class CombinedSource:
         )
 
     def _locate(self, path: str) -> tuple[str, Path] | ImageProblem:
-        """The image and the name of its root, or why there is none."""
+        """Returns the image and the name of its root, or why there is no image."""
         here = self._here(path)
-        # An absolute path lies outside all roots but its own; a relative one may lead out of the root that has it.
+        # A root without the image reports OUTSIDE for an absolute path and MISSING for a relative one.
         telling = MISSING if Path(here).is_absolute() else OUTSIDE
         problem: ImageProblem | None = None
         for name, root in self._roots.items():
@@ -128,10 +128,10 @@ class CombinedSource:
 
 
 def parse_pairs(option: str, pairs: Sequence[str]) -> dict[str, str]:
-    """`NAME=DIR` as name and folder, for each; the first `=` divides.
+    """Splits each `NAME=DIR` at its first `=` into name and folder.
 
     Raises:
-        UsageError: One has no `=`, nothing before or after it, or a name that was given before.
+        UsageError: A pair has no `=`, nothing before or after it, or the same name as an earlier pair.
     """
     parsed: dict[str, str] = {}
     for pair in pairs:

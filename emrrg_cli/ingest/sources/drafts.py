@@ -1,4 +1,4 @@
-"""Studies that are being put together from the rows of a table or from files."""
+"""Studies that are assembled from the rows of a table or from files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from emrrg_cli.vocabulary import SPLITS, Split
 
 @dataclass(slots=True)
 class Draft:
-    """A study while its rows are gathered. `images` are paths and views."""
+    """A study while its rows are collected. `images` maps paths to views."""
 
     study_id: str
     patient_id: str | None = None
@@ -28,15 +28,15 @@ class Draft:
 
     @property
     def unit(self) -> str:
-        """The key of what must be in one split: the patient, or the study if the patient is unknown."""
+        """The key of the group that must stay in one split: the patient, or the study if the patient is unknown."""
         return f"p{self.patient_id}" if self.patient_id else f"s{self.study_id}"
 
 
 class Drafts:
-    """The studies by id, in the order that they came in, and the rows that are no study.
+    """Studies by id, in the order in which they were added, and rows that cannot be used.
 
     Attributes:
-        skipped: Reason, study and detail of those rows.
+        skipped: Reason, study id and detail of these rows.
     """
 
     def __init__(self) -> None:
@@ -44,11 +44,11 @@ class Drafts:
         self._drafts: dict[str, Draft] = {}
 
     def skip(self, reason: str, study_id: str, detail: str) -> None:
-        """Remembers a row that is no study."""
+        """Records a row that cannot be used."""
         self.skipped.append((reason, printable(study_id), printable(detail)))
 
     def get(self, study_id: str) -> Draft | None:
-        """The study with an id."""
+        """Returns the study with this id, or None."""
         return self._drafts.get(study_id)
 
     def add(self, draft: Draft) -> None:
@@ -63,12 +63,12 @@ class Drafts:
         return sum(draft.patient_id is None for draft in self._drafts.values())
 
     def count(self, limit: int | None) -> int:
-        """The first studies of each split, and the rows that are none."""
+        """Returns the number of studies that `first` yields plus the skipped rows."""
         counts = Counter(draft.split for draft in self._drafts.values()).values()
         return len(self.skipped) + sum(count if limit is None else min(limit, count) for count in counts)
 
     def first(self, limit: int | None) -> Iterator[tuple[Split, Draft]]:
-        """The first studies of each split: train, validation, test, each in the order that they came in."""
+        """Yields the first `limit` studies of train, validation and test, each in the order of `add`."""
         for split in SPLITS:
             chosen = (draft for draft in self._drafts.values() if draft.split == split)
             yield from ((split, draft) for draft in islice(chosen, limit))

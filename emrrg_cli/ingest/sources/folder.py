@@ -1,4 +1,4 @@
-"""Any folder of images and DICOM files, with or without a table of texts."""
+"""Reads any folder of images and DICOM files, with or without a table of texts."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from emrrg_cli.ingest.sources.table import Table, cell_list, cell_text, read_tab
 from emrrg_cli.ingest.study import ImageProblem, ImportLog, Study
 from emrrg_cli.vocabulary import CONTEXT_FIELDS, SPLIT_NAMES, Split
 
-_OTHER_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif")  # no DICOM is called so
-_LABELS = "labels of the table, as it writes them"
+_OTHER_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif")  # never DICOM
+_LABELS = "labels, unchanged from the table"
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of a table's columns; None: the table does not have it."""
+    """Column names of a table; None: the table has no such column."""
 
     image: str = "image"
     report: str | None = None
@@ -47,36 +47,36 @@ class Columns:
 
     @property
     def context(self) -> dict[str, str]:
-        """Those of the context, by its fields."""
+        """The context columns, by field."""
         return {field: name for field in CONTEXT_FIELDS if (name := getattr(self, field)) is not None}
 
     def named(self) -> dict[str, str]:
-        """Option and column, of those that are given."""
+        """Returns the given columns, by option."""
         return {f"--{kind}-column": name for kind, name in vars(self).items() if name is not None}
 
 
 class FolderSource:
     """Images and DICOM files below a folder, as studies.
 
-    Without a table every file that does not begin with a dot is tried: DICOM files are grouped by Study Instance UID,
-    any other file is a study of its own, named by its path; there are no reports. With a table its rows say which
-    images there are; rows of the same `study` are one study. The patient and the view of a DICOM file come from its
-    header where no column says them.
+    Without a table, every file whose name does not begin with a dot is tried. DICOM files are grouped by Study Instance
+    UID; any other file is a study, named by its path. There are no reports. With a table, the rows list the images, and
+    rows with the same `study` form one study. If no column gives the patient or the view of a DICOM file, they come
+    from its header.
 
-    Texts: `report` is the column of that name, else findings and impression, one after the other. Labels become the
-    column `labels` of the dataset, indication and the rest of the context columns of their names.
+    `report` is the report column, or else findings followed by impression. Labels go to the column `labels` of the
+    dataset, and each context field (indication and others) to a column with its name.
 
     Args:
-        root: The folder. Every image must lie inside it, links followed.
-        table: CSV, TSV or JSON lines; image paths are relative to `root` or to `images/` in it.
-        columns: Of the table.
-        fractions: Parts of train, validation and test, drawn by patient, where there is no split column.
-        seed: Of that draw.
+        root: The folder. Every image must be inside it after symbolic links are resolved.
+        table: CSV, TSV or JSON lines; image paths are relative to `root` or to its `images/`.
+        columns: Columns of the table.
+        fractions: Fractions of train, validation and test in a random split by patient; not used with a split column.
+        seed: Random seed of the split.
         source: Name of the data set.
-        limit: First studies of each split that are read; None: all.
+        limit: Number of studies to read from the start of each split; None: all.
 
     Raises:
-        UsageError: No such folder or table, an empty folder, a column that is not there.
+        UsageError: The folder, the table or a column does not exist, or the folder is empty.
         RunError: The table cannot be read.
     """
 
@@ -116,10 +116,10 @@ class FolderSource:
         return self._drafts.count(self._limit)
 
     def studies(self, log: ImportLog) -> Iterator[Study]:
-        """Yields train, validation, test, each in the order of the table or the paths.
+        """Yields the studies of train, validation and test, each in the order of the table or the paths.
 
-        Left out and counted in `log`: rows that cannot be used, studies whose text is empty. Images that are
-        missing or outside the folder travel with their study as problems.
+        Rows that cannot be used and studies with empty text are skipped and counted in `log`. Images that are missing
+        or outside the folder are listed in `Study.problems`.
         """
         log.remarks += self.remarks
         for reason, study_id, detail in self._drafts.skipped:
@@ -166,10 +166,10 @@ class FolderSource:
             self._drafts.add(draft)
         if not self._drafts.count(None):
             raise UsageError(f"no files in {self.root}")
-        self.remarks.append("Without a table there are no reports: this dataset serves stages that need images only.")
+        self.remarks.append("Without a table there are no reports: use this dataset only for stages that need no text.")
 
     def _walk(self) -> Iterator[Path]:
-        """All files, sorted, without hidden ones; folders that cannot be read are counted."""
+        """Yields all files except hidden ones, sorted, and counts folders that cannot be read."""
 
         def unreadable(error: OSError) -> None:
             path = printable(os.path.relpath(error.filename or self.root, self.root))
@@ -185,18 +185,18 @@ class FolderSource:
             self.remarks.append(f"{table.path.name} is not UTF-8: it was read as Windows-1252.")
         texts = {kind: name for kind in ("report", "findings", "impression") if (name := getattr(columns, kind))}
         if not texts:
-            self.remarks.append("No column with text was named: this dataset serves stages that need images only.")
+            self.remarks.append("No column with text was named: use this dataset only for stages that need no text.")
         for number, row in table.rows():
             where = f"{table.path.name}:{number}"
             if row is None:
-                self._skip("row of another length than the header", where)
+                self._skip("row and header differ in length", where)
                 continue
             draft = self._draft(row, where, columns, texts)
             if draft is not None:
                 self._add(draft, where, merge=columns.study is not None)
 
     def _draft(self, row: dict[str, Any], where: str, columns: Columns, texts: dict[str, str]) -> Draft | None:
-        """One row as a study, or None where it cannot be one."""
+        """Returns one row as a study, or None if the row cannot be used."""
 
         def cell(column: str | None) -> str:
             return cell_text(row.get(column)) if column else ""
@@ -221,7 +221,7 @@ class FolderSource:
             if isinstance(found, ImageProblem):
                 draft.problems.append(found)
                 continue
-            # A DICOM file may have any name or none; one named as another kind of image is not opened for it.
+            # A DICOM file may have any suffix or none, except those of other image formats: such a file is not opened.
             facts = None if found.suffix.lower() in _OTHER_SUFFIXES else _dicom_facts(found)
             draft.images[str(found)] = view_name(cell(columns.view) or (facts.view if facts else ""))
             draft.patient_id = draft.patient_id or (None if columns.patient else _patient(facts))
@@ -254,7 +254,7 @@ class FolderSource:
 
 
 def _dicom_facts(path: Path) -> DicomFacts | None:
-    """The facts of a DICOM file; None for others, and for one that cannot be read: decoding it will say why."""
+    """Reads the facts of a DICOM file; None for other files and for unreadable ones, which decoding reports later."""
     try:
         with open_stream(path, str(path)) as (stream, _):
             candidate = is_dicom(stream) or path.suffix.lower() in DICOM_SUFFIXES

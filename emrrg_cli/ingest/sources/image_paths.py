@@ -1,4 +1,4 @@
-"""Image paths of a raw data set, kept inside its folder."""
+"""Finds the images of a raw data set; paths must stay inside its folder."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from emrrg_cli.ingest.study import ImageProblem
 OUTSIDE = "path outside the data folder"
 MISSING = "missing image"
 
-_DRIVE = re.compile(r"[A-Za-z]:[\\/]|\\\\")  # of Windows, or the name of a server
+_DRIVE = re.compile(r"[A-Za-z]:[\\/]|\\\\")  # a Windows drive or a network share
 
 
 def require_folder(root: Path) -> None:
-    """Makes sure that the folder of a raw data set is there.
+    """Checks that the folder of a raw data set exists.
 
     Raises:
-        UsageError: It is not, or is no folder.
+        UsageError: It does not exist or is not a folder.
     """
     if not root.is_dir():
         raise UsageError(f"{root} is not a folder" if root.exists() else f"no such folder: {root}")
 
 
 def locate(path: str, root: Path, folders: tuple[Path, ...]) -> Path | ImageProblem:
-    """The file `path` names, resolved and inside `root`, or why there is none.
+    """Returns the file that `path` names, resolved and inside `root`, or why there is no such file.
 
-    A name that really holds a backslash is found first; otherwise backslashes divide the parts of a path, as in files
-    that were written on Windows.
+    A file whose name contains a backslash is found first. Otherwise backslashes separate the parts of a path, as on
+    Windows.
 
     Args:
-        path: As the data set writes it; every `..` and symbolic link in it is followed.
+        path: The path in the data set; every `..` and symbolic link in it is resolved.
         root: Resolved folder of the data set.
-        folders: Where `path` is looked up, first match first.
+        folders: Folders in which `path` is looked up, in order.
     """
     found = _locate(path, root, folders)
     if isinstance(found, Path) or "\\" not in path:
@@ -50,7 +50,7 @@ def locate(path: str, root: Path, folders: tuple[Path, ...]) -> Path | ImageProb
 def _locate(path: str, root: Path, folders: tuple[Path, ...]) -> Path | ImageProblem:
     outside = False
     present: Path | None = None
-    # A path without an entry has no link to follow, unless it leads out of the folder. This check is much faster.
+    # A plain path that does not exist needs no resolving; this check is much faster.
     plain = not os.path.isabs(path) and ".." not in path  # noqa: PTH117
     for folder in folders:
         if plain and not os.path.lexists(os.path.join(folder, path)):  # noqa: PTH118
@@ -63,7 +63,7 @@ def _locate(path: str, root: Path, folders: tuple[Path, ...]) -> Path | ImagePro
                 return resolved
             elif resolved.exists():  # a folder: the decoder reports it, unless a later place has a file
                 present = present or resolved
-        except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL inside, a circle of links
+        except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL inside, a loop of links
             return ImageProblem(path, "cannot be opened", str(error))
     if present is not None:
         return present
@@ -71,7 +71,7 @@ def _locate(path: str, root: Path, folders: tuple[Path, ...]) -> Path | ImagePro
 
 
 def find_image(names: Sequence[str], root: Path, folders: tuple[Path, ...]) -> Path | ImageProblem:
-    """As `locate`, for an image that has one of several names; the problem is that of the first name."""
+    """Locates an image that has one of several names; a returned problem is that of the first name."""
     problem: ImageProblem | None = None
     for name in names:
         found = locate(name, root, folders)

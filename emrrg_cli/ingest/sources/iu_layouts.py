@@ -1,4 +1,4 @@
-"""The layouts in which people have IU X-Ray: the Open-i release, the flat release, R2Gen's."""
+"""The layouts of IU X-Ray: the Open-i release, the flat release, R2Gen's."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _IMAGE_ARCHIVE = "NLMCXR_png.tgz"
 # 1000_IM-0003-1001.dcm.png (1_IM-0001-3001.dcm.png).
 _OPENI_IMAGE = re.compile(r"CXR(\d+)_(?:\d+_)?(IM-.+)")
 
-# A spreadsheet made this of three indications that begin with a sign.
+# A spreadsheet replaced three indications that begin with a sign by this.
 _DAMAGED = "#NAME?"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A report with the names its images may have, and their views."""
+    """A report, the possible file names of each image, and the views."""
 
     report: OpeniReport
     images: tuple[tuple[str, ...], ...]
@@ -43,7 +43,7 @@ class Entry:
 
 @dataclass
 class Collection:
-    """What a layout holds: usable reports by the number of their study, what was skipped, and what is to be said."""
+    """The content of a layout: usable reports by study number, skipped items, and remarks."""
 
     entries: dict[str, Entry] = field(default_factory=dict)
     skipped: list[dict[str, str]] = field(default_factory=list)
@@ -60,7 +60,7 @@ class Collection:
         self.skipped.append({"reason": reason, "study_id": study_id, "detail": detail})
 
     def counted(self) -> str:
-        """What there is, as a sentence."""
+        """Returns the counts as a sentence."""
         reports = [entry.report for entry in self.entries.values()]
         findings, impression = sum(bool(r.findings) for r in reports), sum(bool(r.impression) for r in reports)
         neither = sum(not (r.findings or r.impression) for r in reports)
@@ -72,11 +72,11 @@ class Collection:
 
 
 def read_openi_layout(root: Path) -> Collection:
-    """The Open-i release.
+    """Reads the Open-i release.
 
     Raises:
-        UsageError: It is not there.
-        RunError: The archive is none, or holds no report.
+        UsageError: There are no reports.
+        RunError: The archive cannot be read or contains no report.
     """
     path = _reports(root) or root
     if path is root and not any(root.glob("*.xml")):
@@ -102,10 +102,10 @@ def read_openi_layout(root: Path) -> Collection:
 
 
 def read_flat_layout(root: Path) -> Collection:
-    """The flat release.
+    """Reads the flat release.
 
     Raises:
-        UsageError: A table is not there.
+        UsageError: A table does not exist.
         RunError: A table cannot be read.
     """
     for table in (REPORT_TABLE, VIEW_TABLE):
@@ -142,10 +142,10 @@ def read_flat_layout(root: Path) -> Collection:
 
 
 def detect_layout(root: Path) -> Layout:
-    """The layout of a folder; where it holds several, the first of `openi`, `flat`, `r2gen`.
+    """Detects the layout of a folder; if it has several, the first of `openi`, `flat`, `r2gen`.
 
     Raises:
-        UsageError: It holds none.
+        UsageError: It has none of them.
     """
     if not root.exists():
         raise UsageError(f"no such folder: {root}")
@@ -160,7 +160,7 @@ def detect_layout(root: Path) -> Layout:
     if any(root.glob("*.xml")):
         return "openi"
     raise UsageError(
-        f"{root} holds IU X-Ray in no known layout",
+        f"{root} does not have a known layout of IU X-Ray",
         hint=f"Open-i: {ARCHIVES[0]} or {REPORTS[0]}/; flat: {REPORT_TABLE}; R2Gen: annotation.json.",
     )
 
@@ -171,10 +171,10 @@ def _reports(root: Path) -> Path | None:
 
 
 def find_image_folders(root: Path, images: Path | None) -> tuple[Path, ...]:
-    """Where the images are looked up: `images` and what lies below it, or the known folders of `root` that there are.
+    """Returns the folders to look up images in: `images` and those below it, or the known folders in `root`.
 
     Raises:
-        UsageError: No such folder, or the images are still packed.
+        UsageError: The folder does not exist, or the images are still packed.
     """
     require_folder(root)
     if images is not None:
@@ -191,13 +191,13 @@ def find_image_folders(root: Path, images: Path | None) -> tuple[Path, ...]:
 
 
 def _folders_of_images(images: Path) -> tuple[Path, ...]:
-    """The folder and all folders below it that hold files, however deep."""
+    """Returns the folder and all folders below it that contain files."""
     files = files_below(images, lambda error: None)
     return tuple(dict.fromkeys((images, *(file.parent for file in files))))
 
 
 def _names(image: str) -> tuple[str, ...]:
-    """File names an image may have, given its name in either release."""
+    """Returns the possible file names of an image from its name in either release."""
     if match := _OPENI_IMAGE.fullmatch(image):
         return (f"{image}.png", f"{match[1]}_{match[2]}.dcm.png", f"{image}.jpg")
     stem = image.removesuffix(".png").removesuffix(".dcm")
@@ -205,4 +205,4 @@ def _names(image: str) -> tuple[str, ...]:
 
 
 def _row_problem(cells: Iterable[str] | None) -> str:
-    return "another length than the header" if cells is None else "no uid or file name"
+    return "row and header differ in length" if cells is None else "no uid or file name"

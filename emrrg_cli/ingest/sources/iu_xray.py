@@ -1,4 +1,4 @@
-"""IU X-Ray (the Indiana University collection of Open-i), in each of the three forms in which people have it."""
+"""Reads IU X-Ray (the Indiana University collection of Open-i) in each of its three layouts."""
 
 from __future__ import annotations
 
@@ -30,41 +30,40 @@ from emrrg_cli.vocabulary import SPLITS, UNKNOWN_VIEW, Section, Split
 NAME = "iu_xray"
 
 _COLUMNS = {
-    "labels": Column("texts", "headings of the MeSH terms that people gave; `normal` where nothing was found"),
-    "mesh": Column("texts", "those terms whole, with place and degree: `Opacity/lung/upper lobe/right`"),
-    "mesh_automatic": Column("texts", "MeSH terms that a program found; not in the flat release"),
+    "labels": Column("texts", "headings of the manual MeSH terms; `normal` if nothing was found"),
+    "mesh": Column("texts", "complete manual MeSH terms with location and degree: `Opacity/lung/upper lobe/right`"),
+    "mesh_automatic": Column("texts", "automatic MeSH terms; not in the flat release"),
     "indication": Column("text", "section of the report"),
     "comparison": Column("text", "section of the report"),
 }
 _ABOUT = (
     "Chest X-rays and reports of the Indiana University collection of Open-i (Demner-Fushman et al., JAMIA 2016), "
-    "CC BY-NC-ND 4.0. De-identification left XXXX in place of words. Each patient has one study."
+    "CC BY-NC-ND 4.0. De-identification replaced words by XXXX. Each patient has one study."
 )
 
 
 class IuXraySource:
-    """IU X-Ray as Open-i ships it (`openi`) or in its flat form (`flat`); ids are `CXR` and the number of the study.
+    """IU X-Ray in the Open-i layout (`openi`) or the flat layout (`flat`); ids are `CXR` and the study number.
 
-    openi: `NLMCXR_reports.tgz`, read in place, or its folder `ecgen-radiology`. Views are unknown, unless
+    openi: `NLMCXR_reports.tgz`, read without unpacking, or its folder `ecgen-radiology`. Views are unknown unless
     `indiana_projections.csv` is in the same folder. flat: `indiana_reports.csv` and `indiana_projections.csv`. Images
-    are looked up under the names of either release.
+    are looked up under the names of both releases.
 
     `report` is the findings section, as in R2Gen. Each patient has one study, whose number is the `patient_id`.
 
     Args:
         root: Folder of the reports.
-        section: What the report will be; `report`: the findings, and a study without them is left out.
-        layout: Of the two; None: `openi` where its reports are there.
+        section: Section that becomes the report; `report`: the findings, and studies without findings are skipped.
+        layout: `openi` or `flat`; None: `detect_layout` chooses.
         images: Folder of the images; None: `NLMCXR_png`, `images_normalized` or `images` in `root`, or `root`.
-        annotation: R2Gen's file, whose ids say which studies are read and into which split they go; None: all, in a
-            split that is drawn.
-        fractions: Parts of train, validation and test in a drawn split.
-        seed: Of that draw, among the studies with images: the same for both layouts.
-        limit: First studies of each split that are read; None: all.
+        annotation: R2Gen's file, whose ids select the studies and their splits; None: all studies in a random split.
+        fractions: Fractions of train, validation and test in a random split.
+        seed: Random seed of the split. Only studies with images are drawn, so both layouts get the same split.
+        limit: Number of studies to read from the start of each split; None: all.
 
     Raises:
-        UsageError: A folder or file is not there.
-        RunError: A file cannot be read, or is not what it should be.
+        UsageError: A folder or file does not exist.
+        RunError: A file cannot be read or has the wrong format.
     """
 
     name = NAME
@@ -100,10 +99,10 @@ class IuXraySource:
         return len(self._entries) + len(self._skipped)
 
     def studies(self, log: ImportLog) -> Iterator[Study]:
-        """Yields train, validation, test, each by the number of the study.
+        """Yields the studies of train, validation and test, each by study number.
 
-        Left out and counted in `log`: reports that cannot be read or are empty, and, with an annotation, studies
-        that it does not name. Missing images travel with their study as problems.
+        Reports that cannot be read or are empty, and studies that the annotation does not name, are skipped and
+        counted in `log`. Missing images are listed in `Study.problems`.
         """
         log.remarks += self.remarks
         for row in self._skipped:
@@ -141,7 +140,7 @@ class IuXraySource:
         with_images = [uid for uid, entry in entries.items() if entry.images]
         splits = draw_splits(with_images, fractions, seed)
         self.remarks.append(drawn_remark(fractions, seed))
-        # The others cannot be written; they are counted under the first split.
+        # Studies without images cannot be written; they are counted under train.
         return {uid: splits.get(uid, "train") for uid in entries}
 
     def _published(self, annotation: Path, read: Collection) -> dict[str, Split]:
@@ -150,7 +149,7 @@ class IuXraySource:
             match = IU_ID.fullmatch(row.study_id)
             if match is None:
                 raise RunError(
-                    f"{annotation}: id {row.study_id!r} is none of IU X-Ray",
+                    f"{annotation}: id {row.study_id!r} is not an id of IU X-Ray",
                     hint="R2Gen's ids look like CXR2384_IM-0942.",
                 )
             if splits.setdefault(match[1], row.split) != row.split:
@@ -178,18 +177,18 @@ def _extra(report: OpeniReport | None) -> dict[str, Any]:
 
 
 class R2GenWithReports:
-    """R2Gen's studies of IU X-Ray, with what the reports of Open-i or of the flat release say beside the findings.
+    """R2Gen's studies of IU X-Ray, extended from the reports of Open-i or of the flat release.
 
-    That is impression, indication, comparison and MeSH terms, and, where `indiana_projections.csv` lies beside Open-i's
-    reports, views: R2Gen's image `k` is image `k` of the list in the XML. The flat release has them in another order.
+    Adds impression, indication, comparison and MeSH terms. If `indiana_projections.csv` is next to Open-i's reports, it
+    also adds views: R2Gen's image `k` is image `k` in the XML. The flat release lists images in another order.
 
     Args:
-        studies: R2Gen's.
+        studies: R2Gen's studies.
         reports: `NLMCXR_reports.tgz`, or a folder with it or with the tables of the flat release.
 
     Raises:
         UsageError: There are no reports, or the studies are not in R2Gen's layout.
-        RunError: They cannot be read.
+        RunError: The reports cannot be read.
     """
 
     name = NAME
@@ -198,11 +197,11 @@ class R2GenWithReports:
 
     def __init__(self, studies: IuXraySource | R2GenSource, reports: Path) -> None:
         if not isinstance(studies, R2GenSource):
-            raise UsageError("--reports goes with R2Gen's layout alone; the others have their reports in ROOT")
+            raise UsageError("--reports works only with R2Gen's layout; the other layouts have reports in ROOT")
         self._studies = studies
         self.root, self.image_folders = studies.root, studies.image_folders
         if not reports.exists():
-            raise UsageError(f"--reports: there is no {reports}")
+            raise UsageError(f"--reports: no such file or folder: {reports}")
         folder = reports.parent if reports.is_file() else reports
         self._in_order = detect_layout(folder) != "flat"
         self._entries = (read_openi_layout(folder) if self._in_order else read_flat_layout(folder)).entries
@@ -211,7 +210,7 @@ class R2GenWithReports:
         return len(self._studies)
 
     def studies(self, log: ImportLog) -> Iterator[Study]:
-        """As R2Gen's source; a remark counts the studies that have no report."""
+        """Yields R2Gen's studies with the additions; a remark counts studies without a report."""
         missing = 0
         for study in self._studies.studies(log):
             entry = self._entries.get(study.patient_id or "")
@@ -223,7 +222,7 @@ class R2GenWithReports:
                 extra=_extra(entry.report if entry else None),
             )
         if missing:
-            log.remarks.append(f"Studies without a report in --reports, context and labels: {missing:,}.")
+            log.remarks.append(f"Studies that --reports does not have, so without context and labels: {missing:,}.")
 
 
 def _view(entry: Entry | None, image: Path) -> str:
@@ -242,23 +241,23 @@ def iu_xray_source(
     seed: int = 0,
     limit: int | None = None,
 ) -> IuXraySource | R2GenSource:
-    """The source for the layout that `root` holds; see `IuXraySource`.
+    """Returns the source for the layout of `root`; see `IuXraySource`.
 
-    In R2Gen's layout the reports are findings: those of its 2,955 studies equal the findings of Open-i's XML; what else
-    that XML says is added by `R2GenWithReports`.
+    In R2Gen's layout the reports are findings: all 2,955 studies have the findings of Open-i's XML. `R2GenWithReports`
+    adds the other content of the XML.
 
     Raises:
-        UsageError: As `IuXraySource`, or an option does not fit R2Gen's layout.
+        UsageError: As `IuXraySource`, or an option cannot be used with R2Gen's layout.
         RunError: As `IuXraySource`.
     """
     layout = layout or detect_layout(root)
     if layout == "r2gen":
         for option, value in (("--annotation", annotation), ("--images", images), ("--split", fractions)):
             if value is not None:
-                raise UsageError(f"{option} does not go with R2Gen's layout, whose annotation.json says it all")
+                raise UsageError(f"{option} cannot be used with R2Gen's layout: annotation.json defines it")
         return R2GenSource(root, source=NAME, findings=True, limit=limit)
     if annotation is not None and fractions is not None:
-        raise UsageError("--annotation and --split exclude each other")
+        raise UsageError("--annotation and --split cannot be used together")
     return IuXraySource(
         root, section=section, layout=layout, images=images, annotation=annotation,
         fractions=fractions or (0.8, 0.1, 0.1), seed=seed, limit=limit,

@@ -1,4 +1,4 @@
-"""Large JSON files read piece by piece, by ijson; and what Python's reader takes beside the standard."""
+"""Reads large JSON files piece by piece with ijson; accepts NaN, Infinity and lone surrogates as Python's json does."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.ingest.sources.text_files import open_regular
 
 _BLOCK = 2**20  # bytes
-_MAX_VALUE = 2**24  # bytes of one value; a broken file is given up there, not read to its end
-_MAX_EXPLAINED = 2**29  # bytes of a broken file that is read whole, for the line of the error
+_MAX_VALUE = 2**24  # bytes of one value; reading stops at a longer one
+_MAX_EXPLAINED = 2**29  # bytes; a broken file up to this size is read again to find the line of the error
 
 Event = tuple[str, Any]
 
-# What only Python's json writes, and halves of characters: text that ijson does not take, or takes otherwise.
+# NaN and Infinity, which only Python's json writes, and lone surrogates: ijson rejects these or reads them differently.
 _ODD = re.compile(rb"NaN|Infinity|\\u[dD][89a-fA-F]")
 _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|Infinity|NaN', re.DOTALL)
 _ESCAPE = re.compile(rb"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|(\\u[dD][89a-fA-F]..)|\\.", re.DOTALL)
@@ -29,13 +29,13 @@ _ESCAPE = re.compile(rb"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|(\\u[dD][89a-fA-F]..)
 
 @contextlib.contextmanager
 def open_json(path: Path) -> Iterator[JsonDocument]:
-    """A JSON file, to be read from its start.
+    """Opens a JSON file.
 
-    NaN stands for null, as data frames write what is missing; half a character (a lone surrogate) for U+FFFD.
+    NaN, which data frames write for missing values, is read as null, and a lone surrogate as U+FFFD.
 
     Raises:
-        UsageError: No such file.
-        RunError: It cannot be read, or is not JSON; names the line. Raised inside the block too.
+        UsageError: The file does not exist.
+        RunError: It cannot be read or is not JSON; the message names the line. Also raised inside the block.
     """
     try:
         with open_regular(path) as file:
@@ -50,25 +50,25 @@ def open_json(path: Path) -> Iterator[JsonDocument]:
 
 
 class JsonDocument:
-    """The events of a file; made by `open_json`."""
+    """The JSON events of a file; `open_json` creates it."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._source = _Source(file)
         self._events: Iterator[Event] = iter(ijson.basic_parse(self._source, buf_size=_BLOCK))
 
     def next(self) -> Event:
-        """The next event."""
+        """Returns the next event."""
         self._source.unread = 0
         return next(self._events)
 
     def skip(self, start: Event) -> None:
-        """Skips the value that an event begins."""
+        """Skips the value that starts with this event."""
         depth = _depth(start[0])
         while depth:
             depth += _depth(self.next()[0])
 
     def items(self) -> Iterator[Any]:
-        """The items of a list, after its beginning; its end is read too."""
+        """Yields the items of a list whose start was read, and reads its end."""
         while (event := self.next())[0] != "end_array":
             builder = ObjectBuilder()
             builder.event(*event)
@@ -80,13 +80,13 @@ class JsonDocument:
             yield builder.value
 
     def end(self) -> None:
-        """Makes sure that nothing follows."""
+        """Checks that nothing follows."""
         for _ in self._events:
             pass
 
 
 def start_value(event: Event) -> Any:
-    """A value of the kind that an event begins."""
+    """Returns a value of the type that starts with this event."""
     return {"start_map": {}, "start_array": []}.get(event[0], event[1])
 
 
@@ -95,10 +95,10 @@ def _depth(event: str) -> int:
 
 
 class _Source:
-    """The bytes of a file as ijson takes them.
+    """The bytes of a file in the form that ijson accepts.
 
     Attributes:
-        unread: Bytes that were read since this was set to 0.
+        unread: Bytes read since this was last set to 0.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -123,7 +123,7 @@ class _Source:
                 return text
 
     def _repaired(self, block: bytes) -> bytes:
-        """A block without what is odd; a string or a word that may go on is kept for the next."""
+        """Returns a block with the odd text replaced; keeps an unfinished string or word for the next block."""
         text = self._held + block
         done, end = [], 0
         for token in _TOKEN.finditer(text):
@@ -155,7 +155,7 @@ def _plain(token: bytes) -> bytes:
 
 
 def _explained(path: Path, error: Exception) -> RunError:
-    """The error with the place, which ijson does not know: the file is read once more, by Python's reader."""
+    """Returns the error with its line, which ijson does not know: Python's json reads the file again."""
     try:
         if path.stat().st_size <= _MAX_EXPLAINED:
             json.loads(path.read_bytes().decode("utf-8").removeprefix("\ufeff"))

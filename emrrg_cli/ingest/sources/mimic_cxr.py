@@ -1,4 +1,4 @@
-"""MIMIC-CXR: the images and tables of MIMIC-CXR-JPG with the notes of MIMIC-CXR."""
+"""Reads MIMIC-CXR: the images and tables of MIMIC-CXR-JPG with the notes of MIMIC-CXR."""
 
 from __future__ import annotations
 
@@ -32,32 +32,32 @@ _COLUMNS = COLUMNS | {
 }
 _ABOUT = (
     "Studies of MIMIC-CXR-JPG and MIMIC-CXR (Johnson et al., Scientific Data 2019; PhysioNet), under the PhysioNet "
-    "credentialed health data use agreement, which does not allow them to be passed on."
+    "credentialed health data use agreement, which does not allow redistribution."
 )
 
 
 class MimicCxrSource:
-    """MIMIC-CXR-JPG as PhysioNet ships it, with the notes of `mimic-cxr-reports`.
+    """MIMIC-CXR-JPG as PhysioNet distributes it, with the notes of `mimic-cxr-reports`.
 
     Studies, their images and the official split come from `mimic-cxr-2.0.0-split.csv.gz`, views from `-metadata`,
     labels from `-chexpert` or `-negbio`; each gzipped or plain. Images are `files/p10/p10000032/s50414267/*.jpg`. Ids
-    are the tables' numbers.
+    are the numbers in the tables.
 
-    `report` is the findings section; in a note with neither findings nor impression, the text after the first paragraph
-    of its last section. See `read_note`.
+    `report` is the findings section. If a note has neither findings nor impression, it is the text after the first
+    paragraph of the last section; see `read_note`.
 
     Args:
         root: Folder of MIMIC-CXR-JPG.
-        section: What the report will be; `report`: as above, and a study without one is left out.
+        section: Section that becomes the report; `report`: as above, and studies without it are skipped.
         reports: Folder or zip of the notes; None: `mimic-cxr-reports` or its zip in `root`, or notes beside the images.
-        annotation: R2Gen's file, whose rows are then the studies: its texts, images and split. It has a row an image,
-            so that its ids are those of images. Tables and notes, where they are there, add views, labels, sections.
-        labeler: Whose labels.
-        limit: First studies of each split that are read; None: all.
+        annotation: R2Gen's file. Its rows then define the studies: texts, images and splits. It has one row for each
+            image, so its ids are image ids. Tables and notes add views, labels and sections if they exist.
+        labeler: Labeler whose labels are read.
+        limit: Number of studies to read from the start of each split; None: all.
 
     Raises:
-        UsageError: A folder or file is not there.
-        RunError: A file cannot be read, or is not what it should be; a patient is in two splits.
+        UsageError: A folder or file does not exist.
+        RunError: A file cannot be read or has the wrong format, or a patient is in two splits.
     """
 
     name = NAME
@@ -86,10 +86,10 @@ class MimicCxrSource:
         return (self._tables if self._annotation is None else self._annotation).count(self._limit)
 
     def studies(self, log: ImportLog) -> Iterator[Study]:
-        """Yields train, validation, test, each by patient and study, or in the order of the annotation.
+        """Yields the studies of train, validation and test, each by patient and study or in the annotation's order.
 
-        Left out and counted in `log`: rows that cannot be used, studies whose note is missing, cannot be read or
-        has no text. Missing images travel with their study as problems.
+        Rows that cannot be used, and studies whose note is missing, unreadable or without text, are skipped and
+        counted in `log`. Missing images are listed in `Study.problems`.
         """
         log.remarks += self._tables.remarks
         studies = self._listed(log) if self._annotation is None else self._annotated(self._annotation, log)
@@ -189,12 +189,12 @@ def _find_reports(root: Path, reports: Path | None, *, needed: bool) -> MimicRep
     for name in _REPORTS:
         if (root / name).exists():
             return MimicReports(root / name)
-    # A few patients will do: there are 65,000.
+    # There are 65,000 patients, so only a few are checked.
     if any(next(patient.glob("s*.txt"), None) for patient in islice(root.glob("files/p*/p*"), 20)):
         return MimicReports(root)
     if needed:
         raise UsageError(
             f"no notes in {root}: neither {_REPORTS[0]} nor {_REPORTS[1]}",
-            hint="They are part of MIMIC-CXR, not of MIMIC-CXR-JPG: name the folder or zip with --reports.",
+            hint="The notes are part of MIMIC-CXR, not of MIMIC-CXR-JPG. Name their folder or zip with --reports.",
         )
     return None

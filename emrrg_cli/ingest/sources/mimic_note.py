@@ -1,6 +1,6 @@
-"""The sections of a MIMIC-CXR note.
+"""Splits a MIMIC-CXR note into sections.
 
-A note is dictated text broken into short lines. A heading stands at the start of a line, in capitals, with a colon:
+A note is dictated text broken into short lines. A heading is in capitals at the start of a line and ends in a colon:
 
      FINAL REPORT
      INDICATION:  ___F with cough.
@@ -9,9 +9,9 @@ A note is dictated text broken into short lines. A heading stands at the start o
 
      IMPRESSION:  No pneumonia.
 
-What counts as a heading, which headings mean the same, and the notes that follow no rule are those of the section files
-that came with the data set (Johnson et al., MIMIC-CXR, Scientific Data 2019), so that texts can be compared. Those
-overlook a heading in the line below one that ends in its colon, and so give its text to the one above; here it counts.
+Headings, their synonyms and the exceptional notes are taken from the section files published with the data set (Johnson
+et al., MIMIC-CXR, Scientific Data 2019), so that texts can be compared. There is one difference: if a line has only a
+heading, the section files miss a heading on the next line and add its text to the section above; this module reads it.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ _MEANINGS = {
     "recommendation(s)": "recommendations",
     "wetread": "wet read",
 }
-# A heading that contains one of these is one, the first first.
+# A heading that contains one of these means the same; the first match counts.
 _MAIN = ("impression", "findings", "history", "comparison", "addendum")
 # Headings are typed by hand: IMPRESSON, FINDGINGS, COMPARISION.
 _MISSPELT = ("impression", "findings", "comparison", "indication")
-# What follows the name of the examination, as in PA AND LATERAL VIEWS OF THE CHEST, are its findings.
+# The text after the name of an examination, such as PA AND LATERAL VIEWS OF THE CHEST, is its findings.
 _EXAMINATION = re.compile(
     r"chest|portable|bone window|ribs|two views|one view|frontal and|lateral and (?:pa|ap)"
     r"|(?:pa|ap) and lat|(?:frontal|pa|ap|lateral) view|frontal (?:semi-)?upright"
@@ -52,7 +52,7 @@ _EXAMINATION = re.compile(
 
 _CONCLUSIONS = ("findings", "impression")
 
-# Notes whose conclusion stands under another heading.
+# Notes whose conclusion is under another heading.
 _MISPLACED = {
     50913680: "recommendations", 59363654: "examination", 59279892: "technique", 59768032: "recommendations",
     57936451: "indication", 50058765: "indication", 53356173: "examination", 53202765: "technique",
@@ -61,7 +61,7 @@ _MISPLACED = {
     59087630: "recommendations", 58157373: "recommendations", 56482935: "recommendations",
     58375018: "recommendations", 54654948: "indication", 55157853: "examination", 51491012: "history",
 }  # fmt: skip
-# Notes without usable headings: where their conclusion begins and ends, in characters; 0, 0: they have none.
+# Notes without usable headings: first and last character of the conclusion; 0, 0: there is no conclusion.
 _PLACES = {
     50525523: (201, 349), 57564132: (233, 554), 59982525: (313, 717), 53488209: (149, 475), 54875119: (234, 988),
     50196495: (59, 399), 56579911: (59, 218), 52648681: (292, 631), 59889364: (172, 453), 53514462: (73, 377),
@@ -75,9 +75,9 @@ _PLACES = {
 
 @dataclass(frozen=True)
 class Note:
-    """The sections of a note, lines joined; "" where it has none.
+    """The sections of a note with their lines joined; "" for a missing section.
 
-    `last_paragraph` is what follows the first paragraph of the last section, in a note with neither findings nor
+    `last_paragraph` is the text after the first paragraph of the last section, if the note has neither findings nor
     impression.
     """
 
@@ -90,19 +90,19 @@ class Note:
 
 
 def read_note(text: str, study_id: int) -> Note:
-    """The sections of a note.
+    """Reads the sections of a note.
 
-    Of several sections with the same meaning the last one counts; empty findings and impressions are passed over. The
-    notes that the section files treat one by one have their conclusion as the impression.
+    If several sections have the same meaning, the last one counts; empty findings and impressions are ignored. In the
+    exceptional notes of the section files, the conclusion becomes the impression.
 
     Args:
         text: The note, with its line breaks.
-        study_id: Its number, as in `s50414267.txt`.
+        study_id: Number of the study, as in `s50414267.txt`.
     """
     if study_id in _PLACES:
         start, end = _PLACES[study_id]
         return Note(impression=_joined(text[start:end]))
-    # The examination as a title, with a colon and nothing after it, is no section.
+    # The name of the examination as a title, with a colon and nothing after it, is not a findings section.
     sections = [(name, body) for name, body in split_note(text) if name not in _CONCLUSIONS or body.strip()]
     rest = ""
     if not any(name in _CONCLUSIONS for name, _ in sections):
@@ -120,14 +120,14 @@ def read_note(text: str, study_id: int) -> Note:
     )
     place = _MISPLACED.get(study_id, "")
     if elsewhere := _joined(last.get(place, "")):
-        # That section is the conclusion, and no context of it.
+        # This section is the conclusion, so it is not context too.
         taken = {name: "" for name in ("indication", "technique") if getattr(note, name) == elsewhere}
         return replace(note, impression=elsewhere, last_paragraph="", **taken)
     return note
 
 
 def split_note(text: str) -> list[tuple[str, str]]:
-    """Meaning and text of each section, in order; what stands before the first heading is the `preamble`."""
+    """Returns meaning and text of each section, in order; the text before the first heading is the `preamble`."""
     sections: list[tuple[str, list[str]]] = [("preamble", [])]
     for line in text.splitlines():
         match = _HEADING.match(line)
@@ -152,6 +152,6 @@ def _meaning(heading: str) -> str:
 
 
 def _joined(text: str) -> str:
-    """The text with the lines of a paragraph joined by a space and paragraphs by a line break."""
+    """Joins the lines of a paragraph by a space, and paragraphs by a line break."""
     paragraphs = (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text))
     return "\n".join(filter(None, paragraphs))

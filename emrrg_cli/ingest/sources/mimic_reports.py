@@ -1,4 +1,4 @@
-"""The notes of MIMIC-CXR, from the folder or the zip of `mimic-cxr-reports`, which is read as it is."""
+"""Reads the notes of MIMIC-CXR from the folder or the zip of `mimic-cxr-reports`, without unpacking it."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from emrrg_cli.datasets.report_text import unix_line_ends
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.ingest.sources.text_files import open_regular
 
-_MAX_BYTES = 2**20  # of one note; those of the release have up to some 10 KB
+_MAX_BYTES = 2**20  # of one note; notes of the release have at most about 10 KB
 _PREFIXES = ("", "files/", "mimic-cxr-reports/files/")
 
 
 class ReportError(Exception):
-    """A note that is there and cannot be read: why."""
+    """A note exists but cannot be read; the text is the reason."""
 
 
 class MimicReports:
     """Notes by patient and study.
 
     Args:
-        path: The folder that holds `files/p10/p10000032/s50414267.txt` or `p10/...`, or the zip of either. Of the zip,
-            the table of contents is held in memory: 145 MB for the 227,835 notes of the release.
+        path: The folder that holds `files/p10/p10000032/s50414267.txt` or `p10/...`, or a zip of it. The table of
+            contents of a zip is kept in memory: 145 MB for the 227,835 notes of the release.
 
     Raises:
-        UsageError: No such folder or file.
-        RunError: It is no zip, or cut short.
+        UsageError: The folder or file does not exist.
+        RunError: The file is not a zip or is cut short.
     """
 
     def __init__(self, path: Path) -> None:
@@ -45,10 +45,10 @@ class MimicReports:
             raise RunError(f"{path} cannot be read: {error.strerror or error}") from None
 
     def read(self, subject: int, study: int) -> str | None:
-        """The text of a note, or None where there is none.
+        """Returns the text of a note, or None if it does not exist.
 
         Raises:
-            ReportError: It is there and cannot be read.
+            ReportError: The note exists but cannot be read.
         """
         name = f"p{str(subject)[:2]}/p{subject}/s{study}.txt"
         try:
@@ -83,7 +83,7 @@ class MimicReports:
                     return content.read(_MAX_BYTES + 1)
             except KeyError:
                 continue
-            # Broken, encrypted, or packed in a way that Python does not know.
+            # Broken, encrypted, or compressed by a method that Python does not support.
             except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:
                 raise ReportError(str(error)) from None
         return None

@@ -1,4 +1,4 @@
-"""The tables of MIMIC-CXR-JPG: which images make which study, in which split, seen from where, with which labels."""
+"""Reads the tables of MIMIC-CXR-JPG: the images, split, views and labels of each study."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class _Listed:
 
 @dataclass(frozen=True)
 class ListedStudy:
-    """A study as the tables list it.
+    """A study of the tables.
 
     Attributes:
         subject, study: Numbers of the patient and the study.
-        images: Name without ending, and view, of each image.
-        twice: Names that are listed again, and the line.
+        images: Name without extension, and view, of each image.
+        twice: Names that are listed a second time, with the line.
     """
 
     split: Split
@@ -50,19 +50,19 @@ class ListedStudy:
 
 
 class MimicTables:
-    """The tables, joined in memory: they are in no order that would let them be read side by side.
+    """The tables, joined in memory, because their rows are in different orders.
 
     Args:
         root: Folder with `mimic-cxr-2.0.0-split.csv.gz`, `-metadata` and the labels; gzipped or plain.
-        labeler: Whose labels.
-        split: Read the official split; without it only views and labels are there.
+        labeler: Labeler whose labels are read.
+        split: Whether to read the official split; without it there are only views and labels.
 
     Attributes:
-        remarks: About tables that are missing.
+        remarks: Remarks about missing tables.
 
     Raises:
-        UsageError: No split.
-        RunError: A table is not what it should be; a patient is in two splits.
+        UsageError: The table of the split does not exist.
+        RunError: A table has the wrong format, or a patient is in two splits.
     """
 
     def __init__(self, root: Path, labeler: Labeler, *, split: bool = True) -> None:
@@ -76,7 +76,7 @@ class MimicTables:
         self._labels = self._read_labels(labeler)
 
     def count(self, limit: int | None) -> int:
-        """Studies that `studies` yields, and rows that `skip_rows` counts."""
+        """Returns the number of studies that `studies` yields plus the rows that `skip_rows` counts."""
         counts = Counter(study.split for study in self._studies.values()).values()
         return sum(count if limit is None else min(count, limit) for count in counts) + len(self._skipped)
 
@@ -87,7 +87,7 @@ class MimicTables:
             log.skip_study(reason, study_id, detail=detail)
 
     def studies(self, limit: int | None) -> Iterator[ListedStudy]:
-        """Yields train, validation, test, each by patient and study; only the first `limit` of each."""
+        """Yields the first `limit` studies of train, validation and test, each by patient and study."""
         for split in SPLITS:
             chosen = ((study.subject, number) for number, study in self._studies.items() if study.split == split)
             for subject, number in sorted(chosen)[:limit]:
@@ -96,11 +96,11 @@ class MimicTables:
                 yield ListedStudy(split, subject, number, images, tuple(study.twice))
 
     def view(self, dicom: str) -> str:
-        """The projection of an image, or `unknown`."""
+        """Returns the projection of an image, or `unknown`."""
         return self._views.get(dicom, UNKNOWN_VIEW)
 
     def labels(self, study: int | None) -> str:
-        """The labels of a study, encoded."""
+        """Returns the encoded labels of a study."""
         return NOT_MENTIONED if study is None else self._labels.get(study, NOT_MENTIONED)
 
     # Reading.
@@ -114,7 +114,7 @@ class MimicTables:
         if path is None:
             raise UsageError(
                 f"no mimic-cxr-2.0.0-split.csv.gz in {self._root}",
-                hint="ROOT is the folder of MIMIC-CXR-JPG. With R2Gen's file pass --annotation.",
+                hint="ROOT is the folder of MIMIC-CXR-JPG. If you have R2Gen's file, pass it with --annotation.",
             )
         seen: set[str] = set()
         twice: dict[int, list[tuple[str, int]]] = {}
@@ -122,11 +122,11 @@ class MimicTables:
         for line, cells in CsvFile(path, ("dicom_id", "study_id", "subject_id", "split")):
             where = f"{path.name}:{line}"
             if cells is None:
-                self._skipped.append(("row of another length than the header", where, ""))
+                self._skipped.append(("row and header differ in length", where, ""))
                 continue
             dicom, study, subject, split = cells[0], number(cells[1]), number(cells[2]), cells[3].lower()
             if not dicom or study is None or subject is None:
-                self._skipped.append(("no study id", where, "dicom_id, study_id or subject_id is no id"))
+                self._skipped.append(("no study id", where, "dicom_id, study_id or subject_id is not an id"))
             elif split not in _SPLITS:
                 self._skipped.append(("unknown split", str(study), f"{where}: {printable(split) or 'empty'}"))
             elif dicom in seen:
@@ -136,13 +136,13 @@ class MimicTables:
                 _same(path, f"patient {subject} is in two splits", splits.setdefault(subject, _SPLITS[split]),
                       _SPLITS[split])  # fmt: skip
                 listed = self._studies.setdefault(study, _Listed(splits[subject], subject))
-                _same(path, f"study {study} is of two patients", listed.subject, subject)
+                _same(path, f"study {study} has two patients", listed.subject, subject)
                 listed.images.append(dicom)
         for study, images in twice.items():
             if study in self._studies:
                 self._studies[study].twice = images
             else:
-                self._skipped.append(("id seen before", str(study), "its images are those of another study"))
+                self._skipped.append(("id seen before", str(study), "its images belong to another study"))
 
     def _read_views(self) -> dict[str, str]:
         path = self._table("metadata")
@@ -173,7 +173,7 @@ def _same(path: Path, message: str, first: object, second: object) -> None:
 
 
 def number(text: str) -> int | None:
-    """An id: a whole number, with the `.0` that data frames add where a column has gaps; None: it is none."""
+    """Parses an id, also with the `.0` that data frames add if a column has gaps; None: not a whole number."""
     digits = text.removesuffix(".0")
     return int(digits) if digits.isascii() and digits.isdecimal() and len(digits) < 16 else None
 

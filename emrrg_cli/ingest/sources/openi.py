@@ -1,4 +1,4 @@
-"""The XML reports of Open-i's Indiana University collection, from their archive or a folder."""
+"""Reads the XML reports of Open-i's Indiana University collection from their archive or a folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from emrrg_cli.ingest.sources.text_files import open_regular
 _MAX_NAME = 2**16  # bytes
 _READ_WHOLE = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE,
                tarfile.SOLARIS_XHDTYPE)  # fmt: skip
-_MAX_BYTES = 2**20  # of one report; those of the release have 4 to 11 KB
+_MAX_BYTES = 2**20  # of one report; reports of the release have 4 to 11 KB
 _UID = re.compile(r"CXR(\d+)")
 
 
@@ -27,9 +27,9 @@ class OpeniReport:
 
     Attributes:
         uid: Number of the study, without `CXR`.
-        findings, impression, indication, comparison: Sections, "" where they are empty.
-        mesh: MeSH terms that people gave, such as `Opacity/lung/upper lobe/right`.
-        mesh_automatic: Terms that a program found.
+        findings, impression, indication, comparison: Sections; "" if missing.
+        mesh: Manual MeSH terms, such as `Opacity/lung/upper lobe/right`.
+        mesh_automatic: Automatic MeSH terms.
         images: Names of the images, such as `CXR1000_IM-0003-1001`.
     """
 
@@ -45,7 +45,7 @@ class OpeniReport:
 
 @dataclass(frozen=True)
 class BadReport:
-    """A file that holds no report."""
+    """A file without a usable report."""
 
     name: str
     reason: str
@@ -53,27 +53,27 @@ class BadReport:
 
 
 def read_openi(path: Path) -> Iterator[OpeniReport | BadReport]:
-    """Reads the reports in the order of the archive, or of the names in the folder. Nothing is unpacked to the disk.
+    """Yields the reports in the order of the archive or of the file names. Nothing is unpacked to disk.
 
     Args:
         path: `NLMCXR_reports.tgz`, or a folder with `*.xml`.
 
     Raises:
-        RunError: The archive is none, or cut short.
+        RunError: The file is not an archive or is cut short.
     """
     for name, data in _folder(path) if path.is_dir() else _archive(path):
         yield BadReport(name, "report cannot be read", data) if isinstance(data, str) else parse_report(name, data)
 
 
 def parse_report(name: str, data: bytes) -> OpeniReport | BadReport:
-    """One XML file.
+    """Parses one XML file.
 
     Args:
-        name: For messages.
-        data: Its content.
+        name: Name of the file for messages.
+        data: Content of the file.
 
     Returns:
-        The report, or why there is none: broken XML, a document type declaration (entities are never expanded), no
+        The report, or why there is none: broken XML, a document type declaration (entities are never expanded), or no
         uid.
     """
     try:
@@ -106,7 +106,7 @@ class _DoctypeError(Exception):
 
 
 class _WithoutDoctype(ElementTree.TreeBuilder):
-    """Stops at a document type declaration, before an entity in it is read: they can grow without bound."""
+    """Stops at a document type declaration before its entities are read, because they can expand without limit."""
 
     def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
         raise _DoctypeError
@@ -134,7 +134,7 @@ def _folder(path: Path) -> Iterator[tuple[str, bytes | str]]:
 
 
 class _BoundedHeader(tarfile.TarInfo):
-    """A header of an archive, whose long names and extra headers are read whole and so must be short."""
+    """An archive header that limits long names and extra headers, which tarfile reads whole into memory."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _BoundedHeader:
@@ -147,7 +147,7 @@ class _BoundedHeader(tarfile.TarInfo):
 def _archive(path: Path) -> Iterator[tuple[str, bytes | str]]:
     hint = "Download it again: https://openi.nlm.nih.gov/faq#collection"
     try:
-        # As a stream: members are read as they come, and none is written anywhere, whatever its name.
+        # As a stream: members are read in order, and nothing is written to disk.
         with open_regular(path) as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=_BoundedHeader) as archive:
             for member in archive:
                 name = Path(member.name).name

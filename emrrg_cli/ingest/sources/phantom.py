@@ -26,23 +26,23 @@ _ABOUT = (
     "from the same parameters. They show no patient, and results on them say nothing about clinical performance."
 )
 _COLUMNS = {
-    "labels": Column("texts", "findings that are present; an empty list: none"),
-    "parameters": Column("text", "JSON: what image and report were made from (lengths in cm unless named otherwise)"),
+    "labels": Column("texts", "findings that are present; empty if there are none"),
+    "parameters": Column("text", "JSON: parameters of image and report (lengths in cm unless the name says otherwise)"),
 }
 
 
 def synthetic_study(seed: int, index: int, *, plain: bool = False) -> tuple[Case, Report]:
-    """Study `index` of a seed: a pure function of the arguments, whatever else is made; `plain` as in `draw_case`."""
+    """Makes study `index` of a seed. It depends only on the arguments; `plain` as in `draw_case`."""
     rng = generator(seed, index)
     case = draw_case(rng, plain=plain)
     return case, write_report(case, rng)
 
 
 def split_of(index: int, fractions: Sequence[float] = (0.8, 0.1, 0.1)) -> Split:
-    """The split of a study, by its index alone, so that it stays where it is when more are made.
+    """Returns the split of a study. It depends only on the index, so it does not change when more studies are made.
 
-    The digits of the index, last one first and shuffled, are its place among 1,000: every ten studies in a row are
-    spread over all tenths, every hundred over all hundredths.
+    The last three digits of the index, reversed and shuffled, are a position from 0 to 999. Ten consecutive studies are
+    therefore spread evenly over the positions, and so are a hundred.
     """
     place = index % 10 * 7 % 10 * 100 + index // 10 % 10 * 3 % 10 * 10 + index // 100 % 10
     if place < round(1000 * fractions[0]):
@@ -52,25 +52,25 @@ def split_of(index: int, fractions: Sequence[float] = (0.8, 0.1, 0.1)) -> Split:
 
 @dataclass(frozen=True)
 class PhantomImage:
-    """A synthetic radiograph that is drawn when it is asked for."""
+    """A synthetic radiograph that is drawn on request."""
 
     name: str
     case: Case
     film: Film
 
     def render(self, size: int) -> Image.Image:
-        """The film, `size` x `size` pixels, mode `L`."""
+        """Draws the film: `size` x `size` pixels, mode `L`."""
         return Image.fromarray(render(self.case, size, film=self.film))
 
 
 class PhantomSource:
-    """`count` synthetic studies: a frontal film each, and for some a lateral one.
+    """`count` synthetic studies, each with a frontal film and some with a lateral film.
 
     Args:
-        count: Studies.
-        seed: 0 or more.
-        fractions: Parts of train, validation and test, adding up to 1.
-        limit: First studies of each split that are made; None: all.
+        count: Number of studies.
+        seed: Random seed, 0 or more.
+        fractions: Fractions of train, validation and test, which add up to 1.
+        limit: Number of studies to make from the start of each split; None: all.
         plain: As in `draw_case`.
 
     Raises:
@@ -101,7 +101,7 @@ class PhantomSource:
         return sum(1 for _ in self._indices())
 
     def studies(self, log: ImportLog) -> Iterator[Study]:
-        """Studies 0 to `count` - 1; images are drawn later."""
+        """Yields studies 0 to `count` - 1; images are drawn later."""
         for index, split in self._indices():
             log.read += 1
             case, report = synthetic_study(self._seed, index, plain=self._plain)

@@ -1,4 +1,4 @@
-"""R2Gen's layout: an `annotation.json` with train, val and test, and a folder of images."""
+"""Reads R2Gen's layout: an `annotation.json` with train, val and test, and a folder of images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from emrrg_cli.ingest.sources.seen_ids import SeenIds
 from emrrg_cli.ingest.study import ImageProblem, ImportLog, Study
 from emrrg_cli.vocabulary import UNKNOWN_VIEW
 
-# R2Gen's ids of IU X-Ray: patient, then study. One of its 2,955 ids has one more number in the middle: CXR1_1_IM-0001.
+# R2Gen's ids of IU X-Ray: patient, then study. One of the 2,955 ids has an extra number in the middle: CXR1_1_IM-0001.
 IU_ID = re.compile(r"CXR(\d+)(?:_\d+)?_IM-\d+.*", re.DOTALL)
 
 
@@ -21,18 +21,18 @@ class R2GenSource:
     """A data set in R2Gen's layout.
 
     Each row of `annotation.json` is a study: `id` (text or number), `report` (text or null), `image_path` (a path or a
-    list of paths, relative to the folder of the file or to `images/` in it), and, in MIMIC-CXR's file, `subject_id`.
-    Paths must stay inside that folder once every `..` and symbolic link is followed.
+    list of paths, relative to the folder of the file or to its `images/`), and, in MIMIC-CXR's file, `subject_id`.
+    Paths must stay inside that folder after every `..` and symbolic link is resolved.
 
     Args:
         root: The folder, or the JSON file itself.
-        source: Name of the data set. None: `iu_xray` where all ids look like `CXR2384_IM-0942`, otherwise `r2gen`.
-        findings: The reports are findings sections, as in R2Gen's own files.
-        limit: First studies of each split that are read; None: all.
+        source: Name of the data set. None: `iu_xray` if all ids look like `CXR2384_IM-0942`, otherwise `r2gen`.
+        findings: Whether the reports are findings sections, as in R2Gen's own files.
+        limit: Number of studies to read from the start of each split; None: all.
 
     Raises:
-        UsageError: `root` does not exist or holds no `annotation.json`; `source` is empty.
-        RunError: The file is not what it should be; names the row.
+        UsageError: `root` does not exist or has no `annotation.json`, or `source` is empty.
+        RunError: The file has the wrong format; the message names the row.
 
     Source: R2Gen (Chen et al., EMNLP 2020).
     """
@@ -53,11 +53,10 @@ class R2GenSource:
         return self._rows.count(self._limit)
 
     def studies(self, log: ImportLog) -> Iterator[Study]:
-        """Yields train, validation, test, each in the file's order.
+        """Yields the studies of train, validation and test, each in the file's order.
 
-        Left out and counted in `log`: an id seen before (in the same split or another; the first is kept, so that
-        no study is trained on and tested on) and empty reports. An image that is missing or lies outside the root
-        travels with its study as a problem.
+        Repeated ids (the first is kept, so that no study is in both train and test) and empty reports are skipped and
+        counted in `log`. Images that are missing or outside the root are listed in `Study.problems`.
         """
         seen = SeenIds()
         for row in self._rows.first(self._limit):
@@ -99,6 +98,6 @@ def _find_annotation(root: Path) -> Path:
     if not annotation.is_file():
         raise UsageError(
             f"no annotation.json in {root}",
-            hint="ROOT is the folder that holds R2Gen's annotation.json, or that file itself under any name.",
+            hint="ROOT is the folder of R2Gen's annotation.json, or the file itself under any name.",
         )
     return annotation

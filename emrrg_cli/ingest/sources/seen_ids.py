@@ -7,22 +7,22 @@ from emrrg_cli.vocabulary import Split
 
 
 class SeenIds:
-    """The ids that were met so far, each with its split."""
+    """The ids that were read so far, each with its split."""
 
     def __init__(self) -> None:
         self._splits: dict[str, Split] = {}
 
     def add(self, study_id: str, split: Split) -> Split | None:
-        """Remembers an id; returns the split it was met in before, or None."""
+        """Adds an id; returns the split of an earlier study with this id, or None."""
         before = self._splits.get(study_id)
         if before is None:
             self._splits[study_id] = split
         return before
 
     def skip(self, study_id: str, split: Split, log: ImportLog) -> bool:
-        """Whether the id was met before, which is then counted in `log`: the first is kept.
+        """Adds an id and returns whether it was seen before; a repeated id is counted in `log`, the first is kept.
 
-        Otherwise a study would be trained on twice, or trained on and tested on.
+        A repeated study would be trained on twice, or be in both train and test.
         """
         before = self.add(study_id, split)
         if before is not None:

@@ -1,4 +1,4 @@
-"""Tables: those that people keep beside their images (CSV, TSV, JSON lines), and the large CSV files of data sets."""
+"""Reads users' tables of images and reports (CSV, TSV, JSON lines) and the large CSV files of data sets."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from emrrg_cli.ingest.sources.text_files import csv_rows, find_encoding, json_ro
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 
-# What spreadsheets and data frames write where there is nothing.
+# Values that spreadsheets and data frames write for an empty cell.
 _EMPTY = {"nan", "na", "n/a", "null", "none", "<na>"}
 _LONGEST_EMPTY = max(map(len, _EMPTY))
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table, read row by row each time its rows are asked for.
+    """A table. Each call of `rows` reads the file again, row by row.
 
     Attributes:
-        columns: Their names, in order.
-        encoding: That it is read by.
+        columns: Names of the columns, in order.
+        encoding: Text encoding of the file.
     """
 
     path: Path
@@ -34,10 +34,10 @@ class Table:
     encoding: str
 
     def rows(self) -> Iterator[tuple[int, dict[str, Any] | None]]:
-        """Yields the line that a row ends on and its cells by column, None for a row that does not fit the header.
+        """Yields the last line number of each row and its cells by column; None for a row that does not fit the header.
 
         Raises:
-            RunError: From some line on it is not what its name says.
+            RunError: A line is not in the format of the file's extension.
         """
         for number, cells in _rows_of(self.path, self.encoding):
             if isinstance(cells, dict):
@@ -48,13 +48,13 @@ class Table:
                 yield number, dict(zip(self.columns, cells, strict=True))
 
     def check_columns(self, wanted: dict[str, str]) -> None:
-        """Makes sure that columns are there, once each.
+        """Checks that each wanted column exists exactly once.
 
         Args:
-            wanted: Option and the name it gave.
+            wanted: Column names by option.
 
         Raises:
-            UsageError: One is not; names those there are.
+            UsageError: A column is missing or repeated; the message lists the columns.
         """
         there = _names(self.columns)
         for option, column in wanted.items():
@@ -68,14 +68,14 @@ class Table:
 
 
 def read_table(path: Path) -> Table:
-    """Opens a table by the ending of its name, which `.gz` may follow.
+    """Opens a table; its file extension, which `.gz` may follow, gives the format.
 
-    `find_encoding` and `csv_rows` say how encoding and delimiter are found. The columns of JSON lines are all those
-    that some line has.
+    `find_encoding` and `csv_rows` describe how encoding and delimiter are found. The columns of JSON lines are the keys
+    of all lines.
 
     Raises:
-        UsageError: It does not exist, or its name ends in something else.
-        RunError: It cannot be read, is empty, or is not what its name says; names the line.
+        UsageError: The file does not exist or has another extension.
+        RunError: It cannot be read, is empty, or has the wrong format; the message names the line.
     """
     if not path.exists():
         raise UsageError(f"no such table: {path}")
@@ -105,7 +105,7 @@ def _kind(path: Path) -> str:
 
 
 def _rows_of(path: Path, encoding: str, *, header: bool = False) -> Iterator[tuple[int, Any]]:
-    """Line and row: an object of JSON lines, or a list of cells, of which the header is the first if asked for."""
+    """Yields line number and row: an object of JSON lines, or a list of cells; with `header`, the header row too."""
     with reading(path):
         if _kind(path) == ".jsonl":
             yield from json_rows(path, read_lines(path, encoding))
@@ -115,7 +115,7 @@ def _rows_of(path: Path, encoding: str, *, header: bool = False) -> Iterator[tup
 
 
 def cell_text(value: Any) -> str:
-    """A cell as text without white space at its ends; `nan`, `NA`, `null`, `None` and the like are empty."""
+    """Returns a cell as stripped text; `nan`, `NA`, `null`, `None` and similar values are empty."""
     text = "" if value is None else str(value).strip()
     if not text or (len(text) <= _LONGEST_EMPTY and text.lower() in _EMPTY):
         return ""
@@ -123,26 +123,26 @@ def cell_text(value: Any) -> str:
 
 
 def cell_list(value: Any) -> list[str]:
-    """A cell as a list of texts: a JSON list, or text divided by `|` or `;`; empty ones are left out."""
+    """Returns a cell as a list of texts: a JSON list, or text separated by `|` or `;`, without empty items."""
     parts = value if isinstance(value, list) else cell_text(value).replace(";", "|").split("|")
     return [text for part in parts if (text := cell_text(part))]
 
 
 class CsvFile:
-    """A CSV file of a published data set, plain or gzipped (`.gz`), read row by row each time it is iterated.
+    """A CSV file of a published data set, plain or gzipped (`.gz`). Each iteration reads it again, row by row.
 
     The encoding is found as in `read_table`.
 
     Args:
         path: The file.
-        required: Columns that must be there.
-        optional: Columns that are read as empty where they are not.
+        required: Columns that must exist.
+        optional: Columns that are read as empty if they do not exist.
 
     Attributes:
-        encoding: That it is read by.
+        encoding: Text encoding of the file.
 
     Raises:
-        RunError: It cannot be read, is empty, or lacks a column.
+        RunError: The file cannot be read, is empty, or lacks a column.
     """
 
     def __init__(self, path: Path, required: Sequence[str], optional: Sequence[str] = ()) -> None:
@@ -162,12 +162,12 @@ class CsvFile:
                 raise RunError(f"{path} has no rows")
 
     def __iter__(self) -> Iterator[tuple[int, tuple[str, ...] | None]]:
-        """Yields the line a row ends on and its wanted cells, as `cell_text` reads them.
+        """Yields the last line number of each row and its wanted cells, as `cell_text` reads them.
 
-        None stands for the cells of a row that is longer or shorter than the header.
+        The cells are None if the row is longer or shorter than the header.
 
         Raises:
-            RunError: The file is cut short, or is not CSV from some line on.
+            RunError: The file is cut short, or a line is not CSV.
         """
         with reading(self.path):
             rows = csv_rows(self.path, self.encoding)

@@ -1,4 +1,4 @@
-"""Tables as files: their encoding, their lines, and the cells of CSV and TSV. Everything is read piece by piece."""
+"""Reads the files of tables piece by piece: encoding, lines, and the cells of CSV, TSV and JSON lines."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ _MAX_LINE = 20_000_000  # characters
 _MAX_CELL = 10_000_000
 _MAX_HEADER_LINES = 100
 
-# A line of Excel's that names the delimiter.
+# A first line by which Excel names the delimiter.
 _SEPARATOR = re.compile(r'"?sep=(.|\\t)"?', re.IGNORECASE)
 
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turns what may go wrong while a file is read into an error that names it.
+    """Turns errors of reading a file into a `RunError` that names the file.
 
     Raises:
-        RunError: It cannot be read, or is a gzip file that is not whole.
+        RunError: The file cannot be read, or is an incomplete gzip file.
     """
     try:
         yield
     except EOFError:
-        raise RunError(f"{path} is cut short: the compressed data end too early", hint="Download it again.") from None
+        raise RunError(f"{path} is cut short: the compressed data are incomplete", hint="Download it again.") from None
     except (gzip.BadGzipFile, zlib.error) as error:
         raise RunError(f"{path} is not a whole gzip file: {error}", hint="Download it again.") from None
     except OSError as error:
@@ -51,12 +51,12 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def open_regular(path: Path) -> IO[bytes]:
-    """A file, open for reading.
+    """Opens a regular file for reading.
 
-    Looked at first: opening a pipe would never return, and devices and system files may have no end.
+    Other files are refused: opening a pipe may never return, and devices and system files may have no end.
 
     Raises:
-        OSError: It cannot be opened, or is no regular file.
+        OSError: The file cannot be opened or is not a regular file.
     """
     mode = path.stat().st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)) or path.resolve().is_relative_to("/proc"):
@@ -70,10 +70,10 @@ def _open_bytes(path: Path) -> IO[bytes]:
 
 
 def read_lines(path: Path, encoding: str, errors: str = "replace") -> Iterator[str]:
-    """The lines of a text file, plain or gzipped (`.gz`), with their ends.
+    """Yields the lines of a text file, plain or gzipped (`.gz`), with their line ends.
 
     Raises:
-        RunError: A line is longer than any line of a table.
+        RunError: A line has more than `_MAX_LINE` characters.
     """
     with _open_bytes(path) as file, io.TextIOWrapper(file, encoding, errors=errors, newline="") as lines:
         number = 0
@@ -85,10 +85,10 @@ def read_lines(path: Path, encoding: str, errors: str = "replace") -> Iterator[s
 
 
 def find_encoding(path: Path) -> str:
-    """The encoding of a text file, plain or gzipped (`.gz`).
+    """Finds the encoding of a text file, plain or gzipped (`.gz`).
 
-    UTF-8, UTF-16 or UTF-32 by the byte order mark; UTF-16 without one by its zeros; UTF-8 if the whole file is UTF-8;
-    otherwise Windows-1252.
+    A byte order mark decides between UTF-8, UTF-16 and UTF-32; without one, zero bytes mean UTF-16. A file that is
+    valid UTF-8 as a whole is UTF-8; any other file is Windows-1252.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     with _open_bytes(path) as file:
@@ -96,7 +96,7 @@ def find_encoding(path: Path) -> str:
         for mark, encoding in _BYTE_ORDER_MARKS:
             if start.startswith(mark):
                 return encoding
-        # A character of ASCII is a byte and a zero. Other bytes of text are not zero.
+        # In UTF-16 an ASCII character has one zero byte. Text in other encodings has no zero bytes.
         first, second = start[::2].count(0), start[1::2].count(0)
         if max(first, second) > len(start) // 4 and min(first, second) <= len(start) // 40:
             return "utf-16-be" if first > second else "utf-16-le"
@@ -111,13 +111,13 @@ def find_encoding(path: Path) -> str:
 
 
 def csv_rows(path: Path, encoding: str) -> Iterator[tuple[int, list[str]]]:
-    """Yields the line that each row ends on and its cells, the header first; rows without content are left out.
+    """Yields the last line number and the cells of each row, the header first, without empty rows.
 
-    Commas, semicolons or tabs separate the cells, whichever the header has most of outside quotes, or what a line
-    `sep=;` before it names.
+    The delimiter is the comma, semicolon or tab that occurs most often in the header outside quotes, or the one that a
+    line such as `sep=;` before the header names.
 
     Raises:
-        RunError: It is not CSV from some line on; names the line that starts the trouble.
+        RunError: A row is not CSV; the message names its first line.
     """
     csv.field_size_limit(_MAX_CELL)
     lines = read_lines(path, encoding)
@@ -130,7 +130,7 @@ def csv_rows(path: Path, encoding: str) -> Iterator[tuple[int, list[str]]]:
     start = [header]
     while "".join(start).count('"') % 2 and len(start) < _MAX_HEADER_LINES and (line := next(lines, "")):
         start.append(line)
-    # Strict: a quote that is never closed would otherwise swallow the rest of the file.
+    # Without `strict`, a quote that is never closed would take the rest of the file as one cell.
     reader = csv.reader(chain(start, lines), delimiter=delimiter or _delimiter("".join(start)), strict=True)
     before, is_header = skipped, True
     try:
@@ -142,12 +142,12 @@ def csv_rows(path: Path, encoding: str) -> Iterator[tuple[int, list[str]]]:
     except csv.Error as error:
         raise RunError(
             f"{path}:{before + 1}: not valid CSV: {error}",
-            hint="A cell with a comma, a line break or a quote in it stands between quotes, its own quotes doubled.",
+            hint="Put quotes around a cell that contains a comma, a line break or a quote, and double its quotes.",
         ) from None
 
 
 def _first_line(lines: Iterator[str]) -> tuple[int, str]:
-    """How many lines without content come first, and the line after them."""
+    """Returns the number of empty lines at the start, and the line after them."""
     skipped = 0
     for line in lines:
         if line.strip():
@@ -162,9 +162,9 @@ def _delimiter(header: str) -> str:
 
 
 def tsv_rows(path: Path, encoding: str) -> Iterator[tuple[int, list[str]]]:
-    """As `csv_rows`, for tab-separated values, which have no quoting: a row is a line.
+    """Yields rows like `csv_rows`, for tab-separated values, which have no quoting: each line is a row.
 
-    Quotes around a whole cell are taken off, as spreadsheets write them; any other quote is a character.
+    Quotes around a whole cell, as spreadsheets write them, are removed; any other quote is an ordinary character.
     """
     is_header = True
     for number, line in enumerate(read_lines(path, encoding), start=1):
@@ -183,7 +183,7 @@ def _unquoted(cell: str) -> str:
 
 
 def json_rows(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields the number of each line and its object; empty lines are left out.
+    """Yields the number and the object of each line, without empty lines.
 
     Raises:
         RunError: A line is not an object.

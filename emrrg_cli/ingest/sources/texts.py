@@ -1,4 +1,4 @@
-"""Whether a study of a data set with sections has the text that is asked for."""
+"""Checks whether a study of a data set with sections has the requested text."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from emrrg_cli.vocabulary import Section
 
 
 def lacks_text(study: Study, section: Section) -> str | None:
-    """The reason why a study has no text for the section. None: it has one, or the later selection reports it.
+    """Returns why a study has no text for the section. None: it has text, or `select` reports the problem later.
 
-    Only the source knows what `report` stands for: it leaves `Study.report` empty where its rule finds nothing.
+    Only the source defines `report`; it leaves `Study.report` empty if its rule finds no text.
     """
     if not (study.report or study.findings or study.impression):
         return "empty report"

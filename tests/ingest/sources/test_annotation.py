@@ -64,7 +64,7 @@ def test_splits_come_in_order_whatever_the_file_has(tmp_path: Path) -> None:
         ('{"train": [], train', ":1:15: not valid JSON: Expecting property name"),
         ('{"train" []}', ":1:10: not valid JSON: Expecting ':' delimiter"),
         ('{"train": [], "val": [], "test": []} x', ":1:38: not valid JSON: Extra data"),
-        ('{"train": [], "train": []}', "train stands there twice"),
+        ('{"train": [], "train": []}', "train occurs twice"),
         ('{"train": [], "val": 12', "val is a number, not a list"),
     ],
 )

@@ -83,14 +83,14 @@ _OPENI = [
           "path outside the data folder"),
     _Case("an archive cut short", lambda o: _archive(o, lambda d: d[: len(d) // 2]), 1, "is not a whole archive"),
     _Case("an archive that is none", lambda o: _archive(o, lambda d: b"<html>" * 90), 1, "is not a whole archive"),
-    _Case("no reports", lambda o: (o.root / "ecgen-radiology").rename(o.root / "x"), 2, "in no known layout"),
+    _Case("no reports", lambda o: (o.root / "ecgen-radiology").rename(o.root / "x"), 2, "does not have a known layout"),
     _Case("images elsewhere", lambda o: (o.root / "NLMCXR_png").rename(o.root / "png"), 1, "missing image: 5 studies"),
     _Case("images still packed", lambda o: (o.root / "NLMCXR_png").rename(o.root / "x") and (
         o.root / "NLMCXR_png.tgz").touch(), 2, "is still packed"),
     _Case("another layout asked for", lambda o: None, 2, "no indiana_reports.csv in", ("--layout", "flat")),
     _Case("an annotation of another set", lambda o: (o.root / "a.json").write_text(
         '{"train": [{"id": "02aa804e", "report": "", "image_path": []}], "val": [], "test": []}'), 1,
-        "is none of IU X-Ray", ("--annotation", "{root}/a.json")),
+        "is not an id of IU X-Ray", ("--annotation", "{root}/a.json")),
     _Case("an annotation cut short", lambda o: (o.root / "a.json").write_text('{"train": [{"id": "CXR'), 1,
           "a.json:1:19: not valid JSON", ("--annotation", "{root}/a.json")),
     _Case("no such annotation", lambda o: None, 2, "no such annotation file", ("--annotation", "{root}/a.json")),
@@ -126,7 +126,7 @@ _MIMIC = [
     _Case("a split of another name", lambda m: _packed(m.table("split"), lambda d: d + b"x,5,1,dev\n"), 0,
           "unknown split"),
     _Case("a row cut short", lambda m: _packed(m.table("split"), lambda d: d + b"x,5"), 0,
-          "row of another"),  # and so on, in the next line
+          "row and header"),  # and so on, in the next line
     _Case("a patient in two splits", lambda m: _packed(m.table("split"), lambda d: d + b"x,59,10000032,test\n"), 1,
           "patient 10000032 is in two splits"),
     _Case("labels that are none", lambda m: _packed(m.table("chexpert"), lambda d: d.replace(b"1.0", b"yes", 1)), 1,
@@ -160,8 +160,8 @@ _CHEXPERT = [
     _Case("another encoding", lambda c: _change(c.table, lambda d: d.replace(b"clear", b"cl\xe9ar")), 0,
           "it was read as Windows-1252"),
     _Case("labels cut short", lambda c: _change(_labels(c), lambda d: d[:-9]), 1,
-          "findings_fixed.json:11: not a line of labels"),
-    _Case("no images at all", lambda c: (c.root / "PNG").rename(c.root / "x"), 1, "Images were looked for in"),
+          "findings_fixed.json:11: the labels cannot be read"),
+    _Case("no images at all", lambda c: (c.root / "PNG").rename(c.root / "x"), 1, "Images were searched in"),
 ]  # fmt: skip
 
 
@@ -215,7 +215,7 @@ def test_chexpert(case: _Case, chexpert: Any, tmp_path: Path, capsys: pytest.Cap
          "path outside the data folder: 1 study"),
         ("{}", ("--root", "b={root}"), 2, "--root a is given twice"),
         ("{}", ("--map", "x"), 2, "--map 'x' has no name or no folder"),
-        ("{}", ("--map", "/far={root}/.."), 2, "is under none of the roots"),
+        ("{}", ("--map", "/far={root}/.."), 2, "is not inside a root"),
     ],
     ids=["no-file", "a-list", "outside", "a-root-twice", "half-a-map", "a-map-to-elsewhere"],
 )  # fmt: skip

@@ -68,7 +68,7 @@ def test_views_of_a_study_may_be_anonymised_differently(chexpert: Any, read: Rea
     chexpert.write()
     studies, log = read(ChexpertPlusSource(chexpert.root))
     assert next(s for s in studies if len(s.views) == 2).findings == "The lungs are clear in patient 1."
-    assert "The views of 1 studies carry reports that were anonymised differently: the first is kept." in log.remarks
+    assert "Studies whose views have differently anonymised reports: 1. The first report is kept." in log.remarks
 
 
 def test_images_by_other_names(chexpert: Any, read: Read) -> None:
@@ -111,7 +111,7 @@ def test_rows_that_cannot_be_used(chexpert: Any, read: Read) -> None:
     first = next(study for study in studies if study.study_id == "patient00001_study1")
     assert [(p.reason, p.path) for p in first.problems] == [("listed twice", "train/patient00001/study1/view1_frontal")]
     assert {reason: entry.count for reason, entry in log.skipped.items()} == {
-        "no study id": 2, "row of another length than the header": 1, "no findings": 1,
+        "no study id": 2, "row and header differ in length": 1, "no findings": 1,
     }  # fmt: skip
 
 
@@ -143,10 +143,10 @@ def test_no_labels(chexpert: Any, read: Read) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"path_to_image": "a"}\n{"path', r"findings_fixed\.json:2: not a line of labels"),
+        ('{"path_to_image": "a"}\n{"path', r"findings_fixed\.json:2: the labels cannot be read"),
         ("[]\n", r"findings_fixed\.json:1: not an object with path_to_image"),
         ('{"Edema": 1}\n', "not an object with path_to_image"),
-        ('{"path_to_image": "a", "Edema": 3}\n', "3 is no label"),
+        ('{"path_to_image": "a", "Edema": 3}\n', "3 is not a label"),
         ("\udcff", "not UTF-8 text"),
     ],
 )

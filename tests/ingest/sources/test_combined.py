@@ -110,7 +110,7 @@ def test_what_is_asked_for_must_be_there(roots: dict[str, Path], tmp_path: Path)
         CombinedSource(file, {})
     with pytest.raises(UsageError, match="--root x: no such folder"):
         CombinedSource(file, {"x": tmp_path / "none"})
-    with pytest.raises(UsageError, match=r"--map /old: .* is under none of the roots"):
+    with pytest.raises(UsageError, match=r"--map /old: .* is not inside a root"):
         CombinedSource(file, roots, moved={"/old": tmp_path})
     with pytest.raises(UsageError, match="no such annotation file"):
         CombinedSource(tmp_path / "none.json", roots)

@@ -211,7 +211,7 @@ def test_rows_that_cannot_be_used_are_counted(films: Path) -> None:
         "id seen before": ["a.png"],
         "no image listed": ["table.csv:4"],
         "unknown split": ["c.png"],
-        "row of another length than the header": ["table.csv:7"],
+        "row and header differ in length": ["table.csv:7"],
         "empty report": ["b.png"],
     }
     problems = {study.study_id: study.problems[0].reason for study in studies if study.problems}
@@ -354,7 +354,7 @@ def test_labels_are_a_column(films: Path, tmp_path: Path) -> None:
     preprocess(source, tmp_path / "out", recipe)
     rows = open_dataset(tmp_path / "out")["train"]
     assert rows["labels"][:] == [[], ["cardiomegaly", "oedema"]]
-    assert "labels of the table" in (tmp_path / "out" / "README.md").read_text()
+    assert "unchanged from the table" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_real_folder(shared_data: Path, tmp_path: Path) -> None:

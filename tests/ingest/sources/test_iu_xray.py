@@ -120,7 +120,7 @@ def test_r2gen(tiny_r2gen: Path, tmp_path: Path, openi: Any, read: Read) -> None
     assert {study.source for study in studies} == {"iu_xray"}
     assert all(study.findings == study.report for study in studies)
     for option in ({"annotation": tmp_path}, {"images": tmp_path}, {"fractions": (1.0, 0.0, 0.0)}):
-        with pytest.raises(UsageError, match="does not go with R2Gen's layout"):
+        with pytest.raises(UsageError, match="cannot be used with R2Gen's layout"):
             iu_xray_source(tiny_r2gen, **option)  # type: ignore[arg-type]
 
 
@@ -155,10 +155,10 @@ def test_r2gens_studies_with_the_rest_of_the_reports(openi: Any, tmp_path: Path,
         last = studies[3]
         assert (last.views, last.impression, last.extra["indication"]) == (("unknown", "unknown"), None, None)
         assert set(last.extra) == set(R2GenWithReports.columns)
-        assert log.remarks == ["Studies without a report in --reports, context and labels: 1."]
-    with pytest.raises(UsageError, match="--reports: there is no"):
+        assert log.remarks == ["Studies that --reports does not have, so without context and labels: 1."]
+    with pytest.raises(UsageError, match="--reports: no such file or folder"):
         R2GenWithReports(iu_xray_source(root), tmp_path / "none.tgz")
-    with pytest.raises(UsageError, match="goes with R2Gen's layout alone"):
+    with pytest.raises(UsageError, match="works only with R2Gen's layout"):
         R2GenWithReports(iu_xray_source(openi.root), reports)
 
 
@@ -182,7 +182,7 @@ def test_layouts_are_found_and_forced(openi: Any, tiny_r2gen: Path, tmp_path: Pa
     assert len(iu_xray_source(openi.root, layout="flat")) == 6
     with pytest.raises(UsageError, match="is a file"):
         detect_layout(openi.report(1))
-    with pytest.raises(UsageError, match="in no known layout"):
+    with pytest.raises(UsageError, match="does not have a known layout"):
         detect_layout(tmp_path / "flat")
     with pytest.raises(UsageError, match="no such folder"):
         detect_layout(tmp_path / "none")
@@ -214,13 +214,13 @@ def test_r2gens_split(openi: Any, tmp_path: Path, read: Read) -> None:
     ]  # fmt: skip
     assert _reasons(log) == {"report missing": ["CXR9"], "not in the annotation": ["CXR4", "CXR6"]}
     assert log.remarks[1] == "Split by the ids of annotation.json."
-    with pytest.raises(UsageError, match="--annotation and --split exclude each other"):
+    with pytest.raises(UsageError, match="--annotation and --split cannot be used together"):
         iu_xray_source(openi.root, annotation=annotation, fractions=(1.0, 0.0, 0.0))
     annotation.write_text(json.dumps({"train": rows[:2], "val": [], "test": [rows[1] | {"id": "CXR2_IM-1"}]}))
     with pytest.raises(RunError, match="CXR2 is in two splits, train and test"):
         iu_xray_source(openi.root, annotation=annotation)
     annotation.write_text(json.dumps({"train": [rows[0] | {"id": "study1"}], "val": [], "test": []}))
-    with pytest.raises(RunError, match="id 'study1' is none of IU X-Ray"):
+    with pytest.raises(RunError, match="id 'study1' is not an id of IU X-Ray"):
         iu_xray_source(openi.root, annotation=annotation)
 
 

@@ -104,7 +104,7 @@ def test_rows_that_cannot_be_used(mimic: Any, read: Read) -> None:
     studies, log = read(MimicCxrSource(mimic.root))
     assert [s.study_id for s in studies] == ["50000001", "50000002", "50000003", "50000004"]
     assert {reason: entry.count for reason, entry in log.skipped.items()} == {
-        "no study id": 3, "unknown split": 1, "row of another length than the header": 1, "id seen before": 1,
+        "no study id": 3, "unknown split": 1, "row and header differ in length": 1, "id seen before": 1,
     }  # fmt: skip
     assert [(p.path, p.reason, p.detail) for p in studies[0].problems] == [
         (f"{rows[1][0]}.jpg", "listed twice", "line 14")
@@ -117,7 +117,7 @@ def test_leaks_are_refused(mimic: Any) -> None:
     with pytest.raises(RunError, match="patient 10000032 is in two splits, train and test"):
         MimicCxrSource(mimic.root)
     mimic.write_table("split", _SPLIT, [*rows, ("x", 50000001, 10000099, "train")])
-    with pytest.raises(RunError, match="study 50000001 is of two patients, 10000032 and 10000099"):
+    with pytest.raises(RunError, match="study 50000001 has two patients, 10000032 and 10000099"):
         MimicCxrSource(mimic.root)
 
 
@@ -184,7 +184,7 @@ def test_labels_of_other_values(mimic: Any) -> None:
     with pytest.raises(RunError, match=r"chexpert\.csv\.gz:2: could not convert string to float: 'maybe'"):
         MimicCxrSource(mimic.root)
     mimic.write_table("chexpert", header, [("nan", *["7"] * 14), (50000001, *[""] * 13, "7")])
-    with pytest.raises(RunError, match=r"chexpert\.csv\.gz:3: '7' is no label"):
+    with pytest.raises(RunError, match=r"chexpert\.csv\.gz:3: '7' is not a label"):
         MimicCxrSource(mimic.root)
 
 
