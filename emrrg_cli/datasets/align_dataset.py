@@ -1,4 +1,4 @@
-"""Pairs of X-ray and report for stage 2: batches with text tokens, and several data sets mixed by weight."""
+"""Pairs of X-ray and report for stage 2: batches with text tokens, and a mix of several data sets by weight."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class PairBatch:
 
     `pixels`: uint8 `[n, size, size]`, all views one after the other; `views`: int64 `[b]`, views of each study, summing
     to `n`; `input_ids`, `attention_mask`: int64 `[b, t]`, report tokens, padded on the right; `findings`:
-    `[b, 14]` as `finding_targets` gives them (None where no head learns them); `paired`: bool `[b]`, false for films
-    that have labels and no report (None: all have reports).
+    `[b, 14]` from `finding_targets` (None if no head learns them); `paired`: bool `[b]`, false for films with labels
+    but without a report (None: all have reports).
     """
 
     indices: list[int]
@@ -43,11 +43,11 @@ class PairBatch:
         return len(self.indices)
 
     def to(self, device: torch.device) -> PairBatch:
-        """The same batch with its tensors on `device`."""
+        """Returns the same batch with its tensors on `device`."""
         return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> PairBatch:
-        """Called by the DataLoader: page-locked tensors, so that the copy to a GPU overlaps with work."""
+        """Returns page-locked tensors, so that copies to a GPU overlap with computation; the DataLoader calls it."""
         return self._mapped(Tensor.pin_memory)
 
     def _mapped(self, function: Callable[[Tensor], Tensor]) -> PairBatch:
@@ -63,13 +63,13 @@ class PairBatch:
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, int64 `[b, t]`, of texts cut to `max_tokens`, special tokens included.
+    """Returns token ids and attention mask, int64 `[b, t]`, of texts cut to `max_tokens` including special tokens.
 
-    Padding always stands on the right, whatever the tokenizer is used to: the first token of a text is then at
-    position 0 beside any other text.
+    Padding is always on the right, also if the tokenizer's default differs, so the first token of a text is always at
+    position 0.
     """
     tokens = [torch.tensor(ids) for ids in tokenizer(list(texts), truncation=True, max_length=max_tokens)["input_ids"]]
-    padding = tokenizer.pad_token_id or 0  # masked, so that any token will do
+    padding = tokenizer.pad_token_id or 0  # masked, so any token is possible
     input_ids = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=padding)
     lengths = torch.tensor([len(ids) for ids in tokens])
     return input_ids, (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
@@ -85,8 +85,8 @@ def collate_pairs(
 ) -> PairBatch:
     """Joins examples into a batch of pairs; reports are cut to `max_tokens` tokens.
 
-    `findings` reads the targets of the head on findings from the reports, `labelled` says that some examples may have
-    labels in their place.
+    `findings` computes targets of the findings head from the reports. With `labelled`, some examples may have labels
+    instead of reports.
     """
     input_ids, attention_mask = encode_texts(tokenizer, [example.report for example in examples], max_tokens)
     return PairBatch(
@@ -110,20 +110,19 @@ def _targets(examples: Sequence[Example]) -> Tensor:
 
 
 class PairDataset(Dataset[Example]):
-    """Studies of one split of several data sets, one after the other, and how often an epoch takes each.
+    """Studies of one split of several data sets, one data set after the other, with a weight for each data set.
 
-    A data set of `n` studies and weight `w` gives `round(w * n)` studies to every epoch: each of its studies as often
-    as `w` has whole units, and a random part of them, drawn anew for each epoch, once more. So weight 1 is each study
-    once, 2 each twice, and 0.25 another random quarter in every epoch. The studies of all sets are then shuffled
-    together; one that is taken twice may so meet itself in a batch. The draw depends on the seed and the number of the
-    epoch alone.
+    A data set of `n` studies and weight `w` adds `round(w * n)` studies to every epoch: each study `floor(w)` times,
+    and a random part of the studies, drawn anew for each epoch, once more. Weight 1 takes each study once, 2 twice, and
+    0.25 another random quarter in every epoch. The studies of all sets are then shuffled together, so a batch may
+    contain a study twice. The draw depends only on the seed and the epoch.
 
     Args:
-        parts: the split of each data set; of films that have labels alone, `LabelledFilms`.
-        weights: one for each, above 0; None: 1 for all.
+        parts: the split of each data set; `LabelledFilms` for films with labels but without reports.
+        weights: one weight above 0 for each part; None: 1 for all.
 
     Raises:
-        UsageError: where a weight is so small that it leaves no study.
+        UsageError: if a weight is so small that no study is left.
     """
 
     def __init__(self, parts: Sequence[ReportDataset | LabelledFilms], weights: Sequence[float] | None = None) -> None:
@@ -148,7 +147,7 @@ class PairDataset(Dataset[Example]):
         return replace(self.parts[number][index - first], index=index)
 
     def finding_targets(self) -> Tensor:
-        """Those of all studies, `[studies, 14]`, from labels or reports."""
+        """Returns the targets of all studies, `[studies, 14]`, from labels or reports."""
         parts = [
             part.targets if isinstance(part, LabelledFilms) else finding_targets(part.reports) for part in self.parts
         ]
@@ -156,11 +155,11 @@ class PairDataset(Dataset[Example]):
 
     @property
     def epoch_length(self) -> int:
-        """Studies of an epoch, those that are taken again included."""
+        """Number of studies in an epoch, including repeated ones."""
         return sum(self.counts)
 
     def draw_epoch(self, generator: torch.Generator) -> Tensor:
-        """The studies of an epoch in order: int64 `[epoch_length]`, indices into this data set."""
+        """Draws the studies of an epoch in order: int64 `[epoch_length]`, indices into this data set."""
         drawn = []
         for part, end, count in zip(self.parts, self._ends, self.counts, strict=True):
             whole, rest = divmod(count, len(part))

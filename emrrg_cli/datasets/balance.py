@@ -11,11 +11,11 @@ from emrrg_cli.datasets.report_dataset import Example, ReportDataset
 
 
 class BalancedStudies(Dataset[Example]):
-    """The studies of a data set, those with a finding `factor` times in an epoch.
+    """The studies of a data set; an epoch contains studies with a finding `factor` times.
 
-    A study has a finding where the rules labeler reads one of its observations but No Finding and Support Devices as
-    positive. Each such study is taken as often as `factor` has whole units, and a random part of them, drawn anew for
-    each epoch, once more. The draw depends on the seed and the number of the epoch alone.
+    A study has a finding if the rules labeler reads any observation except No Finding and Support Devices as positive.
+    Each such study is taken `floor(factor)` times, and a random part of them, drawn anew for each epoch, once more. The
+    draw depends only on the seed and the epoch.
 
     Args:
         dataset: the training studies.
@@ -36,16 +36,16 @@ class BalancedStudies(Dataset[Example]):
         return self.dataset[index]
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by a training before each study."""
+        """Sets the epoch; training calls it before each study."""
         self.dataset.set_epoch(epoch)
 
     @property
     def epoch_length(self) -> int:
-        """Studies of an epoch, those that are taken again included."""
+        """Number of studies in an epoch, including repeated ones."""
         return len(self.normal) + self._taken
 
     def draw_epoch(self, generator: torch.Generator) -> Tensor:
-        """The studies of an epoch in order: int64 `[epoch_length]`."""
+        """Draws the studies of an epoch in order: int64 `[epoch_length]`."""
         whole, rest = divmod(self._taken, max(1, len(self.abnormal)))
         again = self.abnormal[torch.randperm(len(self.abnormal), generator=generator)[:rest]]
         every = torch.cat([self.normal, self.abnormal.repeat(whole), again])

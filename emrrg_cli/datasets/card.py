@@ -1,4 +1,4 @@
-"""The dataset card: a README whose header tells `datasets` which files make which split."""
+"""The dataset card: a README whose header tells `datasets` which files belong to which split."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from emrrg_cli.datasets.manifest import MANIFEST
 
 CARD = "README.md"
 
-# What Markdown and tables in it take as markup.
+# Characters that Markdown and its tables use as markup.
 _MARKUP = re.compile(r"([\\`*_{}\[\]()#+!|~-])")
 
 
 def card(manifest: dict[str, Any], columns: Mapping[str, Column], about: str | None) -> str:
-    """The dataset card. Its YAML header tells `datasets` which files make which split.
+    """Writes the dataset card. Its YAML header tells `datasets` which files belong to which split.
 
-    `load_dataset(directory)` keys its Arrow copy by the directory's last name and this header alone: without the
-    fingerprint, two directories of the same name, or one that was overwritten, would show the rows of the first.
+    `load_dataset(directory)` names its Arrow copy only by the directory's last name and this header. Without the
+    fingerprint, a second directory of the same name, or an overwritten one, would show the rows of the first.
     """
     counts: dict[str, dict[str, int]] = manifest["splits"]
     files = "\n".join(f"  - split: {split}\n    path: data/{split}-*.parquet" for split in counts)
@@ -37,7 +37,7 @@ configs:
 
 # Chest X-ray studies with reports ({_plain(str(manifest.get("source", "unknown source")))})
 
-Written by `emrrg preprocess`; `{MANIFEST}` says from what, with which options, and what was left out.
+Written by `emrrg preprocess`; `{MANIFEST}` lists the source, the options and the skipped items.
 
 ```python
 from datasets import load_dataset
@@ -51,10 +51,10 @@ studies = load_dataset("path/to/this/directory")
 
 | column | content |
 |---|---|
-| `study_id`, `patient_id` | as in the source; `patient_id` is null where it has none |
+| `study_id`, `patient_id` | as in the source; `patient_id` is null if unknown |
 | `images` | the views of the study, 8-bit grey |
-| `views` | projection of each image, `unknown` where the source does not say |
-| `findings`, `impression`, `report` | raw text, null where absent; cleaned when read, by the recipe's rule |
+| `views` | projection of each image, or `unknown` |
+| `findings`, `impression`, `report` | raw text, null if absent; cleaned when read, by the recipe's rule |
 | `source` | data set |{extra}
 
 {about or "The terms of the source apply to these images and reports."}
@@ -62,5 +62,5 @@ studies = load_dataset("path/to/this/directory")
 
 
 def _plain(text: str) -> str:
-    """Text of others as Markdown shows it: no markup, no HTML, one line."""
+    """Makes foreign text safe for Markdown: no markup, no HTML, one line."""
     return _MARKUP.sub(r"\\\1", html.escape(printable(text), quote=False))

@@ -1,4 +1,4 @@
-"""What is known before a film is read: indication, comparison, technique, age and sex, as text for the prompt."""
+"""The context of a study for the prompt: indication, comparison, technique, age and sex as text."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 from emrrg_cli.datasets.report_text import clean_report
 from emrrg_cli.vocabulary import CONTEXT_FIELDS, CONTEXT_PLACE, IMAGE_PLACE, ContextField
 
-NO_TOKEN = -100  # stands behind the context of a study that has less of it than another of the batch
+NO_TOKEN = -100  # padding behind the shorter contexts of a batch
 
-_MOST_CHARACTERS = 5_000  # of a text before it is cut to words: headers and tables may hold anything
-_LEAST_WORDS = 4  # of a sentence that tells what the report says
-# What de-identification leaves in place of words: XXXX, XXXX-year-old, x-XXXX; ___; [**2101-1-1**].
+_MOST_CHARACTERS = 5_000  # of a text before it is split into words, because headers and tables may contain anything
+_LEAST_WORDS = 4  # of a sentence that may reveal the report
+# Marks that de-identification puts in place of words: XXXX, XXXX-year-old, x-XXXX; ___; [**2101-1-1**].
 _MARKS = re.compile(r"(?:\b[\w-]{0,20}-)?X{3,}(?:-[\w-]+)?|_{2,}(?:-[\w-]+)?|\[\*\*.{0,100}?\*\*\]")
 _AGE = re.compile(r"(\d{1,3})(?:\.\d+)?[ -]*(y|m|w|d)?[a-z]*[. -]*(?:old)?", re.IGNORECASE)
 _UNITS = {"y": "years", "m": "months", "w": "weeks", "d": "days"}
@@ -26,9 +26,9 @@ _SEXES = {"m": "male", "male": "male", "f": "female", "female": "female"}
 
 
 def prompt_parts(prompt: str) -> tuple[str, str, str]:
-    """The text of a prompt before the image, between image and context, and behind the context.
+    """Splits a prompt into the text before the image, between image and context, and after the context.
 
-    Without `<ContextHere>` the context stands directly behind the image.
+    Without `<ContextHere>`, the context follows directly after the image.
     """
     before, rest = prompt.split(IMAGE_PLACE)
     between, mark, after = rest.partition(CONTEXT_PLACE)
@@ -36,15 +36,15 @@ def prompt_parts(prompt: str) -> tuple[str, str, str]:
 
 
 def context_text(field: ContextField, raw: Any, cleaning: str, words: int) -> str:
-    """One field as the prompt has it; "" where it says nothing.
+    """Returns one field as text for the prompt; "" if it has no content.
 
-    Marks of de-identification are taken out. Age becomes `45 years` or `6 months`, from DICOM's `045Y` too; sex
-    becomes `male` or `female`.
+    Marks of de-identification are removed. Age becomes `45 years` or `6 months`, also from DICOM's `045Y`; sex becomes
+    `male` or `female`.
 
     Args:
-        raw: As a data set, a table or a header has it.
-        cleaning: Of the reports; unless it is `none`, texts are cleaned by R2Gen's rule for MIMIC-CXR.
-        words: The text is cut to this many.
+        raw: Value in the data set, table or header.
+        cleaning: Cleaning rule of the reports; unless it is `none`, texts are cleaned by R2Gen's rule for MIMIC-CXR.
+        words: Largest number of words; longer text is cut.
     """
     text = "" if raw is None else str(raw)[:_MOST_CHARACTERS].strip()
     if field == "age":
@@ -54,7 +54,7 @@ def context_text(field: ContextField, raw: Any, cleaning: str, words: int) -> st
     text = _MARKS.sub(" ", text)
     if cleaning != "none":
         text = clean_report(text, "r2gen-mimic").removesuffix(" .")
-    # Punctuation that stood beside a mark, and sentences that were nothing but marks, have gone with it.
+    # Punctuation beside a mark, and sentences of only marks, were removed with the marks.
     parts = (part.strip(" ,;:-") for part in re.split(r"\s\.(?=\s|$)", " ".join(text.split())))
     found = " . ".join(part for part in parts if re.search(r"\w", part))
     return " ".join(found.split()[:words])
@@ -70,19 +70,19 @@ def _age(text: str) -> str:
 def select_context(
     row: Mapping[str, Any], fields: Sequence[ContextField], cleaning: str, words: int
 ) -> dict[ContextField, str]:
-    """The fields of a study that say something, as `context_text` gives them, in the order of `fields`.
+    """Returns the fields of a study that have content, as `context_text` returns them, in the order of `fields`.
 
     Args:
-        row: Has the fields as keys, and `findings`, `impression`, `report`, each a text or None or not there.
+        row: The fields and `findings`, `impression`, `report` as keys; each is a text, None or missing.
     """
     texts = {name: context_text(name, without_report(row, name), cleaning, words) for name in fields}
     return {name: text for name, text in texts.items() if text}
 
 
 def without_report(row: Mapping[str, Any], field: ContextField) -> str:
-    """The raw text of a field without sentences of four words or more that its study's report has too.
+    """Returns the raw text of a field without sentences of four or more words that are also in the report.
 
-    A context that holds them would give the report away.
+    Otherwise the context would reveal the report.
 
     Args:
         row: As in `select_context`.
@@ -103,19 +103,19 @@ def _is_told(sentence: str, told: Sequence[str]) -> bool:
 def drop_fields(
     context: Mapping[ContextField, str], rate: float, seed: int, epoch: int, study_id: str
 ) -> dict[ContextField, str]:
-    """The context without the fields that the draw for a study and an epoch leaves out, each at the same `rate`."""
+    """Drops each field of the context with probability `rate`, drawn for the study and the epoch."""
     draw = random.Random(f"{seed} {epoch} {study_id}")
     kept = {name: draw.random() >= rate for name in CONTEXT_FIELDS}
     return {name: text for name, text in context.items() if kept[name]}
 
 
 def context_sentence(context: Mapping[ContextField, str]) -> str:
-    """As the prompt has it: ` Indication: cough. Age: 45 years.`"""
+    """Formats the context for the prompt: ` Indication: cough. Age: 45 years.`"""
     return "".join(f" {name.capitalize()}: {text}." for name, text in context.items())
 
 
 def encode_contexts(tokenizer: Any, contexts: Sequence[Mapping[ContextField, str]]) -> Tensor | None:
-    """Tokens of what the prompts of studies say: int64 `[b, c]`, `NO_TOKEN` behind the shorter ones; None: nothing."""
+    """Encodes the contexts of studies: int64 `[b, c]`, padded with `NO_TOKEN`; None if all are empty."""
     if not any(contexts):
         return None
     rows = [tokenizer.encode(context_sentence(context), add_special_tokens=False) for context in contexts]

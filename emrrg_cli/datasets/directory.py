@@ -1,4 +1,4 @@
-"""The dataset directory: Parquet shards, a dataset card and a manifest, which `datasets.load_dataset` opens as it is.
+"""The dataset directory: Parquet shards, a dataset card and a manifest, which `datasets.load_dataset` can open.
 
 OUT/
   README.md                               dataset card; its YAML names the splits' files
@@ -43,40 +43,40 @@ _IDS = ("study_id", "patient_id")
 
 
 def dataset_features(columns: Mapping[str, Column]) -> Features:
-    """`FEATURES` and the columns that only one source has."""
+    """Returns `FEATURES` with the columns that only one source has."""
     kinds = {"text": Value("string"), "texts": List(Value("string"))}
     return Features({**FEATURES, **{name: kinds[column.kind] for name, column in columns.items()}})
 
 
 def is_dataset_dir(root: str | Path) -> bool:
-    """Whether a folder is meant as a dataset directory, rather than one of images; false for what cannot be read."""
+    """Whether a folder is a dataset directory and not a folder of images; false if it cannot be read."""
     try:
         folder = whole_directory(Path(root))
         return (folder / MANIFEST).is_file() or any((folder / "data").glob("*.parquet"))
-    except (OSError, ValueError):  # a name that is too long or no path, a folder that is locked
+    except (OSError, ValueError):  # the name is too long or not a path, or the folder is not readable
         return False
 
 
 def open_dataset(root: str | Path) -> datasets.DatasetDict:
     """Opens a dataset directory with its images as encoded bytes.
 
-    At first use `datasets` makes a memory-mapped Arrow copy of the Parquet files in its cache; where, and about how
-    large, is printed to stderr before it begins. Nothing is fetched from a network.
+    At first use, `datasets` makes a memory-mapped Arrow copy of the Parquet files in its cache. A message on stderr
+    gives its place and approximate size before it begins. Nothing is downloaded.
 
     Args:
-        root: Directory written by `emrrg preprocess`, or any with Parquet files of the same columns in `data/`.
+        root: Directory written by `emrrg preprocess`, or any directory with Parquet files of these columns in `data/`.
 
     Returns:
-        Those of `train`, `validation`, `test` that exist. `images` is a list of `{"bytes": ..., "path": ...}`.
+        The existing splits among `train`, `validation`, `test`. `images` is a list of `{"bytes": ..., "path": ...}`.
 
     Raises:
-        UsageError: No such directory, or not a dataset directory.
+        UsageError: `root` does not exist or is not a dataset directory.
         RunError: Its files are broken, columns are missing, or the disk is full.
     """
     folder = whole_directory(Path(root))
     shards = find_shards(folder)
     size = sum(file.stat().st_size for files in shards.values() for file in files)
-    # The files are named one by one: then the copy is keyed by their paths and times, not by the directory's last name.
+    # Files are listed one by one, so that their paths and times identify the copy, not the directory's last name.
     data_files = {split: [glob.escape(str(file.resolve())) for file in files] for split, files in shards.items()}
     quiet = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
@@ -111,7 +111,7 @@ def _check_columns(folder: Path, split: str, found: Features) -> None:
     """Check that all columns exist and have the expected types.
 
     Raises:
-        RunError: One is missing, or holds numbers in place of text, for instance.
+        RunError: A column is missing or has the wrong type, such as numbers instead of text.
     """
     if missing := [name for name in FEATURES if name not in found]:
         raise RunError(f"{folder}: split {split} lacks the columns {', '.join(missing)}")
@@ -127,7 +127,7 @@ def _check_columns(folder: Path, split: str, found: Features) -> None:
         if not fits and getattr(kind, "dtype", "") != "null":
             raise RunError(
                 f"{folder}: column {name} of split {split} is {_type_name(kind)}, not {what}",
-                hint="Tables that went through data frames have floats where values are missing: write text and nulls.",
+                hint="Data frames turn ids into floats if values are missing: write text and nulls.",
             )
 
 
@@ -156,7 +156,7 @@ def _readable(size: float) -> str:
 
 @dataclass(frozen=True)
 class Column:
-    """A column beside those of every dataset directory: one text, or a list of texts, and what it holds."""
+    """An additional column of a dataset directory: its kind (one text or a list of texts) and its content."""
 
     kind: Literal["text", "texts"]
     content: str

@@ -1,4 +1,4 @@
-"""The order of the data: which examples make up an epoch, a batch, and the share of a process."""
+"""The order of the data: the examples of an epoch, of a batch, and of each process."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from emrrg_cli.errors import UsageError
 
 @runtime_checkable
 class DrawsEpoch(Protocol):
-    """A data set that has its own rule for which examples make up an epoch."""
+    """A data set that chooses the examples of an epoch by its own rule."""
 
     @property
     def epoch_length(self) -> int:
-        """Examples of an epoch, the same for all epochs."""
+        """Number of examples in an epoch, the same for all epochs."""
 
     def draw_epoch(self, generator: torch.Generator) -> Tensor:
-        """Indices of the examples of an epoch in order, int64 `[epoch_length]`; random by the generator alone."""
+        """Draws the indices of an epoch's examples in order, int64 `[epoch_length]`, only from the generator."""
 
 
 @runtime_checkable
 class FollowsEpochs(Protocol):
-    """A data set whose examples are others in each epoch, as with random crops."""
+    """A data set whose examples change in each epoch, for example by random crops."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Called before an example of an epoch, counted from 0, is loaded."""
+        """Sets the epoch, counted from 0; called before an example is loaded."""
 
 
 class Epochs(Dataset[Any]):
-    """The examples of a data set by epoch and index, so that one set of loading processes serves all epochs.
+    """The examples of a data set by epoch and index, so that the same loading processes serve all epochs.
 
     Args:
-        dataset: a `FollowsEpochs` dataset is notified of each new epoch.
+        dataset: if it is a `FollowsEpochs`, `set_epoch` is called for each new epoch.
     """
 
     def __init__(self, dataset: Dataset[Any]) -> None:
@@ -53,20 +53,20 @@ class Epochs(Dataset[Any]):
 
 
 def epoch_length(dataset: Dataset[Any]) -> int:
-    """The examples of an epoch, by the data set's own rule where it has one."""
+    """Returns the number of examples in an epoch, by the data set's own rule if it has one."""
     return dataset.epoch_length if isinstance(dataset, DrawsEpoch) else len(dataset)  # type: ignore[arg-type]
 
 
 def check_batch(batch_size: int, processes: int, examples: int | None = None) -> None:
-    """Refuse a batch size that does not fit. Fast, so it is called before models are loaded.
+    """Refuse a batch size that does not fit. It is fast, so it is called before models are loaded.
 
     Args:
         batch_size: `train.batch_size`.
-        processes: those that share a batch.
-        examples: of an epoch; None: not known yet.
+        processes: number of processes that share a batch.
+        examples: number of examples in an epoch; None: not known yet.
 
     Raises:
-        UsageError: when the batch does not divide among the processes, or the split holds less than one batch.
+        UsageError: if the processes cannot share the batch evenly, or the split has less than one batch.
     """
     if batch_size % processes:
         fewer = next(n for n in range(min(processes, batch_size), 0, -1) if batch_size % n == 0)
@@ -74,8 +74,8 @@ def check_batch(batch_size: int, processes: int, examples: int | None = None) ->
         sizes = f"{below} or {below + processes}" if below else str(processes)
         raise UsageError(
             f"train.batch_size={batch_size} does not divide among {processes} processes",
-            hint="It counts the examples of an optimizer step over all processes: "
-            f"take --num-processes {fewer}, or train.batch_size={sizes}.",
+            hint="It is the number of examples of an optimizer step over all processes: "
+            f"use --num-processes {fewer}, or train.batch_size={sizes}.",
         )
     if examples is not None and examples < batch_size:
         largest = examples // processes * processes
@@ -83,21 +83,21 @@ def check_batch(batch_size: int, processes: int, examples: int | None = None) ->
         remedy = fits if largest else f"--num-processes {examples} and {fits}"
         raise UsageError(
             f"the training split has {examples} usable examples, fewer than train.batch_size={batch_size}",
-            hint=f"The largest that will do: {remedy}." if examples else None,
+            hint=f"The largest possible setting is {remedy}." if examples else None,
         )
 
 
 class EpochOrder:
-    """Which examples make up each micro-batch of this process, the same data whatever the number of processes.
+    """The examples of each micro-batch of this process. The global batches do not depend on the number of processes.
 
-    An epoch is a permutation drawn from `(seed, epoch)`, cut into global batches; a tail too short for one is left
-    out. Process `r` of `w` takes every `w`-th example of a global batch, in micro-batches.
+    An epoch is a permutation drawn from `(seed, epoch)` and cut into global batches; an incomplete last batch is
+    dropped. Process `r` of `w` takes every `w`-th example of a global batch, in micro-batches.
 
     Args:
-        length: examples in an epoch.
-        batch_size: examples of an optimizer step, over all processes.
-        micro_batch_size: examples of one forward pass on one process; None: all of the process's share.
-        draw: the examples of an epoch (`DrawsEpoch.draw_epoch`); None: a permutation of `range(length)`.
+        length: number of examples in an epoch.
+        batch_size: number of examples of an optimizer step, over all processes.
+        micro_batch_size: number of examples of one forward pass on one process; None: its whole share of a batch.
+        draw: draws the examples of an epoch (`DrawsEpoch.draw_epoch`); None: a permutation of `range(length)`.
 
     Raises:
         UsageError: as `check_batch`.
@@ -123,7 +123,7 @@ class EpochOrder:
         self.steps_per_epoch = length // batch_size
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[int]]:
-        """The micro-batches of an epoch in order, from optimizer step `first_step` of it on."""
+        """Yields the micro-batches of an epoch in order, starting at optimizer step `first_step`."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = self.draw(generator)
         for step in range(first_step, self.steps_per_epoch):
@@ -133,7 +133,7 @@ class EpochOrder:
                 yield share[start : start + self.micro_batch_size]
 
     def places(self, epoch: int, first_step: int = 0) -> Iterator[list[tuple[int, int]]]:
-        """The micro-batches from a place in an epoch on, epoch after epoch without end, as `Epochs` takes them."""
+        """Yields the micro-batches for `Epochs` from a step of an epoch on, for any number of epochs."""
         for number in count(epoch):
             for batch in self.epoch(number, first_step if number == epoch else 0):
                 yield [(number, index) for index in batch]
@@ -143,9 +143,9 @@ class EpochOrder:
 
 
 def evaluation_batches(length: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:
-    """Batches of this process that together cover `range(length)` once; some may be empty.
+    """Returns the batches of this process. The batches of all processes cover `range(length)` once; some may be empty.
 
-    Every process gets the same number of batches, so that they may meet after each.
+    Every process gets the same number of batches, so that processes can synchronize after each.
     """
     mine = list(range(length))[rank::world_size]
     share = math.ceil(length / world_size)

@@ -1,4 +1,4 @@
-"""A fingerprint of the content of a dataset directory."""
+"""Computes the fingerprint of the content of a dataset directory."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from emrrg_cli.files.atomic import whole_directory
 
 
 def dataset_fingerprint(root: str | Path) -> str:
-    """The fingerprint of a dataset directory, without reading its images.
+    """Returns the fingerprint of a dataset directory without reading its images.
 
-    `emrrg preprocess` writes one of all rows into the manifest. For a directory without a manifest, it is computed from
-    the sizes and footers of its Parquet files, which hold the place and the statistics of every column.
+    `emrrg preprocess` writes a fingerprint of all rows to the manifest. Without a manifest, it is computed from the
+    sizes and footers of the Parquet files; a footer has the position and the statistics of every column.
 
     Raises:
-        UsageError: No such directory, or not a dataset directory.
+        UsageError: `root` does not exist or is not a dataset directory.
         RunError: The manifest or a Parquet file cannot be read.
     """
     folder = whole_directory(Path(root))

@@ -1,4 +1,4 @@
-"""Images without reports, for stage 1: of a dataset directory or of any folder, cropped at random or whole."""
+"""Images without reports for stage 1, from a dataset directory or any folder, cropped at random or whole."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Box = tuple[float, float, float, float]
 
 @dataclass
 class ImageBatch:
-    """Several images: `pixels` is uint8 `[b, size, size]`, grey."""
+    """A batch of images: `pixels` is uint8 `[b, size, size]`, grey."""
 
     pixels: Tensor
 
@@ -43,11 +43,11 @@ class ImageBatch:
         return len(self.pixels)
 
     def to(self, device: torch.device) -> ImageBatch:
-        """The same batch with its tensor on `device`."""
+        """Returns the same batch with its tensor on `device`."""
         return ImageBatch(self.pixels.to(device, non_blocking=True))
 
     def pin_memory(self) -> ImageBatch:
-        """Called by the DataLoader: page-locked memory, so that the copy to a GPU overlaps with work."""
+        """Returns page-locked tensors, so that copies to a GPU overlap with computation; the DataLoader calls it."""
         return ImageBatch(self.pixels.pin_memory())
 
 
@@ -62,18 +62,18 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> bytes | Path:
-        """The file of an image, or its bytes."""
+        """Returns the file or the bytes of an image."""
 
     def name(self, index: int) -> str:
-        """For error messages."""
+        """Returns the name of an image for error messages."""
 
 
 class SplitImages:
-    """Every view of every study of a split of a dataset directory; reports are not looked at.
+    """Every view of every study of a split of a dataset directory; reports are not read.
 
     Args:
-        split: a `datasets.Dataset` as `open_dataset` gives it.
-        limit: first images that are used; None: all.
+        split: a `datasets.Dataset` from `open_dataset`.
+        limit: number of images to use from the start; None: all.
     """
 
     def __init__(self, split: Any, limit: int | None = None) -> None:
@@ -83,7 +83,7 @@ class SplitImages:
             raise RunError(f"the {split.split} split has no images")
 
     def _table(self) -> Any:
-        # The memory-mapped column itself, views one after the other: rows of other columns are not touched.
+        # The memory-mapped column itself, with all views in sequence: other columns are not read.
         if self._images is None:
             import pyarrow as pa
 
@@ -93,17 +93,17 @@ class SplitImages:
         return self._images
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_images": None}  # opened again where it arrives, not copied
+        return self.__dict__ | {"_images": None}  # the receiving process opens it again
 
     def __len__(self) -> int:
         return len(self._table())
 
     def read(self, index: int) -> bytes | Path:
-        """The bytes of an image."""
+        """Returns the bytes of an image."""
         return stored_image(self._table()[index].as_py(), self._split, self.name(index))
 
     def name(self, index: int) -> str:
-        """The name that the image had in the raw data."""
+        """Returns the name of the image in the raw data."""
         image = self._table()[index].as_py() or {}
         return f"{printable(str(image.get('path') or f'image {index}'))} of the {self._split.split} split"
 
@@ -123,16 +123,16 @@ class FolderImages:
         return len(self._names)
 
     def read(self, index: int) -> Path:
-        """The file of an image."""
+        """Returns the file of an image."""
         return self._root / self._names[index]
 
     def name(self, index: int) -> str:
-        """Its path."""
+        """Returns the path of an image."""
         return str(self.read(index))
 
 
 class JoinedImages:
-    """The images of several sources, one after the other."""
+    """The images of several sources in sequence."""
 
     def __init__(self, sources: Sequence[ImageSource]) -> None:
         self._sources = list(sources)
@@ -142,12 +142,12 @@ class JoinedImages:
         return self._ends[-1]
 
     def read(self, index: int) -> bytes | Path:
-        """The file of an image, or its bytes."""
+        """Returns the file or the bytes of an image."""
         source, own = self._place(index)
         return source.read(own)
 
     def name(self, index: int) -> str:
-        """As its source names it."""
+        """Returns the name that the source gives the image."""
         source, own = self._place(index)
         return source.name(own)
 
@@ -158,7 +158,7 @@ class JoinedImages:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """A random crop of `scale` (smallest and largest part of the area), mirrored every other time if `flip`."""
+    """A random crop of `scale` (smallest and largest fraction of the area), mirrored with probability 0.5 if `flip`."""
 
     scale: tuple[float, float] = (0.2, 1.0)
     flip: bool = True
@@ -167,13 +167,13 @@ class Augmentation:
 class ImageDataset(Dataset[Tensor]):
     """Images as squares, uint8 `[size, size]`, grey.
 
-    What is drawn for an image depends on the seed, the epoch and the number of the image alone.
+    The augmentation of an image depends only on the seed, the epoch and the index of the image.
 
     Args:
-        source: where the images are.
+        source: source of the images.
         image_size: side of the square in pixels.
-        augmentation: None: the whole image, resized without keeping its aspect ratio.
-        seed: of the augmentation.
+        augmentation: random crops; None: the whole image, resized without keeping its aspect ratio.
+        seed: random seed of the augmentation.
 
     Raises:
         RunError: on access to an image that cannot be read.
@@ -184,7 +184,7 @@ class ImageDataset(Dataset[Tensor]):
     ) -> None:
         self.source, self.image_size, self.augmentation, self.seed = source, image_size, augmentation, seed
         self.epoch = 0
-        # A JPEG may be decoded at half its size or less, as long as no crop is enlarged for it.
+        # A JPEG may be decoded at half its size or less if no crop must then be enlarged.
         self._enough = None
         if augmentation is not None:
             self._enough = math.ceil(image_size / math.sqrt(augmentation.scale[0] * RATIO[0]))
@@ -218,12 +218,12 @@ class ImageDataset(Dataset[Tensor]):
 
 
 def random_box(rng: np.random.Generator, width: int, height: int, scale: tuple[float, float]) -> Box:
-    """A crop of a random part of the area, uniform in `scale`, and a random shape, log-uniform from 3:4 to 4:3.
+    """Draws a crop: a fraction of the area, uniform in `scale`, and an aspect ratio, log-uniform from 3:4 to 4:3.
 
-    Where ten draws do not fit into the image, the largest crop in its middle that is not longer than 4:3.
+    If ten draws do not fit into the image, returns the largest centre crop with an aspect ratio of at most 4:3.
 
     Returns:
-        Left, top, right, bottom, in pixels, as Pillow's `resize` takes them; not rounded.
+        Left, top, right, bottom in pixels, not rounded, for Pillow's `resize`.
 
     Source: the random resized crop of Szegedy et al., Going deeper with convolutions (arXiv 1409.4842), section 6.
     """
@@ -242,9 +242,9 @@ def random_box(rng: np.random.Generator, width: int, height: int, scale: tuple[f
 
 @dataclass(frozen=True)
 class FolderSplit:
-    """The images of a folder, by their paths relative to it, and the reasons why other files are left out.
+    """The images of a folder, by their relative paths, and the reasons why other files are skipped.
 
-    `sizes` are those of the files in bytes, training then validation; empty in the record of a run from before.
+    `sizes` are the file sizes in bytes, training then validation; empty in records of older versions.
     """
 
     train: list[str]
@@ -253,7 +253,7 @@ class FolderSplit:
     sizes: list[int] = field(default_factory=list)
 
     def changed(self, root: Path) -> list[str]:
-        """The images that are gone from `root`, or of another size now."""
+        """Returns the images that are missing from `root` or have another size now."""
         names = [*self.train, *self.validation]
         return [name for name, size in zip(names, self.sizes, strict=False) if _size(root / name) != size]
 
@@ -266,17 +266,17 @@ def _size(path: Path) -> int | None:
 
 
 def split_folder(root: Path, validation: float, *, workers: int = 0) -> FolderSplit:
-    """Finds the images below a folder; every file is decoded once, so that training meets none that cannot be.
+    """Finds the images below a folder. Every file is decoded once, so that training gets only readable images.
 
-    Says in one line on stderr how many files are left out and why.
+    Prints one line on stderr with the number of skipped files and the reasons.
 
     Args:
-        root: the folder; files and folders that begin with a dot are not looked at.
-        validation: part of the images that is kept for validation, chosen by a hash of their paths.
-        workers: processes that decode.
+        root: the folder; files and folders that begin with a dot are ignored.
+        validation: fraction of the images for validation, chosen by a hash of their paths.
+        workers: number of decoding processes.
 
     Raises:
-        UsageError: no such folder, or no file in it.
+        UsageError: the folder does not exist or has no files.
         RunError: none of the files is an image.
     """
     files = find_images([str(root)])
@@ -294,7 +294,7 @@ def split_folder(root: Path, validation: float, *, workers: int = 0) -> FolderSp
     if left_out:
         shown = ", ".join(f"{count:,} {reason}" for reason, count in left_out.most_common())
         first = next(name for name, reason in zip(names, reasons, strict=True) if reason is not None)
-        line = f"{root}: {left_out.total():,} of {len(files):,} files are left out: {shown}; first: {printable(first)}"
+        line = f"{root}: {left_out.total():,} of {len(files):,} files are skipped: {shown}; first: {printable(first)}"
         if not good:
             raise RunError(line, hint="Name a folder of PNG, JPEG or DICOM files, or a dataset directory.")
         err.print(line, markup=False, soft_wrap=True)
@@ -306,7 +306,7 @@ def split_folder(root: Path, validation: float, *, workers: int = 0) -> FolderSp
 
 
 def _problem(file: Path) -> str | None:
-    """Why a file is no image that can be decoded; None where it is one."""
+    """Returns why a file cannot be decoded as an image; None if it can."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

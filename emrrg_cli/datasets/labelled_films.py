@@ -1,4 +1,4 @@
-"""Films with labels and without reports, which train the head on findings of stage 2 and nothing else."""
+"""Films with labels but without reports, which train only the findings head of stage 2."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from emrrg_cli.datasets.report_dataset import Example, projections_of, read_view
 from emrrg_cli.errors import UsageError
 from emrrg_cli.recipe.common import DataSettings
 
-NO_REPORT = "."  # in place of a text, which the text tower may not lack
+NO_REPORT = "."  # placeholder, because the text tower needs a text
 
 _NO_FINDING = "No Finding"
 # Names of ChestX-ray14 (Wang et al., CVPR 2017) for the observations of CheXpert. Emphysema, fibrosis and hernia have
-# no place among these; they only say that there is a finding.
+# no counterpart in CheXpert; they only mean that there is a finding.
 _OTHER_NAMES = {
     "Effusion": "Pleural Effusion",
     "Infiltration": "Lung Opacity",
@@ -30,7 +30,7 @@ _OTHER_NAMES = {
 
 
 class LabelledFilms(Dataset[Example]):
-    """Studies of one split with the labels of its column `labels`; a study without any is left out.
+    """Studies of one split with the labels of its column `labels`; studies without labels are skipped.
 
     Args:
         split: a `datasets.Dataset` with the columns of a dataset directory, images not decoded.
@@ -39,7 +39,7 @@ class LabelledFilms(Dataset[Example]):
 
     Attributes:
         reports: `NO_REPORT` for each study.
-        targets: `[studies, 14]`, as `label_targets` gives them.
+        targets: `[studies, 14]` from `label_targets`.
 
     Raises:
         UsageError: the split has no column `labels`, or none of its labels is known.
@@ -49,7 +49,7 @@ class LabelledFilms(Dataset[Example]):
         self.split, self.settings, self.image_size = split, settings, image_size
         if "labels" not in split.column_names:
             raise UsageError(
-                f"{settings.root or 'the data set'} has no column labels, which labels_only asks for",
+                f"{settings.root or 'the data set'} has no column labels, which labels_only needs",
                 hint="`emrrg preprocess folder --table FILE --labels-column NAME` writes it.",
             )
         columns = [name for name in ("labels", "labels_uncertain", "labels_absent") if name in split.column_names]
@@ -75,14 +75,13 @@ class LabelledFilms(Dataset[Example]):
 
 
 def label_targets(rows: Sequence[dict[str, list[str]]]) -> Tensor:
-    """`[studies, 14]`, fp32: 1 for a finding that is there, 0 for one that is not, NaN where nobody knows.
+    """Returns targets `[studies, 14]`, fp32: 1 for a present finding, 0 for an absent one, NaN if unknown.
 
-    A finding that no study of all has as a label was not looked for: it is known of none. An uncertain one is not
-    known, nor is whether there is no finding where that has no label of its own.
+    A finding that no study has as a label was not annotated: it is unknown for all studies. Uncertain findings are
+    unknown. No Finding is unknown if the data set has no label for it.
 
     Args:
-        rows: of each study the names in `labels`, and, where the data set has them, in `labels_uncertain` and
-            `labels_absent`.
+        rows: names in `labels` of each study, and in `labels_uncertain` and `labels_absent` if the data set has them.
     """
     named = [{column: {_observation(name) for name in names} for column, names in row.items()} for row in rows]
     looked_for = {name for row in named for names in row.values() for name in names}

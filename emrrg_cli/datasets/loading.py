@@ -1,4 +1,4 @@
-"""Batches read by other processes, which leave signals, errors and random numbers to the one that they work for."""
+"""Loads batches in other processes; the parent process handles their signals, errors and random numbers."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def load_batches(
     workers: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[Any]:
-    """The batches of a dataset in the order given; those without examples are left out.
+    """Yields the batches of a dataset in the given order, without empty ones.
 
     Args:
-        batches: indices of the examples of each; read as they are needed, so that there may be any number.
+        batches: indices of the examples of each batch; read on demand, so the iterable may be endless.
         collate: joins examples into a batch.
-        workers: processes that read; 0: this one.
-        pin_memory: batches in page-locked memory, for a GPU.
+        workers: number of reading processes; 0: this process reads.
+        pin_memory: whether batches are in page-locked memory, for a GPU.
 
     Raises:
-        EmrrgError: what reading an example raised, as it was raised.
+        EmrrgError: the unchanged error of reading an example.
     """
     loader: DataLoader[Any] = DataLoader(
         _ErrorsAsExamples(dataset),
@@ -41,7 +41,7 @@ def load_batches(
         pin_memory=pin_memory,
         worker_init_fn=_leave_signals_to_parent,
     )
-    # Workers seed themselves from torch's generator: give them one that is not part of the training state.
+    # Workers are seeded from a separate generator, so that the training state does not change.
     loader.generator = torch.Generator()
     with _signals_held():  # until the new processes ignore them
         iterator = iter(loader)
@@ -51,7 +51,7 @@ def load_batches(
                 raise batch
             yield batch
     finally:
-        # An error holds its traceback, that the iterator, and at its end the program would wait for these processes.
+        # An error refers to its traceback and so to the iterator; the program would wait for its processes at exit.
         shut_down = getattr(iterator, "_shutdown_workers", None)
         if shut_down is not None:
             shut_down()
@@ -70,7 +70,7 @@ def _signals_held() -> Iterator[None]:
 
 
 class _ErrorsAsExamples(Dataset[Any]):
-    """Errors as examples: torch would put the traceback of the other process into their message."""
+    """Returns errors as examples, because torch would put the traceback of the other process into their message."""
 
     def __init__(self, dataset: Dataset[Any]) -> None:
         self.dataset = dataset
@@ -88,6 +88,6 @@ def _join(collate: Callable[[Sequence[Any]], Any], examples: Sequence[Any]) -> A
 
 
 def _leave_signals_to_parent(worker: int) -> None:
-    """A terminal sends Ctrl-C to these processes too; the training must outlive it to write its checkpoint."""
+    """Ignores Ctrl-C, which a terminal sends to these processes too: training needs them until its checkpoint."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

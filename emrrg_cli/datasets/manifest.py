@@ -1,4 +1,4 @@
-"""The manifest of a dataset directory: what `emrrg preprocess` recorded."""
+"""Reads the manifest of a dataset directory: the record of `emrrg preprocess`."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _MAX_BYTES = 64 * 2**20
 
 
 def read_manifest(root: str | Path) -> dict[str, Any]:
-    """The manifest of a dataset directory.
+    """Reads the manifest of a dataset directory.
 
     Raises:
-        UsageError: No such directory, or it has no manifest.
+        UsageError: The directory does not exist or has no manifest.
         RunError: The manifest is not valid JSON.
     """
     folder = whole_directory(Path(root))
     check_folder(folder)
     path = folder / MANIFEST
     if not path.is_file():
-        raise UsageError(f"{folder} has no {MANIFEST}", hint="It is written by `emrrg preprocess`.")
+        raise UsageError(f"{folder} has no {MANIFEST}", hint="`emrrg preprocess` writes it.")
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_BYTES + 1)
@@ -40,10 +40,10 @@ def read_manifest(root: str | Path) -> dict[str, Any]:
 
 
 def check_folder(folder: Path) -> None:
-    """Makes sure that a folder is there.
+    """Checks that a folder exists.
 
     Raises:
-        UsageError: It is not, or is a file.
+        UsageError: It does not exist or is a file.
     """
     if not folder.exists():
         raise UsageError(f"no such dataset directory: {folder}", hint="Make one with `emrrg preprocess`.")

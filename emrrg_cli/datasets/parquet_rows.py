@@ -1,4 +1,4 @@
-"""Rows of the Parquet files of a dataset directory, with the bytes of images or without them."""
+"""Reads rows of the Parquet files of a dataset directory, with or without the bytes of images."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import pyarrow.parquet as pq
 from emrrg_cli.errors import RunError
 
 _TEXT_BATCH = 512  # studies whose text is in memory at a time
-_IMAGE_BATCH = 8  # the same, where images are read too
+_IMAGE_BATCH = 8  # studies in memory at a time if images are read too
 
 
 def text_rows(file: Path, *, only: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-    """The rows without the bytes of their images: `images` is a list of their names.
+    """Yields the rows without the bytes of their images: `images` is a list of names.
 
     Args:
-        file: Of a split.
-        only: Names of the columns that are read; None: all.
+        file: A Parquet file.
+        only: Names of the columns to read; None: all.
 
     Raises:
         RunError: The file is broken.
@@ -38,7 +38,7 @@ def text_rows(file: Path, *, only: Sequence[str] | None = None) -> Iterator[dict
 
 
 def rows_at_equal_distances(files: Sequence[Path], number: int) -> Iterator[dict[str, Any]]:
-    """Whole rows from all over the files of a split; one batch of images is in memory at a time.
+    """Yields complete rows at equal distances in the files of a split; one batch of images is in memory at a time.
 
     Raises:
         RunError: A file is broken.

@@ -1,4 +1,4 @@
-"""From a dataset directory to the batches of a stage: examples, collation, and the order of the data."""
+"""Examples and batches of X-rays and reports from a dataset directory."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from emrrg_cli.imaging.views import view_token
 from emrrg_cli.recipe.common import DataSettings
 from emrrg_cli.vocabulary import ContextField
 
-IGNORE = -100  # label of a position that carries no loss
+IGNORE = -100  # label of a position without loss
 
 
 @dataclass(frozen=True)
 class Example:
-    """One study as the model sees it: `pixels` is uint8 `[views, size, size]`, grey; `context` stands in the prompt.
+    """One study as input of the model: `pixels` is uint8 `[views, size, size]`, grey; `context` goes into the prompt.
 
-    `projections` are places in `VIEW_TOKENS`, one a view; empty: none is known. `findings` `[14]` are targets of the
-    head on findings where labels give them; None: they are read from the report.
+    `projections` are indices into `VIEW_TOKENS`, one per view; empty if unknown. `findings` `[14]` are targets of the
+    findings head from labels; None: they are read from the report.
     """
 
     index: int
@@ -45,14 +45,13 @@ class Example:
 
 @dataclass
 class Batch:
-    """Several studies.
+    """A batch of studies.
 
-    `pixels`: uint8 `[n, size, size]`, all views one after the other; `views`: int64 `[b]`, views of each study, summing
-    to `n`; `contexts`: what the prompt tells of each study (empty: nothing of any); `projections`: int64 `[n]`, places
-    in `VIEW_TOKENS` (None: all unknown); `labels`: int64 `[b, t]`, report tokens, padded with `IGNORE` (None where
-    reports are to be written); `findings`: `[b, 14]` as `finding_targets` gives them (None where no head learns them);
-    `advantages`: `[b * n]`, where `labels` are `[b * n, t]` sampled reports, n a study, what the log-probability of
-    each is worth.
+    `pixels`: uint8 `[n, size, size]`, the views of all studies in sequence; `views`: int64 `[b]`, views of each study,
+    which sum to `n`; `contexts`: context of each study (empty: no study has any); `projections`: int64 `[n]`, indices
+    into `VIEW_TOKENS` (None: all unknown); `labels`: int64 `[b, t]`, report tokens, padded with `IGNORE` (None for
+    generation); `findings`: `[b, 14]` from `finding_targets` (None if no head learns them); `advantages`: `[b * n]`,
+    weights of the log-probabilities, if `labels` are `[b * n, t]` sampled reports, n per study.
     """
 
     indices: list[int]
@@ -67,11 +66,11 @@ class Batch:
     advantages: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch with its tensors on `device`."""
+        """Returns the same batch with its tensors on `device`."""
         return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """Called by the DataLoader: page-locked tensors, so that the copy to a GPU overlaps with work."""
+        """Returns page-locked tensors, so that copies to a GPU overlap with computation; the DataLoader calls it."""
         return self._mapped(Tensor.pin_memory)
 
     def _mapped(self, function: Callable[[Tensor], Tensor]) -> Batch:
@@ -89,29 +88,29 @@ class ReportDataset(Dataset[Example]):
         split: a `datasets.Dataset` with the columns of a dataset directory, images not decoded.
         settings: section, cleaning, context, number of views, limit.
         image_size: side in pixels that images are resized to.
-        seed: of the fields of the context that training leaves out.
+        seed: random seed for dropping context fields in training.
 
     Attributes:
-        reports, study_ids, contexts: of the studies, in order.
+        reports, study_ids, contexts: values of the studies, in order.
 
     Raises:
-        UsageError: when the split has no column for what `settings.context` names.
-        RunError: when no study of the split has the text that `settings.section` asks for; on access to a study, when
-            it has no images or one that cannot be read.
+        UsageError: if the split has no column for a field of `settings.context`.
+        RunError: if no study of the split has the text of `settings.section`; on access to a study, if it has no
+            images or one that cannot be read.
     """
 
     def __init__(self, split: Any, settings: DataSettings, image_size: int, seed: int = 0) -> None:
         self.split = split
         self.image_size = image_size
         self.settings, self.seed = settings, seed
-        self._epoch: int | None = None  # of a training
+        self._epoch: int | None = None  # of the training
         _check_context(split, settings)
         columns = ("study_id", "findings", "impression", "report", "source", *settings.context)
         texts = split.select_columns(list(columns))
         self.rows: list[int] = []
         self.reports: list[str] = []
         self.contexts: list[dict[ContextField, str]] = []
-        self.study_ids: list[str] = []  # read once: a column is read whole each time it is asked for
+        self.study_ids: list[str] = []  # read once, because every access reads the whole column
         for row, record in enumerate(texts):
             text = select_section(record, settings.section)
             if not text.strip():
@@ -127,7 +126,7 @@ class ReportDataset(Dataset[Example]):
         if not self.rows:
             raise RunError(
                 f"no study of the {split.split} split has text for data.section={settings.section}",
-                hint="Look at the columns of the dataset directory, or choose another section.",
+                hint="Check the columns of the dataset directory, or choose another section.",
             )
 
     def __len__(self) -> int:
@@ -141,12 +140,12 @@ class ReportDataset(Dataset[Example]):
 
     @property
     def knows_views(self) -> bool:
-        """Whether the data set says of any film whether it is frontal or lateral."""
+        """Whether the data set gives the projection of any film."""
         rows = self.split.select_columns(["views"]).select(self.rows)
         return any(any(projections_of(row["views"], len(row["views"] or ()))) for row in rows)
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by a training before each study: fields of the context are left out from then on."""
+        """Sets the epoch; training calls it before each study. From then on, context fields are dropped."""
         self._epoch = epoch
 
     def _context(self, index: int) -> dict[ContextField, str]:
@@ -157,14 +156,14 @@ class ReportDataset(Dataset[Example]):
 
 
 def read_views(record: Mapping[str, Any], split: Any, most: int | None, size: int) -> Tensor:
-    """The first views of a study, uint8 `[views, size, size]`, grey.
+    """Reads the first views of a study, uint8 `[views, size, size]`, grey.
 
     Args:
-        record: its row of `split`.
-        most: None: all.
+        record: the study's row of `split`.
+        most: largest number of views; None: all.
 
     Raises:
-        RunError: it has no images, or one that cannot be read.
+        RunError: the study has no images, or one that cannot be read.
     """
     where = f"study {printable(str(record['study_id']))}"
     images = (record["images"] or [])[:most]
@@ -178,7 +177,7 @@ def read_views(record: Mapping[str, Any], split: Any, most: int | None, size: in
 
 
 def projections_of(views: Sequence[str | None] | None, images: int) -> tuple[int, ...]:
-    """The places in `VIEW_TOKENS` of the first images of a study, by the names of their views."""
+    """Returns the indices into `VIEW_TOKENS` of the first images of a study, from the names of their views."""
     known = [view_token(view or "") for view in views or ()]
     return tuple((known + [0] * images)[:images])
 
@@ -187,19 +186,19 @@ def _check_context(split: Any, settings: DataSettings) -> None:
     missing = [name for name in settings.context if name not in split.column_names]
     if missing:
         raise UsageError(
-            f"data.context names {', '.join(missing)}, and {settings.root or 'the data set'} has no such column",
+            f"data.context names {', '.join(missing)}, but {settings.root or 'the data set'} has no such column",
             hint="Write the directory again with `emrrg preprocess`: iu_xray (for R2Gen's layout with --reports) and "
             "mimic_cxr store indication and comparison, mimic_cxr also technique, chexpert_plus all five, and folder "
-            "with --table what --indication-column and the like name. Or take them out of data.context.",
+            "with --table the columns of --indication-column and similar options. Or remove them from data.context.",
         )
 
 
 def collate(
     examples: Sequence[Example], encode: Callable[[str], list[int]] | None = None, *, findings: bool = False
 ) -> Batch:
-    """Joins examples into a batch; `encode` turns a report into label tokens, None leaves labels out.
+    """Joins examples into a batch; `encode` turns a report into label tokens; None: no labels.
 
-    `findings` reads the targets of the head on findings from the reports.
+    `findings` computes the targets of the findings head from the reports.
     """
     labels = None
     if encode is not None:

@@ -1,7 +1,7 @@
-"""Which text of a study is its report, and how it is cleaned before it is learned or scored.
+"""Selects the report text of a study, and cleans it for training and scoring.
 
-Published scores compare cleaned strings, so the cleaning is part of the measurement: it follows R2Gen to the letter,
-oddities included (an enumeration's "1. " is deleted wherever it stands, also in "11. "; empty sentences stay).
+Published scores compare cleaned strings, so cleaning is part of the measurement. It follows R2Gen exactly, including
+its oddities (an enumeration's "1. " is deleted everywhere, also in "11. "; empty sentences stay).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from emrrg_cli.errors import UsageError
 from emrrg_cli.vocabulary import CLEANING_RULES, SECTIONS, Cleaning, CleaningRule, Section
 
-# (old, new, times): one replacement over the whole text, made `times` over, each on the result before.
+# (old, new, times): one replacement over the whole text, repeated `times` times.
 _ENUMERATION: tuple[tuple[str, str, int], ...] = (
     ("1. ", "", 1),
     *((f". {n}. ", ". ", 1) for n in (2, 3, 4, 5)),
@@ -31,7 +31,7 @@ _REPLACEMENTS: dict[str, tuple[tuple[str, str, int], ...]] = {
     ),
 }
 
-# A sentence is stripped between these two deletions: `" a` becomes `a`, but `? a` keeps its space.
+# Sentences are stripped between these two deletions: `" a` becomes `a`, but `? a` keeps its space.
 _QUOTES = str.maketrans("", "", "\"/\\'")
 _PUNCTUATION = {
     "r2gen-iu": str.maketrans("", "", ".,?;*!%^&_+()[]{}:<=>@"),
@@ -40,30 +40,30 @@ _PUNCTUATION = {
 
 
 def unix_line_ends(text: str) -> str:
-    """The text with its lines ended by LF: how they end is a matter of the program that wrote the file."""
+    """Converts line ends to LF."""
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
 def whole_characters(text: str) -> str:
-    """JSON can spell half a character (a lone surrogate), which no UTF-8 file holds; it becomes U+FFFD."""
+    """Replaces lone surrogates, which JSON can contain but UTF-8 cannot, by U+FFFD."""
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def clean_report(text: str, style: CleaningRule | str) -> str:
-    """The report as it is learned and scored.
+    """Cleans a report for training and scoring.
 
     Args:
         text: Raw report.
-        style: `r2gen-iu` (R2Gen's rule for IU X-Ray), `r2gen-mimic` (its rule for MIMIC-CXR, used for every other
-            data set too), or `none` (the text as it is, without white space at its ends).
+        style: `r2gen-iu` (R2Gen's rule for IU X-Ray), `r2gen-mimic` (its rule for MIMIC-CXR, also used for all other
+            data sets), or `none` (only removes white space at the ends).
 
     Returns:
         Lower-case sentences joined by " . " and ended by " .". An empty report becomes " .".
 
     Raises:
-        UsageError: `style` is none of the three.
+        UsageError: `style` is unknown.
 
-    Source: R2Gen (Chen et al., EMNLP 2020), whose cleaned reports the published figures are computed on.
+    Source: R2Gen (Chen et al., EMNLP 2020); published scores are computed on its cleaned reports.
     """
     if style == "none":
         return text.strip()
@@ -78,14 +78,14 @@ def clean_report(text: str, style: CleaningRule | str) -> str:
 
 
 def cleaning_for(source: str, cleaning: Cleaning | str) -> CleaningRule:
-    """The cleaning style of a data set: `cleaning` itself, or for `auto` the one R2Gen used for `source`.
+    """Returns the cleaning style of a data set: `cleaning` itself, or for `auto` the style R2Gen used for `source`.
 
     Args:
         source: Name in the dataset's `source` column, such as `iu_xray`.
         cleaning: `auto` or a style of `clean_report`.
 
     Raises:
-        UsageError: `cleaning` is neither.
+        UsageError: `cleaning` is unknown.
     """
     if cleaning == "auto":
         return "r2gen-iu" if source == "iu_xray" else "r2gen-mimic"
@@ -95,14 +95,14 @@ def cleaning_for(source: str, cleaning: Cleaning | str) -> CleaningRule:
 
 
 def select_section(row: Mapping[str, Any], section: Section | str) -> str:
-    """The raw text of one section of a study.
+    """Returns the raw text of one section of a study.
 
     Args:
         row: A dataset row with any of the keys `report`, `findings`, `impression` (a string or None).
-        section: One of those, or `both`: findings, then impression, joined by a space.
+        section: One of these keys, or `both`: findings and impression, joined by a space.
 
     Returns:
-        The text; "" where the study has none.
+        The text; "" if the study has none.
 
     Raises:
         UsageError: `section` is unknown.
@@ -118,11 +118,12 @@ _ENUMERATED = re.compile(r"\s*\d+\.")
 
 
 def sentence_spans(text: str) -> list[tuple[int, int]]:
-    """Where the sentences of a report stand, raw or cleaned (" . " between sentences).
+    """Finds the sentences of a raw or cleaned report (" . " between sentences).
 
     Returns:
-        Start and end of each, without spaces at its ends and with the full stop; together they hold all that is no
-        space. A number with a full stop belongs to the sentence behind it, what else has no letter to the one before.
+        Start and end of each sentence, with its full stop and without outer spaces; together they cover all characters
+        except spaces. A number with a full stop belongs to the next sentence; other parts without letters belong to the
+        previous one.
     """
     spans: list[tuple[int, int]] = []
     start = 0
@@ -140,9 +141,9 @@ def sentence_spans(text: str) -> list[tuple[int, int]]:
 
 
 def readable_report(text: str) -> str:
-    """A report as people write it: punctuation joined to its word, and a capital after each full stop.
+    """Formats a report for display: joins punctuation to its word and capitalises each sentence.
 
-    Only for showing: scores compare the text as it is. A text that already has capitals keeps its letters.
+    Scores use the unchanged text. A text that already has capitals keeps its letters.
     """
     joined = re.sub(r"\s+([.,;:!?)\]])", r"\1", " ".join(text.split()))
     joined = re.sub(r"\.(?:\s*\.)+", ".", joined).lstrip(" .,;")  # empty sentences

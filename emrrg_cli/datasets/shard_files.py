@@ -1,4 +1,4 @@
-"""The Parquet files of a dataset directory: which there are, and whether they are those that the manifest lists."""
+"""Finds the Parquet files of a dataset directory, and checks them against the manifest."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _AGAIN = "Write the directory again with `emrrg preprocess`, or restore its file
 
 
 def find_shards(folder: Path) -> dict[str, list[Path]]:
-    """The Parquet files of each split of a dataset directory, in order, all there.
+    """Returns the Parquet files of each split of a dataset directory, in order; checks that they are complete.
 
     Raises:
-        UsageError: No such directory, or not a dataset directory.
+        UsageError: `folder` does not exist or is not a dataset directory.
         RunError: Files are missing.
     """
     check_folder(folder)
@@ -60,10 +60,10 @@ def find_shards(folder: Path) -> dict[str, list[Path]]:
 
 
 def _check_manifest(folder: Path, shards: Mapping[str, list[Path]], manifest: Mapping[str, Any]) -> None:
-    """Makes sure that the shards are those that the manifest lists.
+    """Checks that the shards are those that the manifest lists.
 
     Raises:
-        RunError: One is missing, or its content is that of another one.
+        RunError: A shard is missing or has the content of another one.
     """
     listed = manifest.get("splits")
     if not isinstance(listed, Mapping):
@@ -76,7 +76,7 @@ def _check_manifest(folder: Path, shards: Mapping[str, list[Path]], manifest: Ma
                 f"{folder}: {MANIFEST} lists {_count(wanted)} of split {split}, the folder has {found}", hint=_AGAIN
             )
     _check_places(folder, shards, manifest.get("files"))
-    # Directories from before `files`: splits that were swapped show by their numbers.
+    # Older manifests have no `files`; there, swapped splits are detected by their numbers of studies.
     studies = {split: counts.get("studies") for split, counts in listed.items() if isinstance(counts, Mapping)}
     if "files" not in manifest and len(set(studies.values())) > 1:
         rows = {split: sum(map(_rows, files)) for split, files in shards.items()}
@@ -84,13 +84,13 @@ def _check_manifest(folder: Path, shards: Mapping[str, list[Path]], manifest: Ma
             other = next((name for name, count in studies.items() if name != split and count == found), None)
             if other and found != studies.get(split):
                 raise RunError(
-                    f"{folder}: the files of split {split} hold {found:,} studies, as {MANIFEST} says of split {other}",
+                    f"{folder}: the files of split {split} have {found:,} studies, as {MANIFEST} lists for split {other}",
                     hint=_AGAIN,
                 )
 
 
 def _check_places(folder: Path, shards: Mapping[str, list[Path]], digests: Any) -> None:
-    """Makes sure that no shard is in the place of another; one that was edited is accepted."""
+    """Checks that no shard is in the place of another; an edited shard is accepted."""
     if not isinstance(digests, Mapping):
         return
     places = {digest: name for name, digest in digests.items()}
@@ -115,9 +115,9 @@ def _rows(file: Path) -> int:
 
 
 def shard_digest(file: Path) -> str:
-    """What tells a Parquet file from others without reading it: its size and its footer.
+    """Computes a digest of a Parquet file from its size and footer, without reading its data.
 
-    The footer holds the place and the statistics of all columns.
+    The footer has the position and the statistics of all columns.
 
     Raises:
         RunError: The file cannot be read.
@@ -126,7 +126,7 @@ def shard_digest(file: Path) -> str:
 
 
 def read_footer(file: Path) -> bytes:
-    """The footer of a Parquet file.
+    """Reads the footer of a Parquet file.
 
     Raises:
         RunError: The file cannot be read.

@@ -1,4 +1,4 @@
-"""A split drawn by seed, with all studies of a patient on one side."""
+"""Draws random splits by patient, so that all studies of a patient are in one split."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ DEFAULT = "0.8,0.1,0.1"
 
 
 def parse_fractions(text: str) -> tuple[float, ...]:
-    """`0.8,0.1,0.1` as the parts of train, validation and test; parts left out are 0.
+    """Parses fractions of train, validation and test such as `0.8,0.1,0.1`; missing fractions are 0.
 
     Raises:
-        UsageError: They are not one to three numbers from 0 to 1 that sum to 1.
+        UsageError: The text is not one to three numbers from 0 to 1 that sum to 1.
     """
-    hint = f"Give the parts of train, validation and test, such as {DEFAULT}."
+    hint = f"Give the fractions of train, validation and test, such as {DEFAULT}."
     try:
         parts = [float(part) for part in text.split(",")]
     except ValueError:
         raise UsageError(f"--split {text!r} is not a list of numbers", hint=hint) from None
     if len(parts) > len(SPLITS) or not all(0 <= part <= 1 for part in parts) or abs(sum(parts) - 1) > 1e-6:
-        raise UsageError(f"--split {text!r}: the parts must sum to 1", hint=hint)
+        raise UsageError(f"--split {text!r}: the fractions must sum to 1", hint=hint)
     return tuple(parts + [0.0] * (len(SPLITS) - len(parts)))
 
 
 def draw_splits(patients: Iterable[str], fractions: Sequence[float], seed: int) -> dict[str, Split]:
-    """The split of each patient: the same for a seed, whatever order they come in.
+    """Draws the split of each patient. It depends on the seed but not on the order of `patients`.
 
-    Patients are put in an order drawn from the seed and cut by `fractions`, rounded so that the parts are as near as
-    they can be; a part above 0 gets one patient at least, while there are enough.
+    Patients are shuffled by the seed and divided by `fractions`, rounded as closely as possible. Each fraction above 0
+    gets at least one patient if there are enough.
     """
     order = sorted(set(patients), key=lambda name: (drawn_key(name, seed), name))
     counts = shares(len(order), fractions)
@@ -40,22 +40,22 @@ def draw_splits(patients: Iterable[str], fractions: Sequence[float], seed: int) 
 
 
 def drawn_remark(fractions: Sequence[float], seed: int, alone: int = 0) -> str:
-    """The remark about a drawn split; `alone` is the number of studies whose patient is not known."""
-    without = f"; studies without a patient ({alone:,}) count as patients of their own" if alone else ""
+    """Returns the remark about a random split; `alone` is the number of studies whose patient is unknown."""
+    without = f"; each of {alone:,} studies without a patient counts as one patient" if alone else ""
     parts = ", ".join(f"{100 * part:g}" for part in fractions)
     return f"Split drawn by patient with seed {seed}: {parts} percent{without}."
 
 
 def drawn_key(name: str, seed: int) -> bytes:
-    """Where a patient stands in the order that a split is cut from."""
+    """Returns the sort key of a patient in the shuffled order."""
     return hashlib.blake2b(f"{seed}\0{name}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def shares(total: int, fractions: Sequence[float]) -> list[int]:
-    """How many of the patients each split gets; see `draw_splits`."""
+    """Returns the number of patients in each split; see `draw_splits`."""
     wanted = [index for index, part in enumerate(fractions) if part > 0]
     counts = [int(total * part + 1e-9) for part in fractions]
-    # What rounding down left over goes to the largest remainders, the first split first.
+    # Patients left over by rounding down go to the splits with the largest remainders; ties go to the first split.
     for index in sorted(wanted, key=lambda i: counts[i] - total * fractions[i])[: total - sum(counts)]:
         counts[index] += 1
     for index in wanted:

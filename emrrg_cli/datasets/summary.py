@@ -1,4 +1,4 @@
-"""What is in a dataset directory, counted in one pass over its text; only the images of a few studies are read."""
+"""Summarises a dataset directory in one pass over its text; only the images of a few studies are read."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ __all__ = ["SYNTHETIC", "Example", "Repeated", "SplitCounts", "Summary", "summar
 
 
 def summarise(root: str | Path, *, examples: int = 12) -> Summary:
-    """Counts what is in a dataset directory.
+    """Counts studies, images, reports, labels and sentences of a dataset directory.
 
-    Text is read in batches and images are not decoded, so memory grows by some 80 bytes a study. Columns may be
-    missing, but for those that name studies.
+    Text is read in batches and images are not decoded, so memory grows by about 80 bytes per study. All columns except
+    the study ids may be missing.
 
     Args:
-        root: Directory written by `emrrg preprocess`, or any with Parquet files of the same names in `data/`.
-        examples: Studies to look at, drawn evenly from every split.
+        root: Directory written by `emrrg preprocess`, or any directory with Parquet files of these names in `data/`.
+        examples: Number of example studies, drawn evenly from every split.
 
     Raises:
-        UsageError: No such directory, or not a dataset directory.
+        UsageError: `root` does not exist or is not a dataset directory.
         RunError: Its files are broken.
     """
     folder = whole_directory(Path(root))

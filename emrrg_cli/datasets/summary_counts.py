@@ -1,4 +1,4 @@
-"""What `summarise` counts while the rows of a dataset directory go by."""
+"""Counts the rows of a dataset directory for `summarise`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from emrrg_cli.datasets.parquet_rows import text_rows
 from emrrg_cli.datasets.summary_types import Repeated, SplitCounts
 from emrrg_cli.vocabulary import UNKNOWN_VIEW
 
-MOST = 30  # labels, views and sentences that are kept
-_REPEATED = 5  # texts of repeated reports that are kept
+MOST = 30  # number of labels, views and sentences kept
+_REPEATED = 5  # number of repeated reports kept
 
-# A line that ends is no sentence that ends: reports come wrapped.
+# A line end is not a sentence end, because reports may be wrapped.
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n\s*\n")
 
 Hashes = Mapping[str, "array[int]"]
@@ -31,7 +31,7 @@ class SummaryCounts:
     """The counts of a dataset directory.
 
     Patients, reports and sentences are kept as hashes of 8 bytes; `repeated_reports` and `common_sentences` read the
-    text of those that are shown once more.
+    displayed texts again.
     """
 
     def __init__(self, shards: Shards) -> None:
@@ -63,7 +63,7 @@ class SummaryCounts:
         for name, value in row.items():
             if name not in FEATURES and isinstance(value, list):
                 column = self.labels.setdefault(name, {}).setdefault(split, Counter())
-                column.update({label for label in value if isinstance(label, str)})  # once a study
+                column.update({label for label in value if isinstance(label, str)})  # once per study
         if patient := row.get("patient_id"):
             self.patients[split].append(_hash(str(patient)))
         else:
@@ -80,11 +80,11 @@ class SummaryCounts:
         self.sentences.extend(dict.fromkeys(map(_hash_sentence, sentences_of(report))))
 
     def views_by_split(self) -> dict[str, dict[str, int]]:
-        """Images of the most frequent views, by split."""
+        """Returns the number of images of the most frequent views, by split."""
         return _by_split(self.views)
 
     def labels_by_split(self) -> dict[str, dict[str, dict[str, int]]]:
-        """Studies with the most frequent labels, by split, for each column of labels."""
+        """Returns the number of studies with the most frequent labels, by split, for each column of labels."""
         return {name: _by_split(by_split) for name, by_split in self.labels.items()}
 
     def patients_in_several_splits(self) -> int:
@@ -92,7 +92,7 @@ class SummaryCounts:
         return _in_several(self.patients)
 
     def common_sentences(self) -> list[tuple[str, int]]:
-        """The sentences of most reports, as they were first written; among equals those that came first."""
+        """Returns the sentences that occur in most reports, as first written; ties in order of appearance."""
         values, first, times = np.unique(self.sentences, return_index=True, return_counts=True)
         chosen = np.lexsort((first, -times))[:MOST].tolist()
         wanted = {int(values[index]): int(times[index]) for index in chosen}
@@ -106,7 +106,7 @@ class SummaryCounts:
         return [(texts[key], times) for key, times in wanted.items() if key in texts]
 
     def repeated_reports(self) -> Repeated:
-        """Reports that several studies have."""
+        """Returns the reports that several studies have."""
         together = np.concatenate([np.asarray(values, dtype=np.uint64) for values in self.reports.values()])
         values, times = np.unique(together, return_counts=True)
         often = times > 1
@@ -134,10 +134,10 @@ class SummaryCounts:
 
 
 def sentences_of(report: str) -> Iterator[str]:
-    """The sentences of a report, without what ends them."""
+    """Yields the sentences of a report, without their end marks."""
     for part in _SENTENCE.split(report):
         sentence = " ".join(part.split()).rstrip(".!?")
-        if any(character.isalpha() for character in sentence):  # the number of an enumeration is none
+        if any(character.isalpha() for character in sentence):  # not the number of an enumeration
             yield sentence
 
 
@@ -154,7 +154,7 @@ def _hash_sentence(sentence: str) -> int:
 
 
 def _by_split(counters: Mapping[str, Counter[str]]) -> dict[str, dict[str, int]]:
-    """The most frequent values over all splits, each with its number in every split."""
+    """Returns the most frequent values over all splits, each with its count in every split."""
     totals = sum(counters.values(), Counter[str]())
     return {
         value: {split: counter[value] for split, counter in counters.items()} for value, _ in totals.most_common(MOST)
@@ -162,7 +162,7 @@ def _by_split(counters: Mapping[str, Counter[str]]) -> dict[str, dict[str, int]]
 
 
 def _in_several(by_split: Hashes) -> int:
-    """Values that more than one split has."""
+    """Returns the number of values that occur in more than one split."""
     different = [np.unique(values) for values in by_split.values()]
     if not different:
         return 0

@@ -1,4 +1,4 @@
-"""What there is to say about a dataset directory."""
+"""The summary of a dataset directory."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 from emrrg_cli.imaging.base import EncodedImage
 
-# Sources whose images show no patient.
+# Source whose images show no patient.
 SYNTHETIC = "phantom"
 
 
 @dataclass
 class SplitCounts:
-    """One split; `without_patient` and `without_report` are studies, `patients` are those that have an id."""
+    """Counts of one split; `without_patient` and `without_report` count studies, `patients` only those with an id."""
 
     studies: int = 0
     images: int = 0
@@ -27,14 +27,14 @@ class SplitCounts:
 
 @dataclass(frozen=True)
 class Repeated:
-    """Reports whose words are the same, upper and lower case aside.
+    """Reports with the same words, ignoring case.
 
     Attributes:
-        distinct: Different reports.
-        repeated: Those of them that more than one study has.
-        studies: Studies with a report that another study has too.
-        across_splits: Different reports that more than one split has.
-        most: The texts met most often, with the number of their studies.
+        distinct: Number of different reports.
+        repeated: Number of different reports that more than one study has.
+        studies: Number of studies whose report another study also has.
+        across_splits: Number of different reports that more than one split has.
+        most: The most frequent texts, each with its number of studies.
     """
 
     distinct: int
@@ -46,7 +46,7 @@ class Repeated:
 
 @dataclass(frozen=True)
 class Example:
-    """One study to look at, its images as the files that they are."""
+    """One example study; its images are encoded files."""
 
     study_id: str
     split: str
@@ -58,17 +58,17 @@ class Example:
 
 @dataclass
 class Summary:
-    """What `summarise` found.
+    """The result of `summarise`.
 
     Attributes:
         root: The dataset directory.
-        sources: Studies by their source.
-        views: Images by split, by view.
-        labels: Studies by split, by label, by column; for each column that is a list of texts.
+        sources: Number of studies by source.
+        views: Number of images by split, by view.
+        labels: Number of studies by split, by label, by column; for each column that is a list of texts.
         words: Number of reports by their length in words.
-        sentences: The most common ones, with the number of reports that have them.
-        patients_in_several_splits: Leakage, where it is not 0.
-        manifest: What `emrrg preprocess` recorded; empty where there is none.
+        sentences: The most common sentences, with the number of reports that have them.
+        patients_in_several_splits: Number of patients in more than one split (leakage).
+        manifest: The manifest of `emrrg preprocess`; empty if there is none.
     """
 
     root: str
@@ -85,17 +85,17 @@ class Summary:
 
     @property
     def studies(self) -> int:
-        """Of all splits."""
+        """Number of studies in all splits."""
         return sum(split.studies for split in self.splits.values())
 
     @property
     def images(self) -> int:
-        """Of all splits."""
+        """Number of images in all splits."""
         return sum(split.images for split in self.splits.values())
 
     @property
     def is_synthetic(self) -> bool:
-        """Whether some of the images were drawn by a program."""
+        """Whether some of the images are synthetic."""
         return SYNTHETIC in self.sources
 
     @property
@@ -108,7 +108,7 @@ class Summary:
         total = sum(self.words.values())
         if not total:
             return []
-        # Up to where all but one in 200 end: a single long report would leave the others one bar.
+        # The steps cover 99.5% of the reports: a single long report would put all others into one bar.
         seen, last = 0, 0
         for length in sorted(self.words):
             seen, last = seen + self.words[length], length
@@ -126,7 +126,7 @@ class Summary:
         return bars
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: everything but images."""
+        """Returns everything except images, for JSON."""
         total = sum(self.words.values())
         return {
             "root": self.root,

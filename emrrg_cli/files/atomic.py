@@ -190,7 +190,7 @@ def read_directory(final: Path, read: Callable[[Path], T]) -> T:
 
 
 def _previous(final: Path) -> Path:
-    # Nobody else uses this name: a directory with it is removed.
+    # No other program uses this name, so a directory with it is removed.
     return final.with_name(f"{final.name}.previous-emrrg")
 
 

@@ -51,7 +51,7 @@ def locked(output: Path) -> Iterator[None]:
     finally:
         if lock.is_locked:
             with contextlib.suppress(OSError):  # Windows does not remove an open file
-                place.unlink()  # before the release, so that nobody else can hold this file by then
+                place.unlink()  # before the release, so that no other process can hold this file
             lock.release()
 
 

@@ -1,4 +1,4 @@
-"""Checks of a place before something is written there: links, special files, permissions, removed directories."""
+"""Checks an output path before something is written: links, special files, permissions, removed directories."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def check_writable(directory: Path) -> None:
 
 
 def refuse_links(directory: Path, patterns: Sequence[str] | None = None) -> None:
-    """Check, before anything is written to an output directory, that nothing in it leads out of it.
+    """Check, before anything is written to an output directory, that no link in it leads out of it.
 
     Args:
-        patterns: Glob patterns of the entries to look at, where the user may keep other files beside them. None: All
+        patterns: Glob patterns of the entries to check, if the user may keep other files beside them. None: all
             entries, at any depth.
 
     Raises:

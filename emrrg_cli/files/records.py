@@ -19,7 +19,7 @@ from emrrg_cli.files.write_errors import name_write_errors
 
 _LARGEST_RECORD = 64 * 2**20  # bytes of a JSON file
 _LARGEST_TABLE = 256 * 2**20  # bytes of a JSON-lines file that is read as a whole
-_LARGEST_LINE = 16 * 2**20  # bytes of a line of one that is read line by line
+_LARGEST_LINE = 16 * 2**20  # bytes of a line, in a JSON-lines file that is read line by line
 
 
 def append_jsonl(path: Path, row: Mapping[str, Any]) -> int:
@@ -83,14 +83,14 @@ def iterate_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _row(path: Path, number: int, line: bytes, is_last: bool) -> dict[str, Any] | None:
-    """The object in a line; None where the line is empty or the last one and cut off."""
+    """The object in a line; None if the line is empty, or is the last one and incomplete."""
     if not line.strip():
         return None
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         if is_last:  # all complete lines end with a line break
-            err.print(f"[yellow]{escape(str(path))}:{number}: the last line was cut off and is left out[/]")
+            err.print(f"[yellow]{escape(str(path))}:{number}: the last line is incomplete and is skipped[/]")
             return None
         raise UsageError(f"{path}:{number}: not JSON: {error}") from error
     if not isinstance(row, dict):

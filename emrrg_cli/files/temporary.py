@@ -1,7 +1,7 @@
-"""Names of temporary files, and the removal of those that a dead process left behind.
+"""Names temporary files, and removes temporary files of dead processes.
 
 Temporary names are `NAME.tmp-HOST-PID-RANDOM`, beside the final name and so on the same file system. The next write to
-the same name removes those of dead processes of this host.
+the same name removes files that dead processes of this host left behind.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def host_name() -> str:
 
 
 def is_leftover(entry: Path) -> bool:
-    """Whether a directory entry is a lock or a temporary file of this program, and so no content."""
+    """Whether a directory entry is a lock or a temporary file of this program, and therefore no content."""
     return entry.name == ".lock" or re.search(r"\.tmp-.+-\d+-[0-9a-f]{8}$", entry.name) is not None
 
 

@@ -1,4 +1,4 @@
-"""Error messages for writes that fail: which file, and on a full disk the space it needs and the space left."""
+"""Error messages for failed writes: the file, and on a full disk the space it needs and the space left."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from emrrg_cli.errors import RunError
 
 @contextlib.contextmanager
 def name_write_errors(path: Path, needed: int | None = None) -> Iterator[None]:
-    """Turn a system error into one that says which file could not be written, on a full disk also the space."""
+    """Turn a system error into one that names the file that could not be written, and on a full disk the space."""
     try:
         yield
     except OSError as error:
@@ -23,7 +23,7 @@ def name_write_errors(path: Path, needed: int | None = None) -> Iterator[None]:
 
 
 def reason(error: OSError) -> str:
-    """The system's words for an error. pyarrow puts its own words around them."""
+    """The system's message of an error, without the words that pyarrow puts around it."""
     return os.strerror(error.errno) if error.errno else str(error)
 
 
@@ -66,5 +66,5 @@ def _free_space(place: Path, needed: int | None) -> str:
 
 
 def _size(count: int, rounded: Callable[[float], int]) -> str:
-    """A number of bytes in MiB, or in KiB where it is less than one of them."""
+    """A number of bytes in MiB, or in KiB if it is less than 1 MiB."""
     return f"{count / 2**20:,.1f} MiB" if count >= 2**20 else f"{rounded(count / 2**10)} KiB"

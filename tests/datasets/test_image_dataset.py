@@ -204,8 +204,8 @@ def test_a_folder_is_searched_and_what_is_no_image_left_out(folder: Path, capsys
     assert names == sorted(p.relative_to(folder).as_posix() for p in folder.rglob("[01]*.*") if p.is_file())
     assert split.left_out == {"not an image": 1, "truncated image": 1}
     said = capsys.readouterr().err
-    assert f"{folder}: 2 of 14 files are left out: 1 truncated image, 1 not an image; first: b/cut.jpg" in said or (
-        f"{folder}: 2 of 14 files are left out: 1 not an image, 1 truncated image; first:" in said
+    assert f"{folder}: 2 of 14 files are skipped: 1 truncated image, 1 not an image; first: b/cut.jpg" in said or (
+        f"{folder}: 2 of 14 files are skipped: 1 not an image, 1 truncated image; first:" in said
     )
     assert not is_dataset_dir(folder)
 
@@ -231,5 +231,5 @@ def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
         split_folder(tmp_path, 0.1)
     (tmp_path / "table.csv").write_text("a,b\n")
     (tmp_path / "x.json").write_text(json.dumps({}))
-    with pytest.raises(RunError, match=r"2 of 2 files are left out: 2 not an image; first: table\.csv"):
+    with pytest.raises(RunError, match=r"2 of 2 files are skipped: 2 not an image; first: table\.csv"):
         split_folder(tmp_path, 0.1)

@@ -51,7 +51,7 @@ def test_films_without_labels_are_left_out(labelled_dataset: Path, tiny_dataset:
     assert _known(example.findings) == _known(films.targets[1]) == {
         "No Finding": 0.0, "Cardiomegaly": 0.0, "Pleural Effusion": 1.0,
     }  # fmt: skip
-    with pytest.raises(UsageError, match=r"no column labels, which labels_only asks for"):
+    with pytest.raises(UsageError, match=r"no column labels, which labels_only needs"):
         LabelledFilms(open_dataset(tiny_dataset)["train"], DataSettings(), 16)
     split = open_dataset(labelled_dataset)["train"].map(lambda row: {"labels": ["Hernia"]})
     with pytest.raises(UsageError, match="none of its labels is known"):

@@ -177,7 +177,7 @@ def test_a_resumed_run_on_a_folder_keeps_its_list_of_images(
 ) -> None:
     data = (f"data.root={films}", "data.validation=0.2")
     whole = pretrain("whole", *data)
-    assert "1 of 17 files are left out: 1 not an image; first: notes.txt" in capsys.readouterr().err
+    assert "1 of 17 files are skipped: 1 not an image; first: notes.txt" in capsys.readouterr().err
     record = json.loads((whole.directory / "images.json").read_text())
     assert (len(record["train"]), len(record["validation"])) == (13, 3)
     assert record["left_out"] == {"not an image": 1}
@@ -306,7 +306,7 @@ def test_a_path_of_iu_x_ray_tells_its_report(name: str, known: str) -> None:
         ("data.sets=[{root: a}]", "root and sets both name data"),
         ("data.root={empty}", "no files in"),
         ("data.root={gone}", "gone: no such folder"),
-        ("data.root={texts}", "1 of 1 files are left out: 1 not an image; first: a.txt"),
+        ("data.root={texts}", "1 of 1 files are skipped: 1 not an image; first: a.txt"),
         ("train.batch_size=25", "has 24 usable examples, fewer than train.batch_size=25"),
         ("data.limit=5", "has 5 usable examples, fewer than train.batch_size=8"),
         ("model.encoder.image_size=64", "model.encoder.image_size: must be 128 or more, got 64"),

@@ -94,7 +94,7 @@ _OPENI = [
     _Case("an annotation cut short", lambda o: (o.root / "a.json").write_text('{"train": [{"id": "CXR'), 1,
           "a.json:1:19: not valid JSON", ("--annotation", "{root}/a.json")),
     _Case("no such annotation", lambda o: None, 2, "no such annotation file", ("--annotation", "{root}/a.json")),
-    _Case("parts that do not sum to 1", lambda o: None, 2, "the parts must sum to 1", ("--split", "0.5,0.6")),
+    _Case("parts that do not sum to 1", lambda o: None, 2, "the fractions must sum to 1", ("--split", "0.5,0.6")),
 ]  # fmt: skip
 
 _FLAT = [
