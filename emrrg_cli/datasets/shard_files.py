@@ -84,7 +84,7 @@ def _check_manifest(folder: Path, shards: Mapping[str, list[Path]], manifest: Ma
             other = next((name for name, count in studies.items() if name != split and count == found), None)
             if other and found != studies.get(split):
                 raise RunError(
-                    f"{folder}: the files of split {split} have {found:,} studies, as {MANIFEST} lists for split {other}",
+                    f"{folder}: the files of split {split} have {found:,} studies, as {MANIFEST} says of {other}",
                     hint=_AGAIN,
                 )
 

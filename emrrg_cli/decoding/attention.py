@@ -1,4 +1,4 @@
-"""Attention of a decoding step: few queries, many keys that are shared by a group of heads."""
+"""Attention of a decoding step: few queries, and many keys that a group of heads shares."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NAME = "emrrg_packed"
 
 @cache
 def packed_attention() -> str:
-    """The name under which transformers finds this attention."""
+    """Registers this attention and returns its name in transformers."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(_NAME, _packed)
@@ -30,7 +30,7 @@ def _packed(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Puts the query heads that share a key head side by side, so that no key is repeated in memory.
+    """Groups the query heads that share a key head, so that keys are not repeated in memory.
 
     Args:
         query: `[n, heads, k, head_dim]`.

@@ -1,4 +1,4 @@
-"""What the page of `generate` shows of a study beside its record: small pictures, and where the model looked."""
+"""Study cards for the page of `generate`: small pictures, and maps of where the model looked."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _TEXTS = ("images", "maps")
 
 @dataclass(frozen=True)
 class PageOptions:
-    """What the page of a run shows.
+    """Options of the page of a run.
 
     Args:
-        studies: how many; 0: there is no page.
-        grounding: whether it shows where the model looked in each sentence.
-        command: what was typed.
+        studies: number of studies on the page; 0: no page.
+        grounding: whether the page shows where the model looked in each sentence.
+        command: the command line.
     """
 
     studies: int = 2000
@@ -40,14 +40,14 @@ PAGE, NO_PAGE = PageOptions(), PageOptions(0, grounding=False)
 
 @dataclass(frozen=True)
 class StudyCard:
-    """The pictures of a study, by its name."""
+    """A study's name and pictures."""
 
     study: str
     pictures: Pictures
 
 
 def small_picture(image: Image.Image) -> str:
-    """An image as the address of a WebP picture of about 15 kB that is part of a page."""
+    """Converts an image to a data URL with a WebP picture of about 15 kB."""
     small = image.convert("L")
     small.thumbnail((_SIDE, _SIDE))
     stream = io.BytesIO()
@@ -56,7 +56,7 @@ def small_picture(image: Image.Image) -> str:
 
 
 def pictures_with_maps(images: Sequence[str], maps: Tensor) -> Pictures:
-    """Pictures and maps `[sentences, views, grid, grid]` of a study, the maps at 8 bits."""
+    """Combines pictures and maps `[sentences, views, grid, grid]` of a study; maps are stored with 8 bits."""
     encoded, peaks = [], []
     for one in maps:
         largest = one.max().item()
@@ -67,13 +67,13 @@ def pictures_with_maps(images: Sequence[str], maps: Tensor) -> Pictures:
 
 
 class CardFile:
-    """The cards of a run in `page.jsonl`, from which a later run that adds studies makes the page again.
+    """The cards of a run in `page.jsonl`. A later run that adds studies makes the page again from this file.
 
-    `page.jsonl.partial` grows study by study. Only the places of cards are held in memory.
+    `page.jsonl.partial` grows study by study. Only the positions of cards in the file are kept in memory.
 
     Args:
-        folder: of the run's output.
-        fingerprint: of model and options; cards of others are left alone.
+        folder: folder of the run's output.
+        fingerprint: fingerprint of model and options; cards with another fingerprint are ignored.
     """
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
@@ -94,13 +94,13 @@ class CardFile:
         """Saves a card at once.
 
         Raises:
-            RunError: it cannot be written.
+            RunError: the file cannot be written.
         """
         row = {"study": card.study, "fingerprint": self.fingerprint, **asdict(card.pictures)}
         self.index.add(card.study, self.partial, append_jsonl(self.partial, row))
 
     def finish(self, studies: Sequence[str]) -> None:
-        """Keeps the cards of some studies, in their order; the others are dropped.
+        """Keeps the cards of these studies, in this order, and drops the others.
 
         Raises:
             RunError: the file cannot be written.
@@ -113,7 +113,7 @@ class CardFile:
         self.partial.unlink(missing_ok=True)
 
     def join(self, rows: Iterable[Row]) -> Iterator[tuple[Row, Pictures]]:
-        """Records with their pictures; they come in the order of `finish`. One that has none gets empty ones."""
+        """Yields records with their pictures, in the order of `finish`; pictures are empty if a record has none."""
         cards = (row for _, row in iterate_jsonl(self.file))
         card = next(cards, None)
         for row in rows:
@@ -125,7 +125,7 @@ class CardFile:
 
 
 def _is_card(row: Row) -> bool:
-    # Others can write the file, and the page must be made whatever it holds.
+    # Other programs may have changed the file, and the page must be made with any content.
     texts = all(isinstance(row.get(name), list) and all(isinstance(one, str) for one in row[name]) for name in _TEXTS)
     peaks = row.get("peaks")
     numbers = isinstance(peaks, list) and all(isinstance(one, int | float) for one in peaks)

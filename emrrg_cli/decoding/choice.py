@@ -1,4 +1,4 @@
-"""Which engine decodes an LLM: ours where a trial shows that it computes the same, else transformers' `generate`."""
+"""Chooses the engine that decodes an LLM: ours if a trial shows equal results, else transformers' `generate`."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _tried: weakref.WeakKeyDictionary[Any, str | None] = weakref.WeakKeyDictionary()
 
 
 def choose_engine(llm: Any, settings: GenerationSettings, longest: int) -> str:
-    """`own` or `transformers`.
+    """Returns `own` or `transformers`.
 
     Args:
-        longest: tokens of the longest prompt and report together.
+        longest: number of tokens of the longest prompt and report together.
 
     Raises:
-        UsageError: when our own engine is asked for and does not support the LLM.
+        UsageError: if our own engine is requested but does not support the LLM.
     """
     if settings.engine == "transformers":
         return "transformers"
@@ -43,16 +43,16 @@ def _short_window(llm: Any, longest: int) -> str | None:
     config = plain(llm).config.get_text_config(decoder=True)
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     short = [window for window in windows if isinstance(window, int) and window < longest]
-    return f"it attends to the last {short[0]} tokens only" if short else None
+    return f"it attends only to the last {short[0]} tokens" if short else None
 
 
 def _trial(llm: Any) -> str | None:
-    # A few steps on a made-up prompt, against forward passes without a cache. -> what is wrong.
+    # Compares a few steps on a made-up prompt with forward passes without a cache. -> the problem, or None.
     base = plain(llm)
     if base not in _tried:
         try:
             ours, theirs = _trial_logits(llm)
-        except Exception as error:  # a family that does not fit fails in its own way
+        except Exception as error:  # unsupported families fail in different ways
             _tried[base] = next(iter(str(error).strip().splitlines()), type(error).__name__)
         else:
             tolerance = (2e-3 if theirs.dtype == torch.float32 else 0.25) * theirs.float().std()
@@ -62,7 +62,7 @@ def _trial(llm: Any) -> str | None:
 
 
 class _Recorder(BeamSearch):
-    """Keeps the beams and the logits of every step."""
+    """Records the beams and the logits of every step."""
 
     steps: list[tuple[Tensor, Tensor]]
 

@@ -1,4 +1,4 @@
-"""How sure the model is of what it wrote: probabilities of words and sentences from those of tokens."""
+"""Confidence of the model in its report: probabilities of words and sentences from the probabilities of tokens."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ class Sentence:
 
 @dataclass(frozen=True)
 class Confidence:
-    """How sure the model is of a report.
+    """Confidence of the model in a report.
 
-    The probabilities are those that the model gives to the tokens of the report that was chosen, before penalties,
-    temperature and other decoding options. They say how usual the words are, not whether they are true.
+    The probabilities are those of the chosen report's tokens, before penalties, temperature and other decoding options.
+    They measure how usual the words are, not whether they are true.
 
     Args:
-        mean_token_logprob: mean log-probability of all tokens, the end token included.
-        sentences: in order.
-        words: of each word between spaces the product of the probabilities of its tokens, `[words]`.
-        sentence_of_token: of each token the number of its sentence, -1 for the end token, `[tokens]`.
+        mean_token_logprob: mean log-probability of all tokens, including the end token.
+        sentences: the sentences, in order.
+        words: product of the token probabilities of each word between spaces, `[words]`.
+        sentence_of_token: number of the sentence of each token, -1 for the end token, `[tokens]`.
     """
 
     mean_token_logprob: float
@@ -41,7 +41,7 @@ class Confidence:
     sentence_of_token: list[int]
 
     def as_dict(self) -> dict[str, Any]:
-        """What a record holds."""
+        """Returns the values for a record."""
         return {
             "mean_token_logprob": round(self.mean_token_logprob, 4),
             "sentences": [
@@ -54,13 +54,13 @@ class Confidence:
 def read_confidence(
     text: str, tokens: Sequence[int], log_probabilities: Sequence[float], decode: Callable[[Sequence[int]], str]
 ) -> Confidence:
-    """How sure the model is of each part of a report.
+    """Computes the confidence in each part of a report.
 
     Args:
-        text: the report, words divided by single spaces.
-        tokens: of which `decode` makes `text`.
-        log_probabilities: of each token.
-        decode: from tokens to text, without special tokens.
+        text: the report, with single spaces between words.
+        tokens: tokens that `decode` turns into `text`.
+        log_probabilities: log-probability of each token.
+        decode: converts tokens to text, without special tokens.
     """
     places = token_places(text, tokens, decode)
     spans = sentence_spans(text)
@@ -83,10 +83,10 @@ def read_confidence(
 
 
 def token_places(text: str, tokens: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[int]:
-    """Where in a text each token begins, spaces before it left out: `len(text)` for tokens that leave no text.
+    """Returns the position in a text at which each token begins, after spaces; `len(text)` for tokens without text.
 
-    A token is what it adds to the text of the tokens before it: some tokenizers write the same token in another way at
-    the beginning of a text, and several tokens can make one letter.
+    A token's text is what it adds to the text of the previous tokens, because some tokenizers decode a token
+    differently at the start of a text, and several tokens can form one letter.
     """
     ends = accumulate((_common(text, decode(tokens[: count + 1])) for count in range(len(tokens))), max, initial=0)
     places = []
@@ -98,7 +98,7 @@ def token_places(text: str, tokens: Sequence[int], decode: Callable[[Sequence[in
 
 
 def _common(text: str, other: str) -> int:
-    # How far two texts are the same.
+    # Length of the common prefix of two texts.
     if text.startswith(other):
         return len(other)
     return next((place for place, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), len(text))

@@ -1,4 +1,4 @@
-"""What is known of studies before their films are read, as the prompt of a model tells it."""
+"""Contexts of studies (indication, age, ...) in the form of the model's prompt."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from emrrg_cli.vocabulary import ContextField
 
 
 def read_context(given: Mapping[str, Any], settings: DataSettings) -> dict[ContextField, str]:
-    """What is told of a study, as its prompt has it; texts that say nothing are left out.
+    """Returns the context of a study for its prompt, without empty texts.
 
     Args:
-        settings: of the run, whose `context` names what the model reads.
+        settings: data settings of the run; its `context` lists the fields that the model reads.
 
     Raises:
-        UsageError: for a name that the model does not read.
+        UsageError: for a field that the model does not read.
     """
     if unknown := sorted(set(given) - set(settings.context)):
         known = f"it reads {', '.join(settings.context)}" if settings.context else "it was trained without any context"
@@ -33,10 +33,12 @@ def read_context(given: Mapping[str, Any], settings: DataSettings) -> dict[Conte
 
 
 def with_contexts(studies: Sequence[StudyFiles], given: Mapping[str, str], settings: DataSettings) -> list[StudyFiles]:
-    """The studies with their contexts as the prompt tells them; `given` is known of all, before what each has.
+    """Returns the studies with their contexts for the prompt; `given` applies to all studies and has priority.
+
+    Fields of a study that the model does not read are dropped.
 
     Raises:
-        UsageError: as `read_context`, for `given`. What studies have and the model does not read is left out.
+        UsageError: as `read_context`, for `given`.
     """
     read_context(given, settings)
     found = []

@@ -1,4 +1,4 @@
-"""Decoding of our own: studies enter and leave a running batch, and on a GPU each step is one CUDA graph."""
+"""Our decoding engine: studies enter and leave a running batch, and on a GPU each step is one CUDA graph."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from emrrg_cli.decoding.search import Report, make_search
 from emrrg_cli.decoding.slots import Prompts, Slots
 from emrrg_cli.recipe.finetuning import GenerationSettings
 
-_CHECK_EVERY = 8  # steps on a GPU between two looks at which studies are done
+_CHECK_EVERY = 8  # steps on a GPU between two checks for finished studies
 _log = logging.getLogger(__name__)
 
 
@@ -25,9 +25,9 @@ class Engine:
         llm: causal LM in evaluation mode, with or without hybrid layers and adapters.
         settings: decoding options; `batch_size` studies are decoded at a time.
         end: tokens that end a report.
-        device: of the LLM.
-        autocast: the precision of a step; a new context each time.
-        graphs: capture steps as CUDA graphs; only on a GPU.
+        device: device of the LLM.
+        autocast: makes a new precision context for each step.
+        graphs: whether to capture steps as CUDA graphs; only on a GPU.
     """
 
     def __init__(
@@ -43,21 +43,21 @@ class Engine:
         self.slots = Slots(llm, make_search(settings, end, device), settings.batch_size)
         self.autocast = autocast
         self.on_gpu = device.type == "cuda"
-        # Reading a prompt is launched kernel by kernel: on a GPU it pays for several studies at once only.
+        # Prompts are read without CUDA graphs: on a GPU this is efficient only for several studies at once.
         self.least = max(1, settings.batch_size // 4) if self.on_gpu else 1
         self.graphs = _Graphs(self.slots) if graphs and self.on_gpu else None
 
     @torch.no_grad()
     def write(self, prompts: Iterable[Prompts]) -> Iterator[list[tuple[Any, Report]]]:
-        """Yields keys and reports as soon as studies are done.
+        """Yields keys and reports as soon as studies are finished.
 
         Args:
-            prompts: of a few studies at a time; they are asked for when places become free.
+            prompts: prompts of a few studies at a time; they are requested when places become free.
         """
         waiting: deque[Prompts] = deque()
         source = iter(prompts)
-        active: list[Any] = []  # the keys in places 0, 1, ...; None: done
-        written: list[int] = []  # tokens of each
+        active: list[Any] = []  # the keys in places 0, 1, ...; None: finished
+        written: list[int] = []  # number of tokens of each
         more = True
         while True:
             while more and sum(map(len, waiting)) < self.slots.places - len(active):
@@ -81,7 +81,7 @@ class Engine:
         while waiting and len(active) < self.slots.places:
             if self.slots.state and not self.slots.fits(waiting[0]):
                 if active:
-                    return  # longer than what there is room for: the others finish first
+                    return  # too long for the current room: the others finish first
                 self.slots.empty()
                 if self.graphs is not None:
                     self.graphs = _Graphs(self.slots)
@@ -96,7 +96,7 @@ class Engine:
             written += [1] * len(entering)
 
     def _run(self, active: list[Any], written: list[int]) -> list[int]:
-        # A few steps, of which the host knows only how many; -> the places that are done.
+        # Runs a few steps without reading values on the host. -> the finished places.
         most = self.slots.search.most
         count = self._count(len(active))
         steps = 0
@@ -124,7 +124,7 @@ class Engine:
             self.slots.step(count, steps)
 
     def _leave(self, finished: list[int], active: list[Any], written: list[int]) -> None:
-        # The last studies move into the places that became free.
+        # The last studies move into the free places.
         remaining = [place for place in range(len(active)) if place not in set(finished)]
         targets = [place for place in finished if place < len(remaining)]
         sources = [place for place in remaining if place >= len(remaining)]
@@ -138,7 +138,7 @@ class Engine:
 
 
 class _Graphs:
-    """One captured step for each number of places and bucket of lengths."""
+    """Captured steps, one for each number of places and bucket of lengths."""
 
     def __init__(self, slots: Slots) -> None:
         self.slots = slots
@@ -147,12 +147,12 @@ class _Graphs:
         self._pool: Any = None
 
     def step(self, count: int, steps: int) -> None:
-        """Replays the step, captured where it is the first of its kind."""
+        """Replays the step; captures it first if it is new."""
         key = (count, steps)
         if key not in self._captured:
             try:
                 self._captured[key] = self._capture(count, steps)
-            except Exception as error:  # whatever an LLM does that cannot be captured
+            except Exception as error:  # any operation that cannot be captured
                 _log.warning("this LLM cannot be captured as a CUDA graph, so decoding is slower: %s", error)
                 self.failed = True
                 self.slots.step(count, steps)
@@ -164,7 +164,7 @@ class _Graphs:
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         try:
-            with torch.cuda.stream(side):  # kernels are chosen and work space is made outside the graph
+            with torch.cuda.stream(side):  # kernels are chosen and work space is allocated outside the graph
                 self.slots.step(count, steps)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()

@@ -19,12 +19,12 @@ from emrrg_cli.versions import installed_versions
 _LISTED = 200  # skipped files on the page
 _ATTENTION = (
     "The map is the model's attention to the image, averaged over the words of the sentence. It shows where the model "
-    "looked, which need not be where the finding is."
+    "looked, which may differ from where the finding is."
 )
 _AVERAGED = " The model averages the views of a study, so all of them have the same map."
 _GRADIENT = (
-    "The map shows on which parts of the image the probability of the sentence depends most, which need not be where "
-    "the finding is."
+    "The map shows on which parts of the image the probability of the sentence depends most. This may differ "
+    "from where the finding is."
 )
 
 
@@ -32,8 +32,8 @@ class Gallery:
     """The page of a run.
 
     Args:
-        place: where the run's files are.
-        options: what the page shows.
+        place: the files of the run.
+        options: options of the page.
     """
 
     def __init__(self, place: Output, run_dir: Path, recipe: FinetuneRecipe, options: PageOptions) -> None:
@@ -45,7 +45,7 @@ class Gallery:
         self.cards.find_earlier()
 
     def begin(self) -> None:
-        """Removes what earlier runs left unfinished and this one does not continue."""
+        """Removes unfinished files of earlier runs that this run does not continue."""
         if not len(self.place.records):
             self.cards.partial.unlink(missing_ok=True)
 
@@ -53,7 +53,7 @@ class Gallery:
         """Saves a card at once.
 
         Raises:
-            RunError: it cannot be written.
+            RunError: the file cannot be written.
         """
         self.cards.append(card)
 
@@ -61,7 +61,7 @@ class Gallery:
         """Writes the page from the records and cards of the run.
 
         Raises:
-            RunError: it cannot be written.
+            RunError: the file cannot be written.
         """
         names, several = [], False
         for row in self._rows():

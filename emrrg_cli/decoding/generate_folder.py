@@ -1,4 +1,4 @@
-"""Reports for the studies in files and folders."""
+"""Writes reports for the studies in files and folders."""
 
 from __future__ import annotations
 
@@ -29,36 +29,36 @@ from emrrg_cli.runtime import fit_threads
 from emrrg_cli.signals import interrupted_by
 from emrrg_cli.silence_libraries import silence_libraries
 
-LISTED = 10  # skipped files and notes that are kept for the terminal
+LISTED = 10  # number of skipped files and notes kept for the terminal
 
 
 @dataclass
 class Written:
-    """Outcome of `run_generation`. Records stay in their file; of what is listed the first few are here."""
+    """Result of `run_generation`. Records stay in their file; only the first skipped files and notes are here."""
 
-    records: Path  # file with the records, those of earlier runs among them
-    skipped_file: Path  # where all the skipped files are listed
-    reports: int = 0  # records, with earlier ones
-    earlier: int = 0  # records that were there before
-    skipped: int = 0  # files
-    first_skipped: list[tuple[str, str]] = field(default_factory=list)  # with the reasons
-    noted: int = 0  # new records with notes
-    unlike: int = 0  # of them, those with films unlike those of the training
+    records: Path  # file with the records, including those of earlier runs
+    skipped_file: Path  # list of all skipped files
+    reports: int = 0  # number of records, including earlier ones
+    earlier: int = 0  # number of records of earlier runs
+    skipped: int = 0  # number of skipped files
+    first_skipped: list[tuple[str, str]] = field(default_factory=list)  # path and reason
+    noted: int = 0  # number of new records with notes
+    unlike: int = 0  # number of new records with films unlike the training films
     first_noted: list[tuple[str, str]] = field(default_factory=list)  # path and notes
     seconds: float = 0.0
 
     def rows(self) -> Iterator[Row]:
-        """The records, one at a time."""
+        """Yields the records, one at a time."""
         return (row for _, row in iterate_jsonl(self.records)) if self.reports else iter(())
 
     def skipped_rows(self) -> Iterator[dict[str, Any]]:
-        """The skipped files, `path` and `reason`, one at a time."""
+        """Yields the skipped files, `path` and `reason`, one at a time."""
         return (row for _, row in iterate_jsonl(self.skipped_file)) if self.skipped else iter(())
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What writes: `device` as `--device` names it, and the number of processes."""
+    """The device, as in `--device`, and the number of processes."""
 
     device: str = "auto"
     processes: int = 1
@@ -77,21 +77,21 @@ def run_generation(
 ) -> Written:
     """Writes a report for each study with a readable image into `reports.jsonl` (and `reports.csv`, `page.html`).
 
-    Records are saved as soon as they are written, in `reports.jsonl.partial`, which becomes `reports.jsonl` at the end,
-    also when the run is interrupted. Studies that an earlier run with the same model and options has written are
-    skipped. With `overwrite`, earlier reports are replaced only after the new run completes.
+    Each record is saved at once in `reports.jsonl.partial`, which becomes `reports.jsonl` at the end, also after an
+    interruption. Studies that an earlier run with the same model and options has written are skipped. With `overwrite`,
+    earlier reports are replaced only after the new run completes.
 
     Args:
-        studies: their contexts as the prompt tells them (`with_contexts`).
-        shard: write only this part of the studies, into files of its own, with a `.done` file at the end and no page.
-        page: what the page shows.
+        studies: studies with contexts for the prompt (`with_contexts`).
+        shard: write only this part of the studies, into separate files, with a `.done` file at the end and no page.
+        page: options of the page.
 
     Raises:
-        UsageError: when `output` holds reports of another model, other options or another context and `overwrite` is
-            false, or when it cannot be written.
-        RunError: when another process writes there, the model cannot be loaded, a process is ended, or the output is
-            removed or leads elsewhere by a link.
-        Interrupted: after SIGINT or SIGTERM; what was written so far is kept.
+        UsageError: if `output` has reports of another model, other options or another context and `overwrite` is
+            false, or if it cannot be written.
+        RunError: if another process writes there, the model cannot be loaded, a process was ended, or the output was
+            removed or contains a link to another place.
+        Interrupted: after SIGINT or SIGTERM; reports written so far are kept.
     """
     check_writable(output)
     place = Output(output, shard, fingerprint_of(run_dir, recipe))
@@ -157,7 +157,7 @@ class _Run:
     def _stopped(self) -> str:
         result, place = self.result, self.place
         written = result.reports - result.earlier
-        where = f"{place.partial}, the earlier ones as they were" if self.replaces else place.folder
+        where = f"{place.partial}; earlier reports are unchanged" if self.replaces else place.folder
         done = written + result.skipped
         saved = f"{counted(written, 'report')} saved in {where}"
         return f"stopped after {done} of {len(self.studies) - result.earlier} files; {saved}"

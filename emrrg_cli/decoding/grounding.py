@@ -1,7 +1,7 @@
-"""Where in the images the model looks as it writes each sentence: one pass over finished reports.
+"""Computes where the model looks in the images when it writes each sentence, in one pass over finished reports.
 
-It is what the model does, not what is true: attention to a place is no proof that a finding is there, and the encoder
-mixes its tokens, so that the token of a patch also tells of others.
+The maps describe the model, not the truth: attention to a place does not prove a finding there, and the encoder mixes
+its tokens, so the token of a patch also has information about other patches.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from emrrg_cli.models.hybrid_decoder import CrossAttention, decoder_layers
 from emrrg_cli.models.report_generator import Contexts, ReportGenerator
 
 Tokens = Sequence[Sequence[int]]
-_STUDIES = 4  # at a time where gradients are taken
+_STUDIES = 4  # studies at a time if gradients are computed
 
 
 def ground_reports(
@@ -32,25 +32,25 @@ def ground_reports(
     contexts: Contexts = (),
     projections: Tensor | None = None,
 ) -> list[Tensor]:
-    """Where the model looks as it writes each sentence.
+    """Computes maps of where the model looks when it writes each sentence.
 
-    With hybrid layers: their cross-attention over patches at the places that write the sentence's tokens, averaged
-    over tokens, layers and heads, with the size of the gate as the weight. A closed gate has no weight. Where the model
-    averages the views of a study, all of them get the same map. Without hybrid layers: how much the log-probability of
-    the sentence depends on each patch, to first order (gradient times the encoder's token).
+    With hybrid layers, a map is their cross-attention to the patches at the positions that predict the sentence's
+    tokens, averaged over tokens, layers and heads, weighted by the size of the gate; a closed gate has no weight. If
+    the model averages the views of a study, all views get the same map. Without hybrid layers, a map is the influence
+    of each patch on the sentence's log-probability, to first order (gradient times the encoder's token).
 
     Args:
-        model: in evaluation mode.
-        pixels: uint8 `[n, size, size]`, the views of all studies one after the other, on the model's device.
-        views: int64 `[b]`, views of each study, summing to `n`.
-        reports: tokens of each report, `b` of them.
-        sentences: for each token the number of its sentence, -1 for one of none.
-        contexts: what the prompt tells of each study; empty: nothing of any.
-        projections: int64 `[n]`, places in `VIEW_TOKENS`; None: all unknown.
+        model: the model, in evaluation mode.
+        pixels: uint8 `[n, size, size]`, the views of all studies in sequence, on the model's device.
+        views: int64 `[b]`, views of each study, which sum to `n`.
+        reports: tokens of each of `b` reports.
+        sentences: number of the sentence of each token, or -1.
+        contexts: context of each study; empty: no study has any.
+        projections: int64 `[n]`, indices into `VIEW_TOKENS`; None: all unknown.
 
     Returns:
         For each study fp32 `[sentences, views, grid, grid]` on the CPU, row by row from the top left. Each sentence's
-        map sums to 1 over views and patches; it is 0 everywhere where no gate is open.
+        map sums to 1 over views and patches, or is 0 everywhere if no gate is open.
     """
     ground = _by_attention if model.hybrid else _by_gradient
     with torch.no_grad():
@@ -89,7 +89,7 @@ def _by_attention(
 
     def keep(cross: CrossAttention, inputs: tuple[Any, ...]) -> None:
         hidden, query, key, _, visual_mask = inputs
-        # The place before a token writes it.
+        # The position before a token predicts it.
         hidden, query = (states[:, -written - 1 : -1] for states in (hidden, query))
         gates = cross.gates(hidden).float().abs().transpose(1, 2)  # [b, 1, t]
         with torch.autocast(query.device.type, enabled=False):
@@ -115,7 +115,7 @@ def _watched(llm: Any, keep: Any) -> Iterator[None]:
 
 
 def _sentence_tokens(sentences: Tokens, device: torch.device) -> Tensor:
-    # [b, s, t], 1 where a token belongs to a sentence
+    # [b, s, t], 1 if a token belongs to a sentence
     longest, most = max(map(len, sentences)), max(max(numbers, default=-1) for numbers in sentences) + 1
     padded = torch.tensor([[*numbers, *[-1] * (longest - len(numbers))] for numbers in sentences])
     return (padded[:, None] == torch.arange(most)[:, None]).float().to(device)
@@ -127,7 +127,7 @@ def _sentence_tokens(sentences: Tokens, device: torch.device) -> Tensor:
 def _by_gradient(
     model: ReportGenerator, tokens: Tensor, views: Tensor, contexts: Contexts, reports: Tokens, sentences: Tokens
 ) -> Tensor:
-    # tokens [n, l + 1, d] -> [b, sentences, v, l + 1]; a few studies at a time, since all states are kept
+    # tokens [n, l + 1, d] -> [b, sentences, v, l + 1]; a few studies at a time, because all states are kept
     counts: list[int] = views.tolist()
     most = max(max(numbers, default=-1) for numbers in sentences) + 1
     found = tokens.new_zeros(len(reports), most, max(counts), tokens.shape[1], dtype=torch.float32)
@@ -155,7 +155,7 @@ def _saliency(
     ids = torch.tensor([[*row, *[0] * (written - len(row))] for row in reports]).to(logits.device)
     given = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]  # [b, t]
     found = tokens.new_zeros(chosen.shape[1], *tokens.shape[:2], dtype=torch.float32)
-    for number in range(len(found)):  # a report depends on the tokens of its own study only
+    for number in range(len(found)):  # a report depends only on the tokens of its own study
         wanted = (given * chosen[:, number]).sum()
         (gradient,) = torch.autograd.grad(wanted, tokens, retain_graph=number + 1 < len(found))
         found[number] = (gradient.float() * tokens.detach().float()).sum(-1).abs()

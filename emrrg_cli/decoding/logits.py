@@ -1,7 +1,7 @@
-"""What decoding options do to the scores of the next token, as tensors alone: no value is read by the host.
+"""Applies decoding options to the scores of the next token, with tensors only: the host reads no value.
 
-Each function does to every row what the processor of the same purpose in transformers does, for studies that are at
-different lengths. `b` studies, `k` beams, `t` positions of the token buffer, `v` vocabulary.
+Each function corresponds to a logits processor of transformers, for studies of different lengths in one batch. `b`
+studies, `k` beams, `t` positions of the token buffer, `v` vocabulary.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ _STEP, _MIX_1, _MIX_2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECC
 
 
 def penalize_repetition(scores: Tensor, tokens: Tensor, length: Tensor, penalty: float) -> Tensor:
-    """Makes tokens that were written before less likely.
+    """Makes tokens that were already written less likely.
 
     Args:
         scores: `[b, k, v]`.
-        tokens: `[b, k, t]`, of which the first `length` are written.
+        tokens: `[b, k, t]`; the first `length` tokens are written.
         length: `[b]`.
-        penalty: negative scores are multiplied by it, positive ones divided.
+        penalty: negative scores are multiplied by it, positive scores are divided.
     """
     written = torch.arange(tokens.shape[-1], device=tokens.device) < length[:, None, None]
     ids = torch.where(written, tokens, tokens[..., :1])  # unwritten places repeat the first token: same value twice
@@ -32,7 +32,7 @@ def penalize_repetition(scores: Tensor, tokens: Tensor, length: Tensor, penalty:
 def block_repeated_ngrams(scores: Tensor, tokens: Tensor, length: Tensor, size: int) -> Tensor:
     """Forbids tokens that would complete a sequence of `size` tokens a second time.
 
-    Args: as of `penalize_repetition`.
+    Args: as in `penalize_repetition`.
     """
     b, k, t = tokens.shape
     if t < size:
@@ -55,12 +55,12 @@ def forbid_early_end(scores: Tensor, length: Tensor, minimum: int, end: Tensor) 
 
 
 def keep_likely(scores: Tensor, temperature: float, top_k: int, top_p: float, keep: int) -> Tensor:
-    """The scores to sample from: divided by the temperature, and without unlikely tokens.
+    """Returns the scores to sample from: divided by the temperature, without unlikely tokens.
 
     Args:
-        top_k: tokens kept; 0: all.
-        top_p: the most likely tokens with this much probability together are kept.
-        keep: tokens that are kept in any case.
+        top_k: number of tokens kept; 0: all.
+        top_p: total probability of the most likely tokens that are kept.
+        keep: number of tokens that are always kept.
     """
     scores = scores / temperature
     if top_k:
@@ -75,9 +75,9 @@ def keep_likely(scores: Tensor, temperature: float, top_k: int, top_p: float, ke
 
 
 def exponential_noise(seeds: Tensor, step: Tensor, size: int) -> Tensor:
-    """Draws from the exponential distribution that depend on seed and step alone: `[b, size]`, fp32.
+    """Draws from the exponential distribution by seed and step only: `[b, size]`, fp32.
 
-    So what a study draws does not depend on the studies beside it. `argmax(p / noise)` is a draw from `p`.
+    The draws of a study do not depend on other studies of the batch. `argmax(p / noise)` is a draw from `p`.
 
     Args:
         seeds: int64 `[b]`.
@@ -99,5 +99,5 @@ def _scramble(x: Tensor) -> Tensor:
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    # Shifting a negative number brings in ones, which the mask takes off.
+    # Shifting a negative number inserts ones, which the mask removes.
     return (x >> bits) & ((1 << (64 - bits)) - 1)

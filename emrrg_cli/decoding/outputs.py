@@ -1,4 +1,4 @@
-"""The files that `generate` leaves: one record a study, for a whole run or for one of several shards."""
+"""The output files of `generate`: one record per study, for a whole run or for one of several shards."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ _COLUMNS = ["path", "report", "seconds", "notes", "study", "files"]
 _SAMPLE_BYTES = 1 << 16
 _RESTORE = "Restore it from a copy of the run."
 _MOST_FILES = 1 << 20  # shards of a run
-_MOST_OPEN = 100  # of them, at a time
+_MOST_OPEN = 100  # of these files open at a time
 
 
 class Output:
     """The files of a run or of a shard in a folder.
 
-    `reports.jsonl.partial` grows study by study; at the end its rows go into `reports.jsonl`. Of the records only their
-    places in these files are held in memory.
+    `reports.jsonl.partial` grows study by study; at the end its rows go into `reports.jsonl`. Only the positions of
+    records in these files are kept in memory.
 
     Args:
-        folder: where they are.
-        shard: None: the whole.
-        fingerprint: of model and options; records of others are not mixed with ours.
+        folder: folder of the files.
+        shard: the shard; None: the whole run.
+        fingerprint: fingerprint of model and options; records with another fingerprint are not mixed in.
     """
 
     def __init__(self, folder: Path, shard: Shard | None, fingerprint: str) -> None:
@@ -56,30 +56,30 @@ class Output:
         self._require_folder: Callable[[], None] | None = None
 
     def open(self) -> None:
-        """Makes the folder, and sure that what is written stays in it; called by the one process that writes.
+        """Creates the folder and checks that no link leads out of it; only the writing process calls this.
 
         Raises:
-            RunError: something in it leads out of it, or is no regular file.
+            RunError: an entry is a link out of the folder or not a regular file.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        refuse_links(self.folder, ("reports*", "skipped*", "page*"))  # others may be in a folder such as "."
+        refuse_links(self.folder, ("reports*", "skipped*", "page*"))  # a folder such as "." may have other files
         self._require_folder = directory_guard(self.folder)
 
     def find_earlier(self, contexts: Mapping[str, Mapping[ContextField, str]]) -> None:
-        """Finds what earlier runs with the same model and options wrote, also one that was killed.
+        """Finds the records of earlier runs with the same model and options, including killed runs.
 
         Args:
-            contexts: what is told of each study that is asked for now.
+            contexts: context of each study of this run.
 
         Raises:
-            UsageError: there are reports of another model or other options, or with another context.
+            UsageError: there are reports of another model, other options or another context.
         """
         for file in (self.reports, self.partial):
             if not file.exists():
                 continue
             for begin, row in iterate_jsonl(file):
                 if row.get("fingerprint") != self.fingerprint or "study" not in row:
-                    where = self.folder if file == self.reports else f"{file}, from a run that was cut short,"
+                    where = self.folder if file == self.reports else f"{file}, from an interrupted run,"
                     raise UsageError(
                         f"{where} already holds reports of another model, of other options or of an earlier version",
                         hint="Give --overwrite, or another --output.",
@@ -93,7 +93,7 @@ class Output:
                 self.records.add(name, file, begin)
 
     def begin(self) -> None:
-        """Removes what earlier runs left unfinished and this one does not continue."""
+        """Removes unfinished files of earlier runs that this run does not continue."""
         if not len(self.records):
             self.partial.unlink(missing_ok=True)
         self.skipped_partial.unlink(missing_ok=True)
@@ -103,14 +103,14 @@ class Output:
         """Saves a record at once.
 
         Raises:
-            RunError: it cannot be written, or the folder was removed during the run.
+            RunError: the file cannot be written, or the folder was removed during the run.
         """
         self._check_there()
         self.records.add(row["study"], self.partial, append_jsonl(self.partial, row))
         self._written = True
 
     def append_skipped(self, path: str, reason: str) -> None:
-        """Saves a file that could not be read, and why.
+        """Saves the path of a file that could not be read, and the reason.
 
         Raises:
             RunError: as `append`.
@@ -128,10 +128,10 @@ class Output:
             )
 
     def finish(self, order: Iterable[str], *, keep_partial: bool) -> None:
-        """Puts records into `reports.jsonl` (and `reports.csv`, of a whole run); `keep_partial` leaves all as it is.
+        """Writes `reports.jsonl` (and `reports.csv` for a whole run); with `keep_partial`, changes nothing.
 
         Args:
-            order: names of studies; records of others come first.
+            order: names of studies; records of other studies come first.
 
         Raises:
             RunError: as `append`.
@@ -149,7 +149,7 @@ class Output:
 
 
 class RecordIndex:
-    """Where in JSON-lines files the newest record of each study begins: about 100 bytes a study."""
+    """The positions of the newest record of each study in JSON-lines files; about 100 bytes per study."""
 
     def __init__(self) -> None:
         self._files: list[Path] = []
@@ -162,13 +162,13 @@ class RecordIndex:
         return study in self._places
 
     def add(self, study: str, file: Path, begin: int) -> None:
-        """Adds the record of a study, which replaces an earlier one."""
+        """Adds the record of a study; it replaces an earlier one."""
         if file not in self._files:
             self._files.append(file)
         self._places[study] = begin * _MOST_FILES + self._files.index(file)
 
     def rows(self, order: Iterable[str]) -> Iterator[Row]:
-        """The records: those of studies that `order` does not name, then the others in that order."""
+        """Yields the records: first of studies that `order` does not name, then the others in that order."""
         named = dict.fromkeys(order)
         with ExitStack() as stack:
             opened: dict[int, BinaryIO] = {}
@@ -186,10 +186,10 @@ class RecordIndex:
 
 
 def write_reports(reports: Path, rows: Iterable[Row], *, with_table: bool) -> int:
-    """Writes records one at a time, also into `reports.csv` beside them; returns how many there were.
+    """Writes records one at a time; `with_table` also writes `reports.csv` beside them. Returns their number.
 
     Raises:
-        RunError: they cannot be written; earlier files stay as they are.
+        RunError: a file cannot be written; earlier files are unchanged.
     """
     count = 0
     with ExitStack() as stack:
@@ -210,25 +210,25 @@ def write_reports(reports: Path, rows: Iterable[Row], *, with_table: bool) -> in
 
 @contextmanager
 def _text(file: BinaryIO) -> Iterator[io.TextIOWrapper]:
-    # What writes text into a file that stays open.
+    # A text writer for a binary file that stays open.
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
     yield text
     text.detach()
 
 
 def fingerprint_of(run_dir: Path, recipe: FinetuneRecipe) -> str:
-    """A hash of a run's weights and of the options that a report depends on.
+    """Returns a hash of a run's weights and of the options that a report depends on.
 
-    Of each weight file its size and 16 samples are read: fast, and other weights of the same shape are told apart.
+    Only the size and 16 samples of each weight file are read: this is fast and detects other weights of the same shape.
 
     Raises:
         RunError: A weight file cannot be read, or is not a regular file.
     """
     digest = hashlib.sha256()
-    # Without defaults, so that a setting that a later version adds does not change the hash.
+    # Without defaults, so that a new setting of a later version does not change the hash.
     named = {"model", "generation", "protocol"}
     options = recipe.model_dump(mode="json", include=named, exclude_defaults=True)
-    for name in ("batch_size", "engine"):  # a report does not depend on these
+    for name in ("batch_size", "engine"):  # reports do not depend on these
         options.get("generation", {}).pop(name, None)
     digest.update(json.dumps(options, sort_keys=True).encode())
     for file in sorted(run_dir.rglob("*.safetensors")):
@@ -236,7 +236,7 @@ def fingerprint_of(run_dir: Path, recipe: FinetuneRecipe) -> str:
             continue
         try:
             status = file.stat()
-            if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+            if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait forever
                 raise RunError(f"{file} is not a regular file", hint=_RESTORE)
             digest.update(f"{file.relative_to(run_dir)} {status.st_size}\n".encode())
             with file.open("rb") as stream:
@@ -249,10 +249,10 @@ def fingerprint_of(run_dir: Path, recipe: FinetuneRecipe) -> str:
 
 
 def merge_shards(folder: Path) -> int:
-    """Writes `reports.jsonl` and `reports.csv` from the shards of a folder, which stay; returns the number of records.
+    """Writes `reports.jsonl` and `reports.csv` from the shards of a folder; returns the number of records.
 
     Raises:
-        UsageError: there are no shards, some are missing or not finished, or they are of different models or options.
+        UsageError: there are no shards, some are missing or unfinished, or they have different models or options.
     """
     shards: dict[int, Path] = {}
     counts: set[int] = set()
@@ -263,16 +263,16 @@ def merge_shards(folder: Path) -> int:
     if not shards:
         raise UsageError(f"{folder}: there are no finished shards", hint="Run `emrrg generate ... --shard i/N` first.")
     if len(counts) > 1:
-        raise UsageError(f"{folder}: there are shards of {' and of '.join(map(str, sorted(counts)))}")
+        raise UsageError(f"{folder}: there are shards of {' and '.join(map(str, sorted(counts)))}")
     if missing := [index for index in range(counts.pop()) if index not in shards]:
         raise UsageError(f"{folder}: shard {missing[0]} is not finished ({len(missing)} missing)")
     records, fingerprints = RecordIndex(), set()
     for index in sorted(shards):
-        if not shards[index].exists():  # one without readable images
+        if not shards[index].exists():  # a shard without readable images
             continue
         for begin, row in iterate_jsonl(shards[index]):
             records.add(str(row["study"]), shards[index], begin)
             fingerprints.add(row.get("fingerprint"))
     if len(fingerprints) > 1:
-        raise UsageError(f"{folder}: the shards are of different models or options")
+        raise UsageError(f"{folder}: the shards have different models or options")
     return write_reports(folder / "reports.jsonl", records.rows(()), with_table=True)

@@ -1,4 +1,4 @@
-"""Reports by several processes of one machine, one for each GPU. They send their records to the one that saves them."""
+"""Writes reports in several processes of one machine, one per GPU. They send records to the process that saves them."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from emrrg_cli.recipe.finetuning import FinetuneRecipe
 from emrrg_cli.signals import stop_signals
 from emrrg_cli.silence_libraries import silence_libraries
 
-_AGAIN = "What is written is kept: run the same command again to continue."
+_AGAIN = "Written reports are kept. Run the same command again to continue."
 
 
 def write_in_processes(
     studies: Sequence[StudyFiles], processes: int, run_dir: Path, recipe: FinetuneRecipe, device: str, page: PageOptions
 ) -> Iterator[list[StudyResult | StudyCard]]:
-    """Yields results of `processes` processes, each with its part of the studies, as soon as they are there.
+    """Yields results of `processes` processes as soon as they arrive; each process has a part of the studies.
 
     Args:
-        device: `auto` and `cuda`: process i takes GPU i where there are GPUs.
-        page: what the page will show.
+        device: for `auto` and `cuda`, process i uses GPU i if there are GPUs.
+        page: options of the page.
 
     Raises:
-        EmrrgError: one process failed; its own message.
-        RunError: one was ended from outside.
+        EmrrgError: a process failed; the message is its own.
+        RunError: a process was killed.
     """
     share = replace(page, studies=-(-page.studies // processes))
     on_gpus = torch.cuda.is_available() and device in ("auto", "cuda")
@@ -69,7 +69,7 @@ def write_in_processes(
                     yield message
     finally:
         for _, process in running.values():
-            process.kill()  # it ignores the signals that this process was stopped by
+            process.kill()  # it ignores SIGINT and SIGTERM
             process.join()
 
 
@@ -81,7 +81,7 @@ def _start(
     arguments = (theirs, index, studies, run_dir, recipe, device, page)
     process = context.Process(target=_write, args=arguments, daemon=True)
     process.start()
-    theirs.close()  # so that its end is noticed here
+    theirs.close()  # so that this process notices its end
     return ours, process
 
 
@@ -94,17 +94,17 @@ def _write(
     device: str,
     page: PageOptions,
 ) -> None:
-    # What each process does. Ctrl-C reaches it too; the process that started it decides what becomes of it.
+    # Runs in each process. Ctrl-C reaches it too, but the parent process decides when it ends.
     for number in stop_signals():
         signal.signal(number, signal.SIG_IGN)
-    err.quiet = index > 0  # the same warnings
+    err.quiet = index > 0  # all processes have the same warnings
     silence_libraries()
     try:
         writer = StudyWriter(load_generator(run_dir, device=device, recipe=recipe), recipe, page)
         for results in writer.write(studies):
             connection.send(results)
         connection.send(None)
-    except BrokenPipeError:  # the process that started this one is gone
+    except BrokenPipeError:  # the parent process has ended
         os._exit(1)
     except EmrrgError as error:
         connection.send(error)
@@ -120,7 +120,7 @@ def _ended(index: int, processes: int, code: int | None) -> RunError:
 
 @contextmanager
 def _environment(processes: int) -> Iterator[None]:
-    # Processes share the cores, and signals do not reach them before they can ignore them.
+    # Processes share the cores. Signals are blocked until the processes can ignore them.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     chosen = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = chosen or str(max(1, cores // processes))

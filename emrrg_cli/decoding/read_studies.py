@@ -1,4 +1,4 @@
-"""The images of studies, read in order and ahead of the model."""
+"""Reads the images of studies in order and ahead of the model."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class ReadStudy:
     """The images of a study.
 
     Args:
-        pixels: uint8 `[views, size, size]`; None where no image can be read.
+        pixels: uint8 `[views, size, size]`; None if no image can be read.
         used: the files that were read.
-        projections: of these, places in `VIEW_TOKENS`.
-        notes: what a reader should know about them.
+        projections: their indices into `VIEW_TOKENS`.
+        notes: notes about the images for the reader.
         skipped: files that could not be read, with the reasons.
-        pictures: addresses of small pictures of the files that were read; none unless they are wanted.
+        pictures: data URLs of small pictures of the files that were read; empty unless requested.
     """
 
     study: StudyFiles
@@ -44,7 +44,7 @@ class ReadStudy:
 
 
 def read_study(study: StudyFiles, size: int, most: int | None, *, pictured: bool = False) -> ReadStudy:
-    """Reads the images of a study that can be read, the first `most` of them; `pictured` makes small pictures too."""
+    """Reads the first `most` readable images of a study; with `pictured`, also makes small pictures."""
     read = ReadStudy(study, None, [], [], [])
     views: list[torch.Tensor] = []
     if not study.files:
@@ -76,11 +76,11 @@ def read_study(study: StudyFiles, size: int, most: int | None, *, pictured: bool
 def read_studies(
     studies: Iterable[StudyFiles], size: int, most: int | None, threads: int, pictures: int = 0
 ) -> Iterator[ReadStudy]:
-    """Reads studies in order, with `threads` (0: none) a few of them ahead of the one that is asked for.
+    """Yields studies in order; `threads` (0: none) read a few studies ahead.
 
     Args:
-        size, most: as of `read_study`.
-        pictures: how many of the first studies get small pictures.
+        size, most: as in `read_study`.
+        pictures: number of first studies that get small pictures.
     """
 
     def read(numbered: tuple[int, StudyFiles]) -> ReadStudy:

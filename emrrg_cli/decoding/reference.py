@@ -1,4 +1,4 @@
-"""transformers' `generate`, the engine that ours is compared with."""
+"""transformers' `generate`, the engine to which ours is compared."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _HOOKS = ("_get_running_beams_for_next_iteration", "_check_early_stop_heuristic"
 def generate_reports(
     llm: Any, prompts: Prompts, settings: GenerationSettings, end: list[int], pad: int
 ) -> list[Report]:
-    """Writes a report for each prompt; its log-probability after the decoding options is not known (0).
+    """Writes a report for each prompt; the log-probability after the decoding options is unknown (0).
 
     Args:
         end: tokens that end a report.
-        pad: token behind the end.
+        pad: token that fills positions after the end.
     """
     config = generation_config(settings)()
     config.pad_token_id, config.eos_token_id = pad, end
@@ -51,20 +51,20 @@ def _until_end(tokens: list[int], end: list[int]) -> list[int]:
 
 @contextmanager
 def beam_stop(llm: Any, settings: GenerationSettings) -> Iterator[None]:
-    """Within it, the beam search of transformers ends as `generation.beam_stop` says.
+    """Makes the beam search of transformers stop by `generation.beam_stop` inside the block.
 
-    transformers 5 compares finished reports with the beams that go on; 4.44 compared them with the best candidate of
-    the step, also with one that has just ended.
+    transformers 5 compares finished reports with the running beams; 4.44 compared them with the best candidate of the
+    step, even if that candidate has just ended.
 
     Raises:
-        RunError: when the installed transformers has no such place in its beam search.
+        RunError: if the installed transformers does not allow this change of its beam search.
     """
     if settings.num_beams == 1 or settings.beam_stop == "running":
         yield
         return
     if missing := [name for name in _HOOKS if not hasattr(llm, name)]:
         raise RunError(
-            f"the installed transformers has no {missing[0]}, so its beam search cannot stop as that of 4.44",
+            f"the installed transformers has no {missing[0]}, so its beam search cannot stop as in 4.44",
             hint="Set generation.engine=own, or generation.beam_stop=running.",
         )
     choose, check = (getattr(llm, name) for name in _HOOKS)
@@ -87,7 +87,7 @@ def beam_stop(llm: Any, settings: GenerationSettings) -> Iterator[None]:
 
 
 def generation_config(settings: Any) -> Callable[[], GenerationConfig]:
-    """The decoding options of a recipe as a factory of `transformers.GenerationConfig`."""
+    """Returns a factory of `transformers.GenerationConfig` with the decoding options of a recipe."""
     from transformers import GenerationConfig
 
     options: dict[str, Any] = {

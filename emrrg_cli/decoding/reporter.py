@@ -1,4 +1,4 @@
-"""Reports as a function of batches, for programs that spread batches over machines: Ray Data, Dask."""
+"""A callable that writes reports for batches, for programs that distribute batches over machines: Ray Data, Dask."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ _lock = threading.Lock()  # a model writes one batch at a time; Dask calls from 
 
 
 class Reporter:
-    """Writes reports for batches of studies. The model is loaded at the first call, once in each process.
+    """Writes reports for batches of studies. Each process loads the model once, at the first call.
 
-    An object is small and can be pickled: it holds the place of the run, which each machine must be able to read.
+    The object is small and can be pickled. It has only the path of the run, which each machine must be able to read.
 
         ray.data.read_images("films", include_paths=True).map_batches(
             emrrg_cli.Reporter, fn_constructor_args=("runs/iu",), batch_size=16, concurrency=2)
 
     Args:
-        run_dir: what `emrrg finetune` wrote.
-        device: `auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1` or `mps`.
+        run_dir: run directory of `emrrg finetune`.
+        device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1` or `mps`.
         overrides: `key=value` changes to the run's recipe, such as `generation.num_beams=1`.
     """
 
@@ -49,27 +49,27 @@ class Reporter:
         self.overrides = tuple(overrides)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Writes a report for each study of a batch; the texts are those of `emrrg generate`.
+        """Writes a report for each study of a batch, with the same text as `emrrg generate`.
 
         Args:
-            batch: columns of `b` studies. `image`: of each a path, an encoded image as bytes, a uint8 array `[h, w]` or
-                `[h, w, 3]`, a PIL image, or a list of these (the views of the study). `study`, which may be missing:
-                names, by which sampling draws. `indication`, `comparison`, `technique`, `age` and `sex` where the model
+            batch: columns of `b` studies. `image`: for each study a path, an encoded image as bytes, a uint8 array
+                `[h, w]` or `[h, w, 3]`, a PIL image, or a list of these (the views of the study). `study` (optional):
+                names, which also seed sampling. `indication`, `comparison`, `technique`, `age` and `sex`, if the model
                 reads them (`data.context`).
 
         Returns:
-            The batch and, as arrays `[b]`: `report`; `findings`, a JSON object of labels by finding;
-            `mean_token_logprob` (float64); `notes`, divided by `; `. A study without an image that can be read has an
-            empty report, a note with the reason, and NaN. Research output: not for diagnosis.
+            The batch with additional arrays `[b]`: `report`; `findings`, a JSON object of labels by finding;
+            `mean_token_logprob` (float64); `notes`, separated by `; `. A study without a readable image has an empty
+            report, a note with the reason, and NaN. Research output: not for diagnosis.
 
         Raises:
-            UsageError: There is no column `image`, it holds something else, or two studies have the same name.
+            UsageError: There is no column `image`, its values have the wrong type, or two studies have the same name.
             RunError: The model cannot be loaded.
         """
         studies = _studies(batch)
         with _lock:
             generator = _load(self.run_dir, self.device, self.overrides)
-            # The same image may be there twice.
+            # A batch may contain the same image twice.
             different = {study.name: study for study in with_contexts(studies, {}, generator.recipe.data)}.values()
             writer = StudyWriter(generator, generator.recipe)
             made = (one for some in writer.write(different) for one in some)
@@ -100,7 +100,7 @@ class _Given:
         return self.name
 
     def content(self) -> bytes | Path | Image.Image:
-        """What `read_image` reads."""
+        """Returns the input of `read_image`."""
         if isinstance(self.image, np.ndarray):
             return Image.fromarray(self.image)
         return Path(self.image) if isinstance(self.image, str) else self.image
@@ -116,7 +116,7 @@ def _studies(batch: Mapping[str, Any]) -> list[StudyFiles]:
             raise UsageError(f"the batch has {len(images)} images and {len(names)} studies")
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
-            raise UsageError(f"study {twice} is in a batch twice", hint="Give its views as a list, in one row.")
+            raise UsageError(f"study {twice} occurs twice in the batch", hint="Give its views as a list in one row.")
     else:
         names = [_name(views) for views in images]
     studies = []
@@ -128,7 +128,7 @@ def _studies(batch: Mapping[str, Any]) -> list[StudyFiles]:
 
 
 def _says(column: Any, row: int) -> bool:
-    # None, and NaN, which is what a table makes of None, say nothing.
+    # None, and NaN, into which tables turn None, count as missing.
     return column is not None and column[row] is not None and column[row] == column[row]
 
 
@@ -150,7 +150,7 @@ def _checked(view: Any) -> Any:
 
 
 def _name(views: list[Any]) -> str:
-    # As `generate` names a file; what has no path is named by its content.
+    # The same name as `generate` gives a file; an image without a path is named by its content.
     if len(views) == 1 and isinstance(views[0], str | Path):
         return path_name(Path(views[0]))
     digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""Writing reports: for a split of a dataset directory, and for images from Python (`load_generator`)."""
+"""Writes reports for a split of a dataset directory, and for images from Python (`load_generator`)."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ def write_split(
     advance: Callable[[int], None] = lambda n: None,
     keep: Callable[[Sequence[int], Sequence[str]], None] = lambda indices, reports: None,
 ) -> list[str]:
-    """Writes a report for each study of a dataset, shared among all processes.
+    """Writes a report for each study of a dataset, divided among all processes.
 
     Args:
-        limit: first studies only.
-        advance: called with the number of studies done as soon as they are.
-        keep: called with studies of this process and their reports as soon as they are done.
+        limit: number of studies to use from the start.
+        advance: called with the number of newly finished studies.
+        keep: called with newly finished studies of this process and their reports.
 
     Returns:
-        The reports in the order of the dataset, on every process, each study once.
+        The reports of all studies in the order of the dataset, on every process.
     """
     length = len(dataset) if limit is None else min(limit, len(dataset))
     batches = evaluation_batches(length, settings.batch_size, accelerator.process_index, accelerator.num_processes)
@@ -77,7 +77,7 @@ def write_split(
 
 
 class Generator:
-    """Writes reports for images with the model of a run. Made by `load_generator`."""
+    """Writes reports for images with the model of a run; `load_generator` creates it."""
 
     def __init__(
         self,
@@ -100,17 +100,17 @@ class Generator:
         """Writes a report for each study.
 
         Args:
-            studies: each an image or a list of images (the views of one study), as paths or PIL images.
-            context: what is known of each, such as `{"indication": "cough", "age": 45}`, with the names that the run's
-                `data.context` has; None: nothing.
+            studies: an image or a list of images (the views of one study) for each study, as paths or PIL images.
+            context: context of each study, such as `{"indication": "cough", "age": 45}`, with fields of the run's
+                `data.context`; None: no context.
 
         Returns:
-            One report a study, in order. Research output: not for diagnosis.
+            One report per study, in order. Research output: not for diagnosis.
 
         Raises:
-            ImageError: for an image that cannot be read, naming it.
-            UsageError: for a study without images, one study where a list of them belongs, or a context that the model
-                does not read.
+            ImageError: for an image that cannot be read; the message names it.
+            UsageError: for a study without images, a single study instead of a list, or a context that the model does
+                not read.
         """
         if isinstance(studies, str) or not isinstance(studies, Sequence):
             raise UsageError("generate takes a list of studies", hint="For one image: generate([image]).")
@@ -123,7 +123,7 @@ class Generator:
         return self.generate_pixels([study_pixels(study, size) for study in studies], contexts=contexts)
 
     def write(self, studies: Iterable[Studies]) -> Iterator[list[WrittenReport]]:
-        """Yields reports as soon as they are done; see `Writer.write`."""
+        """Yields reports as soon as they are finished; see `Writer.write`."""
         return self.writer.write(studies)
 
     def ground(
@@ -133,15 +133,15 @@ class Generator:
         contexts: Sequence[Mapping[ContextField, str]] = (),
         projections: torch.Tensor | None = None,
     ) -> list[torch.Tensor]:
-        """Where the model looked as it wrote each sentence; see `ground_reports`.
+        """Computes maps of where the model looked when it wrote each sentence; see `ground_reports`.
 
         Args:
-            pixels: of each study uint8 `[views, size, size]`.
-            reports: what `write` yielded for them.
+            pixels: uint8 `[views, size, size]` of each study.
+            reports: the reports that `write` yielded for these studies.
             contexts, projections: as in `Studies`.
 
         Returns:
-            For each study fp32 `[sentences, views, grid, grid]`.
+            Maps of each study, fp32 `[sentences, views, grid, grid]`.
         """
         views = torch.tensor([len(images) for images in pixels]).to(self.device)
         sentences = [[] if report.confidence is None else report.confidence.sentence_of_token for report in reports]
@@ -159,8 +159,8 @@ class Generator:
         """Writes a report for each study; each is uint8 `[views, size, size]`.
 
         Args:
-            first: the number of the first one among all studies, by which sampling draws.
-            contexts: of each study, as `read_context` gives them; None: nothing is known.
+            first: index of the first of these studies among all studies, which seeds sampling.
+            contexts: context of each study from `read_context`; None: no context.
         """
         numbers = range(first, first + len(studies))
         size = self.recipe.generation.batch_size
@@ -176,7 +176,7 @@ class Generator:
 
 
 def study_pixels(study: Study, size: int) -> torch.Tensor:
-    """The views of a study as the model takes them: uint8 `[views, size, size]`.
+    """Reads the views of a study for the model: uint8 `[views, size, size]`.
 
     Raises:
         ImageError: for an image that cannot be read.
@@ -195,17 +195,17 @@ def load_generator(
     overrides: Sequence[str] = (),
     recipe: FinetuneRecipe | None = None,
 ) -> Generator:
-    """The model of a run directory, ready to write reports.
+    """Loads the model of a run directory to write reports.
 
     Args:
-        run_dir: what `emrrg finetune` wrote; None: the default model of the package, which knows synthetic films only.
-        device: `auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1` or `mps`.
+        run_dir: run directory of `emrrg finetune`; None: the default model of the package, for synthetic films only.
+        device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1` or `mps`.
         overrides: `key=value` changes to the run's recipe, such as `generation.num_beams=1`.
-        recipe: the run's recipe with such changes already made.
+        recipe: the run's recipe, with changes already applied.
 
     Raises:
-        UsageError: when this is no run directory, the package has no default model, or an override is wrong.
-        RunError: when the run holds no trained model yet, or its LLM cannot be had.
+        UsageError: if this is not a run directory, the package has no default model, or an override is wrong.
+        RunError: if the run has no trained model yet, or its LLM is not available.
     """
     from emrrg_cli.models.build import load_model
     from emrrg_cli.recipe.load import load_run_recipe

@@ -1,12 +1,12 @@
-"""Greedy search, sampling and beam search over a batch of studies that are at different lengths.
+"""Greedy search, sampling and beam search over a batch of studies with different lengths.
 
-The state of a search is a dictionary of tensors with one row a study; a step changes it in place and reads no value on
-the host, so that it can be part of a CUDA graph. `b` studies, `k` beams, `t` room for new tokens, `v` vocabulary.
+The state of a search is a dictionary of tensors with one row per study. A step changes it in place and reads no value
+on the host, so it can be part of a CUDA graph. `b` studies, `k` beams, `t` room for new tokens, `v` vocabulary.
 
 The beams of a study share one store of keys and values: the token at step `s` of beam `i` is written there once, and
-`ancestry[i, s]` names the beam in whose place it stands. When beams are chosen, only these tables are rearranged.
+`ancestry[i, s]` is the beam in whose place it is stored. When beams are chosen, only these tables are rearranged.
 
-Source: the search of transformers, which the tests compare with token by token.
+Source: the search of transformers; the tests compare the two token by token.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Report:
     """A report as tokens.
 
     Args:
-        tokens: the end token included.
-        log_probability: mean over them, after the decoding options.
-        token_log_probabilities: of each token, as the model gives it: before penalties, temperature and other options.
+        tokens: the tokens, including the end token.
+        log_probability: mean over the tokens, after the decoding options.
+        token_log_probabilities: log-probability of each token before penalties, temperature and other options.
     """
 
     tokens: list[int]
@@ -45,31 +45,31 @@ class Report:
 
 
 class Search:
-    """What beam search and token-by-token search have in common.
+    """The common part of beam search and token-by-token search.
 
     Args:
         settings: decoding options.
         end: tokens that end a report.
-        device: of the state.
+        device: device of the state.
     """
 
     def __init__(self, settings: GenerationSettings, end: list[int], device: torch.device) -> None:
         self.settings = settings
         self.beams = settings.num_beams
         self.most = settings.max_new_tokens
-        self.room = -(-self.most // 8) * 8  # attention kernels want lengths that are multiples of 8
+        self.room = -(-self.most // 8) * 8  # attention kernels need lengths that are multiples of 8
         self.end = torch.tensor(end, dtype=torch.long, device=device)
         self.device = device
 
     def start(self, seeds: list[int]) -> State:
-        """The state of studies of which nothing is written."""
+        """Returns the state of new studies without tokens."""
         b, k, t = len(seeds), self.beams, self.room
         scores = torch.zeros(b, k, device=self.device)
-        scores[:, 1:] = _NEVER  # the beams are the same at first: one goes on
+        scores[:, 1:] = _NEVER  # the beams are equal at first: only one continues
         return {
             "tokens": torch.zeros(b, k, t, dtype=torch.long, device=self.device),
             "ancestry": torch.zeros(b, k, t, dtype=torch.long, device=self.device),
-            "given": torch.zeros(b, k, t, device=self.device),  # log-probability of each token as the model gives it
+            "given": torch.zeros(b, k, t, device=self.device),  # log-probability of each token before decoding options
             "scores": scores,
             "length": torch.zeros(b, dtype=torch.long, device=self.device),
             "done": torch.zeros(b, dtype=torch.bool, device=self.device),
@@ -77,10 +77,10 @@ class Search:
         }
 
     def advance(self, state: State, logits: Tensor) -> None:
-        """Chooses the next token of every study, in place. Studies that are done stay as they are.
+        """Chooses the next token of every study, in place. Finished studies do not change.
 
         Args:
-            logits: `[b, k, v]`, of the token after the last of each beam.
+            logits: `[b, k, v]`, logits of the next token of each beam.
         """
         new = self._next(state, logits.float())
         for name, value in new.items():
@@ -90,7 +90,7 @@ class Search:
             state[name].copy_(value)
 
     def reports(self, state: State, rows: list[int]) -> list[Report]:
-        """The reports of studies that are done."""
+        """Returns the reports of finished studies."""
         raise NotImplementedError
 
     def _next(self, state: State, logits: Tensor) -> State:
@@ -121,7 +121,7 @@ class Search:
 
 
 class TokenSearch(Search):
-    """The likeliest token, or a drawn one, after another."""
+    """Greedy search or sampling, one token after another."""
 
     def _next(self, state: State, logits: Tensor) -> State:
         constrained = self._constrained(state, logits)
@@ -153,8 +153,8 @@ class TokenSearch(Search):
 class BeamSearch(Search):
     """Beam search; with `do_sample` the candidates are drawn.
 
-    Reports that have ended are kept apart: the best `k` of them, by the sum of their log-probabilities over their
-    length to the power of `length_penalty`. A study is done when no running beam can beat the worst of them.
+    The best `k` finished reports are kept separately, by the sum of their log-probabilities divided by their length to
+    the power of `length_penalty`. A study is finished when no running beam can beat the worst of them.
     """
 
     def start(self, seeds: list[int]) -> State:
@@ -199,7 +199,7 @@ class BeamSearch(Search):
         return new
 
     def _candidates(self, state: State, total: Tensor, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
-        # Enough of them that `k` go on when all others end: scores, beam and token, each [b, c], best first.
+        # Enough candidates that `k` continue even if all others end: scores, beam and token, each [b, c], best first.
         count = max(2, 1 + len(self.end)) * self.beams
         if self.settings.do_sample:
             index = self._drawn(state, total, count)
@@ -210,7 +210,7 @@ class BeamSearch(Search):
         return top, index // vocabulary, index % vocabulary
 
     def _merge(self, state: State, tokens: Tensor, given: Tensor, top: Tensor, ended: Tensor) -> State:
-        # Of candidates that end, only the first `k` count: the others are there to have enough that go on.
+        # Among candidates that end, only the first `k` count; the others only ensure that enough beams continue.
         ending = ended & (torch.arange(top.shape[1], device=top.device) < self.beams)
         length = state["length"] + 1
         scores = top / self._norm(length) + ~ending * _NEVER
@@ -240,7 +240,7 @@ class BeamSearch(Search):
 
 
 def make_search(settings: GenerationSettings, end: list[int], device: torch.device) -> Search:
-    """The search that decoding options ask for."""
+    """Makes the search for these decoding options."""
     return (TokenSearch if settings.num_beams == 1 else BeamSearch)(settings, end, device)
 
 

@@ -1,4 +1,4 @@
-"""Which part of the studies a machine writes, where several share them."""
+"""Divides studies among several machines."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Shard:
 
     @classmethod
     def parse(cls, text: str) -> Shard:
-        """`i/N` with i from 0, or `auto`: from the variables of a Slurm array or an indexed Kubernetes job.
+        """Parses `i/N` with i from 0, or `auto`: from the variables of a Slurm array or an indexed Kubernetes job.
 
         Raises:
-            UsageError: it is neither.
+            UsageError: the text is neither.
         """
         if text == "auto":
             for index, count in _SHARD_VARIABLES:
@@ -39,5 +39,5 @@ class Shard:
 
     @property
     def suffix(self) -> str:
-        """What its files are called by."""
+        """The part of file names that identifies the shard."""
         return f"-{self.index}-of-{self.count}"

@@ -1,9 +1,9 @@
-"""Places for the studies that are decoded together: their keys and values, and one step of the LLM over all of them.
+"""Places for studies that are decoded together: their keys and values, and one step of the LLM over all of them.
 
-A study has one place. Its prompt is kept once, whatever the number of beams: to the LLM the beams of a study are the
-tokens of one sequence, and the attention mask says which of the tokens written so far each beam may see. Nothing is
-copied when beams are chosen, and hybrid layers keep one set of visual keys and values a study. Everything has a fixed
-size, so that a step can be captured as a CUDA graph.
+A study has one place. Its prompt is stored once for all beams: for the LLM, the beams of a study are the tokens of one
+sequence, and the attention mask defines which written tokens each beam may see. Nothing is copied when beams are
+chosen, and hybrid layers keep one set of visual keys and values per study. All sizes are fixed, so that a step can be
+captured as a CUDA graph.
 
 `n` places in use, `k` beams, `p` room for prompt tokens, `t` for new tokens, `m` for visual tokens.
 """
@@ -30,12 +30,12 @@ class Prompts:
     """Prompts of a few studies, as embeddings.
 
     Args:
-        keys: what the studies are called; a report comes back under the key of its study.
-        seeds: of sampling, one a study.
+        keys: identifiers of the studies; each report is returned with its key.
+        seeds: seeds of sampling, one per study.
         embeddings: `[b, p, hidden]`.
         mask: `[b, p]`, 1 on real tokens; the last token is real.
         visual_tokens: `[b, m, hidden]` for hybrid layers; None: there are none.
-        visual_mask: `[b, m]`, true on real tokens; None: all are.
+        visual_mask: `[b, m]`, true on real tokens; None: all are real.
     """
 
     keys: list[Any]
@@ -49,14 +49,14 @@ class Prompts:
         return len(self.keys)
 
     def rows(self, first: int, last: int) -> Prompts:
-        """Studies `first` to `last` - 1."""
+        """Returns studies `first` to `last` - 1."""
         part = slice(first, last)
         visual, visual_mask = (None if t is None else t[part] for t in (self.visual_tokens, self.visual_mask))
         return Prompts(self.keys[part], self.seeds[part], self.embeddings[part], self.mask[part], visual, visual_mask)
 
 
 class SlotCache(Cache):  # type: ignore[misc]
-    """Keys and values of all places, `[places, p + t * k, kv_heads, head_dim]` a layer.
+    """Keys and values of all places, `[places, p + t * k, kv_heads, head_dim]` per layer.
 
     `update` writes at the positions that `begin` set and returns all keys and values up to the length set there.
     """
@@ -66,7 +66,7 @@ class SlotCache(Cache):  # type: ignore[misc]
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.visual: dict[int, tuple[Tensor, Tensor]] = {}  # by layer: [places, m, kv_heads, head_dim]
-        self.visual_keys_and_values: dict[int, tuple[Tensor, Tensor]] = {}  # what hybrid layers find in a step
+        self.visual_keys_and_values: dict[int, tuple[Tensor, Tensor]] = {}  # used by hybrid layers in a step
 
     def begin(self, positions: Tensor, count: int, length: int) -> None:
         """Prepares a step of the first `count` places: `positions` `[n * k]` in the flattened store."""
@@ -79,7 +79,7 @@ class SlotCache(Cache):  # type: ignore[misc]
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """`[n, kv_heads, k, head_dim]` each; returns `[n, kv_heads, length, head_dim]`."""
+        """Stores keys and values `[n, kv_heads, k, head_dim]`; returns `[n, kv_heads, length, head_dim]`."""
         found = []
         for store, states in ((self.keys[layer_idx], key_states), (self.values[layer_idx], value_states)):
             new = states.transpose(1, 2).flatten(0, 1).to(store.dtype)
@@ -88,22 +88,22 @@ class SlotCache(Cache):  # type: ignore[misc]
         return found[0], found[1]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Not known to the host, and not needed where positions are given."""
+        """Returns a placeholder: the host does not know the length, and given positions make it unnecessary."""
         return 0
 
     def stores(self) -> list[Tensor]:
-        """All tensors with a row a place."""
+        """Returns all tensors with one row per place."""
         return [*self.keys, *self.values, *(tensor for pair in self.visual.values() for tensor in pair)]
 
 
 class Slots:
-    """The studies in decoding.
+    """The studies that are being decoded.
 
     Args:
         llm: causal LM, with or without hybrid layers and adapters, in evaluation mode.
-        search: how tokens are chosen.
-        places: studies decoded at a time.
-        step_buckets: a step looks at the next multiple of this many new tokens, written or not.
+        search: the search that chooses tokens.
+        places: number of studies decoded at a time.
+        step_buckets: the number of new tokens that a step attends to is rounded up to a multiple of this.
     """
 
     def __init__(self, llm: Any, search: Search, places: int, step_buckets: int = 32) -> None:
@@ -121,12 +121,12 @@ class Slots:
     # -- entering and leaving -----------------------------------------------------------------------------------
 
     def fits(self, prompts: Prompts) -> bool:
-        """Whether the prompts are no longer than the room that was made for the first ones."""
+        """Whether the prompts fit into the room that was allocated for the first prompts."""
         visual = 0 if prompts.visual_tokens is None else prompts.visual_tokens.shape[1]
         return prompts.embeddings.shape[1] <= self.prompt_room and visual <= self._visual_mask.shape[1]
 
     def enter(self, prompts: Prompts, places: list[int]) -> None:
-        """Reads prompts and puts the studies into free places, with their first token chosen."""
+        """Reads prompts, puts the studies into free places and chooses their first token."""
         cache = DynamicCache()
         visual = {} if prompts.visual_tokens is None else {
             "visual_tokens": prompts.visual_tokens, "visual_mask": prompts.visual_mask,
@@ -164,7 +164,7 @@ class Slots:
                     store[index, :many] = states.transpose(1, 2).to(store.dtype)
 
     def empty(self) -> None:
-        """Drops everything, so that the next prompts make room of their own size."""
+        """Drops all studies, so that the next prompts allocate room of their size."""
         self.state, self.cache = {}, SlotCache()
 
     def move(self, sources: list[int], targets: list[int]) -> None:
@@ -188,11 +188,11 @@ class Slots:
         self.state["done"].fill_(True)
         self.state["length"].fill_(1)
         self._prompt_mask = torch.zeros(self.places, self.prompt_room, dtype=torch.bool, device=device)
-        self._prompt_mask[:, 0] = True  # an empty place sees something, so that its attention is a number
+        self._prompt_mask[:, 0] = True  # an empty place attends to one token, so that its attention is not NaN
         self._prompt_length = torch.ones(self.places, dtype=torch.long, device=device)
 
         def store(states: Tensor, room: int) -> Tensor:
-            # In the dtype that attention takes: under autocast, keys come out of the rotary embedding in fp32.
+            # In the dtype of attention: under autocast, the rotary embedding returns keys in fp32.
             kind = device.type
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
             return states.new_zeros(self.places, room, states.shape[1], states.shape[3], dtype=dtype)
@@ -210,11 +210,11 @@ class Slots:
     # -- a step -------------------------------------------------------------------------------------------------
 
     def bucket(self, longest: int) -> int:
-        """New tokens that a step looks at when the longest report has `longest`."""
+        """Returns the number of new tokens that a step attends to if the longest report has `longest`."""
         return min(self.search.room, -(-longest // self.step_buckets) * self.step_buckets)
 
     def step(self, count: int, steps: int) -> None:
-        """Writes the next token of the first `count` places, of which none has more than `steps`."""
+        """Writes the next token of the first `count` places; none of them has more than `steps` tokens."""
         state = {name: value[:count] for name, value in self.state.items()}
         k = self.search.beams
         last = (state["length"] - 1)[:, None]  # [n, 1]
@@ -241,7 +241,7 @@ class Slots:
         self.search.advance(state, logits)
 
     def _mask(self, state: State, count: int, steps: int) -> Tensor:
-        # -> [n, 1, k, p + steps * k], true on what a beam may see: the prompt and the tokens of its own line
+        # -> [n, 1, k, p + steps * k], true for tokens that a beam may see: the prompt and its own tokens
         k = self.search.beams
         beams = torch.arange(k, device=state["length"].device)
         written = torch.arange(steps, device=beams.device) < state["length"][:, None, None]

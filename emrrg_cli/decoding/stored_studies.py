@@ -1,4 +1,4 @@
-"""The studies of a dataset directory, as `generate` takes them. Their images are read when they are needed."""
+"""The studies of a dataset directory for `generate`. Their images are read on demand."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from emrrg_cli.vocabulary import CONTEXT_FIELDS
 
 
 class StoredImage:
-    """An image of a dataset directory; as text its directory, split, study and number.
+    """An image of a dataset directory; its text is directory, split, study and number.
 
     Args:
-        split: a `datasets.Dataset` as `open_dataset` gives it.
-        row: of the study.
-        place: the number of the image among those of the study.
-        name: what it is called.
+        split: a `datasets.Dataset` from `open_dataset`.
+        row: row of the study.
+        place: number of the image in the study.
+        name: name of the image.
     """
 
     __slots__ = ("name", "place", "row", "split")
@@ -36,10 +36,10 @@ class StoredImage:
         return self.name
 
     def content(self) -> bytes | Path:
-        """The encoded image, or its file.
+        """Returns the encoded image, or its file.
 
         Raises:
-            ImageError: there is none.
+            ImageError: the image does not exist.
         """
         try:
             return stored_image(self.split[self.row]["images"][self.place], self.split, self.name)
@@ -48,13 +48,13 @@ class StoredImage:
 
 
 def stored_studies(root: str, split: str | None = None) -> list[StudyFiles]:
-    """The studies of a split of a dataset directory, by their ids.
+    """Returns the studies of a split of a dataset directory.
 
     Args:
-        split: None: `test`, or the only one that there is.
+        split: name of the split; None: `test`, or the only split.
 
     Raises:
-        UsageError: there is no such split, or two studies have the same id.
+        UsageError: the split does not exist, or two studies have the same id.
         RunError: the directory is broken.
     """
     splits = open_dataset(root)
@@ -73,7 +73,7 @@ def stored_studies(root: str, split: str | None = None) -> list[StudyFiles]:
         count, name = counts[row] or 0, printable(str(record["study_id"]))
         views = tuple(view or "" for view in [*(record["views"] or ()), *[""] * count][:count])
         if name in studies:
-            raise UsageError(f"{printable(root)}: two studies of the {chosen} split are called {name}")
+            raise UsageError(f"{printable(root)}: two studies of the {chosen} split have the id {name}")
         where = f"{path_name(Path(root))}/{chosen}/{name}"
         films = tuple(StoredImage(rows, row, place, f"{where}/{place}") for place in range(count))
         studies[name] = StudyFiles(name, films, views, {field: without_report(record, field) for field in told})

@@ -1,4 +1,4 @@
-"""Which images belong together: files into studies, by their DICOM header, their folder or a table."""
+"""Groups files into studies by their DICOM header, their folder or a table."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ MOST_FILES = 8  # a folder with more of them is a collection, not a study
 
 
 class Stored(Protocol):
-    """An image that is no file of its own; its text is its name."""
+    """An image that is not a separate file; its text is its name."""
 
     def content(self) -> bytes | Path | Image:
-        """What `read_image` reads."""
+        """Returns the input of `read_image`."""
 
 
 Film = Path | Stored
@@ -38,10 +38,10 @@ class StudyFiles:
     """The images of one study.
 
     Args:
-        name: Study Instance UID, path of the folder or file, or what a table or dataset directory calls it.
-        files: in the order of their names.
-        views: of each file, as DICOM headers or names such as `view1_frontal.jpg` say; "" where it is not known.
-        context: what a table or DICOM headers say before the films are read; not cleaned yet.
+        name: Study Instance UID, path of the folder or file, or the name in a table or dataset directory.
+        files: the files, sorted by name.
+        views: view of each file, from DICOM headers or names such as `view1_frontal.jpg`; "" if unknown.
+        context: context from a table or DICOM headers; not cleaned yet.
     """
 
     name: str
@@ -51,7 +51,7 @@ class StudyFiles:
 
     @classmethod
     def single(cls, file: Path) -> StudyFiles:
-        """A study of one image, named by its path."""
+        """Makes a study of one image, named by its path."""
         return cls.of(path_name(file), [(file, _facts(file))])
 
     @classmethod
@@ -61,10 +61,10 @@ class StudyFiles:
         members: Iterable[tuple[Path, DicomFacts | None]],
         context: Mapping[ContextField, str] | None = None,
     ) -> StudyFiles:
-        """A study of files with their DICOM facts; what a table says goes before what headers say.
+        """Makes a study of files with their DICOM facts; values of a table take precedence over headers.
 
         Args:
-            context: from the table.
+            context: context from the table.
         """
         facts_of = dict(members)
         found: dict[ContextField, str] = {}
@@ -77,21 +77,21 @@ class StudyFiles:
 
     @property
     def number(self) -> int:
-        """A number that depends on the name alone, by which sampling draws: the same in every shard and order."""
+        """A number that depends only on the name. It seeds sampling, so it is the same in every shard and order."""
         return int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:4], "big")
 
 
 def find_studies(paths: Sequence[str], by: StudyBy = "auto") -> list[StudyFiles]:
-    """Studies in files, folders and glob patterns, in the order in which their first files are found.
+    """Finds studies in files, folders and glob patterns, in the order of their first files.
 
     Args:
-        paths: as a user names them.
-        by: `file`: each file is a study. `folder`: the files directly in a folder are one. `auto`: DICOM files by
-            their Study Instance UID; other files in a subfolder of a named folder are one study where there are at
-            most 8 of them; any other file is a study of its own.
+        paths: paths and patterns of the user.
+        by: `file`: each file is a study. `folder`: the files directly in a folder are one study. `auto`: DICOM files
+            are grouped by Study Instance UID; other files in a subfolder of a named folder are one study if there are
+            at most 8; any other file is a study.
 
     Raises:
-        UsageError: for a path that does not exist, or when there is no file at all.
+        UsageError: for a path that does not exist, or if there is no file.
     """
     named = [name for path in paths for name in _expanded(path)]
     files = find_images(named)
@@ -121,18 +121,18 @@ def find_studies(paths: Sequence[str], by: StudyBy = "auto") -> list[StudyFiles]
 
 
 def table_studies(table: Path, image_column: str = "image", study_column: str | None = None) -> list[StudyFiles]:
-    """Studies as the rows of a table list them; paths are relative to the folder of the table.
+    """Reads the studies that the rows of a table list; paths are relative to the folder of the table.
 
     Columns named `indication`, `comparison`, `technique`, `age` and `sex` are the context of a study.
 
     Args:
         table: CSV, TSV or JSON lines.
-        image_column: paths, several of them divided by `|` or as a JSON list.
-        study_column: rows of the same study belong together; None: each row is a study.
+        image_column: column with a path, several paths separated by `|`, or a JSON list.
+        study_column: column by which rows are grouped into studies; None: each row is a study.
 
     Raises:
-        UsageError: for a table or a column that is not there, or when no row names an image.
-        RunError: when the table cannot be read.
+        UsageError: if the table or a column does not exist, or no row names an image.
+        RunError: if the table cannot be read.
     """
     from emrrg_cli.ingest.sources.table import cell_list, cell_text, read_table
 
@@ -159,14 +159,14 @@ def table_studies(table: Path, image_column: str = "image", study_column: str | 
 
 
 def path_name(path: Film) -> str:
-    """A path (or a stored image) as text that fits into a JSON file: bytes that are no UTF-8 are written as escapes."""
+    """Converts a path (or a stored image) to text for JSON: bytes that are not UTF-8 become escapes."""
     name = str(path)
-    # The same object where it can be: there may be millions of them.
+    # Returns the same object if possible, because there may be millions of paths.
     return name if name.isascii() else name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _expanded(name: str) -> Iterable[str]:
-    # Patterns that the shell left as they are, such as quoted ones.
+    # Expands patterns that the shell did not expand, such as quoted ones.
     if not any(sign in name for sign in "*?[") or Path(name).exists():
         return [name]
     found = sorted(glob.glob(name, recursive=True))  # noqa: PTH207
@@ -180,7 +180,7 @@ def _is_below(file: Path, roots: set[Path]) -> bool:
 
 
 def _facts(file: Path) -> DicomFacts | None:
-    # What the header of a DICOM file says; a file that cannot be read says why when it is decoded.
+    # The facts of a DICOM header; for an unreadable file, decoding reports the error later.
     try:
         with open_stream(file, str(file)) as (stream, _):
             candidate = is_dicom(stream) or file.suffix.lower() in DICOM_SUFFIXES

@@ -1,4 +1,4 @@
-"""From studies to records: images are read, reports written, and findings read from them, study by study."""
+"""Turns studies into records: reads images, writes reports, and reads findings from them, study by study."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from emrrg_cli.recipe.finetuning import FinetuneRecipe
 from emrrg_cli.reporting.gallery import Pictures
 from emrrg_cli.vocabulary import ContextField
 
-_CARDS = 16  # made at a time; more need more memory and are not faster
+_CARDS = 16  # cards made at a time; more need more memory and are not faster
 
 
 @dataclass(frozen=True)
 class StudyResult:
-    """What came of a study.
+    """The result of a study.
 
     Args:
-        study: its name.
-        row: its record; None where no image of it could be read.
+        study: name of the study.
+        row: record of the study; None if none of its images could be read.
         skipped: files that could not be read, with the reasons.
     """
 
@@ -39,10 +39,10 @@ class StudyResult:
 
 
 class WritesReports(Protocol):
-    """What writes reports, such as a `Generator`."""
+    """An object that writes reports, such as a `Generator`."""
 
     def write(self, studies: Iterable[Studies]) -> Iterator[list[WrittenReport]]:
-        """Yields reports as soon as they are done, not always in the order of the studies."""
+        """Yields reports as soon as they are finished, not always in the order of the studies."""
 
     def ground(
         self,
@@ -51,28 +51,28 @@ class WritesReports(Protocol):
         contexts: Sequence[Mapping[ContextField, str]],
         projections: torch.Tensor,
     ) -> list[torch.Tensor]:
-        """Where the model looked in each sentence of each report."""
+        """Computes maps of where the model looked in each sentence of each report."""
 
 
 class StudyWriter:
-    """Writes the records of studies with a model. Only the studies that are in work are held in memory.
+    """Writes the records of studies with a model. Only studies in progress are kept in memory.
 
     Args:
-        page: what the page will show: the first studies get cards.
+        page: options of the page, for which the first studies get cards.
     """
 
     def __init__(self, generator: WritesReports, recipe: FinetuneRecipe, page: PageOptions = NO_PAGE) -> None:
         self.generator = generator
         self.recipe = recipe
         self.page = page
-        # Beside a GPU the processor is free to read images; on a CPU that decodes it is not.
+        # If a GPU decodes, the CPU is free to read images ahead.
         self.threads = min(8, os.cpu_count() or 1) if is_gpu(generator) else 0
         self._reading: dict[str, ReadStudy] = {}  # studies in decoding
         self._unreadable: list[StudyResult] = []
         self._pictured: list[tuple[ReadStudy, WrittenReport]] = []  # written, their cards not yet made
 
     def write(self, studies: Iterable[StudyFiles]) -> Iterator[list[StudyResult | StudyCard]]:
-        """Yields results as soon as they are there, not always in the order of the studies; cards follow later."""
+        """Yields results as soon as they are finished, not always in the order of the studies; cards follow later."""
         last = time.perf_counter()
         for done in self.generator.write(self._readable(studies)):
             now = time.perf_counter()
@@ -80,7 +80,7 @@ class StudyWriter:
             yield [*self._take_unreadable(), *(self._result(report, seconds) for report in done)]
             if len(self._pictured) >= min(self.recipe.generation.batch_size, _CARDS):
                 yield [*self._cards()]
-                last = time.perf_counter()  # a report's seconds are those of its writing
+                last = time.perf_counter()  # the seconds of a report are only for its writing
         if self._unreadable or self._pictured:
             yield [*self._take_unreadable(), *self._cards()]
 
@@ -109,7 +109,7 @@ class StudyWriter:
         return StudyResult(report.key, study_record(read, report, seconds), read.skipped)
 
     def _readable(self, studies: Iterable[StudyFiles]) -> Iterator[Studies]:
-        """Studies with at least one readable image, a batch at a time."""
+        """Yields studies with at least one readable image, a batch at a time."""
         size = self.recipe.generation.batch_size
         image_size, most = self.recipe.model.encoder.image_size, self.recipe.data.max_views
         batch: list[ReadStudy] = []
@@ -127,7 +127,7 @@ class StudyWriter:
 
 
 def study_record(read: ReadStudy, report: WrittenReport, seconds: float) -> Row:
-    """The record of a study, without the fingerprint of the run."""
+    """Makes the record of a study, without the fingerprint of the run."""
     study, files = read.study, read.used
     labels, distance = label_report(report.text), report.film_distance
     note = None if distance is None else distance.note

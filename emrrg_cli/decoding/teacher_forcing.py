@@ -1,4 +1,4 @@
-"""Reading finished reports once more: one forward pass over prompts and reports, of many studies at a time."""
+"""Reads finished reports again: one forward pass over prompts and reports, for many studies at a time."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _LARGEST = 1 << 28  # logits in memory at a time
 
 
 def read_reports(llm: Any, prompts: Prompts, reports: Sequence[Sequence[int]], pad: int, *, logits: int) -> Tensor:
-    """A forward pass over prompts with their reports behind them.
+    """Runs a forward pass over prompts followed by their reports.
 
     Args:
         llm: causal LM in evaluation mode.
-        prompts: of `b` studies, `p` tokens each.
-        reports: tokens of each, at most `t`.
-        pad: token behind shorter reports.
-        logits: how many places from the end get logits; the states of the others are computed all the same.
+        prompts: prompts of `b` studies, `p` tokens each.
+        reports: tokens of each report, at most `t`.
+        pad: token that fills shorter reports.
+        logits: number of last positions that get logits; the states of all positions are computed.
 
     Returns:
-        `[b, logits, vocabulary]`; the place before a token predicts it.
+        `[b, logits, vocabulary]`; the position before a token predicts it.
     """
     embeddings = prompts.embeddings
     longest = max(map(len, reports))
@@ -51,12 +51,12 @@ def read_reports(llm: Any, prompts: Prompts, reports: Sequence[Sequence[int]], p
 def token_log_probabilities(
     llm: Any, prompts: Prompts, reports: Sequence[Sequence[int]], pad: int
 ) -> list[list[float]]:
-    """The log-probability of each token of finished reports, as the model gives it.
+    """Computes the log-probability of each token of finished reports, before decoding options.
 
-    Args: as of `read_reports`.
+    Args: as in `read_reports`.
 
     Returns:
-        One list a study, as long as its report.
+        One list per study, as long as its report.
     """
     found: list[list[float]] = []
     longest = max(map(len, reports))

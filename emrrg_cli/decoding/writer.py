@@ -1,4 +1,4 @@
-"""From images to reports by the engine that the decoding options choose."""
+"""Writes reports from images with the engine that the decoding options choose."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Studies:
     """A few studies, on the CPU.
 
     Args:
-        keys: what they are called; a report comes back under the key of its study.
-        numbers: their numbers among all studies, by which sampling draws.
-        pixels: uint8 `[n, size, size]`, the views of all of them one after the other.
-        views: `[b]`, views of each.
-        contexts: what is told of each (`emrrg_cli.datasets.context`); empty: nothing of any.
-        projections: int64 `[n]`, places in `VIEW_TOKENS`; None: all unknown.
+        keys: identifiers of the studies; each report is returned with its key.
+        numbers: indices among all studies, which seed sampling.
+        pixels: uint8 `[n, size, size]`, the views of all studies in sequence.
+        views: `[b]`, number of views of each study.
+        contexts: context of each study (`emrrg_cli.datasets.context`); empty: no study has any.
+        projections: int64 `[n]`, indices into `VIEW_TOKENS`; None: all unknown.
     """
 
     keys: Sequence[Any]
@@ -51,14 +51,14 @@ class WrittenReport:
     """A report.
 
     Args:
-        key: of its study.
-        text: without special tokens.
+        key: key of its study.
+        text: text without special tokens.
         log_probability: mean over its tokens after the decoding options; 0 with transformers' engine, which does not
-            tell it.
-        tokens: its end token included.
-        confidence: how sure the model is of it; None where it was not asked for.
-        film_distance: how unlike the films of the training its films are; None: not known.
-        findings: the probability of each observation by the head on findings; empty: no head, or not asked for.
+            return it.
+        tokens: tokens, including the end token.
+        confidence: confidence of the model; None if not requested.
+        film_distance: distance of its films from the training films; None: unknown.
+        findings: probability of each observation by the findings head; empty: no head, or not requested.
     """
 
     key: Any
@@ -74,11 +74,11 @@ class Writer:
     """Writes reports with a model.
 
     Args:
-        settings: decoding options; `engine` chooses among ours and transformers'.
-        device: of the model.
-        autocast: makes the contexts of the precision, without a cache of casts.
-        confident: whether reports come with their confidence and the probabilities of findings.
-        film_distance: compares films with those of the training; None: they are not compared.
+        settings: decoding options; `engine` chooses our engine or that of transformers.
+        device: device of the model.
+        autocast: makes precision contexts without a cache of casts.
+        confident: whether reports have confidence and probabilities of findings.
+        film_distance: compares films with the training films; None: no comparison.
     """
 
     def __init__(
@@ -102,10 +102,10 @@ class Writer:
         self._engine: Engine | None = None
 
     def write(self, studies: Iterable[Studies]) -> Iterator[list[WrittenReport]]:
-        """Yields reports as soon as they are done, not always in the order of the studies.
+        """Yields reports as soon as they are finished, not always in the order of the studies.
 
         Args:
-            studies: asked for when there is room for them; not more than `batch_size` at a time.
+            studies: requested when there is room, at most `batch_size` at a time.
         """
         prompts = (self._prompts(some) for some in studies)
         first = next(prompts, None)
@@ -166,7 +166,7 @@ def _chain(first: Prompts, following: Iterator[Prompts]) -> Iterator[Prompts]:
 
 @contextmanager
 def _sampling(settings: GenerationSettings, seed: int, device: torch.device) -> Iterator[None]:
-    # Draws from `seed` and leaves the caller's generators as they were.
+    # Samples with `seed` and restores the caller's random generators.
     if not settings.do_sample:
         yield
         return
@@ -176,7 +176,7 @@ def _sampling(settings: GenerationSettings, seed: int, device: torch.device) -> 
 
 
 def autocast_of(device: torch.device, precision: str) -> Autocast:
-    """The contexts of `fp32`, `bf16` or `fp16` on a device. Casts are not kept: a CUDA graph would not see them."""
+    """Returns autocast contexts of `fp32`, `bf16` or `fp16` without a cache of casts, which CUDA graphs do not see."""
     from emrrg_cli.runtime import DTYPES
 
     if precision == "fp32":
@@ -185,7 +185,7 @@ def autocast_of(device: torch.device, precision: str) -> Autocast:
 
 
 def autocast_without_cache(accelerator: Any) -> Autocast:
-    """The contexts of an accelerator's precision."""
+    """Returns autocast contexts of an accelerator's precision, without a cache of casts."""
     from accelerate.utils import AutocastKwargs
 
     return lambda: accelerator.autocast(AutocastKwargs(cache_enabled=False))

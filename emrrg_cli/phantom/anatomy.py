@@ -1,7 +1,7 @@
 """Shape of a thorax: how much air and how much soft tissue a ray crosses at every pixel.
 
-The trunk is soft tissue; the lungs are air taken out of it; the heart, the mediastinum and the abdomen are soft tissue
-put back. A round body's chord grows like a square root from its edge, which is what makes a contour on a film sharp.
+The trunk is soft tissue; the lungs replace a part of it by air; the heart, the mediastinum and the abdomen are soft
+tissue inside. The chord of a round body grows like a square root from its edge, so its contour on a film is sharp.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _HEART = (
 
 @dataclass(frozen=True)
 class Thorax:
-    """Geometry that findings, vessels and bones are placed by.
+    """Geometry of a thorax, in which findings, vessels and bones are placed.
 
     Attributes:
         half_width: Inner half width of the rib cage at each row, cm, `[h, 1]`.
@@ -33,10 +33,10 @@ class Thorax:
         body: Soft tissue if there were no lungs, cm, `[h, w]`.
         air: Depth of lung, cm, `[h, w]`; 0 outside.
         heart: 0 to 1, chord of the heart relative to its largest, `[h, w]`.
-        below: How far a pixel lies below its hemidiaphragm, cm, negative above, `[h, w]`.
+        below: Distance of a pixel below its hemidiaphragm, cm, negative above, `[h, w]`.
         outwards: cm from the midline, positive on both sides, `[h, w]`.
         is_left: The patient's left half, 0 or 1, `[h, w]`.
-        dome: y of the top of each hemidiaphragm, cm; with volume loss, unlike the anatomy's.
+        dome: y of the top of each hemidiaphragm, cm, after volume loss.
         heart_span: x of the heart's right and left border, cm.
     """
 
@@ -54,16 +54,16 @@ class Thorax:
     heart_span: tuple[float, float]
 
     def on(self, side: Side) -> F32:
-        """1 on that side of the patient, `[h, w]`."""
+        """Returns 1 on this side of the patient, else 0, `[h, w]`."""
         return self.is_left if side == "left" else 1 - self.is_left
 
     def width_at(self, y: float) -> float:
-        """Inner half width of the rib cage at a height, cm."""
+        """Returns the inner half width of the rib cage at a height, cm."""
         return float(np.interp(y, self.grid.rows[:, 0], self.half_width[:, 0]))
 
 
 def build_thorax(case: Case, grid: Grid) -> Thorax:
-    """The thorax of a case on a grid; findings count only where they move contours (heart size, volume loss, shift)."""
+    """Builds the thorax of a case on a grid, including findings that move contours (heart size, volume loss, shift)."""
     a = case.anatomy
     # A large effusion or pneumothorax pushes the mediastinum to the other side.
     push = sum(-sign(e.side) * max(0.0, e.level - 0.55) * 2.5 for e in case.findings.effusions)
@@ -82,7 +82,7 @@ def build_thorax(case: Case, grid: Grid) -> Thorax:
 
     edge = _mediastinal_edge(case, grid, fall, is_left, shift)
     air = cavity * root(np.minimum((outwards - edge) * 0.42, 1))
-    # Lung goes on behind and in front of the dome, ever thinner.
+    # Behind and in front of the dome the lung continues and becomes thinner.
     air *= np.maximum(1 - root(below * (1 / 5.5)), 0)
     heart, span = _heart(case, grid, shift, dome)
     great = _great_vessels(case, grid, shift)
@@ -94,7 +94,7 @@ def build_thorax(case: Case, grid: Grid) -> Thorax:
 
 
 def domes(case: Case) -> dict[Side, float]:
-    """y of the top of each hemidiaphragm, cm; collapsed lung pulls it up."""
+    """Returns y of the top of each hemidiaphragm, cm; collapsed lung pulls it up."""
     dome = dict(case.anatomy.dome)
     for collapse in case.findings.atelectases:
         dome[collapse.side] -= (0.5 if collapse.shape == "linear" else 1.6) * collapse.strength
@@ -102,34 +102,34 @@ def domes(case: Case) -> dict[Side, float]:
 
 
 def fluid_level(case: Case, level: float) -> float:
-    """y of the surface of an effusion in the middle of the chest, cm; from below the costophrenic angle up."""
+    """Returns y of an effusion's surface in the middle of the chest, cm; level 0 is below the costophrenic angle."""
     a = case.anatomy
     return a.angle + 0.2 - level * 0.8 * a.lung_height
 
 
 def fine_texture(case: Case, grid: Grid) -> F32 | float:
-    """The finest grain of the lungs, `[h, w]`; films too coarse to show it are drawn faster without."""
+    """Draws the finest texture of the lungs, `[h, w]`; coarse films skip it, because they cannot show it."""
     if max(grid.shape) < 200:
         return 0.0
     return noise(generator(case.texture_seed, 8), grid, (240, 0.016))
 
 
 def thorax_half_width(fall: F32, widest: float) -> F32:
-    """Inner half width of the rib cage, cm, at heights `fall` (0 apex, 1 costophrenic angle)."""
+    """Returns the inner half width of the rib cage, cm, at heights `fall` (0 apex, 1 costophrenic angle)."""
     up = np.clip(1 - fall * (1 / 0.72), 0, 1)
     result: F32 = widest * (0.35 + 0.65 * (1 - up**2.2) ** 0.56)
     return result
 
 
 def heart_outline(case: Case) -> tuple[F32, float, float]:
-    """The heart's outline and its half width, cm: (radius by angle `[_ANGLES]` relative to the half width, ...).
+    """Computes the outline of the heart: its radius by angle `[_ANGLES]`, and its size in cm.
 
     Returns:
         Radius at each angle from -pi to pi, in units of the half width; half width; half height of one unit.
     """
     a = case.anatomy
     points = np.array(_HEART, dtype=np.float64)
-    # A lying heart is broader below, an upright one slim: shear of the lower half.
+    # A horizontal heart is broader below, an upright heart is slim: shear of the lower half.
     points[:, 1] *= 1.12 - 0.3 * a.heart_slope
     angle = np.arctan2(points[:, 1], points[:, 0])
     radius = np.hypot(points[:, 0], points[:, 1])
@@ -150,7 +150,7 @@ def _heart(case: Case, grid: Grid, shift: float, dome: dict[Side, float]) -> tup
     table, unit_x, unit_y = heart_outline(case)
     at = np.linspace(-np.pi, np.pi, _ANGLES, endpoint=False)
     low_x, high_x = (table * np.cos(at)).min() * unit_x, (table * np.cos(at)).max() * unit_x
-    # A third lies to the right of the midline, less when the left ventricle is what grows.
+    # A third of the heart is right of the midline; less if the left ventricle is enlarged.
     right = (0.335 - 0.12 * (case.findings.ctr - 0.45)) * (high_x - low_x) - shift
     centre_x = -right - low_x
     bottom = min(dome["right"], dome["left"]) + 2.6
@@ -166,13 +166,13 @@ def _heart(case: Case, grid: Grid, shift: float, dome: dict[Side, float]) -> tup
 
 
 def _great_vessels(case: Case, grid: Grid, shift: float) -> F32:
-    """Aortic arch and pulmonary trunk, where they stand out into the left lung, cm."""
+    """Draws aortic arch and pulmonary trunk where they extend into the left lung, cm."""
     a = case.anatomy
-    # The arch runs from front to back, so it is deep where it is seen end on.
+    # The arch runs from front to back, so its depth is large along the ray.
     knob = 4.2 * a.knob * ball(grid, 1.55 + shift + a.unfolded, -0.4, a.knob * 1.05, a.knob)
     trunk = 5.0 * ball(grid, 1.7 + shift, 3.0, 2.0, 2.1)
     ascending = 3.2 * ball(grid, -0.6 + shift - 0.5 * a.unfolded, 2.6, 2.5, 4.2)
-    # The descending aorta, whose left edge is seen through the heart.
+    # The descending aorta; its left edge is visible through the heart.
     x = 1.0 + 0.8 * a.unfolded + shift
     at = grid.window(x - 1.4, x + 1.4, -1, 40)
     aorta = np.zeros(grid.shape, np.float32)
@@ -182,7 +182,7 @@ def _great_vessels(case: Case, grid: Grid, shift: float) -> F32:
 
 
 def _mediastinal_edge(case: Case, grid: Grid, fall: F32, is_left: F32, shift: float) -> F32:
-    """Distance of each lung's inner border from the midline, cm, `[h, w]`."""
+    """Returns the distance of each lung's inner border from the midline, cm, `[h, w]`."""
     a = case.anatomy
     apex = 0.35 * a.thorax_half_width
     right = curve(
@@ -197,7 +197,7 @@ def _mediastinal_edge(case: Case, grid: Grid, fall: F32, is_left: F32, shift: fl
 
 
 def _diaphragm(case: Case, grid: Grid, outwards: F32, is_left: F32, dome: dict[Side, float]) -> F32:
-    """y of the hemidiaphragms, cm, `[h, w]`."""
+    """Returns y of the hemidiaphragms, cm, `[h, w]`."""
     a = case.anatomy
     wide = a.thorax_half_width
     height = dome["right"] + is_left * (dome["left"] - dome["right"])
@@ -210,7 +210,7 @@ def _diaphragm(case: Case, grid: Grid, outwards: F32, is_left: F32, dome: dict[S
 
 
 def _body(case: Case, grid: Grid) -> F32:
-    """Trunk, neck, arms, breasts, cm of soft tissue, `[h, w]`."""
+    """Draws trunk, neck, arms and breasts, cm of soft tissue, `[h, w]`."""
     a = case.anatomy
     w, top = a.body_half_width, a.apex
     width = curve(
@@ -239,7 +239,7 @@ def _body(case: Case, grid: Grid) -> F32:
     cap = root(1 - (np.minimum(grid.rows - shoulder[1], 0) * (1 / 5.2)) ** 2)
     radius = (0.29 * w) * cap
     arm = 2.7 * root(radius**2 - (np.abs(grid.x) - centre) ** 2)
-    # Where arm and trunk overlap they are one mass, not two.
+    # Overlapping arm and trunk count once.
     body = np.sqrt(trunk**2 + arm**2)
     if a.breast > 0:
         wide = 0.46 * w

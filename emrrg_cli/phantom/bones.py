@@ -1,4 +1,4 @@
-"""Bones, as attenuation on top of the soft tissue that they replace (no unit: an exponent), `[h, w]`."""
+"""Draws bones as attenuation in addition to the soft tissue that they replace (an exponent, no unit), `[h, w]`."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from emrrg_cli.phantom.grid import F32, ball, generator, noise, ramp, root
 from emrrg_cli.phantom.ink import Ink
 from emrrg_cli.phantom.parameters import Case
 
-_CORTEX = 0.32  # attenuation of a cm of cortical bone beyond that of a cm of soft tissue
+_CORTEX = 0.32  # attenuation per cm of cortical bone, minus that of soft tissue
 
 
 def bones(thorax: Thorax, ink: Ink) -> F32:
-    """Everything bony; the thin borders of the scapulae go to `ink`."""
+    """Draws all bones; the thin borders of the scapulae go to `ink`."""
     return ribs(thorax) + spine(thorax) + clavicles(thorax) + shoulders(thorax, ink)
 
 
 def ribs(thorax: Thorax) -> F32:
-    """Ribs as bands on the surface of the chest.
+    """Draws ribs as bands on the surface of the chest.
 
-    A point of the chest wall is given by its height and the angle p around the trunk (0 at the spine, pi/2 at the
-    side). A rib falls steadily with p, so one ray meets the cage twice: at the back, and lower down the rib at the
-    front. Where the wall runs along the ray, at the side, its path in bone is long.
+    A point of the chest wall has a height and an angle p around the trunk (0 at the spine, pi/2 at the side). A rib
+    descends steadily with p, so a ray crosses two ribs: one at the back, and one at the front. At the side, the wall
+    runs along the ray, so its path in bone is long.
     """
     case, grid = thorax.case, thorax.grid
     a, extra = case.anatomy, case.distractors
@@ -34,7 +34,7 @@ def ribs(thorax: Thorax) -> F32:
     # The path through a curved shell, limited by the thickness of the shell.
     slant = 1 / np.maximum(cosine, 0.22)
     size = a.thorax_half_width / 13.9
-    # At the back the rib leaves the spine almost level; at the front it drops faster.
+    # At the back a rib is almost horizontal near the spine; at the front it descends faster.
     back = (4.6 * size) * (1 - cosine) - (1.8 * size) * across * cosine
     front = (4.6 * size) + (5.2 * size) * cosine
     inside = (across < 1).astype(np.float32)
@@ -46,7 +46,7 @@ def ribs(thorax: Thorax) -> F32:
     ink = _bands(thorax, back, thick, across, each)
     if extra.rib_callus:
         ink *= 1 + 0.9 * here * (np.abs(grid.y - back - a.apex - extra.callus_rib * a.rib_spacing) < 1.4)
-    # Bone ends at the front where cartilage begins, further out with every rib; it shows where it is calcified.
+    # At the front, bone ends where cartilage begins, further out with every rib; calcified cartilage is visible.
     end = 2.6 + 0.42 * np.clip(grid.y - a.apex - 3, 0, 12)
     fade = ramp(thorax.outwards - end, 0, 0.5)
     if extra.cartilage:
@@ -58,8 +58,8 @@ def ribs(thorax: Thorax) -> F32:
 
 
 def rib_shapes(case: Case) -> F32:
-    """How each rib differs from a regular one, `[2, 3, 24]`: back and front; offset, slope, relative thickness; the
-    right side's ribs, then the left's."""
+    """Draws the deviations of each rib, `[2, 3, 24]`: back and front; offset, slope, relative thickness; right ribs,
+    then left ribs."""
     rng = generator(case.texture_seed, 2)
     spread = np.array([0.055, 0.13, 0.12])[None, :, None]
     shapes: F32 = (np.clip(rng.standard_normal((2, 3, 24)), -2, 2) * spread).astype(np.float32)
@@ -69,11 +69,11 @@ def rib_shapes(case: Case) -> F32:
 def _bands(
     thorax: Thorax, fall: F32, half_height: F32 | float, across: F32, each: F32, count: int = 11, first: float = 0.0
 ) -> F32:
-    """Bands of all ribs of one wall: 1 in the middle, more at the cortical edges."""
+    """Draws the bands of all ribs of one wall: 1 in the middle, more at the cortical edges."""
     a = thorax.case.anatomy
     start = a.apex + 0.3 + 0.6 * a.rib_phase
     level = (thorax.grid.y - fall - start) * (1 / a.rib_spacing)
-    # Upper ribs stand closer.
+    # Upper ribs are closer together.
     level = level * 1.18 - 0.012 * level * np.abs(level)
     number = np.round(level)
     rib = (np.clip(number, 0, 11) + 12 * thorax.is_left).astype(np.intp)
@@ -90,18 +90,18 @@ def _bands(
 
 
 def spine(thorax: Thorax) -> F32:
-    """Vertebral bodies with end plates and pedicles, discs between them."""
+    """Draws vertebral bodies with end plates and pedicles, and discs between them."""
     a, grid = thorax.case.anatomy, thorax.grid
     down = grid.rows - a.apex
     size = a.thorax_half_width / 13.9
     half = size * (1.45 + 0.02 * down)
-    # Vertebrae grow downwards: their number as a function of height.
+    # Lower vertebrae are larger: the vertebra's number as a function of height.
     period = 2.05 * size
     number = down / period - 0.0062 * (down / period) * np.abs(down / period) + a.rib_phase
     place = number - np.floor(number)
     body = ramp(np.minimum(place, 1 - place), 0.05, 0.14)
     plate = np.maximum(1 - np.abs(np.minimum(place, 1 - place) - 0.14) * 12, 0)
-    # It stands in a narrow band of columns.
+    # The spine needs only a narrow band of columns.
     at = grid.window(-5.0, 5.0, float(grid.rows[0, 0]), float(grid.rows[-1, 0]))[1]
     across = grid.x[:, at] / half
     chord = root(1 - across * across)
@@ -122,14 +122,14 @@ def _spots(x: F32, y: F32, rx: float, ry: float) -> F32:
 
 
 def clavicles(thorax: Thorax) -> F32:
-    """Two S-shaped tubes with a cortical shell, from the sternum up to the shoulders."""
+    """Draws two S-shaped tubes with a cortical shell, from the sternum up to the shoulders."""
     a, grid = thorax.case.anatomy, thorax.grid
     inner, outer = 1.9, a.body_half_width + 0.6
     start = a.apex + 4.6
     at = grid.window(-outer, outer, start - a.clavicle_rise - 2.5, start + 2.5)
     along = (thorax.outwards[at] - inner) * (1 / (outer - inner))
     height = start - a.clavicle_rise * along - 0.75 * np.sin(along * (2 * np.pi))
-    # A rotated patient shows it by the clavicles: one inner end nearer to the spine.
+    # If the patient is rotated, one clavicle's inner end is nearer to the spine.
     shown = ramp(along + (thorax.is_left[at] - 0.5) * (0.08 * a.rotation), 0, 0.03) * ramp(1 - along, 0, 0.03)
     radius = 0.62 + 0.3 * np.maximum(0.16 - along, 0) * 5
     away = np.abs(grid.y[at] - height) * 0.93
@@ -140,7 +140,7 @@ def clavicles(thorax: Thorax) -> F32:
 
 
 def shoulders(thorax: Thorax, ink: Ink) -> F32:
-    """Scapulae and upper ends of the humeri."""
+    """Draws the scapulae and the upper ends of the humeri."""
     a, grid = thorax.case.anatomy, thorax.grid
     w = a.body_half_width
     total = np.zeros(grid.shape, np.float32)
@@ -180,7 +180,7 @@ def shoulders(thorax: Thorax, ink: Ink) -> F32:
 
 
 def _bow(x0: float, y0: float, x1: float, y1: float, bend: float) -> tuple[F32, F32]:
-    """A slightly bent line between two points, `[n]` each."""
+    """Returns a slightly bent line between two points, `[n]` each."""
     t = np.linspace(0, 1, 24, dtype=np.float32)
     bulge = 4 * t * (1 - t) * bend
     x = x0 + t * (x1 - x0) - bulge * (y1 - y0)

@@ -1,4 +1,4 @@
-"""Tubes, catheters and pacemakers, as attenuation, `[h, w]`."""
+"""Draws tubes, catheters and pacemakers as attenuation, `[h, w]`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from emrrg_cli.phantom.parameters import Device, sign
 
 
 def devices(thorax: Thorax, ink: Ink) -> F32:
-    """All devices of a case; lines and tubes go to `ink`."""
+    """Draws all devices of a case; lines and tubes go to `ink`."""
     total = np.zeros(thorax.grid.shape, np.float32)
     for device in thorax.case.findings.devices:
         if device.kind == "endotracheal tube":
@@ -26,7 +26,7 @@ def devices(thorax: Thorax, ink: Ink) -> F32:
 
 
 def tip_height(d: Device) -> float:
-    """y of the end of a tube or line, cm from the carina; a nasogastric tube's only if it ends in the oesophagus."""
+    """Returns y of the tip of a tube or line, cm from the carina; for a nasogastric tube only in the oesophagus."""
     if d.kind == "endotracheal tube":
         return 1.2 if d.misplaced else -4.5 + 1.5 * d.wander
     if d.kind == "nasogastric tube":
@@ -35,7 +35,7 @@ def tip_height(d: Device) -> float:
 
 
 def through(points: list[tuple[float, float]], n: int = 60) -> tuple[F32, F32]:
-    """A smooth path through points (x, y), `[n]` each; runs along the points, so it may turn back."""
+    """Returns a smooth path through points (x, y), `[n]` each; it follows the points, so it may turn back."""
     at = np.linspace(0, len(points) - 1, n, dtype=np.float32)
     x = curve(at, [(float(i), p[0]) for i, p in enumerate(points)])
     y = curve(at, [(float(i), p[1]) for i, p in enumerate(points)])
@@ -43,7 +43,7 @@ def through(points: list[tuple[float, float]], n: int = 60) -> tuple[F32, F32]:
 
 
 def _endotracheal_tube(ink: Ink, thorax: Thorax, d: Device) -> None:
-    """Two faint walls and the radio-opaque stripe, ending 3 to 6 cm above the carina or in the right main bronchus."""
+    """Draws two faint walls and a radio-opaque stripe to 3 to 6 cm above the carina or into the right main bronchus."""
     shift, top = thorax.case.anatomy.rotation, thorax.case.anatomy.apex - 12
     tip = tip_height(d)
     end = [(-0.2 + shift, -0.6), (-1.7 + shift, tip)] if d.misplaced else [(0.15 * d.wander + shift, tip)]
@@ -53,7 +53,7 @@ def _endotracheal_tube(ink: Ink, thorax: Thorax, d: Device) -> None:
 
 
 def _nasogastric_tube(ink: Ink, thorax: Thorax, d: Device) -> None:
-    """Down the oesophagus, under the left diaphragm, into the stomach, unless it ends above."""
+    """Draws a tube down the oesophagus into the stomach, unless it ends above."""
     shift, dome = thorax.case.anatomy.rotation, thorax.dome["left"]
     path = [(-0.2, thorax.case.anatomy.apex - 12), (0.5 + 0.2 * d.wander, -4), (0.6 + shift, 4)]
     if d.misplaced:
@@ -70,7 +70,7 @@ def _nasogastric_tube(ink: Ink, thorax: Thorax, d: Device) -> None:
 
 
 def _central_line(ink: Ink, thorax: Thorax, d: Device) -> None:
-    """From the neck or under the clavicle into the superior vena cava, or on into the right atrium."""
+    """Draws a line from the neck or under the clavicle into the superior vena cava or the right atrium."""
     a = thorax.case.anatomy
     tip = (-2.1 + a.rotation, tip_height(d))
     neck = d.wander > 0
@@ -91,7 +91,7 @@ def _central_line(ink: Ink, thorax: Thorax, d: Device) -> None:
 
 
 def _pacemaker(ink: Ink, thorax: Thorax, d: Device) -> F32:
-    """A generator below the clavicle, leads to the right atrium and the right ventricle."""
+    """Draws a generator below the clavicle with leads to the right atrium and the right ventricle."""
     a, grid, s = thorax.case.anatomy, thorax.grid, sign(d.side or "left")
     cx, cy = s * (a.thorax_half_width - 1.9 + 0.6 * d.wander), a.apex + 7.2
     dx, dy = np.abs(grid.x - cx), np.abs(grid.y - cy)

@@ -1,4 +1,4 @@
-"""What findings do to the lungs: how much of their air is left, and what is added."""
+"""Applies findings to the lungs: remaining air and added tissue."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Lungs:
     """State of the lungs, `[h, w]` each.
 
     Attributes:
-        aeration: Air relative to healthy lung: 1 healthy, 0 none, above 1 where there is air without lung.
-        vessels: How well vessels show, 1 healthy.
-        tissue: Soft tissue that is added, cm.
+        aeration: Air relative to healthy lung: 1 healthy, 0 none, above 1 for air without lung.
+        vessels: Visibility of vessels, 1 healthy.
+        tissue: Added soft tissue, cm.
     """
 
     aeration: F32
@@ -42,7 +42,7 @@ class Lungs:
 
 
 def diseased(thorax: Thorax, rng: np.random.Generator) -> Lungs:
-    """The lungs of a case."""
+    """Returns the lungs of a case."""
     shape, found = thorax.grid.shape, thorax.case.findings
     lungs = Lungs(np.ones(shape, np.float32), np.ones(shape, np.float32), np.zeros(shape, np.float32))
     if found.edema:
@@ -61,17 +61,17 @@ def diseased(thorax: Thorax, rng: np.random.Generator) -> Lungs:
 
 
 def place(thorax: Thorax, side: float, zone: Zone, across: float, along: float = 0.5) -> tuple[float, float]:
-    """A point in a zone of a lung, cm: `across` 0 at the mediastinum to 1 at the chest wall, `along` top to bottom."""
+    """Returns a point in a zone of a lung, cm: `across` 0 (mediastinum) to 1 (chest wall), `along` top to bottom."""
     y = height_of(thorax.case, thorax.dome["right" if side < 0 else "left"], zone, along)
     outer = thorax.width_at(y) - 1.2
     inner = 3.4
-    if side > 0:  # the heart takes the inner part of the left lower zone
+    if side > 0:  # the heart occupies the inner part of the left lower zone
         inner = max(inner, min(thorax.heart_span[1] * ramp_scalar(y, 3, 9), outer - 2.5))
     return side * (inner + across * (outer - inner)), y
 
 
 def height_of(case: Case, dome: float, zone: Zone, along: float) -> float:
-    """y of a place in a zone, cm, in a lung that reaches from the apex to its `dome`."""
+    """Returns y of a point in a zone, cm, for a lung that reaches from the apex to `dome`."""
     apex = case.anatomy.apex
     return apex + (_ZONE_HEIGHT[zone] + (along - 0.5) * 0.26) * (dome - apex)
 
@@ -82,7 +82,7 @@ def ramp_scalar(value: float, low: float, high: float) -> float:
 
 
 def _edema(lungs: Lungs, thorax: Thorax, strength: float, rng: np.random.Generator) -> None:
-    """Haze around the hila, blurred and crowded vessels, septal lines at the bases."""
+    """Adds haze around the hila, blurred and crowded vessels, and septal lines at the bases."""
     case, grid = thorax.case, thorax.grid
     haze = np.zeros(grid.shape, np.float32)
     for side in SIDES:
@@ -104,12 +104,12 @@ def _edema(lungs: Lungs, thorax: Thorax, strength: float, rng: np.random.Generat
 
 
 def airspace_fluid(strength: float) -> float:
-    """How much air an edema takes: little while it is interstitial, 0 to 1."""
+    """Returns the fraction of air that an edema displaces, 0 to 1; small for interstitial edema."""
     return 0.85 * strength * min(1.0, 0.25 + 0.9 * strength)
 
 
 def _consolidation(lungs: Lungs, thorax: Thorax, c: Consolidation, rng: np.random.Generator) -> None:
-    """A fluffy area without a sharp edge; bronchi stay open in it as dark branches."""
+    """Adds a cloudy area without a sharp edge; its bronchi stay open as dark branches."""
     grid, s = thorax.grid, sign(c.side)
     x, y = place(thorax, s, c.zone, 0.5)
     cover = cloud(grid, x, y, c.radius, rng) * thorax.on(c.side)
@@ -131,7 +131,7 @@ def _consolidation(lungs: Lungs, thorax: Thorax, c: Consolidation, rng: np.rando
 
 
 def cloud(grid: Grid, x: float, y: float, radius: float, rng: np.random.Generator) -> F32:
-    """A patchy area around a point, 0 to 1, `[h, w]`."""
+    """Returns a patchy area around a point, 0 to 1, `[h, w]`."""
     total = np.zeros(grid.shape, np.float32)
     for _ in range(9):
         cx, cy = x + rng.normal(0, 0.5) * radius, y + rng.normal(0, 0.5) * radius
@@ -144,14 +144,14 @@ def cloud(grid: Grid, x: float, y: float, radius: float, rng: np.random.Generato
 def _nodule(lungs: Lungs, thorax: Thorax, n: Nodule) -> None:
     x, y = place(thorax, sign(n.side), n.zone, n.across, n.along)
     radius = n.diameter_mm / 20
-    # Denser than lung by more than its own chord would be, as nodules with some calcium are.
+    # Denser than its chord of soft tissue, like nodules with some calcium.
     lungs.tissue += (2 * radius * (1.75 if n.diameter_mm < 16 else 1.35)) * ball(
         thorax.grid, x, y, radius, radius * 0.94
     )
 
 
 def _atelectasis(lungs: Lungs, thorax: Thorax, a: Atelectasis, rng: np.random.Generator) -> None:
-    """Plates or a band above the diaphragm, almost level, rising outwards a little."""
+    """Adds plates or a band above the diaphragm, almost horizontal, slightly higher at the outer side."""
     grid, s = thorax.grid, sign(a.side)
     dome = thorax.dome[a.side]
     inner = 3.6 if a.side == "right" else max(3.6, thorax.heart_span[1] - 2.2)
@@ -177,7 +177,7 @@ def _atelectasis(lungs: Lungs, thorax: Thorax, a: Atelectasis, rng: np.random.Ge
 
 
 def _effusion(lungs: Lungs, thorax: Thorax, e: Effusion, rng: np.random.Generator) -> None:
-    """Fluid: a level that climbs along the chest wall, dense below, thinning upwards."""
+    """Adds fluid whose level rises along the chest wall; it is dense below and thin above."""
     grid = thorax.grid
     outer = thorax.outwards / thorax.half_width
     height = fluid_level(thorax.case, e.level)
@@ -189,16 +189,16 @@ def _effusion(lungs: Lungs, thorax: Thorax, e: Effusion, rng: np.random.Generato
     cover *= thorax.on(e.side)
     lungs.aeration *= 1 - cover
     lungs.vessels *= 1 - cover
-    # Some fluid behind the lung veils what is above the level.
+    # Some fluid behind the lung reduces contrast above the level.
     lungs.aeration *= 1 - (0.28 * e.level) * ramp(depth, -7, 0) * thorax.on(e.side)
 
 
 def _pneumothorax(lungs: Lungs, thorax: Thorax, p: Pneumothorax) -> None:
-    """Air between the chest wall and a thin pleural line; no vessels beyond it, the lung within a little denser."""
+    """Adds air between the chest wall and a thin pleural line, without vessels; the lung inside is slightly denser."""
     grid, a = thorax.grid, thorax.case.anatomy
     large = p.amount == "large"
     fall = (grid.rows - a.apex) * (1 / a.lung_height)
-    # The collapsed lung: lower at the apex, in from the side, least so at the base; never behind the heart.
+    # The collapsed lung retracts from the apex and the side, least at the base, and never behind the heart.
     top = a.apex + p.gap * (0.7 if large else 1.0)
     gap = p.gap * curve(fall, [(0, 1), (0.5, 1), (0.8, 0.85 if large else 0.6), (1, 0.6 if large else 0)])
     shifted = np.interp(grid.rows[:, 0] - (top - a.apex), grid.rows[:, 0], thorax.half_width[:, 0])
@@ -212,7 +212,7 @@ def _pneumothorax(lungs: Lungs, thorax: Thorax, p: Pneumothorax) -> None:
     away = np.where(grid.rows < top, np.maximum(away, top - grid.rows), away).astype(np.float32)
     side = thorax.on(p.side)
     outside = ramp(away, -0.05, 0.08) * side
-    # Beyond the line there is air alone; the lung within has lost some of its own.
+    # Beyond the line there is only air; the lung inside has lost some air.
     kept = {"small": 0.96, "moderate": 0.86, "large": 0.62}[p.amount]
     lungs.aeration *= 1 - (1 - kept) * side
     lungs.aeration += outside * ((1 / (1 - a.lung_density)) - lungs.aeration)

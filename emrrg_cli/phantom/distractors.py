@@ -1,4 +1,4 @@
-"""What may be taken for a finding and is none: skin folds, nipples, calcified nodes; and the lead letters of a film."""
+"""Draws structures that look like findings (skin folds, nipples, calcified nodes), and the lead letters of a film."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from emrrg_cli.phantom.ink import Ink
 from emrrg_cli.phantom.parameters import Case, Film, sign
 from emrrg_cli.phantom.vessels import hilum
 
-_LEAD = 40.0  # attenuation of a cm
+_LEAD = 40.0  # attenuation per cm
 # Strokes of lead letters on a grid two wide and four high, y downwards.
 _LETTERS: dict[str, tuple[tuple[tuple[float, float], ...], ...]] = {
     "A": (((0, 4), (1, 0), (2, 4)), ((0.5, 2.6), (1.5, 2.6))),
@@ -27,7 +27,7 @@ _LETTERS: dict[str, tuple[tuple[tuple[float, float], ...], ...]] = {
 
 
 def distractors(thorax: Thorax) -> F32:
-    """Soft tissue and calcium that the distractors of a case add, cm of soft tissue, `[h, w]`."""
+    """Draws the soft tissue and calcium of a case's distractors, cm of soft tissue, `[h, w]`."""
     case, grid = thorax.case, thorax.grid
     d, a = case.distractors, case.anatomy
     rng = generator(case.texture_seed, 4)
@@ -51,13 +51,13 @@ def distractors(thorax: Thorax) -> F32:
 
 
 def granuloma_place(case: Case) -> tuple[float, float]:
-    """y of the calcified node in the lung, and how far it lies behind the middle of the chest, cm."""
+    """Returns y of the calcified node in the lung, and its distance behind the middle of the chest, cm."""
     a, rng = case.anatomy, generator(case.texture_seed, 7)
     return float(rng.uniform(a.apex + 7, a.dome["right"] - 2)), float(rng.uniform(-4, 5))
 
 
 def _skin_fold(thorax: Thorax) -> F32:
-    """Dense towards its edge and sharp there, fading inwards; it runs on beyond the lung."""
+    """Draws a skin fold: dense with a sharp edge, fading inwards; it continues beyond the lung."""
     case, grid = thorax.case, thorax.grid
     side = case.distractors.skin_fold or "left"
     rng = generator(case.texture_seed, 5)
@@ -70,7 +70,7 @@ def _skin_fold(thorax: Thorax) -> F32:
 
 
 def letters(film: Film, grid: Grid) -> F32:
-    """The lead letters of a film, as attenuation, `[h, w]`."""
+    """Draws the lead letters of a film as attenuation, `[h, w]`."""
     ink = Ink(grid)
     height, width = grid.shape
     cosine, sine = np.cos(film.marker_turn), np.sin(film.marker_turn)

@@ -1,4 +1,4 @@
-"""From attenuation to the grey of a film: scatter, blur, quantum noise, exposure, processing, borders."""
+"""Converts attenuation to the grey values of a film: scatter, blur, quantum noise, exposure, processing, borders."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ def expose(
     dense: NDArray[np.bool_],
     rng: np.random.Generator,
 ) -> NDArray[np.uint8]:
-    """A film: exponents of Beer and Lambert's law to grey.
+    """Exposes a film: converts exponents of Beer and Lambert's law to grey values.
 
     Args:
-        attenuation: Of the patient, `[h, w]`.
-        healthy: Of the same patient without disease, `[h, w]`: a white lung must not make the other one black.
-        film: How it is exposed and processed.
-        grid: Where its pixels lie.
-        lung: Pixels of air-filled lung, `[h, w]`; they get the grey that the film asks for.
-        dense: Pixels of the mediastinum, `[h, w]`; the same.
-        rng: For the noise, the last draws of a film.
+        attenuation: Attenuation of the patient, `[h, w]`.
+        healthy: Attenuation of the same patient without disease, `[h, w]`. It sets the exposure, so that a white lung
+            does not make the other one black.
+        film: Exposure and processing.
+        grid: Positions of the pixels.
+        lung: Pixels of air-filled lung, `[h, w]`; they get the lung grey of `film`.
+        dense: Pixels of the mediastinum, `[h, w]`; likewise.
+        rng: Random generator of the noise, which is drawn last.
 
     Returns:
         uint8 `[h, w]`, bone bright.
@@ -42,7 +43,7 @@ def expose(
     signal = primary + veil
     grain = rng.standard_normal(signal.shape, dtype=np.float32) * (0.0035 * film.noise)
     signal *= 1 + grain / np.sqrt(signal + 0.004)
-    few = (slice(None, None, 3), slice(None, None, 3))  # every third pixel will do
+    few = (slice(None, None, 3), slice(None, None, 3))  # every third pixel is enough
     density = -np.log(np.exp(-healthy[few]) + veil[few])
     low, high = float(np.quantile(density[lung[few]], 0.4)), float(np.median(density[dense[few]]))
     grey = _developed(-np.log(np.maximum(signal, 1e-6)), film, grid, low, high)
@@ -51,11 +52,11 @@ def expose(
 
 
 def _developed(density: F32, film: Film, grid: Grid, low: float, high: float) -> NDArray[np.uint8]:
-    """Density to grey, uint8 `[h, w]`, by a table.
+    """Converts density to grey, uint8 `[h, w]`, by a table.
 
-    Air around the patient becomes black, lung and mediastinum (densities `low` and `high`) the greys asked for; in
-    between runs the curve of a wide latitude film, steep where the patient is thin, flat towards black and white.
-    Digital films are processed before: differences over some centimetres are reduced, which enhances small ones.
+    Air around the patient becomes black; lung and mediastinum (densities `low` and `high`) get the grey values of
+    `film`. Between them is the curve of a wide latitude film, steep for thin parts and flat towards black and white.
+    Digital films are processed first: differences over some centimetres are reduced, which enhances small differences.
     """
     middle = (low + high) / 2
     coarse = np.clip(_spread(density, grid, 2.5), low, high)
@@ -75,14 +76,14 @@ def _developed(density: F32, film: Film, grid: Grid, low: float, high: float) ->
 
 
 def _spread(image: F32, grid: Grid, sigma: float) -> F32:
-    """The picture, blurred by `sigma` cm."""
+    """Blurs the image by `sigma` cm."""
     height, width = grid.shape
     coarse = resized(image, 48, 48)
     return resized(blurred(np.maximum(coarse, 0), 48 * sigma / (grid.pixel * min(height, width))), height, width)
 
 
 def _borders(grey: NDArray[np.uint8], film: Film) -> None:
-    """Collimated edges are unexposed: dark on the displayed film, as most archives show them."""
+    """Blackens collimated edges, as most archives display unexposed borders."""
     height, width = grey.shape
     left, top, right, bottom = film.collimation
     grey[:, : round(left * width)] = 2

@@ -1,5 +1,5 @@
-"""Coordinates of a film, smooth curves, smooth noise. float32 throughout, and no BLAS: sums that depend on the number
-of threads would change a grey value here and there."""
+"""Coordinates of a film, smooth curves, smooth noise. Uses float32 and no BLAS, because sums that depend on the number
+of threads would change some grey values."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-# float32 at run time; the stubs of numpy widen what is multiplied by a Python float.
+# float32 at run time; numpy's stubs widen the type of products with a Python float.
 F32 = NDArray[np.floating[Any]]
 
-# Once a large block has been freed, glibc keeps freed memory instead of handing it back, page by page, after every
-# array of a film: a fifth of the rendering time. Elsewhere this does nothing.
+# After a large block has been freed, glibc keeps freed memory. Otherwise it returns memory to the system after every
+# array, which takes a fifth of the rendering time. With other C libraries this has no effect.
 _block = np.empty(2**24, np.uint8)
 del _block
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Where the pixels of a film lie in the patient.
+    """Positions of a film's pixels in the patient.
 
     Attributes:
         x: cm from the midline, positive to the patient's left, `[h, w]`.
@@ -44,23 +44,23 @@ class Grid:
     bend: float
 
     def middle(self, rows: F32) -> F32:
-        """Where the midline lies at these rows, cm."""
+        """Returns the position of the midline at these rows, cm."""
         return midline(rows, self.tilt, self.bend)
 
     def pixels(self, x: F32, y: F32) -> tuple[F32, F32]:
-        """Column and row of points in the patient; inverts the shear to first order in the tilt."""
+        """Returns column and row of points in the patient; inverts the shear to first order in the tilt."""
         film_y = y - self.tilt * x
         column = (x + self.middle(film_y) - self.left_edge) * (1 / self.pixel)
         return column, (film_y - self.top_edge) * (1 / self.pixel)
 
     def place(self, column: F32, row: F32) -> tuple[F32, F32]:
-        """Points of the patient at these columns and rows, cm: the inverse of `pixels`."""
+        """Returns the points in the patient at these columns and rows, cm: the inverse of `pixels`."""
         film_x, film_y = self.left_edge + column * self.pixel, self.top_edge + row * self.pixel
         x = film_x - self.middle(film_y)
         return x, film_y + self.tilt * x
 
     def window(self, x0: float, x1: float, y0: float, y1: float) -> tuple[slice, slice]:
-        """Rows and columns that hold a box of the patient (cm), with a little around it."""
+        """Returns the rows and columns that contain a box in the patient (cm), with a small margin."""
         y = np.linspace(y0, y1, 5, dtype=np.float32)
         (c0, r0), (c1, r1) = (self.pixels(np.full(5, x, np.float32), y) for x in (x0, x1))
         height, width = self.shape
@@ -78,16 +78,16 @@ class Grid:
 
 
 def film_grid(height: int, width: int, *, field: float, centre: tuple[float, float], tilt: float, bend: float) -> Grid:
-    """The grid of a film whose shorter side covers `field` cm.
+    """Makes the grid of a film whose shorter side covers `field` cm.
 
-    Tilt is a shear in both directions: at a few degrees it looks like a rotation, and structures that are described row
-    by row stay so.
+    Tilt is a shear in both directions. At a few degrees it looks like a rotation, and structures can still be described
+    row by row.
 
     Args:
-        height, width: Pixels.
-        field: cm.
-        centre: Of the film, cm from the carina.
-        tilt: Radians.
+        height, width: Size in pixels.
+        field: Size of the shorter side, cm.
+        centre: Centre of the film, cm from the carina.
+        tilt: Tilt in radians.
         bend: Largest sideways curve of the spine, cm.
     """
     pixel = field / min(height, width)
@@ -107,15 +107,15 @@ def film_grid(height: int, width: int, *, field: float, centre: tuple[float, flo
 
 
 def midline(rows: F32, tilt: float, bend: float) -> F32:
-    """Sideways position of the patient's midline, cm, at rows (cm)."""
+    """Returns the sideways position of the patient's midline, cm, at rows (cm)."""
     result: F32 = (tilt * rows + bend * np.cos(rows * 0.12)).astype(np.float32)
     return result
 
 
 def curve(at: F32, points: Sequence[tuple[float, float]]) -> F32:
-    """A smooth curve through `points` (x, y), x ascending, evaluated at `at`; constant beyond its ends.
+    """Evaluates a smooth curve through `points` (x, y), x ascending, at `at`; constant beyond its ends.
 
-    Cubic Hermite with limited slopes, so that it does not swing over its points.
+    Cubic Hermite with limited slopes, so that it does not overshoot its points.
     """
     px = np.array([p[0] for p in points], dtype=np.float32)
     py = np.array([p[1] for p in points], dtype=np.float32)
@@ -136,19 +136,19 @@ def curve(at: F32, points: Sequence[tuple[float, float]]) -> F32:
 
 
 def root(values: F32) -> F32:
-    """Square root of what is positive, else 0: the profile of a round body, which has a sharp edge."""
+    """Returns the square root of positive values, else 0: the profile of a round body, which has a sharp edge."""
     return np.sqrt(np.maximum(values, 0))
 
 
 def ramp(values: F32, low: float, high: float) -> F32:
-    """0 up to `low`, 1 from `high`, smooth between (smoothstep)."""
+    """Returns 0 up to `low`, 1 from `high`, and a smooth transition between (smoothstep)."""
     t = np.clip((values - low) * (1 / (high - low)), 0, 1)
     result: F32 = t * t * (3 - 2 * t)
     return result
 
 
 def ball(grid: Grid, x: float, y: float, rx: float, ry: float) -> F32:
-    """Chord of an ellipsoid seen from the front, 0 to 1, `[h, w]`."""
+    """Returns the chord of an ellipsoid seen from the front, 0 to 1, `[h, w]`."""
     chord = np.zeros(grid.shape, np.float32)
     at = grid.window(x - rx, x + rx, y - ry, y + ry)
     across, along = (grid.x[at] - x) * (1 / rx), (grid.y[at] - y) * (1 / ry)
@@ -157,23 +157,23 @@ def ball(grid: Grid, x: float, y: float, rx: float, ry: float) -> F32:
 
 
 def resized(image: F32, height: int, width: int) -> F32:
-    """Bicubic to `[height, width]`."""
+    """Resizes an image bicubically to `[height, width]`."""
     picture = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(picture, dtype=np.float32)
 
 
 def generator(seed: int, *index: int) -> np.random.Generator:
-    """The random stream of one thing: a pure function of its numbers."""
+    """Makes a random generator that depends only on these numbers."""
     return np.random.Generator(np.random.PCG64([seed, *index]))
 
 
 def noise(rng: np.random.Generator, grid: Grid, *layers: tuple[int, float]) -> F32:
-    """Smooth noise, the same pattern at every size, `[h, w]`.
+    """Draws smooth noise with the same pattern at every size, `[h, w]`.
 
     Args:
-        rng: As many draws as there are knots.
-        grid: Gives the size.
-        layers: Knots a side, ascending, and amplitude (about 1.4 standard deviations) of each scale.
+        rng: Random generator; one draw per knot.
+        grid: Grid of the film, which gives the size.
+        layers: Knots per side, ascending, and amplitude (about 1.4 standard deviations) of each scale.
     """
     height, width = grid.shape
     total = np.zeros((layers[0][0],) * 2, np.float32)
@@ -185,11 +185,11 @@ def noise(rng: np.random.Generator, grid: Grid, *layers: tuple[int, float]) -> F
 
 
 def blurred(image: F32, sigma: float) -> F32:
-    """Gaussian blur.
+    """Applies a Gaussian blur.
 
     Args:
         image: `[h, w]`.
-        sigma: Pixels; below 0.3 nothing is done.
+        sigma: Standard deviation in pixels; below 0.3 the image is unchanged.
     """
     if sigma < 0.3:
         return image

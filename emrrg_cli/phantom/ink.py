@@ -1,4 +1,4 @@
-"""Thin things: drawn by dropping mass along their path, so that the result does not depend on the pixel size."""
+"""Draws thin structures by adding mass along their path, so that the result does not depend on the pixel size."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from emrrg_cli.phantom.grid import F32, Grid, blurred
 
-# Widths (standard deviation, cm) that tubes are sorted into; one blur each.
+# Widths (standard deviation, cm) of the layers of tubes; each layer is blurred once.
 _WIDTHS = (0.03, 0.09, 0.2, 0.36)
 
 
@@ -17,25 +17,25 @@ _WIDTHS = (0.03, 0.09, 0.2, 0.36)
 class Ink:
     """Thickness of thin tubes, collected point by point.
 
-    A tube of radius r that runs in the plane of the film has the cross-section area pi r^2; dropped on the grid and
-    blurred, the thickness comes out right even where the tube is thinner than a pixel.
+    A tube of radius r in the plane of the film has the cross-section area pi r^2. This mass is added to the grid and
+    blurred, so the thickness is correct even if the tube is thinner than a pixel.
     """
 
     grid: Grid
     _points: dict[float, list[tuple[F32, F32, F32]]] = field(default_factory=dict)
 
     def points(self, x: F32, y: F32, mass: F32, width: float) -> None:
-        """Drops `mass` (cm^3) at (x, y) (cm in the patient), to be blurred by about `width` (cm)."""
+        """Adds `mass` (cm^3) at (x, y) (cm in the patient), to be blurred by about `width` (cm)."""
         nearest = min(_WIDTHS, key=lambda w: abs(w - width))
         self._points.setdefault(nearest, []).append((x.ravel(), y.ravel(), mass.ravel()))
 
     def line(self, x: F32, y: F32, radius: F32 | float, density: float = 1.0) -> None:
-        """A tube along a path of close points.
+        """Adds a tube along a path of close points.
 
         Args:
             x, y: Path, cm, `[n]`.
-            radius: cm, one for all points or `[n]`.
-            density: Against the material that the layer stands for.
+            radius: Radius in cm, one for all points or `[n]`.
+            density: Density relative to the material of the layer.
         """
         x, y, step = dense(x, y, self.grid.pixel * 0.7)
         if isinstance(radius, float):
@@ -46,7 +46,7 @@ class Ink:
         self.points(x, y, mass, width * 0.6)
 
     def total(self) -> F32:
-        """Everything that was drawn: thickness in cm (times density), `[h, w]`."""
+        """Returns the thickness of all tubes in cm (times density), `[h, w]`."""
         height, width = self.grid.shape
         total = np.zeros((height, width), np.float32)
         if not self._points:
@@ -61,7 +61,7 @@ class Ink:
 
 
 def dense(x: F32, y: F32, step: float) -> tuple[F32, F32, float]:
-    """The same path with points about `step` apart, and how far apart they are."""
+    """Returns the same path with points about `step` apart, and their exact distance."""
     length = np.zeros(len(x))
     np.cumsum(np.hypot(np.diff(x), np.diff(y)), out=length[1:])
     count = max(3, int(length[-1] / step))
@@ -76,7 +76,7 @@ def _joined(parts: list[tuple[F32, F32, F32]]) -> tuple[F32, F32, F32]:
 
 
 def _splat(grid: Grid, x: F32, y: F32, mass: F32, layer: NDArray[np.int64], layers: int) -> F32:
-    """Drops mass on the four nearest pixels; mass an area, so thickness. `[n]` -> cm, `[layers, h, w]`."""
+    """Adds mass to the four nearest pixels and divides it by their area: `[n]` -> thickness in cm, `[layers, h, w]`."""
     height, width = grid.shape
     column, row = grid.pixels(x, y)
     c0, r0 = np.floor(column), np.floor(row)

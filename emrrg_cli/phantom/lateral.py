@@ -1,4 +1,4 @@
-"""The lateral film: the same patient from the side, and what is between the lungs and around them."""
+"""Renders the lateral film: the same patient from the side, with mediastinum, spine and rib cage."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from emrrg_cli.phantom.parameters import SIDES, Case, Film
 from emrrg_cli.phantom.profile import Profile, build_profile
 from emrrg_cli.phantom.vessels import branching
 
-_SOFT = 0.115  # attenuation of a cm of soft tissue: the beam is harder than for a frontal film
+_SOFT = 0.115  # attenuation per cm of soft tissue; the beam is harder than for a frontal film
 _BONE = 0.2
 
 
 def render_lateral(case: Case, film: Film, height: int, width: int) -> NDArray[np.uint8]:
-    """A synthetic lateral chest radiograph, uint8 `[height, width]`; see `render`."""
+    """Renders a synthetic lateral chest radiograph, uint8 `[height, width]`; see `render`."""
     grid = film_grid(
         height, width, field=film.field, centre=(film.shift_x, film.shift_y), tilt=0.5 * case.anatomy.tilt, bend=0.0
     )
@@ -35,7 +35,7 @@ def render_lateral(case: Case, film: Film, height: int, width: int) -> NDArray[n
 
 
 def lateral_attenuation(profile: Profile, rng: np.random.Generator) -> F32:
-    """Exponent of Beer and Lambert's law along every ray, `[h, w]`."""
+    """Computes the exponent of Beer and Lambert's law along every ray, `[h, w]`."""
     a, grid = profile.case.anatomy, profile.grid
     size = a.thorax_half_width / 13.9
     lungs = diseased_sides(profile, rng)
@@ -57,7 +57,7 @@ def lateral_attenuation(profile: Profile, rng: np.random.Generator) -> F32:
 
 
 def _mediastinum(profile: Profile) -> F32:
-    """Aorta, pulmonary arteries and nodes, cm beyond the soft tissue between the lungs, `[h, w]`."""
+    """Draws aorta, pulmonary arteries and nodes, cm in addition to the soft tissue between the lungs, `[h, w]`."""
     case, grid = profile.case, profile.grid
     a, d = case.anatomy, case.distractors
     arch = 1.3 * a.knob * ball(grid, 1.2, -1.6, 1.7 * a.knob, 1.3 * a.knob)
@@ -75,7 +75,7 @@ def _mediastinum(profile: Profile) -> F32:
 
 
 def _gas(profile: Profile) -> F32:
-    """Trachea, the upper lobe bronchi seen end on, the gastric bubble, cm of air."""
+    """Draws the trachea, the upper lobe bronchi in cross-section and the gastric bubble, cm of air."""
     a, grid = profile.case.anatomy, profile.grid
     trachea = 1.7 * root(1 - ((grid.x - 0.5 - 0.16 * grid.rows) / 0.95) ** 2) * ramp(0.8 - grid.rows, 0, 1.5)
     bronchi = 1.8 * ball(grid, 0.7, 0.9, 0.6, 0.65) + 1.5 * ball(grid, 0.9, 2.7, 0.5, 0.55)
@@ -90,7 +90,7 @@ def _gas(profile: Profile) -> F32:
 
 
 def _spine(profile: Profile) -> F32:
-    """Vertebral bodies with end plates, dark discs and foramina, arches behind them, as attenuation, `[h, w]`."""
+    """Draws vertebral bodies with end plates, dark discs and foramina, and arches, as attenuation, `[h, w]`."""
     a, grid = profile.case.anatomy, profile.grid
     size = a.thorax_half_width / 13.9
     down, period = grid.rows - a.apex, 2.05 * size
@@ -110,7 +110,7 @@ def _spine(profile: Profile) -> F32:
 
 
 def _cage(profile: Profile, ink: Ink) -> F32:
-    """Borders of ribs, sternum and scapulae, drawn to `ink`; the posterior ribs seen along their length."""
+    """Draws the borders of ribs, sternum and scapulae to `ink`, and the posterior ribs along their length."""
     case, grid = profile.case, profile.grid
     a = case.anatomy
     shapes = rib_shapes(case)
@@ -119,7 +119,7 @@ def _cage(profile: Profile, ink: Ink) -> F32:
         for rib in range(1, 10):
             offset, slope, thick = shapes[0, :, rib + 12 * (side == "left")]
             start = a.apex + 0.6 * a.rib_phase + (rib + 0.3 + float(offset)) * 0.92 * a.rib_spacing
-            # From the back wall down and forward; the last part is cartilage.
+            # From the back wall downwards and forwards; the last part is cartilage.
             y = start + (7.5 + 12 * float(slope)) * np.sin(t * 1.5) ** 1.2 + shift - 1.6 * np.exp(-t * 9)
             front = np.interp(y, grid.rows[:, 0], profile.front[:, 0])
             back = np.interp(y, grid.rows[:, 0], profile.back[:, 0]) + 0.5

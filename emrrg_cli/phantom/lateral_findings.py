@@ -1,4 +1,4 @@
-"""What findings and devices look like from the side."""
+"""Draws findings and devices from the side."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from emrrg_cli.phantom.ink import Ink
 from emrrg_cli.phantom.parameters import SIDES, Consolidation, Device, Nodule, Pneumothorax, Side, Zone
 from emrrg_cli.phantom.profile import Profile
 
-# Where the lobes lie from front (0) to back (1): the middle lobe and the lingula in front, the lower lobes behind.
+# Position of the lobes from front (0) to back (1): the middle lobe and the lingula in front, the lower lobes behind.
 _DEPTH: dict[Zone, tuple[float, float]] = {"upper": (0.3, 0.6), "mid": (0.16, 0.42), "lower": (0.58, 0.86)}
 
 
 def diseased_sides(profile: Profile, rng: np.random.Generator) -> dict[Side, Lungs]:
-    """Both lungs of a case; on the film they lie over each other."""
+    """Returns both lungs of a case; they overlap on the film."""
     found, shape = profile.case.findings, profile.grid.shape
     lungs = {
         side: Lungs(np.ones(shape, np.float32), np.ones(shape, np.float32), np.zeros(shape, np.float32))
@@ -39,14 +39,14 @@ def diseased_sides(profile: Profile, rng: np.random.Generator) -> dict[Side, Lun
 
 
 def lateral_place(profile: Profile, side: Side, zone: Zone, along: float, depth: float) -> tuple[float, float]:
-    """A point in a zone of a lung, cm: `along` top to bottom, `depth` front to back within the zone."""
+    """Returns a point in a zone of a lung, cm: `along` top to bottom, `depth` front to back within the zone."""
     y = height_of(profile.case, profile.dome[side], zone, along)
     front, back = _DEPTH[zone]
     return profile.inside(y, front + depth * (back - front)), y
 
 
 def _edema(lungs: dict[Side, Lungs], profile: Profile, strength: float, rng: np.random.Generator) -> None:
-    """Haze around the hila, crowded vessels, thick fissures, septal lines at the bases."""
+    """Adds haze around the hila, crowded vessels, thick fissures and septal lines at the bases."""
     grid = profile.grid
     haze = np.exp(-(((grid.x - 0.4) * (1 / 5.2)) ** 2) - ((grid.y - 4.0) * (1 / 7.0)) ** 2)
     patchy = np.clip(1 + noise(rng, grid, (14, 0.3), (36, 0.22)), 0.3, 1.6)
@@ -81,7 +81,7 @@ def _nodule(lung: Lungs, profile: Profile, n: Nodule) -> None:
 def _atelectasis(
     lung: Lungs, profile: Profile, side: Side, strength: float, band: bool, rng: np.random.Generator
 ) -> None:
-    """Plates above the back half of the diaphragm."""
+    """Adds plates above the back half of the diaphragm."""
     grid, ink = profile.grid, Ink(profile.grid)
     t = np.linspace(0, 1, 16, dtype=np.float32)
     radius = (0.2 + 0.14 * strength) * np.sqrt(np.clip(np.sin(np.pi * t), 0.02, 1))
@@ -97,7 +97,7 @@ def _atelectasis(
 
 
 def _effusion(lung: Lungs, profile: Profile, level: float) -> None:
-    """Fluid fills the posterior angle first and climbs along the back wall."""
+    """Adds fluid, which fills the posterior angle first and rises along the back wall."""
     grid = profile.grid
     climb = 1.4 + 3.2 * min(level, 0.5)
     surface = fluid_level(profile.case, level) + 0.6 - climb * (0.9 * np.maximum(profile.across, 0) ** 3)
@@ -110,7 +110,7 @@ def _effusion(lung: Lungs, profile: Profile, level: float) -> None:
 
 
 def _pneumothorax(lung: Lungs, profile: Profile, p: Pneumothorax) -> None:
-    """Air without vessels under the top and the front wall, within a thin line."""
+    """Adds air without vessels at the top and the front wall, and a thin pleural line."""
     grid, a = profile.grid, profile.case.anatomy
     wall = np.minimum((1 + profile.across), (1 - profile.across) * 1.6) * (profile.back - profile.front) / 2
     away = 0.6 * p.gap - np.minimum(wall, grid.y - a.apex) * (1 + ramp(grid.y, 4, 14))
@@ -124,7 +124,7 @@ def _pneumothorax(lung: Lungs, profile: Profile, p: Pneumothorax) -> None:
 
 
 def lateral_devices(profile: Profile, ink: Ink) -> F32:
-    """All devices of a case, as attenuation, `[h, w]`; lines and tubes go to `ink`."""
+    """Draws all devices of a case as attenuation, `[h, w]`; lines and tubes go to `ink`."""
     total = np.zeros(profile.grid.shape, np.float32)
     top, dome = profile.case.anatomy.apex, profile.dome["left"]
     for d in profile.case.findings.devices:
@@ -145,7 +145,7 @@ def lateral_devices(profile: Profile, ink: Ink) -> F32:
 
 
 def _pacemaker(profile: Profile, ink: Ink, d: Device) -> F32:
-    """The generator edge on under the skin, leads to the right atrium and, in front, the right ventricle."""
+    """Draws the generator on edge under the skin, with leads to the right atrium and the right ventricle in front."""
     top, dome = profile.case.anatomy.apex, profile.dome["left"]
     y = top + 7.2
     x = profile.at(profile.skin[0], y) + 1.4

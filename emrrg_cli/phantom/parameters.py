@@ -1,4 +1,4 @@
-"""What a synthetic study is made from. Lengths in cm unless the name says mm; sides are the patient's."""
+"""The parameters of a synthetic study. Lengths are in cm unless the name says mm; sides are the patient's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Amount = Literal["small", "moderate", "large"]
 Severity = Literal["mild", "moderate", "severe"]
 DeviceKind = Literal["endotracheal tube", "central line", "pacemaker", "nasogastric tube"]
 
-# Grows when the same seed gives other films or reports than before.
+# Increased whenever the same seed gives different films or reports.
 DRAWING = 2
 
 LABELS: tuple[str, ...] = (
@@ -28,13 +28,13 @@ LABELS: tuple[str, ...] = (
     "support_device",
 )
 
-# Cardiothoracic ratio above which a heart is called enlarged. AP films magnify it. `sampling` keeps clear of the limit,
-# so that a label never hangs on the third decimal.
+# Cardiothoracic ratio above which a heart is called enlarged. AP films magnify it. `sampling` avoids values near the
+# limit, so that a label never depends on the third decimal.
 CTR_LIMIT: dict[View, float] = {"PA": 0.52, "AP": 0.56}
 
 
 def sign(side: Side) -> float:
-    """Direction of a side in image coordinates: the patient's right is at the left of the film (-1)."""
+    """Returns the direction of a side in image coordinates: the patient's right is at the left of the film (-1)."""
     return -1.0 if side == "right" else 1.0
 
 
@@ -104,7 +104,7 @@ class Atelectasis:
 
 @dataclass(frozen=True)
 class Device:
-    """`side` is where a central line or a pacemaker enters; None for tubes in the midline.
+    """A tube, line or pacemaker. `side` is where a central line or a pacemaker enters; None for tubes in the midline.
 
     A misplaced endotracheal tube ends in the right main bronchus, a nasogastric tube in the oesophagus, a central line
     in the right atrium.
@@ -118,7 +118,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Findings:
-    """Everything that a report of the study has to mention."""
+    """The findings that a report of the study must mention."""
 
     ctr: float
     cardiomegaly: Severity | None = None
@@ -131,7 +131,7 @@ class Findings:
     devices: tuple[Device, ...] = ()
 
     def labels(self) -> set[str]:
-        """Those of `LABELS` that are present; empty for a normal study without devices."""
+        """Returns the `LABELS` that are present; empty for a normal study without devices."""
         present: dict[str, object] = {
             "atelectasis": self.atelectases,
             "cardiomegaly": self.cardiomegaly,
@@ -147,7 +147,7 @@ class Findings:
 
 @dataclass(frozen=True)
 class Distractors:
-    """What is on a film, may be taken for a finding, and is none. Absent where None, 0 or empty."""
+    """Structures on a film that look like findings. None, 0 and empty mean absent."""
 
     skin_fold: Side | None = None  # an edge like a pleural line, with vessels beyond it
     skin_fold_at: float = 0.5  # 0 near the mediastinum to 1 at the chest wall
@@ -156,12 +156,12 @@ class Distractors:
     calcified_nodes: Side | None = None  # in a hilum
     rib_callus: Side | None = None  # an old fracture
     callus_rib: int = 5
-    cartilage: float = 0.0  # how much of the first ribs' cartilage is calcified, 0 to 1
+    cartilage: float = 0.0  # calcified fraction of the first ribs' cartilage, 0 to 1
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """A healthy thorax as it stands before the detector."""
+    """A healthy thorax in its position at the detector."""
 
     thorax_half_width: float  # inner, at the widest
     lung_height: float  # apex to costophrenic angle
@@ -170,12 +170,12 @@ class Anatomy:
     depth: float  # of the trunk, front to back
     body_half_width: float
     tilt: float  # radians, in the plane of the film
-    rotation: float  # shift of the mediastinum against the chest wall
+    rotation: float  # shift of the mediastinum relative to the chest wall
     bend: float  # curve of the spine
-    heart_slope: float  # 0 upright to 1 lying
+    heart_slope: float  # 0 upright to 1 horizontal
     knob: float  # radius of the aortic arch
     unfolded: float  # widening of the upper mediastinum
-    lung_density: float  # against soft tissue
+    lung_density: float  # relative to soft tissue
     rib_phase: float
     rib_spacing: float
     rib_density: float
@@ -193,7 +193,7 @@ class Anatomy:
 
 @dataclass(frozen=True)
 class Film:
-    """How the exposure was made."""
+    """Exposure and processing of a film."""
 
     view: View | Literal["LATERAL"]
     field: float  # side of the square film
@@ -205,16 +205,16 @@ class Film:
     noise: float
     blur: float  # mm
     collimation: tuple[float, float, float, float]  # border at left, top, right, bottom, fraction of the side
-    equalise: float  # how far large-scale differences of density are evened out, 0 to 1
+    equalise: float  # reduction of large-scale density differences, 0 to 1
     marker: str  # lead letters; empty: none
-    marker_x: float  # their place, fraction of the side
+    marker_x: float  # position of the letters, fraction of the side
     marker_y: float
     marker_turn: float  # radians
 
 
 @dataclass(frozen=True)
 class Case:
-    """One synthetic study: who, what, and how the frontal film and, if there is one, the lateral film were taken."""
+    """One synthetic study: anatomy, findings, the frontal film and, if there is one, the lateral film."""
 
     anatomy: Anatomy
     film: Film
@@ -225,9 +225,9 @@ class Case:
 
     @property
     def films(self) -> tuple[Film, ...]:
-        """Frontal, then lateral."""
+        """The frontal film, then the lateral film if there is one."""
         return (self.film,) if self.lateral is None else (self.film, self.lateral)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Returns plain values for JSON."""
         return asdict(self)

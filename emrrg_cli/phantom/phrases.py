@@ -1,4 +1,4 @@
-"""What a finding is called: noun phrases in the manner of radiology reports, several for each."""
+"""Noun phrases for findings in the style of radiology reports, several for each finding."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _PLACES: dict[tuple[Side, Zone], tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Phrase:
-    """A noun phrase that says that something is there."""
+    """A noun phrase for a present finding."""
 
     text: str
     plural: bool = False
@@ -53,34 +53,34 @@ class Phrase:
     countable: bool = True
 
     def with_article(self) -> str:
-        """`a small left pleural effusion`; nothing before plurals and substances."""
+        """Returns the phrase with its article, such as `a small left pleural effusion`; plurals have no article."""
         if self.plural or not self.countable:
             return self.text
-        # Eight and eleven are read with a vowel too.
+        # Eight and eleven also begin with a vowel.
         vowel = self.text[0] in "aeiou" or self.text.split()[0] in ("8", "11", "18")
         return f"{'an' if vowel else 'a'} {self.text}"
 
 
 class Phrases:
-    """Chooses among the phrasings; every choice is a draw from `rng`."""
+    """Chooses phrases; every choice is a draw from `rng`."""
 
     def __init__(self, rng: np.random.Generator) -> None:
         self.rng = rng
 
     def pick(self, options: Sequence[str]) -> str:
-        """One of them, all alike."""
+        """Draws one of the options with equal probability."""
         return options[int(self.rng.integers(len(options)))]
 
     def chance(self, p: float) -> bool:
-        """True with probability `p`."""
+        """Returns True with probability `p`."""
         return bool(self.rng.random() < p)
 
     def place(self, side: Side, zone: Zone) -> str:
-        """`right upper lobe` and its like."""
+        """Returns a place such as `right upper lobe`."""
         return self.pick(_PLACES[side, zone])
 
     def effusions(self, found: tuple[Effusion, ...]) -> Phrase:
-        """One phrase for one side or both."""
+        """Returns one phrase for effusions on one side or both."""
         subtle = all(e.subtle for e in found)
         if len(found) == 1:
             size = "trace" if subtle and self.chance(0.4) else self.pick(_AMOUNT[found[0].amount])
@@ -95,13 +95,13 @@ class Phrases:
         return Phrase(text, True, subtle)
 
     def pneumothorax(self, found: Pneumothorax) -> Phrase:
-        """Size and side; a small one is at the apex."""
+        """Returns size and side; a small pneumothorax is at the apex."""
         size = self.pick(_AMOUNT[found.amount])
         apical = "apical " if found.amount == "small" and self.chance(0.6) else ""
         return Phrase(f"{size} {found.side} {apical}pneumothorax", subtle=found.subtle)
 
     def consolidation(self, found: Consolidation) -> Phrase:
-        """Density, place and, where it is dense, bronchograms."""
+        """Returns density and place, and bronchograms if it is dense."""
         place = self.place(found.side, found.zone)
         if found.subtle:
             how = self.pick(("faint", "hazy", "ill-defined"))
@@ -120,7 +120,7 @@ class Phrases:
         return Phrase(f"{how} {place} airspace opacity{tail}", subtle=found.subtle)
 
     def nodule(self, found: Nodule) -> Phrase:
-        """Size in mm and place."""
+        """Returns size in mm and place."""
         place, size = self.place(found.side, found.zone), found.diameter_mm
         shape = self.pick(("", "round ", "well-defined ")) if not found.subtle else ""
         return Phrase(
@@ -136,7 +136,7 @@ class Phrases:
         )
 
     def edema(self, found: Edema) -> Phrase:
-        """Severity, with or without what it looks like."""
+        """Returns severity, with or without a description."""
         how = self.pick(_SEVERITY[found.severity])
         kind = "interstitial" if found.severity == "mild" and self.chance(0.5) else "pulmonary"
         return Phrase(
@@ -153,7 +153,7 @@ class Phrases:
         )
 
     def atelectases(self, found: tuple[Atelectasis, ...]) -> Phrase:
-        """Shape and base, one side or both."""
+        """Returns shape and base, for one side or both."""
         subtle = all(a.subtle for a in found)
         bands = any(a.shape == "band" for a in found)
         shape = self.pick(("band-like", "broad")) if bands else self.pick(("linear", "plate-like", "subsegmental"))
@@ -168,7 +168,7 @@ class Phrases:
         return Phrase(text, subtle=subtle, countable=False)
 
     def large_heart(self, severity: Severity) -> str:
-        """A sentence without its full stop."""
+        """Returns a sentence without its full stop."""
         how = self.pick(_SEVERITY[severity])
         return self.pick(
             (
@@ -181,7 +181,7 @@ class Phrases:
         )
 
     def device(self, found: Device) -> str:
-        """A sentence without its full stop: what it is and where it ends."""
+        """Returns a sentence without its full stop: the device and the place of its tip."""
         if found.misplaced:
             return self.misplaced(found)
         if found.kind == "endotracheal tube":
@@ -219,7 +219,7 @@ class Phrases:
         )
 
     def misplaced(self, found: Device) -> str:
-        """A sentence without its full stop: a tube or line that does not end where it should."""
+        """Returns a sentence without its full stop about a misplaced tube or line."""
         if found.kind == "endotracheal tube":
             return self.pick(
                 (
@@ -242,7 +242,7 @@ class Phrases:
         )
 
     def distractors(self, found: Distractors) -> list[str]:
-        """Sentences without their full stop about what is no finding; each is mentioned half of the time."""
+        """Returns sentences without full stops about distractors; each is mentioned half of the time."""
         options: list[tuple[object, tuple[str, ...]]] = [
             (found.skin_fold, (f"A skin fold overlies the {found.skin_fold} chest",)),
             (found.nipples, ("Nipple shadows project over the lung bases", "Nipple shadows are seen bilaterally")),

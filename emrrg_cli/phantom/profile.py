@@ -1,6 +1,6 @@
 """Shape of the chest from the side: how much air and soft tissue a ray from left to right crosses at every pixel.
 
-Lengths and heights are those of the frontal film, so that a finding stands at the same level in both. Here x is the
+Lengths and heights are the same as on the frontal film, so that a finding is at the same height in both. Here x is the
 distance behind the middle of the chest, cm; the patient faces the left edge of the film.
 """
 
@@ -27,7 +27,7 @@ class Profile:
         body: Soft tissue if there were no lungs, cm, `[h, w]`.
         air: Width of each lung, cm, `[h, w]`.
         heart: 0 to 1, chord of the heart relative to its largest, `[h, w]`.
-        below: How far a pixel lies below each hemidiaphragm, cm, `[h, w]`.
+        below: Distance of a pixel below each hemidiaphragm, cm, `[h, w]`.
         dome: y of the top of each hemidiaphragm, cm.
     """
 
@@ -45,17 +45,17 @@ class Profile:
     dome: dict[Side, float]
 
     def at(self, values: F32, y: float) -> float:
-        """One of the curves over rows, at a height."""
+        """Returns the value of a curve over rows at a height."""
         return float(np.interp(y, self.grid.rows[:, 0], values[:, 0]))
 
     def inside(self, y: float, across: float) -> float:
-        """x of a place in the chest, cm: `across` 0 at the front wall to 1 at the back wall."""
+        """Returns x of a point in the chest, cm: `across` 0 at the front wall to 1 at the back wall."""
         front, back = self.at(self.front, y), self.at(self.back, y)
         return front + across * (back - front)
 
 
 def build_profile(case: Case, grid: Grid) -> Profile:
-    """The side view of a case; findings count only where they move contours (heart size, volume loss)."""
+    """Builds the side view of a case, including findings that move contours (heart size, volume loss)."""
     a, rows = case.anatomy, grid.rows
     top, depth = a.apex, a.depth * 1.12 + 2.2
     front_skin = curve(
@@ -74,14 +74,14 @@ def build_profile(case: Case, grid: Grid) -> Profile:
     fall = (rows - top) * (1 / a.lung_height)
     dome = domes(case)
     below: dict[Side, F32] = {side: grid.y - _dome(case, dome[side], across) for side in SIDES}
-    # Half of the chest's width at this depth, less half of what lies between the lungs.
+    # Half of the chest's width at this depth, minus half of the tissue between the lungs.
     half = thorax_half_width(fall, a.thorax_half_width) * root(1 - np.abs(across) ** 2.6)
     middle = curve(across, [(-1, 0.6), (-0.6, 1.6), (0, 2.6), (0.45, 2.4), (0.7, 2.0), (1, 1.0)])
     lung = np.maximum(half - middle, 0) * ramp(rows, top - 0.3, top + 0.6)
     heart = _heart(case, grid, front, dome)
     air: dict[Side, F32] = {}
     for side in SIDES:
-        # Two thirds of the heart lie on the left.
+        # Two thirds of the heart are on the left.
         share = 0.62 if side == "left" else 0.38
         width = share * 2 * case.findings.ctr * a.thorax_half_width
         left = lung * np.maximum(1 - root(below[side] * (1 / 4.5)), 0)
@@ -94,7 +94,7 @@ def build_profile(case: Case, grid: Grid) -> Profile:
 
 
 def _dome(case: Case, height: float, across: F32) -> F32:
-    """y of a hemidiaphragm, cm, `[h, w]`: lowest at the back, in the posterior costophrenic angle."""
+    """Returns y of a hemidiaphragm, cm, `[h, w]`: lowest at the back, in the posterior costophrenic angle."""
     a = case.anatomy
     drop = a.angle + 1.2 - height
     behind, before = np.maximum(across + 0.25, 0) * (1 / 1.25), np.maximum(-0.25 - across, 0) * (1 / 0.75)
@@ -103,7 +103,7 @@ def _dome(case: Case, height: float, across: F32) -> F32:
 
 
 def _heart(case: Case, grid: Grid, front: F32, dome: dict[Side, float]) -> F32:
-    """An egg on the diaphragm behind the sternum, its long axis rising backwards; a large one grows back and up."""
+    """Draws the heart as an egg on the diaphragm behind the sternum, rising backwards; large ones grow back and up."""
     half = case.findings.ctr * case.anatomy.thorax_half_width
     long, short = 1.02 * half, 0.74 * half
     y = dome["left"] + 1.6 - 0.78 * long
@@ -117,7 +117,7 @@ def _heart(case: Case, grid: Grid, front: F32, dome: dict[Side, float]) -> F32:
 
 
 def _body(case: Case, grid: Grid, front: F32, back: F32) -> F32:
-    """Trunk, neck, shoulders, raised arms and breasts, cm of soft tissue from side to side, `[h, w]`."""
+    """Draws trunk, neck, shoulders, raised arms and breasts, cm of soft tissue from side to side, `[h, w]`."""
     a, top = case.anatomy, case.anatomy.apex
     width = 2 * curve(
         grid.rows, [(top - 7, 5.5), (top - 3, 8), (top + 2, 0.9 * a.body_half_width), (top + 8, a.body_half_width)]

@@ -1,13 +1,13 @@
-"""Reads labels back from a report: the counterpart of the grammar, for scoring what a model writes about phantoms.
+"""Reads labels from a report: the counterpart of the grammar, to score reports that a model writes about phantoms.
 
-It knows the grammar's vocabulary and how it denies things; it is no labeller for real reports.
+It knows only the vocabulary and the negations of the grammar; it is not a labeller for real reports.
 """
 
 from __future__ import annotations
 
 import re
 
-# A word that names a finding; the heart's enlargement needs both the heart and the word.
+# Words that name a finding; cardiomegaly needs both the heart and a word for its enlargement.
 _NAMES: dict[str, re.Pattern[str]] = {
     "atelectasis": re.compile(r"\batelecta\w*"),
     "cardiomegaly": re.compile(
@@ -25,15 +25,15 @@ _NAMES: dict[str, re.Pattern[str]] = {
     ),
 }
 _DENIAL = re.compile(r"\b(?:no|not|without|neither|negative for|free of|clear of|absence of)\b")
-# Ends what a denial covers.
+# Ends the scope of a denial.
 _TURN = re.compile(r"\b(?:but|however|although|except)\b")
-# After the name. `cannot be excluded` and `not excluded` deny nothing.
+# Denials after the name. `cannot be excluded` and `not excluded` are not denials.
 _DENIED_AFTER = re.compile(r"\b(?:is|are) (?:not (?:seen|identified|present|evident|visualized|demonstrated)|absent)\b")
 _SENTENCE_END = re.compile(r"[.;\n]+(?:\s|$)|\s\.\s?")
 
 
 def read_labels(text: str) -> set[str]:
-    """Findings that a report of the phantom grammar says are there, hedged ones included.
+    """Returns the findings that a report of the phantom grammar states, including uncertain ones.
 
     A finding that one sentence states and another denies counts as stated.
 
@@ -56,7 +56,7 @@ def _stated(clause: str) -> set[str]:
     stated = set()
     for label, name in _NAMES.items():
         match = name.search(clause)
-        # The heart is named first and denied between: `the heart is not enlarged`.
+        # The denial is after the heart: `the heart is not enlarged`.
         if match is None or (denial is not None and denial.start() < match.end()):
             continue
         if after is None or after.start() < match.start():

@@ -17,16 +17,16 @@ from emrrg_cli.phantom.lateral import render_lateral
 from emrrg_cli.phantom.parameters import Case, Film
 from emrrg_cli.phantom.vessels import vessels
 
-SOFT = 0.19  # attenuation of a cm of soft tissue
+SOFT = 0.19  # attenuation per cm of soft tissue
 
 
 def render(case: Case, height: int = 256, width: int | None = None, *, film: Film | None = None) -> NDArray[np.uint8]:
-    """A synthetic chest radiograph; a pure function of its arguments.
+    """Renders a synthetic chest radiograph; a pure function of its arguments.
 
     Args:
-        case: What to show.
-        height: Pixels.
-        width: Pixels; None: as many as `height`.
+        case: The study.
+        height: Height in pixels.
+        width: Width in pixels; None: the same as `height`.
         film: One of the case's `films`; None: the frontal one.
 
     Returns:
@@ -37,20 +37,20 @@ def render(case: Case, height: int = 256, width: int | None = None, *, film: Fil
         return render_lateral(case, film, height, width or height)
     grid = case_grid(case, height, width or height)
     thorax = build_thorax(case, grid)
-    # Textures come before the noise, whose draws depend on the size: the same lungs at every size.
+    # Textures are drawn before the noise, whose draws depend on the size. So the lungs are the same at every size.
     rng = generator(case.texture_seed, 1)
     seen = attenuation(thorax, rng) + letters(case.film, grid)
     return expose(seen, healthy(thorax), case.film, grid, *reference_pixels(thorax), rng)
 
 
 def reference_pixels(thorax: Thorax) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Pixels of air-filled lung and of the mediastinum, which the exposure is set by, `[h, w]` each."""
+    """Returns the pixels of air-filled lung and of the mediastinum, which set the exposure, `[h, w]` each."""
     lung = (thorax.air > 0.45 * thorax.case.anatomy.depth) & (thorax.outwards > 4)
     return lung, (thorax.outwards < 3) & (thorax.grid.y > -2) & (thorax.grid.y < thorax.dome["right"])
 
 
 def case_grid(case: Case, height: int, width: int) -> Grid:
-    """Where the film of a case lies in the patient."""
+    """Returns the grid of a case's frontal film."""
     film = case.film
     return film_grid(
         height,
@@ -63,10 +63,10 @@ def case_grid(case: Case, height: int, width: int) -> Grid:
 
 
 def attenuation(thorax: Thorax, rng: np.random.Generator) -> F32:
-    """Exponent of Beer and Lambert's law along every ray, `[h, w]`."""
+    """Computes the exponent of Beer and Lambert's law along every ray, `[h, w]`."""
     a = thorax.case.anatomy
     lungs = diseased(thorax, rng)
-    # What is inside the lungs shows where there is enough of them.
+    # Structures inside the lungs are visible only where the lung is deep enough.
     shown = np.sqrt(np.minimum(thorax.air * (1 / (0.6 * a.depth)), 1))
     tree = vessels(thorax, rng) * (2.2 * a.vessels) * lungs.vessels
     grid = thorax.grid
@@ -76,20 +76,20 @@ def attenuation(thorax: Thorax, rng: np.random.Generator) -> F32:
     metal = devices(thorax, ink)
     gas = _airways(thorax, ink) + _abdominal_gas(thorax, rng)
     air = thorax.air * lungs.aeration * (1 - a.lung_density) * texture
-    # What is on the skin shows everywhere.
+    # Structures on the skin are visible everywhere.
     soft = np.maximum(thorax.body - air + (tree + lungs.tissue) * shown + distractors(thorax) - gas, 0)
     result: F32 = soft * SOFT + bone * np.minimum(thorax.body, 1) + metal + ink.total()
     return result
 
 
 def healthy(thorax: Thorax) -> F32:
-    """Roughly the same thorax without disease and texture, `[h, w]`: the exposure is set by it."""
+    """Approximates the same thorax without disease and texture, `[h, w]`; it sets the exposure."""
     soft = thorax.body - thorax.air * (1 - thorax.case.anatomy.lung_density)
     return soft * SOFT + 0.1
 
 
 def _airways(thorax: Thorax, ink: Ink) -> F32:
-    """Trachea and main bronchi, cm of air."""
+    """Draws trachea and main bronchi, cm of air."""
     grid, shift = thorax.grid, thorax.case.anatomy.rotation
     trachea = root(1 - ((grid.x - 0.8 * shift) / 0.92) ** 2) * ramp(0.4 - grid.rows, 0, 1.2)
     trachea = trachea * (1.5 + 1.2 * ramp(grid.rows, thorax.case.anatomy.apex - 3, thorax.case.anatomy.apex + 3))
@@ -100,7 +100,7 @@ def _airways(thorax: Thorax, ink: Ink) -> F32:
 
 
 def _abdominal_gas(thorax: Thorax, rng: np.random.Generator) -> F32:
-    """The gastric bubble under the left dome, some gas in the colon, cm of air."""
+    """Draws the gastric bubble under the left dome and some gas in the colon, cm of air."""
     a, grid = thorax.case.anatomy, thorax.grid
     total = np.zeros(grid.shape, np.float32)
     if a.bubble > 0:

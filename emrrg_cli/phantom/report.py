@@ -1,7 +1,7 @@
-"""Reports of synthetic studies: findings and impression, written from the parameters that the image is made from.
+"""Writes reports of synthetic studies: findings and impression from the parameters of the image.
 
-What is there is named with side, place and size, subtle things with a hedge; what is absent is partly denied, as in
-real reports. Nothing is compared with an earlier film, because there is none.
+Present findings have side, place and size; subtle findings are hedged; some absent findings are denied, as in real
+reports. There are no comparisons with earlier films.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from emrrg_cli.phantom.parameters import SIDES, Case
 from emrrg_cli.phantom.phrases import Phrase, Phrases
 
-# How often the absence of a finding is mentioned, and what it is called then.
+# Probability that the absence of a finding is mentioned, and its names.
 _DENIED: tuple[tuple[str, float, tuple[str, ...]], ...] = (
     ("consolidation", 0.75, ("focal consolidation", "airspace consolidation", "focal airspace disease")),
     ("edema", 0.25, ("pulmonary edema", "overt edema")),
@@ -46,7 +46,7 @@ class Report:
 
 
 def write_report(case: Case, rng: np.random.Generator) -> Report:
-    """One of many ways to describe a case; a pure function of the case and the random stream."""
+    """Writes one of many possible reports of a case; depends only on the case and the random generator."""
     return _Writer(case, rng).report()
 
 
@@ -67,7 +67,7 @@ class _Writer:
     # Sentences
 
     def state(self, phrase: Phrase) -> str:
-        """A sentence that says that something is there, or may be."""
+        """Returns a sentence that states a finding as present or possible."""
         it, noun = phrase.with_article(), phrase.text
         be = "are" if phrase.plural else "is"
         if phrase.subtle:

@@ -1,4 +1,4 @@
-"""Draws the parameters of synthetic studies: who is examined, what is found, how the film is taken."""
+"""Draws the parameters of synthetic studies: anatomy, findings and film."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ T = TypeVar("T")
 _SEVERITIES: tuple[Severity, ...] = ("mild", "moderate", "severe")
 _AMOUNTS: tuple[Amount, ...] = ("small", "moderate", "large")
 
-# How studies come about, in the proportion of the numbers. Findings keep company: fluid with a failing heart, collapse
-# with fluid, tubes with bedside films.
+# Types of studies with their probabilities. Findings occur together: effusion with heart failure, atelectasis with
+# effusion, tubes with bedside films.
 _STORIES: tuple[tuple[str, float], ...] = (
     ("normal", 0.41),
     ("failure", 0.12),
@@ -51,7 +51,7 @@ _STORIES: tuple[tuple[str, float], ...] = (
 
 
 def draw_case(rng: np.random.Generator, *, plain: bool = False) -> Case:
-    """One study; `plain`: a frontal film that differs less from others, without look-alikes of findings."""
+    """Draws one study; `plain`: one frontal film that differs less from others, without distractors."""
     names, weights = zip(*_STORIES, strict=True)
     story = names[int(rng.choice(len(names), p=weights))]
     view: View = "AP" if rng.random() < (0.95 if story == "intensive care" else 0.22) else "PA"
@@ -60,7 +60,7 @@ def draw_case(rng: np.random.Generator, *, plain: bool = False) -> Case:
     if plain:
         film = replace(draw.film(view, anatomy := draw.anatomy()), equalise=0.2, marker="")
         return Case(anatomy, film, findings, texture_seed=int(rng.integers(2**31)))
-    two = view == "PA" and draw.chance(0.55)  # bedside films are single ones
+    two = view == "PA" and draw.chance(0.55)  # bedside studies have one film
     anatomy = draw.anatomy()
     return Case(
         anatomy,
@@ -75,17 +75,17 @@ def draw_case(rng: np.random.Generator, *, plain: bool = False) -> Case:
 class _Draw:
     def __init__(self, rng: np.random.Generator, view: View, spread: float) -> None:
         self.rng, self.view, self.spread = rng, view, spread
-        self.taken: set[tuple[Side, Zone]] = set()  # places in the lungs where something already is
+        self.taken: set[tuple[Side, Zone]] = set()  # zones that already have a finding
 
     def chance(self, p: float) -> bool:
         return bool(self.rng.random() < p)
 
     def between(self, low: float, high: float) -> float:
-        # Rounded, so that what is written down as JSON is what was drawn.
+        # Rounded, so that JSON has exactly the drawn values.
         return round(float(self.rng.uniform(low, high)), 4)
 
     def about(self, mean: float, spread: float) -> float:
-        """Normal, within two standard deviations."""
+        """Draws from a normal distribution, limited to two standard deviations."""
         return round(float(mean + self.spread * spread * np.clip(self.rng.standard_normal(), -2, 2)), 4)
 
     def pick(self, options: tuple[T, ...], p: tuple[float, ...] | None = None) -> T:
@@ -159,7 +159,7 @@ class _Draw:
         return found
 
     def company(self, found: Findings) -> Findings:
-        """What happens to be there as well."""
+        """Adds findings that occur by chance."""
         if not found.cardiomegaly and self.chance(0.07):
             size = self.heart(True)
             found = replace(found, ctr=size.ctr, cardiomegaly=size.cardiomegaly)
@@ -262,7 +262,7 @@ class _Draw:
         return replace(found, devices=(*found.devices, Device(kind, side, self.between(-1, 1), misplaced)))
 
     def free_place(self, weights: tuple[float, float, float]) -> tuple[Side, Zone] | None:
-        """A side and a zone where nothing is yet."""
+        """Draws a side and a zone without a finding."""
         places = [(s, z) for s in SIDES for z in ZONES if (s, z) not in self.taken]
         if not places:
             return None
@@ -325,7 +325,7 @@ class _Draw:
         border = (0.0, 0.0, 0.0, 0.0)
         if self.chance(0.35):
             border = tuple(self.between(0, 0.05) if self.chance(0.5) else 0.0 for _ in range(4))  # type: ignore[assignment]
-        # Letters stand at the patient's side that they name, often with the technologist's initials.
+        # Letters are at the side of the patient that they name, often with the technologist's initials.
         left = lateral or self.chance(0.75)
         initials = self.pick(("", "", "T", " MK", " JD", " PA" if view == "PA" else " EM"))
         marker = ("L" if left else "R") + initials if self.chance(0.8) else ""

@@ -1,4 +1,4 @@
-"""Pulmonary vessels: trees that grow from the hila, and the hila themselves."""
+"""Draws pulmonary vessels: the hila and the trees that grow from them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from emrrg_cli.phantom.parameters import SIDES, Case, Side, sign
 
 @dataclass(frozen=True)
 class _Branches:
-    """Vessels of one order, `[n]` each: where they start, where they head (radians), cm, radius at the start (cm)."""
+    """Vessels of one order, `[n]` each: start, direction (radians), length (cm), radius at the start (cm)."""
 
     x: F32
     y: F32
@@ -26,19 +26,19 @@ class _Branches:
 
 
 def hilum(case: Case, side: Side) -> tuple[float, float]:
-    """Where the vessels of a side come from, cm."""
+    """Returns the origin of the vessels of a side, cm."""
     return (sign(side) * 3.1 + case.anatomy.rotation, 2.4 if side == "right" else 1.6)
 
 
 def vessels(thorax: Thorax, rng: np.random.Generator) -> F32:
-    """Thickness of the vessels, cm, `[h, w]`; they are drawn everywhere, the lungs decide where they show."""
+    """Draws the thickness of the vessels, cm, `[h, w]`, everywhere; they are visible only in the lungs."""
     size = thorax.case.anatomy.thorax_half_width / 13.9
     ink = branching(thorax.grid, rng, [(*hilum(thorax.case, side), sign(side)) for side in SIDES], size)
     return _hila(thorax, ink, rng) + ink.total()
 
 
 def branching(grid: Grid, rng: np.random.Generator, origins: list[tuple[float, float, float]], size: float) -> Ink:
-    """Three orders of vessels from each origin (x, y, direction: 1 fans out towards +x, -1 towards -x)."""
+    """Draws three orders of vessels from each origin (x, y, direction: 1 fans out towards +x, -1 towards -x)."""
     ink = Ink(grid)
     fans = [_trunks(rng, x, y, s, size) for x, y, s in origins]
     order = _Branches(*(np.concatenate([getattr(fan, f.name) for fan in fans]) for f in fields(_Branches)))
@@ -50,7 +50,7 @@ def branching(grid: Grid, rng: np.random.Generator, origins: list[tuple[float, f
 
 
 def _hila(thorax: Thorax, ink: Ink, rng: np.random.Generator) -> F32:
-    """The pulmonary arteries and the veins across them; the bundle as a whole has no sharp edge."""
+    """Draws the pulmonary arteries and the veins across them; the bundle as a whole has no sharp edge."""
     total = np.zeros(thorax.grid.shape, np.float32)
     t = np.linspace(0, 1, 24, dtype=np.float32)
     for side in SIDES:
@@ -76,7 +76,7 @@ def _hila(thorax: Thorax, ink: Ink, rng: np.random.Generator) -> F32:
 
 
 def _trunks(rng: np.random.Generator, x: float, y: float, s: float, size: float) -> _Branches:
-    """Segmental vessels, fanned out from straight up to straight down."""
+    """Makes segmental vessels that fan out from straight up to straight down."""
     n = 11
     fan = np.linspace(-1.35, 1.3, n) + rng.normal(0, 0.09, n)
     angle = np.where(s > 0, fan, np.pi - fan)
@@ -94,7 +94,7 @@ def _trunks(rng: np.random.Generator, x: float, y: float, s: float, size: float)
 
 
 def _split(order: _Branches, rng: np.random.Generator, children: int, reach: float) -> _Branches:
-    """The next order: `children` from each vessel, to both sides of it."""
+    """Makes the next order: `children` from each vessel, on both sides of it."""
     n = len(order.x)
     at = _f32((np.arange(children) + rng.uniform(0.2, 1.0, (n, children))) / (children + 0.5) * 0.85 + 0.1)
     x, y, heading = _path(order, at)
@@ -114,7 +114,7 @@ def _split(order: _Branches, rng: np.random.Generator, children: int, reach: flo
 
 
 def _path(order: _Branches, at: F32) -> tuple[F32, F32, F32]:
-    """Points and headings of vessels at fractions `at`, `[n, k]`, of their length."""
+    """Returns points and directions of vessels at fractions `at` of their length, `[n, k]`."""
     t = np.linspace(0, 1, 20, dtype=np.float32)
     heading = order.angle[:, None] + order.turn[:, None] * t + order.wave[:, None] * np.sin(t * 7)
     step = order.length[:, None] * (1 / 19)

@@ -160,7 +160,7 @@ def test_a_directory_without_the_columns(
     tiny_dataset: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     settings = DataSettings(root=str(tiny_dataset), context=["indication", "sex"])
-    with pytest.raises(UsageError, match=r"data\.context names indication, sex, and .*tiny.* has no such column"):
+    with pytest.raises(UsageError, match=r"data\.context names indication, sex, but .*tiny.* has no such column"):
         ReportDataset(open_dataset(tiny_dataset)["train"], settings, 16)
     told = ["finetune", "tiny/finetune", f"data.root={tiny_dataset}", "data.context=[technique]"]
     assert main([*told, "--output", str(tmp_path / "run")]) == 2

@@ -260,9 +260,9 @@ def test_batches_that_do_not_fit_are_refused() -> None:
         (6, 4, None, "use --num-processes 3, or train.batch_size=4 or 8."),
         (7, 4, 100, "use --num-processes 1, or train.batch_size=4 or 8."),
         (2, 4, None, "use --num-processes 2, or train.batch_size=4."),
-        (6, 1, 5, "will do: train.batch_size=5."),
-        (16, 4, 10, "will do: train.batch_size=8."),
-        (8, 4, 3, "will do: --num-processes 3 and train.batch_size=3."),
+        (6, 1, 5, "possible setting is train.batch_size=5."),
+        (16, 4, 10, "possible setting is train.batch_size=8."),
+        (8, 4, 3, "possible setting is --num-processes 3 and train.batch_size=3."),
     ],
 )
 def test_a_batch_that_does_not_fit_is_refused_with_one_that_does(

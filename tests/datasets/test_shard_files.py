@@ -59,7 +59,7 @@ def test_swapped_splits_are_noticed(dataset: Path, other: str) -> None:
         open_dataset(dataset)
     _without_digests(dataset)
     if other == "train":  # of another number of studies
-        with pytest.raises(RunError, match=r"manifest\.json lists for split"):
+        with pytest.raises(RunError, match=r"manifest\.json says of validation"):
             open_dataset(dataset)
 
 

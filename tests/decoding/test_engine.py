@@ -305,7 +305,7 @@ def test_a_short_window_is_left_to_transformers(make_llm: MakeLLM) -> None:
     llm = make_llm("mistral", sliding_window=32)
     assert choose_engine(llm, GenerationSettings(), 33) == "transformers"
     assert choose_engine(llm, GenerationSettings(), 32) == "own"
-    with pytest.raises(UsageError, match="attends to the last 32 tokens only"):
+    with pytest.raises(UsageError, match="attends only to the last 32 tokens"):
         choose_engine(llm, GenerationSettings(engine="own"), 33)
 
 

@@ -216,7 +216,7 @@ def test_earlier_reports_are_replaced_by_a_whole_run_alone(
 
     # or is stopped,
     writer.before = lambda: os.kill(os.getpid(), signal.SIGINT) if writer.batches else None  # type: ignore[method-assign]
-    with pytest.raises(Interrupted, match=r"2 reports saved in .*jsonl\.partial, the earlier ones as they were"):
+    with pytest.raises(Interrupted, match=r"2 reports saved in .*jsonl\.partial; earlier reports are unchanged"):
         run_generation(files[2:], tmp_path / "run", recipe, out, overwrite=True)
     partial = out / "reports.jsonl.partial"
     assert [row["path"] for row in _rows(partial)] == [str(file) for file in files[2:4]]
@@ -233,9 +233,7 @@ def test_reports_of_a_run_that_was_killed_are_kept(tmp_path: Path, writer: Write
     image, partial = _image(tmp_path / "1.png"), tmp_path / "out" / "reports.jsonl.partial"
     partial.parent.mkdir()
     partial.write_text('{"report": "hours of work"}\n')
-    with pytest.raises(
-        UsageError, match=r"reports\.jsonl\.partial, from a run that was cut short, already holds reports"
-    ):
+    with pytest.raises(UsageError, match=r"reports\.jsonl\.partial, from an interrupted run, already holds reports"):
         run_generation([image], tmp_path / "run", recipe, tmp_path / "out")
     assert partial.read_text() == '{"report": "hours of work"}\n'
     run_generation([image], tmp_path / "run", recipe, tmp_path / "out", overwrite=True)

@@ -114,7 +114,7 @@ def test_the_model_is_loaded_once(varied_run: Path, films: Path, monkeypatch: py
         ({"image": [np.zeros((2, 8, 8), np.uint8)]}, r"an array \[2, 8, 8\] of uint8, not"),
         ({"image": [7]}, "an image is int, not a path"),
         ({"image": ["a", "b"], "study": ["s"]}, "2 images and 1 studies"),
-        ({"image": ["a", "b"], "study": ["s", "s"]}, "study s is in a batch twice"),
+        ({"image": ["a", "b"], "study": ["s", "s"]}, "study s occurs twice in the batch"),
     ],
 )
 def test_a_wrong_batch_is_refused(batch: dict[str, Any], message: str, tiny_run: Path) -> None:

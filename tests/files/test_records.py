@@ -28,7 +28,7 @@ def test_a_cut_last_line_is_left_out_and_then_removed(
     path = tmp_path / "history.jsonl"
     path.write_bytes(b'{"step": 1}\n' + cut)
     assert read_jsonl(path) == [{"step": 1}]
-    assert "cut off" in capsys.readouterr().err
+    assert "the last line is incomplete" in capsys.readouterr().err
     append_jsonl(path, {"step": 2})
     assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
 
