@@ -1,4 +1,4 @@
-"""What a recipe of stage 2, `align`, may say."""
+"""Settings of a recipe of stage 2, `align`."""
 
 from __future__ import annotations
 
@@ -23,41 +23,45 @@ class DataSetSettings(Settings):
 
     root: str = Field(description="dataset directory written by `emrrg preprocess`")
     weight: float = Field(
-        1.0, gt=0, description="how often an epoch takes each of its studies; 0.5: a random half, drawn for each epoch"
+        1.0, gt=0, description="how often an epoch takes each study; 0.5: a random half, drawn for each epoch"
     )
     section: Section | None = Field(None, description="null: data.section")
     cleaning: Cleaning | None = Field(None, description="null: data.cleaning")
     labels_only: bool = Field(
         False,
-        description="its films have labels and no reports: they train the head on findings (model.findings) alone",
+        description="the films have labels but no reports; they train only the findings head (model.findings)",
     )
 
 
 class AlignDataSettings(Settings):
     root: str | None = Field(None, description="dataset directory written by `emrrg preprocess`")
     sets: list[DataSetSettings] = Field(default_factory=list, description="several data sets; root is null then")
-    section: Section = Field("report", description="which text is the report")
-    cleaning: Cleaning = Field("auto", description="R2Gen's rule; auto: the one R2Gen used for the data set's source")
+    section: Section = Field("report", description="section that is used as the report")
+    cleaning: Cleaning = Field(
+        "auto", description="cleaning rule; auto: the rule that R2Gen used for the data set's source"
+    )
     max_text_tokens: int = Field(128, ge=2, description="reports are cut to this many tokens of the text tower")
-    max_views: int | None = Field(None, ge=1, description="first views of a study that are used; null: all")
-    limit: int | None = Field(None, ge=1, description="first studies of each split of a data set; null: all")
+    max_views: int | None = Field(None, ge=1, description="number of views per study, from the first; null: all")
+    limit: int | None = Field(
+        None, ge=1, description="number of studies of each split of a data set, from the first; null: all"
+    )
     augment: AugmentSettings = Field(default_factory=AugmentSettings)
     workers: int = Field(2, ge=0, description="processes that decode images")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.root is not None and self.sets:
-            raise ValueError("root and sets both name data; put the one data set of root into sets, or leave sets out")
+            raise ValueError("root and sets both name data; move root into sets, or remove sets")
         if self.sets and all(self.labelled()):
-            raise ValueError("sets has labels_only data sets alone; the contrast needs reports")
+            raise ValueError("sets has only labels_only data sets; contrastive training needs reports")
         return self
 
     def labelled(self) -> list[bool]:
-        """Of each data set of `all_sets`, whether it has labels and no reports."""
+        """Returns for each data set of `all_sets` whether it has labels but no reports."""
         return [one.labels_only for one in self.sets] if self.root is None else [False]
 
     def all_sets(self) -> list[tuple[DataSettings, float]]:
-        """Each data set as stage 3 would name it, and its weight; none where neither `root` nor `sets` is given."""
+        """Returns each data set as settings of stage 3, with its weight; empty without `root` and `sets`."""
         sets = self.sets if self.root is None else [DataSetSettings(root=self.root)]
         return [
             (
@@ -75,7 +79,7 @@ class AlignDataSettings(Settings):
 
 
 class ScratchTextSettings(Settings):
-    """A small BERT trained from nothing, with a BPE tokenizer trained on the training reports."""
+    """A small BERT trained from random weights, with a BPE tokenizer trained on the training reports."""
 
     hidden_size: int = Field(256, ge=16)
     layers: int = Field(4, ge=1)
@@ -93,7 +97,9 @@ class ScratchTextSettings(Settings):
 class TextSettings(Settings):
     name: str = Field("scratch", description="hub name or local directory of a text encoder, or scratch")
     revision: str | None = Field(None, description="hub revision; null: the default branch")
-    pooling: Literal["last", "mean"] = Field("last", description="last: the last token of a report; mean: all of them")
+    pooling: Literal["last", "mean"] = Field(
+        "last", description="last: the last token of a report; mean: the mean over all tokens"
+    )
     frozen: bool = Field(False, description="true: only the projection of the text side is trained")
     scratch: ScratchTextSettings = Field(default_factory=ScratchTextSettings)
 
@@ -107,9 +113,9 @@ class TextSettings(Settings):
 class AlignModelSettings(Settings):
     encoder: EncoderSettings = Field(default_factory=EncoderSettings)
     text: TextSettings = Field(default_factory=TextSettings)
-    dim: int = Field(2048, ge=1, description="width of the space that images and reports share")
+    dim: int = Field(2048, ge=1, description="width of the common space of images and reports")
     findings: bool = Field(
-        False, description="a head that tells the 14 observations of the rules labeler from the encoder's tokens"
+        False, description="a head that predicts the 14 observations of the rules labeler from the encoder's tokens"
     )
     scan: ScanEngine = Field("auto", description="engine of the selective scan")
 
@@ -118,16 +124,18 @@ class AlignTrainSettings(LoopSettings):
     batch_size: int = Field(
         48,
         ge=2,
-        description="pairs an optimizer step, over all processes and micro-batches; each has the others against it",
+        description="pairs per optimizer step, over all processes and micro-batches; the others are negatives of each",
     )
     micro_batch_size: int | None = Field(
         None, ge=1, description="pairs in memory at a time on one device, by gradient caching; null: all"
     )
     findings_weight: float = FINDINGS_WEIGHT
     findings_balance: float = FINDINGS_BALANCE
-    validation_limit: int | None = Field(None, ge=2, description="pairs of a validation, drawn once; null: all")
+    validation_limit: int | None = Field(
+        None, ge=2, description="number of pairs in a validation, drawn once; null: all"
+    )
     select: Literal["score", "loss"] = Field(
-        "score", description="what the best model is chosen by; score: mean of recall@1, 5 and 10 both ways"
+        "score", description="criterion of the best model; score: mean of recall@1, 5 and 10 in both directions"
     )
 
 
@@ -143,5 +151,5 @@ class AlignRecipe(Settings):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if any(self.data.labelled()) and not self.model.findings:
-            raise ValueError("data.sets has labels_only, which needs the head on findings (model.findings: true)")
+            raise ValueError("data.sets has labels_only, which needs the findings head (model.findings: true)")
         return self

@@ -1,4 +1,4 @@
-"""Settings that the recipes of several stages have. One pydantic model a section; an unknown key is an error.
+"""Settings shared by the recipes of several stages. One pydantic model per section; an unknown key is an error.
 
 Imports neither torch nor transformers, so that a recipe is checked in a fraction of a second.
 """
@@ -15,12 +15,12 @@ from emrrg_cli.vocabulary import Cleaning, ContextField, Section
 # Widths and depths of the published encoders (SPEC: ARM "v3").
 ENCODER_SIZES: dict[str, tuple[int, int]] = {"base": (768, 12), "large": (1024, 24), "huge": (1536, 24)}
 
-# numpy's generator takes 32 bits; a process adds its own number to the seed of all, a batch of a generation too.
+# numpy's generator takes 32 bits; each process, and each batch of a generation, adds its number to the common seed.
 SEEDS = 2**31
 
 
 class Settings(BaseModel):
-    """Base of every section: strict types, no unknown key."""
+    """Base of every section: strict types, no unknown keys."""
 
     model_config = ConfigDict(extra="forbid", strict=True, validate_default=True)
 
@@ -32,36 +32,38 @@ class Settings(BaseModel):
 
 
 class AugmentSettings(Settings):
-    """Random changes of the training images, drawn for each view. None mirrors: left and right are findings."""
+    """Random changes of the training images, drawn for each view. Images are not mirrored, because sides matter."""
 
-    rotate: float = Field(0.0, ge=0, le=45, description="degrees, at most, either way")
-    shift: float = Field(0.0, ge=0, le=0.5, description="part of the side, at most, in either direction")
-    scale: float = Field(0.0, ge=0, lt=1, description="larger or smaller by this part, at most")
-    brightness: float = Field(0.0, ge=0, lt=1, description="lighter or darker by this part of the range, at most")
-    contrast: float = Field(0.0, ge=0, lt=1, description="more or less contrast by this part, at most")
+    rotate: float = Field(0.0, ge=0, le=45, description="largest rotation in degrees, in both directions")
+    shift: float = Field(0.0, ge=0, le=0.5, description="largest shift as a fraction of the side, in both directions")
+    scale: float = Field(0.0, ge=0, lt=1, description="largest change of size, as a fraction")
+    brightness: float = Field(0.0, ge=0, lt=1, description="largest change of brightness, as a fraction of the range")
+    contrast: float = Field(0.0, ge=0, lt=1, description="largest change of contrast, as a fraction")
 
 
 class DataSettings(Settings):
     root: str | None = Field(None, description="dataset directory written by `emrrg preprocess`")
-    section: Section = Field("report", description="which text is the report")
-    cleaning: Cleaning = Field("auto", description="R2Gen's rule; auto: the one R2Gen used for the data set's source")
+    section: Section = Field("report", description="section that is used as the report")
+    cleaning: Cleaning = Field(
+        "auto", description="cleaning rule; auto: the rule that R2Gen used for the data set's source"
+    )
     max_report_tokens: int = Field(100, ge=1, description="training reports are cut to this many LLM tokens")
     end_at_limit: bool = Field(
-        True, description="a report of exactly max_report_tokens gets an end token; the released code gives it none"
+        True, description="adds an end token to reports of exactly max_report_tokens; the released code does not"
     )
     context: list[ContextField] = Field(
         default_factory=list,
-        description="what the prompt tells of a study, of indication, comparison, technique, age and sex",
+        description="fields in the prompt: any of indication, comparison, technique, age and sex",
     )
-    context_words: int = Field(40, ge=1, description="each text of the context is cut to this many words")
+    context_words: int = Field(40, ge=1, description="each context field is cut to this many words")
     context_dropout: float = Field(
-        0.3, ge=0, le=1, description="how often training leaves out a field of the context, so that a report needs none"
+        0.3, ge=0, le=1, description="probability that training drops a context field, so that reports do not need it"
     )
-    max_views: int | None = Field(None, ge=1, description="first views of a study that are used; null: all")
-    limit: int | None = Field(None, ge=1, description="first studies of each split that are used; null: all")
+    max_views: int | None = Field(None, ge=1, description="number of views per study, from the first; null: all")
+    limit: int | None = Field(None, ge=1, description="number of studies of each split, from the first; null: all")
     augment: AugmentSettings = Field(default_factory=AugmentSettings)
     balance: float = Field(
-        1.0, ge=1, description="how often an epoch of training shows each study with a finding of the rules labeler"
+        1.0, ge=1, description="how often a training epoch takes each study with a finding of the rules labeler"
     )
     workers: int = Field(2, ge=0, description="processes that decode images")
 
@@ -74,11 +76,11 @@ class DataSettings(Settings):
 
 
 class EncoderSize(Settings):
-    """Of what every stage has: the vision encoder."""
+    """Size of the vision encoder, which every stage has."""
 
     size: Literal["base", "large", "huge"] | None = "base"
-    d_model: int | None = Field(None, ge=16, description="width; only where size is null")
-    depth: int | None = Field(None, ge=1, description="blocks; only where size is null")
+    d_model: int | None = Field(None, ge=16, description="width; only if size is null")
+    depth: int | None = Field(None, ge=1, description="number of blocks; only if size is null")
     d_state: int = Field(16, ge=1, description="SSM state size n")
     image_size: int = Field(224, ge=32, description="side of the square input, a multiple of 16")
 
@@ -96,7 +98,7 @@ class EncoderSize(Settings):
 
     @property
     def width_and_depth(self) -> tuple[int, int]:
-        """`(d_model, depth)`, from `size` or as given."""
+        """`(d_model, depth)`, from `size` or as set."""
         if self.size is not None:
             return ENCODER_SIZES[self.size]
         assert self.d_model is not None
@@ -113,41 +115,43 @@ class EncoderSettings(EncoderSize):
 
 
 class LrScaleSettings(Settings):
-    """What the learning rate is multiplied by for each part of a model."""
+    """Factors of the learning rate for each part of a model."""
 
-    encoder: float = Field(1.0, gt=0, description="the vision encoder, where it is trained whole")
-    adapters: float = Field(1.0, gt=0, description="LoRA, on either tower")
-    llm: float = Field(1.0, gt=0, description="the LLM or the text tower, where it is trained whole")
-    new: float = Field(1.0, gt=0, description="what joins the towers: bridge, hybrid layers, projections, heads")
+    encoder: float = Field(1.0, gt=0, description="the vision encoder, if it is trained whole")
+    adapters: float = Field(1.0, gt=0, description="LoRA in encoder and LLM")
+    llm: float = Field(1.0, gt=0, description="the LLM or the text tower, if it is trained whole")
+    new: float = Field(1.0, gt=0, description="bridge, hybrid layers, projections and heads")
 
 
-# Of the stages that train the head on findings.
-FINDINGS_WEIGHT: float = Field(0.5, gt=0, description="of the loss on findings, with model.findings: true")
+# For stages that train the findings head.
+FINDINGS_WEIGHT: float = Field(0.5, gt=0, description="weight of the findings loss, with model.findings: true")
 FINDINGS_BALANCE: float = Field(
     20.0,
     ge=1,
-    description="how many times a rare finding that is there may count in that loss; 1: once, as one that is absent",
+    description="largest weight of a rare present finding in this loss; 1: the same as an absent finding",
 )
 
 
 class LoopSettings(Settings):
-    """What the training of every stage has."""
+    """Training settings of every stage."""
 
     epochs: int = Field(10, ge=1)
-    max_steps: int | None = Field(None, ge=1, description="ends the schedule after this many optimizer steps")
+    max_steps: int | None = Field(
+        None, ge=1, description="length of the schedule in optimizer steps; training ends there"
+    )
     stop_after_steps: int | None = Field(
         None, ge=1, description="stops, with a checkpoint, after this many steps; the schedule is unchanged"
     )
-    batch_size: int = Field(8, ge=1, description="examples an optimizer step, over all processes and micro-batches")
-    micro_batch_size: int | None = Field(None, ge=1, description="examples a forward pass on one device; null: all")
+    batch_size: int = Field(8, ge=1, description="examples per optimizer step, over all processes and micro-batches")
+    micro_batch_size: int | None = Field(None, ge=1, description="examples per forward pass on one device; null: all")
     lr: float = Field(1e-4, gt=0)
     lr_batch_size: int | None = Field(
-        None, ge=1, description="lr is for this batch size and grows in proportion to batch_size; null: lr as it is"
+        None, ge=1, description="batch size to which lr refers; lr is scaled by batch_size / this. null: no scaling"
     )
     lr_scale: LrScaleSettings = Field(default_factory=LrScaleSettings)
     min_lr: float = Field(0.0, ge=0)
     schedule: Literal["cosine", "constant"] = "cosine"
-    schedule_unit: Literal["step", "epoch"] = Field("step", description="how often the learning rate moves")
+    schedule_unit: Literal["step", "epoch"] = Field("step", description="how often the learning rate changes")
     warmup_epochs: float = Field(0.0, ge=0)
     weight_decay: float = Field(0.01, ge=0, description="not applied to biases, norms and other vectors")
     betas: list[float] = Field(default_factory=lambda: [0.9, 0.999], min_length=2, max_length=2)
@@ -156,14 +160,14 @@ class LoopSettings(Settings):
         None,
         gt=0,
         lt=1,
-        description="decay of a moving average of the weights, which is what is kept; null: none",
+        description="decay of a moving average of the weights, which replaces the saved weights; null: none",
     )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
-        "auto", description="auto: bf16 on a GPU that has it, else fp32"
+        "auto", description="auto: bf16 on a GPU that supports it, else fp32"
     )
     gradient_checkpointing: bool = False
     detect_non_finite: bool = Field(
-        False, description="stops at the first encoder block with infinity or NaN, and names it and the direction"
+        False, description="stops at the first encoder block with infinity or NaN; names the block and the direction"
     )
     seed: int = Field(42, ge=0, lt=SEEDS)
     checkpoint_every_steps: int | None = Field(None, ge=1, description="null: at the end of each epoch")

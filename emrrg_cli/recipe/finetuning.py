@@ -1,4 +1,4 @@
-"""What a recipe of stage 3, `finetune`, may say."""
+"""Settings of a recipe of stage 3, `finetune`."""
 
 from __future__ import annotations
 
@@ -49,20 +49,20 @@ class AdapterSettings(Settings):
             if self.dropout > 0 and inside:
                 raise ValueError(
                     f"dropout must be 0 with targets {sorted(inside)}: "
-                    "these projections are merged into the fused scan, which has no place for it"
+                    "these projections are merged into the fused scan, which does not support dropout"
                 )
         return self
 
 
 class ScratchLLMSettings(Settings):
-    """A small Llama trained from nothing, with a BPE tokenizer trained on the training reports."""
+    """A small Llama trained from random weights, with a BPE tokenizer trained on the training reports."""
 
     hidden_size: int = Field(256, ge=16)
     layers: int = Field(4, ge=1)
     heads: int = Field(4, ge=1)
     kv_heads: int = Field(2, ge=1)
     vocab_size: int = Field(2000, ge=300)
-    dropout: float = Field(0.0, ge=0, lt=1, description="on the output of each layer's two halves, in training")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout after attention and MLP of each layer, in training")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -78,17 +78,17 @@ class LLMSettings(Settings):
     revision: str | None = Field(None, description="hub revision; null: the default branch")
     frozen: bool | None = Field(None, description="null: frozen, unless the LLM starts from scratch")
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="of a frozen LLM's weights; auto: that of train.precision. A trained LLM's are always fp32"
+        "auto", description="dtype of a frozen LLM's weights; auto: as train.precision. A trained LLM is always fp32"
     )
     quantization: Literal["none", "8bit", "4bit"] = Field(
-        "none", description="of a frozen LLM's weights, through bitsandbytes; LoRA on it is then QLoRA"
+        "none", description="quantization of a frozen LLM by bitsandbytes; LoRA on it is then QLoRA"
     )
     save: bool = Field(False, description="copy a hub LLM into the run directory")
     begin_token_id: int | None = Field(
-        None, ge=0, description="token that the prompt begins with; null: the one of the tokenizer, if it has one"
+        None, ge=0, description="first token of the prompt; null: the tokenizer's, if it has one"
     )
     end_text: str | None = Field(
-        None, min_length=1, description="text that ends a report in place of the end token, such as </s>; null: none"
+        None, min_length=1, description="text that ends a report instead of the end token, such as </s>; null: none"
     )
     scratch: ScratchLLMSettings = Field(default_factory=ScratchLLMSettings)
 
@@ -97,14 +97,16 @@ class LLMSettings(Settings):
         if self.name == "scratch" and self.frozen:
             raise ValueError("name: scratch starts from random weights, so frozen must be false or null")
         if self.quantization != "none" and not self.is_frozen:
-            raise ValueError(f"quantization: {self.quantization} needs a frozen LLM; its weights could not be trained")
+            raise ValueError(
+                f"quantization: {self.quantization} needs a frozen LLM, because quantized weights cannot be trained"
+            )
         if self.quantization != "none" and self.save:
-            raise ValueError("save: true copies the LLM as it was published, so quantization must be none")
+            raise ValueError("save: true copies the published LLM, so quantization must be none")
         return self
 
     @property
     def is_frozen(self) -> bool:
-        """Whether the LLM's own weights stay as they are."""
+        """Whether the LLM's own weights are frozen."""
         return self.name != "scratch" if self.frozen is None else self.frozen
 
 
@@ -112,13 +114,13 @@ class HybridSettings(Settings):
     every: int | None = Field(8, ge=1, description="every k-th decoder layer, from the first; null: none")
     gate: Literal["states", "attention"] = Field(
         "states",
-        description="what the gate is computed from: the text states after the layer's norm, or the output of "
-        "self-attention before its output projection, as in the released code",
+        description="input of the gate: the text states after the layer's norm, or the output of self-attention "
+        "before its output projection, as in the released code",
     )
     query: Literal["before_rotary", "after_rotary"] = Field(
         "before_rotary",
-        description="the queries that attend to the image: without positions, or after the rotary embedding, as in "
-        "the released code",
+        description="queries that attend to the image: before the rotary embedding, or after it, as in the released "
+        "code",
     )
 
 
@@ -129,8 +131,8 @@ class ModelSettings(Settings):
     hybrid: HybridSettings = Field(default_factory=HybridSettings)
     prompt: str = Field(
         PUBLISHED_PROMPT,
-        description=f"what the report is written after; the image stands at {IMAGE_PLACE}, and what data.context names "
-        f"at {CONTEXT_PLACE} behind it, by default directly behind it",
+        description=f"text before the report; {IMAGE_PLACE} marks the image, {CONTEXT_PLACE} after it marks the fields "
+        "of data.context, by default directly after the image",
     )
     visual_prompt: Literal["full", "pooled"] = Field(
         "full", description="full: every visual token in the prompt; pooled: 2x2 averages and the class token"
@@ -138,24 +140,24 @@ class ModelSettings(Settings):
     views: Literal["average", "concat"] = Field("average", description="how a study's views are joined")
     view_tokens: bool = Field(
         False,
-        description="the model is told whether a view is frontal, lateral or unknown, by a learned vector added to its "
-        "visual tokens; needs a data set that knows its views",
+        description="adds a learned vector for frontal, lateral or unknown to the visual tokens of a view; needs a "
+        "data set with views",
     )
     findings: bool = Field(
-        False, description="a head that tells the 14 observations of the rules labeler from the encoder's tokens"
+        False, description="a head that predicts the 14 observations of the rules labeler from the encoder's tokens"
     )
     findings_prompt: bool = Field(
-        False, description="what that head tells stands in the prompt, a word for each finding; needs findings: true"
+        False, description="puts the head's predictions into the prompt, a word per finding; needs findings: true"
     )
     findings_prompt_labels: bool = Field(
         False,
-        description="in training the prompt says the findings of the reference report: the LLM learns to follow them",
+        description="in training, the prompt has the findings of the reference, so the LLM learns to follow them",
     )
     findings_threshold: float | None = Field(
         None,
         gt=0,
         lt=1,
-        description="probability from which the prompt says yes to a finding; null: something between yes and no",
+        description="probability from which the prompt has yes for a finding; null: a mixture of yes and no",
     )
     scan: ScanEngine = Field("auto", description="engine of the selective scan")
 
@@ -163,44 +165,44 @@ class ModelSettings(Settings):
     @classmethod
     def _check_prompt(cls, prompt: str) -> str:
         if (times := prompt.count(IMAGE_PLACE)) != 1:
-            raise ValueError(f"must contain {IMAGE_PLACE} once, where the image stands; it is there {times} times")
+            raise ValueError(f"must contain {IMAGE_PLACE} once, in the place of the image; it occurs {times} times")
         before, after = prompt.split(IMAGE_PLACE)
         if CONTEXT_PLACE in before or after.count(CONTEXT_PLACE) > 1:
-            raise ValueError(f"may contain {CONTEXT_PLACE} once, behind {IMAGE_PLACE}")
+            raise ValueError(f"may contain {CONTEXT_PLACE} once, after {IMAGE_PLACE}")
         if not after.split(CONTEXT_PLACE)[-1].strip():
-            raise ValueError(f"must have text behind {IMAGE_PLACE}, which the report follows")
+            raise ValueError(f"must have text after {IMAGE_PLACE}, before the report")
         return prompt
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         llm_adapted = isinstance(self.adapter.targets, list) and "llm" in self.adapter.targets
         if llm_adapted and not self.llm.is_frozen:
-            raise ValueError("adapter.targets has llm, but the LLM is trained whole: choose one (llm.frozen: true)")
+            raise ValueError("adapter.targets has llm, but the whole LLM is trained: choose one (llm.frozen: true)")
         if self.findings_prompt and not self.findings:
-            raise ValueError("findings_prompt needs the head on findings (model.findings: true)")
+            raise ValueError("findings_prompt needs the findings head (model.findings: true)")
         if (self.findings_prompt_labels or self.findings_threshold is not None) and not self.findings_prompt:
             raise ValueError("findings_prompt_labels and findings_threshold need findings_prompt: true")
         if self.visual_prompt == "pooled" and self.hybrid.every is None:
-            raise ValueError("visual_prompt: pooled needs hybrid layers (hybrid.every), which see the tokens left out")
+            raise ValueError("visual_prompt: pooled needs hybrid layers (hybrid.every), which see the other tokens")
         return self
 
 
 class SelfCriticalSettings(Settings):
     """Training on sampled reports by their scores, after cross-entropy."""
 
-    after_epochs: int = Field(10, ge=0, description="epochs of cross-entropy before")
+    after_epochs: int = Field(10, ge=0, description="epochs of cross-entropy before it starts")
     samples: int = Field(4, ge=2, description="reports sampled for each study of a step")
-    temperature: float = Field(1.0, gt=0, description="of the sampling")
+    temperature: float = Field(1.0, gt=0, description="temperature of sampling")
     max_new_tokens: int = Field(100, ge=1, description="longest sampled report")
     cross_entropy: float = Field(
         0.0,
         ge=0,
-        description="weight of the reference's own cross-entropy beside the samples; without it, scores of words can "
-        "lead to one report for everybody",
+        description="weight of the cross-entropy of the reference; with 0, word scores can lead to the same report for "
+        "all studies",
     )
     rewards: dict[str, float] = Field(
         default_factory=lambda: {"BLEU_4": 1.0, "CIDEr": 1.0, "ROUGE_L": 1.0},
-        description="scores of a report and their weights; CIDEr counts as a part of 10",
+        description="scores of a report and their weights; CIDEr is divided by 10",
     )
 
     @model_validator(mode="after")
@@ -213,18 +215,20 @@ class SelfCriticalSettings(Settings):
 
 
 class TrainSettings(LoopSettings):
-    """Training of stage 3, whose validation also writes and scores reports."""
+    """Training of stage 3; its validation also writes and scores reports."""
 
-    validation_limit: int | None = Field(None, ge=1, description="studies that are generated in a validation")
+    validation_limit: int | None = Field(
+        None, ge=1, description="number of studies with generated reports in a validation"
+    )
     findings_weight: float = FINDINGS_WEIGHT
     findings_balance: float = FINDINGS_BALANCE
     self_critical: SelfCriticalSettings | None = Field(
-        None, description="training on sampled reports by their scores; null: cross-entropy alone"
+        None, description="training on sampled reports by their scores; null: only cross-entropy"
     )
     label_smoothing: float = Field(
-        0.0, ge=0, lt=1, description="part of each target that is spread over the vocabulary, in training"
+        0.0, ge=0, lt=1, description="fraction of each target spread over the vocabulary, in training"
     )
-    select: Literal["score", "loss"] = Field("score", description="what the best checkpoint is chosen by")
+    select: Literal["score", "loss"] = Field("score", description="criterion of the best checkpoint")
     score_weights: dict[str, float] = Field(default_factory=lambda: {"BLEU_4": 0.8, "CIDEr": 0.2})
 
     @model_validator(mode="after")
@@ -236,9 +240,9 @@ class TrainSettings(LoopSettings):
 
 class GenerationSettings(Settings):
     engine: Literal["auto", "own", "transformers"] = Field(
-        "auto", description="how reports are decoded; auto: our own engine where it supports the LLM"
+        "auto", description="how reports are decoded; auto: our own engine if it supports the LLM"
     )
-    batch_size: int = Field(8, ge=1, description="studies generated at a time on one device")
+    batch_size: int = Field(8, ge=1, description="number of studies decoded at a time on one device")
     num_beams: int = Field(3, ge=1)
     min_new_tokens: int = Field(0, ge=0)
     max_new_tokens: int = Field(120, ge=1)
@@ -246,8 +250,8 @@ class GenerationSettings(Settings):
     length_penalty: float = 1.0
     beam_stop: Literal["running", "candidates"] = Field(
         "running",
-        description="what finished reports must beat for beam search to stop: the running beams, or all candidates "
-        "of the step, as in transformers 4.44 and the published figures",
+        description="beam search stops when finished reports beat the running beams, or all candidates of the step, "
+        "as in transformers 4.44 and the published scores",
     )
     no_repeat_ngram_size: int = Field(0, ge=0)
     do_sample: bool = False
@@ -263,13 +267,13 @@ class GenerationSettings(Settings):
                 f"min_new_tokens {self.min_new_tokens} is larger than max_new_tokens {self.max_new_tokens}"
             )
         if not self.do_sample and (self.temperature != 1.0 or self.top_p != 1.0 or self.top_k != 0):
-            raise ValueError("temperature, top_p and top_k act only with do_sample: true")
+            raise ValueError("temperature, top_p and top_k have an effect only with do_sample: true")
         return self
 
 
 class EvaluationSettings(Settings):
     references: Literal["whole", "clipped"] = Field(
-        "whole", description="clipped: references are cut to data.max_report_tokens, as the released code does"
+        "whole", description="clipped: references are cut to data.max_report_tokens, as in the released code"
     )
     tokenizer: Tokenizer = Field("whitespace", description="ptb needs Java")
 

@@ -1,4 +1,4 @@
-"""Layers: where each setting of a recipe was said, and how layers become one document."""
+"""Layers: the source of each setting of a recipe, and how layers are merged into one document."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ KeyPath = tuple[str, ...]
 
 COMMAND_LINE = "command line"
 
-# Settings whose value is a mapping. A section is merged key by key; of weights, a layer means those it names.
+# Settings whose value is a mapping. Sections are merged key by key, but a layer replaces these mappings as a whole.
 MAPPINGS = frozenset({"score_weights"})
 
 
 @dataclass(frozen=True)
 class Layer:
-    """The settings that one source states.
+    """The settings of one source.
 
     Args:
-        name: The source as people know it: a file, `command line`, or `protocol published`.
+        name: Name of the source: a file, `command line`, or `protocol published`.
         values: The settings, nested as in the file.
-        lines: The line of each key (and list item, by its index) in the file; empty where there are no lines.
+        lines: Line of each key (and list item, by its index) in the file; empty if there is no file.
     """
 
     name: str
@@ -30,12 +30,12 @@ class Layer:
     lines: dict[KeyPath, int] = field(default_factory=dict)
 
     def where(self, path: KeyPath) -> str:
-        """`file.yaml:12`, or the bare name where the line is not known."""
+        """Returns `file.yaml:12`, or only the name if the line is unknown."""
         line = self.lines.get(path)
         return self.name if line is None else f"{self.name}:{line}"
 
     def states(self, path: KeyPath) -> bool:
-        """Whether this layer itself says something at `path`."""
+        """Whether this layer sets a value at `path`."""
         value: Any = self.values
         for key in path:
             if isinstance(value, list) and key.isdigit() and int(key) < len(value):
@@ -48,7 +48,7 @@ class Layer:
 
 
 def merge(layers: Iterable[Layer]) -> dict[str, Any]:
-    """One document from layers, weakest first: sections are merged key by key, values are replaced."""
+    """Merges layers, weakest first, into one document: sections are merged key by key, values are replaced."""
     merged: dict[str, Any] = {}
     for layer in layers:
         _lay_over(merged, layer.values)
@@ -66,15 +66,15 @@ def _lay_over(below: dict[str, Any], above: dict[str, Any]) -> None:
 def with_presets(
     layers: Sequence[Layer], presets: dict[str, dict[str, Any]], *, default: str | None, without: frozenset[str]
 ) -> list[Layer]:
-    """Puts the preset of each stated `protocol` just below the layer that states it.
+    """Inserts the preset of each `protocol` just below the layer that sets it.
 
-    So a preset beats the layers below that one, and loses to the keys written beside `protocol`.
+    A preset therefore overrides weaker layers, but not keys in the same layer as `protocol`.
 
     Args:
-        layers: Weakest first.
-        presets: Settings by protocol. A name that is not here is left for the schema to refuse.
-        default: Protocol whose preset goes to the bottom where no layer states one; None: no preset then.
-        without: Top-level keys that presets leave alone.
+        layers: Layers, weakest first.
+        presets: Settings by protocol. The schema refuses unknown names later.
+        default: Protocol whose preset is the weakest layer if no layer sets a protocol; None: no preset.
+        without: Top-level keys that presets do not change.
     """
 
     def preset(name: str) -> Layer:

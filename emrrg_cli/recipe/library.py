@@ -1,4 +1,4 @@
-"""Where recipes are: those shipped with the package by name (`iu_xray/finetune`), others by path (`my/recipe.yaml`)."""
+"""Finds recipes: shipped ones by name (`iu_xray/finetune`), others by path (`my/recipe.yaml`)."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _SUFFIXES = (".yaml", ".yml")
 
 
 def recipes_dir() -> Path:
-    """The directory of the shipped recipes: inside an installed package, beside an editable one.
+    """Returns the directory of the shipped recipes: inside an installed package, beside an editable one.
 
     Raises:
-        RunError: The installation has none.
+        RunError: The installation has no recipes.
     """
     package = Path(__file__).resolve().parent.parent
     for candidate in (package / "recipes", package.parent / "recipes"):
@@ -30,10 +30,10 @@ def recipes_dir() -> Path:
 
 
 def recipe_names(pattern: str | None = None) -> list[str]:
-    """Sorted names of the shipped recipes, such as `iu_xray/finetune`.
+    """Returns the sorted names of the shipped recipes, such as `iu_xray/finetune`.
 
     Args:
-        pattern: Wildcards as in a shell (`*/finetune`); without one, any name that contains the text; None: all.
+        pattern: Shell wildcards (`*/finetune`), or a text that the name contains; None: all.
     """
     root = recipes_dir()
     names = sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.glob("*/*.yaml"))
@@ -45,28 +45,28 @@ def recipe_names(pattern: str | None = None) -> list[str]:
 
 
 def is_path(ref: str) -> bool:
-    """Whether a recipe reference is a path (it ends in .yaml) and no shipped name."""
+    """Whether a recipe reference is a path (it ends in .yaml) and not a shipped name."""
     return ref.endswith(_SUFFIXES)
 
 
 def find_recipe(ref: str, *, relative_to: Path | None = None) -> Path:
-    """The file of a recipe.
+    """Returns the file of a recipe.
 
     Args:
         ref: A shipped name, or a path that ends in `.yaml`.
-        relative_to: Directory that relative paths start from; None: the working directory.
+        relative_to: Directory to which relative paths refer; None: the working directory.
 
     Raises:
-        UsageError: There is no such recipe; the hint has the nearest names.
+        UsageError: The recipe does not exist; the hint has similar names.
     """
     names = recipe_names()
     if is_path(ref):
         try:
             path = (relative_to or Path()) / Path(ref).expanduser()
             found = path.is_file()
-        except (RuntimeError, OSError, ValueError) as error:  # ~nouser, a name that is too long or holds a null
+        except (RuntimeError, OSError, ValueError) as error:  # ~nouser, a name that is too long or contains a null
             reason = getattr(error, "strerror", None) or str(error)
-            raise UsageError(f"no path of a recipe: {printable(ref[:200])}: {printable(reason)}") from error
+            raise UsageError(f"not a valid path of a recipe: {printable(ref[:200])}: {printable(reason)}") from error
         if found:
             return path
         bare = str(Path(ref).with_suffix(""))
@@ -82,10 +82,10 @@ def find_recipe(ref: str, *, relative_to: Path | None = None) -> Path:
 
 
 def read_layers(path: Path) -> list[Layer]:
-    """The layers of a recipe file, weakest first: the recipe it `extends`, that one's own parent below, then itself.
+    """Returns the layers of a recipe file, weakest first: the recipes it `extends`, then the file itself.
 
     Raises:
-        UsageError: A file that is missing, unreadable or no valid YAML, or recipes that extend each other in a circle.
+        UsageError: A file is missing, unreadable or not valid YAML, or recipes extend each other in a circle.
     """
     layers: list[Layer] = []
     seen: list[Path] = []
@@ -112,16 +112,16 @@ def read_layers(path: Path) -> list[Layer]:
 
 
 def read_layer(path: Path) -> Layer:
-    """One recipe file as it stands, without what it extends.
+    """Reads one recipe file, without the recipe it extends.
 
     Raises:
-        UsageError: The file cannot be read or is no valid YAML.
+        UsageError: The file cannot be read or is not valid YAML.
     """
     return parse_layer(read_text(path), display_name(path))
 
 
 def read_text(path: Path) -> str:
-    """The text of a recipe file.
+    """Reads the text of a recipe file.
 
     Raises:
         UsageError: The file cannot be read or is not UTF-8.
@@ -135,7 +135,7 @@ def read_text(path: Path) -> str:
 
 
 def display_name(path: Path) -> str:
-    """A path as errors show it: from the working directory where it lies below, else whole."""
+    """Returns a path for error messages: relative if it is below the working directory, else absolute."""
     resolved = path.resolve()
     here = Path.cwd()
     return str(resolved.relative_to(here)) if resolved.is_relative_to(here) else str(resolved)

@@ -1,4 +1,4 @@
-"""How large the values of a recipe may be: far above what anyone trains, and no machine hangs on them."""
+"""Largest values in a recipe: far above realistic training, but small enough that no machine hangs."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import os
 from typing import Any
 
 MAX_BYTES = 2**20  # of a recipe file
-MAX_VALUES = 20_000  # keys and values of a recipe, aliases counted as often as they stand
+MAX_VALUES = 20_000  # keys and values of a recipe, with every use of an alias
 MAX_DEPTH = 16  # sections and lists inside each other
 MAX_DIGITS = 30  # of a number
 MAX_TEXT = 20_000  # characters of one value
 _MAX_NAME = 255  # bytes of a file name, on every common file system
 _MAX_PATH = 4096
 
-# The largest value by the name of a setting, in whatever section; other numbers have the limit of None.
+# Largest value by the name of a setting in any section; None is the limit of all other numbers.
 _LARGEST: dict[str | None, float] = {
     None: 10**9,
     "d_model": 2**14,
@@ -45,13 +45,13 @@ _PATHS = ("root", "weights", "output", "name")
 
 
 def check_size(name: str | None, value: Any) -> None:
-    """Makes sure that the value of a setting is not absurdly large.
+    """Checks that the value of a setting is not absurdly large.
 
     Args:
         name: The last part of its key.
 
     Raises:
-        ValueError: It is; the message says what would do.
+        ValueError: The value is too large; the message gives the limit.
     """
     if isinstance(value, int | float) and not isinstance(value, bool):
         largest = _LARGEST.get(name, _LARGEST[None])
@@ -62,7 +62,7 @@ def check_size(name: str | None, value: Any) -> None:
             raise ValueError(f"must have at most {MAX_TEXT:,} characters, got {len(value):,}")
         parts = os.fsencode(value).split(b"/") if name in _PATHS else []
         if parts and (len(os.fsencode(value)) > _MAX_PATH or max(map(len, parts)) > _MAX_NAME):
-            raise ValueError(f"no path: a name has at most {_MAX_NAME} bytes and a path {_MAX_PATH}")
+            raise ValueError(f"not a valid path: a name has at most {_MAX_NAME} bytes and a path {_MAX_PATH}")
     elif isinstance(value, list):
         for item in value:
             check_size(name, item)

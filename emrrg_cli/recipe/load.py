@@ -1,7 +1,7 @@
-"""From a recipe's name or path and `key=value` overrides to checked settings, and back to YAML.
+"""Loads a recipe by name or path with `key=value` overrides as checked settings, and writes settings as YAML.
 
 A recipe is a stack of layers, weakest first: schema defaults, the preset of the default protocol, the recipe it
-extends, itself, the command line. Where a layer states `protocol`, that preset stands just below the layer.
+extends, itself, the command line. If a layer sets `protocol`, that preset is inserted just below the layer.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from emrrg_cli.stages import STAGES
 
 S = TypeVar("S", bound=Settings)
 
-# The recipe class of every command that has a recipe of its own.
+# The recipe class of every command that has its own recipes.
 RECIPES: dict[str, type[Settings]] = {
     "preprocess": PreprocessRecipe,
     **{name: stage.load_recipe_class() for name, stage in STAGES.items()},
 }
 # Recipes whose settings replace settings of a trained run.
 OVERLAYS = ("evaluate", "generate")
-# What the run has already settled, so that no overlay can change it,
+# Settings that the run has already fixed, so that no overlay can change them,
 _SETTLED = ("output", "train", "model")
-# but for where the LLM is found, and how the model is computed.
+# except the location of the LLM, and how the model is computed.
 _UNSETTLED = (("model", "llm", "name"), ("model", "llm", "dtype"), ("model", "scan"), ("model", "findings_threshold"))
 
 RUN_RECIPE = "recipe.yaml"
@@ -48,7 +48,7 @@ def load_recipe(ref: str, overrides: Sequence[str] = (), *, stage: type[S]) -> S
 @overload
 def load_recipe(ref: str, overrides: Sequence[str] = (), *, stage: str | None = None) -> Settings: ...
 def load_recipe(ref: str, overrides: Sequence[str] = (), *, stage: type[Settings] | str | None = None) -> Settings:
-    """The checked settings of a recipe.
+    """Loads and checks a recipe.
 
     Args:
         ref: Name of a shipped recipe (`iu_xray/finetune`), or a path that ends in `.yaml`.
@@ -56,36 +56,36 @@ def load_recipe(ref: str, overrides: Sequence[str] = (), *, stage: type[Settings
         stage: The stage that the caller runs, by name or as its recipe class; None: any.
 
     Raises:
-        UsageError: No such recipe, a recipe for another stage, a malformed override, or settings that are unknown, of
-            the wrong type or in conflict; all of these are listed together, each with its place.
+        UsageError: The recipe does not exist or is for another stage, an override is malformed, or settings are
+            unknown, of the wrong type or in conflict; all such settings are listed together with their places.
     """
     layers = _read(ref, overrides)
     found = _stage_of(ref, layers)
     if isinstance(stage, type):
         stage = next(name for name, recipe in RECIPES.items() if recipe is stage)
     if stage is not None and found != stage:
-        hint = f"`emrrg recipe ls {stage}` lists fitting ones."
+        hint = f"`emrrg recipe ls {stage}` lists recipes for this command."
         raise UsageError(f"recipe {ref} is for `{found}`, not `{stage}`", hint=hint)
     if found in OVERLAYS:
-        raise UsageError(f"recipe {ref} is for `{found}`, which lays it over the recipe of a trained run")
+        raise UsageError(f"recipe {ref} is for `{found}`, which applies it to the recipe of a trained run")
     return _validated(ref, RECIPES[found], _with_presets(found, layers))
 
 
 def load_run_recipe(
     run_dir: Path, recipe_ref: str | None, overrides: Sequence[str], stage: Literal["evaluate", "generate"]
 ) -> FinetuneRecipe:
-    """The recipe of a trained run with the settings of an `evaluate` or `generate` recipe on top.
+    """Loads the recipe of a trained run with the settings of an `evaluate` or `generate` recipe on top.
 
-    A `protocol` in the overlay brings its text, decoding and scoring, and leaves the model as it was trained.
+    A `protocol` in the overlay sets text, decoding and scoring, but does not change the trained model.
 
     Args:
-        run_dir: Directory that `finetune` wrote.
+        run_dir: Run directory of `finetune`.
         recipe_ref: The overlay; None: the shipped default of the stage.
         overrides: `key=value` strings, stronger than the overlay.
         stage: The stage that the caller runs.
 
     Raises:
-        UsageError: `run_dir` is no run directory, or as in `load_recipe`.
+        UsageError: `run_dir` is not a run directory, or as in `load_recipe`.
     """
     file = run_dir / RUN_RECIPE
     if not file.is_file():
@@ -106,7 +106,7 @@ def load_run_recipe(
 
 
 def resolve_recipe(ref: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The checked settings of any recipe as a document: every setting, or for an overlay recipe those it states.
+    """Returns the checked settings of a recipe as a document: all settings, or for an overlay recipe only its own.
 
     Raises:
         UsageError: As in `load_recipe`.
@@ -116,14 +116,14 @@ def resolve_recipe(ref: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     if stage not in OVERLAYS:
         return _validated(ref, RECIPES[stage], _with_presets(stage, layers)).model_dump()
     layers, problems = _overlay(stage, layers)
-    # Laid over defaults it may conflict with values that the run has otherwise, so conflicts wait for the run.
+    # An overlay may conflict with defaults that the run changes, so conflicts are checked only with the run.
     problems += [problem for problem in _problems(FinetuneRecipe, layers)[1] if not problem.conflict]
     _refuse(ref, problems)
     return {"stage": stage} | {key: value for key, value in merge(layers).items() if key != "stage"}
 
 
 def dump_recipe(recipe: Settings) -> str:
-    """The YAML text of a recipe with every setting. `load_recipe` reads an equal recipe back from it."""
+    """Returns the YAML text of a recipe with every setting. `load_recipe` reads an equal recipe from it."""
     return dump(recipe.model_dump())
 
 

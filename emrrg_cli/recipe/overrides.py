@@ -14,11 +14,11 @@ _FORM = "Write key=value; the value is YAML: a number, text, [a, list] or null. 
 
 
 def parse_overrides(overrides: Sequence[str]) -> Layer:
-    """The layer of the command line. Later overrides win.
+    """Parses overrides to the layer of the command line. Later overrides win.
 
     Raises:
-        UsageError: No `=`, an empty key or value, bad YAML, a key below a value that is no section, or `stage`, which
-            says what the recipe is and so cannot change.
+        UsageError: An override has no `=`, an empty key or value, bad YAML, a key below a value that is not a section,
+            or the key `stage`, which cannot change.
     """
     values: dict[str, Any] = {}
     for override in overrides:
@@ -42,7 +42,7 @@ def _value(key: str, text: str) -> Any:
     try:
         return parse_value(text, COMMAND_LINE)
     except UsageError as error:
-        # The line within one argument says nothing.
+        # The line number within one argument is not useful.
         reason = error.message.removeprefix(f"{COMMAND_LINE}:1: ").removeprefix(f"{COMMAND_LINE}: ")
         raise UsageError(
             f"{COMMAND_LINE}: {key}: {reason}", hint=f"Quote text with special characters: {key}='\"...\"'."
@@ -55,5 +55,5 @@ def _put(values: dict[str, Any], keys: list[str], value: Any) -> None:
         section = section.setdefault(key, {})
         if not isinstance(section, dict):
             above = ".".join(keys[:depth])
-            raise UsageError(f"{COMMAND_LINE}: {'.'.join(keys)}: {above} was already given a value, it is no section")
+            raise UsageError(f"{COMMAND_LINE}: {'.'.join(keys)}: {above} already has a value, so it is not a section")
     section[keys[-1]] = value

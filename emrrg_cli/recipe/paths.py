@@ -1,4 +1,4 @@
-"""What a recipe names and has to be there: paths and packages."""
+"""Checks that the paths and packages that a recipe names exist."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from emrrg_cli.versions import installed_versions
 R = TypeVar("R", bound=Settings)
 
 
-# Settings that are paths, wherever in a recipe they stand; a `name` is one where there is a directory of that name.
+# Settings that are paths, in any section of a recipe; a `name` is a path if a directory of that name exists.
 _PATHS = ("root", "weights", "held_out")
 _DATASET_FILES = ("manifest.json", "data/*.parquet")
 
 
 def check_roots_exist(recipe: Settings, *, folders: bool = False, required: bool = True) -> None:
-    """Finds a data set that is not there before torch is imported, which takes seconds.
+    """Checks that data sets exist, before torch is imported, which takes seconds.
 
     Args:
-        folders: Folders of images are accepted as well.
+        folders: Whether folders of images are accepted too.
         required: Whether a recipe without a data set is refused.
 
     Raises:
-        UsageError: It names the directory.
+        UsageError: A data set does not exist; the message names the directory.
     """
     data = recipe.model_dump()["data"]
     if data["root"] is None and not data.get("sets") and required:
         raise UsageError(
-            "data.root is not set", hint="Name a dataset directory, as `emrrg preprocess` writes: data.root=DIR."
+            "data.root is not set", hint="Name a dataset directory that `emrrg preprocess` wrote: data.root=DIR."
         )
     for root in (data["root"], *(one["root"] for one in data.get("sets", []))):
         if root is not None and not Path(root).exists() and folders:
@@ -45,49 +45,49 @@ def check_roots_exist(recipe: Settings, *, folders: bool = False, required: bool
 
 
 def check_weights_exist(recipe: Settings) -> None:
-    """Finds weights to start from that are not there before torch is imported.
+    """Checks that weights to start from exist, before torch is imported.
 
     Raises:
-        UsageError: It names the path.
+        UsageError: A path does not exist; the message names it.
     """
     encoder = recipe.model_dump().get("model", {}).get("encoder") or {}
     if (path := encoder.get("weights")) is not None and not Path(path).exists():
         raise UsageError(
-            f"{path}: no such file or directory; an encoder is to be there",
+            f"{path}: no such file or directory; it must be an encoder",
             hint="model.encoder.weights names a run of `emrrg pretrain`, `align` or `finetune`, or a converted file.",
         )
     for part in ("llm", "text"):
         name = (recipe.model_dump().get("model", {}).get(part) or {}).get("name") or ""
-        if name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():  # no name of the hub
+        if name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():  # not a hub name
             raise UsageError(f"{name}: no such directory", hint=f"model.{part}.name is a directory or a hub name.")
 
 
 def check_trackers_installed(names: Sequence[str]) -> None:
-    """Finds a tracker (`train.trackers`) that is not installed before torch is imported.
+    """Checks that trackers (`train.trackers`) are installed, before torch is imported.
 
     Raises:
-        UsageError: It names the package.
+        UsageError: A tracker is not installed; the message names the package.
     """
     for name, version in installed_versions(names).items():
         if version is None:
             raise UsageError(
                 f"train.trackers names {name}, which is not installed",
-                hint=f"pip install {name}, or take it out of train.trackers.",
+                hint=f"pip install {name}, or remove it from train.trackers.",
             )
 
 
 def require_trained(run_dir: Path) -> None:
-    """Finds a run without a trained model before torch is imported.
+    """Checks that a run has a trained model, before torch is imported.
 
     Raises:
-        RunError: It names the directory.
+        RunError: It has none; the message names the directory.
     """
     if not any((run_dir / name).is_dir() for name in ("model", "model.previous-emrrg")):
         raise RunError(f"{run_dir}: this run holds no trained model yet", hint="It is written at the first validation.")
 
 
 def with_absolute_paths(recipe: R) -> R:
-    """The recipe as it means the same from any working directory: paths in it that are relative made absolute."""
+    """Makes relative paths of a recipe absolute, so that it is valid in any working directory."""
     return type(recipe).model_validate(_absolute(recipe.model_dump()))
 
 
@@ -98,9 +98,9 @@ def _absolute(value: Any, key: str = "") -> Any:
         return [_absolute(inner, key) for inner in value]
     if not isinstance(value, str):
         return value
-    # Transformers, too, takes a directory for a hub name if there is one.
+    # Like transformers, a directory takes precedence over a hub name.
     is_path = key in _PATHS or (key == "name" and value != "scratch" and Path(value).is_dir())
     if not is_path:
         return value
     path = Path(value)
-    return str(path.resolve() if ".." in path.parts else path.absolute())  # links stay where they need not be followed
+    return str(path.resolve() if ".." in path.parts else path.absolute())  # links are resolved only if necessary

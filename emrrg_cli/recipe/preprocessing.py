@@ -1,4 +1,4 @@
-"""What a recipe of `preprocess` may say."""
+"""Settings of a recipe of `preprocess`."""
 
 from __future__ import annotations
 
@@ -14,15 +14,19 @@ class PreprocessRecipe(Settings):
     """Raw data to a dataset directory."""
 
     stage: Literal["preprocess"]
-    size: int | Literal["original"] = Field(512, description="shorter side in pixels; smaller images are kept")
+    size: int | Literal["original"] = Field(512, description="shorter side in pixels; smaller images are not enlarged")
     format: ImageFormat = "jpeg"
-    quality: int = Field(95, ge=1, le=100, description="of JPEG")
-    max_pixels: int = Field(100_000_000, ge=1, description="larger images are refused before they are decoded")
-    section: Section = Field("report", description="what the report is; report: by the rule of the data set")
-    views: Literal["all", WantedView] = Field("all", description="a view that is not known is kept")
-    min_words: int = Field(0, ge=0, description="studies with a shorter report are left out")
-    dedupe: Literal["off", "report", "drop"] = Field("off", description="images that are there twice, or nearly so")
-    workers: int | None = Field(None, ge=1, description="null: one a core")
+    quality: int = Field(95, ge=1, le=100, description="JPEG quality")
+    max_pixels: int = Field(100_000_000, ge=1, description="larger images are skipped before decoding")
+    section: Section = Field(
+        "report", description="section that is used as the report; report: the rule of the data set"
+    )
+    views: Literal["all", WantedView] = Field("all", description="images of unknown view are kept")
+    min_words: int = Field(0, ge=0, description="studies with a shorter report are skipped")
+    dedupe: Literal["off", "report", "drop"] = Field(
+        "off", description="what to do with duplicate and nearly equal images"
+    )
+    workers: int | None = Field(None, ge=1, description="number of processes; null: one per core")
     studies_per_shard: int = Field(1000, ge=1)
 
     @model_validator(mode="after")

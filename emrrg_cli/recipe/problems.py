@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, in plain words, each problem with the place where it was written."""
+"""Describes the problems of a recipe in plain words, each with its place."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from emrrg_cli.recipe.layers import KeyPath, Layer
 from emrrg_cli.recipe.suggest import annotation_at, is_literal, is_section, members, nearest_keys
 
-MAX_PROBLEMS = 50  # of one recipe; to suggest a name for each unknown key takes time
+MAX_PROBLEMS = 50  # of one recipe; suggesting a name for each unknown key takes time
 
 _LIMITS = {
     "greater_than": "must be more than {gt:.10g}, got {got}",
@@ -27,7 +27,7 @@ _LIMITS = {
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing to mend. `conflict`: it lies between several settings, each fine alone."""
+    """One problem of a recipe. `conflict`: a conflict between several valid settings."""
 
     where: str
     path: KeyPath
@@ -44,10 +44,10 @@ class Problem:
 def find_problems(
     error: ValidationError, schema: type[BaseModel], values: dict[str, Any], layers: Sequence[Layer]
 ) -> list[Problem]:
-    """The problems of a validation, one a place, in the order in which they were written.
+    """Returns the problems of a validation, one per place, in the order of the recipe.
 
     Args:
-        error: What pydantic found.
+        error: The error of pydantic.
         schema: The model that was validated against.
         values: The document that was validated.
         layers: The layers it was merged from, weakest first.
@@ -55,7 +55,7 @@ def find_problems(
     by_path: dict[KeyPath, Any] = {}
     for entry in error.errors(include_url=False)[:MAX_PROBLEMS]:
         path = _path_in(values, entry["loc"], missing=entry["type"] == "missing")
-        # The branches of a union report one place each: a broken limit says more than "not of this type".
+        # Each branch of a union reports an error: a broken limit is more useful than "not of this type".
         if path not in by_path or entry["type"] in _LIMITS:
             by_path[path] = entry
     innermost = [path for path in by_path if not any(other[: len(path)] == path for other in by_path if other != path)]
@@ -64,7 +64,7 @@ def find_problems(
 
 
 def place_of(path: KeyPath, layers: Sequence[Layer]) -> tuple[str, tuple[int, int]]:
-    """`(where, order)` of the strongest layer that states `path`: the one whose value is in force."""
+    """Returns `(where, order)` of the strongest layer that sets `path`, whose value is used."""
     for index in range(len(layers) - 1, -1, -1):
         if layers[index].states(path):
             return layers[index].where(path), (index, layers[index].lines.get(path, 0))
@@ -72,7 +72,7 @@ def place_of(path: KeyPath, layers: Sequence[Layer]) -> tuple[str, tuple[int, in
 
 
 def _path_in(values: dict[str, Any], loc: tuple[int | str, ...], *, missing: bool) -> KeyPath:
-    """The part of pydantic's location that is in the document: unions add the names of their branches."""
+    """Returns the part of pydantic's location that is in the document, because unions add the names of branches."""
     path: list[str] = []
     current: Any = values
     for position, key in enumerate(loc):
@@ -105,7 +105,7 @@ def _problem(
         value = value[int(key)] if isinstance(value, list) else value[key]
     annotation = annotation_at(schema, path)
     if value is None and is_section(annotation):  # most often each of its settings is commented out
-        return Problem(where, path, "a section without settings; leave it out", order)
+        return Problem(where, path, "a section without settings; remove it", order)
     message = f"expected {describe(annotation)}, got {show(value)}{_nearest(annotation, value)}"
     return Problem(where, path, message, order)
 
@@ -118,7 +118,7 @@ def _unknown_key(schema: type[BaseModel], path: KeyPath) -> str:
 
 
 def _place_of_conflict(section: KeyPath, message: str, layers: Sequence[Layer]) -> tuple[str, tuple[int, int]]:
-    """The last layer that sets a key named in the message: usually the one that caused the conflict."""
+    """Returns the last layer that sets a key named in the message, which usually caused the conflict."""
     words = set(re.findall(r"[A-Za-z_0-9]+", message))
     for index in range(len(layers) - 1, -1, -1):
         layer = layers[index]
@@ -136,7 +136,7 @@ def _stated(values: dict[str, Any], path: KeyPath = ()) -> list[KeyPath]:
 
 
 def show(value: Any) -> str:
-    """A value as it would stand in a recipe, containers by their kind."""
+    """Formats a value as in a recipe; containers by their type."""
     match value:
         case None:
             return "null"
@@ -161,7 +161,7 @@ _PLAIN: dict[Any, tuple[str, str]] = {
 
 
 def describe(annotation: Any) -> str:
-    """A type in plain words."""
+    """Describes a type in plain words."""
     options = []
     for member in members(annotation):
         if is_section(member):

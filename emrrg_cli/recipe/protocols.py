@@ -1,12 +1,12 @@
-"""What `protocol` sets together in a recipe of stage 3."""
+"""The settings that `protocol` presets in a recipe of stage 3."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# A preset is weaker than a key stated beside it, stronger than the layers below it.
+# A preset is weaker than keys in the same layer and stronger than the layers below.
 PROTOCOLS: dict[str, dict[str, Any]] = {
-    # The settings behind the published figures, as the released code ran them on MIMIC-CXR and CheXpert Plus.
+    # The settings of the published scores, from the released code for MIMIC-CXR and CheXpert Plus.
     "published": {
         "data": {"section": "report", "cleaning": "auto", "end_at_limit": False},
         "model": {"adapter": {"targets": "full"}},
@@ -20,7 +20,7 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
         },
         "evaluation": {"references": "clipped", "tokenizer": "whitespace"},
     },
-    # The paper's method, scored against whole references, with decoding that may end when the report ends.
+    # The paper's method, scored against whole references, with decoding that stops at the end of the report.
     "ours": {
         "data": {"section": "report", "cleaning": "auto", "end_at_limit": True},
         "model": {"adapter": {"targets": ["X"]}},
@@ -38,7 +38,7 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 
 
 def protocols_for(cleaning: str | None) -> dict[str, dict[str, Any]]:
-    """`PROTOCOLS` for the data set that a recipe's `data.cleaning` tells of: IU X-Ray was decoded in its own way."""
+    """Returns `PROTOCOLS` for a data set, identified by `data.cleaning`: IU X-Ray was decoded with other settings."""
     if cleaning != "r2gen-iu":
         return PROTOCOLS
     published = PROTOCOLS["published"]

@@ -1,4 +1,4 @@
-"""The nearest valid key for one that a recipe does not have."""
+"""Suggests valid keys for an unknown key of a recipe."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from emrrg_cli.recipe.synonyms import SYNONYMS
 
 
 def annotation_at(schema: type[BaseModel], path: KeyPath) -> Any:
-    """The type that the schema gives to the value at `path`; None where it has no such place."""
+    """Returns the type of the value at `path` in the schema; None if there is no such key."""
     current: Any = schema
     for key in path:
         inner = [found for member in members(current) if (found := _child(member, key)) is not None]
@@ -24,7 +24,7 @@ def annotation_at(schema: type[BaseModel], path: KeyPath) -> Any:
 
 
 def members(annotation: Any) -> tuple[Any, ...]:
-    """The alternatives of a union; the type alone otherwise."""
+    """Returns the alternatives of a union, or the type itself."""
     plain = isinstance(annotation, type) or get_origin(annotation) in (list, dict) or not get_args(annotation)
     return (annotation,) if plain or is_literal(annotation) else get_args(annotation)
 
@@ -40,10 +40,10 @@ def is_section(annotation: Any) -> bool:
 
 
 def nearest_keys(schema: type[BaseModel], path: KeyPath) -> list[str]:
-    """Dotted keys that an unknown key at `path` was perhaps meant to be; best first, none where nothing is near.
+    """Returns dotted keys that resemble an unknown key at `path`, best first; empty if there is none.
 
-    Looks for names known from other toolkits and for the same name in other sections before it guesses at spelling:
-    a key that exists elsewhere is misplaced, not misspelt.
+    Looks for names of other toolkits and for the same name in other sections before it compares spelling, because a key
+    that exists elsewhere is misplaced, not misspelt.
     """
     *section, key = path
     places = list(_places(schema))

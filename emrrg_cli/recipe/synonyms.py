@@ -1,8 +1,8 @@
-"""Names that people bring from other toolkits."""
+"""Names of settings in other toolkits."""
 
 from __future__ import annotations
 
-# Used to suggest ours, never accepted.
+# Used only to suggest our names; never accepted.
 SYNONYMS: dict[str, str] = {
     "learning_rate": "lr",
     "base_lr": "lr",

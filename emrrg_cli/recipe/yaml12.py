@@ -1,7 +1,7 @@
-"""YAML as recipes are written: the scalars of YAML 1.2, with the line of every key.
+"""Reads and writes the YAML of recipes: the scalars of YAML 1.2, with the line of every key.
 
 PyYAML reads YAML 1.1, where `1e-4` is text and `no` is false. Here `1e-4` is a number and only `true` and `false` are
-booleans. Two things are stricter than YAML: a key may stand only once, and numbers are finite.
+booleans. Two rules are stricter than YAML: a key may occur only once, and numbers are finite.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that either YAML version would read as something else, so that a dump reads back the same here."""
+    """Quotes text that YAML 1.1 or 1.2 would read as another type, so that a dump reads back the same."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -56,10 +56,11 @@ def parse_layer(text: str, name: str) -> Layer:
 
     Args:
         text: The document.
-        name: The file, as errors should name it.
+        name: Name of the file for error messages.
 
     Raises:
-        UsageError: Bad syntax, a key that stands twice, or a top level that is no mapping; names file and line.
+        UsageError: The syntax is wrong, a key occurs twice, or the top level is not a mapping; the message names file
+            and line.
     """
     node = _compose(text, name)
     reader = _Reader(name)
@@ -77,10 +78,10 @@ def parse_layer(text: str, name: str) -> Layer:
 
 
 def parse_value(text: str, name: str) -> Any:
-    """Reads one YAML value, as on the right of `key=value`.
+    """Reads one YAML value, such as the right side of `key=value`.
 
     Raises:
-        UsageError: Bad syntax; the message starts with `name`.
+        UsageError: The syntax is wrong; the message starts with `name`.
     """
     node = _compose(text, name)
     if node is None:
@@ -93,7 +94,7 @@ def parse_value(text: str, name: str) -> Any:
 
 
 def dump(values: dict[str, Any]) -> str:
-    """The YAML text of a document, keys in their order. `parse_layer` reads the same values back."""
+    """Returns the YAML text of a document, keys in their order. `parse_layer` reads the same values back."""
     text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
     return text
 
@@ -108,7 +109,7 @@ def _compose(text: str, name: str) -> yaml.Node | None:
         where = name if mark is None else f"{name}:{mark.line + 1}"
         reason = ", ".join(part for part in (error.context, error.problem) if part)
         raise UsageError(f"{where}: not valid YAML: {reason}") from error
-    except yaml.reader.ReaderError as error:  # its own text holds the character
+    except yaml.reader.ReaderError as error:  # its own message contains the character
         character = error.character if isinstance(error.character, int) else ord(error.character)
         raise UsageError(f"{name}: not valid YAML: character #x{character:04x} is not allowed") from error
     except yaml.YAMLError as error:
@@ -118,7 +119,7 @@ def _compose(text: str, name: str) -> yaml.Node | None:
 
 
 def _check_nesting(text: str, name: str) -> None:
-    """Refuses a document that is too deep or too long before it is built, which takes time and memory."""
+    """Refuses a document that is too deep or too long before it is parsed, which takes time and memory."""
     depth = 0
     for count, event in enumerate(yaml.parse(text, Loader=_Loader)):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -138,7 +139,7 @@ def _kind_of(value: Any) -> str:
 
 
 class _Reader:
-    """Turns nodes into values and remembers the line of each key and list item."""
+    """Turns nodes into values and records the line of each key and list item."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -150,12 +151,12 @@ class _Reader:
     def read(self, node: yaml.Node, path: KeyPath) -> Any:
         self._count += 1
         if self._count > MAX_VALUES:  # aliases of aliases
-            raise UsageError(f"{self.name}: more than {MAX_VALUES:,} values, aliases counted as often as they stand")
+            raise UsageError(f"{self.name}: more than {MAX_VALUES:,} values, with every use of an alias")
         if len(self._open) > MAX_DEPTH:
             raise UsageError(f"{self.name}:{_line(node)}: more than {MAX_DEPTH} sections or lists inside each other")
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(node)
-        if id(node) in self._open:  # an alias to something that holds it
+        if id(node) in self._open:  # an alias to a container of itself
             raise UsageError(f"{self.name}:{_line(node)}: this value contains itself")
         self._open.add(id(node))
         value = self._mapping(node, path) if isinstance(node, yaml.MappingNode) else self._sequence(node, path)
@@ -191,7 +192,7 @@ class _Reader:
         kind = node.tag.removeprefix(_TAG)
         where = f"{self.name}:{_line(node)}"
         if any(category(letter) in ("Cc", "Cs") and letter not in "\n\t" for letter in text):
-            raise UsageError(f"{where}: {printable(text[:80])!r} holds a control character")
+            raise UsageError(f"{where}: {printable(text[:80])!r} contains a control character")
         if kind in ("int", "float") and len(text) > MAX_DIGITS:
             raise UsageError(f"{where}: a number of {len(text):,} digits: {text[:MAX_DIGITS]}...")
         try:

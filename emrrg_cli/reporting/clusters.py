@@ -1,4 +1,4 @@
-"""A picture of what stage 1 predicts: films beside the patches that were to be predicted and those that were."""
+"""Draws the predictions of stage 1: films beside target and predicted patches."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from emrrg_cli.files.atomic import atomic_write_bytes
 
-TITLES = ("film", "target", "prediction", "prediction, brightness put back")
+TITLES = ("film", "target", "prediction", "prediction, brightness restored")
 CAPTION = (
-    "Each 64 x 64 cluster is predicted from those before it, row by row. The first (outlined) is given, not predicted.",
-    "Target, prediction: pixels normalised patch by patch, as the loss compares them.",
-    "Brightness put back: the prediction with mean and variance of the film's own patches, which are not predicted.",
+    "Each 64 x 64 cluster is predicted from earlier clusters, row by row. The first (outlined) is not predicted.",
+    "Target, prediction: pixels normalised patch by patch, as in the loss.",
+    "Brightness restored: the prediction with mean and variance of the film's patches, which are not predicted.",
 )
 _SIDE = 192  # of a film as it is shown
 _GAP = 8
@@ -30,7 +30,7 @@ Pictures = NDArray[np.float32]
 def draw_predictions(
     films: Pictures, targets: Pictures, predictions: Pictures, restored: Pictures, path: Path, title: str
 ) -> None:
-    """Writes one row a film as a PNG.
+    """Writes a PNG with one row per film.
 
     Args:
         films: `[n, h, w]`, grey, 0 to 255.
@@ -38,7 +38,7 @@ def draw_predictions(
         predictions: `[n, h, w]`, likewise.
         restored: `[n, h, w]`, predictions as grey values, 0 to 255.
         path: the PNG to write.
-        title: stands above.
+        title: title of the picture.
 
     Raises:
         RunError: the file cannot be written.

@@ -1,4 +1,4 @@
-"""A comparison as a table: terminal, Markdown and CSV, with the settings that differ as an ablation's columns."""
+"""Writes a comparison as a table for terminal, Markdown and CSV, with differing settings as columns."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NAMES = SCORE_LABELS | {"rules_F1_micro_14": "rules F1 micro", "rules_F1_macro_
 
 
 def comparison_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Heads and cells: name, differing settings, then each score with its interval and a mark where it differs."""
+    """Returns heads and cells: name, differing settings, and each score with its interval and a mark if it differs."""
     settings = result["settings"]
     scores = list(result["rows"][0]["scores"])
     heads = ["reports", *(key.removeprefix("model.") for key in settings), *(_NAMES.get(name, name) for name in scores)]
@@ -39,7 +39,7 @@ def comparison_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str
 
 
 def comparison_table(result: Mapping[str, Any]) -> Table:
-    """For the terminal."""
+    """Returns a table for the terminal."""
     heads, rows = comparison_rows(result)
     table = Table(caption=Text(NOTE), caption_justify="left")
     for number, head in enumerate(heads):
@@ -50,7 +50,7 @@ def comparison_table(result: Mapping[str, Any]) -> Table:
 
 
 def comparison_markdown(result: Mapping[str, Any]) -> str:
-    """As a Markdown table."""
+    """Returns a Markdown table."""
     heads, rows = comparison_rows(result)
     lines = [heads, ["---"] * len(heads), *rows]
     body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
@@ -58,7 +58,7 @@ def comparison_markdown(result: Mapping[str, Any]) -> str:
 
 
 def comparison_csv(result: Mapping[str, Any]) -> str:
-    """As CSV: one line a set of reports and score, with interval, difference and p value."""
+    """Returns CSV with one line per set of reports and score: interval, difference and p value."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     settings: Sequence[str] = result["settings"]

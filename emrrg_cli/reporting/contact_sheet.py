@@ -1,4 +1,4 @@
-"""A contact sheet: a few studies with their images and reports on one picture."""
+"""Draws a contact sheet: a few studies with their images and reports in one picture."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _INK, _MUTED, _PAPER, _DARK = "#1c1c1c", "#767676", "#ffffff", "#101010"
 
 @dataclass(frozen=True)
 class Tile:
-    """One study: its name, a few words about it, its images (None: one that cannot be decoded), and its report."""
+    """One study: name, short description, images (None: cannot be decoded), and report."""
 
     title: str
     about: str
@@ -34,13 +34,13 @@ def draw_contact_sheet(path: Path, title: str, note: str, tiles: Sequence[Tile])
     """Draws studies in rows of four under a title and writes a PNG.
 
     Args:
-        path: The file.
-        title: In large letters.
-        note: Below it, small: what the images are, and what they are not for.
-        tiles: At least one.
+        path: The file to write.
+        title: Title in large letters.
+        note: Small text below the title: the kind of images, and a disclaimer.
+        tiles: Studies, at least one.
 
     Raises:
-        RunError: It cannot be written.
+        RunError: The file cannot be written.
     """
     columns = min(_COLUMNS, len(tiles))
     rows = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
@@ -73,7 +73,7 @@ def draw_contact_sheet(path: Path, title: str, note: str, tiles: Sequence[Tile])
 
 
 def _place_images(sheet: Image.Image, images: Sequence[Image.Image | None], left: int, top: int) -> None:
-    """The first two images side by side on black, as a light box shows them; how many more there are is written."""
+    """Places the first two images side by side on black, and writes the number of further images."""
     sheet.paste(_DARK, (left, top, left + _WIDTH, top + _PICTURE))
     draw = ImageDraw.Draw(sheet)
     shown = images[:2]
@@ -93,7 +93,7 @@ def _place_images(sheet: Image.Image, images: Sequence[Image.Image | None], left
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, limit: int) -> list[str]:
-    """At most `limit` lines that are no wider than `width` pixels; an ellipsis where there was more."""
+    """Wraps text into at most `limit` lines of at most `width` pixels; an ellipsis marks cut text."""
     words = text.split() or [""]
     lines: list[str] = []
     while words and len(lines) < limit:
@@ -101,7 +101,7 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, limit: int) ->
         while count < len(words) and font.getlength(" ".join(words[: count + 1])) <= width:
             count += 1
         line, words = " ".join(words[:count]), words[count:]
-        if font.getlength(line) > width:  # one word without end
+        if font.getlength(line) > width:  # a single very long word
             fits = next(n for n in range(len(line) - 1, -1, -1) if n == 0 or font.getlength(line[:n]) <= width)
             line, words = line[: max(1, fits)], [line[max(1, fits) :], *words]
         lines.append(line)
@@ -115,7 +115,7 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, limit: int) ->
 
 @cache
 def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
-    # matplotlib brings it, and it has more letters than the font within Pillow.
+    # This font comes with matplotlib and has more letters than Pillow's font.
     from matplotlib import get_data_path
 
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"

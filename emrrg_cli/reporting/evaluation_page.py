@@ -1,4 +1,4 @@
-"""The page of an evaluation: one HTML file with figures, controls and every study, and plots as PNG."""
+"""Writes the page of an evaluation: one HTML file with scores, controls and every study, and plots as PNG."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def write_evaluation_page(
     """Writes the page.
 
     Args:
-        result: what `scores.json` holds.
-        studies: one record a study with texts, scores, findings and `pictures`, addresses of its films.
+        result: the content of `scores.json`.
+        studies: one record per study with texts, scores, findings and `pictures` (data URLs of its films).
 
     Raises:
-        RunError: it cannot be written.
+        RunError: the file cannot be written.
     """
     shown = [
         study
@@ -63,7 +63,7 @@ def draw_plots(folder: Path, result: Mapping[str, Any]) -> None:
     """Writes `findings.png` and `lengths.png`.
 
     Raises:
-        RunError: they cannot be written.
+        RunError: a file cannot be written.
     """
     from matplotlib.figure import Figure
 
@@ -135,7 +135,7 @@ def _bars(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _histogram(lengths: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Bars of equal width, at most `_BARS`; the last one holds all longer reports."""
+    """Returns at most `_BARS` bars of equal width; the last bar includes all longer reports."""
     width, sides = lengths["bin"], [lengths[side]["histogram"] for side in ("hypotheses", "references")]
     own, other = (_up_to(side, width) for side in sides)
     most = max([*own.values(), *other.values()], default=1)
@@ -165,12 +165,12 @@ def _glance(glance: Mapping[str, Any]) -> list[tuple[str, str]]:
     distinct, findings, repetition = glance["distinct_reports"], glance["findings"], glance["repetition"]
     rows = [("distinct reports", f"{distinct['number']:,} ({100 * distinct['share']:.0f} %)")]
     if "verbatim_reports" in glance:
-        rows.append(("reports that stand verbatim in training", f"{100 * glance['verbatim_reports']:.0f} %"))
-        rows.append(("sentences that stand verbatim in training", f"{100 * glance['verbatim_sentences']:.0f} %"))
+        rows.append(("reports that occur verbatim in training", f"{100 * glance['verbatim_reports']:.0f} %"))
+        rows.append(("sentences that occur verbatim in training", f"{100 * glance['verbatim_sentences']:.0f} %"))
     rows += [
         ("findings in both", f"{findings['agreed']:,}"),
-        ("findings invented", f"{findings['invented']:,} ({findings['invented_per_study']:.2f} a study)"),
-        ("findings missed", f"{findings['missed']:,} ({findings['missed_per_study']:.2f} a study)"),
+        ("findings invented", f"{findings['invented']:,} ({findings['invented_per_study']:.2f} per study)"),
+        ("findings missed", f"{findings['missed']:,} ({findings['missed_per_study']:.2f} per study)"),
         ("reports that repeat a sentence", f"{100 * repetition['reports_with_a_repeated_sentence']:.0f} %"),
         ("empty reports", f"{repetition['empty_reports']:,}"),
     ]

@@ -1,4 +1,4 @@
-"""Tables of an evaluation for the terminal: scores beside their controls, and clinical figures."""
+"""Tables of an evaluation for the terminal: scores beside their controls, and clinical scores."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ AVERAGES = {
 
 
 def evaluation_tables(result: Mapping[str, Any], title: str) -> list[Table]:
-    """Scores with intervals and controls, then each labeler's grid."""
+    """Returns the table of scores with intervals and controls, then a table for each labeler."""
     tables = [_scores(result, title)]
     for name, grid in result["clinical"].items():
         tables += [_clinical(name, {policy: grid[policy]}, result["controls"]) for policy in grid]
@@ -36,7 +36,7 @@ def evaluation_tables(result: Mapping[str, Any], title: str) -> list[Table]:
 
 
 def labeler_name(name: str) -> str:
-    """How a labeler is called in tables."""
+    """Returns the name of a labeler in tables."""
     return {"rules": "rules (ours; not CheXbert)", "chexbert": "CheXbert"}.get(name, name)
 
 
@@ -45,7 +45,7 @@ def _scores(result: Mapping[str, Any], title: str) -> Table:
     reasons = result["left_out"]
     heads = ["score", "value", "95 % interval", *(CONTROLS.get(name, name) for name in controls)]
     table = _table(title, heads, digits=6)
-    table.columns[1].width = None  # as wide as the reason why a score is left out
+    table.columns[1].width = None  # as wide as the reason for a missing score
     if result["intervals"]:
         table.columns[2].width = len("0.435-0.478")
     for name, value in result["scores"].items():
@@ -63,17 +63,17 @@ def _scores(result: Mapping[str, Any], title: str) -> Table:
 
 
 def controls_with(name: str, controls: Mapping[str, Any]) -> dict[str, Any]:
-    """The controls that have clinical figures of a labeler."""
+    """Returns the controls that have clinical scores of a labeler."""
     return {control: made for control, made in controls.items() if name in made.get("clinical", {})}
 
 
 def clinical_rows(
     name: str, grid: Mapping[str, Any], controls: Mapping[str, Any]
 ) -> Iterator[tuple[str, str, str, list[float]]]:
-    """Rows of the clinical table: how uncertain counts, number of labels, average, and the figures.
+    """Returns the rows of the clinical table: policy for uncertain labels, number of labels, average, and scores.
 
-    The figures are precision, recall, F1, and F1 of each control. The macro average of defined labels is left out where
-    all labels are defined.
+    The scores are precision, recall, F1, and F1 of each control. The macro average of defined labels is omitted if all
+    labels are defined.
     """
     for policy, figures in grid.items():
         for labels in ("14", "5"):
@@ -99,11 +99,11 @@ def _clinical(name: str, grid: Mapping[str, Any], controls: Mapping[str, Any]) -
 
 
 def _table(title: str, heads: Sequence[str], digits: int) -> Table:
-    """A table that 80 columns hold with all controls: heads run over several lines, and no word or number is cut.
+    """Makes a table that fits into 80 columns with all controls: heads may have several lines, but no word is cut.
 
     Args:
-        heads: The first one is of text, the others of numbers.
-        digits: Characters of a number.
+        heads: Column heads; the first column has text, the others numbers.
+        digits: Number of characters of a number.
     """
     table = Table(
         title=Text(f"\n{title}"), title_justify="left", title_style="bold", min_width=len(title),

@@ -1,6 +1,6 @@
-"""The gallery: pages that show studies with their reports, where the model looked and how sure it was of each word.
+"""Writes the gallery: pages with studies, reports, maps of where the model looked, and word confidence.
 
-Pages are written piece by piece, so that one study is in memory at a time, however many there are.
+Pages are written piece by piece, so that only one study is in memory at a time.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ _PUNCTUATION = re.compile(r"[.,;:!?)\]]+")
 
 @dataclass(frozen=True)
 class About:
-    """What heads the pages.
+    """The content at the top of the pages.
 
     Args:
         facts: names and values, such as the model and the command.
-        skipped: path and reason of files that could not be read, the first of them.
-        skipped_count: how many there are.
-        reports: how many reports the run has, shown or not.
-        map_note: what the maps are; "" where there are none.
-        limits: what the model cannot do, as `read_limits` gives it.
-        intro: what the page shows, where that is more than reports.
-        tables, legend: as those of a `Page`.
+        skipped: path and reason of the first files that could not be read.
+        skipped_count: number of files that could not be read.
+        reports: number of reports of the run, including those not shown.
+        map_note: explanation of the maps; "" if there are none.
+        limits: limits of the model, from `read_limits`.
+        intro: introduction, if the page shows more than reports.
+        tables, legend: as in `Page`.
     """
 
     facts: Sequence[tuple[str, str]]
@@ -52,13 +52,13 @@ class About:
 
 @dataclass(frozen=True)
 class Pictures:
-    """What a study's card shows beside its record.
+    """Pictures and maps of a study's card.
 
     Args:
-        images: addresses of the pictures, one a view.
-        grid: patches on a side of a map.
-        maps: of each sentence uint8 `[views, grid, grid]` in base64, 255 at the largest value; "": no map.
-        peaks: of each sentence the largest value of its map, as a multiple of an even spread.
+        images: data URLs of the pictures, one per view.
+        grid: number of patches on a side of a map.
+        maps: map of each sentence, uint8 `[views, grid, grid]` in base64, 255 at the largest value; "": no map.
+        peaks: largest value of each sentence's map, as a multiple of an even spread.
     """
 
     images: Sequence[str] = ()
@@ -69,46 +69,46 @@ class Pictures:
 
 @dataclass(frozen=True)
 class _Sentence:
-    pieces: list[tuple[str, int]]  # text, and how unsure the model is of it, 0 to 9
+    pieces: list[tuple[str, int]]  # text, and uncertainty of the model, 0 to 9
     confidence: float | None
     map: str
     peak: float
-    tag: str  # "good" or "bad" where it is compared with a reference
+    tag: str  # "good" or "bad" if it is compared with a reference
 
 
 @dataclass(frozen=True)
 class _Card:
     name: str
-    folder: str  # the name is divided in two for reading
+    folder: str  # the name is split into folder and file
     title: str
     images: list[tuple[str, str]]  # address and caption
     grid: int
     sentences: list[_Sentence]
     confidence: float | None
     findings: dict[str, list[str]]  # by "positive", "uncertain", "negative"
-    told: str  # to the model, beside the images
+    told: str  # context given to the model
     notes: list[str]
-    filters: list[str]  # what the list of findings offers
-    tags: list[tuple[str, str]]  # findings compared with the known ones, as those of a `Card` of `Page`
-    reference: list[tuple[str, str]]  # its sentences, each with a tag or ""
+    filters: list[str]  # entries of the findings filter
+    tags: list[tuple[str, str]]  # findings compared with the reference, as in `Card` of `Page`
+    reference: list[tuple[str, str]]  # sentences of the reference, each with a tag or ""
 
 
 def write_gallery(
     folder: Path, about: About, studies: Iterable[tuple[Mapping[str, Any], Pictures]], count: int
 ) -> list[Path]:
-    """Writes `page.html`, and `page-2.html` and so on where there are more than 500 studies; removes older ones.
+    """Writes `page.html`, and `page-2.html` and so on if there are more than 500 studies; removes older pages.
 
     Args:
-        studies: records of `generate` with their pictures, one at a time. Where the truth is known, a record also has
-            `tags` (findings, each with `good`, `bad` or `missed`), `sentence_tags` (of each sentence `good`, `bad` or
-            "") and `reference` (sentences, each with `good`, `missed` or "").
-        count: how many there are.
+        studies: records of `generate` with their pictures, one at a time. If the truth is known, a record also has
+            `tags` (findings, each with `good`, `bad` or `missed`), `sentence_tags` (`good`, `bad` or "" for each
+            sentence) and `reference` (sentences, each with `good`, `missed` or "").
+        count: number of studies.
 
     Returns:
-        The files.
+        The written files.
 
     Raises:
-        RunError: one cannot be written; it is then as it was.
+        RunError: a file cannot be written; it is unchanged then.
     """
     rest = iter(studies)
     names = [_page_name(number) for number in range(1, max(1, -(-count // STUDIES_A_PAGE)) + 1)]
@@ -187,11 +187,11 @@ def _sentences(row: Mapping[str, Any], pictures: Pictures) -> Iterator[_Sentence
 
 
 def shaded_words(sentence: str, sure: Sequence[float]) -> list[tuple[str, int]]:
-    """A sentence as people write it, in pieces, each with how unsure the model is of it: 0 (sure) to 9.
+    """Formats a sentence for display and splits it into pieces, each with the model's uncertainty: 0 (sure) to 9.
 
     Args:
-        sentence: words divided by single spaces.
-        sure: probability of each word; anything but as many as words: nothing is known.
+        sentence: words separated by single spaces.
+        sure: probability of each word; if its length differs from the number of words, it is ignored.
     """
     readable, words = readable_report(sentence), sentence.split(" ")
     if len(sure) != len(words):
@@ -201,7 +201,9 @@ def shaded_words(sentence: str, sure: Sequence[float]) -> list[tuple[str, int]]:
         level = min(_LEVELS, int((1 - value) * (_LEVELS + 1)))
         space = " " if pieces and not _PUNCTUATION.fullmatch(word) else ""
         pieces.append((space + word, level))
-    if len("".join(text for text, _ in pieces)) != len(readable):  # it says something else, such as ". ." as "."
+    if len("".join(text for text, _ in pieces)) != len(
+        readable
+    ):  # the readable text differs, for example "." for ". ."
         return [(readable, 0)]
     shown, place = [], 0
     for text, level in pieces:

@@ -1,4 +1,4 @@
-"""A page that shows images with their reports: one HTML file that needs nothing else."""
+"""Writes a page of images with their reports as one HTML file without other files."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from emrrg_cli.reporting.rendering import render
 class Card:
     """One study on the page.
 
-    `truth` is None where there is no report to compare with. `tags` are findings with `good` (found), `bad` (reported,
-    but not there) or `missed`. `heading` stands above the report.
+    `truth` is None if there is no reference report. `tags` are findings with `good` (found), `bad` (reported but not
+    present) or `missed`. `heading` is the title of the report.
     """
 
     title: str
@@ -31,16 +31,16 @@ class Card:
 
 @dataclass(frozen=True)
 class Bar:
-    """A cell of a table that is a bar: `part` (0 to 1) of the longest."""
+    """A table cell with a bar: `part` (0 to 1) of the longest bar."""
 
     part: float
 
 
 @dataclass
 class Page:
-    """A page: what it shows, figures as tables of `name -> columns`, the commands that made it, and the studies.
+    """A page: introduction, tables of `name -> columns`, the commands that made it, and the studies.
 
-    `legend` explains the tags of the cards, each with a tag of its kind.
+    `legend` explains the kinds of tags of the cards.
     """
 
     title: str
@@ -52,9 +52,9 @@ class Page:
 
 
 def write_page(path: Path, page: Page) -> None:
-    """Writes the page as one HTML file, images inside; a disclaimer heads it.
+    """Writes the page as one HTML file that contains the images; it begins with a disclaimer.
 
     Raises:
-        RunError: when it cannot be written.
+        RunError: if the file cannot be written.
     """
     atomic_write_text(path, render("page.html", title=page.title, intro=page.intro, page=page))

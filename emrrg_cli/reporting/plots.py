@@ -1,4 +1,4 @@
-"""The curves of a training run as one PNG."""
+"""Plots the curves of a training run as one PNG."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ TRAIN = "#4878a8"
 VALIDATION = "#c44e52"
 SCORE = "#55895a"
 MUTED = "#666666"
-# From this many points on, the raw curve is noise to the eye and a smoothed one is drawn over it.
+# From this many points on, the raw curve looks noisy, so a smoothed curve is drawn over it.
 _SMOOTH_FROM = 60
-# Losses that span this factor are drawn on a logarithmic axis, or the first steps would flatten all others.
+# Losses with this ratio of largest to smallest get a logarithmic axis; otherwise the first steps would hide the others.
 _LOG_FROM = 10.0
 
 Points = tuple[list[float], list[float]]
 
 
 def plot_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Draw a run's loss, learning rate and, where it was computed, selection score over the optimizer steps.
+    """Plot a run's loss, learning rate and, if it was computed, selection score over the optimizer steps.
 
     Args:
         history: Rows with `step` and any of `train/loss`, `train/lr`, `validation/loss`, `validation/score`; other keys
-            are ignored. Where a step occurs twice, as after a resume, its later row counts. Values that are not
-            finite leave a gap.
+            are ignored. If a step occurs twice, as after a resume, the later row counts. Values that are not finite
+            leave a gap.
         path: The PNG to write.
 
     Raises:
         RunError: The file cannot be written.
     """
-    # Figure without pyplot: no window system, no state shared with a caller who plots too.
+    # Figure without pyplot needs no window system and shares no state with other plots of the caller.
     from matplotlib.figure import Figure
 
     train, validation = _series(history, "train/loss"), _series(history, "validation/loss")
@@ -69,7 +69,7 @@ def plot_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
 
 
 def _series(history: Sequence[Mapping[str, float]], key: str) -> Points:
-    """Steps and finite values of one key, in the order of the steps."""
+    """Returns steps and finite values of one key, in the order of the steps."""
     values: dict[float, float] = {}
     for row in history:
         value = row.get(key)
@@ -106,28 +106,28 @@ def _draw_loss(axis: Any, train: Points, validation: Points) -> None:
 
 
 def _unless(many: bool) -> str:
-    """Label of the raw curve; one that starts with an underscore stays out of the legend."""
+    """Returns the label of the raw curve; matplotlib hides labels that start with an underscore."""
     return "_raw" if many else "train"
 
 
 def _draw_points(axis: Any, points: Points, colour: str, *, best: float, label: str) -> None:
-    """A series of few points, with its best one (the first of equals) ringed and named in the legend."""
+    """Draws a series of few points; a ring and the legend mark the best one (the first if several are equal)."""
     steps, values = points
     at = steps[values.index(best)]
     text = f"{label} (best {best:.3f} at step {at:,.0f})"
-    # Small dots once there are many, so that they do not run into a band.
+    # Many points get small dots, so that they do not merge.
     size = 4.5 if len(steps) <= 40 else 2.0
     axis.plot(steps, values, color=colour, linewidth=1.2, marker="o", markersize=size, label=text)
     axis.plot([at], [best], marker="o", markersize=10, markerfacecolor="none", markeredgecolor=colour)
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Running mean over about a thirtieth of the curve, centred on each point so that it does not lag behind."""
+    """Computes a running mean over about a thirtieth of the curve, centred on each point so that it does not lag."""
     half = max(1, len(values) // 60)
     sums = [0.0, *accumulate(values)]
     smoothed = []
     for index in range(len(values)):
-        # Centred at the steep start; at the end it keeps its past, or the last points would wag the curve.
+        # The window shrinks symmetrically at the steep start, but not at the end, where few points would be noisy.
         back = min(half, index)
         first, last = index - back, min(index + back + 1, len(values))
         smoothed.append((sums[last] - sums[first]) / (last - first))
@@ -135,7 +135,7 @@ def _smooth(values: Sequence[float]) -> list[float]:
 
 
 def _logarithmic(axis: Any) -> None:
-    """Logarithmic loss axis with ticks in plain numbers at 1, 2 and 5 of each decade."""
+    """Makes the loss axis logarithmic, with ticks in plain numbers at 1, 2 and 5 of each decade."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     axis.set_yscale("log")

@@ -1,4 +1,4 @@
-"""The pages' templates: HTML with every value escaped, nothing loaded from elsewhere."""
+"""Renders the page templates: HTML with every value escaped and without external resources."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ def _environment() -> Environment:
 
 
 def render(template: str, **values: Any) -> str:
-    """The page that a template in `templates/` makes of values; `disclaimer` and `picture` are always known."""
+    """Renders a template in `templates/` with values; `disclaimer` and `picture` are always available."""
     return _environment().get_template(template).render(disclaimer=DISCLAIMER, picture=picture, **values)
 
 
 def render_parts(template: str, **values: Any) -> Iterator[str]:
-    """The same page in parts, as they are made: values may be iterators."""
+    """Yields the rendered page in parts; values may be iterators."""
     made = _environment().get_template(template).stream(disclaimer=DISCLAIMER, picture=picture, **values)
     made.enable_buffering(64)
     yield from made
 
 
 def picture(image: Image.Image, side: int = 480, quality: int = 88) -> str:
-    """An image as the address of a JPEG that is part of the page."""
+    """Converts an image to a data URL with a JPEG."""
     small = image.convert("L")
     small.thumbnail((side, side))
     stream = io.BytesIO()

@@ -1,4 +1,4 @@
-"""The summary of a dataset directory on files: a page, a contact sheet and JSON."""
+"""Writes the summary of a dataset directory to files: a page, a contact sheet and JSON."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ _SIDE = 800  # of a decoded image, pixels
 
 
 def check_summary(output: Path) -> None:
-    """Makes sure that a summary can be written to `output`.
+    """Checks that a summary can be written to `output`.
 
     Raises:
-        UsageError: It holds other things, is a file, or may not be written.
+        UsageError: `output` has other content, is a file, or is not writable.
     """
     check_writable(output)
     if output.is_dir() and any(output.iterdir()) and not (output / DATA).is_file():
-        raise UsageError(f"{output} holds other things than a summary", hint="Give another --output.")
+        raise UsageError(f"{output} has other files than those of a summary", hint="Give another --output.")
 
 
 def write_summary(summary: Summary, output: Path) -> None:
-    """Writes `summary.json`, `sheet.png` (where there are studies to show) and `page.html`, replacing those of before.
+    """Writes `summary.json`, `sheet.png` (if there are example studies) and `page.html`; replaces older files.
 
     Raises:
         UsageError: As `check_summary`.
-        RunError: It cannot be written.
+        RunError: A file cannot be written.
     """
     check_summary(output)
     atomic_write_text(output / DATA, json.dumps(summary.as_dict(), indent=2, ensure_ascii=False) + "\n")

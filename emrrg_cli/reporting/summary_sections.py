@@ -1,4 +1,4 @@
-"""The figures of a summary as small tables, for the terminal and for a page alike."""
+"""Small tables of a summary for the terminal and the page."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _EXAMPLES = 3
 
 @dataclass(frozen=True)
 class Section:
-    """A table: its name, the heads of its columns (the first one's is that of the rows) and its rows."""
+    """A table: name, column heads (the first is for the row names) and rows."""
 
     name: str
     heads: Sequence[str]
@@ -31,40 +31,40 @@ class Section:
 
 
 def sections(summary: Summary) -> list[Section]:
-    """The tables of a summary; one that would be empty is left out."""
+    """Returns the tables of a summary, without empty ones."""
     splits = list(summary.splits)
     found = [_splits(summary), _by_split("Views", "images", summary.views, splits)]
     found += [_by_split(printable(name), "studies", labels, splits) for name, labels in summary.labels.items()]
     found += [_lengths(summary), _repeated(summary)]
     texts = {_short(text): [f"{studies:,}"] for text, studies in summary.repeated.most}
-    found.append(Section("Reports met most often", ["report", "studies"], texts))
+    found.append(Section("Most frequent reports", ["report", "studies"], texts))
     sentences = {_short(text): [f"{reports:,}"] for text, reports in summary.sentences}
     found.append(Section("Most common sentences", ["sentence", "reports"], sentences))
     skipped = summary.manifest.get("studies_skipped", 0)
-    found.append(_reasons(f"Left out: {counted(skipped, 'study')}", summary.manifest.get("skipped")))
-    found.append(_reasons("Written, but look at", summary.manifest.get("notes")))
+    found.append(_reasons(f"Skipped: {counted(skipped, 'study')}", summary.manifest.get("skipped")))
+    found.append(_reasons("Written, but check", summary.manifest.get("notes")))
     return [section for section in found if section.rows]
 
 
 def title(summary: Summary) -> str:
-    """The name of the dataset directory and its size."""
+    """Returns the name of the dataset directory and its size."""
     name = printable(Path(summary.root).absolute().name)
     return f"{name}: {counted(summary.studies, 'study')}, {counted(summary.images, 'image')}"
 
 
 def remarks(summary: Summary) -> list[str]:
-    """What should be said beside the tables, each a sentence."""
+    """Returns remarks beside the tables, as sentences."""
     said = [f"Source: {printable(', '.join(summary.sources))}."]
     said += [printable(remark) for remark in summary.manifest.get("remarks") or []]
     if summary.patients_in_several_splits:
         said.append(f"Patients in more than one split: {summary.patients_in_several_splits:,}.")
     if summary.is_synthetic:
-        said.append("Synthetic images: a program drew them, they show no patient.")
+        said.append("Synthetic images, drawn by a program. They show no patient.")
     return said
 
 
 def terminal(summary: Summary) -> RenderableType:
-    """The summary for the terminal, with the reports of a few studies."""
+    """Returns the summary for the terminal, with the reports of a few studies."""
     parts: list[RenderableType] = [Text(title(summary), style="bold")]
     for section in sections(summary):
         rows = dict(list(section.rows.items())[:_SENTENCES]) if section.heads[0] == "sentence" else section.rows
@@ -117,7 +117,7 @@ def _repeated(summary: Summary) -> Section:
     found = summary.repeated
     rows = {
         "different reports": found.distinct,
-        "of these met more than once": found.repeated,
+        "reports of several studies": found.repeated,
         "studies that share a report": found.studies,
         "reports in more than one split": found.across_splits,
     }
@@ -136,7 +136,7 @@ def _reasons(name: str, entries: Mapping[str, Any] | None) -> Section:
 
 
 def _short(text: str, length: int = 200) -> str:
-    """A text on one line, its end left out where it is long."""
+    """Returns a text on one line, shortened if it is long."""
     text = printable(" ".join(text.split()))
     return text if len(text) <= length else text[: length - 1].rstrip() + "…"
 

@@ -16,7 +16,7 @@ DISCLAIMER = "Research output: not for diagnosis."
 
 
 def score_table(scores: Mapping[str, float | None], title: str | None = None) -> Table:
-    """One row a metric, in the order given; a metric that could not be computed says what it needs."""
+    """Returns a table with one row per metric, in the given order; missing metrics show what they need."""
     heading = None if title is None else Text(title)
     table = Table(title=heading, title_justify="left", title_style="bold", min_width=len(title or ""))
     table.add_column("metric")
@@ -27,18 +27,18 @@ def score_table(scores: Mapping[str, float | None], title: str | None = None) ->
 
 
 def reports_table(rows: Iterable[Mapping[str, Any]], limit: int = 10) -> Table:
-    """Generated reports with what they were written for; `DISCLAIMER` stands below them.
+    """Returns a table of generated reports with their studies; `DISCLAIMER` is its caption.
 
     Args:
         rows: Mappings with `path` (or `study_id`), `report` and, if known, `seconds`.
-        limit: How many are shown; the caption counts the others.
+        limit: Number of reports shown; the caption counts the others.
     """
     rest = iter(rows)
     shown = list(islice(rest, limit))
     hidden = sum(1 for _ in rest)
     timed = any(row.get("seconds") is not None for row in shown)
     more = f"{hidden:,} more not shown. " if hidden else ""
-    # A ruled table: reports run over several lines, and must not run into each other.
+    # Lines separate the rows, because reports have several lines.
     caption = Text(more + DISCLAIMER)
     table = Table(
         show_lines=True, caption=caption, caption_justify="left", caption_style="italic", min_width=len(caption)

@@ -132,7 +132,7 @@ def test_a_record_whose_card_was_lost_is_shown_in_words(
     (tmp_path / "out" / "page.jsonl").write_text(kept[0] + foreign + broken)
     run_generation(files, *arguments)
     text = page(tmp_path / "out")
-    assert (text.count("<article"), text.count("data-map="), text.count("No picture was kept")) == (5, 2, 3)
+    assert (text.count("<article"), text.count("data-map="), text.count("No picture was saved")) == (5, 2, 3)
     assert [Path(card["study"]).name for card in cards(tmp_path / "out")] == ["0.png", "4.png"]
 
 

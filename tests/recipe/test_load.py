@@ -160,7 +160,7 @@ def test_overrides_are_yaml_values_at_dotted_keys() -> None:
         (["data.root="], "data.root: no value after ="),
         (["a=[1"], "a: not valid YAML"),
         (["a={b: 1, b: 2}"], "b: given twice"),
-        (["train.lr=1", "train.lr.x=2"], "train.lr.x: train.lr was already given a value"),
+        (["train.lr=1", "train.lr.x=2"], "train.lr.x: train.lr already has a value"),
         (["stage=preprocess"], "stage: cannot be overridden"),
     ],
 )
@@ -306,17 +306,17 @@ def test_every_problem_is_listed_in_order_with_its_line(write: Any) -> None:
         ("train.lr.x=0", "train.lr: expected a number, got a mapping"),
         (
             "model.prompt='Human:'",
-            "model.prompt: must contain <ImageHere> once, where the image stands; it is there 0 times",
+            "model.prompt: must contain <ImageHere> once, in the place of the image; it occurs 0 times",
         ),
         (
             "model.prompt='<ImageHere><ImageHere> a'",
-            "model.prompt: must contain <ImageHere> once, where the image stands; it is there 2 times",
+            "model.prompt: must contain <ImageHere> once, in the place of the image; it occurs 2 times",
         ),
         (
             "model.prompt='a <ImageHere> '",
-            "model.prompt: must have text behind <ImageHere>, which the report follows",
+            "model.prompt: must have text after <ImageHere>, before the report",
         ),
-        ("train=null", "train: a section without settings; leave it out"),
+        ("train=null", "train: a section without settings; remove it"),
         (
             "train.schedule=Cosin",
             'train.schedule: expected one of cosine, constant, got the text "Cosin"; did you mean cosine?',

@@ -104,7 +104,7 @@ def test_everything_stands_on_the_page_and_is_escaped(page: Path) -> None:
     assert text.count("data-map=") == 2
     assert "Edema?" in text
     assert "looks inverted" in text
-    assert "The model was told: indication: pain &lt;now&gt;" in text
+    assert "Context given to the model: indication: pain &lt;now&gt;" in text
     assert ">enlarged</i>" in text
 
 

@@ -60,7 +60,7 @@ def test_the_page_holds_all_and_executes_nothing(odd: Summary, tmp_path: Path) -
     for said in (
         DISCLAIMER,
         "Synthetic images",
-        "Left out: 1 study",
+        "Skipped: 1 study",
         "inverted",
         "Patients in more than one split: 4.",
     ):
@@ -93,7 +93,7 @@ def test_the_terminal_shows_the_same(odd: Summary) -> None:
 def test_columns_and_tables_that_would_be_empty_are_left_out(tiny_dataset: Path) -> None:
     found = {section.name: section for section in sections(summarise(tiny_dataset, examples=0))}
     assert list(found) == [
-        "Splits", "Views", "Report length, median 11 words", "Repeated reports", "Reports met most often",
+        "Splits", "Views", "Report length, median 11 words", "Repeated reports", "Most frequent reports",
         "Most common sentences",
     ]  # fmt: skip
     assert found["Splits"].heads == ["split", "studies", "images", "without patient"]
@@ -103,7 +103,7 @@ def test_columns_and_tables_that_would_be_empty_are_left_out(tiny_dataset: Path)
 def test_a_summary_is_replaced_and_nothing_else(tiny_dataset: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "page.html").write_text("precious")
-    with pytest.raises(UsageError, match="holds other things than a summary"):
+    with pytest.raises(UsageError, match="has other files than those of a summary"):
         write_summary(summarise(tiny_dataset), tmp_path / "mine")
     assert (tmp_path / "mine" / "page.html").read_text() == "precious"
     write_summary(summarise(tiny_dataset), tmp_path / "out")

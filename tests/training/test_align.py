@@ -352,9 +352,9 @@ def test_films_with_labels_train_the_head_on_findings(align: Any, tiny_dataset: 
 
 def test_labels_only_needs_a_head_and_reports_beside_it(align: Any, tiny_dataset: Path, labelled_dataset: Path) -> None:
     films = f"{{root: {labelled_dataset}, labels_only: true}}"
-    with pytest.raises(UsageError, match="labels_only, which needs the head on findings"):
+    with pytest.raises(UsageError, match="labels_only, which needs the findings head"):
         align("a", "data.root=null", f"data.sets=[{{root: {tiny_dataset}}}, {films}]", "model.findings=false")
-    with pytest.raises(UsageError, match="sets has labels_only data sets alone"):
+    with pytest.raises(UsageError, match="sets has only labels_only data sets"):
         align("b", "data.root=null", f"data.sets=[{films}]", "model.findings=true")
 
 

@@ -120,7 +120,7 @@ def test_a_run_with_findings_in_the_prompt_writes_after_loading(finetune: Any) -
     expected = generator.model.findings(tokens, torch.tensor([1])).sigmoid()[0].tolist()
     assert list(written.findings.values()) == pytest.approx(expected, abs=1e-5)
     assert list(written.findings)[:2] == ["No Finding", "Enlarged Cardiomediastinum"]
-    with pytest.raises(UsageError, match="findings_prompt needs the head on findings"):
+    with pytest.raises(UsageError, match="findings_prompt needs the findings head"):
         finetune("bad", "model.findings_prompt=true")
     with pytest.raises(UsageError, match="need findings_prompt: true"):
         finetune("bad", "model.findings=true", "model.findings_threshold=0.3")

@@ -53,7 +53,7 @@
 
   // -- where the model looked -------------------------------------------------------------------------------------
 
-  // Shown is what exceeds an even spread: a map without a peak leaves the film as it is.
+  // Only values above an even spread are drawn: a map without a peak does not change the film.
   const draw = (canvas, grid, values, peak) => {
     canvas.width = canvas.height = grid;
     const context = canvas.getContext("2d");
