@@ -44,6 +44,11 @@ SCORES = ("BLEU_1", "BLEU_4", "ROUGE_L", "METEOR", "CIDEr", "dealt CIDEr", "F1",
 COSTS = ("trained, millions", "minutes", "peak MiB")
 LORA = ("X", "Z", "dt", "B", "C", "in_proj", "x_proj", "dt_proj", "out_proj", "patch_embed")
 AUGMENT = ("rotate", "shift", "scale", "brightness", "contrast")
+TOLD = (
+    *("model.findings=true", "model.findings_prompt=true", "model.findings_prompt_labels=true"),
+    *("model.findings_threshold=0.2", "train.findings_balance=1"),
+)
+SELF_CRITICAL = "train.self_critical={{after_epochs: 14, cross_entropy: 0.2, rewards: {{BLEU_4: 1, CIDEr: 10{}}}}}"
 ENCODER = "model.encoder.{}=".format
 TOY = (
     *(ENCODER(key) + value for key, value in (("size", "null"), ("d_model", "64"), ("depth", "4"))),
@@ -99,7 +104,7 @@ ROWS = [
     Row("no stage 2", without=("align",)),
     changed("hybrid off", "model.hybrid.every=null", "model.visual_prompt=full"),
     changed("LLM", "model.adapter.targets=[llm]"),  # of a frozen LLM
-    changed("findings in the prompt", "model.findings=true", "model.findings_prompt=true"),
+    changed("findings in the prompt", *TOLD),
     changed("indication", "data.context=[indication]"),
     *(changed(name, f"model.adapter.targets=[{name}]") for name in ("in_proj", "out_proj")),
     Row("whole chain"),
@@ -111,8 +116,10 @@ ROWS = [
     changed("views told", "model.view_tokens=true"),
     changed("views told, concatenated", "model.view_tokens=true", "model.views=concat"),
     changed("findings", "model.findings=true"),
-    changed("findings and balance", "model.findings=true", "model.findings_prompt=true", "data.balance=2"),
-    changed("self-critical", "train.self_critical={after_epochs: 13}"),
+    changed("findings and balance", *TOLD, "data.balance=2"),
+    # Without cross-entropy it ends with one report for everybody.
+    changed("self-critical", "train.epochs=20", SELF_CRITICAL.format("")),
+    changed("findings and self-critical", "train.epochs=20", *TOLD, SELF_CRITICAL.format(", F1_rules: 0.5")),
     changed("no augmentation", *(f"data.augment.{what}=0" for what in AUGMENT)),
     changed("no dropout", "model.llm.scratch.dropout=0"),
     changed("no smoothing", "train.label_smoothing=0"),
@@ -186,8 +193,10 @@ class Chain:
             )
             changes = row.of_stage("pretrain")
             name = f"pretrain{_digest(changes)}{suffix}"
-            held_out = f"data.held_out=[{self.data}]"
-            needs = (self._training("pretrain", name, (f"data.sets=[{sets}]", held_out, *changes, *seeds), (), 1.0),)
+            given = (f"data.sets=[{sets}]", f"data.held_out=[{self.data}]")
+            if not self.options.films:
+                given += ("train.epochs=80",)  # as many steps as with other films
+            needs = (self._training("pretrain", name, (*given, *changes, *seeds), (), 1.0),)
             weights = (f"model.encoder.weights={self.work / name}",)
         root = f"data.root={self.data}"
         if "align" not in row.without:
