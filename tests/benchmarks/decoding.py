@@ -1,7 +1,7 @@
 """Reports per second of our decoding engine beside a plain loop over `transformers.generate`.
 
     python -m tests.benchmarks.decoding                    # GPU: 135M and 1.8B shapes, batch 8 and 64, bf16
-    python -m tests.benchmarks.decoding --shapes tiny --batches 4 --tokens 16     # CPU
+    python -m tests.benchmarks.decoding --shapes phantom small --tokens 60     # CPU: LLMs of small recipes
 
 Both get the same random weights, the same prompts and the same options, and write exactly `--tokens` tokens. The plain
 loop is the LLM alone with a prompt of the same length; ours has hybrid layers and 197 visual tokens unless `--plain`.
@@ -21,6 +21,14 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
         "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
         "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1000,
+    },
+    "phantom": {
+        "model_type": "llama", "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 800,
+    },
+    "small": {
+        "model_type": "llama", "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4,
+        "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 2000,
     },
     "135M": {
         "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
