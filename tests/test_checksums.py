@@ -20,7 +20,7 @@ def written(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_what_is_as_it_was_written_passes(written: Path) -> None:
+def test_unchanged_files_pass(written: Path) -> None:
     assert check_directory(written)
     assert check_file(written / "inner" / "b")
     assert set(json.loads((written / CHECKSUMS).read_text())) == {"a", "inner/b"}
@@ -30,7 +30,7 @@ def test_what_is_as_it_was_written_passes(written: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a", "inner/b"])
-def test_what_differs_or_is_missing_is_named(written: Path, name: str) -> None:
+def test_changed_and_missing_files_are_named(written: Path, name: str) -> None:
     assert check_directory(written)
     (written / name).write_text("c")
     for check in (lambda: check_directory(written), lambda: check_file(written / name)):
@@ -56,13 +56,13 @@ def test_a_broken_list_is_refused(written: Path, content: str) -> None:
         check_directory(written)
 
 
-def test_only_the_names_that_are_given_are_listed(written: Path) -> None:
+def test_only_the_given_names_are_listed(written: Path) -> None:
     write_checksums(written, ["a", "none"])
     assert set(json.loads((written / CHECKSUMS).read_text())) == {"a"}
 
 
 @pytest.mark.parametrize("lost", ["", "model", "both", "none"])
-def test_a_list_that_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str], lost: str) -> None:
+def test_a_missing_list_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str], lost: str) -> None:
     model = tmp_path / "model"
     model.mkdir()
     (model / "weights").write_text("a")

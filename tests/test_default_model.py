@@ -23,7 +23,7 @@ needs_weights = pytest.mark.skipif(not (BOX / "model").is_dir(), reason="this ch
 
 
 @needs_weights
-def test_the_default_model_is_small_whole_and_has_a_card() -> None:
+def test_the_default_model_is_small_complete_and_has_a_card() -> None:
     files = [file for file in BOX.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 15e6
     assert check_directory(BOX)
@@ -41,7 +41,7 @@ def test_the_default_model_is_small_whole_and_has_a_card() -> None:
 
 @pytest.mark.slow
 @needs_weights
-def test_the_default_model_tells_phantoms_from_noise(tmp_path: Path) -> None:
+def test_the_default_model_marks_noise_as_unlike(tmp_path: Path) -> None:
     data, reports, films = tmp_path / "data", tmp_path / "reports", tmp_path / "films"
     size = str(load_generator(device="cpu").recipe.model.encoder.image_size)
     drawing = ["--count", "20", "--size", size, "--split", "0,0,1", "--workers", "1"]

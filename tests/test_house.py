@@ -81,7 +81,7 @@ def test_names_of_tests_are_short() -> None:
     assert [name for name in names if len(name.partition(":")[2]) > MAX_TEST_NAME] == []
 
 
-def test_exceptions_name_what_is_there() -> None:
+def test_exceptions_name_existing_files() -> None:
     files = _files("emrrg_cli")
     functions = {name for _, name, _ in _functions("emrrg_cli")}
     assert LONG_FILES.keys() <= files.keys()

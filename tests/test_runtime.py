@@ -43,7 +43,7 @@ def test_threads_fit_load_and_model(
     assert chosen == [threads]
 
 
-def test_advice_only_where_others_are_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_advice_only_if_other_programs_are_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     monkeypatch.setattr(psutil, "getloadavg", lambda: (15.0, 1.0, 1.0))
@@ -54,7 +54,7 @@ def test_advice_only_where_others_are_the_cause(monkeypatch: pytest.MonkeyPatch)
     assert slowdown_advice(14.0, 0.2) is None
 
 
-def test_threads_wait_passively_unless_told_otherwise() -> None:
+def test_threads_wait_passively_by_default() -> None:
     code = "import os, emrrg_cli; print(os.environ['OMP_WAIT_POLICY'])"
     for given, expected in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
         environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}

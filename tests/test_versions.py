@@ -25,7 +25,7 @@ def not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("not_installed")
-def test_a_package_that_is_not_there_has_no_version() -> None:
+def test_a_missing_package_has_no_version() -> None:
     assert installed_versions(["emrrg", "torch"]) == {"emrrg": None, "torch": metadata.version("torch")}
 
 

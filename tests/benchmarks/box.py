@@ -1,15 +1,15 @@
-"""The model that is small enough to travel with the package: films, three stages, scores, export.
+"""Trains the small model of the package: films, three stages, scores, export.
 
     python tests/benchmarks/box.py WORK [--count 40000] [--seed 0] [--until finetune] [--export DIR] [--toy]
 
-WORK holds everything. What is done is not done again: after a stop, or with `--until` in several calls, the same
-command continues, a training from its last epoch. A GPU is used if there is one; no network is. `--toy` tries the
-script with little films and a small model in minutes on a CPU.
+WORK has all files. Finished steps are not repeated: after a stop, or with `--until` in several calls, the same command
+continues, and training resumes from its last epoch. A GPU is used if there is one; no network is used. `--toy` tries
+the script with small films and a small model in minutes on a CPU.
 
-Prints, for the test films, which no stage has seen: F1 of the findings against the exact labels beside two controls
-that do not look at the film, how often the side is right where a finding has one, BLEU-4 and CIDEr beside those of a
-second report that the grammar writes for the same truth, size, and seconds a report on two CPU threads. `--export`
-writes the run in fp16 with a model card.
+Prints results on the test films, which no stage has seen: F1 of the findings against the exact labels with two controls
+that ignore the film, how often the side of a finding is right, BLEU-4 and CIDEr with those of a second report that the
+grammar writes for the same truth, size, and seconds per report on two CPU threads. `--export` writes the run in fp16
+with a model card.
 """
 
 from __future__ import annotations
@@ -61,14 +61,14 @@ TOY = {
     "finetune": (ENCODER, LLM, *SMALL),
     "evaluate": ("generation.max_new_tokens=60",),
 }
-# Files of a run that reports need. What says which films are unlike those of the training is measured anew.
+# Files of a run that reports need. The film distance is measured again.
 KEPT = ("recipe.yaml", "llm.json", "tokenizer", "model")
 SENTENCE = re.compile(r"\s\.\s?|[.;]\s+")
 
 
 @dataclass
 class Work:
-    """The folder of a model and how it is made."""
+    """The folder of a model and the settings of its training."""
 
     root: Path
     count: int
@@ -76,11 +76,11 @@ class Work:
     toy: bool
 
     def path(self, name: str) -> Path:
-        """Where a stage writes."""
+        """Returns the output folder of a stage."""
         return self.root / name
 
     def command(self, stage: str) -> list[str]:
-        """What follows `emrrg` for a stage."""
+        """Returns the arguments of `emrrg` for a stage."""
         data, toy = str(self.path("draw")), TOY.get(stage, ()) if self.toy else ()
         if stage == "draw":
             size, cores = "128" if self.toy else "192", str(os.cpu_count())
@@ -96,15 +96,15 @@ class Work:
 
     @property
     def split(self) -> str:
-        """Parts of train, validation and test: 1,000 test films or, of few, a tenth."""
+        """Returns the fractions of train, validation and test: 1,000 test films, or a tenth if there are few."""
         part = 0.1 if self.count < 10_000 else round(1000 / self.count, 3)
         return f"{1 - 2 * part:.3f},{part},{part}"
 
     def run(self, stage: str) -> None:
-        """Runs a stage that is not done, and notes its seconds.
+        """Runs a stage that is not finished, and records its seconds.
 
         Raises:
-            SystemExit: It failed; its own message is above.
+            SystemExit: The stage failed; its own message is printed above.
         """
         done = self.root / f"{stage}.seconds"
         if done.exists():
@@ -123,7 +123,7 @@ class Work:
 
 
 def sides(case: Any) -> dict[str, set[str]]:
-    """The sides of each finding that has one."""
+    """Returns the sides of each finding that has one."""
     found = case.findings
     things = {
         "atelectasis": found.atelectases,
@@ -136,7 +136,7 @@ def sides(case: Any) -> dict[str, set[str]]:
 
 
 def read_sides(text: str) -> dict[str, set[str]]:
-    """The sides that a report of the phantom grammar gives each finding that it states."""
+    """Returns the sides of each finding that a report of the phantom grammar states."""
     found: dict[str, set[str]] = {}
     for sentence in SENTENCE.split(text.lower()):
         said = {side for side in ("right", "left") if re.search(rf"\b{side}\b", sentence)}
@@ -150,7 +150,7 @@ def read_sides(text: str) -> dict[str, set[str]]:
 
 
 def side_accuracy(cases: Sequence[Any], reports: Sequence[str]) -> float:
-    """Of the findings with a side that a report rightly states, how many have the right side or sides."""
+    """Returns how many correctly stated findings with a side have the right side or sides."""
     right = stated = 0
     for case, report in zip(cases, reports, strict=True):
         said = read_sides(report)
@@ -162,7 +162,7 @@ def side_accuracy(cases: Sequence[Any], reports: Sequence[str]) -> float:
 
 
 def seconds_a_report(run: Path, films: Path, count: int = 12) -> float:
-    """Mean seconds of a report for one film on two CPU threads, after a first one."""
+    """Measures the mean seconds of a report for one film on two CPU threads, after a warm-up report."""
     torch.set_num_threads(2)
     model = load_generator(run, device="cpu")
     paths = sorted(films.glob("*.png"))[: count + 1]
@@ -174,7 +174,7 @@ def seconds_a_report(run: Path, films: Path, count: int = 12) -> float:
 
 
 def measure(work: Work) -> dict[str, Any]:
-    """Everything that is printed and that the card says."""
+    """Computes all results for the output and the card."""
     predictions = read_jsonl(work.path("evaluate") / "predictions.jsonl")
     reports = {row["study_id"]: row["hypothesis"] for row in predictions}
     result: DemoResult = read_result(work.path("draw"), reports)
@@ -209,7 +209,7 @@ def write_films(dataset: Any, folder: Path, count: int) -> None:
 
 
 def show(found: dict[str, Any], console: Console) -> None:
-    """Prints what was measured."""
+    """Prints the results."""
     table = Table(title=f"F1 of findings, {found['films']:,} films that no stage has seen", title_justify="left")
     for name in ("finding", "model", "shuffled films", "usual report"):
         table.add_column(name, justify="left" if name == "finding" else "right")
@@ -229,7 +229,7 @@ def show(found: dict[str, Any], console: Console) -> None:
 
 
 def export(run: Path, target: Path, found: dict[str, Any], work: Work) -> None:
-    """Writes what reports need of a run, weights in fp16, with a card and without paths of this machine."""
+    """Writes the files of a run that reports need: weights in fp16, a card, and no paths of this machine."""
     target.mkdir(parents=True)
     for name in KEPT:
         source = run / name
@@ -251,7 +251,7 @@ def export(run: Path, target: Path, found: dict[str, Any], work: Work) -> None:
 
 
 def measure_films(run: Path, data: Path) -> None:
-    """Writes what says which films are unlike those of the training, for the weights that a run has now."""
+    """Measures and writes the film distance for the current weights of a run."""
     recipe = load_run_recipe(run, None, ["data.workers=0"], "generate")
     splits, size = open_dataset(data), recipe.model.encoder.image_size
     training, held_out = (ReportDataset(splits[name], recipe.data, size) for name in ("train", "validation"))
@@ -294,7 +294,7 @@ def card(found: dict[str, Any], work: Work) -> str:
 
 
 def main() -> None:
-    """Runs what is not done, prints, exports."""
+    """Runs unfinished stages, prints results, exports."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--count", type=int)

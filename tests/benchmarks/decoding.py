@@ -1,11 +1,11 @@
-"""Reports per second of our decoding engine beside a plain loop over `transformers.generate`.
+"""Measures reports per second of our decoding engine and of a plain loop over `transformers.generate`.
 
     python -m tests.benchmarks.decoding                    # GPU: 135M and 1.8B shapes, batch 8 and 64, bf16
     python -m tests.benchmarks.decoding --shapes phantom small --tokens 60     # CPU: LLMs of small recipes
 
 Both get the same random weights, the same prompts and the same options, and write exactly `--tokens` tokens. The plain
-loop is the LLM alone with a prompt of the same length; ours has hybrid layers and 197 visual tokens unless `--plain`.
-Prints one JSON object a measurement.
+loop is only the LLM with a prompt of the same length; ours has hybrid layers and 197 visual tokens unless `--plain`.
+Prints one JSON object per measurement.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ END = 2
 
 
 def build(shape: str, dtype: torch.dtype, device: str, *, hybrid: bool) -> Any:
-    """An LLM of a shape with random weights."""
+    """Makes an LLM of a shape with random weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from emrrg_cli.models.hybrid_decoder import add_hybrid_layers
@@ -60,7 +60,7 @@ def build(shape: str, dtype: torch.dtype, device: str, *, hybrid: bool) -> Any:
 
 
 def prompts(llm: Any, studies: int, length: int, *, hybrid: bool) -> Any:
-    """Random prompts of one length."""
+    """Makes random prompts of one length."""
     from emrrg_cli.decoding.slots import Prompts
 
     weight = llm.get_input_embeddings().weight
@@ -72,7 +72,7 @@ def prompts(llm: Any, studies: int, length: int, *, hybrid: bool) -> Any:
 
 
 def measure(engine: str, llm: Any, given: Any, settings: Any, device: torch.device) -> dict[str, Any]:
-    """Seconds of a second run over the prompts; the first one warms up and captures."""
+    """Measures the seconds of a second run over the prompts; the first run warms up and captures."""
     from emrrg_cli.decoding.engine import Engine
     from emrrg_cli.decoding.reference import generate_reports
 

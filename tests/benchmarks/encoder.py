@@ -1,8 +1,8 @@
-"""Images a second of the whole encoder on each scan engine: `python tests/benchmarks/encoder.py [--sizes base,large]`.
+"""Images per second of the encoder on each scan engine: `python tests/benchmarks/encoder.py [--sizes base,large]`.
 
 Forward as in generation, and forward + backward with LoRA on X of a frozen encoder, the fine-tuning of the paper; bf16
-on a GPU, fp32 on a CPU (with the time of a step in milliseconds). The peer is the same encoder on mamba-ssm where that
-is installed.
+on a GPU, fp32 on a CPU (with the time of a step in milliseconds). The peer is the same encoder on mamba-ssm, if it is
+installed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SIZES = {"base": (768, 12), "large": (1024, 24)}
 
 
 def seconds(run: Callable[[], Any], device: str, runs: int) -> float:
-    """Median time of a call, after two that are not counted."""
+    """Measures the median time of a call, after two calls that are not counted."""
     times = []
     for i in range(runs + 2):
         began = time.perf_counter()
@@ -39,7 +39,7 @@ def seconds(run: Callable[[], Any], device: str, runs: int) -> float:
 
 
 def measure(engine: str, size: str, batch: int, device: str, runs: int) -> dict[str, Any]:
-    """Images a second forward, and forward + backward with LoRA; peak MiB of the latter."""
+    """Measures images per second, forward and forward + backward with LoRA, and peak MiB of the latter."""
     from peft import get_peft_model
 
     torch.manual_seed(0)

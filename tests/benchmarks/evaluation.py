@@ -1,4 +1,4 @@
-"""How long the parts of an evaluation take, and how much memory: pairs made of random sentences, or of a file.
+"""Measures time and memory of the parts of an evaluation, on pairs of random sentences or of a file.
 
 python tests/benchmarks/evaluation.py --studies 3858
 python tests/benchmarks/evaluation.py --predictions predictions.jsonl
@@ -40,7 +40,7 @@ _PARTS = (
 
 
 def random_pairs(studies: int) -> Predictions:
-    """Reports of about 40 words, with words of their own now and then."""
+    """Makes reports of about 40 words, some with unique words."""
     draw = random.Random(0)
 
     def report() -> str:

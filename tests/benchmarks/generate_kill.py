@@ -1,12 +1,12 @@
-"""Kills `emrrg generate` at random moments, runs the same command again, and compares with a run that nobody stopped.
+"""Kills `emrrg generate` at random moments, runs the same command again, and compares with an undisturbed run.
 
     python -m tests.benchmarks.generate_kill --files 2000 --kills 5            # a few minutes on two idle cores
     python -m tests.benchmarks.generate_kill --files 60 --kills 2 --processes 2
 
-The folder holds synthetic films as PNG, the same as DICOM, real X-rays where `--real FOLDER` names some, and 5 percent
-of files that are no images or are cut off. Each run is killed (SIGKILL, with all of its processes) after a random
-number of records. No study may have two records, none may be missing, and all texts
-must be those of the undisturbed run; four shards, merged, must be the same too. Ends with exit code 1 if they differ.
+The folder has synthetic films as PNG and as DICOM, real X-rays of `--real FOLDER`, and 5 percent of files that are not
+images or are cut short. Each run is killed (SIGKILL, with all its processes) after a random number of records. No study
+may have two records, none may be missing, and all texts must equal those of the undisturbed run, also with four merged
+shards. Exit code 1 if they differ.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ DECODING = ["generation.num_beams=1", "generation.max_new_tokens=12", "--device"
 
 
 def start(arguments: list[str]) -> subprocess.Popen[str]:
-    """Starts `emrrg` in a group of its own, with one thread."""
+    """Starts `emrrg` in its own process group, with one thread."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "emrrg_cli", *arguments]
     pipe = subprocess.PIPE
@@ -46,7 +46,7 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
 
 
 def finish(arguments: list[str]) -> float:
-    """Runs `emrrg` to its end; seconds."""
+    """Runs `emrrg` to its end and returns the seconds."""
     began = time.monotonic()
     process = start(arguments)
     output, _ = process.communicate()
@@ -55,7 +55,7 @@ def finish(arguments: list[str]) -> float:
 
 
 def tiny_run(root: Path, count: int = 200) -> tuple[Path, Path]:
-    """A dataset directory of synthetic films, and a run that was trained on it for a moment."""
+    """Makes a dataset directory of synthetic films, and a run trained on it for a few steps."""
     data, run = root / "data", root / "run"
     finish(["preprocess", "phantom", str(data), "--count", str(count), "--size", "128"])
     finish(
@@ -75,7 +75,7 @@ def phantoms(data: Path) -> list[Image.Image]:
 
 
 def write_films(folder: Path, count: int, films: list[Image.Image], real: Path | None, draw: random.Random) -> int:
-    """Fills a folder with `count` files, 5 percent of them rubbish; returns how many should get a report."""
+    """Fills a folder with `count` files, 5 percent of them invalid; returns how many should get a report."""
     folder.mkdir()
     usable = 0
     found = [] if real is None else sorted(f for f in real.rglob("*") if f.suffix.lower() in (".png", ".jpg", ".jpeg"))
@@ -119,7 +119,7 @@ def write_dicom(file: Path, pixels: np.ndarray[Any, Any]) -> None:
 
 
 def records(folder: Path) -> dict[str, str]:
-    """Texts by study.
+    """Returns the texts by study.
 
     Raises:
         AssertionError: A study has two records.
@@ -131,7 +131,7 @@ def records(folder: Path) -> dict[str, str]:
 
 
 def kill_once(command: list[str], output: Path, after: int) -> int:
-    """Kills a run as soon as it has saved `after` records; returns how many it left."""
+    """Kills a run after it has saved `after` records; returns the number of saved records."""
     process, partial = start(command), output / "reports.jsonl.partial"
     while process.poll() is None and not (partial.exists() and partial.read_bytes().count(b"\n") >= after):
         time.sleep(0.01)
@@ -175,7 +175,7 @@ def main() -> int:
 
 
 def show(what: str, found: dict[str, str], whole: dict[str, str]) -> bool:
-    """Prints how records differ from those of the undisturbed run; True where they do not."""
+    """Prints how records differ from those of the undisturbed run; returns True if they are equal."""
     missing, more = len(whole.keys() - found.keys()), len(found.keys() - whole.keys())
     other = sum(found[study] != whole[study] for study in found.keys() & whole.keys())
     print(f"| {what} | {len(found)} reports | {missing} missing | {more} too many | {other} other texts |", flush=True)

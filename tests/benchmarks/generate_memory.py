@@ -1,9 +1,9 @@
-"""Peak memory of `emrrg generate` for a few files and for many: it must not grow with their number.
+"""Measures the peak memory of `emrrg generate` for few and many files: it must not grow with their number.
 
     python tests/benchmarks/generate_memory.py --files 300 3000 30000        # a quarter of an hour on two idle cores
 
-The files are hard links to one small film, and the model is the smallest one, so that the memory for the files is not
-lost beside that for the model. Prints a table: files, peak memory (MiB), seconds of the processor.
+The files are hard links to one small film, and the model is the smallest one, so that the memory for the files is
+visible beside that of the model. Prints a table: files, peak memory (MiB), CPU seconds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from generate_kill import DECODING, phantoms, start, tiny_run
 
 
 def measure(arguments: list[str]) -> tuple[float, float]:
-    """Runs `emrrg`; peak memory in MiB, seconds of the processor."""
+    """Runs `emrrg` and returns peak memory in MiB and CPU seconds."""
     process = start(arguments)
     assert process.stdout is not None
     output = process.stdout.read()

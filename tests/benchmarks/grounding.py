@@ -1,16 +1,16 @@
-"""Does the model look where the finding is? Maps of sentences on synthetic films with one finding on one side.
+"""Measures whether the model looks where the finding is: maps of sentences on films with one finding on one side.
 
     python -m tests.benchmarks.grounding RUN [--count 200] [--seed 1000]
 
-RUN is a run of `emrrg finetune` on phantoms. Films are drawn with a seed of their own, which no training set has. The
-energy of a map is its share on the half of the film where the finding is: 0.5 for a map that knows nothing. It is taken
-of the sentence that names the finding
+RUN is a run of `emrrg finetune` on phantoms. Films are drawn with a seed that no training set has. The energy of a map
+is its share on the half of the film where the finding is: 0.5 for a map without information. It is measured for the
+sentence that names the finding
 
 - in the film's own reference, read by the model (teacher forcing), and in the same reference with right and left
-  exchanged: a map that follows the word and not the image goes to the other side with it;
-- in the report that the model writes itself, where it names the finding with a side.
+  exchanged: a map that follows the word and not the image would move to the other side;
+- in the report that the model writes itself, if it names the finding with a side.
 
-Each stands beside a control: the map of another film, drawn at random. Means with 95 % intervals by bootstrap.
+The control of each is the map of another, random film. Means with 95 % intervals by bootstrap.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Reading:
 
 
 def one_sided(case: Case) -> tuple[str, Side] | None:
-    """The only finding of a case that has a side; None where there is none, or where there are more."""
+    """Returns the only finding of a case with a side; None if there is none, or more than one."""
     found = case.findings
     sided: list[tuple[str, Any]] = [
         *(("pleural_effusion", one) for one in found.effusions),
@@ -71,7 +71,7 @@ def one_sided(case: Case) -> tuple[str, Side] | None:
 
 
 def draw_films(count: int, seed: int, size: int, cleaning: Any) -> list[Film]:
-    """The first films of a seed that have exactly one finding with a side."""
+    """Returns the first films of a seed that have exactly one finding with a side."""
     films: list[Film] = []
     index = 0
     while len(films) < count:
@@ -85,7 +85,7 @@ def draw_films(count: int, seed: int, size: int, cleaning: Any) -> list[Film]:
 
 
 def named(text: str, spans: Sequence[Any], label: str) -> list[tuple[int, str]]:
-    """Sentences that say that a finding is there and name one side: their number and that side."""
+    """Returns the sentences that state a finding with one side: their number and the side."""
     found = []
     for number, one in enumerate(spans):
         sentence = text[one.start : one.end]
@@ -96,12 +96,12 @@ def named(text: str, spans: Sequence[Any], label: str) -> list[tuple[int, str]]:
 
 
 def exchanged(text: str) -> str:
-    """A report with right and left exchanged."""
+    """Exchanges right and left in a report."""
     return re.sub(r"\b(right|left)\b", lambda found: {"right": "left", "left": "right"}[found[1]], text)
 
 
 def read_reports(generator: Generator, films: Sequence[Film], texts: Sequence[str]) -> Iterator[Reading]:
-    """Maps of the sentences that name the finding, in given reports."""
+    """Returns the maps of the sentences that name the finding, in given reports."""
     model = generator.model
     for start in range(0, len(films), BATCH):
         some = range(start, min(start + BATCH, len(films)))
@@ -117,13 +117,13 @@ def read_reports(generator: Generator, films: Sequence[Film], texts: Sequence[st
 
 
 def energy(one: torch.Tensor, side: Side) -> float:
-    """The share of a map on a side; the patient's right is at the left of the film."""
+    """Returns the share of a map on a side; the patient's right is at the left of the film."""
     half = one.shape[1] // 2
     return (one[:, :half] if side == "right" else one[:, -half:]).sum().item() / max(one.sum().item(), 1e-9)
 
 
 def summary(values: Sequence[float]) -> str:
-    """Mean and 95 % interval."""
+    """Computes mean and 95 % interval."""
     if not values:
         return "-"
     low, high = interval(resampled_sums(np.array(values)[:, None], 2000)[:, 0] / len(values))
@@ -131,7 +131,7 @@ def summary(values: Sequence[float]) -> str:
 
 
 def rows(readings: Sequence[Reading], films: Sequence[Film], rng: np.random.Generator) -> Iterator[list[str]]:
-    """One row a finding, the first for all: how many, energy on the right side, and that of another film's map."""
+    """Makes one row per finding, the first for all: count, energy on the right side, and that of another film's map."""
     others = [readings[int(place)].map for place in rng.permutation(len(readings))]
     for label in (None, *sorted({film.label for film in films})):
         chosen = [place for place, one in enumerate(readings) if label in (None, films[one.film].label)]

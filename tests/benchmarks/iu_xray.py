@@ -1,4 +1,4 @@
-"""IU X-Ray's whole chain and its ablation: pretrain, align, finetune and evaluate, several rows and seeds, one table.
+"""Runs all stages on IU X-Ray and the ablation: pretrain, align, finetune and evaluate, for rows and seeds of a table.
 
     python tests/benchmarks/iu_xray.py DATA WORK [--films DIR ...] [--rows X,none,full] [--seeds 1,2,3]
         [--gpus 4] [--each 3] [--minutes 9] [--add 'NAME = KEY=VALUE ...'] [--add 'NAME of ROW = KEY=VALUE ...']
@@ -7,16 +7,16 @@ DATA is IU X-Ray in R2Gen's layout (`annotation.json` and `images/`) or a datase
 folder with NLMCXR_reports.tgz, for context and views. --films are further images for stage 1 (folders or dataset
 directories; films of IU's validation or test studies are refused).
 
-Rows are in order of worth, and seeds come before rows: one seed of every row, then the next. The seed covers stage 3,
-and all stages in rows that change a stage before. `--add` makes a row of its own: its changes are those of stage 3;
-with `pretrain.` or `align.` before the key, of that stage; `of ROW` decodes the finished runs of that row in another
-way and trains nothing. `--list` shows the rows.
+Rows are in order of importance: first one seed of every row, then the next seed. The seed applies to stage 3, and to
+all stages in rows that change an earlier stage. `--add` adds a row: its changes apply to stage 3, or with `pretrain.`
+or `align.` before the key to that stage; `of ROW` decodes the finished runs of that row with other settings and trains
+nothing. `--list` shows the rows.
 
-`--minutes 9` makes a call of at most that length: trainings are stopped and resumed by the next call with the same
-arguments, and what is done is not done again. WORK/records.json holds what is done: with it alone, in an empty WORK,
-finished rows are not run again. Scores are of the validation split; `--test --frozen COMMIT` reads test, once,
-and only where COMMIT is what is checked out. WORK/table.md has mean and standard deviation over seeds.
-`--tiny` makes every model a toy, to try the script on a CPU (`--gpus 0`).
+`--minutes 9` limits the length of a call: training is stopped, and the next call with the same arguments resumes it.
+Finished jobs are not repeated. WORK/records.json lists them: with only this file in WORK, finished rows are not run
+again. Scores are of the validation split; `--test --frozen COMMIT` reads the test split once, and only if COMMIT is
+checked out. WORK/table.md has mean and standard deviation over seeds. `--tiny` makes every model small, to try the
+script on a CPU (`--gpus 0`).
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class Row:
 
     Args:
         changes: `key=value` of stage 3, or with `pretrain.` or `align.` before the key, of that stage.
-        without: stages that are left out.
-        of: the row whose runs are decoded in another way; None: runs of its own.
+        without: stages that are skipped.
+        of: the row whose runs are decoded with other settings; None: the row has its own runs.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Row:
     of: str | None = None
 
     def of_stage(self, stage: str) -> tuple[str, ...]:
-        """The changes of one stage."""
+        """Returns the changes of one stage."""
         others = ("pretrain.", "align.")
         if stage != "finetune":
             return tuple(change.removeprefix(f"{stage}.") for change in self.changes if change.startswith(f"{stage}."))
@@ -85,17 +85,17 @@ class Row:
 
     @property
     def seeds_all(self) -> bool:
-        """Whether the seed covers stages 1 and 2 too."""
+        """Whether the seed also applies to stages 1 and 2."""
         earlier = self.without or self.of_stage("pretrain") or self.of_stage("align")
         return bool(earlier) or self.name == "whole chain"
 
 
 def changed(name: str, *changes: str) -> Row:
-    """A row with changes of its own."""
+    """Makes a row with changes."""
     return Row(name, changes)
 
 
-# In order of worth: a session that ends early has the rows that matter.
+# In order of importance, so that a call that ends early has the important rows.
 ROWS = [
     Row("X"),
     changed("none", "model.adapter.targets=none"),
@@ -133,7 +133,7 @@ ROWS = [
 
 
 def parse_row(text: str) -> Row:
-    """`NAME = CHANGES` or `NAME of ROW = CHANGES`."""
+    """Parses `NAME = CHANGES` or `NAME of ROW = CHANGES`."""
     head, sign, changes = text.partition(" = ")
     name, _, of = head.partition(" of ")
     if not sign or not name.strip() or not changes.strip():
@@ -168,7 +168,7 @@ class Chain:
         return self._add(Job(name, arguments, self.work / name, (*self.before, *needs), weight))
 
     def goal(self, row: Row, seed: int, rows: dict[str, Row]) -> str:
-        """Adds all that a row needs with a seed; returns the name of its evaluation."""
+        """Adds all jobs of a row and a seed; returns the name of its evaluation."""
         decoding: tuple[str, ...] = ()
         run = self._run(row if row.of is None else rows[row.of], seed)
         if row.of is not None:
@@ -211,14 +211,14 @@ class Chain:
         return self._training("finetune", f"{_file(row.name)}-{seed}", changes, needs, self._share)
 
     def when_done(self, job: Job) -> dict[str, Any]:
-        """What is kept of a run or an evaluation, for the table."""
+        """Returns the values of a run or an evaluation for the table."""
         if job.arguments[0] == "evaluate":
             return {"scores": read_scores(job.output / "scores.json")}
         if job.arguments[0] != "finetune":
             return {}
         checkpoints = job.output / "checkpoints"
         costs = {"trained": trained_parameters(checkpoints) / 1e6}
-        shutil.rmtree(checkpoints)  # they are large and there are many; the model stays
+        shutil.rmtree(checkpoints)  # they are large; the model is kept
         return {"costs": costs | {"memory": peak_memory(self.work / "logs" / f"{job.name}.txt")}}
 
 
@@ -231,7 +231,7 @@ def _digest(changes: Sequence[str]) -> str:
 
 
 def read_scores(file: Path) -> dict[str, float]:
-    """The figures of the table from an evaluation; F1 is micro over 14 findings, uncertain counts as negative."""
+    """Returns the scores for the table from an evaluation; F1 is micro over 14 findings, uncertain as negative."""
     result = json.loads(file.read_text())
     own, dealt = result["scores"], result["controls"].get("dealt", {})
     found = {name: own.get(name) for name in SCORES[:5]}
@@ -244,7 +244,7 @@ def read_scores(file: Path) -> dict[str, float]:
 
 
 def trained_parameters(checkpoints: Path) -> int:
-    """How many numbers a training changes, by its last checkpoint."""
+    """Counts the trained parameters of a run in its last checkpoint."""
     from safetensors import safe_open
 
     last = checkpoints / (checkpoints / "last").read_text().strip() / "trainable.safetensors"
@@ -253,7 +253,7 @@ def trained_parameters(checkpoints: Path) -> int:
 
 
 def table(rows: Sequence[Row], seeds: Sequence[int], split: str, records: dict[str, dict[str, Any]]) -> str:
-    """Markdown: a line for each row, mean and standard deviation over the seeds that are done."""
+    """Makes a Markdown table: a line per row, mean and standard deviation over finished seeds."""
     lines = [f"| {split} | seeds | {' | '.join((*SCORES, *COSTS))} |", "|" + "---|" * (2 + len(SCORES) + len(COSTS))]
     for row in rows:
         names = [f"{_file(row.name)}-{seed}" for seed in seeds]
@@ -281,7 +281,7 @@ def _cell(values: Sequence[float], kind: str) -> str:
 
 
 def check_frozen(work: Path, commit: str | None) -> None:
-    """Makes sure that the test split is read once, with settings that are frozen in a commit."""
+    """Checks that the test split is read only once, with settings that are frozen in a commit."""
 
     def git(*arguments: str) -> str:
         here = Path(__file__).parent
@@ -326,7 +326,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def chosen_rows(options: argparse.Namespace) -> tuple[list[Row], dict[str, Row]]:
-    """The rows that are asked for, and all there are by name."""
+    """Returns the requested rows, and all rows by name."""
     added = [parse_row(text) for text in options.add]
     known = {row.name: row for row in (*ROWS, *added)}
     if options.rows is None:
@@ -341,7 +341,7 @@ def chosen_rows(options: argparse.Namespace) -> tuple[list[Row], dict[str, Row]]
 
 
 def main() -> None:
-    """Runs the rows and prints the table last."""
+    """Runs the rows and prints the table at the end."""
     options = parse_arguments()
     rows, known = chosen_rows(options)
     if options.list:

@@ -1,7 +1,7 @@
-"""Commands of emrrg on the GPUs of one machine: several at a time on each, in order, each after what it needs.
+"""Runs commands of emrrg on the GPUs of one machine: several at a time on each, in order, each after the jobs it needs.
 
-A call may end before the work does: trainings are stopped by SIGTERM and resumed by the next call, and what is done is
-not done again. `WORK/records.json` says what is done, with the seconds that it took; logs are in `WORK/logs`.
+A call may end before all jobs are finished: SIGTERM stops training, and the next call resumes it. Finished jobs are not
+repeated. `WORK/records.json` lists finished jobs with their seconds; logs are in `WORK/logs`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 TRAININGS = ("pretrain", "align", "finetune")
-STOPPED = (130, 143)  # exit codes of a command that was stopped by a signal and keeps its work
-GRACE_S = 45.0  # for a checkpoint, after SIGTERM
-LEAST_S = 60.0  # a training that has less is not started
-UNKNOWN_S = 90.0  # what a command takes of which none has ended yet
+STOPPED = (130, 143)  # exit codes of a command that a signal stopped, with its work saved
+GRACE_S = 45.0  # time for a checkpoint after SIGTERM
+LEAST_S = 60.0  # training is not started with less time
+UNKNOWN_S = 90.0  # expected time of a command if none of its kind has finished yet
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class Job:
     """One command.
 
     Args:
-        name: of its record and its log.
-        arguments: of emrrg; a training gets `--output`, and `--resume` where it was begun.
-        output: what it leaves; a job that is needed and whose output is gone is done again.
-        needs: names of jobs that have to be done before.
-        weight: part of a GPU that it takes.
+        name: name of its record and its log.
+        arguments: arguments of emrrg; training also gets `--output`, and `--resume` if it was started before.
+        output: output of the job; a needed job whose output is missing runs again.
+        needs: names of jobs that must finish before.
+        weight: fraction of a GPU that it takes.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Job:
         return self.arguments[0] in TRAININGS
 
     def command(self) -> list[str]:
-        """What is run now."""
+        """Returns the command line for now."""
         command = [sys.executable, "-m", "emrrg_cli", *self.arguments]
         if self.is_training:
             command += ["--output", str(self.output), "--num-processes", "1"]
@@ -58,7 +58,7 @@ class Job:
 
 @dataclass
 class Records:
-    """What is done, by the names of jobs; a file that is written anew after each change."""
+    """Records of finished jobs by name; the file is rewritten after each change."""
 
     file: Path
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -74,10 +74,10 @@ class Records:
         partial.replace(self.file)
 
     def is_done(self, job: Job) -> bool:
-        """Whether a job was done with the same arguments.
+        """Whether a job has finished with the same arguments.
 
         Raises:
-            SystemExit: it was done with others.
+            SystemExit: it has finished with other arguments.
         """
         entry = self.entries.get(job.name, {})
         if entry.get("done") and entry["arguments"] != list(job.arguments):
@@ -86,7 +86,7 @@ class Records:
         return bool(entry.get("done"))
 
     def longest(self, kind: str) -> float:
-        """Seconds of the longest command of a kind, a little more."""
+        """Estimates the seconds of a command: the longest of its kind, and a little more."""
         known = [entry["seconds"] for entry in self.entries.values() if entry.get("done") and entry.get("kind") == kind]
         return 1.3 * max(known) if known else UNKNOWN_S
 
@@ -103,10 +103,10 @@ class Queue:
     """Runs jobs.
 
     Args:
-        jobs: in order of worth, with everything that they need.
+        jobs: jobs in order of importance, including all jobs they need.
         work: folder of records and logs.
-        gpus: how many; 0: none, the CPU counts as one.
-        when_done: called with a job that has just ended well; what it returns goes into the record.
+        gpus: number of GPUs; 0: the CPU counts as one.
+        when_done: called with a job that has just finished; its result goes into the record.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Queue:
         self.failed: set[str] = set()
 
     def run(self, goals: Sequence[str], minutes: float | None) -> bool:
-        """Does what the goals need; returns whether all of them are done."""
+        """Runs all jobs that the goals need; returns whether all goals are finished."""
         length = float("inf") if minutes is None else 60 * minutes - GRACE_S
         end = time.monotonic() + length
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -134,7 +134,7 @@ class Queue:
                     break
                 started = self._start_first(waiting, end, 0.8 * length)
                 if not started and not self.running:
-                    break  # nothing fits into the time that is left, or all that is left waits for what failed
+                    break  # no job fits into the remaining time, or all remaining jobs need a failed one
                 if not started:
                     time.sleep(0.5)
         finally:
@@ -143,7 +143,7 @@ class Queue:
         return all(self.records.is_done(self.jobs[name]) for name in goals)
 
     def _waiting(self, goals: Sequence[str]) -> list[Job]:
-        """Jobs that have to be done and are not, in order, each behind what it needs."""
+        """Returns the unfinished jobs in order, each after the jobs it needs."""
         found: dict[str, Job] = {}
 
         def add(name: str, *, needed: bool) -> None:
@@ -159,7 +159,7 @@ class Queue:
         return list(found.values())
 
     def _start_first(self, waiting: Sequence[Job], end: float, most: float) -> bool:
-        """Starts the first job that may be started and fits; none is expected to take longer than `most` seconds."""
+        """Starts the first job that is ready, fits on a GPU, and is expected to take at most `most` seconds."""
         open_names = {job.name for job in waiting}
         busy = {running.job.name for running in self.running}
         left = end - time.monotonic()
@@ -171,7 +171,7 @@ class Queue:
                 continue
             gpu = max(range(len(free)), key=lambda gpu: free[gpu])
             if free[gpu] < job.weight - 1e-6:
-                free[gpu] = -1.0  # kept for this job; others may start elsewhere
+                free[gpu] = -1.0  # reserved for this job; others may start elsewhere
                 continue
             self._start(job, gpu)
             return True
@@ -221,6 +221,6 @@ class Queue:
 
 
 def peak_memory(log: Path) -> float | None:
-    """MiB of GPU memory, as the summary of a training has it; None where it says nothing."""
+    """Returns the MiB of GPU memory in the summary of a training run; None if it has none."""
     found = re.findall(r"peak GPU memory\D*([\d,]+) MiB", log.read_text(errors="replace"))
     return max(float(number.replace(",", "")) for number in found) if found else None

@@ -1,11 +1,11 @@
-"""Kills training runs at random moments, resumes them, and compares every bit with a run that nobody stopped.
+"""Kills training runs at random moments, resumes them, and compares every bit with an undisturbed run.
 
     python tests/benchmarks/kill.py --kills 20            # every stage, about a quarter of an hour on two cores
     python tests/benchmarks/kill.py --kills 3 --stage finetune
 
-Each run is killed (SIGKILL, or SIGTERM every third time) at a random moment between the first file that it writes and
-the end of an undisturbed one, until it has been killed once or twice, and then resumed to its end. Prints one line a
-kill and ends with exit code 1 where a run cannot be resumed or differs.
+Each run is killed once or twice (SIGKILL, or SIGTERM every third time) at a random moment between its first file and
+the end of an undisturbed run, and then resumed to its end. Prints one line per kill; exit code 1 if a run cannot be
+resumed or differs.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def finish(arguments: list[str]) -> tuple[int, str]:
 
 
 def content(run: Path) -> dict[str, object]:
-    """Everything that a run computes: weights, the state of the last checkpoint, the history."""
+    """Returns all results of a run: weights, the state of the last checkpoint, the history."""
     found: dict[str, object] = {}
     for file in sorted([*(run / "model").rglob("*.safetensors"), *(run / "checkpoints").rglob("*.safetensors")]):
         found |= {f"{file.relative_to(run)}:{name}": tensor for name, tensor in load_file(file).items()}

@@ -1,11 +1,11 @@
-"""The rule-based labeler against Open-i's manual MeSH annotation of IU X-Ray, and its rate in reports a second.
+"""Compares the rule-based labeler with Open-i's manual MeSH annotation of IU X-Ray, and measures reports per second.
 
 python tests/benchmarks/labeler.py IU_TEXT_DIR
 
-IU_TEXT_DIR holds `openi_reports.csv` (uid, findings, impression, mesh_major) and R2Gen's `annotation.json`. The text
-that is labelled is findings and impression together, as the annotators read both. Uncertain counts as positive. The
-labeler is tuned on "tuning" (R2Gen's training split and the studies outside its list), "held out" is R2Gen's
-validation and test splits together. Studies without text and studies that were not indexed are left out.
+IU_TEXT_DIR has `openi_reports.csv` (uid, findings, impression, mesh_major) and R2Gen's `annotation.json`. Findings and
+impression are labelled together, because the annotators read both. Uncertain counts as positive. The labeler was tuned
+on "tuning" (R2Gen's training split and the studies outside its list); "held out" is R2Gen's validation and test splits
+together. Studies without text and studies that were not indexed are skipped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from emrrg_cli.labeling.mesh import MESH_OBSERVATIONS, NOT_INDEXED, observations
 
 
 class Study(NamedTuple):
-    """A study of IU X-Ray: what its report says, and the observations its annotators indexed."""
+    """A study of IU X-Ray: its report, and the observations that the annotators indexed."""
 
     uid: str
     text: str
@@ -53,7 +53,7 @@ class Agreement(NamedTuple):
 
 
 def read_studies(folder: Path) -> dict[str, list[Study]]:
-    """Studies of the portions `tuning` and `held out`."""
+    """Returns the studies of the portions `tuning` and `held out`."""
     annotation = json.loads((folder / "annotation.json").read_text())
     held_out = {
         study["id"].split("_")[0].removeprefix("CXR") for split in ("val", "test") for study in annotation[split]
@@ -69,7 +69,7 @@ def read_studies(folder: Path) -> dict[str, list[Study]]:
 
 
 def agreement(studies: list[Study], counted: tuple[str, ...] = ("positive", "uncertain")) -> dict[str, Agreement]:
-    """Counts for each observation; labels in `counted` say that it is there."""
+    """Counts matches for each observation; labels in `counted` count as present."""
     labels = label_reports(study.text for study in studies)
     table = {}
     for name in MESH_OBSERVATIONS:
@@ -79,12 +79,12 @@ def agreement(studies: list[Study], counted: tuple[str, ...] = ("positive", "unc
 
 
 def macro_f1(table: dict[str, Agreement]) -> float:
-    """Mean F1 of the observations."""
+    """Computes the mean F1 of the observations."""
     return sum(row.f1 for row in table.values()) / len(table)
 
 
 def show(title: str, found: dict[str, Agreement]) -> None:
-    """Prints one portion's table."""
+    """Prints the table of one portion."""
     table = Table(title=title, title_justify="left")
     for column in ("observation", "precision", "recall", "F1", "studies", "false", "missed"):
         table.add_column(column, justify="left" if column == "observation" else "right")

@@ -1,10 +1,10 @@
-"""Lists which causal LM families of transformers hybrid layers fit.
+"""Lists which causal LM families of transformers support hybrid layers.
 
     python -m tests.benchmarks.llm_families [--family NAME ...]
 
 Builds a tiny model with random weights of every causal LM family of the installed transformers, adds hybrid layers and
-prints one line a family: `fits` with the engine that decodes it, `refused` with the reason, or `not built` where no
-tiny model could be made.
+prints one line per family: `fits` with the engine that decodes it, `refused` with the reason, or `not built` if no tiny
+model could be made.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from emrrg_cli.errors import UsageError
 from emrrg_cli.models.hybrid_decoder import add_hybrid_layers
 from emrrg_cli.recipe.finetuning import GenerationSettings
 
-SECONDS = 60  # a family
-# Small values for whatever a configuration calls its sizes; those that it does not have are left out.
+SECONDS = 60  # per family
+# Small values for the possible names of sizes in a configuration; names that it does not have are omitted.
 SIZES: dict[str, Any] = {
     "vocab_size": 128,
     "hidden_size": 32,
@@ -72,20 +72,20 @@ class _TooSlow(Exception):
 
 
 def families() -> list[str]:
-    """The model types that `AutoModelForCausalLM` knows."""
+    """Returns the model types that `AutoModelForCausalLM` knows."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def tiny_llm(family: str) -> Any:
-    """A model of a family with four narrow layers and random weights; some keep sizes that do not fit and fail."""
+    """Makes a model of a family with four narrow layers and random weights; this fails if fixed sizes do not match."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     def shrink(config: Any) -> Any:
         own = config.to_dict()
         sizes = {key: value for key, value in SIZES.items() if key in own or key == "attn_implementation"}
-        for key in ("layer_types", "no_rope_layers", "mlp_layer_types"):  # one entry a layer
+        for key in ("layer_types", "no_rope_layers", "mlp_layer_types"):  # one entry per layer
             if isinstance(own.get(key), list):
                 sizes[key] = own[key][:4]
         inner = {key: shrink(value) for key, value in vars(config).items() if hasattr(value, "to_dict")}
@@ -96,7 +96,7 @@ def tiny_llm(family: str) -> Any:
 
 
 def verdict(family: str) -> tuple[str, str]:
-    """`fits`, `refused` or `not built`, and why."""
+    """Returns `fits`, `refused` or `not built`, and the reason."""
     try:
         llm = tiny_llm(family)
         llm(input_ids=torch.ones(1, 4, dtype=torch.long), use_cache=False)

@@ -1,8 +1,8 @@
-"""How fast synthetic films are made: images a second by number of workers, and where the time goes.
+"""Measures the drawing of synthetic films: images per second by number of workers, and the time of each part.
 
     python tests/benchmarks/phantom.py [--size 256] [--count 400]
 
-Stages are timed in CPU milliseconds of one process, which says more on a machine that others use too.
+Stages are timed in CPU milliseconds of one process, which is more reliable on a shared machine.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from emrrg_cli.phantom.vessels import vessels
 
 
 def make(index: int, size: int) -> int:
-    """One study as `preprocess` makes it: parameters, report, film, JPEG."""
+    """Makes one study as `preprocess` does: parameters, report, film, JPEG."""
     case, _ = synthetic_study(0, index)
     return len(encode(Image.fromarray(render(case, size)), "jpeg", 95))
 
 
 def rate(workers: int, count: int, size: int) -> tuple[float, float]:
-    """Images a second by the clock, and by the CPU time of the first worker (1 worker alone)."""
+    """Measures images per second of wall time, and of the CPU time of the first worker (only with 1 worker)."""
     with joblib.Parallel(n_jobs=workers) as parallel:
         parallel(joblib.delayed(make)(index, size) for index in range(4 * workers))  # starts and warms the processes
         clock, cpu = time.perf_counter(), time.process_time()
@@ -45,7 +45,7 @@ def rate(workers: int, count: int, size: int) -> tuple[float, float]:
 
 
 def stages(size: int, count: int = 40) -> dict[str, float]:
-    """Mean CPU milliseconds of the parts of a film."""
+    """Measures the mean CPU milliseconds of the parts of a film."""
     cases = [synthetic_study(0, index)[0] for index in range(count)]
     grids = [case_grid(case, size, size) for case in cases]
     thoraxes = [build_thorax(case, grid) for case, grid in zip(cases, grids, strict=True)]

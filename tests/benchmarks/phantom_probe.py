@@ -1,13 +1,13 @@
-"""How much of the synthetic films a linear model of their pixels can read: F1 of each finding, and macro F1.
+"""Measures what a linear model of pixels predicts from synthetic films: F1 of each finding, and macro F1.
 
     python tests/benchmarks/phantom_probe.py [--train 4000] [--test 1000] [--seed 0] [--workers 2]
 
-The films are frontal, drawn at 128 pixels and averaged to 64 x 64. One ridge regression a finding is fitted on three
+The films are frontal, drawn at 128 pixels and averaged to 64 x 64. One ridge regression per finding is fitted on three
 quarters of the training films; the others choose its weight decay and the threshold with the best F1. The floor is
-the constant answer with the better F1: that every film has the finding (the answer "none" has F1 0).
+the better constant answer: every film has the finding (the answer "none" has F1 0).
 
-The films are meant to be hard for it: position, exposure and anatomy vary, and what a finding looks like occurs without
-it. The aim is a macro F1 below .50.
+The films should be hard for this model: position, exposure and anatomy vary, and look-alikes of findings occur without
+them. The aim is a macro F1 below .50.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SIZE = 64
 
 
 def draw(seed: int, index: int) -> tuple[NDArray[np.float32], list[float]]:
-    """Pixels of a film, `[SIZE * SIZE]`, 0 to 1, and its labels, `[8]`."""
+    """Returns the pixels of a film, `[SIZE * SIZE]`, 0 to 1, and its labels, `[8]`."""
     case, _ = synthetic_study(seed, index)
     film = render(case, 2 * SIZE).astype(np.float32) / 255
     return film.reshape(SIZE, 2, SIZE, 2).mean((1, 3)).ravel(), [
@@ -40,12 +40,12 @@ def draw(seed: int, index: int) -> tuple[NDArray[np.float32], list[float]]:
 
 
 def f1(found: Tensor, truth: Tensor) -> float:
-    """Of two boolean vectors; 0 where both are empty."""
+    """Computes F1 of two boolean vectors; 0 if both are empty."""
     return 2 * int((found & truth).sum()) / max(1, int(found.sum() + truth.sum()))
 
 
 def best_threshold(scores: Tensor, truth: Tensor) -> tuple[float, float]:
-    """The best F1 of any threshold on these scores, and the threshold."""
+    """Finds the threshold on these scores with the best F1; returns F1 and threshold."""
     return max(
         (f1(scores > t, truth), float(t)) for t in torch.quantile(scores, torch.linspace(0.3, 0.995, 140).double())
     )

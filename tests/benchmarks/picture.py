@@ -1,4 +1,4 @@
-"""The picture of the README, made from the folder of a demo.
+"""Draws the picture of the README from the folder of a demo.
 
     emrrg demo && python tests/benchmarks/picture.py emrrg-demo tests/readme/demo.png
 

@@ -1,14 +1,14 @@
-"""What `emrrg plan` predicts beside what the training then takes: time per step and peak memory.
+"""Compares the predictions of `emrrg plan` with a real training run: time per step and peak memory.
 
     python tests/benchmarks/plan.py RECIPE [KEY=VALUE ...] [--steps 20] [--random-llm TOKENIZER] [--json FILE]
 
-Each in a process of its own: the plan, then `emrrg finetune` with the same recipe for some steps, with no validation
-between them. Steps are timed where the training loop tells that they are done; the first third is warm-up. "Mean" is
-what an epoch is made of; the median leaves out what else the machine did. On CUDA the memory is the largest that
-torch allocated, to which the plan adds the context; on a CPU the peak of the process's resident memory.
+Runs in separate processes: the plan, then `emrrg finetune` with the same recipe for some steps without validation.
+Steps are timed when the training loop reports them as finished; the first third is warm-up. The mean determines the
+time of an epoch; the median is not affected by other programs. On CUDA, memory is the peak allocated by torch, to which
+the plan adds the context; on a CPU, the peak resident memory of the process.
 
-`--random-llm` takes an LLM of the recipe's configuration with random weights and the tokenizer of that directory, for
-an LLM that is not at hand: speed and memory are the same.
+`--random-llm` uses an LLM of the recipe's configuration with random weights and the tokenizer of a directory, if the
+LLM itself is not available: speed and memory are the same.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-MEASURE = "--measure"  # how this script calls itself for the training
+MEASURE = "--measure"  # this script calls itself with it for training
 
 
 def measure(target: Path, arguments: list[str]) -> None:
-    """Trains in this process and writes the time at which each step was done, pauses left out, and the peak."""
+    """Trains in this process and writes the finish time of each step, without pauses, and the peak memory."""
     from emrrg_cli.app import main as emrrg
     from emrrg_cli.training import loop
     from emrrg_cli.training.progress import TrainingDisplay
@@ -73,11 +73,11 @@ def random_llm(recipe: str, overrides: list[str], tokenizer: str, directory: Pat
     words.save_pretrained(directory)
     del llm
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # the GPU is for the processes that are measured
+        torch.cuda.empty_cache()  # leave the GPU to the measured processes
 
 
 def run(command: list[str]) -> tuple[str, float]:
-    """What a command wrote, and the seconds that it took; its messages go to the terminal."""
+    """Runs a command and returns its output and seconds; its messages go to the terminal."""
     began = time.perf_counter()
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if result.returncode:
@@ -105,7 +105,7 @@ def main() -> None:
         answer, planning = run([sys.executable, "-m", "emrrg_cli", "plan", options.recipe, *overrides, "--json"])
         plan = json.loads(answer)
         times = scratch / "times.json"
-        # The schedule stays that of the recipe: the run is stopped before its end.
+        # The schedule is unchanged; the run is stopped before its end.
         steps = [f"train.stop_after_steps={options.steps}", f"train.validate_every_epochs={plan['epochs'] + 1}"]
         command = [sys.executable, __file__, MEASURE, str(times), options.recipe, *overrides, *steps]
         run([*command, "--output", str(scratch / "run"), "--num-processes", "1"])

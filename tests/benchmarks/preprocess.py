@@ -1,9 +1,9 @@
 """Throughput and memory of `emrrg preprocess`: python tests/benchmarks/preprocess.py
 
-Originals are made first: crops of drawn films with the noise of a detector, PNG at 2,000 pixels and grey JPEG of
-quality 95 at 1,000. Each is preprocessed by as many processes as there are cores, beside Pillow that does nothing but
-decode the same files in as many processes: the limit of anything that reads them whole. Then tables of 2,000 and
-100,000 rows, whose memory must not differ.
+Originals are made first: crops of drawn films with detector noise, PNG at 2,000 pixels and grey JPEG of quality 95 at
+1,000. They are preprocessed by one process per core, and compared with Pillow, which only decodes the same files in as
+many processes: the limit for every program that reads whole files. Then tables of 2,000 and 100,000 rows, whose memory
+must be equal.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from emrrg_cli.ingest.sources.phantom import synthetic_study
 from emrrg_cli.phantom.render import render
 
 ROWS = (2_000, 100_000)
-# Not `getrusage`: what it gives begins with the memory of the process that started this one.
+# Not `getrusage`: its value includes the memory of the parent process.
 MEMORY = """
 import json, re, sys
 from pathlib import Path
@@ -42,7 +42,7 @@ def decode(path: Path) -> None:
 
 
 def make_originals(root: Path, count: int, side: int, ending: str) -> None:
-    """An annotation in R2Gen's layout with `count` films of `side` pixels."""
+    """Makes an annotation in R2Gen's layout with `count` films of `side` pixels."""
     (root / "images").mkdir(parents=True)
     rng = np.random.default_rng(0)
     films = [Image.fromarray(render(synthetic_study(0, index)[0], 512)) for index in range(4)]
@@ -62,7 +62,7 @@ def make_originals(root: Path, count: int, side: int, ending: str) -> None:
 
 
 def throughput(root: Path, out: Path, workers: int, extra: list[str]) -> tuple[float, float]:
-    """Images a second: Pillow's decoding alone, and the command from its start to its end without the imports."""
+    """Measures images per second: only Pillow's decoding, and the whole command without its imports."""
     files = sorted((root / "images").iterdir())
     parallel = joblib.Parallel(n_jobs=workers, batch_size=4, pre_dispatch="all")
     parallel(joblib.delayed(decode)(file) for file in files[: 8 * workers])  # starts the processes
@@ -81,7 +81,7 @@ def throughput(root: Path, out: Path, workers: int, extra: list[str]) -> tuple[f
 
 
 def memory(root: Path, rows: int, workers: int, layout: str) -> int:
-    """Peak resident memory, MiB, of the command (not of its workers), for a table of so many rows."""
+    """Measures the peak resident memory, MiB, of the command (without workers), for a table of so many rows."""
     films = root / "films"
     if not films.exists():
         films.mkdir(parents=True)

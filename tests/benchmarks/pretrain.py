@@ -1,11 +1,11 @@
-"""How fast stage 1 trains: images a second of the training step with and without the loader, and of the loader alone.
+"""Measures images per second of stage 1: the training step with and without the loader, and only the loader.
 
     python tests/benchmarks/pretrain.py DATA --recipe xray/pretrain-base [--batch-size 256] [--workers 16] [--steps 64]
         [KEY=VALUE ...]
 
 DATA is a dataset directory or a folder of images. The step is that of `emrrg pretrain`: forward, backward, clipping and
-AdamW under the recipe's precision, on one device. "On the device" repeats it on one batch that is already there; "with
-the loader" is the real thing. Their ratio says what the loader costs.
+AdamW under the recipe's precision, on one device. "On the device" repeats it on one batch that is already on the
+device; "with the loader" is real training. Their ratio shows the cost of the loader.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main() -> None:
     accelerator = make_accelerator(choose_precision(recipe.train.precision), 0)
     device = accelerator.device
     settings, size, workers = recipe.train, options.batch_size, options.workers
-    # Loading processes hand over their batches in rounds: several whole rounds are timed.
+    # Loading processes deliver their batches in rounds, so several whole rounds are timed.
     steps = max(options.steps, 3 * workers)
 
     root = Path(options.data)
@@ -112,7 +112,7 @@ def main() -> None:
     timed("step, batch on the device", on_device, steps)
 
     def started() -> Iterator[ImageBatch]:
-        # Two rounds are taken as fast as they come: then the processes run, and nothing is in store.
+        # Two rounds are consumed at full speed, so that the processes run and no batch is in reserve.
         loader = batches(dataset, size, steps + 2 * workers, workers, device)
         for _ in range(2 * workers):
             next(loader)

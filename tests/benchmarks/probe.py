@@ -1,17 +1,17 @@
-"""What an encoder has learned: a linear probe of its frozen features on the labels of a dataset directory.
+"""Evaluates an encoder by a linear probe of its frozen features on the labels of a dataset directory.
 
     python tests/benchmarks/probe.py DATASET_DIR --encoder RUN [RUN ...] [--seeds 3] [--score-on validation test]
         [--pool mean deviation quarters]
 
-A study's features are those of the tokens that one block of the encoder gives, pooled, the mean over the study's views,
-standardised. One ridge regression a label is fitted on the training split. The block, and the weight decay, each one
-for all labels, are those with the best macro AUROC in a cross-validation on the training split, by patient: the splits
-that are scored have no part in it. The same is done with the same encoder at random weights, several times. The
-difference has a bootstrap interval over patients. With several ways to pool, each has its row, and the labels are shown
-for the one that cross-validation chooses for each encoder.
+The features of a study are the pooled output tokens of one encoder block, averaged over views and standardised. One
+ridge regression per label is fitted on the training split. The block and the weight decay, the same for all labels,
+have the best macro AUROC in a cross-validation by patient on the training split; the scored splits are not used for
+this. The same is done with the same encoder with random weights, several times. The difference has a bootstrap interval
+over patients. Each pooling method has its row; the labels are shown for the method that cross-validation chooses for
+each encoder.
 
-DATASET_DIR needs a column `labels`: `emrrg preprocess phantom` writes one, `emrrg preprocess folder --labels-column
-NAME` takes one from a table.
+DATASET_DIR needs a column `labels`: `emrrg preprocess phantom` writes one, and `emrrg preprocess folder
+--labels-column NAME` copies one from a table.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from emrrg_cli.errors import UsageError
 from emrrg_cli.models.arm.pretrainer import ArmPretrainer, find_pretrainer, load_pretrainer
 from emrrg_cli.vocabulary import IMAGENET_MEAN, IMAGENET_STD
 
-DECAYS = [10.0**k for k in range(-4, 3)]  # of the squared weights, beside the mean squared error of an example
+DECAYS = [10.0**k for k in range(-4, 3)]  # factor of the squared weights, per mean squared error of an example
 FOLDS = 5
 
 
 def encoders(path: str) -> tuple[nn.Module, Callable[[], nn.Module]]:
-    """The encoder at a path, `[b, 3, h, w] -> [b, tokens, d]`, and a function that makes one like it at random."""
+    """Loads the encoder at a path, `[b, 3, h, w] -> [b, tokens, d]`, and a function that makes a random one like it."""
     try:
         find_pretrainer(Path(path))
     except UsageError:
@@ -67,7 +67,7 @@ def encoders(path: str) -> tuple[nn.Module, Callable[[], nn.Module]]:
 
 
 def _quarters(tokens: Tensor) -> Tensor:
-    # Row-major patches; where there is a class token, it is the middle one.
+    # Row-major patches; a class token, if there is one, is in the middle.
     count = tokens.shape[1]
     side = math.isqrt(count)
     if side * side != count:
@@ -90,7 +90,7 @@ POOLS: dict[str, Callable[[Tensor], Tensor]] = {
 def features(
     encoder: nn.Module, split: Any, pools: Sequence[str], device: torch.device, batch_size: int, workers: int
 ) -> dict[str, Tensor]:
-    """By way to pool, what each block gives, the last after the final norm: `[blocks, studies, d]`."""
+    """Computes the features of each block by pooling method, the last after the final norm: `[blocks, studies, d]`."""
     size = encoder.image_size
     dataset = ImageDataset(SplitImages(split), size)
     encoder.to(device)
@@ -113,7 +113,7 @@ def features(
 
 
 def auroc(scores: Tensor, truth: Tensor) -> float:
-    """Area under the ROC curve; ties count half."""
+    """Computes the area under the ROC curve; ties count half."""
     _, places, counts = np.unique(scores.numpy(), return_inverse=True, return_counts=True)
     ranks = np.cumsum(counts) - (counts - 1) / 2
     positive = truth.numpy() > 0
@@ -122,10 +122,10 @@ def auroc(scores: Tensor, truth: Tensor) -> float:
 
 
 def fit_and_score(x: Tensor, y: Tensor, other: Tensor) -> list[Tensor]:
-    """Scores of other studies for each of `DECAYS`; everything is learned from `x` and `y`.
+    """Fits on `x` and `y`, and computes the scores of other studies for each of `DECAYS`.
 
-    Ridge regression on 0 and 1: one decomposition serves all labels and decays, where logistic regressions would be
-    solved one by one; the order of the scores, all that AUROC looks at, is hardly another.
+    Ridge regression on 0 and 1 needs one decomposition for all labels and decays, while logistic regressions must be
+    solved one by one. AUROC uses only the order of the scores, which is almost the same.
 
     Args:
         x: `[studies, d]`.
@@ -135,7 +135,7 @@ def fit_and_score(x: Tensor, y: Tensor, other: Tensor) -> list[Tensor]:
     centre, scale = x.mean(0), x.std(0).clamp(min=1e-8)
     x, other, target = (x - centre) / scale, (other - centre) / scale, y - y.mean(0)
     n, d = x.shape
-    if d > n:  # the weights are sums of studies: as many unknowns as there are studies are enough
+    if d > n:  # the weights are sums of studies, so as many unknowns as studies are enough
         values, vectors = torch.linalg.eigh(x @ x.T)
         left, right = other @ x.T @ vectors, vectors.T @ target
     else:
@@ -145,7 +145,7 @@ def fit_and_score(x: Tensor, y: Tensor, other: Tensor) -> list[Tensor]:
 
 
 def folds(patients: Sequence[str | None], count: int) -> Tensor:
-    """The fold of each study: those of a patient are together, a study without one is a patient of its own."""
+    """Returns the fold of each study: studies of a patient are together; without a patient, each study counts alone."""
     names = [f"study {i}" if patient is None else f"patient {patient}" for i, patient in enumerate(patients)]
     distinct = sorted(set(names))
     order = np.random.default_rng(0).permutation(len(distinct))
@@ -155,7 +155,7 @@ def folds(patients: Sequence[str | None], count: int) -> Tensor:
 
 @dataclass
 class Probe:
-    """What is scored: `scores` `[studies, labels]`, and how it was chosen."""
+    """The result of a probe: `scores` `[studies, labels]`, and the chosen settings."""
 
     scores: Tensor
     block: int
@@ -169,7 +169,7 @@ def probe(train: Tensor, y: Tensor, fold: Tensor, other: Tensor) -> Probe:
     Args:
         train: `[blocks, studies, d]`.
         y: `[studies, labels]`.
-        fold: of each study of the training split.
+        fold: fold of each study of the training split.
         other: features of the studies to score.
     """
     best: tuple[float, int, int] = (-1.0, 0, 0)
@@ -192,7 +192,7 @@ def macro_auroc(scores: Tensor, truth: Tensor) -> float:
 def interval(
     trained: Sequence[Tensor], fresh: Sequence[Tensor], truth: Tensor, patients: Tensor, draws: int = 1000
 ) -> tuple[float, float]:
-    """95 percent of the bootstrap distribution of the mean macro AUROC of some scores less that of others.
+    """Computes the 95 % bootstrap interval of the mean macro AUROC of some scores minus that of others.
 
     Args:
         patients: number of the patient of each study; patients are drawn, with all their studies.
@@ -214,9 +214,9 @@ def interval(
 
 
 def targets(rows: Sequence[Sequence[set[str]]], fewest: int) -> tuple[list[str], list[Tensor], list[str]]:
-    """Labels that `fewest` studies of every group have, and as many lack; the other labels.
+    """Returns the labels that at least `fewest` studies of every group have and as many lack, and the other labels.
 
-    Between them, by group, whether a study has each of the first: 0 or 1, `[studies, labels]`.
+    Between them, by group, whether a study has each of these labels: 0 or 1, `[studies, labels]`.
     """
     every = sorted(set().union(*(labels for group in rows for labels in group)))
     counts = {label: [sum(label in labels for labels in group) for group in rows] for label in every}

@@ -1,4 +1,4 @@
-"""Retrieval of an `align` run on unseen pairs, beside chance: which report goes with which X-ray, both ways.
+"""Measures retrieval of an `align` run on unseen pairs in both directions, compared with chance.
 
 python tests/benchmarks/retrieval.py DATASET_DIR --model RUN [--count 200] [--split test]
 """
@@ -20,7 +20,7 @@ from emrrg_cli.training.align import embed_pairs, open_pairs, read_alike
 
 
 def measure(dataset: Path, run_dir: Path, split: str, count: int) -> Retrieval:
-    """Retrieval among the first `count` studies of a split that have text, by the run's own text rule."""
+    """Computes retrieval among the first `count` studies of a split with text, by the run's own text rule."""
     recipe = load_recipe(str(run_dir / "recipe.yaml"), stage="align")
     settings = recipe.data.model_copy(update={"root": str(dataset), "sets": [], "limit": count})
     model = load_alignment(run_dir)

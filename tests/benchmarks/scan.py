@@ -1,9 +1,9 @@
 """Time and memory of the mixer on each scan engine: `python tests/benchmarks/scan.py [--width 768 --batch 128 ...]`.
 
-On a GPU: medians in bf16 of a whole mixer (X, Z, scan, out_proj) at 197 tokens, n = 16, for our engine and for the
-peer as it is published (four calls) and grouped (one call), where mamba-ssm and causal-conv1d are installed; the floor
-beside them is what the exponentials, the arithmetic and the bytes of one forward pass would take at the card's rates.
-Without one: fp32 on the plain engines, a small batch. `--json FILE` keeps the figures.
+On a GPU: medians in bf16 of a whole mixer (X, Z, scan, out_proj) at 197 tokens, n = 16, for our engine and for
+mamba-ssm as published (four calls) and grouped (one call), if mamba-ssm and causal-conv1d are installed. The floor is
+the time of the exponentials, the arithmetic and the memory traffic of one forward pass at the rates of the GPU.
+Without a GPU: fp32 on the plain engines, a small batch. `--json FILE` saves the results.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from emrrg_cli.models.scan import available_engines
 
 GRID, STATES, DIRECTIONS = 14, 16, 4
 TOKENS = GRID**2 + 1
-# What the issue of speed is settled on first, then the rest of the range.
+# The main sizes first, then the rest of the range.
 SIZES = [(768, 128), (1024, 64), (768, 8)]
 MORE = [(768, 1), (768, 32), (768, 256), (1024, 8), (1024, 128)]
 
 
 class PublishedMixer(nn.Module):
-    """The peer: four calls of mamba-ssm with flips and transposes, as the published encoder makes them."""
+    """The peer: four calls of mamba-ssm with flips and transposes, as in the published encoder."""
 
     def __init__(self, mixer: Mixer) -> None:
         super().__init__()
         self.mixer = mixer
 
     def forward(self, x: Tensor, order: Tensor) -> Tensor:
-        """`[b, l, d] -> [b, l, d]`; the orders are those of the published code whatever `order` says."""
+        """Computes `[b, l, d] -> [b, l, d]` in the orders of the published code; `order` is ignored."""
         from emrrg_cli.models.scan.mamba_ssm_engine import _functions
 
         scan, conv = _functions()
@@ -81,10 +81,10 @@ class PublishedMixer(nn.Module):
 
 
 def floor_ms(width: int, batch: int) -> float:
-    """Milliseconds that a forward pass cannot go below: the slowest of exponentials, arithmetic and bytes.
+    """Computes the minimum milliseconds of a forward pass: the slowest of exponentials, arithmetic and memory traffic.
 
-    Counted: an exponential and four fused multiply-adds a state update; x, z, out once and, as this algorithm needs
-    them between kernels, u, dt and y of each direction written and read once, in bf16.
+    Counts an exponential and four fused multiply-adds per state update; x, z, out once; and u, dt and y of each
+    direction written and read once between kernels, in bf16.
     """
     card = torch.cuda.get_device_properties(0)
     hertz = getattr(card, "clock_rate", 1_755_000) * 1e3
@@ -97,7 +97,7 @@ def floor_ms(width: int, batch: int) -> float:
 
 
 def median_ms(run: Callable[[], Any], cuda: bool) -> float:
-    """Median time of a call."""
+    """Measures the median time of a call."""
     if cuda:
         from triton.testing import do_bench
 
@@ -112,7 +112,7 @@ def median_ms(run: Callable[[], Any], cuda: bool) -> float:
 
 
 def captured(run: Callable[[], Any]) -> Callable[[], None]:
-    """The same call as a CUDA graph: what is left when the host costs nothing."""
+    """Captures the same call as a CUDA graph, which has no host cost."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -126,11 +126,11 @@ def captured(run: Callable[[], Any]) -> Callable[[], None]:
 
 
 def measure(name: str, module: nn.Module, width: int, batch: int, device: str) -> dict[str, Any]:
-    """Forward with frozen weights and forward + backward, each called and as a graph (ms), and the peak of the last,
-    called (MiB)."""
+    """Measures forward with frozen weights and forward + backward, each called and as a graph (ms), and the peak
+    memory of the latter when called (MiB)."""
     cuda = device == "cuda"
-    gc.collect()  # the graphs of the engine before, which keep their memory
-    if cuda:  # nor those that cuBLAS keeps for the streams that they were captured on
+    gc.collect()  # graphs of the previous engine keep their memory
+    if cuda:  # cuBLAS keeps memory for the streams of these graphs
         torch._C._cuda_clearCublasWorkspaces()
     order = direction_orders(GRID).to(device)
     dtype = torch.bfloat16 if cuda else torch.float32
@@ -151,7 +151,7 @@ def measure(name: str, module: nn.Module, width: int, batch: int, device: str) -
 
     row: dict[str, Any] = {"engine": name, "width": width, "batch": batch, "peak": None}
     if cuda:
-        both()  # what stays for good (workspaces, what kernels are compiled to) is there before
+        both()  # permanent memory (workspaces, compiled kernels) is allocated before
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -160,7 +160,7 @@ def measure(name: str, module: nn.Module, width: int, batch: int, device: str) -
         row["peak"] = torch.cuda.max_memory_allocated() / 2**20
     row["both"], row["both_graph"] = median_ms(both, cuda), None
     if cuda:
-        with contextlib.suppress(RuntimeError):  # a peer whose backward pass cannot be captured
+        with contextlib.suppress(RuntimeError):  # the peer's backward pass cannot be captured
             row["both_graph"] = median_ms(captured(both), cuda)
     module.requires_grad_(False)
     row["forward"] = median_ms(forward, cuda)

@@ -1,10 +1,10 @@
-"""What the stop signal costs a training step of two processes on one CPU (gloo).
+"""Measures the cost of the stop signal in a training step of two processes on one CPU (gloo).
 
     python tests/benchmarks/stop_flag.py
 
 Steps of a small model under DistributedDataParallel, in alternating blocks: without any exchange, with the exchange of
 the item counts that the loss needs, with the signal read in the same step, and as in the training loop (read one step
-later). Prints the median CPU time of each, relative to the exchange of the counts alone.
+later). Prints the median CPU time of each, relative to the exchange of only the counts.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ def test_a_failure_stops_only_what_needs_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_call_ends_in_time_and_the_next_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_ends_in_time_and_the_next_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job_queue, "GRACE_S", 5.0)
     monkeypatch.setattr(job_queue, "LEAST_S", 0.5)
     jobs = [_job(tmp_path, "long", how="long"), _job(tmp_path, "a"), _job(tmp_path, "score", "a", kind="evaluate")]
@@ -113,7 +113,7 @@ def test_a_call_ends_in_time_and_the_next_goes_on(tmp_path: Path, monkeypatch: p
     assert queue.records.entries["long"]["seconds"] > first
 
 
-def test_rows_change_stages_and_share_what_is_before(tmp_path: Path) -> None:
+def test_rows_share_the_stages_before_their_change(tmp_path: Path) -> None:
     options = iu_xray.argparse.Namespace(
         data=str(tmp_path / "iu"), work=tmp_path / "w", test=False, tiny=False, each=2, films=[], reports=None,
         recipe="iu_xray/finetune-small", overrides=[],

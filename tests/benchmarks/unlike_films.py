@@ -1,9 +1,9 @@
-"""Which films a run calls unlike those of its training: held-out films of its own data, other X-rays, and no X-rays.
+"""Measures which films a run marks as unlike its training films: held-out films, other X-rays, and other images.
 
     python tests/benchmarks/unlike_films.py --model runs/phantom --data data/phantom --others FOLDER FOLDER --each 200
 
-`--others` are folders of images, at any depth. Pages of text, noise and drawn scenes are made here. Prints the share
-of each that is called unlike (distance above 1), with the median distance.
+`--others` are folders of images, at any depth. Pages of text, noise and drawn scenes are made by this script. Prints
+for each kind the share that is marked (distance above 1) and the median distance.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ SIDE = 256
 
 
 def noise(rng: np.random.Generator) -> Image.Image:
-    """Grey noise, blurred by up to 8 pixels."""
+    """Makes grey noise, blurred by up to 8 pixels."""
     image = Image.fromarray(rng.integers(0, 256, (SIDE, SIDE), dtype=np.uint8))
     return image.filter(ImageFilter.GaussianBlur(float(rng.uniform(0, 8))))
 
 
 def scene(rng: np.random.Generator) -> Image.Image:
-    """Something like a photograph: sky, ground, and a few bodies of different brightness."""
+    """Draws a scene like a photograph: sky, ground, and a few bodies of different brightness."""
     image = Image.fromarray(np.linspace(*rng.uniform(0, 255, 2), SIDE)[:, None].repeat(SIDE, 1).astype(np.uint8))
     draw = ImageDraw.Draw(image)
     for _ in range(int(rng.integers(3, 15))):
@@ -45,7 +45,7 @@ def scene(rng: np.random.Generator) -> Image.Image:
 
 
 def page(rng: np.random.Generator) -> Image.Image:
-    """A page of text."""
+    """Draws a page of text."""
     image = Image.new("L", (SIDE, SIDE), 250)
     draw = ImageDraw.Draw(image)
     letters = "abcdefghijklmnopqrstuvwxyz     .,"
@@ -55,13 +55,13 @@ def page(rng: np.random.Generator) -> Image.Image:
 
 
 def pictures(folder: Path, count: int) -> list[Any]:
-    """`count` image files of a folder, drawn by a fixed seed."""
+    """Draws `count` image files of a folder with a fixed seed."""
     found = sorted(file for file in folder.rglob("*") if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".dcm"))
     return random.Random(0).sample(found, min(count, len(found)))
 
 
 def groups(options: argparse.Namespace) -> Iterator[tuple[str, list[Any]]]:
-    """Names and images."""
+    """Yields names and images."""
     for split in ("train", "validation", "test"):
         films = [study.files[0].content() for study in stored_studies(str(options.data), split)[: options.each]]
         yield f"{split} split", films

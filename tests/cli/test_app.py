@@ -76,7 +76,7 @@ def test_help_and_recipes_import_nothing_heavy(arguments: list[str], absent: set
         (["finetune", "nowhere/nothing"], "no shipped recipe"),
     ],
 )
-def test_a_cheap_mistake_is_found_before_torch_is_imported(arguments: list[str], said: str, light_forked: Any) -> None:
+def test_a_simple_mistake_is_found_before_torch_is_imported(arguments: list[str], said: str, light_forked: Any) -> None:
     (done,) = light_forked(*arguments, code=_IMPORTED)
     assert done.returncode == 2
     assert said in done.stderr
@@ -101,7 +101,7 @@ for line in json.loads(sys.argv[1]):
 
 
 @pytest.mark.slow
-def test_no_command_imports_torch_for_a_cheap_mistake(tiny_run: Path, tiny_dataset: Path, tmp_path: Path) -> None:
+def test_no_command_imports_torch_for_a_simple_mistake(tiny_run: Path, tiny_dataset: Path, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "films").mkdir()
     for name in ("full/x", "file", "films/film.png", "table.csv"):
@@ -262,7 +262,7 @@ def test_ctrl_c_at_a_question_is_an_interruption(raises: Any, capsys: pytest.Cap
     assert capsys.readouterr().err == "interrupted\n"
 
 
-def test_a_broken_pipe_that_is_not_stdout_is_no_quiet_end(raises: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_broken_pipe_other_than_stdout_is_an_error(raises: Any, capsys: pytest.CaptureFixture[str]) -> None:
     raises(BrokenPipeError(errno.EPIPE, "Broken pipe"))
     assert main(["doctor"]) == 1
     assert "unexpected error: BrokenPipeError" in capsys.readouterr().err
@@ -270,7 +270,7 @@ def test_a_broken_pipe_that_is_not_stdout_is_no_quiet_end(raises: Any, capsys: p
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX pipes")
 @pytest.mark.parametrize("arguments", [["recipe", "show", "tiny/finetune", "--resolved"], ["--help"]])
-def test_a_reader_that_is_gone_ends_quietly(arguments: list[str]) -> None:
+def test_a_closed_stdout_ends_quietly(arguments: list[str]) -> None:
     read_end, write_end = os.pipe()
     os.close(read_end)
     try:
@@ -282,7 +282,7 @@ def test_a_reader_that_is_gone_ends_quietly(arguments: list[str]) -> None:
     assert (done.returncode, done.stderr) == (141, b"")
 
 
-def test_every_command_has_its_place_in_the_help() -> None:
+def test_every_command_is_in_the_help() -> None:
     group: Any = app_module.get_command(app_module.app)
     assert set(group.commands) == set(COMMANDS)
 

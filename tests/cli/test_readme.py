@@ -60,7 +60,7 @@ def _pairs(words: list[str]) -> Iterator[tuple[str, str]]:
     yield from zip(["", *words], words, strict=False)
 
 
-def test_the_blocks_that_are_not_run_are_few_and_say_why() -> None:
+def test_few_blocks_are_not_run_and_each_has_a_reason() -> None:
     assert [reason for reason, _, _ in BLOCKS if reason] == [
         "installs the package",
         "needs IU X-Ray and a hub",
@@ -138,13 +138,13 @@ def test_the_tutorial_runs(
         assert Path(written).is_file(), written
 
 
-def test_the_pictures_of_the_readme_are_there_and_small() -> None:
+def test_the_pictures_of_the_readme_exist_and_are_small() -> None:
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", README)
     assert pictures
     for picture in pictures:
         assert (ROOT / picture).stat().st_size < 150_000
 
 
-def test_the_links_of_the_readme_lead_somewhere() -> None:
+def test_the_links_of_the_readme_exist() -> None:
     targets = [target for target in re.findall(r"\]\(([^)]+)\)", README) if "://" not in target]
     assert {target for target in targets if not (ROOT / target).exists()} == set()

@@ -63,7 +63,7 @@ def test_the_run_directory_is_the_option_or_from_the_recipe(
         (["phantom/align", "-o", "taken"], "already exists and is not empty"),
     ],
 )
-def test_what_cannot_start_is_one_message_and_exit_code_2(
+def test_a_run_that_cannot_start_is_one_message(
     started: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
 ) -> None:
     (tmp_path / "taken").mkdir()

@@ -32,7 +32,7 @@ def test_the_next_command_can_be_pasted(published: Path, tmp_path: Path, capsys:
     assert shlex.split(last)[-1] == f"model.encoder.weights={out}"
 
 
-def test_there_and_back(published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_round_trip(published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert main(["convert", str(published), str(tmp_path / "out")]) == 0
     printed = capsys.readouterr()
@@ -59,7 +59,7 @@ def test_verbose_names_every_tensor(published: Path, tmp_path: Path, capsys: pyt
     assert told.count("  used      ") == len(torch.load(published, weights_only=True)["model"])
 
 
-def test_what_is_refused_is_one_message(published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_refused_file_is_one_message(published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class Evil:
         def __reduce__(self) -> object:
             return os.system, (f"touch {tmp_path / 'witness'}",)
@@ -90,7 +90,7 @@ def test_what_is_refused_is_one_message(published: Path, tmp_path: Path, capsys:
     assert not (tmp_path / "witness").exists()
 
 
-def test_a_disk_that_is_full_is_said(published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_is_reported(published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     assert main(["convert", str(published), str(tmp_path / "file/out")]) == 1
     assert "cannot write" in capsys.readouterr().err

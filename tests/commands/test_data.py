@@ -45,7 +45,7 @@ def test_show_as_json(tiny_dataset: Path, tmp_path: Path, capsys: pytest.Capture
         (["."], ". is not a dataset directory: it has no data/*.parquet"),
     ],
 )
-def test_what_cannot_be_shown(
+def test_directories_that_cannot_be_shown(
     arguments: list[str],
     said: str,
     tmp_path: Path,
@@ -59,7 +59,7 @@ def test_what_cannot_be_shown(
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file"]
 
 
-def test_a_place_that_cannot_be_written_is_said(
+def test_an_unwritable_output_is_reported(
     tiny_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()

@@ -33,7 +33,7 @@ def answers(data: Path, answer: Any) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_perfect_reports_score_one_and_the_blind_answers_less(phantoms: Path) -> None:
+def test_perfect_reports_score_one_and_blind_answers_less(phantoms: Path) -> None:
     result = read_result(phantoms, answers(phantoms, lambda row: row["findings"].lower()))
     model, shuffled, usual = result.f1["micro"]
     assert model == 1.0
@@ -42,12 +42,12 @@ def test_perfect_reports_score_one_and_the_blind_answers_less(phantoms: Path) ->
     assert len(result.study_ids) == 10
 
 
-def test_a_report_of_nothing_finds_nothing(phantoms: Path) -> None:
+def test_an_empty_report_finds_nothing(phantoms: Path) -> None:
     result = read_result(phantoms, answers(phantoms, lambda row: "the lungs are clear ."))
     assert result.f1["micro"][0] == 0.0
 
 
-def test_found_invented_and_missed_are_told_apart() -> None:
+def test_found_invented_and_missed_are_distinguished() -> None:
     report = "the heart is enlarged . there is a nodule . no pneumothorax ."
     spans = [{"start": a, "end": b} for a, b in sentence_spans(report)]
     reference = "there is cardiomegaly . a small left pneumothorax is seen . the bones are intact ."
@@ -102,7 +102,7 @@ SMALL = ("model.encoder.d_model=16", "model.encoder.depth=1", "model.encoder.ima
 
 
 @pytest.mark.slow
-def test_stopped_the_same_command_continues_to_the_end(
+def test_after_a_stop_the_same_command_continues(
     tmp_path: Path, no_java: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With a smaller model, to be quick; the commands are those a user sees."""

@@ -33,7 +33,7 @@ def test_doctor_text_has_a_line_for_each(capsys: pytest.CaptureFixture[str]) -> 
     assert "CPU cores" in text
 
 
-def test_a_piece_that_is_broken_does_not_hide_the_others(
+def test_a_broken_part_does_not_hide_the_others(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken() -> dict[str, object]:
@@ -47,7 +47,7 @@ def test_a_piece_that_is_broken_does_not_hide_the_others(
     assert "free at" in text
 
 
-def test_missing_packages_are_named_and_optional_ones_excused(
+def test_missing_packages_are_named_except_optional_ones(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(diagnosis, "PACKAGES", ("emrrg", "no-such-package", "mamba-ssm"))

@@ -43,7 +43,7 @@ def test_scores_are_printed_and_a_second_run_overwrites_nothing(run: Path, capsy
 
 
 @pytest.mark.slow
-def test_json_is_all_that_stdout_holds(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stdout_has_only_json(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["evaluate", "-m", str(run), "--split", "validation", "-o", str(tmp_path / "out"), "--json"]
     assert main(arguments) == 0
     result = json.loads(capsys.readouterr().out)
@@ -77,7 +77,7 @@ def test_data_may_be_elsewhere(
         (["evaluation.tokenizer=ptb"], 1, "the ptb tokenizer needs Java"),
     ],
 )
-def test_what_cannot_be_is_one_message(
+def test_impossible_requests_are_one_message(
     tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], extra: list[str], code: int, told: str
 ) -> None:
     assert main(["evaluate", "--model", str(tiny_run), "-o", str(tmp_path / "out"), *extra]) == code
@@ -88,7 +88,9 @@ def test_what_cannot_be_is_one_message(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_no_run(tmp_path: Path, tiny_dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_directories_that_are_not_runs_are_refused(
+    tmp_path: Path, tiny_dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for directory in (tmp_path / "none", tiny_dataset):
         assert main(["evaluate", "--model", str(directory)]) == 2
         assert "is not a run directory" in capsys.readouterr().err
@@ -142,6 +144,6 @@ def test_a_file_is_shown_as_tables(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--predictions", "p.jsonl", "data.limit=1"], "data.limit=1 has no effect"),
     ],
 )
-def test_wrong_use_is_explained(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage_is_explained(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", *arguments]) == 2
     assert told in capsys.readouterr().err

@@ -55,9 +55,7 @@ def test_the_run_directory_is_the_option_or_from_the_recipe(started: list[Any]) 
     assert (started[0]["resume"], started[0]["expected_processes"]) == (False, 0)
 
 
-def test_the_outcome_and_the_next_commands_are_told_on_stderr(
-    started: list[Any], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_result_and_next_commands_are_on_stderr(started: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["finetune", "tiny/finetune", "-o", "my run"]) == 0
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -81,7 +79,7 @@ def test_the_outcome_and_the_next_commands_are_told_on_stderr(
         (["tiny/finetune", "-o", "taken/file/run"], "is a file"),
     ],
 )
-def test_what_cannot_start_is_one_message_and_exit_code_2(
+def test_a_run_that_cannot_start_is_one_message(
     started: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
 ) -> None:
     (tmp_path / "taken").mkdir()

@@ -24,7 +24,7 @@ def images(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
-def test_reports_are_shown_and_the_skipped_named(
+def test_reports_are_shown_and_skipped_files_named(
     tiny_run: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(images)
@@ -38,9 +38,7 @@ def test_reports_are_shown_and_the_skipped_named(
     assert len((tmp_path / "out" / "reports.jsonl").read_text().splitlines()) == 2
 
 
-def test_json_is_all_that_stdout_holds(
-    tiny_run: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_stdout_has_only_json(tiny_run: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["generate", str(images), "--model", str(tiny_run), "-o", str(tmp_path / "out"), "--json"]
     assert main([*arguments, "generation.num_beams=2"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -104,14 +102,16 @@ def test_wrong_usage_is_exit_code_2(
     assert not (tmp_path / "reports").exists()
 
 
-def test_what_is_no_run(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_directories_that_are_not_runs_are_refused(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["generate", str(images), "--model", str(images), "-o", str(tmp_path / "out")]) == 2
     assert "is not a run directory" in capsys.readouterr().err
     assert main(["generate", "--model", str(images)]) == 2
 
 
 @pytest.mark.usefixtures("no_default_model")
-def test_without_a_default_model_a_model_is_asked_for(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_default_model_a_model_is_needed(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", str(images)]) == 2
     told = capsys.readouterr().err
     assert "this installation has no default model" in told

@@ -88,7 +88,7 @@ def test_wrong_usage_is_exit_code_2(
     assert not (tmp_path / "out").exists()
 
 
-def test_out_that_exists(tiny_r2gen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_existing_out_is_refused(tiny_r2gen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["preprocess", "r2gen", str(tiny_r2gen), str(tmp_path / "out"), "--workers", "1", "--limit", "1"]
     assert main(arguments) == 0
     assert main(arguments) == 2
@@ -161,7 +161,7 @@ def test_folder_without_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["--table", "TABLE", "--image-column", "file", "--view-column", "v"], "--view-column"),
     ],
 )
-def test_wrong_use_of_folder_is_exit_code_2(
+def test_wrong_usage_of_folder_is_exit_code_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], extra: list[str], message: str
 ) -> None:
     root = _films(tmp_path / "films")

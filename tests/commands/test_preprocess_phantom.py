@@ -14,7 +14,7 @@ from emrrg_cli.ingest.sources.phantom import synthetic_study
 
 
 @pytest.mark.slow
-def test_writes_and_says_synthetic(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_writes_films_and_says_synthetic(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert main(["preprocess", "phantom", str(out), "--count", "20", "--seed", "2", "--size", "64"]) == 0
     printed = capsys.readouterr().out

@@ -69,7 +69,7 @@ def test_show_resolved_reads_back_as_the_same_recipe(capsys: pytest.CaptureFixtu
     assert "weight_decay: 0.01\n" in capsys.readouterr().out
 
 
-def test_show_of_an_overlay_shows_what_it_states(capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_of_an_overlay_shows_only_its_settings(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipe", "show", "default/generate", "generation.num_beams=1"]) == 0
     assert capsys.readouterr().out == "stage: generate\ngeneration:\n  num_beams: 1\n"
 
@@ -100,7 +100,7 @@ def test_cp_overwrites_only_when_forced(capsys: pytest.CaptureFixture[str]) -> N
         ("tiny/fine", "y.yaml", "tiny/finetune"),
     ],
 )
-def test_cp_refuses_what_could_not_be_run_later(
+def test_cp_refuses_recipes_that_could_not_be_run(
     name: str, destination: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["recipe", "cp", name, destination]) == 2

@@ -46,7 +46,7 @@ def test_help_is_complete_at_80_columns(
 
 
 @pytest.mark.parametrize("path", list(COMMANDS), ids=" ".join)
-def test_only_commands_that_train_speak_of_train_lr(
+def test_only_training_commands_mention_train_lr(
     path: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trains = path[0] in ("pretrain", "align", "finetune", "plan") or path in (
@@ -82,7 +82,7 @@ def test_the_list_of_commands_has_whole_sentences(
         ("finetune tiny/finetune --resume true", "Flags such as --resume take no value."),
     ],
 )
-def test_a_wrong_call_says_what_to_type(line: str, advice: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage_says_what_to_type(line: str, advice: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(line.split()) == 2
     shown = capsys.readouterr()
     assert shown.out == ""

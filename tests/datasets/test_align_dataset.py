@@ -33,7 +33,7 @@ def drawn(data: PairDataset, seed: int) -> list[int]:
 # -- mixing ------------------------------------------------------------------------------------------------------
 
 
-def test_sets_stand_one_after_the_other(parts: list[ReportDataset]) -> None:
+def test_data_sets_are_concatenated(parts: list[ReportDataset]) -> None:
     data = PairDataset(parts)
     assert len(data) == len(data.reports) == 24
     expected = [study for part in parts for study in part.study_ids]
@@ -44,7 +44,7 @@ def test_sets_stand_one_after_the_other(parts: list[ReportDataset]) -> None:
     assert torch.equal(examples[17].pixels, parts[1][1].pixels)
 
 
-def test_weight_one_is_each_study_once_in_the_order_of_the_seed(parts: list[ReportDataset]) -> None:
+def test_weight_one_takes_each_study_once_in_seeded_order(parts: list[ReportDataset]) -> None:
     data = PairDataset(parts)
     assert sorted(drawn(data, 0)) == list(range(24))
     assert drawn(data, 0) == drawn(PairDataset(parts, [1, 1, 1]), 0) != drawn(data, 1)
@@ -82,7 +82,7 @@ def test_an_epoch_of_a_mixture_is_cut_into_batches(parts: list[ReportDataset]) -
         assert sorted(one + other) == sorted(both)
 
 
-def test_a_weight_that_leaves_nothing_is_refused(parts: list[ReportDataset]) -> None:
+def test_a_weight_that_leaves_no_study_is_refused(parts: list[ReportDataset]) -> None:
     with pytest.raises(UsageError, match=r"data\.sets\[1\]\.weight=0\.1 leaves none of its 4 training studies"):
         PairDataset(parts, [1.0, 0.1, 1.0])
 
@@ -113,7 +113,7 @@ def test_texts_end_with_one_token_and_are_padded_on_the_right(tokenizer: Any) ->
     assert tokenizer.decode(ids[0], skip_special_tokens=True) == "clear ."
 
 
-def test_a_tokenizer_without_padding_will_do(qwen_like: Any) -> None:
+def test_a_tokenizer_may_have_no_padding_token(qwen_like: Any) -> None:
     ids, mask = encode_texts(qwen_like, ["clear .", "there is a left pleural effusion ."], 64)
     assert mask.sum(dim=1).tolist() == [len(qwen_like.encode("clear .")), ids.shape[1]]
 

@@ -31,12 +31,12 @@ def _epochs(factor: float, count: int = 1) -> list[Counter[int]]:
     return [Counter(epoch) for epoch in drawn]
 
 
-def test_studies_with_a_finding_come_as_often_as_asked() -> None:
+def test_studies_with_a_finding_are_taken_factor_times() -> None:
     assert _epochs(1.0) == [Counter(range(6))]
     assert _epochs(3.0) == [Counter({0: 3, 3: 3, 1: 1, 2: 1, 4: 1, 5: 1})]
 
 
-def test_part_of_them_comes_once_more_drawn_anew() -> None:
+def test_a_random_part_of_them_is_taken_once_more() -> None:
     epochs = _epochs(2.5, count=40)
     assert all(sorted((epoch[0], epoch[3])) == [2, 3] for epoch in epochs)
     assert {epoch[0] for epoch in epochs} == {2, 3}

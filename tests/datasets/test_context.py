@@ -56,16 +56,16 @@ def test_cleaning_none_leaves_the_text_as_it_is() -> None:
      ("2 days old", "2 days"), (57, "57 years"), ("58-year-old", "58 years"), ("XXXX", ""), ("999", ""), ("", ""),
      ("-4", "")],
 )  # fmt: skip
-def test_ages_are_read_in_every_form(raw: Any, text: str) -> None:
+def test_ages_are_read_in_all_forms(raw: Any, text: str) -> None:
     assert context_text("age", raw, "auto", 9) == text
 
 
 @pytest.mark.parametrize(("raw", "text"), [("F", "female"), ("Male", "male"), ("O", ""), ("unknown", "")])
-def test_sexes_are_male_female_or_left_out(raw: str, text: str) -> None:
+def test_sexes_are_male_female_or_missing(raw: str, text: str) -> None:
     assert context_text("sex", raw, "auto", 9) == text
 
 
-def test_sentences_of_the_report_are_left_out() -> None:
+def test_sentences_of_the_report_are_removed() -> None:
     row = {
         "indication": "Cough. The lungs are clear, no effusion! Fever.",
         "comparison": "There is a small left pleural effusion.",
@@ -115,7 +115,7 @@ def tokenizer_of_bytes() -> Any:
     return Bytes()
 
 
-def test_where_the_context_stands() -> None:
+def test_the_place_of_the_context_in_the_prompt() -> None:
     assert prompt_parts("a<ImageHere>b") == ("a", "", "b")
     assert prompt_parts("a<ImageHere>b<ContextHere>c") == ("a", "b", "c")
 
@@ -149,7 +149,7 @@ def test_only_a_training_drops_fields(context_dataset: Path) -> None:
     assert len({tuple(context) for context in of_epochs}) > 2
 
 
-def test_the_films_of_others_come_with_the_own_context(context_dataset: Path) -> None:
+def test_films_of_other_studies_keep_the_own_context(context_dataset: Path) -> None:
     dataset = ReportDataset(open_dataset(context_dataset)["train"], DataSettings(context=["age"]), 16)
     other = OtherFilms(dataset, [1, 2, 0])[0]
     assert other.context == {"age": "40 years"}

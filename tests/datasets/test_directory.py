@@ -59,7 +59,7 @@ def _write(
 
 
 @pytest.mark.slow
-def test_fixture_opens_as_people_would_open_it(tiny_dataset: Path, tmp_path: Path) -> None:
+def test_load_dataset_opens_the_fixture(tiny_dataset: Path, tmp_path: Path) -> None:
     code = "import sys; from datasets import load_dataset; d = load_dataset(sys.argv[1]); print(d['train'][1])"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path)}
     done = subprocess.run(
@@ -70,7 +70,7 @@ def test_fixture_opens_as_people_would_open_it(tiny_dataset: Path, tmp_path: Pat
     assert done.stdout.count("image mode=L size=160x140") == 2
 
 
-def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
+def test_written_rows_are_read_back(tmp_path: Path) -> None:
     studies = open_dataset(_write(tmp_path / "out"))
     assert list(studies) == ["train"]  # splits without studies are left out
     row = studies["train"][2]
@@ -109,7 +109,7 @@ def test_large_images_end_a_row_group_early(tmp_path: Path, monkeypatch: pytest.
     assert pq.ParquetFile(next((out / "data").iterdir())).num_row_groups == 4
 
 
-def test_directories_of_one_name_are_not_confused(tmp_path: Path) -> None:
+def test_directories_of_the_same_name_are_not_confused(tmp_path: Path) -> None:
     from datasets import load_dataset
 
     # `datasets` would show the first one's rows for all three, were it not for the fingerprint in the card.
@@ -137,7 +137,7 @@ def test_the_fingerprint_is_of_the_content(tmp_path: Path) -> None:
     assert len(set(prints)) == 5
 
 
-def test_it_streams(tiny_dataset: Path) -> None:
+def test_the_dataset_can_be_streamed(tiny_dataset: Path) -> None:
     from datasets import load_dataset
 
     first = next(iter(load_dataset(str(tiny_dataset), split="train", streaming=True)))
@@ -145,7 +145,7 @@ def test_it_streams(tiny_dataset: Path) -> None:
     assert first["images"][0].size == (160, 140)
 
 
-def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failure_leaves_no_files(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         _write(tmp_path / "out", fail=KeyboardInterrupt())
     assert list(tmp_path.iterdir()) == []
@@ -177,7 +177,7 @@ def test_after_a_failure_the_next_run_continues(tmp_path: Path, capfd: pytest.Ca
     assert len(open_dataset(out)["train"]) == 5
 
 
-def test_a_disk_that_is_full_at_the_end_costs_no_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_at_the_end_loses_no_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, mkdir = tmp_path / "out", Path.mkdir
 
     def full(path: Path, *arguments: Any, **options: Any) -> None:
@@ -198,9 +198,7 @@ def test_a_disk_that_is_full_at_the_end_costs_no_shard(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("renamed", [0, 1, 2])
-def test_a_run_that_was_killed_at_its_end_goes_on(
-    renamed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_killed_at_its_end_continues(renamed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = _write(tmp_path / "whole", 5, per_shard=2)
     out = tmp_path / "out"
     replace, count = Path.replace, 0
@@ -312,7 +310,7 @@ def test_the_copy_is_announced_once(tmp_path: Path, capfd: pytest.CaptureFixture
     assert capfd.readouterr().err == ""
 
 
-def test_what_cannot_be_opened(tmp_path: Path) -> None:
+def test_invalid_directories_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such dataset directory"):
         open_dataset(tmp_path / "none")
     with pytest.raises(UsageError, match=r"it has no data/\*\.parquet"):

@@ -18,7 +18,7 @@ def copy(tiny_dataset: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_dataset, tmp_path / "copy"))
 
 
-def test_it_is_the_one_of_the_manifest(tiny_dataset: Path, copy: Path) -> None:
+def test_the_fingerprint_is_from_the_manifest(tiny_dataset: Path, copy: Path) -> None:
     written = json.loads((tiny_dataset / "manifest.json").read_text())["fingerprint"]
     assert dataset_fingerprint(tiny_dataset) == dataset_fingerprint(str(copy)) == written
 
@@ -42,7 +42,7 @@ def test_without_a_manifest_it_changes_with_the_files(copy: Path) -> None:
     assert len(dataset_fingerprint(copy)) == 32  # whoever opens it says that it is broken
 
 
-def test_what_cannot_be_known_is_said(copy: Path, tmp_path: Path) -> None:
+def test_a_missing_directory_or_broken_manifest_is_an_error(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such dataset directory"):
         dataset_fingerprint(tmp_path / "none")
     (copy / "manifest.json").write_text("{")

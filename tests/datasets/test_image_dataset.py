@@ -50,7 +50,7 @@ def _all(root: Path) -> FolderImages:
 # -- crops -------------------------------------------------------------------------------------------------------
 
 
-def test_boxes_lie_in_the_image_with_uniform_areas() -> None:
+def test_boxes_are_inside_the_image_with_uniform_areas() -> None:
     rng = np.random.default_rng(0)
     parts, ratios, centres = [], [], []
     for _ in range(4000):
@@ -71,7 +71,7 @@ def test_boxes_lie_in_the_image_with_uniform_areas() -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), [(1000, 10), (10, 1000), (1, 1)])
-def test_an_image_that_no_draw_fits_into_gives_its_middle(width: int, height: int) -> None:
+def test_an_image_that_fits_no_crop_gives_its_centre(width: int, height: int) -> None:
     boxes = {random_box(np.random.default_rng(i), width, height, (1.0, 1.0)) for i in range(20)}
     (left, top, right, bottom) = max(boxes, key=lambda box: box[2] - box[0])
     assert left == pytest.approx(width - right)
@@ -105,7 +105,7 @@ def test_without_mirroring_none_is_mirrored(tmp_path: Path) -> None:
         assert int(dataset[0][8, 0]) < int(dataset[0][8, -1])
 
 
-def test_what_is_drawn_depends_on_seed_epoch_and_number_alone(folder: Path) -> None:
+def test_crops_depend_only_on_seed_epoch_and_index(folder: Path) -> None:
     def crops(seed: int, epoch: int) -> list[torch.Tensor]:
         dataset = ImageDataset(_all(folder), 32, Augmentation(), seed)
         dataset.set_epoch(epoch)
@@ -192,7 +192,7 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 # -- a folder ----------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_is_searched_and_what_is_no_image_left_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_is_searched_and_other_files_are_skipped(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "notes.txt").write_text("no image")
     (folder / ".hidden.png").write_bytes((folder / "a" / "01.png").read_bytes())
     whole = (folder / "b" / "c" / "08.jpg").read_bytes()

@@ -22,7 +22,7 @@ def _known(row: torch.Tensor) -> dict[str, float]:
     return {name: float(value) for name, value in zip(FINDINGS, row, strict=True) if not math.isnan(value)}
 
 
-def test_names_of_chestxray14_and_what_nobody_looked_for() -> None:
+def test_names_of_chestxray14_and_findings_without_labels() -> None:
     rows = [["Effusion", "Infiltration"], ["No Finding"], ["Emphysema", "Pleural_Thickening"], ["mass"]]
     targets = [_known(row) for row in label_targets([{"labels": row} for row in rows])]
     names = ("No Finding", "Lung Lesion", "Lung Opacity", "Pleural Effusion", "Pleural Other")
@@ -42,7 +42,7 @@ def test_uncertain_labels_are_not_known() -> None:
     assert second == {"Edema": 0.0, "Pneumonia": 1.0, "Fracture": 0.0}
 
 
-def test_films_without_labels_are_left_out(labelled_dataset: Path, tiny_dataset: Path) -> None:
+def test_films_without_labels_are_skipped(labelled_dataset: Path, tiny_dataset: Path) -> None:
     films = LabelledFilms(open_dataset(labelled_dataset)["train"], DataSettings(), 16)
     assert (len(films), films.without_text) == (12, 4)
     example = films[1]

@@ -46,12 +46,12 @@ def nothing_left_behind() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_come_in_the_order_given_empty_ones_left_out(workers: int) -> None:
+def test_batches_keep_their_order_without_empty_ones(workers: int) -> None:
     batches = load_batches(Numbers(), [[3, 1], [], [2], [0, 4, 5]], list, workers=workers)
     assert [[example[0] for example in batch] for batch in batches] == [[3, 1], [2], [0, 4, 5]]
 
 
-def test_other_processes_read_and_leave_signals_to_this_one() -> None:
+def test_other_processes_read_and_ignore_signals() -> None:
     (batch,) = load_batches(Numbers(), [[0]], list, workers=1)
     assert batch[0][1] != os.getpid()
     assert batch[0][2] == [True, True]
@@ -71,7 +71,7 @@ def test_an_error_is_raised_after_the_batches_before_it(workers: int) -> None:
     assert caught.value.exit_code == 1
 
 
-def test_an_error_with_arguments_of_its_own_crosses_processes() -> None:
+def test_an_error_with_several_arguments_is_passed_on() -> None:
     with pytest.raises(ImageError) as caught:
         list(load_batches(Numbers(0, ImageError("a.png", "broken image", "cut")), [[0]], list, workers=1))
     assert (caught.value.where, caught.value.reason, caught.value.detail) == ("a.png", "broken image", "cut")
@@ -101,7 +101,7 @@ def test_processes_end_when_the_reader_stops_or_is_interrupted() -> None:
     assert reading_processes() == []
 
 
-def test_the_random_numbers_of_this_process_are_left_alone() -> None:
+def test_the_random_state_of_this_process_is_unchanged() -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
     list(load_batches(Numbers(), [[0], [1]], list, workers=1))

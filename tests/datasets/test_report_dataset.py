@@ -58,7 +58,7 @@ def test_studies_of_a_dataset_directory(tiny_dataset: Path) -> None:
     assert dataset[0].pixels.shape == (1, 48, 48)
 
 
-def test_studies_without_the_text_are_left_out() -> None:
+def test_studies_without_the_text_are_skipped() -> None:
     split = _split({"report": "A."}, {"report": None}, {"report": " \n"}, {"report": ""}, {"report": "B."})
     dataset = ReportDataset(split, DataSettings(), 16)
     assert dataset.study_ids == ["s0", "s4"]
@@ -87,7 +87,7 @@ def test_sections(section: str, reports: list[str]) -> None:
     assert ReportDataset(split, DataSettings.model_validate({"section": section}), 16).reports == reports
 
 
-def test_cleaning_goes_by_the_source() -> None:
+def test_cleaning_depends_on_the_source() -> None:
     text = "Size: 3 = normal."
     split = _split({"report": text, "source": "iu_xray"}, {"report": text}, {"report": text, "source": None})
     assert ReportDataset(split, DataSettings(), 16).reports == [
@@ -197,7 +197,7 @@ def test_an_epoch_takes_each_example_once_at_most(length: int, batch_size: int) 
     assert set(seen) <= set(range(length))
 
 
-def test_every_example_has_its_turn_in_some_epoch() -> None:
+def test_every_example_is_used_in_some_epoch() -> None:
     order = EpochOrder(25, 8)
     epochs = [{index for micro in order.epoch(epoch) for index in micro} for epoch in range(20)]
     assert set().union(*epochs) == set(range(25))
@@ -247,7 +247,7 @@ def test_epochs_and_seeds_shuffle_anew() -> None:
     assert torch.equal(torch.get_rng_state(), before)  # the training's generator is left alone
 
 
-def test_batches_that_do_not_fit_are_refused() -> None:
+def test_batches_of_a_wrong_size_are_refused() -> None:
     with pytest.raises(UsageError, match=r"train\.batch_size=6 does not divide among 4 processes"):
         EpochOrder(100, 6, world_size=4)
     with pytest.raises(UsageError, match=r"has 5 usable examples, fewer than train\.batch_size=6"):

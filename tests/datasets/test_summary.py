@@ -95,7 +95,7 @@ def test_a_directory_with_no_text_at_all(write: Any) -> None:
     assert (empty.studies, empty.examples, empty.views) == (0, [], {})
 
 
-def test_lines_within_a_sentence_are_no_ends() -> None:
+def test_a_line_end_does_not_end_a_sentence() -> None:
     report = "The lungs are\nclear. Heart size\n is normal!\n\nIMPRESSION:\n\n1. No change?  3.5 cm nodule"
     assert list(sentences_of(report)) == [
         "The lungs are clear", "Heart size is normal", "IMPRESSION:", "No change", "3.5 cm nodule",
@@ -164,7 +164,7 @@ def test_memory_grows_by_a_few_bytes_a_study(write: Any) -> None:
     assert (many - few) / 3000 < 100  # bytes; a report has 300
 
 
-def test_sentences_are_counted_exactly_whatever_comes_between(write: Any) -> None:
+def test_sentences_are_counted_exactly(write: Any) -> None:
     rare = [{"study_id": f"r{n}", "report": f"Rare {'x' * n}y."} for n in range(200)]
     often = [{"study_id": f"o{n}", "report": "Lungs clear. lungs CLEAR."} for n in range(70)]
     once_more = [{"study_id": "z", "report": "LUNGS clear. The end."}]

@@ -68,7 +68,7 @@ def test_token_probabilities_are_those_of_transformers(
 
 
 @pytest.mark.parametrize("options", SAMPLING)
-def test_sampling_does_not_change_what_the_model_gives(options: dict[str, Any], make_llm: MakeLLM) -> None:
+def test_sampling_does_not_change_token_probabilities(options: dict[str, Any], make_llm: MakeLLM) -> None:
     llm, prompts = make_model(make_llm), make_prompts(holes=True)
     own = ours(llm, prompts, GenerationSettings(max_new_tokens=12, batch_size=8, do_sample=True, **options))
     reports = [own[study][0] for study in range(8)]

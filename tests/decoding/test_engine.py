@@ -197,7 +197,7 @@ SAMPLING = [
 
 
 @pytest.mark.parametrize("options", SAMPLING)
-def test_draws_from_what_transformers_draws_from(
+def test_sampling_has_the_distribution_of_transformers(
     options: dict[str, Any], make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """transformers gets our noise in the place of its own: it then draws the same tokens."""
@@ -255,7 +255,7 @@ def test_longer_prompts_wait_for_room(make_llm: MakeLLM) -> None:
     assert [found[key] for key in [*range(5), *range(10, 15)]] == expected
 
 
-def test_prompts_are_asked_for_when_places_are_free(make_llm: MakeLLM) -> None:
+def test_prompts_are_requested_when_places_are_free(make_llm: MakeLLM) -> None:
     llm, prompts = make_model(make_llm), make_prompts(12)
     asked: list[int] = []
 
@@ -309,7 +309,7 @@ def test_a_short_window_is_left_to_transformers(make_llm: MakeLLM) -> None:
         choose_engine(llm, GenerationSettings(engine="own"), 33)
 
 
-def test_an_llm_that_computes_otherwise_is_left_alone(make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_llm_with_other_results_is_left_to_transformers(make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = make_llm()
     forward = llm.forward
 
@@ -362,7 +362,9 @@ def test_bf16_autocast_agrees_mostly(beams: int, make_llm: MakeLLM) -> None:
 
 
 @pytest.mark.parametrize("least", [1, 3])
-def test_studies_enter_together_where_that_pays(least: int, make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_studies_enter_together_if_requested(
+    least: int, make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     llm, prompts = make_model(make_llm), make_prompts(20)
     settings = GenerationSettings(max_new_tokens=12, batch_size=6)
     engine = Engine(llm, settings, [END], torch.device("cpu"))

@@ -121,7 +121,7 @@ def test_the_cards_of_a_killed_run_are_kept(
     assert not (tmp_path / "out" / "page.jsonl.partial").exists()
 
 
-def test_a_record_whose_card_was_lost_is_shown_in_words(
+def test_a_record_without_its_card_is_shown_as_text(
     tmp_path: Path, files: list[Path], writer: Writer, recipe: FinetuneRecipe
 ) -> None:
     arguments = (tmp_path / "run", recipe, tmp_path / "out")
@@ -160,7 +160,7 @@ def test_the_number_of_studies_on_the_page(
     assert sum(writer.grounded) == 2
 
 
-def test_without_grounding_there_are_pictures_alone(
+def test_without_grounding_there_are_only_pictures(
     tmp_path: Path, files: list[Path], writer: Writer, recipe: FinetuneRecipe
 ) -> None:
     run_generation(files, tmp_path / "run", recipe, tmp_path / "out", page=PageOptions(grounding=False))

@@ -107,7 +107,7 @@ def test_folders_are_searched_in_order_without_hidden_ones(tmp_path: Path) -> No
     assert found == ["a.png", "notes.txt", "b/1.png", "b/2.png", "b/c/3.png"]
 
 
-def test_files_are_taken_as_named_and_once(tmp_path: Path) -> None:
+def test_named_files_are_taken_once(tmp_path: Path) -> None:
     one, hidden = tmp_path / "1.png", tmp_path / ".2.png"
     one.touch()
     hidden.touch()
@@ -116,7 +116,7 @@ def test_files_are_taken_as_named_and_once(tmp_path: Path) -> None:
     assert find_images(named) == [hidden, one, tmp_path / "gone.png"]
 
 
-def test_a_path_that_is_not_there_or_nothing_at_all_is_an_error(tmp_path: Path) -> None:
+def test_missing_paths_and_empty_folders_are_errors(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="none: no such file or folder"):
         find_images([str(tmp_path / "none")])
     (tmp_path / "empty" / "deeper").mkdir(parents=True)
@@ -163,7 +163,9 @@ def test_reports_and_skipped_files_are_written(tmp_path: Path, writer: Writer, r
 
 
 @pytest.mark.skipif(os.name == "nt", reason="names are bytes on POSIX only")
-def test_a_name_that_is_no_utf8_is_written_with_escapes(tmp_path: Path, writer: Writer, recipe: FinetuneRecipe) -> None:
+def test_a_name_that_is_not_utf8_is_written_with_escapes(
+    tmp_path: Path, writer: Writer, recipe: FinetuneRecipe
+) -> None:
     folder_bytes = os.fsencode(tmp_path / "images")
     _image(tmp_path / "images" / "a.png")
     os.rename(folder_bytes + b"/a.png", folder_bytes + b"/caf\xe9.png")  # noqa: PTH104
@@ -174,14 +176,16 @@ def test_a_name_that_is_no_utf8_is_written_with_escapes(tmp_path: Path, writer: 
     assert "caf\\udce9.png" in (tmp_path / "out" / "reports.csv").read_text(encoding="utf-8")
 
 
-def test_no_readable_image_leaves_the_reasons_only(tmp_path: Path, writer: Writer, recipe: FinetuneRecipe) -> None:
+def test_without_readable_images_only_the_reasons_are_written(
+    tmp_path: Path, writer: Writer, recipe: FinetuneRecipe
+) -> None:
     (tmp_path / "a.txt").write_text("text")
     result = run_generation([tmp_path / "a.txt"], tmp_path / "run", recipe, tmp_path / "out")
     assert (list(result.rows()), result.reports, result.skipped, writer.batches) == ([], 0, 1, [])
     assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["skipped.jsonl"]
 
 
-def test_earlier_reports_are_kept_unless_told_otherwise(tmp_path: Path, writer: Writer, recipe: FinetuneRecipe) -> None:
+def test_earlier_reports_are_kept_by_default(tmp_path: Path, writer: Writer, recipe: FinetuneRecipe) -> None:
     images = [_image(tmp_path / "1.png"), tmp_path / "2.txt"]
     images[1].write_text("text")
     arguments = (tmp_path / "run", recipe, tmp_path / "out")
@@ -196,9 +200,7 @@ def test_earlier_reports_are_kept_unless_told_otherwise(tmp_path: Path, writer: 
     assert not (tmp_path / "out" / "skipped.jsonl").exists()  # nothing was skipped this time
 
 
-def test_earlier_reports_are_replaced_by_a_whole_run_alone(
-    tmp_path: Path, writer: Writer, recipe: FinetuneRecipe
-) -> None:
+def test_only_a_complete_run_replaces_earlier_reports(tmp_path: Path, writer: Writer, recipe: FinetuneRecipe) -> None:
     out, files = tmp_path / "out", [_image(tmp_path / f"{index}.png") for index in range(5)]
     (tmp_path / "text.png").write_text("no image")
     run_generation([*files, tmp_path / "text.png"], tmp_path / "run", recipe, out)
@@ -273,7 +275,7 @@ def test_an_interruption_keeps_what_was_written(
     assert [signal.getsignal(watched) for watched in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
-def test_an_interruption_while_decoding_is_no_broken_image(
+def test_an_interrupted_image_is_not_reported_as_broken(
     tmp_path: Path, writer: Writer, recipe: FinetuneRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = [_image(tmp_path / f"{index}.png") for index in range(5)]
@@ -303,7 +305,7 @@ def test_a_failure_keeps_what_was_written(tmp_path: Path, writer: Writer, recipe
     assert len(_rows(tmp_path / "out" / "reports.jsonl")) == 2
 
 
-def test_each_batch_is_on_the_disk_when_the_next_begins(tmp_path: Path, writer: Writer, recipe: FinetuneRecipe) -> None:
+def test_each_batch_is_saved_before_the_next_begins(tmp_path: Path, writer: Writer, recipe: FinetuneRecipe) -> None:
     seen: list[int] = []
 
     def look() -> None:
@@ -388,9 +390,7 @@ def test_a_record_has_everything(tmp_path: Path, writer: Writer, recipe: Finetun
     assert (row["log_probability"], row["views"]) == (-0.5, [None])
 
 
-def test_an_output_that_is_removed_meanwhile_is_an_error(
-    tmp_path: Path, writer: Writer, recipe: FinetuneRecipe
-) -> None:
+def test_an_output_removed_during_the_run_is_an_error(tmp_path: Path, writer: Writer, recipe: FinetuneRecipe) -> None:
     files = [_image(tmp_path / f"{index}.png") for index in range(5)]
     writer.before = lambda: shutil.rmtree(tmp_path / "out") if writer.batches else None  # type: ignore[method-assign]
     with pytest.raises(RunError, match=r"reports\.jsonl\.partial was removed during the run"):
@@ -459,7 +459,7 @@ def test_shards_together_are_one_run(tmp_path: Path, writer: Writer, recipe: Fin
 
 
 @pytest.mark.parametrize("text", ["4/4", "1", "a/b", "-1/3", "1/0", "1/3/5", ""])
-def test_what_is_no_shard(text: str) -> None:
+def test_invalid_shards_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="is not i/N"):
         Shard.parse(text)
 
@@ -517,7 +517,7 @@ def test_dicom_files_of_a_study_belong_together(tmp_path: Path, make_dicom: Any)
     assert str(tmp_path / "broken.dcm") in studies
 
 
-def test_patterns_that_the_shell_left(tmp_path: Path) -> None:
+def test_glob_patterns_are_expanded(tmp_path: Path) -> None:
     for name in ("1.png", "2.png", "3.jpg", "[x].png"):
         _image(tmp_path / name)
     assert len(find_studies([str(tmp_path / "*.png")])) == 3
@@ -538,7 +538,7 @@ def test_a_table_lists_studies(tmp_path: Path) -> None:
         table_studies(table, "scan")
 
 
-def test_the_views_of_a_study_go_in_together(tmp_path: Path, writer: Writer, recipe: FinetuneRecipe) -> None:
+def test_the_views_of_a_study_are_read_together(tmp_path: Path, writer: Writer, recipe: FinetuneRecipe) -> None:
     files = (_image(tmp_path / "1.png", 50), tmp_path / "2.png", _image(tmp_path / "3.png", 150))
     files[1].write_text("no image")
     study = StudyFiles("s", files, ("PA", "", "lateral"))
@@ -556,7 +556,7 @@ def test_the_views_of_a_study_go_in_together(tmp_path: Path, writer: Writer, rec
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_images_read_ahead_come_in_order(
+def test_images_read_ahead_keep_their_order(
     threads: int, tmp_path: Path, writer: Writer, recipe: FinetuneRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = [_image(tmp_path / f"{index:02}.png", 10 * index) for index in range(20)]

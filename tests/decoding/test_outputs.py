@@ -32,7 +32,7 @@ def _fingerprint(run: Path, *changes: str) -> str:
     ],
     ids=["pipe", "device", "folder", "broken link"],
 )
-def test_weights_that_are_no_file_are_refused(
+def test_weights_that_are_not_a_file_are_refused(
     tiny_run: Path, tmp_path: Path, make: Callable[[Path], None], reason: str
 ) -> None:
     run = tmp_path / "run"

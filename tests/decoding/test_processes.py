@@ -79,7 +79,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.slow
-def test_two_processes_write_what_one_writes_after_one_died(
+def test_two_processes_write_what_one_writes_after_a_crash(
     varied_run: Path, films: Path, tmp_path: Path, forked: Any
 ) -> None:
     assert main(["generate", str(films), *_options(varied_run, tmp_path / "one")]) == 0

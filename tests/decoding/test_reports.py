@@ -113,7 +113,7 @@ def test_the_model_is_ready_to_use(run_dir: Path, generator: Generator) -> None:
     assert load_generator(str(run_dir)).device.type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def test_overrides_act(run_dir: Path, images: list[Path]) -> None:
+def test_overrides_have_an_effect(run_dir: Path, images: list[Path]) -> None:
     short = load_generator(run_dir, device="cpu", overrides=["generation.max_new_tokens=1", "generation.num_beams=1"])
     assert short.recipe.generation.max_new_tokens == 1
     tokens = [short.model.tokenizer.encode(report) for report in short.generate(images)]
@@ -142,7 +142,7 @@ def test_images_that_cannot_be_read_are_named(generator: Generator, images: list
         generator.generate([[images[0], tmp_path / "text.png"]])
 
 
-def test_what_is_no_list_of_studies_is_refused(generator: Generator, images: list[Path]) -> None:
+def test_other_inputs_than_a_list_of_studies_are_refused(generator: Generator, images: list[Path]) -> None:
     with pytest.raises(UsageError, match="a study has no images"):
         generator.generate([images[0], []])
     one: Any
@@ -158,7 +158,7 @@ def test_pixels_of_a_study(images: list[Path]) -> None:
     assert torch.equal(study_pixels(images[1], 48)[0], torch.from_numpy(np.asarray(Image.open(images[1])).copy()))
 
 
-def test_directories_that_are_no_runs(run_dir: Path, tmp_path: Path) -> None:
+def test_directories_that_are_not_runs_are_refused(run_dir: Path, tmp_path: Path) -> None:
     for directory in (tmp_path, tmp_path / "absent"):
         with pytest.raises(UsageError, match=r"is not a run directory: it has no recipe\.yaml"):
             load_generator(directory)
@@ -181,7 +181,7 @@ def test_a_run_that_was_moved_still_works(
 
 
 @pytest.mark.parametrize("name", ["gpu", "", "cuda:-3", "meta"])
-def test_devices_that_are_not_there(name: str, run_dir: Path) -> None:
+def test_missing_devices_are_refused(name: str, run_dir: Path) -> None:
     with pytest.raises(UsageError, match="device"):
         load_generator(run_dir, device=name)
 
@@ -327,7 +327,7 @@ def test_without_a_path_the_default_model_is_loaded(default_model: Path, tiny_r2
 
 
 @pytest.mark.usefixtures("no_default_model")
-def test_without_a_path_and_a_default_model_a_run_is_asked_for() -> None:
+def test_without_path_and_default_model_a_run_is_needed() -> None:
     with pytest.raises(UsageError, match="has no default model") as raised:
         load_generator()
     assert raised.value.hint == "Name the run directory: load_generator(RUN)."

@@ -50,7 +50,7 @@ def test_stored_studies_travel_to_other_processes(tiny_dataset: Path) -> None:
     assert len(pickle.dumps(study)) < 100_000  # without the data
 
 
-def test_a_wrong_use_of_split_is_refused(
+def test_wrong_usage_of_split_is_refused(
     tiny_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], varied_run: Path
 ) -> None:
     Image.new("L", (8, 8)).save(tmp_path / "film.png")

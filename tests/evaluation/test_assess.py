@@ -35,7 +35,7 @@ def _predictions(references: list[str], hypotheses: list[str]) -> Predictions:
     return Predictions([f"s{i}" for i in range(len(references))], references, hypotheses)
 
 
-def test_a_derangement_leaves_nothing_at_its_place() -> None:
+def test_a_derangement_moves_every_item() -> None:
     for studies in (2, 3, 50):
         orders = controls.derangements(studies)
         assert len(orders) == 20
@@ -48,7 +48,7 @@ def test_a_derangement_leaves_nothing_at_its_place() -> None:
     assert len({tuple(order) for order in again}) == 20
 
 
-def test_the_image_matters_where_reports_are_their_own() -> None:
+def test_the_image_matters_if_reports_fit_their_studies() -> None:
     references = _studies(0)
     draw = random.Random(1)
     # Right for two studies in three, another's report for the rest.
@@ -61,7 +61,7 @@ def test_the_image_matters_where_reports_are_their_own() -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_image_does_not_matter_where_reports_are_drawn(seed: int) -> None:
+def test_the_image_does_not_matter_for_random_reports(seed: int) -> None:
     references = _studies(0)
     record = assess(_predictions(references, _studies(seed + 10)), OPTIONS).record
     assert record["image_matters"] is False
@@ -69,14 +69,14 @@ def test_the_image_does_not_matter_where_reports_are_drawn(seed: int) -> None:
     assert record["image"].startswith("NOTHING SHOWS THAT THE IMAGE IS USED")
 
 
-def test_one_report_for_everybody_shows_nothing() -> None:
+def test_one_report_for_all_studies_shows_no_effect() -> None:
     references = _studies(0)
     record = assess(_predictions(references, [references[0]] * len(references)), OPTIONS).record
     assert (record["image_matters"], record["image_p"]) == (False, 1.0)
     assert record["controls"]["dealt"]["scores"] == pytest.approx(record["scores"])
 
 
-def test_controls_have_the_scores_of_their_reports() -> None:
+def test_controls_have_the_scores_of_their_own_reports() -> None:
     references, train = _studies(0), _studies(5, 300)
     hypotheses = _studies(3)
     others = {"blank_films": _studies(4)}
@@ -100,7 +100,7 @@ def test_controls_have_the_scores_of_their_reports() -> None:
     assert all(list(made["scores"]) == list(record["scores"]) for made in record["controls"].values())
 
 
-def test_intervals_hold_the_scores() -> None:
+def test_scores_are_inside_their_intervals() -> None:
     record = assess(_predictions(_studies(0), _studies(3)), OPTIONS).record
     for name, value in record["scores"].items():
         if value is not None:
@@ -132,7 +132,7 @@ def test_labels_of_the_data_set_replace_those_of_references() -> None:
 
 
 @pytest.mark.parametrize("studies", [2, 6])
-def test_few_studies_cannot_show_that_the_image_matters(studies: int) -> None:
+def test_few_studies_cannot_prove_that_the_image_matters(studies: int) -> None:
     reports = [f"finding number {number} is seen ." for number in range(studies)]
     record = assess(_predictions(reports, reports), OPTIONS).record
     assert record["scores"]["CIDEr"] > record["controls"]["dealt"]["scores"]["CIDEr"]
@@ -172,7 +172,7 @@ def test_bertscore_comes_from_its_own_package(monkeypatch: pytest.MonkeyPatch) -
     assert record["controls"]["dealt"]["scores"]["BERTScore"] < 0.5
 
 
-def test_a_labeler_is_asked_beside_the_rules() -> None:
+def test_a_labeler_is_used_in_addition_to_the_rules() -> None:
     asked: list[int] = []
 
     def labeler(reports: Any) -> Any:

@@ -37,13 +37,13 @@ def test_each_resample_has_as_many_studies() -> None:
 
 
 @pytest.mark.parametrize(("shift", "low", "high"), [(0.0, 0.05, 0.95), (0.5, 0.0, 0.001), (-0.5, 0.999, 1.0)])
-def test_p_says_whether_differences_are_above_zero(shift: float, low: float, high: float) -> None:
+def test_p_is_small_if_differences_are_above_zero(shift: float, low: float, high: float) -> None:
     differences = np.random.default_rng(3).normal(shift, 1.0, 400)
     differences -= differences.mean() - shift  # exactly
     assert low <= bootstrap.p_greater(differences) <= high
 
 
-def test_equal_reports_are_no_evidence() -> None:
+def test_equal_reports_give_no_evidence() -> None:
     assert bootstrap.p_greater(np.zeros(30)) == 1.0
     assert bootstrap.p_greater(np.full(30, 1e-16)) == 1.0
     same = bootstrap.resampled_sums(np.random.default_rng(0).random((30, 2)), 200)
@@ -56,7 +56,7 @@ def test_few_studies_have_no_small_p() -> None:
     assert bootstrap.p_two_sided(np.zeros(200), better, 3) == 0.25
 
 
-def test_false_alarms_are_as_rare_as_they_say() -> None:
+def test_the_rate_of_false_positives_is_as_stated() -> None:
     draw = np.random.default_rng(0)
     alarms = [bootstrap.p_greater(draw.normal(0, 1, 200), 2000, seed=i) < 0.05 for i in range(200)]
     assert 0.01 <= np.mean(alarms) <= 0.09

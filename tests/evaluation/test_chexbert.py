@@ -112,7 +112,7 @@ def test_other_checkpoints_are_refused(checkpoint: Any, change: Any, told: str) 
         load_chexbert(str(file), device="cpu")
 
 
-def test_files_that_are_no_checkpoint_are_refused(checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_are_not_checkpoints_are_refused(checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     file = checkpoint[0]
     monkeypatch.chdir(file.parent)
     torch.save({"model_state_dict": _Evil()}, file)

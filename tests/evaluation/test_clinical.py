@@ -55,7 +55,7 @@ def test_uncertain_as_negative_by_hand() -> None:
     assert figures["14"]["undefined"] == 10
 
 
-def test_the_headline_is_that_of_the_grid() -> None:
+def test_the_headline_score_is_from_the_grid() -> None:
     draw = np.random.default_rng(0)
     truth, found = draw.random((40, 14)) < 0.3, draw.random((40, 14)) < 0.3
     sums = clinical.label_statistics(truth, found).sum(axis=0)
@@ -68,7 +68,7 @@ def test_the_five_are_those_of_chexpert() -> None:
     assert len(clinical.SETS["14"]) == 14
 
 
-def test_nothing_found_anywhere_is_no_division_by_zero() -> None:
+def test_no_findings_cause_no_division_by_zero() -> None:
     nothing = clinical.present([_labels()] * 2, "uncertain_positive")
     figures = clinical.clinical_figures(clinical.label_statistics(nothing, nothing).sum(axis=0), 2)
     assert figures["14"]["micro"]["f1"] == 0.0

@@ -44,7 +44,7 @@ def test_scores_are_those_of_score() -> None:
             assert row["intervals"][name][0] < row["scores"][name] < row["intervals"][name][1]
 
 
-def test_a_real_difference_is_found_and_a_draw_is_not() -> None:
+def test_a_real_difference_is_found_and_a_random_one_is_not() -> None:
     result = compare([_contender("a", 0.3), _contender("b", 0.9), _contender("a", 0.3)], resamples=500)
     assert "against_first" not in result["rows"][0]
     better, same = result["rows"][1]["against_first"], result["rows"][2]["against_first"]
@@ -84,7 +84,7 @@ def test_seeds_are_averaged_and_settings_shown() -> None:
     assert group["deviation"]["CIDEr"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
 
 
-def test_different_studies_and_references_are_said() -> None:
+def test_different_studies_and_references_are_reported() -> None:
     first = _contender("a", 0.5)
     other = _contender("b", 0.5, ids=[f"t{i}" for i in range(len(TRUTH))])
     result = compare([first, other], resamples=20)

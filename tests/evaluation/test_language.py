@@ -100,7 +100,7 @@ def test_the_best_of_several_references_counts() -> None:
     assert got["BLEU_4"] == pytest.approx(1.0, abs=1e-6)
 
 
-def test_white_space_is_all_that_whitespace_changes() -> None:
+def test_only_white_space_is_normalised() -> None:
     plain = nlg.score(REFERENCES, HYPOTHESES, meteor=False)
     assert nlg.score([f" {t.replace(' ', chr(10) * 2)}" for t in REFERENCES], HYPOTHESES, meteor=False) == plain
     assert nlg.score([t.upper() for t in REFERENCES], HYPOTHESES, meteor=False)["BLEU_1"] < 0.5
@@ -146,7 +146,7 @@ def test_wrong_input_is_named(references: list[str], hypotheses: list[str], says
 
 
 @pytest.mark.usefixtures("no_java")
-def test_without_java_meteor_is_none_and_says_so_once(capfd: pytest.CaptureFixture[str]) -> None:
+def test_without_java_meteor_is_none_and_warns_once(capfd: pytest.CaptureFixture[str]) -> None:
     assert nlg.java_path() is None
     assert nlg.score(REFERENCES, HYPOTHESES)["METEOR"] is None
     assert nlg.score(REFERENCES, HYPOTHESES)["METEOR"] is None
@@ -166,7 +166,7 @@ ANSWERS_NONSENSE = "while read -r line; do echo 'Error: out of order'; done"
 
 
 @pytest.mark.usefixtures("no_java")
-def test_java_can_be_asked_for_before_there_is_anything_to_score() -> None:
+def test_java_can_be_checked_before_scoring() -> None:
     nlg.require_java("whitespace")
     with pytest.raises(RunError, match="the ptb tokenizer needs Java: no Java found on PATH") as caught:
         nlg.require_java("ptb", meteor=True)
@@ -178,7 +178,7 @@ def test_java_can_be_asked_for_before_there_is_anything_to_score() -> None:
 
 @pytest.mark.parametrize("fake_java", ["exit 0"], indirect=True)
 @pytest.mark.usefixtures("fake_java")
-def test_a_java_that_is_there_is_enough_to_begin() -> None:
+def test_an_existing_java_passes_the_check() -> None:
     nlg.require_java("ptb", meteor=True)
 
 

@@ -37,7 +37,7 @@ def test_other_files_are_refused(tmp_path: Path, content: str, told: str) -> Non
         read_merged(tmp_path / "none.json")
 
 
-def test_they_stand_in_table_page_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_merged_scores_are_in_table_page_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"study_id": f"s{i}", "reference": f"no effusion {i} .", "hypothesis": "clear ."} for i in range(4)]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "theirs.json").write_text('{"GREEN <b>": 0.5}')

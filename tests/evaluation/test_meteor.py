@@ -37,7 +37,7 @@ def test_meteor_of_identical_and_hostile_texts_is_one() -> None:
     assert got["METEOR"] == pytest.approx(1.0, abs=0.02)
 
 
-def test_meteor_of_nothing_right_is_zero_in_any_locale() -> None:
+def test_meteor_without_a_match_is_zero_in_any_locale() -> None:
     assert meteor.meteor([["lungs are clear"], [""], ["caf\u00e9"]], ["", "", "caf\u00e8"]) == 0.0
 
 

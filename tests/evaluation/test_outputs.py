@@ -48,7 +48,7 @@ def test_each_study_is_a_row_of_json_and_csv(written: Path) -> None:
     assert [float(row["CIDEr"]) for row in table] == pytest.approx([row["CIDEr"] for row in rows])
 
 
-def test_what_is_wrong_is_counted(written: Path) -> None:
+def test_wrong_findings_are_counted(written: Path) -> None:
     glance = json.loads((written / "scores.json").read_text())["glance"]
     assert glance["distinct_reports"] == {"number": 3, "share": 1.0}
     assert glance["verbatim_reports"] == pytest.approx(1 / 3)
@@ -72,7 +72,7 @@ def test_the_plots_are_pictures(written: Path) -> None:
             assert plot.width > 500
 
 
-def test_the_page_executes_nothing_of_a_report_and_loads_nothing(written: Path) -> None:
+def test_the_page_runs_no_code_and_loads_nothing(written: Path) -> None:
     text = (written / "page.html").read_text()
     HTMLParser().feed(text)
     assert "<script>alert" not in text

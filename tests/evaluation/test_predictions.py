@@ -47,7 +47,7 @@ def test_r2gens_result_json_with_references_beside_it(tmp_path: Path) -> None:
     assert _read(path, references) == (TRUTH, TEXTS)
 
 
-def test_a_csv_with_names_of_its_own(tmp_path: Path) -> None:
+def test_a_csv_may_have_other_column_names(tmp_path: Path) -> None:
     rows = [["Accession", "Model output", "Radiologist"], *([i, TEXTS[i], TRUTH[i]] for i in TRUTH)]
     path = _csv(tmp_path / "theirs.csv", rows)
     assert _read(path, columns=Columns("Accession", "Model output", "Radiologist")) == (TRUTH, TEXTS)
@@ -97,7 +97,7 @@ def test_rexranks_json_without_sections_has_a_reference_column(tmp_path: Path) -
         _read(_write(tmp_path / "none.json", {"s1": {"model_prediction": "x"}}))
 
 
-def test_half_a_character_becomes_a_whole_one(tmp_path: Path) -> None:
+def test_a_lone_surrogate_is_replaced(tmp_path: Path) -> None:
     row = '{"id": "a\\ud800", "hypothesis": "\\ud800 x", "reference": "\\ud83e\\udec0 \\udc00"}'
     assert _read(_write(tmp_path / "p.jsonl", row)) == ({"a\ufffd": "\U0001fac0 \ufffd"}, {"a\ufffd": "\ufffd x"})
 
@@ -134,7 +134,7 @@ def test_empty_reports_are_kept_and_mentioned(tmp_path: Path) -> None:
     ]
 
 
-def test_ids_that_differ_are_explained(tmp_path: Path) -> None:
+def test_different_ids_are_explained(tmp_path: Path) -> None:
     path = _write(tmp_path / "p.json", {"s501": ["a"], "s502": ["b"]})
     references = _write(tmp_path / "r.json", {"501": ["a"], "502": ["b"]})
     with pytest.raises(UsageError, match=r"2 references .* \(501, 502\); 2 hypo.*; 0 match") as caught:

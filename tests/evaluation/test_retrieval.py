@@ -81,7 +81,7 @@ def test_chance_is_the_mean_over_all_orders() -> None:
         assert found.chance_alike[k] == pytest.approx(sum(lenient) / len(lenient))
 
 
-def test_the_last_bits_of_equal_reports_decide_nothing() -> None:
+def test_rounding_does_not_rank_equal_reports() -> None:
     images, texts = embeddings(16, 0.0, REPORTS)
     shaken = texts + 1e-7 * torch.randn(texts.shape, generator=torch.Generator().manual_seed(1))
     found, again = retrieval(images, texts, REPORTS), retrieval(images, shaken, REPORTS)

@@ -42,7 +42,7 @@ def evaluate(varied_run: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     return run
 
 
-def test_each_study_of_the_split_once_with_its_whole_reference(evaluate: Any) -> None:
+def test_each_study_is_written_once_with_its_whole_reference(evaluate: Any) -> None:
     result = evaluate("data.max_report_tokens=3")
     assert [row["study_id"] for row in result["predictions"]] == ["study20", "study21", "study22", "study23"]
     assert [row["reference"] for row in result["predictions"]] == [
@@ -86,7 +86,7 @@ def test_predictions_do_not_depend_on_the_batch(evaluate: Any) -> None:
 
 
 @pytest.mark.slow
-def test_decoding_is_that_of_the_overrides(evaluate: Any) -> None:
+def test_overrides_change_decoding(evaluate: Any) -> None:
     longer, shorter = evaluate(name="longer"), evaluate("generation.max_new_tokens=1", name="shorter")
     assert shorter["settings"]["generation"]["max_new_tokens"] == 1
     for short, long in zip(shorter["predictions"], longer["predictions"], strict=True):
@@ -95,7 +95,7 @@ def test_decoding_is_that_of_the_overrides(evaluate: Any) -> None:
 
 
 @pytest.mark.slow
-def test_sampling_is_the_same_twice(evaluate: Any) -> None:
+def test_sampling_is_reproducible(evaluate: Any) -> None:
     sampled = ("generation.do_sample=true", "generation.min_new_tokens=8")
     first = evaluate(*sampled, name="1")["predictions"]
     assert first == evaluate(*sampled, name="2")["predictions"]
@@ -119,12 +119,12 @@ def test_no_data_and_wrong_data_are_refused(varied_run: Path, tmp_path: Path) ->
         run_evaluation(recipe, varied_run, "test", tmp_path / "out")
 
 
-def test_no_study_with_the_text_asked_for_is_said(evaluate: Any) -> None:
+def test_a_split_without_the_requested_text_is_an_error(evaluate: Any) -> None:
     with pytest.raises(RunError, match=r"no study of the test split has text for data\.section=findings"):
         evaluate("data.section=findings")
 
 
-def test_a_run_without_a_model_yet_is_said(varied_run: Path, tmp_path: Path) -> None:
+def test_a_run_without_a_model_is_an_error(varied_run: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.yaml").write_bytes((varied_run / "recipe.yaml").read_bytes())
     recipe = load_run_recipe(tmp_path / "run", None, (), "evaluate")
@@ -132,7 +132,7 @@ def test_a_run_without_a_model_yet_is_said(varied_run: Path, tmp_path: Path) -> 
         run_evaluation(recipe, tmp_path / "run", "test", None)
 
 
-def test_reports_outlive_a_score_that_fails(
+def test_reports_are_kept_if_a_score_fails(
     evaluate: Any, varied_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = evaluate(name="whole")["predictions"]
@@ -149,7 +149,7 @@ def test_reports_outlive_a_score_that_fails(
 
 
 @pytest.mark.slow
-def test_a_second_evaluation_writes_no_report_again(
+def test_a_second_evaluation_reuses_the_reports(
     varied_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
@@ -211,7 +211,7 @@ def test_study_ids_are_read_once(tiny_dataset: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_reports_outlive_an_interruption(
+def test_reports_are_kept_after_an_interruption(
     evaluate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
 ) -> None:
     whole = evaluate("generation.batch_size=1", name="whole")["predictions"]
@@ -278,7 +278,7 @@ def test_an_output_with_links_out_of_it_is_refused(evaluate: Any, tmp_path: Path
     assert (tmp_path / "precious").read_text() == ""
 
 
-def test_an_output_removed_meanwhile_is_an_error(
+def test_an_output_removed_during_the_run_is_an_error(
     evaluate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save = split_reports.append_jsonl

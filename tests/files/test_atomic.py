@@ -119,7 +119,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     assert _names(tmp_path) == ["file"]
 
 
-def test_a_directory_is_replaced_whole(tmp_path: Path) -> None:
+def test_a_directory_is_replaced_as_a_whole(tmp_path: Path) -> None:
     final = tmp_path / "run"
     with atomic_directory(final) as directory:
         (directory / "sub").mkdir()
@@ -189,7 +189,7 @@ def test_a_crash_at_any_step_loses_no_whole_directory(tmp_path: Path, dies_at: i
     assert _names(tmp_path) == ["run"]
 
 
-def test_a_folder_that_somebody_called_previous_is_left_alone(tmp_path: Path) -> None:
+def test_a_users_folder_named_previous_is_not_changed(tmp_path: Path) -> None:
     mine = tmp_path / "run.previous"
     mine.mkdir()
     (mine / "precious").write_text("x")
@@ -233,7 +233,7 @@ def test_a_directory_replaced_while_it_is_read_is_read_again(tmp_path: Path, fai
     assert reads == 2
 
 
-def test_failed_reads_are_not_repeated_and_endless_ones_end(tmp_path: Path) -> None:
+def test_failed_reads_are_not_repeated_and_retries_end(tmp_path: Path) -> None:
     places: list[Path] = []
 
     def fail(place: Path) -> None:
@@ -264,7 +264,7 @@ def test_readers_beside_a_writer_never_see_two_versions(tmp_path: Path) -> None:
     assert len(seen) > 3
 
 
-def test_only_leftovers_of_dead_processes_of_this_host_go(tmp_path: Path) -> None:
+def test_only_files_of_dead_local_processes_are_removed(tmp_path: Path) -> None:
     died = subprocess.Popen([sys.executable, "-c", ""])
     died.wait()
     host = host_name()

@@ -22,7 +22,7 @@ def test_jsonl_round_trip(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [b'{"step": 2, "te', b'{"step": 2, "text": "caf\xc3', b"{" + b"x" * 10_000])
-def test_a_cut_last_line_is_left_out_and_then_removed(
+def test_an_incomplete_last_line_is_skipped_and_removed(
     tmp_path: Path, cut: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "history.jsonl"
@@ -70,7 +70,7 @@ def test_reads_are_bounded_and_never_wait(tmp_path: Path) -> None:
         read_record(tmp_path / "deep", "a record", "")
 
 
-def test_rows_come_one_at_a_time_with_their_places(tmp_path: Path) -> None:
+def test_rows_are_read_one_at_a_time_with_positions(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"a": "ü"}\n\n{"a": 2}\n{"a": cut')
     places = dict(iterate_jsonl(file))
@@ -83,7 +83,7 @@ def test_rows_come_one_at_a_time_with_their_places(tmp_path: Path) -> None:
             assert json.loads(stream.readline()) == row
 
 
-def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_that_is_too_long_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"a": 1}\n' + "x" * 100)
     monkeypatch.setattr(records, "_LARGEST_LINE", 50)

@@ -255,7 +255,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folder, "load_generator", lambda *args, **options: _Stub())
 
 
-def test_there_are_enough_of_them() -> None:
+def test_there_are_enough_broken_files() -> None:
     broken = [name for name, (reason, _) in _plain_files().items() if reason]
     assert len(NAMES) > 80
     assert len(broken) > 35
@@ -329,7 +329,7 @@ def test_preprocess_folder(
         (lambda root: ["no\nsuch.png"], "no such file or folder"),
     ],
 )
-def test_paths_that_are_not_there_are_wrong_usage(
+def test_missing_paths_are_wrong_usage(
     make: Callable[[Path], list[str]], message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     root = tmp_path / "root"
@@ -372,7 +372,7 @@ def test_no_permission(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkey
 
 
 @pytest.mark.usefixtures("no_model")
-def test_a_name_that_is_no_text(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_name_that_is_not_utf8(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     films = tmp_path / "films"
     films.mkdir()
     try:

@@ -82,7 +82,7 @@ def _outcome(data: bytes) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("syntax", [LOSSLESS, LS, J2K, HTJ2K])
-def test_damage_costs_one_file(make_dicom: MakeDicom, syntax: str) -> None:
+def test_damage_affects_only_one_file(make_dicom: MakeDicom, syntax: str) -> None:
     rng = np.random.default_rng(0)
     whole = bytearray(_encode(RAMP, syntax))
     for _ in range(60):
@@ -172,7 +172,7 @@ def test_jpeg_ls_of_6_bits(make_dicom: MakeDicom) -> None:
     assert shown == np.floor(values[8] / 63 * 255 + 0.5).tolist()
 
 
-def test_jpeg_2000_with_a_sign_of_its_own(make_dicom: MakeDicom) -> None:
+def test_jpeg_2000_with_its_own_sign(make_dicom: MakeDicom) -> None:
     values = (RAMP.astype(int) - 2048).astype(np.int16)
     data = bytes(jpeg2k_encode(values, level=0, codecformat="j2k"))
     assert _row(_dicom(make_dicom, data, values, 16, J2K)) == SHOWN.tolist()

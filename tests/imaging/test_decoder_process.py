@@ -75,7 +75,7 @@ def _ask(what: str) -> np.ndarray:
     ],
 )
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of Linux")
-def test_a_bad_decoder_costs_one_file(what: str, detail: str) -> None:
+def test_a_crashing_decoder_affects_only_one_file(what: str, detail: str) -> None:
     with pytest.raises(ImageError) as error:
         _ask(what)
     assert (error.value.where, error.value.reason, error.value.detail) == ("film.dcm", "broken image", detail)
@@ -83,20 +83,20 @@ def test_a_bad_decoder_costs_one_file(what: str, detail: str) -> None:
 
 
 @pytest.mark.usefixtures("misbehaving")
-def test_a_decoder_that_sleeps_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decoder_that_hangs_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoder_process, "_BY_THE_CLOCK", 1)
     with pytest.raises(ImageError, match="did not finish"):
         _ask("sleep")
 
 
 @pytest.mark.usefixtures("misbehaving")
-def test_what_a_library_prints_is_no_answer() -> None:
+def test_output_of_a_library_is_not_a_result() -> None:
     assert (_ask("print") == 7).all()
 
 
 @pytest.mark.usefixtures("misbehaving")
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_a_decoder_that_was_killed_is_tried_again() -> None:
+def test_a_killed_decoder_is_started_again() -> None:
     assert (_ask("kill") == 7).all()
 
 
@@ -147,7 +147,7 @@ def test_a_script_needs_no_main_guard(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL") or not Path("/proc").is_dir(), reason="looks into /proc")
-def test_the_process_ends_with_the_one_that_asks() -> None:
+def test_the_process_ends_with_its_parent() -> None:
     code = (
         "import sys, time\nfrom emrrg_cli.imaging import decoder_process as d\nfrom imagecodecs import jpegls_encode\n"
         "import numpy as np\nd.decode_apart('jpeg-ls', jpegls_encode(np.zeros((8, 8), np.uint8)), '', 64, 64)\n"

@@ -235,7 +235,7 @@ def test_without_a_usable_window_the_percentiles_are_the_ends(make_dicom: MakeDi
     assert not np.any(_read(make_dicom(np.full((4, 4), 700, np.uint16), BitsStored=12)))  # a constant is black
 
 
-def test_a_window_beside_the_values_is_ignored_and_noted(make_dicom: MakeDicom) -> None:
+def test_a_window_outside_the_values_is_ignored_and_noted(make_dicom: MakeDicom) -> None:
     film = _film(12)
     image = read_image(make_dicom(film, BitsStored=12, WindowCenter=30_000, WindowWidth=100))
     np.testing.assert_array_equal(np.asarray(image), _read(make_dicom(film, BitsStored=12)))
@@ -283,7 +283,7 @@ def test_broken_tables_fall_back_to_the_window(make_dicom: MakeDicom) -> None:
 
 
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
-def test_padding_is_black_and_takes_no_part(make_dicom: MakeDicom, photometric: str) -> None:
+def test_padding_is_black_and_has_no_effect(make_dicom: MakeDicom, photometric: str) -> None:
     film = np.linspace(1000, 2000, 10_000).round().astype(np.uint16).reshape(100, 100)
     framed = np.pad(film, 20, constant_values=4000)
     elements = {"BitsStored": 12, "PhotometricInterpretation": photometric}
@@ -322,7 +322,7 @@ def test_palette(make_dicom: MakeDicom) -> None:
 # What is found and what is refused.
 
 
-def test_content_counts_not_the_name(make_dicom: MakeDicom, tmp_path: Path) -> None:
+def test_the_content_decides_the_kind_not_the_name(make_dicom: MakeDicom, tmp_path: Path) -> None:
     film = _film(8)
     for name, data in (
         ("film", make_dicom(film)),
@@ -420,7 +420,7 @@ def test_the_size_of_compressed_data_is_checked_first(
     assert _reason(data) == ("broken image", "header says 40 x 30 x 1, compressed data 60,000 x 60,000 x 1")
 
 
-def test_deflated_is_inflated_no_further_than_the_limit(make_dicom: MakeDicom) -> None:
+def test_deflated_data_are_inflated_up_to_the_limit(make_dicom: MakeDicom) -> None:
     data = make_dicom(np.zeros((3000, 3000), np.uint8), syntax=DEFLATED)
     assert len(data) < 100_000
     assert not _read(data).any()
@@ -438,7 +438,7 @@ def test_every_cut_is_refused_with_a_reason(make_dicom: MakeDicom, tmp_path: Pat
             }  # fmt: skip
 
 
-def test_lengths_that_lie_cost_no_memory(make_dicom: MakeDicom) -> None:
+def test_wrong_lengths_take_no_memory(make_dicom: MakeDicom) -> None:
     data = bytearray(make_dicom(_film(8)))
     at = data.rindex(b"\xe0\x7f\x10\x00OB") + 8
     data[at : at + 4] = b"\xfe\xff\xff\xff"  # 4 GB of pixels
@@ -494,7 +494,7 @@ def test_notes(make_dicom: MakeDicom) -> None:
     assert notes(PatientOrientation=["A", "F"], ViewPosition="LL") == ()
 
 
-def test_an_inverted_film_is_noted_and_left_as_it_is(make_dicom: MakeDicom, chest: np.ndarray[Any, Any]) -> None:
+def test_an_inverted_film_is_noted_and_not_changed(make_dicom: MakeDicom, chest: np.ndarray[Any, Any]) -> None:
     wrong = read_image(make_dicom(chest, PhotometricInterpretation="MONOCHROME1"))
     np.testing.assert_array_equal(np.asarray(wrong), 255 - chest)
     assert image_notes(wrong) == (INVERTED,)
@@ -537,14 +537,14 @@ def test_real_files(shared_data: Path) -> None:
     assert image_notes(read["RG3_J2KI.dcm"]) == ("not chest: body part EXTREMITY",)
 
 
-def test_real_films_are_not_taken_for_inverted(shared_data: Path) -> None:
+def test_real_films_are_not_reported_as_inverted(shared_data: Path) -> None:
     files = sorted(
         f for name in ("nih_fullres", "iu_sample", "nih_64px") for f in (shared_data / name).glob("images/*")
     )
     assert sum(looks_inverted(read_image(path)) for path in files[::10]) <= 1
 
 
-def test_what_is_known_of_the_patient(make_dicom: MakeDicom, tmp_path: Path, chest: Any) -> None:
+def test_patient_facts_are_read(make_dicom: MakeDicom, tmp_path: Path, chest: Any) -> None:
     def facts(**elements: Any) -> Any:
         (tmp_path / "film.dcm").write_bytes(make_dicom(chest, **elements))
         return read_dicom_facts(tmp_path / "film.dcm")

@@ -190,7 +190,7 @@ def test_a_range_of_padding(make_dicom: MakeDicom, vr: str) -> None:
     assert shown.max() == 255
 
 
-def test_padding_of_whole_words_spares_white(make_dicom: MakeDicom) -> None:
+def test_padding_of_whole_words_keeps_white(make_dicom: MakeDicom) -> None:
     values = RAMP.copy()
     values[:, :300] = 65535  # beyond the 12 bits stored
     shown = np.asarray(read_image(_with_padding(make_dicom(values, BitsStored=12), "US", 65535)))

@@ -336,7 +336,7 @@ def test_the_size_is_checked_before_decoding() -> None:
     assert read_image(Image.new("L", (11, 10)), max_pixels=110).size == (11, 10)
 
 
-def test_pillow_limit_is_left_as_it_was() -> None:
+def test_pillows_limit_is_not_changed() -> None:
     before = Image.MAX_IMAGE_PIXELS
     for data in (_png_header(30_000, 30_000), b"text", _bytes(Image.fromarray(RAMP), "PNG")):
         with contextlib.suppress(ImageError):
@@ -436,7 +436,7 @@ def test_a_large_jpeg_is_decoded_at_no_more_than_it_needs(mode: str) -> None:
     assert is_plain_jpeg(load_image(data, enough=400)) == (mode == "L")
 
 
-def test_a_large_cut_jpeg_is_mended_at_a_smaller_size_too() -> None:
+def test_a_large_cut_jpeg_is_repaired_at_smaller_sizes() -> None:
     film = Image.fromarray(np.random.default_rng(0).integers(0, 256, (400, 480), dtype=np.uint8))
     data = _bytes(film, "JPEG", quality=95)
     image = load_image(data[: int(len(data) * 0.98)], enough=100)
@@ -446,7 +446,7 @@ def test_a_large_cut_jpeg_is_mended_at_a_smaller_size_too() -> None:
         load_image(data[: len(data) // 2], enough=100)
 
 
-def test_what_is_encoded_has_no_metadata() -> None:
+def test_encoded_images_have_no_metadata() -> None:
     film = Image.fromarray(RAMP)
     for name in ("JPEG", "PNG"):
         secret = _bytes(film, name, icc_profile=b"SECRET", **({"comment": b"SECRET"} if name == "JPEG" else {}))

@@ -109,7 +109,7 @@ def test_a_jpeg_that_is_kept_loses_its_metadata_and_no_pixel(tmp_path: Path) -> 
     assert anew.endswith(b"\xff\xd9")
 
 
-def test_a_jpeg_with_baggage_is_written_anew(tmp_path: Path) -> None:
+def test_a_jpeg_with_extra_data_is_encoded_again(tmp_path: Path) -> None:
     root = _annotate(tmp_path / "raw", {"x": ["a.jpg"]})
     _noise(80, 64).save(root / "a.jpg")
     (root / "a.jpg").write_bytes((root / "a.jpg").read_bytes() + b"\0" * 100_000)
@@ -219,7 +219,7 @@ def test_sigterm_cleans_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.slow
-def test_ctrl_c_while_an_image_is_decoded_is_no_broken_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_image_is_not_reported_as_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = _annotate(tmp_path / "raw", {"x": ["ok.png"], "y": ["ok.png"]})
     _noise(60, 60).save(root / "ok.png")
 

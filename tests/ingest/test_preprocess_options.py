@@ -182,7 +182,7 @@ def _found(images: list[Image.Image], study: list[int] | None = None, rank: list
     return {(d.index, d.first, d.exact) for d in find_duplicates(_hashes(*images), numbers, ranks)}
 
 
-def test_copies_of_one_picture_are_found_and_others_are_not() -> None:
+def test_only_copies_of_a_picture_are_duplicates() -> None:
     pictures = [_smooth(seed, 200) for seed in range(20)]
     first = pictures[0]
     darker = ImageEnhance.Brightness(first).enhance(0.9)
@@ -194,7 +194,7 @@ def test_copies_of_one_picture_are_found_and_others_are_not() -> None:
     assert min(distances) > 3 * NEAR
 
 
-def test_the_first_rank_is_kept_and_near_views_of_a_study_stay() -> None:
+def test_the_first_rank_and_near_views_of_a_study_are_kept() -> None:
     one, other = _smooth(1, 200), _smooth(2, 200)
     near = one.resize((150, 150))
     assert _found([one, near], study=[0, 0]) == set()
@@ -204,7 +204,7 @@ def test_the_first_rank_is_kept_and_near_views_of_a_study_stay() -> None:
     assert _found([]) == set()
 
 
-def test_every_pair_that_is_near_is_found() -> None:
+def test_every_near_pair_is_found() -> None:
     rng = np.random.default_rng(0)
     picture = rng.integers(0, 256, 32, dtype=np.uint8)
     for _ in range(200):
@@ -247,7 +247,7 @@ def test_duplicates_are_reported(tmp_path: Path) -> None:
         assert path.read_bytes() == (tmp_path / "out" / "data" / path.name).read_bytes()
 
 
-def test_duplicates_are_left_out(tmp_path: Path) -> None:
+def test_duplicates_are_dropped(tmp_path: Path) -> None:
     manifest = _run(_with_duplicates(tmp_path / "raw"), tmp_path / "out", dedupe="drop", studies_per_shard=2)
     train, test = _rows(tmp_path / "out"), _rows(tmp_path / "out", "test")
     assert [[image["path"] for image in row["images"]] for row in train] == [["a-1.png"], ["b-0.png"]]
@@ -315,7 +315,7 @@ def test_an_exported_annotation_is_read_back(tiny_r2gen: Path, tmp_path: Path) -
     assert not (tmp_path / "third").exists()
 
 
-def test_an_export_replaces_only_what_it_may(
+def test_an_export_replaces_only_an_exported_annotation(
     tiny_r2gen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     raw, out, exported = tmp_path / "raw", tmp_path / "out", tmp_path / "r2gen" / "annotation.json"
@@ -354,7 +354,7 @@ def test_a_summary_that_cannot_be_written_stops_the_run_early(
 
 
 @pytest.mark.skipif(os.name == "nt", reason="names are bytes on POSIX only")
-def test_paths_that_are_no_utf8_are_recorded_with_escapes(tmp_path: Path) -> None:
+def test_paths_that_are_not_utf8_are_recorded_with_escapes(tmp_path: Path) -> None:
     root = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
     root.mkdir()
     _smooth(1).save(root / "a.png")
@@ -366,7 +366,7 @@ def test_paths_that_are_no_utf8_are_recorded_with_escapes(tmp_path: Path) -> Non
     assert manifest["options"]["table"].endswith("caf\\udce9/t.csv")
 
 
-def test_ids_that_are_no_file_names(tmp_path: Path) -> None:
+def test_ids_that_are_not_file_names(tmp_path: Path) -> None:
     root = tmp_path / "raw"
     studies = [
         _study(root, "plain"),
@@ -474,7 +474,7 @@ def test_dask_that_is_not_installed(tiny_r2gen: Path, tmp_path: Path, monkeypatc
 
 
 @pytest.mark.slow
-def test_killed_it_goes_on(
+def test_a_killed_run_continues(
     many: tuple[Path, dict[str, bytes]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out, work = tmp_path / "out", tmp_path / ".out.partial"
@@ -498,7 +498,7 @@ def test_killed_it_goes_on(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_stopped_it_says_that_it_goes_on(
+def test_a_stopped_run_says_how_to_continue(
     number: signal.Signals,
     code: int,
     many: tuple[Path, dict[str, bytes]],
@@ -525,7 +525,7 @@ def test_stopped_it_says_that_it_goes_on(
 
 
 @pytest.mark.slow
-def test_a_file_that_was_replaced_begins_anew(
+def test_a_replaced_file_starts_a_new_run(
     many: tuple[Path, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = tmp_path / "raw"

@@ -34,7 +34,7 @@ def test_strongest_mention_counts(text: str, expected: str) -> None:
     assert label_report(text)["Pleural Effusion"] == expected
 
 
-def test_plate_like_atelectasis_is_no_device() -> None:
+def test_plate_like_atelectasis_is_not_a_device() -> None:
     assert label_report("Plate-like atelectasis at the left base.")["Support Devices"] is None
     assert label_report("Fixation plate of the left clavicle.")["Support Devices"] == "positive"
 
@@ -62,7 +62,7 @@ def test_no_finding(text: str, expected: str | None) -> None:
     assert label_report(text)["No Finding"] == expected
 
 
-def test_many_reports_as_one_by_one() -> None:
+def test_many_reports_equal_single_calls() -> None:
     texts = ["Cardiomegaly.", "no pneumothorax .", "Cardiomegaly."]
     assert label_reports(iter(texts)) == [label_report(text) for text in texts]
 

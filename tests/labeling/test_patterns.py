@@ -43,7 +43,7 @@ def test_events_of_a_sentence() -> None:
     assert events[-1].observations == ("Pleural Effusion",)
 
 
-def test_words_inside_words_are_no_events() -> None:
+def test_words_inside_words_are_not_events() -> None:
     assert not re.search("mention", " ".join(event.kind for event in find_events("defusion amasses unedematouslike")))
 
 

@@ -89,7 +89,7 @@ def test_patch_embed_and_lists_of_targets(make_encoder: Callable[..., ArmEncoder
 
 @pytest.mark.parametrize("block", [0, 1, 2])
 @pytest.mark.parametrize("target", INSIDE_BLOCKS)
-def test_lora_on_a_block_changes_that_block_alone(
+def test_lora_on_a_block_changes_only_that_block(
     target: str, block: int, make_encoder: Callable[..., ArmEncoder]
 ) -> None:
     model = _adapted(make_encoder(), [target])
@@ -269,7 +269,7 @@ def test_dropout_inside_directions_is_refused(target: str) -> None:
         AdapterSettings.model_validate({"targets": ["X", target], "dropout": 0.1})
 
 
-def test_dropout_elsewhere_acts_in_training(make_encoder: Callable[..., ArmEncoder]) -> None:
+def test_dropout_outside_directions_works_in_training(make_encoder: Callable[..., ArmEncoder]) -> None:
     settings = AdapterSettings.model_validate({"targets": ["X", "out_proj"], "dropout": 0.5})
     model = get_peft_model(make_encoder(), adapters.encoder_lora(settings.targets, 4, 4.0, settings.dropout))
     _train(model)

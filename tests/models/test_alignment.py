@@ -227,7 +227,7 @@ def test_pooling_takes_the_last_real_token_on_any_padding_side() -> None:
     assert torch.allclose(pool_text(hidden, left, "mean"), torch.stack([hidden[0, 2:].mean(0), hidden[1, 3]]))
 
 
-def test_a_study_is_embedded_alike_in_any_company(make_model: Any, batch_of: Any) -> None:
+def test_an_embedding_does_not_depend_on_the_batch(make_model: Any, batch_of: Any) -> None:
     model = make_model().eval()
     images, texts = model.embed(batch_of(range(7)))
     assert images.norm(dim=1).tolist() == pytest.approx([1.0] * 7)
@@ -294,7 +294,7 @@ def _with_head(model: Alignment) -> Alignment:
     return model.train()
 
 
-def test_films_without_report_have_no_part_in_the_contrast(
+def test_films_without_report_are_not_in_the_contrastive_loss(
     make_model: Callable[..., Alignment], examples: list[Example], text_tokenizer: Any, batch_of: Any
 ) -> None:
     model = _with_head(make_model())
@@ -338,7 +338,7 @@ def test_accumulated_mixed_batches_equal_the_whole(
     assert_same_gradients(gradients(model), expected, 1e-4)
 
 
-def test_a_batch_without_any_report_trains_the_head_alone(
+def test_a_batch_without_reports_trains_only_the_head(
     make_model: Callable[..., Alignment], examples: list[Example], text_tokenizer: Any
 ) -> None:
     model = _with_head(make_model())

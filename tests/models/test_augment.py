@@ -22,14 +22,14 @@ def _draw(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
     monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.full(shape, (value + 1) / 2))
 
 
-def test_without_settings_nothing_changes_and_nothing_is_drawn() -> None:
+def test_without_settings_images_are_unchanged() -> None:
     state = torch.get_rng_state()
     images = torch.randint(0, 256, (3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     assert torch.equal(augmented(images, AugmentSettings()), images.float())
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_shift_moves_and_brings_in_black(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shift_moves_the_image_and_fills_with_black(monkeypatch: pytest.MonkeyPatch) -> None:
     _draw(monkeypatch, 1.0)
     moved = augmented(_square(), AugmentSettings(shift=0.25))[0]
     assert torch.allclose(moved[: SIZE - 8, : SIZE - 8], _square()[0].float()[8:, 8:], atol=1e-3)
@@ -69,7 +69,7 @@ def test_brightness_and_contrast_are_exact(monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.allclose(augmented(_square(), AugmentSettings(contrast=0.2)), expected, atol=1e-3)
 
 
-def test_each_image_gets_amounts_of_its_own() -> None:
+def test_each_image_gets_its_own_changes() -> None:
     torch.manual_seed(3)
     settings = AugmentSettings(rotate=5, shift=0.05, scale=0.1, brightness=0.1, contrast=0.1)
     first = augmented(_square(4), settings)

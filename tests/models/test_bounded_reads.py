@@ -25,7 +25,7 @@ _TENSORS: list[Callable[[Path], Any]] = [encoder_source, load_tensors, read_chec
 @pytest.mark.parametrize("read", _TENSORS)
 @pytest.mark.parametrize("what", ["header", "pipe", "device"])
 @pytest.mark.skipif(os.name != "posix", reason="special files")
-def test_tensors_are_read_up_to_a_bound(tmp_path: Path, read: Callable[[Path], Any], what: str) -> None:
+def test_tensors_are_read_up_to_a_limit(tmp_path: Path, read: Callable[[Path], Any], what: str) -> None:
     file = tmp_path / "encoder.safetensors"
     match what:
         case "header":
@@ -56,7 +56,7 @@ _RECORDS: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("name", _RECORDS)
-def test_json_without_end_is_refused(tmp_path: Path, name: str) -> None:
+def test_deeply_nested_json_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("[" * 200_000)
     with pytest.raises(EmrrgError, match=name):
         _RECORDS[name](tmp_path)

@@ -210,7 +210,7 @@ def test_a_trained_llm_is_a_plain_llm_on_disk(kind: str, make_run: Callable[...,
     assert any(True for _ in hybrid_parameters(run.model.llm))
 
 
-def test_the_trained_part_is_replaced_whole(make_run: Callable[..., Run]) -> None:
+def test_the_trained_part_is_replaced_as_a_whole(make_run: Callable[..., Run]) -> None:
     run = make_run(["X"], SCRATCH)
     (run.directory / "model" / "stale").write_text("of the model before")
     before = _logits(run.load())

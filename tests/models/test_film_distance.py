@@ -36,7 +36,7 @@ def test_the_distance_is_that_of_mahalanobis() -> None:
     assert fitted.distances(films).numpy() == pytest.approx(expected, rel=5e-3)
 
 
-def test_the_threshold_leaves_one_film_of_100_out() -> None:
+def test_the_threshold_excludes_one_film_of_100() -> None:
     fitted = _Part.fit(_films(2000, 1), _films(2000, 2))
     share = (fitted.distances(_films(20_000, 3)) > fitted.threshold).double().mean().item()
     assert 0.005 < share < 0.016
@@ -51,7 +51,7 @@ def test_a_threshold_of_few_films_is_above_them() -> None:
         FilmDistance.fit((_films(300, 1), _films(300, 1)), (held_out[:9], held_out[:9]))
 
 
-def test_the_covariance_shrinks_as_ledoit_and_wolf_say() -> None:
+def test_the_covariance_is_shrunk_by_ledoit_and_wolf() -> None:
     # With fewer films than dimensions: the optimal share by their lemma, film by film.
     deviations = torch.randn(20, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     deviations -= deviations.mean(dim=0)
@@ -107,7 +107,7 @@ def test_tokens_or_looks_make_a_film_unlike(part: int) -> None:
     assert far[0].distance == fitted.distances((strange[0][:2], strange[1][:2])).max().item()
 
 
-def test_a_note_says_what_is_unlike() -> None:
+def test_a_note_says_why_a_film_is_unlike() -> None:
     assert MeasuredDistance(1.0).note is None
     note = "unlike the films of the training (distance 2.3, threshold 1.0)"
     assert MeasuredDistance(2.34).note == note

@@ -36,7 +36,7 @@ def test_logits_weigh_all_tokens_of_a_study(head: FindingsHead) -> None:
         assert torch.allclose(logits[study], (weights * head.evidence(rows)).sum(dim=0), atol=1e-5)
 
 
-def test_the_loss_leaves_unknown_findings_out(head: FindingsHead) -> None:
+def test_the_loss_ignores_unknown_findings(head: FindingsHead) -> None:
     tokens, views = torch.randn(3, 5, 8, requires_grad=True), torch.tensor([1, 1, 1])
     targets = torch.tensor([[1.0, 0.0, NAN], [0.0, NAN, NAN], [NAN, NAN, NAN]])
     head.balance.copy_(torch.tensor([3.0, 1.0, 1.0]))
@@ -52,7 +52,7 @@ def test_the_loss_leaves_unknown_findings_out(head: FindingsHead) -> None:
     assert gradient[2].abs().max() == 0
 
 
-def test_balance_makes_both_sides_count_alike(head: FindingsHead) -> None:
+def test_balance_gives_both_classes_equal_weight(head: FindingsHead) -> None:
     targets = torch.tensor([[1.0, 0.0, 0.0]] * 1 + [[0.0, 1.0, 0.0]] * 4 + [[0.0, NAN, 0.0]] * 45)
     head.set_balance(targets, most=20.0)
     assert head.balance.tolist() == pytest.approx([20.0, 0.25, 20.0])  # 49 to 1 is capped, as 50 to 0 is

@@ -263,7 +263,7 @@ def test_names_of_the_plain_llm_are_unchanged(kind: str, make_llm: MakeLLM) -> N
     assert isinstance(hybrid, type(plain))
 
 
-def test_a_copy_is_a_hybrid_llm_of_its_own(make_llm: MakeLLM) -> None:
+def test_a_copy_is_an_independent_hybrid_llm(make_llm: MakeLLM) -> None:
     llm = _awake(_hybrid(make_llm))
     other = copy.deepcopy(llm)
     with torch.no_grad():
@@ -482,7 +482,7 @@ def test_masks_travel_with_their_studies(decoding: dict[str, Any], make_llm: Mak
     assert batch == alone
 
 
-def test_one_generation_leaves_nothing_for_the_next(make_llm: MakeLLM) -> None:
+def test_a_generation_does_not_affect_the_next(make_llm: MakeLLM) -> None:
     llm = _awake(_hybrid(make_llm))
     first = _generate(llm, _visual(seed=3))
     second = _generate(llm, _visual(seed=4))
@@ -520,7 +520,7 @@ def test_gpt2_is_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "missing"), [("Phi3", "no q_proj"), ("Phi", "no o_proj"), ("Olmo2", "no input_layernorm")]
 )
-def test_layers_without_what_is_needed_are_refused_by_name(name: str, missing: str) -> None:
+def test_layers_without_needed_modules_are_refused_by_name(name: str, missing: str) -> None:
     import transformers
 
     settings = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0}
@@ -574,7 +574,7 @@ def _detached(keys_and_values: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_probe_leaves_the_llm_as_it_was(kind: str, make_llm: MakeLLM) -> None:
+def test_the_probe_does_not_change_the_llm(kind: str, make_llm: MakeLLM) -> None:
     plain = make_llm(kind).train()
     before = torch.get_rng_state()
     llm = _hybrid(make_llm, kind)

@@ -130,7 +130,7 @@ def test_loading_keeps_the_weights(dtype: torch.dtype, llm_dir: Path, make_llm: 
     assert loaded.config._attn_implementation == "sdpa"
 
 
-def test_a_name_that_is_nowhere() -> None:
+def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(RunError, match="the LLM 'nobody/nothing' is neither a directory here nor") as raised:
         load_llm("nobody/nothing", None, torch.float32)
     assert "model.llm.name=PATH" in str(raised.value)
@@ -141,7 +141,7 @@ def test_a_name_that_is_nowhere() -> None:
             load("/no/such/place")
 
 
-def test_directories_that_hold_no_llm(llm_dir: Path, tmp_path: Path) -> None:
+def test_directories_without_an_llm_are_refused(llm_dir: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(RunError, match=re.escape(f"{empty}: no tokenizer could be loaded from this directory")):
@@ -212,7 +212,7 @@ def test_other_weights_are_another_llm(llm_dir: Path, make_llm: MakeLLM) -> None
     assert after["weights_fingerprint"] != before["weights_fingerprint"]
 
 
-def test_the_fingerprint_looks_all_over_a_file(tmp_path: Path) -> None:
+def test_the_fingerprint_covers_the_whole_file(tmp_path: Path) -> None:
     """A fine-tuned LLM may share its header, embeddings and norms, which stand at the ends of the file."""
     assert llm_module._weights_fingerprint("some/hub-name") is None
     size = 200 * llm_module._SAMPLE_BYTES
@@ -281,7 +281,7 @@ def test_code_of_a_directory_is_never_run(
     assert "[y/N]" not in "".join(capfd.readouterr())
 
 
-def test_loading_shows_no_bar_and_leaves_the_setting(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_loading_shows_no_progress_bar(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     from transformers.utils import logging
 
     tokenizer = train_tokenizer(["the heart is enlarged ."], 300)

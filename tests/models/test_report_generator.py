@@ -352,7 +352,7 @@ def test_reports_end_with_eos_unless_they_are_cut(make_model: MakeModel, texts: 
     assert model.encode_report("", 5) == [eos]
 
 
-def test_the_release_gives_a_full_report_no_end(tokenizer: Any, texts: list[str]) -> None:
+def test_the_released_code_adds_no_end_to_a_full_report(tokenizer: Any, texts: list[str]) -> None:
     tokens, eos = tokenizer.encode(texts[0], add_special_tokens=False), tokenizer.eos_token_id
     encode = partial(encode_report, tokenizer, texts[0], end_at_limit=False)
     assert encode(len(tokens)) == tokens
@@ -376,7 +376,7 @@ def test_a_text_in_place_of_the_end_token(make_model: MakeModel, texts: list[str
     assert model.decode([*tokens, *end, *tokens]) == texts[0]
 
 
-def test_another_prompt_stands_around_the_image(make_model: MakeModel) -> None:
+def test_the_prompt_around_the_image_can_be_changed(make_model: MakeModel) -> None:
     plain = make_model()
     encode = partial(plain.tokenizer.encode, add_special_tokens=False)
     model = ReportGenerator(plain.encoder, plain.llm, plain.tokenizer, prompt="Film: <ImageHere>\nReport:")
@@ -399,7 +399,7 @@ def test_the_default_prompt_is_the_published_text(make_model: MakeModel) -> None
     )
 
 
-def test_decoding_leaves_special_tokens_out(make_model: MakeModel, texts: list[str]) -> None:
+def test_decoding_omits_special_tokens(make_model: MakeModel, texts: list[str]) -> None:
     model = make_model()
     for text in texts:
         assert model.decode(torch.tensor([*model.encode_report(text), 0, 0])) == text
@@ -662,7 +662,7 @@ def test_dropout_of_lora_stays_on_a_frozen_llm(make_model: MakeModel) -> None:
 # -- findings in the prompt -------------------------------------------------------------------------------------------
 
 
-def test_the_prompt_tells_each_finding_between_yes_and_no(make_model: MakeModel) -> None:
+def test_findings_in_the_prompt_are_between_yes_and_no(make_model: MakeModel) -> None:
     model = make_model()
     plain_prompt, plain_mask, _ = model.prompt(*_pixels_and_views(model))
     names = ["Cardiomegaly", "Pleural Effusion"]
@@ -699,7 +699,7 @@ def test_findings_in_the_prompt_do_not_train_their_head(make_model: MakeModel) -
     assert model(batch).loss_sum.item() != before
 
 
-def test_a_threshold_lets_the_prompt_say_yes_or_no(make_model: MakeModel) -> None:
+def test_with_a_threshold_findings_are_yes_or_no(make_model: MakeModel) -> None:
     model = make_model()
     embed = model.llm.get_input_embeddings()
     words = FindingsPrompt(model.tokenizer, ["Edema"], threshold=0.3)
@@ -708,7 +708,7 @@ def test_a_threshold_lets_the_prompt_say_yes_or_no(make_model: MakeModel) -> Non
     assert torch.allclose(states, torch.stack([no, yes]), atol=1e-6)
 
 
-def test_in_training_the_prompt_says_the_labels(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_training_the_prompt_has_the_labels(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model()
     model.add_findings_head(2, FindingsPrompt(model.tokenizer, ["Edema", "Fracture"], labels_in_training=True))
     findings = torch.tensor([[1.0, 0.0], [math.nan, 1.0], [0.0, 0.0]])
@@ -750,7 +750,7 @@ def _with_contexts(model: ReportGenerator) -> tuple[Batch, list[Batch]]:
 
 
 @pytest.mark.parametrize("views", ["average", "concat"])
-def test_contexts_of_a_batch_are_those_of_studies_alone(views: str, make_model: MakeModel) -> None:
+def test_contexts_do_not_depend_on_the_batch(views: str, make_model: MakeModel) -> None:
     model = make_model(views=views)
     together, alone = _with_contexts(model)
     with torch.no_grad():
@@ -766,7 +766,7 @@ def test_contexts_of_a_batch_are_those_of_studies_alone(views: str, make_model: 
         assert written == [model.generate(one.pixels, one.views, config(), one.contexts)[0] for one in alone]
 
 
-def test_the_context_stands_behind_the_image_or_at_its_place(make_model: MakeModel) -> None:
+def test_the_context_is_after_the_image_or_at_its_place(make_model: MakeModel) -> None:
     model = make_model()
     together, _ = _with_contexts(model)
     told = model.tokenizer.encode(" Indication: the heart is enlarged. Age: 45 years.", add_special_tokens=False)
@@ -799,7 +799,7 @@ def _told(model: ReportGenerator, prompt: int) -> list[list[int]]:
 # -- views told to the model ------------------------------------------------------------------------------------------
 
 
-def test_views_are_told_once_their_embedding_is_learned(make_model: MakeModel) -> None:
+def test_views_have_an_effect_after_their_vector_is_trained(make_model: MakeModel) -> None:
     model = make_model()
     batch = _batch(model, _examples(TEXTS))
     told = replace(batch, projections=torch.tensor([1, 2, 0, 1, 1, 2]))

@@ -50,12 +50,12 @@ def test_weights_in_half_precision_are_trained_in_fp32(tower: tuple[Any, Any], t
     assert {p.dtype for p in load_text_encoder(str(tmp_path), None, 20).parameters()} == {torch.float32}
 
 
-def test_any_text_that_was_not_seen_has_tokens(tower: tuple[Any, Any]) -> None:
+def test_unseen_text_has_tokens(tower: tuple[Any, Any]) -> None:
     tokenizer, _ = tower
     assert tokenizer.decode(tokenizer.encode("Größe: 3 ✓"), skip_special_tokens=True) == "Größe: 3 ✓"
 
 
-def test_what_is_missing_matters_only_where_it_is_used(tower: tuple[Any, Any], tmp_path: Path) -> None:
+def test_missing_weights_matter_only_if_they_are_used(tower: tuple[Any, Any], tmp_path: Path) -> None:
     tower[1].save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["pooler.dense.weight"], tensors["pooler.dense.bias"]  # as after masked language modelling
@@ -74,7 +74,7 @@ def test_a_text_longer_than_the_positions_is_refused_at_once(tower: tuple[Any, A
     assert "data.max_text_tokens" in (caught.value.hint or "")
 
 
-def test_a_decoder_serves_and_an_encoder_decoder_does_not(make_llm: Any, tmp_path: Path) -> None:
+def test_a_decoder_is_accepted_and_an_encoder_decoder_is_not(make_llm: Any, tmp_path: Path) -> None:
     make_llm("qwen3").save_pretrained(tmp_path / "qwen")
     model = load_text_encoder(str(tmp_path / "qwen"), None, 64)
     assert all(p.requires_grad for p in model.parameters())
@@ -95,7 +95,7 @@ def test_a_decoder_serves_and_an_encoder_decoder_does_not(make_llm: Any, tmp_pat
         ("", "could be loaded from this directory"),
     ],
 )
-def test_a_tower_that_cannot_be_had_is_one_message(load: Any, source: str, told: str, tmp_path: Path) -> None:
+def test_an_unavailable_tower_is_one_message(load: Any, source: str, told: str, tmp_path: Path) -> None:
     with pytest.raises(RunError) as caught:
         load(source or str(tmp_path))
     assert told in caught.value.message

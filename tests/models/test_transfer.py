@@ -85,7 +85,7 @@ def test_positions_are_interpolated_and_get_a_zero_row(pretrainer: Path) -> None
         torch.testing.assert_close(torch.cat([found[0, :middle], found[0, middle + 1 :]]), expected)
 
 
-def test_same_grid_keeps_positions_to_the_bit(pretrainer: Path) -> None:
+def test_the_same_grid_keeps_positions_exactly(pretrainer: Path) -> None:
     encoder = _encoder(128, seed=1)
     fill_encoder(encoder, pretrainer)
     found = encoder.pos_embed.detach()
@@ -212,7 +212,7 @@ def test_runs_and_files_of_every_stage(tmp_path: Path, pretrainer: Path) -> None
         assert (config.d_model, config.depth, config.d_state) == (D, DEPTH, N)
 
 
-def test_adapters_are_not_merged_in_silence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_adapters_are_not_merged_silently(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_encoder(tmp_path, _encoder())
     adapters = tmp_path / "model/adapters/encoder"
     adapters.mkdir(parents=True)
@@ -235,7 +235,7 @@ def test_load_encoder_is_the_encoder_that_was_saved(tmp_path: Path) -> None:
     assert reference.layers[0].mixer.engine == "reference"
 
 
-def test_load_encoder_of_stage_1_is_where_stage_2_begins(pretrainer: Path) -> None:
+def test_load_encoder_of_stage_1_equals_the_start_of_stage_2(pretrainer: Path) -> None:
     torch.manual_seed(3)
     before = torch.get_rng_state()
     one, other = emrrg_cli.load_encoder(pretrainer), emrrg_cli.load_encoder(pretrainer)

@@ -33,7 +33,7 @@ def box() -> ModuleType:
     return module
 
 
-def test_sides_come_back_from_the_grammar(box: ModuleType) -> None:
+def test_sides_are_read_back_from_reports(box: ModuleType) -> None:
     studies = [synthetic_study(21, index) for index in range(600)]
     cases = [case for case, _ in studies]
     texts = [clean_report(report.findings, "r2gen-iu") for _, report in studies]
@@ -52,7 +52,7 @@ def test_the_recipes_of_the_box_share_one_encoder() -> None:
         assert len({getattr(encoder, name) for encoder in encoders}) == 1
 
 
-def test_splits_hold_a_thousand_test_films_or_a_tenth(box: ModuleType, tmp_path: Path) -> None:
+def test_the_test_split_has_a_thousand_films_or_a_tenth(box: ModuleType, tmp_path: Path) -> None:
     assert box.Work(tmp_path, 40_000, 0, False).split == "0.950,0.025,0.025"
     assert box.Work(tmp_path, 200, 0, True).split == "0.800,0.1,0.1"
 

@@ -110,7 +110,7 @@ def test_a_nodule_stands_at_the_same_height_on_both_films(zone: str) -> None:
     assert profile.grid.y[row, column] == pytest.approx(frontal, abs=1.5)
 
 
-def test_the_middle_lobe_lies_in_front_and_the_lower_lobe_behind() -> None:
+def test_the_middle_lobe_is_in_front_of_the_lower_lobe() -> None:
     centre = {}
     for zone in ("mid", "lower"):
         added, profile = _added(0, consolidations=(Consolidation("right", zone, 3.5, 0.9, False),))  # type: ignore[arg-type]
@@ -132,7 +132,7 @@ def test_the_middle_lobe_lies_in_front_and_the_lower_lobe_behind() -> None:
     ],
     ids=lambda found: next(iter(found)),
 )
-def test_what_is_found_is_seen_from_the_side(findings: dict[str, object]) -> None:
+def test_findings_are_visible_from_the_side(findings: dict[str, object]) -> None:
     added, _ = _added(3, **findings)
     assert np.sort(added.ravel())[-60:].mean() > 0.12
     assert np.median(np.abs(added)) < 0.05
@@ -152,7 +152,7 @@ def test_lateral_layers_are_single_precision_and_finite() -> None:
         assert all(np.isfinite(layer).all() for layer in layers)
 
 
-def test_a_lateral_film_is_exposed_whatever_is_on_it() -> None:
+def test_a_lateral_film_is_well_exposed_with_any_finding() -> None:
     with np.errstate(all="raise", under="ignore"):
         for number in range(150):
             case = draw_case(generator(9, number))

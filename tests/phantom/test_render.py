@@ -58,14 +58,14 @@ def _mid_lung(thorax: Thorax, side: Side) -> NDArray[np.bool_]:
     return (np.abs(thorax.grid.y - 2) < 4) & (outwards > 5) & (outwards < 0.8 * thorax.half_width)
 
 
-def test_a_film_is_grey_and_of_the_size_asked_for() -> None:
+def test_a_film_is_grey_and_has_the_requested_size() -> None:
     case = draw_case(generator(1, 2))
     assert (render(case).shape, render(case).dtype) == ((256, 256), np.uint8)
     assert render(case, 80, 120).shape == (80, 120)
     assert render(case, 32).std() > 20
 
 
-def test_a_film_depends_on_nothing_but_its_case() -> None:
+def test_a_film_depends_only_on_its_case() -> None:
     case = draw_case(generator(1, 3))
     first = render(case, SIZE)
     render(draw_case(generator(1, 4)), SIZE)
@@ -83,7 +83,7 @@ def test_the_same_patient_at_every_size() -> None:
 
 
 @pytest.mark.parametrize("index", range(6))
-def test_bright_is_dense(index: int) -> None:
+def test_dense_tissue_is_bright(index: int) -> None:
     image, thorax = _seen(_case(index))
     spine = (thorax.outwards < 1.5) & (thorax.grid.y > 2) & (thorax.grid.y < thorax.dome["right"])
     for side in SIDES:
@@ -143,7 +143,7 @@ def test_a_pneumothorax_darkens_the_periphery(side: Side, amount: str, gap: floa
 
 @pytest.mark.parametrize("zone", ["upper", "mid", "lower"])
 @pytest.mark.parametrize("side", SIDES)
-def test_a_consolidation_is_where_it_is_said_to_be(side: Side, zone: str) -> None:
+def test_a_consolidation_is_at_its_stated_place(side: Side, zone: str) -> None:
     before, thorax = _seen(_case(2))
     one = Consolidation(side, zone, 3.5, 0.8, False)  # type: ignore[arg-type]
     after, _ = _seen(_case(2, consolidations=(one,)))
@@ -166,7 +166,7 @@ def test_a_nodule_has_its_size(millimetres: int) -> None:
     assert 2 * np.sqrt(area / np.pi) * 10 == pytest.approx(millimetres, rel=0.15)
 
 
-def test_edema_atelectasis_and_devices_are_seen() -> None:
+def test_edema_atelectasis_and_devices_are_visible() -> None:
     before, thorax = _seen(_case(4), 256)
     edema, _ = _seen(_case(4, edema=Edema("moderate", 0.6, False)), 256)
     near = (thorax.outwards > 3.5) & (thorax.outwards < 8) & (np.abs(thorax.grid.y - 4) < 4) & (thorax.air > 4)
@@ -215,7 +215,7 @@ def test_everything_is_single_precision() -> None:
     ],
     ids=lambda d: next(name for name, value in vars(d).items() if value and name != "skin_fold_at"),
 )
-def test_a_distractor_is_seen_and_is_no_finding(distractors: Distractors) -> None:
+def test_a_distractor_is_visible_and_not_a_finding(distractors: Distractors) -> None:
     plain = _case(2)
     before, _ = _seen(plain, 256)
     after, thorax = _seen(replace(plain, distractors=distractors), 256)
@@ -238,7 +238,7 @@ def test_the_letters_of_the_marker_are_drawn() -> None:
     assert 0.05 < rows.mean() / 256 < 0.2
 
 
-def test_the_version_of_the_drawing_goes_with_what_is_drawn() -> None:
+def test_the_version_of_the_drawing_matches_the_films() -> None:
     drawn = json.dumps([(case.as_dict(), report.text) for case, report in (synthetic_study(0, i) for i in range(40))])
     films = [float(render(synthetic_study(0, i)[0], 32).mean()) for i in range(4)]
     # Another digest, or other means: DRAWING grows, and the changelog says that films differ.

@@ -32,7 +32,7 @@ def test_labels_come_back_from_the_text(style: str) -> None:
         assert read_labels(clean_report(report.findings, style)) == truth, report.findings
 
 
-def test_the_impression_names_every_finding_but_devices() -> None:
+def test_the_impression_names_every_finding_except_devices() -> None:
     for case, report in studies():
         assert read_labels(report.impression) == case.findings.labels() - {"support_device"}, report.impression
 
@@ -52,14 +52,14 @@ def test_labels_are_balanced() -> None:
     assert 0.33 < sum(not case.findings.labels() for case, _ in studies()) / COUNT < 0.43
 
 
-def test_findings_keep_company() -> None:
+def test_related_findings_occur_together() -> None:
     failing = [case.findings for case, _ in studies() if case.findings.edema]
     assert sum(bool(f.cardiomegaly) for f in failing) > 0.6 * len(failing)
     tubes = [case for case, _ in studies() if any(d.kind == "endotracheal tube" for d in case.findings.devices)]
     assert sum(case.film.view == "AP" for case in tubes) > 0.85 * len(tubes)
 
 
-def test_what_cannot_be_seen_together_is_not_drawn_together() -> None:
+def test_incompatible_findings_do_not_occur_together() -> None:
     for case, _ in studies():
         found = case.findings
         assert (found.ctr > CTR_LIMIT[case.film.view]) == bool(found.cardiomegaly)
@@ -88,7 +88,7 @@ def test_sides_sizes_and_hedges_are_those_of_the_parameters() -> None:
             assert not hedged, text
 
 
-def test_reports_are_short_and_compare_with_nothing() -> None:
+def test_reports_are_short_and_without_comparisons() -> None:
     for _, report in studies():
         assert 6 < len(report.text.split()) < 130
         assert report.text == f"{report.findings} {report.impression}"
@@ -145,7 +145,7 @@ def test_the_rules_labeler_reads_the_same_labels() -> None:
     assert 2 * hits / (said + true) > 0.97
 
 
-def test_views_and_misplaced_tips_are_said_as_they_are() -> None:
+def test_views_and_misplaced_tips_are_reported() -> None:
     for case, report in studies():
         text = report.findings.lower()
         if re.search(r"lateral view|two views", text):

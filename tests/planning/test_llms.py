@@ -11,7 +11,7 @@ from emrrg_cli.planning.llms import quantize
 
 
 @pytest.mark.parametrize(("quantization", "class_name"), [("8bit", "Linear8bitLt"), ("4bit", "Linear4bit")])
-def test_projections_are_held_as_bitsandbytes_does(quantization: str, class_name: str) -> None:
+def test_projections_are_stored_as_in_bitsandbytes(quantization: str, class_name: str) -> None:
     pytest.importorskip("bitsandbytes")
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -42,7 +42,7 @@ def test_projections_are_held_as_bitsandbytes_does(quantization: str, class_name
     assert embeddings.grad.isfinite().all()
 
 
-def test_an_llm_that_is_not_quantised_stays_as_it_is() -> None:
+def test_an_llm_without_quantisation_is_unchanged() -> None:
     llm = torch.nn.Sequential(torch.nn.Linear(2, 2))
     quantize(llm, "none", torch.float32)
     assert type(llm[0]) is torch.nn.Linear

@@ -59,7 +59,7 @@ def test_studies_are_counted_as_the_training_counts_them(tiny_dataset: Path, tmp
 
 
 @pytest.mark.parametrize("figure", [count_studies, lambda recipe: seconds_per_study(recipe, 4)])
-def test_what_the_training_refuses_is_refused(
+def test_the_plan_refuses_what_training_refuses(
     figure: Callable[[FinetuneRecipe], Any], tiny_dataset: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(RunError, match=r"data\.section=impression"):

@@ -86,7 +86,7 @@ def test_quantisation_counts() -> None:
 
 
 @pytest.mark.slow
-def test_what_does_not_fit_is_given_a_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_advice_is_given_if_training_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     roomy = plan_of()
     assert roomy.fits
     assert roomy.proposals == []
@@ -114,7 +114,7 @@ def no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_trial")
-def test_a_data_set_is_planned_for_as_it_is_trained_on(
+def test_the_plan_counts_studies_as_training_does(
     tiny_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = tmp_path / "copy"
@@ -183,7 +183,7 @@ def test_the_views_of_a_study_are_those_that_are_used(tiny_dataset: Path, monkey
     assert views == [1, 3, 2, 2, 1, 3]
 
 
-def test_an_unknown_llm_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_llm_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "tiny/finetune", f"model.llm.name={tmp_path}/none"]) == 2
     assert "none: no such directory" in capsys.readouterr().err
     assert main(["plan", "tiny/finetune", f"model.llm.name={tmp_path}"]) == 1
@@ -212,7 +212,7 @@ def test_loading_and_computing_together(monkeypatch: pytest.MonkeyPatch) -> None
     assert together(4.0, 3.0, 16, "cpu") == 7.0
 
 
-def test_slow_loading_is_told(tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_loading_is_reported(tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prediction, "measure", lambda *args, **options: Step(1.0, 0.0, 1.0, 1.0))
     monkeypatch.setattr(prediction, "seconds_per_study", lambda recipe, micro: 1.0)
     monkeypatch.setattr("os.cpu_count", lambda: 16)

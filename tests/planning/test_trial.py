@@ -61,7 +61,7 @@ def test_saved_bytes_are_those_of_the_whole_model(every: str, targets: str) -> N
     assert step.update > 0
 
 
-def test_a_step_has_the_parts_it_is_said_to_have() -> None:
+def test_a_trial_keeps_only_the_parts_it_measures() -> None:
     small = trial_of(recipe_of("model.hybrid.every=3"))
     assert small.missing == {"encoder block": 6, "hybrid decoder layer": 2, "decoder layer": 5}
 
@@ -94,7 +94,7 @@ def test_a_trial_may_have_more_layers_than_a_small_llm(kind: str) -> None:
     assert small._time(1)["seconds"] > 0
 
 
-def test_bytes_of_a_batch_that_is_too_large_to_try() -> None:
+def test_memory_of_a_large_batch_is_extrapolated() -> None:
     """Under autocast the copies of the weights are counted once, whatever the studies."""
     recipe = recipe_of("train.precision=bf16", "model.encoder.depth=2")
     small = trial_of(recipe, "bf16")
@@ -112,7 +112,7 @@ def test_checkpointing_is_timed_as_it_is_trained() -> None:
 
 
 @pytest.mark.slow
-def test_where_memory_is_short_the_trial_shrinks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_trial_is_smaller_if_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[tuple[int, int]] = []
 
     class Full:

@@ -66,7 +66,7 @@ def test_a_dumped_recipe_reads_back(tmp_path: object) -> None:
         ("model.llm.name=x", "model.llm: unknown key"),
     ],
 )
-def test_what_is_refused(override: str, told: str) -> None:
+def test_wrong_settings_are_refused(override: str, told: str) -> None:
     with pytest.raises(UsageError) as caught:
         load_recipe("phantom/align", [override], stage="align")
     assert told in caught.value.message

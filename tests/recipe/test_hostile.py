@@ -75,7 +75,7 @@ def test_a_hostile_recipe_is_one_error(name: str, tmp_path: Path, capsys: pytest
 
 @pytest.mark.skipif(os.name != "posix", reason="special files")
 @pytest.mark.parametrize("target", ["/dev/zero", "/dev/tty", "/proc/self/environ", "/proc/kcore", "pipe", "directory"])
-def test_special_files_are_no_recipes(target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_special_files_are_not_recipes(target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "recipe.yaml"
     match target:
         case "pipe":

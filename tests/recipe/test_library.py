@@ -107,7 +107,7 @@ def test_recipes_are_looked_up_and_checked_without_torch() -> None:
     assert json.loads(output) == []
 
 
-def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
+def test_a_folder_is_not_a_recipe(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").mkdir()
     with pytest.raises(UsageError, match=r"mine\.yaml is a folder"):
         find_recipe(str(tmp_path / "mine.yaml"))

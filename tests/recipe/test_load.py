@@ -112,7 +112,7 @@ def test_bad_yaml_names_file_and_line(text: str, message: str) -> None:
     assert caught.value.exit_code == 2
 
 
-def test_a_key_that_stands_twice_is_refused_with_both_lines() -> None:
+def test_a_repeated_key_is_refused_with_both_lines() -> None:
     with pytest.raises(UsageError) as caught:
         parse_layer("train:\n  lr: 1\n  lr: 2\nx: 1\nx: 2\n", "f")
     assert caught.value.message.splitlines() == [
@@ -182,7 +182,7 @@ def test_later_layers_win_key_by_key_and_replace_lists(write: Any) -> None:
     assert (recipe.train.seed, recipe.output) == (7, "base")
 
 
-def test_the_default_protocol_stands_below_everything(write: Any) -> None:
+def test_the_default_protocol_is_the_weakest_layer(write: Any) -> None:
     recipe = load_recipe(write("stage: finetune\n"), stage="finetune")
     assert recipe.protocol == "ours"
     assert recipe.model.adapter.targets == ["X"]
@@ -195,7 +195,7 @@ def test_the_default_protocol_stands_below_everything(write: Any) -> None:
     )
 
 
-def test_a_protocol_beats_lower_layers_not_keys_beside_it(write: Any) -> None:
+def test_a_protocol_overrides_only_weaker_layers(write: Any) -> None:
     write(
         "stage: finetune\nmodel: {adapter: {targets: [Z]}}\ngeneration: {num_beams: 7, min_new_tokens: 1}\n",
         "base.yaml",
@@ -214,7 +214,7 @@ def test_a_protocol_beats_lower_layers_not_keys_beside_it(write: Any) -> None:
     assert switched.generation.max_new_tokens == 50
 
 
-def test_presets_are_never_changed_by_the_recipes_that_use_them() -> None:
+def test_recipes_never_change_presets() -> None:
     before = yaml.safe_dump(PROTOCOLS)
     load_recipe("iu_xray/finetune-full", ["model.adapter.targets=[Z]", "generation.num_beams=9"])
     assert yaml.safe_dump(PROTOCOLS) == before
@@ -223,7 +223,7 @@ def test_presets_are_never_changed_by_the_recipes_that_use_them() -> None:
 # --- problems
 
 
-def test_a_misspelt_synonym_is_answered_with_our_key() -> None:
+def test_our_key_is_suggested_for_a_misspelt_synonym() -> None:
     assert problems("iu_xray/finetune", "train.learning_ratee=1") == [
         "command line: train.learning_ratee: unknown key; did you mean train.lr?"
     ]
@@ -337,7 +337,7 @@ def test_a_union_gives_one_problem() -> None:
     ]
 
 
-def test_a_conflict_points_at_the_key_that_made_it(write: Any) -> None:
+def test_a_conflict_names_the_key_that_caused_it(write: Any) -> None:
     ref = write("stage: finetune\ntrain:\n  epochs: 1\n  min_lr: 1.0\n")
     assert problems(ref) == ["r.yaml:4: train: min_lr 1.0 is larger than lr 0.0001"]
     assert problems("tiny/finetune", "train.micro_batch_size=16") == [
@@ -425,7 +425,7 @@ def test_a_run_without_a_prompt_has_the_published_one(run_dir: Path) -> None:
     assert load_run_recipe(run_dir, None, [], "evaluate").model.prompt == PUBLISHED_PROMPT
 
 
-def test_an_overlay_changes_only_what_it_says(run_dir: Path) -> None:
+def test_an_overlay_changes_only_its_own_settings(run_dir: Path) -> None:
     assert load_run_recipe(run_dir, None, [], "evaluate") == load_recipe(str(run_dir / "recipe.yaml"))
     recipe = load_run_recipe(run_dir, None, ["generation.num_beams=4", "data.root=null"], "generate")
     assert (recipe.stage, recipe.data.root) == ("finetune", None)
@@ -513,6 +513,6 @@ def test_the_published_decoding_is_that_of_the_data_set(tmp_path: Path, cleaning
         assert (generation.repetition_penalty, generation.length_penalty) == (2.0, 2.0)
 
 
-def test_weights_of_scores_are_replaced_whole() -> None:
+def test_score_weights_are_replaced_as_a_whole() -> None:
     train = load_recipe("iu_xray/finetune", ["train.score_weights={BLEU_1: 1.0}"], stage="finetune").train
     assert train.score_weights == {"BLEU_1": 1.0}

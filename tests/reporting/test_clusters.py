@@ -8,7 +8,7 @@ from PIL import Image
 from emrrg_cli.reporting.clusters import CAPTION, draw_predictions
 
 
-def test_the_picture_holds_each_column_where_it_belongs(tmp_path: Path) -> None:
+def test_the_picture_has_each_column_in_its_place(tmp_path: Path) -> None:
     films = np.full((3, 128, 128), 200, np.float32)
     targets = np.full((3, 128, 128), 2.5, np.float32)
     predictions = np.full((3, 128, 128), -9.0, np.float32)

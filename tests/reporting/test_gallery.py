@@ -83,7 +83,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_everything_stands_on_the_page_and_is_escaped(page: Path) -> None:
+def test_the_page_shows_everything_and_escapes_it(page: Path) -> None:
     text = page.read_text()
     HTMLParser().feed(text)
     for said in (
@@ -108,7 +108,7 @@ def test_everything_stands_on_the_page_and_is_escaped(page: Path) -> None:
     assert ">enlarged</i>" in text
 
 
-def test_no_study_and_no_facts_make_a_page(tmp_path: Path) -> None:
+def test_a_page_may_have_no_studies_and_no_facts(tmp_path: Path) -> None:
     (path,) = write_gallery(tmp_path, About([]), iter(()), 0)
     assert DISCLAIMER in path.read_text()
 

@@ -28,7 +28,7 @@ def _size(path: Path) -> tuple[int, int]:
         return image.size
 
 
-def test_panels_are_there_for_what_was_logged(tmp_path: Path) -> None:
+def test_each_logged_value_has_a_panel(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "curves.png"
     plots.plot_curves(_history(200), path)
     whole = _size(path)
@@ -56,7 +56,7 @@ def test_odd_histories_are_drawn(tmp_path: Path, history: Any) -> None:
     assert min(_size(tmp_path / "curves.png")) > 300
 
 
-def test_later_rows_of_a_step_count_and_steps_are_in_order() -> None:
+def test_the_last_row_of_a_step_counts_and_steps_are_sorted() -> None:
     history = [
         {"step": 2, "train/loss": 9.0},
         {"step": 3, "train/loss": 7.0},

@@ -50,7 +50,7 @@ def _printed(summary: Summary, width: int = 100) -> str:
     return console.export_text()
 
 
-def test_the_page_holds_all_and_executes_nothing(odd: Summary, tmp_path: Path) -> None:
+def test_the_page_has_all_content_and_runs_no_code(odd: Summary, tmp_path: Path) -> None:
     write_summary(odd, tmp_path / "out")
     assert sorted(entry.name for entry in (tmp_path / "out").iterdir()) == ["page.html", "sheet.png", "summary.json"]
     text = (tmp_path / "out" / "page.html").read_text()
@@ -90,7 +90,7 @@ def test_the_terminal_shows_the_same(odd: Summary) -> None:
     assert max(map(len, _printed(odd, 60).splitlines())) <= 60
 
 
-def test_columns_and_tables_that_would_be_empty_are_left_out(tiny_dataset: Path) -> None:
+def test_empty_columns_and_tables_are_omitted(tiny_dataset: Path) -> None:
     found = {section.name: section for section in sections(summarise(tiny_dataset, examples=0))}
     assert list(found) == [
         "Splits", "Views", "Report length, median 11 words", "Repeated reports", "Most frequent reports",
@@ -100,7 +100,7 @@ def test_columns_and_tables_that_would_be_empty_are_left_out(tiny_dataset: Path)
     assert found["Views"].rows == {"unknown": ["24", "6", "6", "36"]}
 
 
-def test_a_summary_is_replaced_and_nothing_else(tiny_dataset: Path, tmp_path: Path) -> None:
+def test_only_the_files_of_a_summary_are_replaced(tiny_dataset: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "page.html").write_text("precious")
     with pytest.raises(UsageError, match="has other files than those of a summary"):

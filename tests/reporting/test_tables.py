@@ -18,7 +18,7 @@ def _shown(table: Any, width: int = 100) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
 
 
-def test_score_table_says_what_is_missing() -> None:
+def test_score_table_says_what_a_missing_score_needs() -> None:
     text = _shown(
         tables.score_table({"BLEU_4": 0.12345, "METEOR": None, "F1": None}, "test split [published protocol]")
     )
@@ -42,7 +42,7 @@ def test_reports_table_shows_the_disclaimer_and_counts_the_rest() -> None:
     assert "seconds" not in narrow
 
 
-def test_80_columns_hold_the_tables_with_all_controls() -> None:
+def test_tables_with_all_controls_fit_into_80_columns() -> None:
     row = {"precision": 0.5, "recall": 0.25, "f1": 1 / 3}
     labels = {"undefined": 2, "micro": row, "macro": row, "macro_defined": row, "example": row}
     grid = {policy: {"14": labels, "5": labels} for policy in ("uncertain_positive", "uncertain_negative")}

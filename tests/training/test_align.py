@@ -117,7 +117,7 @@ def test_a_run_from_the_command_line(tiny_dataset: Path, tmp_path: Path, run_of:
     assert validation[0]["validation/image_to_text_R@10"] == 1.0  # of 4 studies
 
 
-def test_what_was_trained_is_read_back_and_serves_the_next_stage(align: Any, tiny_dataset: Path) -> None:
+def test_a_trained_model_loads_and_starts_the_next_stage(align: Any, tiny_dataset: Path) -> None:
     run = align("run", "train.select=loss", "train.validate_every_epochs=2")
     assert "validation/score" not in run.history[-1]
     model = load_alignment(run.directory)
@@ -255,7 +255,7 @@ def test_it_learns(align: Any) -> None:
 # -- failure -----------------------------------------------------------------------------------------------------
 
 
-def test_data_that_cannot_serve_is_one_message(align: Any, tiny_dataset: Path, tmp_path: Path) -> None:
+def test_unusable_data_is_one_message(align: Any, tiny_dataset: Path, tmp_path: Path) -> None:
     for overrides, error, told in (
         (("data.root=null",), UsageError, "data.root is not set"),
         (("data.section=impression",), RunError, f"{tiny_dataset}: no study of the train split has text for"),
@@ -279,7 +279,7 @@ def test_a_batch_that_does_not_fit_is_refused_before_loading(align: Any, monkeyp
         align("run", "data.limit=7")
 
 
-def test_an_offline_hub_name_is_told_once_on_the_command_line(tiny_dataset: Path, tmp_path: Path, capsys: Any) -> None:
+def test_an_offline_hub_name_is_one_message(tiny_dataset: Path, tmp_path: Path, capsys: Any) -> None:
     arguments = ["align", "phantom/align", f"data.root={tiny_dataset}", *TINY, "-o", str(tmp_path / "run")]
     assert main([*arguments, "model.text.name=emilyalsentzer/Bio_ClinicalBERT-nowhere"]) == 1
     told = capsys.readouterr().err

@@ -30,7 +30,7 @@ def test_the_average_is_that_of_the_formula() -> None:
     assert model.weight.item() == -1.0
 
 
-def test_the_model_has_its_weights_back_after_an_error() -> None:
+def test_the_weights_are_restored_after_an_error() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     average = WeightAverage(model, 0.5)

@@ -112,7 +112,7 @@ def test_no_checkpoint_is_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("breaks", ["save_file", "torch.save", "atomic_write_text"])
-def test_a_crash_while_writing_leaves_the_one_before(
+def test_a_crash_while_writing_keeps_the_earlier_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, breaks: str
 ) -> None:
     _, _, before = _save(tmp_path, 3, epoch=1)
@@ -134,7 +134,7 @@ def test_a_crash_while_writing_leaves_the_one_before(
 
 
 @pytest.mark.parametrize("full", ["save_file", "torch.save"])
-def test_a_full_disk_is_said_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str) -> None:
+def test_a_full_disk_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str) -> None:
     from safetensors import SafetensorError
 
     def fail(*arguments: Any, **options: Any) -> None:
@@ -155,7 +155,7 @@ def test_a_full_disk_is_said_in_words(tmp_path: Path, monkeypatch: pytest.Monkey
     assert last_checkpoint(tmp_path) == before
 
 
-def test_one_cut_off_while_it_was_replaced_is_found(tmp_path: Path) -> None:
+def test_a_checkpoint_replaced_halfway_is_found(tmp_path: Path) -> None:
     _, _, saved = _save(tmp_path)
     previous = saved.rename(saved.with_name(saved.name + ".previous-emrrg"))
     assert last_checkpoint(tmp_path) == previous
@@ -174,7 +174,7 @@ def test_a_checkpoint_of_the_same_step_is_written_anew(tmp_path: Path) -> None:
     assert torch.equal(other[0].weight, model[0].weight)
 
 
-def test_the_end_of_a_validation_changes_the_progress_alone(tmp_path: Path) -> None:
+def test_the_end_of_a_validation_changes_only_the_progress(tmp_path: Path) -> None:
     _, _, saved = _save(tmp_path, 3, validation_due=True)
     before = (saved / "state.pt").read_bytes()
     save_progress(tmp_path, Progress(step=3, best=[0.5, -1.0], best_step=3))
@@ -242,7 +242,7 @@ _LOST = ("no last", "empty last", "binary last", "last names another", "last lea
 
 
 @pytest.mark.parametrize("what", _LOST)
-def test_the_newest_whole_one_is_used_without_last(tmp_path: Path, what: str) -> None:
+def test_the_newest_complete_checkpoint_is_used_without_last(tmp_path: Path, what: str) -> None:
     _, _, newest = _save(tmp_path / "checkpoints", 5)
     shutil.copytree(newest, newest.with_name("step-00000003"))
     _break(tmp_path / "checkpoints", what)
@@ -250,7 +250,7 @@ def test_the_newest_whole_one_is_used_without_last(tmp_path: Path, what: str) ->
 
 
 @pytest.mark.parametrize("file", ["state.pt", "trainable.safetensors", "progress.json"])
-def test_an_incomplete_one_is_refused(tmp_path: Path, file: str) -> None:
+def test_an_incomplete_checkpoint_is_refused(tmp_path: Path, file: str) -> None:
     _, _, newest = _save(tmp_path / "checkpoints", 5)
     _break(tmp_path / "checkpoints", file)
     with pytest.raises(RunError, match="the checkpoint of this run is lost: step-00000005 is not complete"):
@@ -287,7 +287,7 @@ def test_a_flipped_bit_is_noticed(tmp_path: Path, file: str, place: float) -> No
         load_checkpoint(saved, model, optimizer, None, 0)
 
 
-def test_one_of_an_earlier_version_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, _, saved = _save(tmp_path)
     (saved / "checksums.json").unlink()
     model, optimizer = _trained(1)

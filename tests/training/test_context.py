@@ -57,7 +57,7 @@ def test_a_resumed_run_drops_the_same_fields(workers: int, finetune: Any, contex
 
 
 @pytest.mark.slow
-def test_evaluate_says_what_was_read(
+def test_evaluate_states_the_context_that_was_read(
     context_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], no_java: None
 ) -> None:
     def evaluate(name: str, *options: str) -> tuple[dict[str, Any], list[str]]:

@@ -22,7 +22,7 @@ from emrrg_cli.training.environment import (
 )
 
 
-def test_auto_is_bf16_on_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_bf16_on_a_gpu_that_supports_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_precision("auto", "cpu") == "fp32"
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     assert choose_precision("auto", "cuda") == "bf16"
@@ -128,7 +128,7 @@ def wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("wandb")
-def test_wandb_is_told_project_name_and_recipe(tmp_path: Path) -> None:
+def test_wandb_gets_project_name_and_recipe(tmp_path: Path) -> None:
     run = tmp_path / "long-lr3"
     run.mkdir()
     recipe = {"train": {"lr": 1e-4}}
@@ -143,7 +143,7 @@ def test_wandb_is_told_project_name_and_recipe(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("wandb")
-def test_a_tracker_that_does_not_start_is_an_error_in_words(tmp_path: Path) -> None:
+def test_a_tracker_that_does_not_start_is_an_error(tmp_path: Path) -> None:
     run = tmp_path / "refused"
     run.mkdir()
     with pytest.raises(RunError) as caught:

@@ -10,7 +10,7 @@ import torch
 
 
 @pytest.mark.slow
-def test_a_scaled_rate_moves_its_part_of_the_model_alone(finetune: Any) -> None:
+def test_a_scaled_rate_changes_only_its_part_of_the_model(finetune: Any) -> None:
     first = finetune("first", "train.max_steps=1")
     slow = finetune("slow", "train.max_steps=1", "train.lr_scale.encoder=1e-12")
     moved = [name for name, tensor in first.weights.items() if not torch.equal(tensor, slow.weights[name])]
@@ -19,7 +19,7 @@ def test_a_scaled_rate_moves_its_part_of_the_model_alone(finetune: Any) -> None:
 
 
 @pytest.mark.slow
-def test_smoothing_and_dropout_are_for_training_alone(finetune: Any) -> None:
+def test_smoothing_and_dropout_are_only_for_training(finetune: Any) -> None:
     options = ("train.max_steps=1", "train.lr=1e-30")
     plain = finetune("plain", *options)
     for name, setting in (("smooth", "train.label_smoothing=0.3"), ("drop", "model.llm.scratch.dropout=0.5")):
@@ -57,7 +57,7 @@ def test_a_run_trains_saves_and_loads_the_head(finetune: Any) -> None:
 
 
 @pytest.mark.slow
-def test_the_head_on_findings_begins_as_that_of_stage_2(finetune: Any, tmp_path: Path, capfd: Any) -> None:
+def test_the_findings_head_starts_from_stage_2(finetune: Any, tmp_path: Path, capfd: Any) -> None:
     from safetensors.torch import save_file
 
     from emrrg_cli.models.build import build_encoder

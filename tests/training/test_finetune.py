@@ -127,7 +127,7 @@ def test_every_generator_takes_the_largest_seed_of_a_recipe(finetune: Any) -> No
 # -- validation --------------------------------------------------------------------------------------------------
 
 
-def test_selection_by_loss_generates_nothing(finetune: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_selection_by_loss_generates_no_reports(finetune: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def write_split(*arguments: Any, **options: Any) -> list[str]:
         raise AssertionError("reports were generated")
 
@@ -138,7 +138,7 @@ def test_selection_by_loss_generates_nothing(finetune: Any, monkeypatch: pytest.
         finetune("score", "train.epochs=1", "train.select=score")
 
 
-def test_the_validation_limit_is_for_generation_alone(finetune: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_validation_limit_applies_only_to_generation(finetune: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     written, scored = [], []
     write, score = stage3.write_split, stage3.score
 
@@ -298,13 +298,13 @@ def test_loading_processes_get_the_tokenizer_and_not_the_model(tiny_run: Path) -
 # -- failure -----------------------------------------------------------------------------------------------------
 
 
-def test_no_training_split_is_said(finetune: Any, without_split: Any, tmp_path: Path) -> None:
+def test_a_missing_training_split_is_an_error(finetune: Any, without_split: Any, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="this dataset directory has no split named train"):
         finetune("run", without_split("train"))
     assert not (tmp_path / "run").exists()
 
 
-def test_no_data_is_said(tmp_path: Path) -> None:
+def test_missing_data_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"data\.root is not set"):
         run_finetune(load_recipe("tiny/finetune", stage="finetune"), tmp_path, resume=False, expected_processes=0)
 
@@ -316,7 +316,7 @@ def test_no_data_is_said(tmp_path: Path) -> None:
         ("train.score_weights={METEOR: 1.0}", "METEOR needs Java"),
     ],
 )
-def test_without_java_a_selection_that_needs_it_does_not_begin(
+def test_a_selection_that_needs_java_is_refused_without_it(
     finetune: Any, without_split: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scores: str, told: str
 ) -> None:
     for name in ("PATH", "JAVA_HOME"):
@@ -339,7 +339,7 @@ def test_without_java_a_selection_that_needs_it_does_not_begin(
         ("model.encoder.weights=nowhere.safetensors", "nowhere"),
     ],
 )
-def test_a_start_that_fails_leaves_the_place_free(finetune: Any, tmp_path: Path, wrong: str, told: str) -> None:
+def test_a_failed_start_leaves_the_output_free(finetune: Any, tmp_path: Path, wrong: str, told: str) -> None:
     with pytest.raises((UsageError, RunError), match=told):
         finetune("run", wrong)
     assert not (tmp_path / "run").exists()
@@ -378,7 +378,7 @@ def test_a_dtype_without_effect_is_refused_and_harms_no_run(no_java: None, finet
         assert main([*arguments, "--output", str(tmp_path / dtype)]) == 0
 
 
-def test_a_failing_start_removes_nothing_that_it_did_not_write(finetune: Any, tmp_path: Path) -> None:
+def test_a_failed_start_removes_only_its_own_files(finetune: Any, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
     with pytest.raises(UsageError):
@@ -387,7 +387,7 @@ def test_a_failing_start_removes_nothing_that_it_did_not_write(finetune: Any, tm
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_later_keeps_what_it_has(finetune: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_fails_later_keeps_its_files(finetune: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from emrrg_cli.models.report_generator import ReportGenerator
 
     forward = ReportGenerator.forward

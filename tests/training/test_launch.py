@@ -142,7 +142,7 @@ def test_two_processes_evaluate_each_study_once_as_one_does(
 
 
 @pytest.mark.slow
-def test_an_error_in_all_processes_is_said_once(capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_error_in_all_processes_is_printed_once(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(EmrrgError) as caught:
         launch.launch(["recipe", "show", "no/such-recipe"], 2)
     assert (caught.value.exit_code, capfd.readouterr()) == (2, ("", ""))  # by this process, not by the two
@@ -150,7 +150,7 @@ def test_an_error_in_all_processes_is_said_once(capfd: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize("recipe", ["tiny/finetune", "phantom/align", "phantom/pretrain"])
-def test_no_process_is_started_for_a_batch_that_does_not_divide(
+def test_an_uneven_batch_starts_no_process(
     recipe: str,
     tiny_dataset: Path,
     tmp_path: Path,
@@ -168,7 +168,7 @@ def test_no_process_is_started_for_a_batch_that_does_not_divide(
     assert not (tmp_path / "run").exists()
 
 
-def test_another_number_of_processes_than_asked_for_is_refused(
+def test_a_different_number_of_processes_is_refused(
     tiny_overrides: tuple[str, ...],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -204,7 +204,7 @@ def test_the_started_processes_get_the_arguments_of_this_command(
     assert not (tmp_path / "run").exists()
 
 
-def test_how_many_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
@@ -224,14 +224,14 @@ def test_how_many_processes(monkeypatch: pytest.MonkeyPatch) -> None:
         processes_wanted(None)
 
 
-def test_what_the_world_size_is_checked_against(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_world_size_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("EMRRG_NUM_PROCESSES", raising=False)
     assert (processes_expected(None), processes_expected(3)) == (0, 3)
     monkeypatch.setenv("EMRRG_NUM_PROCESSES", "2")
     assert processes_expected(None) == 2
 
 
-def test_errors_go_to_the_launching_process_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_go_to_the_launching_process_if_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "EMRRG_ERRORS"):
         monkeypatch.delenv(name, raising=False)
     assert not tell_launcher(RunError("x"))
@@ -275,7 +275,7 @@ def test_the_first_error_of_the_processes_is_reported(
     assert error.message == "study s1: broken image"
 
 
-def test_the_environment_of_the_launching_process_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_launching_process_restores_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("EMRRG_NUM_PROCESSES", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     with launch._environment({"EMRRG_NUM_PROCESSES": "2", "OMP_NUM_THREADS": "1"}):

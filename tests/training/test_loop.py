@@ -151,7 +151,7 @@ def test_each_example_is_seen_once_an_epoch_in_seeded_order(fit: Any) -> None:
     assert seen != [example for batch in other.model.seen for example in batch]
 
 
-def test_a_tail_too_short_for_a_batch_is_left_out(fit: Any) -> None:
+def test_an_incomplete_last_batch_is_dropped(fit: Any) -> None:
     stage = Stage()
     assert fit(stage, 7, epochs=2).steps == 2
     assert [len(batch) for batch in stage.model.seen] == [4, 4]
@@ -166,7 +166,7 @@ def test_one_study_is_enough_for_a_batch_of_one(fit: Any) -> None:
     assert fit(Stage(), 1, batch_size=1, epochs=2).steps == 2
 
 
-def test_gradients_are_clipped_or_left_alone(fit: Any, tmp_path: Path) -> None:
+def test_gradients_are_clipped_or_unchanged(fit: Any, tmp_path: Path) -> None:
     from emrrg_cli.files.records import read_jsonl
 
     fit(Stage(), epochs=1, log_every=1, clip_norm=0.5)
@@ -313,7 +313,7 @@ def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(
 
 
 @pytest.mark.parametrize("settings", [{}, {"checkpoint_every_steps": 1}])
-def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(
+def test_a_run_with_lost_checkpoints_does_not_start_again(
     tmp_path: Path, fit: Callable[..., Any], settings: dict[str, int]
 ) -> None:
     fit(Stage(), log_every=1, stop_after_steps=3, **settings)
@@ -331,7 +331,7 @@ def test_a_lost_checkpoint_of_the_first_epoch_is_noticed(tmp_path: Path, fit: Ca
         fit(Stage(), 80, log_every=1, resume=True, checkpoint_every_steps=2)
 
 
-def test_a_checkpoint_that_was_not_yet_due_is_not_missed(
+def test_a_checkpoint_not_yet_due_is_not_expected(
     finetune: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def die(*arguments: Any) -> None:
@@ -348,7 +348,7 @@ def test_a_checkpoint_that_was_not_yet_due_is_not_missed(
 
 
 @pytest.mark.parametrize(("log_every", "steps"), [(1, 0), (100, 4)])
-def test_without_a_checkpoint_the_start_at_step_one_is_said(
+def test_a_start_at_step_one_is_reported(
     fit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, log_every: int, steps: int
 ) -> None:
     def die(*arguments: Any) -> None:
@@ -465,7 +465,7 @@ def test_a_stage_without_scores_is_selected_by_loss(fit: Any) -> None:
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", ["validation/score", "validation/loss"])
-def test_figures_that_are_not_finite_are_never_the_best(fit: Any, place: str, broken: float) -> None:
+def test_infinity_and_nan_are_never_the_best(fit: Any, place: str, broken: float) -> None:
     rows = _figures((0.9, 0.1), (0.5, 1.0), (0.9, 0.1), (0.4, 1.0))
     rows[0][place] = rows[2][place] = broken
     stage = Stage(rows)
@@ -474,7 +474,7 @@ def test_figures_that_are_not_finite_are_never_the_best(fit: Any, place: str, br
     assert len(stage.exports) == 1
 
 
-def test_where_no_figure_is_finite_the_last_model_is_exported(fit: Any) -> None:
+def test_without_finite_scores_the_last_model_is_exported(fit: Any) -> None:
     stage = Stage(_figures(*[(math.nan, math.nan)] * 3))
     summary = fit(stage)
     assert (summary.best, summary.best_step) == (None, None)
@@ -600,7 +600,7 @@ def test_the_block_and_direction_that_break_are_named(fit: Any, tmp_path: Path) 
     assert _hooks(stage.model) == 0
 
 
-def test_where_no_block_breaks_the_guard_says_so_at_once(fit: Any) -> None:
+def test_nan_outside_the_blocks_is_reported_at_once(fit: Any) -> None:
     stage = Stage()
     stage.model.broken_from = 4
     with pytest.raises(RunError, match="not finite at step 4") as raised:
@@ -609,7 +609,7 @@ def test_where_no_block_breaks_the_guard_says_so_at_once(fit: Any) -> None:
     assert "Every encoder block gave finite values" in str(raised.value)
 
 
-def test_what_accelerate_would_shard_is_refused(tmp_path: Path) -> None:
+def test_models_that_accelerate_would_shard_are_refused(tmp_path: Path) -> None:
     class Sharded:
         class distributed_type:
             value = "FSDP"

@@ -108,7 +108,7 @@ def test_a_run_of_an_earlier_version_is_loaded(
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
-def test_signals_end_a_block_unless_they_are_ignored(name: str) -> None:
+def test_signals_interrupt_a_block_unless_ignored(name: str) -> None:
     code = f"""
 import os, signal, sys
 from emrrg_cli.errors import Interrupted
@@ -151,7 +151,7 @@ def test_a_signal_ends_a_training_with_a_checkpoint(
     assert run_of(tmp_path / "run").last_step() <= 2
 
 
-def test_the_handlers_are_put_back() -> None:
+def test_the_signal_handlers_are_restored() -> None:
     before = {number: signal.getsignal(number) for number in stop_signals()}
     with interrupted_by(message=lambda: ""):
         assert all(signal.getsignal(number) is not handler for number, handler in before.items())
@@ -181,7 +181,7 @@ def test_a_score_above_noise_chooses_the_model(finetune: Callable[..., Any], mon
     assert run.summary.best[0] == 0.3
 
 
-def test_reports_that_are_all_alike_are_mentioned(
+def test_equal_reports_are_mentioned(
     finetune: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from emrrg_cli.training import finetune as stage

@@ -131,7 +131,7 @@ def test_a_run_stopped_and_resumed_is_the_uninterrupted_one(pretrain: Any, whole
 
 
 @pytest.mark.slow
-def test_epochs_have_crops_of_their_own(pretrain: Any) -> None:
+def test_each_epoch_has_its_own_crops(pretrain: Any) -> None:
     frozen = ("train.lr=1e-30", "train.micro_batch_size=8", "train.batch_size=24", "train.epochs=3")
     crops = pretrain("crops", *frozen).series("train/loss")
     assert len(set(crops)) == 3
@@ -201,7 +201,7 @@ def test_a_run_is_not_resumed_on_other_images(pretrain: Any, films: Path) -> Non
 
 
 @pytest.mark.skipif(os.name == "nt", reason="names are bytes on POSIX only")
-def test_a_file_whose_name_is_no_text_is_an_image_too(pretrain: Any, films: Path) -> None:
+def test_an_image_may_have_a_name_that_is_not_utf8(pretrain: Any, films: Path) -> None:
     name = os.fsdecode(b"caf\xe9.png")
     (films / "0" / "0.png").rename(films / "0" / name)
     data = (f"data.root={films}", "data.validation=0")
@@ -219,7 +219,7 @@ def test_without_validation_images_the_last_model_is_the_result(pretrain: Any, f
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_from_the_model_of_another(pretrain: Any, whole: Any, tmp_path: Path, difference: Any) -> None:
+def test_a_run_starts_from_the_model_of_another(pretrain: Any, whole: Any, tmp_path: Path, difference: Any) -> None:
     still = "train.lr=1e-30"
     second = pretrain("second", f"model.encoder.weights={whole.directory}", still, "train.max_steps=1")
     assert difference(second.exported, whole.exported) < 1e-6
@@ -291,7 +291,7 @@ def test_a_dataset_may_train_beside_its_own_held_out_studies(pretrain: Any, tiny
         ("CXR1_1_IM-0001/1.jpg", "CXR1_1_IM-0001"),
     ],
 )
-def test_a_path_of_iu_x_ray_tells_its_report(name: str, known: str) -> None:
+def test_a_path_of_iu_x_ray_identifies_its_report(name: str, known: str) -> None:
     assert known in parts_of(name)
     assert "CXR238" not in parts_of(name)
 

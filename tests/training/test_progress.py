@@ -87,7 +87,7 @@ def test_a_terminal_gets_a_bar_with_the_figures(clock: Clock) -> None:
     assert max(len(line) for line in re.split(r"[\r\n]", shown)) <= 80
 
 
-def test_a_run_that_fails_gives_the_terminal_back(clock: Clock) -> None:
+def test_a_failed_run_restores_the_terminal(clock: Clock) -> None:
     console, stream = _terminal()
 
     def run() -> None:
@@ -100,7 +100,7 @@ def test_a_run_that_fails_gives_the_terminal_back(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize(("terminal", "enabled"), [(False, True), (True, True), (False, False)])
-def test_a_look_is_had_after_each_batch_of_a_phase(clock: Clock, terminal: bool, enabled: bool) -> None:
+def test_a_callback_runs_after_each_batch_of_a_phase(clock: Clock, terminal: bool, enabled: bool) -> None:
     console, _ = _terminal() if terminal else _file()
     looks: list[int] = []
     with TrainingDisplay(2, enabled=enabled, console=console, after_batch=lambda: looks.append(1)) as display:
@@ -113,7 +113,7 @@ def test_a_look_is_had_after_each_batch_of_a_phase(clock: Clock, terminal: bool,
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_other_processes_show_nothing_and_know_their_rate(clock: Clock, terminal: bool) -> None:
+def test_other_processes_print_nothing_but_measure_the_rate(clock: Clock, terminal: bool) -> None:
     console, stream = _terminal() if terminal else _file()
     with TrainingDisplay(100, enabled=False, console=console) as display:
         _train(display, clock, range(1, 101))
@@ -136,7 +136,7 @@ def test_the_rate_excludes_validation_and_the_first_step(clock: Clock) -> None:
     assert display.samples_per_second == pytest.approx(16.0)
 
 
-def test_the_rate_is_that_of_late(clock: Clock) -> None:
+def test_the_rate_is_of_recent_steps(clock: Clock) -> None:
     with TrainingDisplay(1000, enabled=False) as display:
         _train(display, clock, range(1, 101), seconds=1)
         _train(display, clock, range(101, 141), seconds=4)
@@ -154,7 +154,7 @@ def test_time_left_counts_this_run_and_its_validations(clock: Clock) -> None:
     assert display._left() == "0:00:30"
 
 
-def test_the_loss_is_smoothed_and_an_unknown_one_is_left_out() -> None:
+def test_the_loss_is_smoothed_without_unknown_values() -> None:
     smoothed = SmoothedValue()
     assert smoothed.value is None
     for value in (math.nan, 4.0, math.inf):
@@ -168,7 +168,7 @@ def test_memory_of_this_process_is_plausible() -> None:
     assert 10 * 2**20 < progress.resident_bytes() < 2**40
 
 
-def test_figures_that_do_not_fit_become_a_table() -> None:
+def test_values_that_do_not_fit_become_a_table() -> None:
     output = io.StringIO()
     display = TrainingDisplay(4, console=Console(file=output, width=80))
     display.figures("step 2: validation", {"loss": 1.5, "BLEU_4": 0.25}, "  (best so far)")

@@ -64,7 +64,7 @@ def test_a_new_run_overwrites_nothing(started: Path, tmp_path: Path) -> None:
         check_run_dir(started / "recipe.yaml", _recipe(), resume=False)
 
 
-def test_there_must_be_a_run_to_resume(tmp_path: Path) -> None:
+def test_resume_needs_an_existing_run(tmp_path: Path) -> None:
     for directory in (tmp_path, tmp_path / "none"):
         with pytest.raises(UsageError, match="there is no run to resume here"):
             check_run_dir(directory, _recipe(), resume=True)
@@ -85,7 +85,7 @@ def test_there_must_be_a_run_to_resume(tmp_path: Path) -> None:
         "generation.batch_size=2",
     ],
 )
-def test_a_run_is_resumed_with_changes_that_alter_no_result(started: Path, free: str) -> None:
+def test_changes_without_effect_on_results_are_accepted(started: Path, free: str) -> None:
     check_run_dir(started, _recipe("data.root=a", free), resume=True)
 
 
@@ -180,12 +180,12 @@ def test_an_unwritable_place_is_refused_before_the_work(
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_a_path_that_is_no_text_is_refused(tmp_path: Path, resume: bool) -> None:
+def test_a_path_that_is_not_utf8_is_refused(tmp_path: Path, resume: bool) -> None:
     with pytest.raises(UsageError, match=r"must be UTF-8 text, got .*run\\udce9"):
         check_run_dir(tmp_path / os.fsdecode(b"run\xe9"), load_recipe("tiny/finetune"), resume=resume)
 
 
-def test_what_a_kill_during_the_first_write_left_is_no_run(tmp_path: Path) -> None:
+def test_files_of_a_killed_first_write_are_not_a_run(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml.tmp-host-123-0123abcd").write_text("stage: fin")
     (tmp_path / ".lock").touch()
     check_run_dir(tmp_path, _recipe(), resume=False)

@@ -51,7 +51,7 @@ def test_cosine_by_step_moves_each_step_to_the_least_rate() -> None:
     assert learning_rate(99, 5, 10, TrainSettings(lr=1.0, min_lr=0.1)) == pytest.approx(0.1)
 
 
-def test_warm_up_is_linear_and_then_the_whole_cosine_follows() -> None:
+def test_the_cosine_follows_a_linear_warm_up() -> None:
     rates = _rates(12, 4, lr=1.0, warmup_epochs=1.0)
     assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
     assert rates[4:] == pytest.approx([0.5 * (1 + math.cos(math.pi * step / 8)) for step in range(8)])
@@ -73,7 +73,7 @@ def test_the_schedule_ends_with_max_steps() -> None:
     assert rates == pytest.approx([0.5 * (1 + math.cos(math.pi * step / 4)) for step in range(4)])
 
 
-def test_a_warm_up_longer_than_the_run_is_no_division_by_zero() -> None:
+def test_a_warm_up_may_be_longer_than_the_run() -> None:
     assert _rates(3, 1, lr=1.0, warmup_epochs=10.0) == pytest.approx([0.1, 0.2, 0.3])
     assert learning_rate(2, 1, 2, TrainSettings(lr=1.0, warmup_epochs=2.0)) == pytest.approx(1.0)
 
@@ -110,7 +110,7 @@ def test_nothing_trainable_is_an_error() -> None:
         build_optimizer(nn.Linear(2, 2).requires_grad_(False), TrainSettings())
 
 
-def test_each_part_of_a_model_has_a_rate_of_its_own() -> None:
+def test_each_part_of_a_model_has_its_own_rate() -> None:
     names = {
         "encoder.layers.0.mixer.X.weight": "encoder",
         "encoder.base_model.model.layers.0.mixer.X.lora_A.default.weight": "adapters",

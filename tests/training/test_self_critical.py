@@ -124,14 +124,14 @@ def test_the_reference_can_be_learned_beside_the_samples(study: Any) -> None:
 
 
 @pytest.mark.slow
-def test_sampling_leaves_the_mode_of_the_model(study: Any) -> None:
+def test_sampling_restores_the_mode_of_the_model(study: Any) -> None:
     model = study[0].train()
     _sampled(study)
     assert model.training
 
 
 @pytest.mark.slow
-def test_a_run_turns_to_its_samples_and_resumes_exactly(finetune: Any) -> None:
+def test_a_run_begins_self_critical_training_and_resumes_exactly(finetune: Any) -> None:
     settings = "train.self_critical={after_epochs: 1, samples: 2, max_new_tokens: 6}"
     options = ("train.epochs=2", "train.log_every=1", settings)
     whole = finetune("whole", *options)

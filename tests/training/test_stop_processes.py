@@ -100,7 +100,7 @@ def test_torch_gets_our_signals_and_time_to_save() -> None:
 
 
 @pytest.mark.parametrize(("exit_code", "expected"), [(-15, 143), (138, 138)])
-def test_processes_that_somebody_else_stopped_are_no_error(
+def test_processes_stopped_from_outside_are_not_an_error(
     monkeypatch: pytest.MonkeyPatch, exit_code: int, expected: int
 ) -> None:
     failure = ProcessFailure(local_rank=1, pid=1, exitcode=exit_code, error_file="")

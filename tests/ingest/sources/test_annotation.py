@@ -26,7 +26,7 @@ def content() -> dict[str, object]:
 
 @pytest.mark.parametrize("block", [1, 2, 3, 7, 64, 2**20])
 @pytest.mark.parametrize("indent", [None, 3])
-def test_blocks_end_anywhere(
+def test_blocks_may_end_anywhere(
     tmp_path: Path, content: dict[str, object], block: int, indent: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_BLOCK", block)
@@ -45,7 +45,7 @@ def test_blocks_end_anywhere(
     assert (annotation.count(), annotation.count(1), annotation.count(3)) == (9, 3, 7)
 
 
-def test_splits_come_in_order_whatever_the_file_has(tmp_path: Path) -> None:
+def test_splits_are_read_in_order(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     file.write_text(json.dumps({"test": [_row(3)], "train": [_row(1), _row(2)], "val": []}))
     assert [row.study_id for row in Annotation(file)] == ["ä1", "ä2", "ä3"]
@@ -79,7 +79,7 @@ def test_errors_name_the_place(
     assert message in error.value.message
 
 
-def test_a_row_without_end_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endless_row_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_BLOCK", 64)
     monkeypatch.setattr(module, "_MAX_VALUE", 1000)
     (tmp_path / "a.json").write_text('{"train": ["' + "x" * 100_000)
@@ -87,7 +87,7 @@ def test_a_row_without_end_is_given_up(tmp_path: Path, monkeypatch: pytest.Monke
         Annotation(tmp_path / "a.json")
 
 
-def test_bytes_that_are_no_text_are_counted_over_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_positions_of_invalid_bytes_count_all_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_BLOCK", 4)
     (tmp_path / "a.json").write_bytes('{"train": [], "ää": "'.encode() + b'\xff"}')
     with pytest.raises(RunError, match=r"not UTF-8 text \(byte 23\)"):

@@ -150,7 +150,7 @@ def test_no_labels(chexpert: Any, read: Read) -> None:
         ("\udcff", "not UTF-8 text"),
     ],
 )
-def test_labels_that_are_none(chexpert: Any, text: str, message: str) -> None:
+def test_invalid_labels_are_refused(chexpert: Any, text: str, message: str) -> None:
     (chexpert.root / "chexbert_labels" / "findings_fixed.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(RunError, match=message):
         ChexpertPlusSource(chexpert.root)
@@ -165,7 +165,7 @@ def test_encoded_labels() -> None:
     }  # fmt: skip
 
 
-def test_what_must_be_there(chexpert: Any, tmp_path: Path) -> None:
+def test_missing_files_are_refused(chexpert: Any, tmp_path: Path) -> None:
     chexpert.table.unlink()
     with pytest.raises(UsageError, match=r"no df_chexpert_plus_240401\.csv in"):
         ChexpertPlusSource(chexpert.root)

@@ -40,7 +40,7 @@ def _write(tmp_path: Path, *rows: tuple[str, str], **more: Any) -> Path:
     return tmp_path / "a.json"
 
 
-def test_three_sets_of_another_machine(roots: dict[str, Path], tmp_path: Path, read: Read) -> None:
+def test_three_data_sets_of_another_machine(roots: dict[str, Path], tmp_path: Path, read: Read) -> None:
     file = _write(
         tmp_path,
         ("CXR2384_IM-0942", f"/data/R2Gen/iu_xray/images/{_IU}"),
@@ -66,7 +66,7 @@ def test_relative_paths_are_looked_up_in_each_root(roots: dict[str, Path], tmp_p
     assert [p.reason for p in studies[2].problems] == ["missing image"]
 
 
-def test_every_file_lies_under_a_root(roots: dict[str, Path], tmp_path: Path, read: Read) -> None:
+def test_every_file_is_inside_a_root(roots: dict[str, Path], tmp_path: Path, read: Read) -> None:
     (tmp_path / "secret").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "secret" / "a.png")
     (roots["iu_xray"] / "link.png").symlink_to(tmp_path / "secret" / "a.png")
@@ -82,7 +82,7 @@ def test_every_file_lies_under_a_root(roots: dict[str, Path], tmp_path: Path, re
     assert [s.problems[0].reason for s in read(CombinedSource(file, roots))[0]] == ["path outside the data folder"]
 
 
-def test_missing_says_more_than_outside(roots: dict[str, Path], tmp_path: Path, read: Read) -> None:
+def test_missing_is_reported_rather_than_outside(roots: dict[str, Path], tmp_path: Path, read: Read) -> None:
     file = _write(tmp_path, ("x", "/old/none.png"))
     studies, _ = read(CombinedSource(file, roots, moved={"/old": roots["mimic_cxr"]}))
     problem = studies[0].problems[0]
@@ -90,7 +90,7 @@ def test_missing_says_more_than_outside(roots: dict[str, Path], tmp_path: Path, 
     assert problem.detail == f"looked up as {roots['mimic_cxr']}/none.png"
 
 
-def test_ids_are_those_of_a_set(roots: dict[str, Path], tmp_path: Path, read: Read) -> None:
+def test_ids_are_unique_within_a_data_set(roots: dict[str, Path], tmp_path: Path, read: Read) -> None:
     rows = (("1", _IU), ("1", f"files/{_MIMIC}"), ("1", _IU))
     test = [{"id": 2, "report": " ", "image_path": []}, {"id": 3, "report": "x", "image_path": [], "subject_id": 9}]
     studies, log = read(CombinedSource(_write(tmp_path, *rows, test=test), roots))
@@ -104,7 +104,7 @@ def test_ids_are_those_of_a_set(roots: dict[str, Path], tmp_path: Path, read: Re
     assert len(read(CombinedSource(_write(tmp_path, *rows, test=test), roots, limit=1))[0]) == 1
 
 
-def test_what_is_asked_for_must_be_there(roots: dict[str, Path], tmp_path: Path) -> None:
+def test_missing_roots_and_files_are_refused(roots: dict[str, Path], tmp_path: Path) -> None:
     file = _write(tmp_path, ("x", _IU))
     with pytest.raises(UsageError, match="no --root"):
         CombinedSource(file, {})

@@ -41,7 +41,7 @@ def test_rows(tmp_path: Path, packed: bool, encoding: str) -> None:
         (b'uid,text\n1,"open\n', "t.csv:2: not valid CSV"),
     ],
 )
-def test_what_is_no_table(tmp_path: Path, data: bytes, message: str) -> None:
+def test_files_that_are_not_tables_are_refused(tmp_path: Path, data: bytes, message: str) -> None:
     with pytest.raises(RunError, match=message):
         CsvFile(_file(tmp_path, data), ("uid", "text"))
 
@@ -56,12 +56,12 @@ def test_what_is_no_table(tmp_path: Path, data: bytes, message: str) -> None:
         (gzip.compress(_TEXT.encode(), mtime=0)[:-8] + b"\1" * 8, "is not a whole gzip file: CRC check failed"),
     ],
 )
-def test_gzip_that_is_not_whole(tmp_path: Path, data: bytes, message: str) -> None:
+def test_an_incomplete_gzip_file_is_refused(tmp_path: Path, data: bytes, message: str) -> None:
     with pytest.raises(RunError, match=message):
         list(CsvFile(_file(tmp_path, data, "t.csv.gz"), ("uid",)))
 
 
-def test_an_error_far_below_names_its_line(tmp_path: Path) -> None:
+def test_an_error_in_a_late_line_names_it(tmp_path: Path) -> None:
     path = _file(tmp_path, b"uid,text\n" + b"1,2\n" * 5000 + b'1,"open\n')
     rows = iter(CsvFile(path, ("uid",)))
     assert next(rows) == (2, ("1",))
@@ -69,7 +69,7 @@ def test_an_error_far_below_names_its_line(tmp_path: Path) -> None:
         list(rows)
 
 
-def test_a_folder_and_a_file_that_is_not_there(tmp_path: Path) -> None:
+def test_a_folder_and_a_missing_file_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none.csv"):
         with pytest.raises(RunError, match="cannot be read"):
             CsvFile(path, ("uid",))

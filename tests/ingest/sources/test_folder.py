@@ -236,7 +236,7 @@ def test_paths_written_on_windows(films: Path) -> None:
     assert [path.name for path in studies[0].image_paths] == ["e.png"]
 
 
-def test_dicom_in_a_table_brings_its_patient_and_view(films: Path, make_dicom: MakeDicom) -> None:
+def test_dicom_in_a_table_has_its_patient_and_view(films: Path, make_dicom: MakeDicom) -> None:
     (films / "x.dcm").write_bytes(make_dicom(np.zeros((4, 4), np.uint8), ViewPosition="AP", PatientID="P9"))
     table = _table(films, "image,view\nx.dcm,\n")
     assert [(s.patient_id, s.views) for s in _read(films, table=table)[0]] == [("P9", ("AP",))]
@@ -270,7 +270,7 @@ def test_tables_that_cannot_be_used(films: Path, text: str, name: str, columns: 
         FolderSource(films, table=_table(films, text, name), columns=Columns(**columns))
 
 
-def test_no_such_table(films: Path) -> None:
+def test_a_missing_table_is_refused(films: Path) -> None:
     with pytest.raises(UsageError, match="no such table"):
         read_table(films / "none.csv")
     with pytest.raises(UsageError, match="is not a table"):
@@ -306,7 +306,7 @@ def test_small_splits(count: int, fractions: tuple[float, ...], expected: list[i
     assert [splits.count(name) for name in ("train", "validation", "test")] == expected
 
 
-def test_parts() -> None:
+def test_fractions() -> None:
     assert parse_fractions("0.8, 0.1,0.1") == (0.8, 0.1, 0.1)
     assert parse_fractions("1") == (1.0, 0.0, 0.0)
     for text in ("", "a", "0.5,0.4", "0.5,0.5,0.5", "2,-1", "0.25,0.25,0.25,0.25", "nan", "80,10,10"):

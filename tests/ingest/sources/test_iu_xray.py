@@ -224,7 +224,7 @@ def test_r2gens_split(openi: Any, tmp_path: Path, read: Read) -> None:
         iu_xray_source(openi.root, annotation=annotation)
 
 
-def test_a_drawn_split_is_the_seeds_and_limit_is_per_split(openi: Any, read: Read) -> None:
+def test_a_random_split_depends_on_the_seed(openi: Any, read: Read) -> None:
     def splits(**options: Any) -> dict[str, str]:
         return {s.study_id: s.split for s in read(iu_xray_source(openi.root, section="both", **options))[0]}
 
@@ -269,7 +269,7 @@ def test_sections(openi: Any, read: Read) -> None:
         ),
     ],
 )
-def test_reports_that_are_none(openi: Any, read: Read, data: bytes, reason: str, detail: str) -> None:
+def test_invalid_reports_are_skipped(openi: Any, read: Read, data: bytes, reason: str, detail: str) -> None:
     bad = parse_report("3.xml", data)
     assert isinstance(bad, BadReport)
     assert (bad.name, bad.reason) == ("3.xml", reason)
@@ -342,7 +342,7 @@ def test_rows_of_the_flat_tables(openi: Any, read: Read) -> None:
     assert "indiana_reports.csv is not UTF-8: it was read as Windows-1252." in log.remarks
 
 
-def test_missing_images_travel_with_their_study(openi: Any, read: Read) -> None:
+def test_missing_images_are_problems_of_their_study(openi: Any, read: Read) -> None:
     (openi.root / "NLMCXR_png" / "CXR2_IM-0002-1001.png").unlink()
     studies, _ = read(iu_xray_source(openi.root))
     second = next(study for study in studies if study.study_id == "CXR2")
@@ -401,7 +401,7 @@ def test_the_real_releases_agree(real: Path, real_openi: tuple[list[Study], Impo
 
 
 @pytest.mark.slow
-def test_the_real_annotation_holds_the_findings(real: Path, read: Read) -> None:
+def test_the_real_annotation_has_the_findings(real: Path, read: Read) -> None:
     studies, log = read(iu_xray_source(real, layout="openi", annotation=real / "annotation.json"))
     assert Counter(study.split for study in studies) == {"train": 2069, "validation": 296, "test": 590}
     assert {reason: entry.count for reason, entry in log.skipped.items()} == {"not in the annotation": 1000}

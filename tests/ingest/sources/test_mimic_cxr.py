@@ -162,7 +162,7 @@ def test_limit_is_per_split(mimic: Any, read: Read) -> None:
     assert [s.study_id for s in studies] == ["50000001", "50000003", "50000004"]
 
 
-def test_studies_may_be_pulled_by_another_thread(mimic: Any, read: Read) -> None:
+def test_studies_may_be_read_by_another_thread(mimic: Any, read: Read) -> None:
     source = MimicCxrSource(mimic.root)
     with ThreadPoolExecutor(1) as pool:  # as the dispatcher of a worker pool does
         studies = pool.submit(lambda: list(source.studies(ImportLog()))).result()
@@ -196,13 +196,13 @@ def test_labels_of_other_values(mimic: Any) -> None:
         ("", "no such folder: "),
     ],
 )
-def test_what_must_be_there(mimic: Any, tmp_path: Path, remove: str, message: str) -> None:
+def test_missing_files_are_refused(mimic: Any, tmp_path: Path, remove: str, message: str) -> None:
     (mimic.root / remove).rename(tmp_path / "moved")
     with pytest.raises(UsageError, match=message):
         MimicCxrSource(mimic.root)
 
 
-def test_plain_tables_and_a_reports_option_to_nowhere(mimic: Any, tmp_path: Path, read: Read) -> None:
+def test_plain_tables_and_a_missing_reports_folder(mimic: Any, tmp_path: Path, read: Read) -> None:
     expected, _ = read(MimicCxrSource(mimic.root))
     for kind in ("split", "metadata", "chexpert"):
         path = mimic.table(kind)

@@ -73,7 +73,7 @@ def test_meanings_of_headings(heading: str, section: str) -> None:
     ["Findings: not in capitals.", "The IMPRESSION: is not at the start.", "IMPRESSION without a colon",
      "TIME 10:30, no heading.", "1. FINDINGS: a number before."],
 )  # fmt: skip
-def test_what_is_no_heading(line: str) -> None:
+def test_lines_that_are_not_headings(line: str) -> None:
     assert [name for name, _ in split_note(_note("INDICATION:  Cough.", line))] == ["preamble", "indication"]
 
 
@@ -84,7 +84,7 @@ def test_headings_may_be_indented(indent: str) -> None:
     assert read_note(text, 1) == Note("The lungs are clear.", "Nothing.", indication="Cough.")
 
 
-def test_the_last_of_several_counts_and_empty_ones_do_not() -> None:
+def test_the_last_non_empty_section_counts() -> None:
     text = _note("IMPRESSION:  First.", "", "FINDINGS:  Old.", "", "IMPRESSION:  Second.", "", "CHEST, TWO VIEWS:", "")
     assert read_note(text, 1) == Note(findings="Old.", impression="Second.")
     # A title like a finding, with nothing of its own.
@@ -92,12 +92,12 @@ def test_the_last_of_several_counts_and_empty_ones_do_not() -> None:
     assert read_note(text, 1) == Note(findings="Clear.", indication="Cough.")
 
 
-def test_lines_of_the_next_heading_without_a_blank_one() -> None:
+def test_headings_on_consecutive_lines() -> None:
     text = _note("INDICATION:", "FINDINGS:", "Clear.", "IMPRESSION:", "Normal.")
     assert read_note(text, 1) == Note(findings="Clear.", impression="Normal.")
 
 
-def test_the_last_paragraphs_stand_in() -> None:
+def test_the_last_paragraphs_replace_missing_findings() -> None:
     text = _note("CHEST RADIOGRAPH", "", "INDICATION:  Cough, ___.", "", "COMPARISON:  ___.", "",
                  "As compared to the previous radiograph, no", "change.", "", "No effusion.")  # fmt: skip
     assert read_note(text, 1) == Note(
@@ -115,7 +115,7 @@ def test_the_last_paragraphs_stand_in() -> None:
     assert read_note("", 1) == Note()
 
 
-def test_history_is_the_indication_where_there_is_none() -> None:
+def test_history_replaces_a_missing_indication() -> None:
     assert read_note(_note("HISTORY:  Fall.", "FINDINGS:  Clear."), 1).indication == "Fall."
     assert read_note(_note("HISTORY:  Fall.", "INDICATION:  Pain.", "FINDINGS:  Clear."), 1).indication == "Pain."
 

@@ -31,7 +31,7 @@ def _rows(root: Path) -> dict[str, dict[str, Any]]:
     return {row["study_id"]: row for split in open_dataset(root).values() for row in split}
 
 
-def test_a_study_is_a_function_of_seed_and_index() -> None:
+def test_a_study_depends_only_on_seed_and_index() -> None:
     assert synthetic_study(1, 7) == synthetic_study(1, 7)
     assert synthetic_study(1, 7) != synthetic_study(1, 8)
     assert synthetic_study(1, 7) != synthetic_study(2, 7)
@@ -48,14 +48,14 @@ def test_plain_films_are_frontal_and_differ_less() -> None:
 
 
 @pytest.mark.slow
-def test_the_same_bytes_whatever_the_workers(tmp_path: Path) -> None:
+def test_the_bytes_do_not_depend_on_the_workers(tmp_path: Path) -> None:
     one, two = _make(tmp_path / "one", 70), _make(tmp_path / "two", 70, workers=2)
     assert one["fingerprint"] == two["fingerprint"]
     for file in (tmp_path / "one" / "data").iterdir():
         assert file.read_bytes() == (tmp_path / "two" / "data" / file.name).read_bytes()
 
 
-def test_more_studies_leave_the_first_as_they_were(tmp_path: Path) -> None:
+def test_more_studies_do_not_change_the_first(tmp_path: Path) -> None:
     _make(tmp_path / "few", 12)
     _make(tmp_path / "more", 30)
     few, more = _rows(tmp_path / "few"), _rows(tmp_path / "more")
@@ -86,14 +86,14 @@ def test_the_directory(tmp_path: Path) -> None:
                 assert np.array_equal(np.asarray(read_image(image["bytes"])), render(case, 64, film=film))
 
 
-def test_load_dataset_opens_it(tmp_path: Path) -> None:
+def test_load_dataset_opens_the_directory(tmp_path: Path) -> None:
     _make(tmp_path / "out", 10)
     loaded = datasets.load_dataset(str(tmp_path / "out"))
     assert loaded["train"][0]["images"][0].size == (48, 48)
     assert isinstance(loaded["test"][0]["labels"], list)
 
 
-def test_it_is_called_synthetic(tmp_path: Path) -> None:
+def test_the_card_says_synthetic(tmp_path: Path) -> None:
     _make(tmp_path / "out", 10)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "**Synthetic.**" in card
@@ -110,7 +110,7 @@ def test_splits_follow_the_index() -> None:
     assert {split_of(i, (1.0, 0.0, 0.0)) for i in range(100)} == {"train"}
 
 
-def test_the_source_counts_what_it_gives() -> None:
+def test_the_length_of_the_source_is_its_number_of_studies() -> None:
     log, source = ImportLog(), PhantomSource(5, seed=1)
     studies = list(source.studies(log))
     assert (len(source), log.read, len({study.study_id for study in studies})) == (5, 5, 5)

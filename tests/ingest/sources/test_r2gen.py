@@ -45,7 +45,7 @@ def test_reads_the_fixture(tiny_r2gen: Path) -> None:
     assert second.views == ("unknown", "unknown")
 
 
-def test_root_may_be_the_file_and_images_may_stand_beside_it(tmp_path: Path) -> None:
+def test_root_may_be_the_file_with_images_beside_it(tmp_path: Path) -> None:
     _write(tmp_path, [_row("x", images=["a.png"])])
     (tmp_path / "annotation.json").rename(tmp_path / "other.json")
     studies, _ = _read(tmp_path / "other.json")
@@ -63,7 +63,7 @@ def test_iu_is_recognised_by_all_its_ids(tmp_path: Path) -> None:
     assert [s.patient_id for s in _read(tmp_path, source="iu_xray")[0]] == ["2384", None]
 
 
-def test_mimic_rows_carry_the_patient(tmp_path: Path) -> None:
+def test_mimic_rows_have_the_patient(tmp_path: Path) -> None:
     _write(tmp_path, [_row("02aa804e", subject_id=10000032, study_id=50414267)])
     assert _read(tmp_path)[0][0].patient_id == "10000032"
 
@@ -130,7 +130,7 @@ def test_partly_missing_images_stay_with_their_study(tmp_path: Path) -> None:
     assert (studies[1].image_paths, studies[1].problems) == ((), ())
 
 
-def test_half_characters_become_replacement_characters(tmp_path: Path) -> None:
+def test_lone_surrogates_become_replacement_characters(tmp_path: Path) -> None:
     (tmp_path / "annotation.json").write_text(
         '{"train": [{"id": "x", "report": "a\\ud800b", "image_path": []}], "val": [], "test": []}'
     )
@@ -179,7 +179,7 @@ def test_wrong_types_name_the_row(tmp_path: Path, row: dict[str, object], messag
 
 
 @pytest.mark.parametrize("missing", [None, float("nan")])
-def test_null_and_nan_stand_for_what_is_missing(tmp_path: Path, missing: object) -> None:
+def test_null_and_nan_are_missing_values(tmp_path: Path, missing: object) -> None:
     rows = [_row("a"), _row("b", missing), _row("c", images=missing), _row("d", images=["a.png", missing])]
     _write(tmp_path, [*rows, _row("e", subject_id=missing, note=missing, text='NaN "Infinity" \\ud800')])
     studies, log = _read(tmp_path)
@@ -207,7 +207,7 @@ def test_paths_that_were_written_on_windows(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="backslashes divide paths")
-def test_a_name_that_holds_a_backslash_is_found_first(tmp_path: Path) -> None:
+def test_a_name_with_a_backslash_is_found_first(tmp_path: Path) -> None:
     (tmp_path / "s1").mkdir()
     for name in ("s1\\0.png", "s1/0.png"):
         Image.new("L", (4, 4)).save(tmp_path / name)

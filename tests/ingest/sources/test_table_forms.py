@@ -76,7 +76,7 @@ def test_an_open_quote_names_its_line(tmp_path: Path, name: str, line: int) -> N
         list(read_table(tmp_path / name).rows())
 
 
-def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_that_is_too_long_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("emrrg_cli.ingest.sources.text_files._MAX_LINE", 1000)
     for name, start in (("t.csv", "file,text\n"), ("t.tsv", "file\ttext\n"), ("t.jsonl", '{"file": 1}\n')):
         (tmp_path / name).write_text(start + "x" * 2000)
@@ -85,7 +85,7 @@ def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes")
-def test_what_is_no_regular_file_is_not_opened(tmp_path: Path) -> None:
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.csv")
     (tmp_path / "device.csv").symlink_to("/dev/zero")
     for name in ("pipe.csv", "device.csv"):

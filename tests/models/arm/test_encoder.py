@@ -87,7 +87,7 @@ def test_stochastic_depth_rates(depth: int, rate: float) -> None:
     assert [layer.drop_path for layer in encoder.layers] == pytest.approx(expected)
 
 
-def test_stochastic_depth_acts_in_training_alone() -> None:
+def test_stochastic_depth_is_only_for_training() -> None:
     encoder = _encoder(depth=4, drop_path=0.5)
     images = torch.randn(1, 3, 64, 64).expand(16, -1, -1, -1)
     outputs = encoder.train()(images)
@@ -214,7 +214,7 @@ def test_engines_agree() -> None:
     )
 
 
-def test_state_dict_holds_parameters_alone() -> None:
+def test_state_dict_has_only_parameters() -> None:
     encoder = _encoder()
     assert set(encoder.state_dict()) == {name for name, _ in encoder.named_parameters()}
 
@@ -288,7 +288,7 @@ def test_taps_are_outputs_of_the_blocks_counted_from_1() -> None:
     assert torch.equal(last, outputs[2])
 
 
-def test_combinations_that_there_are_none_of_are_refused() -> None:
+def test_unsupported_combinations_are_refused() -> None:
     with pytest.raises(ValueError, match="four directions go with a class token"):
         ArmEncoder(32, 1, image_size=64, directions=1)
     with pytest.raises(ValueError, match="four directions go with a class token"):

@@ -295,7 +295,7 @@ def test_frozen_weights_are_kept_until_they_are_released() -> None:
     assert torch.equal(mixer(tokens, order), after)
 
 
-def test_kept_weights_move_and_give_way_to_loaded_ones() -> None:
+def test_kept_weights_are_moved_and_replaced_by_loading() -> None:
     torch.manual_seed(0)
     mixer, order = Mixer(16, 8).requires_grad_(False), direction_orders(2)
     tokens = torch.randn(1, 5, 16)

@@ -97,7 +97,7 @@ def test_several_directions_are_named_together(make_encoder: Callable[..., ArmEn
         ("layers.2.mlp.w1.bias", "layers.2, mlp"),
     ],
 )
-def test_other_parts_are_told_from_the_directions(
+def test_other_parts_are_distinguished_from_directions(
     make_encoder: Callable[..., ArmEncoder], weight: str, place: str
 ) -> None:
     encoder = make_encoder()
@@ -109,7 +109,7 @@ def test_other_parts_are_told_from_the_directions(
     assert f"not finite themselves ({weight.split('.', 3)[3]})" in error.hint
 
 
-def test_an_input_that_is_not_finite_already_is_told_as_that(make_encoder: Callable[..., ArmEncoder]) -> None:
+def test_an_input_that_is_not_finite_is_reported(make_encoder: Callable[..., ArmEncoder]) -> None:
     images = IMAGES.clone()
     images[1, 0, 5, 5] = math.nan  # one patch of one of two images: 32 values
     error = _found(make_encoder(), images)

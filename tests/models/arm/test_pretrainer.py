@@ -181,7 +181,7 @@ def _one_cluster(image_size: int, cluster: int) -> tuple[slice, slice]:
     return slice(64 * row, 64 * row + 64), slice(64 * column, 64 * column + 64)
 
 
-def test_a_cluster_is_predicted_from_those_before_it_alone() -> None:
+def test_a_cluster_is_predicted_only_from_earlier_clusters() -> None:
     model = _model()
     images = torch.randn(1, 3, 192, 192)
     with torch.no_grad():

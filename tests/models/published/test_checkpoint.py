@@ -61,9 +61,7 @@ def _named(cls: type, module: str, name: str | None = None) -> type:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_settings_of_a_training_are_dropped_whatever_they_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zipped: bool
-) -> None:
+def test_training_settings_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zipped: bool) -> None:
     import types
 
     for path in ("lightning_fabric", "lightning_fabric.utilities", "lightning_fabric.utilities.data"):
@@ -122,7 +120,7 @@ def _attacks(witness: Path) -> dict[str, Any]:
     ["posix.system", "builtins.exec", "builtins.eval", "Popen", "builtins.getattr", "builtins.open"],
 )
 @pytest.mark.parametrize("how", ["zip", "legacy", "pickle 2", "pickle 4", "beside", "inside settings"])
-def test_a_pickle_that_would_run_is_refused_and_does_not(tmp_path: Path, attack: str, how: str) -> None:
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path, attack: str, how: str) -> None:
     witness, file = tmp_path / "witness", tmp_path / "evil.pth"
     payload = _attacks(witness)[attack]
     if how in ("zip", "legacy"):
@@ -150,7 +148,7 @@ def test_the_attacks_are_real(tmp_path: Path) -> None:
             (tmp_path / "witness").unlink()
 
 
-def test_a_stand_in_lends_no_method_to_a_pickle(tmp_path: Path) -> None:
+def test_a_stand_in_has_no_methods_for_a_pickle(tmp_path: Path) -> None:
     """Settings are made of what they were, and nothing is kept or called, however they are put together."""
 
     class Sly:
@@ -181,7 +179,7 @@ def test_a_torchscript_program_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
-def test_a_cut_off_file_is_one_message_wherever_it_is_cut(tmp_path: Path, kind: str) -> None:
+def test_a_file_cut_anywhere_is_one_message(tmp_path: Path, kind: str) -> None:
     file = tmp_path / "cut.pth"
     tensors = {"a": torch.randn(64, 64), "b": torch.randn(64, 64)}
     if kind == "safetensors":
@@ -220,7 +218,7 @@ def test_damaged_bytes_are_one_message(tmp_path: Path) -> None:
         (pickle.dumps({"a": 1}, protocol=4), "neither a PyTorch checkpoint"),
     ],
 )
-def test_other_files_are_told_for_what_they_are(tmp_path: Path, content: bytes, told: str) -> None:
+def test_other_files_are_refused_with_their_kind(tmp_path: Path, content: bytes, told: str) -> None:
     (tmp_path / "file.pth").write_bytes(content)
     with pytest.raises(RunError, match=told):
         read_checkpoint(tmp_path / "file.pth")
@@ -235,7 +233,7 @@ def test_other_files_are_told_for_what_they_are(tmp_path: Path, content: bytes, 
         ({"model": {"a": torch.eye(3).to_sparse()}}, "a is sparse or quantised"),
     ],
 )
-def test_other_contents_are_told_for_what_they_are(tmp_path: Path, content: Any, told: str) -> None:
+def test_other_contents_are_refused_with_their_kind(tmp_path: Path, content: Any, told: str) -> None:
     torch.save(content, tmp_path / "file.pth")
     with pytest.raises(RunError, match=told):
         read_checkpoint(tmp_path / "file.pth")
@@ -246,7 +244,7 @@ def test_no_file() -> None:
         read_checkpoint(Path("nowhere.pth"))
 
 
-def test_a_byte_that_changed_in_a_tensor_is_told(tmp_path: Path) -> None:
+def test_a_changed_byte_in_a_tensor_is_reported(tmp_path: Path) -> None:
     file = tmp_path / "file.pth"
     torch.save({"model": {"a": torch.full((1000,), 1.5)}}, file)
     content = bytearray(file.read_bytes())

@@ -57,7 +57,7 @@ def no_llm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("stage", ["1", "2", "3", "3 frozen", "emrrg", "emrrg frozen"])
-def test_a_round_trip_is_equal_to_the_bit(
+def test_a_round_trip_is_bit_exact(
     make_state: Make, save_published: Save, tmp_path: Path, stage: str, dtype: torch.dtype
 ) -> None:
     state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in make_state(stage).items()}
@@ -86,7 +86,7 @@ def test_a_round_trip_is_equal_to_the_bit(
 
 
 @pytest.mark.parametrize("container", ["model", "state_dict", None])
-def test_names_and_container_come_back_as_they_were(make_state: Make, tmp_path: Path, container: str | None) -> None:
+def test_a_round_trip_keeps_names_and_container(make_state: Make, tmp_path: Path, container: str | None) -> None:
     state = {f"module.{name}": tensor for name, tensor in make_state("2").items()}
     state["module.logit_scale"] = torch.tensor([2.5])  # stored with an axis of its own
     file = tmp_path / "file.pth"
@@ -232,7 +232,7 @@ def test_stage_3_is_a_run_that_writes_reports(
 
 
 @pytest.mark.usefixtures("no_llm")
-def test_stage_3_without_its_llm_is_written_and_the_rest_is_said(
+def test_stage_3_is_converted_without_its_llm(
     make_state: Make, save_published: Save, tmp_path: Path, llm_dir: Path
 ) -> None:
     file = save_published(make_state("3"))
@@ -348,7 +348,7 @@ _CHANGES: list[tuple[str, Callable[[State], Any], str, str]] = [
 
 
 @pytest.mark.parametrize(("stage", "change", "pattern", "told"), _CHANGES, ids=[f"{c[0]} {c[2]}" for c in _CHANGES])
-def test_what_does_not_fit_is_named_unless_it_is_allowed(
+def test_unfit_tensors_are_named_unless_allowed(
     make_state: Make,
     save_published: Save,
     tmp_path: Path,
@@ -405,7 +405,7 @@ def test_masks_of_any_leading_shape(make_state: Make, save_published: Save, tmp_
     _assert_equal(read_checkpoint(tmp_path / "back.pth").tensors, state)
 
 
-def test_a_file_without_the_redundant_tensors_is_whole(make_state: Make, save_published: Save, tmp_path: Path) -> None:
+def test_redundant_tensors_may_be_missing(make_state: Make, save_published: Save, tmp_path: Path) -> None:
     state = make_state("1")
     del state["mask"]
     convert_to_ours(save_published(state), tmp_path / "one")
@@ -581,7 +581,7 @@ def test_a_run_with_more_than_the_layout_holds(tiny_run: Path, tmp_path: Path) -
     )
 
 
-def test_what_convert_did_not_write_is_not_overwritten(make_state: Make, save_published: Save, tmp_path: Path) -> None:
+def test_files_of_others_are_not_overwritten(make_state: Make, save_published: Save, tmp_path: Path) -> None:
     file, out = save_published(make_state("2")), tmp_path / "out"
     convert_to_ours(file, out)
     inside = out / "checkpoint.pth"
@@ -597,7 +597,7 @@ def test_what_convert_did_not_write_is_not_overwritten(make_state: Make, save_pu
         convert_to_ours(file, out, overwrite=True)
 
 
-def test_a_path_to_no_llm_is_refused(make_state: Make, save_published: Save, tmp_path: Path) -> None:
+def test_a_path_without_an_llm_is_refused(make_state: Make, save_published: Save, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="runs/mine/llm: no LLM with its tokenizer in this directory"):
         convert_to_ours(save_published(make_state("3")), tmp_path / "out", llm="runs/mine/llm")
 
@@ -609,7 +609,7 @@ def test_a_far_too_large_block_number_is_an_unknown_tensor(make_state: Make, sav
             import_checkpoint(file)
 
 
-def test_numbers_that_cannot_be_converted_are_told(make_state: Make, save_published: Save) -> None:
+def test_numbers_that_cannot_be_converted_are_reported(make_state: Make, save_published: Save) -> None:
     state, name = make_state("2"), "visual_encoder.layers.0.mixer.D"
     for tensor, told in (
         (state[name].to(torch.float8_e4m3fn), r"holds torch\.float8_e4m3fn, not one of float32, float16"),

@@ -109,7 +109,7 @@ def test_without_gradients_fewer_states_are_kept(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_so_and_where_it_is(value: float) -> None:
+def test_infinity_and_nan_keep_their_place(value: float) -> None:
     inputs = _inputs(1, 2, 2 * CHUNK, 12, 8)
     with torch.no_grad():
         inputs[0][0, 1, CHUNK + 2, 5] = value
@@ -175,7 +175,7 @@ def test_without_a_writable_directory_there_is_no_cache(monkeypatch: pytest.Monk
     assert values.tolist() == [2, 2, 2]
 
 
-def test_a_numba_that_cannot_be_imported_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_numba_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "numba", None)
     assert "numba cannot be imported" in numba_engine.why_not()
     assert "emrrg[fast]" in numba_engine.why_not()

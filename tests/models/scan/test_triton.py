@@ -120,7 +120,7 @@ def test_fp32_equals_the_reference(sizes: tuple[int, ...]) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED, reason="a launch is only kept where it is compiled")
-def test_a_launch_that_is_kept_is_not_taken_for_another() -> None:
+def test_a_cached_launch_is_not_used_for_another() -> None:
     # The same tokens and states; what Triton compiles differently for (a multiple of 16, or 1) changes.
     for directions, rank in ((4, 16), (1, 16), (4, 12), (4, 1), (4, 16)):
         errors = _errors((16, 17, 32, 16, directions, rank), torch.float32)
@@ -138,7 +138,7 @@ def test_half_precision_is_near_the_reference(sizes: tuple[int, ...], dtype: tor
 
 @pytest.mark.slow
 @pytest.mark.parametrize("programs", [1, 2, 3, 400])
-def test_parts_of_a_batch_give_what_the_whole_gives(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_of_a_batch_equal_the_whole_batch(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_engine, "_FORWARD_PART", 1)
     monkeypatch.setattr(triton_engine, "_programs", lambda device: programs)
     # One or two studies a part, or all of them; a program takes several studies and directions, or one.
