@@ -200,6 +200,12 @@ class SelfCriticalSettings(Settings):
         description="weight of the cross-entropy of the reference; with 0, word scores can lead to the same report for "
         "all studies",
     )
+    contrast: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the reward against the references of other studies, which is subtracted: a report that "
+        "fits every study gains nothing at 1",
+    )
     rewards: dict[str, float] = Field(
         default_factory=lambda: {"BLEU_4": 1.0, "CIDEr": 1.0, "ROUGE_L": 1.0},
         description="scores of a report and their weights; CIDEr is divided by 10",

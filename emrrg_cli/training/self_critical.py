@@ -4,6 +4,9 @@ Cross-entropy teaches the next word of the reference; the scores judge whole rep
 the model samples several reports a study, each is scored against the reference, and the loss of a sample is its
 negative log-probability times how much better than the study's mean it scored.
 
+Most reports of a data set are alike, and scores of words are high for one report that fits them all: sampled training
+alone ends with that report for every study. `contrast` takes this gain away.
+
 Source: self-critical sequence training (Rennie et al., arXiv 1612.00563), with the mean of the other samples as the
 baseline (Luo, arXiv 2003.09971); for reports, R2GenCMN+RL (Qin and Song, Findings of ACL 2022).
 """
@@ -32,6 +35,7 @@ from emrrg_cli.recipe.finetuning import GenerationSettings, SelfCriticalSettings
 from emrrg_cli.vocabulary import CIDER, F1_RULES
 
 _REMEMBERED = 20_000
+_OTHERS = 3  # studies of the batch whose references a report is contrasted with
 
 
 class Reward:
@@ -105,7 +109,8 @@ class Sampler:
     def sampled_batch(self, batch: Batch) -> Batch:
         """The batch with sampled reports as its labels, `samples` a study, and their advantages.
 
-        With `cross_entropy` the reference follows the samples of its study, and this weight is its advantage.
+        With `cross_entropy` the reference follows the samples of its study, and this weight is its advantage. With
+        `contrast` the reward is how much better a report fits its own study than others of the batch.
 
         Dropout, augmentation and stochastic depth are off while the reports are sampled. The draws are seeded by the
         generator of the CPU.
@@ -116,8 +121,7 @@ class Sampler:
         tokens = self._sample(batch)
         self.model.train(training)
         n = self.settings.samples
-        references = [report for report in batch.reports for _ in range(n)]
-        rewards = torch.tensor(self.reward(references, [self.model.decode(row) for row in tokens])).view(-1, n)
+        rewards = self._rewards(batch.reports, [self.model.decode(row) for row in tokens])
         rows, weights = [torch.tensor(row) for row in tokens], advantages(rewards)
         if self.settings.cross_entropy:  # the reference stands behind the samples of its study
             assert batch.labels is not None
@@ -127,6 +131,20 @@ class Sampler:
         labels = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORE)
         device = self.accelerator.device
         return replace(batch, labels=labels.to(device), advantages=weights.flatten().to(device))
+
+    def _rewards(self, references: Sequence[str], reports: Sequence[str]) -> Tensor:
+        # References of b studies and `samples` reports for each -> [b, samples]
+        n = self.settings.samples
+
+        def rewards(truth: Sequence[str]) -> Tensor:
+            return torch.tensor(self.reward([text for text in truth for _ in range(n)], reports)).view(-1, n)
+
+        found = rewards(references)
+        shifts = range(1, min(_OTHERS, len(references) - 1) + 1)
+        if self.settings.contrast and shifts:
+            others = [rewards([*references[shift:], *references[:shift]]) for shift in shifts]
+            found = found - self.settings.contrast * torch.stack(others).mean(dim=0)
+        return found
 
     def _sample(self, batch: Batch) -> list[list[int]]:
         # Token ids of `samples` reports a study, those of one study next to each other.

@@ -109,6 +109,23 @@ def test_the_gradient_is_that_of_each_sample_times_its_advantage(study: Any) -> 
     assert expected.abs().max() > 1e-4
 
 
+def test_a_report_that_fits_all_studies_gains_nothing_by_contrast() -> None:
+    from emrrg_cli.recipe.finetuning import SelfCriticalSettings
+    from emrrg_cli.runtime import make_accelerator
+    from emrrg_cli.training.self_critical import Sampler
+
+    settings = SelfCriticalSettings(samples=2, contrast=1.0, rewards={"ROUGE_L": 1.0})
+    reward = Reward(CORPUS, settings.rewards)
+    sampler = Sampler(None, settings, reward, make_accelerator("fp32", 0))  # type: ignore[arg-type]
+    reports = [text for own in CORPUS for text in (own, CORPUS[1])]  # the own reference, and one for everybody
+    found = sampler._rewards(CORPUS, reports)
+    for study, own in enumerate(CORPUS):
+        others = [reward([text], [own])[0] for text in CORPUS if text != own]
+        assert found[study, 0] == pytest.approx(1 - sum(others) / 2)
+    assert (found[:, 0] > 0.3).all()
+    assert found[:, 1].sum() == pytest.approx(0.0, abs=1e-6)
+
+
 @pytest.mark.slow
 def test_the_reference_can_be_learned_beside_the_samples(study: Any) -> None:
     from emrrg_cli.datasets.report_dataset import IGNORE
