@@ -164,7 +164,7 @@ def test_an_uneven_batch_starts_no_process(
     assert main([*arguments, "--num-processes", "4"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: train.batch_size=6 does not divide among 4 processes\n")
-    assert "take --num-processes 3, or train.batch_size=4 or 8." in said
+    assert "use --num-processes 3, or train.batch_size=4 or 8." in said
     assert not (tmp_path / "run").exists()
 
 
