@@ -109,7 +109,7 @@ def test_the_gradient_is_that_of_each_sample_times_its_advantage(study: Any) -> 
     assert expected.abs().max() > 1e-4
 
 
-def test_a_report_that_fits_all_studies_gains_nothing_by_contrast() -> None:
+def test_a_report_that_fits_all_studies_gains_nothing() -> None:
     from emrrg_cli.recipe.finetuning import SelfCriticalSettings
     from emrrg_cli.runtime import make_accelerator
     from emrrg_cli.training.self_critical import Sampler
