@@ -48,7 +48,9 @@ TOLD = (
     *("model.findings=true", "model.findings_prompt=true", "model.findings_prompt_labels=true"),
     *("model.findings_threshold=0.2", "train.findings_balance=1"),
 )
-SELF_CRITICAL = "train.self_critical={{after_epochs: 14, cross_entropy: 0.2, rewards: {{BLEU_4: 1, CIDEr: 10{}}}}}"
+SELF_CRITICAL = (
+    "train.self_critical={{after_epochs: 14, cross_entropy: 0.2, contrast: 0.5, rewards: {{BLEU_4: 1, CIDEr: 10{}}}}}"
+)
 ENCODER = "model.encoder.{}=".format
 TOY = (
     *(ENCODER(key) + value for key, value in (("size", "null"), ("d_model", "64"), ("depth", "4"))),
@@ -117,7 +119,7 @@ ROWS = [
     changed("views told, concatenated", "model.view_tokens=true", "model.views=concat"),
     changed("findings", "model.findings=true"),
     changed("findings and balance", *TOLD, "data.balance=2"),
-    # Without cross-entropy it ends with one report for everybody.
+    # Without contrast it ends with one report for all studies.
     changed("self-critical", "train.epochs=20", SELF_CRITICAL.format("")),
     changed("findings and self-critical", "train.epochs=20", *TOLD, SELF_CRITICAL.format(", F1_rules: 0.5")),
     changed("no augmentation", *(f"data.augment.{what}=0" for what in AUGMENT)),
