@@ -194,17 +194,12 @@ class SelfCriticalSettings(Settings):
     samples: int = Field(4, ge=2, description="reports sampled for each study of a step")
     temperature: float = Field(1.0, gt=0, description="temperature of sampling")
     max_new_tokens: int = Field(100, ge=1, description="longest sampled report")
-    cross_entropy: float = Field(
-        0.0,
-        ge=0,
-        description="weight of the cross-entropy of the reference; with 0, word scores can lead to the same report for "
-        "all studies",
-    )
+    cross_entropy: float = Field(0.1, ge=0, description="weight of the cross-entropy of the reference")
     contrast: float = Field(
-        0.0,
+        1.0,
         ge=0,
-        description="weight of the reward against the references of other studies, which is subtracted: a report that "
-        "fits every study gains nothing at 1",
+        description="weight of the reward against the references of other studies, which is subtracted. With 1, a "
+        "report that fits every study gains nothing; with 0, training can end with one report for all studies",
     )
     rewards: dict[str, float] = Field(
         default_factory=lambda: {"BLEU_4": 1.0, "CIDEr": 1.0, "ROUGE_L": 1.0},
