@@ -35,7 +35,8 @@ class About:
         map_note: explanation of the maps; "" if there are none.
         limits: limits of the model, from `read_limits`.
         intro: introduction, if the page shows more than reports.
-        tables, legend: as in `Page`.
+        tables: rows of `name -> columns` by title, as in `Page`.
+        legend: explanations of the tags, each with its kind (`good`, `bad` or `missed`).
     """
 
     facts: Sequence[tuple[str, str]]
@@ -89,7 +90,7 @@ class _Card:
     told: str  # context given to the model
     notes: list[str]
     filters: list[str]  # entries of the findings filter
-    tags: list[tuple[str, str]]  # findings compared with the reference, as in `Card` of `Page`
+    tags: list[tuple[str, str]]  # findings compared with the truth: good, bad or missed
     reference: list[tuple[str, str]]  # sentences of the reference, each with a tag or ""
 
 
@@ -201,9 +202,8 @@ def shaded_words(sentence: str, sure: Sequence[float]) -> list[tuple[str, int]]:
         level = min(_LEVELS, int((1 - value) * (_LEVELS + 1)))
         space = " " if pieces and not _PUNCTUATION.fullmatch(word) else ""
         pieces.append((space + word, level))
-    if len("".join(text for text, _ in pieces)) != len(
-        readable
-    ):  # the readable text differs, for example "." for ". ."
+    # The readable text can differ, for example "." for ". .".
+    if len("".join(text for text, _ in pieces)) != len(readable):
         return [(readable, 0)]
     shown, place = [], 0
     for text, level in pieces:

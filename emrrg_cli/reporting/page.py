@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
@@ -16,15 +16,13 @@ from emrrg_cli.reporting.rendering import render
 class Card:
     """One study on the page.
 
-    `truth` is None if there is no reference report. `tags` are findings with `good` (found), `bad` (reported but not
-    present) or `missed`. `heading` is the title of the report.
+    `truth` is None if there is no reference report. `heading` is the title of the report.
     """
 
     title: str
     images: Sequence[Image.Image]
     report: str
     truth: str | None = None
-    tags: Sequence[tuple[str, str]] = ()
     notes: str = ""
     heading: str = "Generated"
 
@@ -38,17 +36,12 @@ class Bar:
 
 @dataclass
 class Page:
-    """A page: introduction, tables of `name -> columns`, the commands that made it, and the studies.
-
-    `legend` explains the kinds of tags of the cards.
-    """
+    """A page: introduction, tables of `name -> columns`, and the studies."""
 
     title: str
     intro: str
     cards: Sequence[Card]
     tables: Sequence[tuple[str, Mapping[str, Sequence[str | Bar]]]] = ()
-    commands: Sequence[str] = field(default_factory=list)
-    legend: Sequence[tuple[str, str]] = ()
 
 
 def write_page(path: Path, page: Page) -> None:

@@ -15,10 +15,10 @@ from emrrg_cli.reporting.tables import DISCLAIMER
 def test_page(tmp_path: Path) -> None:
     image = Image.linear_gradient("L").resize((800, 600))
     cards = [
-        Card("a<b>.png", [image, image], "lungs & heart <script>", truth="clear", tags=[("effusion", "missed")]),
+        Card("a<b>.png", [image, image], "lungs & heart <script>", truth="clear"),
         Card("second", [image], ""),
     ]
-    page = Page("Title", "Synthetic films", cards, [("Scores", {"BLEU-1": ["0.5", "0.1"]})], ["emrrg demo"])
+    page = Page("Title", "Synthetic films", cards, [("Scores", {"BLEU-1": ["0.5", "0.1"]})])
     write_page(tmp_path / "page.html", page)
     text = (tmp_path / "page.html").read_text()
     HTMLParser().feed(text)
