@@ -1,4 +1,4 @@
-"""The model that travels with the package, and the limits that a run states of its model."""
+"""Finds the default model of the package, and reads the limits of a run's model."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _LONGEST = 1000  # bytes
 
 
 def default_model_dir() -> Path:
-    """Where the default model is, if the package has one."""
+    """Returns the folder of the default model, whether it exists or not."""
     return Path(__file__).resolve().parent / "box"
 
 
 def find_default_model(hint: str) -> Path:
-    """The run directory of the default model.
+    """Returns the run directory of the default model.
 
     Args:
         hint: What to do without it.
@@ -33,7 +33,7 @@ def find_default_model(hint: str) -> Path:
 
 
 def read_limits(run_dir: Path) -> str:
-    """What a run says that its model cannot do, one sentence without a full stop; "" where it says nothing.
+    """Returns the limits of a run's model, one sentence without a full stop; "" if the run has none.
 
     Raises:
         RunError: The file cannot be read.

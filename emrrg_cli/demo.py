@@ -1,4 +1,4 @@
-"""What `emrrg demo` makes of synthetic films and the reports for them: scores against what was drawn, and a page."""
+"""Scores the reports of `emrrg demo` against the known findings, and writes its page."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def read_result(data: Path, reports: Mapping[str, str]) -> DemoResult:
     the training split, or of the test split where there is no other, for every film.
 
     Args:
-        reports: Of each study.
+        reports: Report of each study.
     """
     splits = open_dataset(data)
     rows = [
@@ -76,11 +76,11 @@ def write_demo_page(
     """Writes `page.html`: scores, and films with reference, report and findings, compared sentence by sentence.
 
     Args:
-        reports: Folder of `emrrg generate`; its films and maps are shown.
-        scores: Of language.
-        intro: What is shown.
-        commands: That made it.
-        run_dir: Of the model.
+        reports: Output folder of `emrrg generate`; its films and maps are shown.
+        scores: Language scores.
+        intro: Introduction of the page.
+        commands: Commands that made the reports.
+        run_dir: Run of the model.
 
     Returns:
         The page.

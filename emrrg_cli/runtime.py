@@ -82,8 +82,8 @@ def fit_threads(parameters: int, *, writing: bool = False) -> int:
 
     Args:
         parameters: Of the model: below a few million, more than four threads wait for each other.
-        writing: Reports are written, token by token. Two threads of a small model then wait for each other at every
-            step, ten times as long as the step takes where another program is busy; nothing is trained.
+        writing: Reports are written, and nothing is trained. A model below ten million parameters gets one thread: a
+            step is so short that threads mostly wait for each other, above all beside another busy program.
     """
     if "OMP_NUM_THREADS" in os.environ or torch.cuda.is_available():
         return torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""`emrrg demo`: reports for synthetic films, and how right they are. A demo that was stopped continues."""
+"""`emrrg demo`: writes reports for synthetic films and scores them. A stopped demo continues."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from emrrg_cli.demo import DemoResult
 
-SEED = 2026  # of the films; the default model was trained on those of another
+SEED = 2026  # seed of the films; the default model was trained on films of another seed
 _CONTINUE = "The same command continues the demo."
 _INTRO = (
     "Synthetic films, drawn by emrrg with known findings, and reports by the model that comes with emrrg, which has "
@@ -91,7 +91,7 @@ def _default_model() -> Path:
 
 
 def _draw(steps: Steps, output: Path, count: int, seed: int, run_dir: Path) -> Path:
-    """Draws films as large as the model of a run reads them; returns the run."""
+    """Draws films of the size that the model of a run reads; returns the run."""
     from emrrg_cli.recipe.load import load_run_recipe
 
     size = load_run_recipe(run_dir, None, [], "generate").model.encoder.image_size
@@ -118,7 +118,7 @@ def _train(steps: Steps, output: Path, count: int, seed: int, epochs: int | None
 
 
 def _write_reports(steps: Steps, output: Path, run_dir: Path, *, trained: bool) -> None:
-    """Writes reports for the test split, compares them with what was drawn, prints, and makes the page."""
+    """Writes reports for the test split, compares them with the known findings, prints scores, and makes the page."""
     data, reports = output / "data", output / "reports"
     model = ("--model", f"{run_dir}") if trained else ()
     steps.run("generate", f"{data}", *model, "--output", f"{reports}", again=["--overwrite"])

@@ -1,4 +1,4 @@
-"""How unlike the films of the training a film is, by what the encoder makes of it and by how it looks."""
+"""Measures how unlike the training films a film is, from the tokens of the encoder and from its appearance."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from emrrg_cli.models.weights import load_tensors
 FILM_DISTANCE = "film_distance.safetensors"
 Films = tuple[Tensor, Tensor]  # as `describe` gives them
 UNLIKE = "unlike the films of the training"
-LEAST = 10  # films that a threshold is taken from
+LEAST = 10  # smallest number of held-out films for a threshold
 _USUAL = 0.99  # share of held-out films below the threshold
-_DEVIATIONS = 2.326  # the same share of a normal distribution
-_SMALLEST = 8  # pixels on a side of a level of texture
-_LAYOUT = 6  # squares on a side whose brightness is compared
-_SHARES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)  # of the pixels: how bright they are at most
-_ROUNDING = 2.0**-8  # of a value at bf16
+_DEVIATIONS = 2.326  # the same share of a normal distribution, in standard deviations
+_SMALLEST = 8  # side of the smallest texture level, in pixels
+_LAYOUT = 6  # squares per side of the grid of mean brightness
+_SHARES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)  # quantiles of the brightness
+_ROUNDING = 2.0**-8  # relative rounding error of bf16
 
 
 @dataclass(frozen=True)
 class MeasuredDistance:
-    """The distance of a study's films from those of the training; of several the largest.
+    """The largest distance of a study's films from the training films.
 
     Attributes:
-        limits: What the model's run says that it cannot do, as `read_limits` gives it.
+        limits: Limits of the model, from `read_limits`.
     """
 
     distance: float
@@ -43,7 +43,7 @@ class MeasuredDistance:
 
     @property
     def note(self) -> str | None:
-        """What a reader should know; None where it is at most 1."""
+        """Warning for the reader; None if the distance is at most 1."""
         if self.distance <= 1:
             return None
         note = f"{UNLIKE} (distance {self.distance:.1f}, threshold 1.0)"
@@ -67,7 +67,7 @@ class _Part:
         part = cls(mean, (inverse / spread[:, None] / spread).contiguous())
         distances = part.distances(held_out)
         threshold = distances.quantile(_USUAL)
-        if len(held_out) < 1 / (1 - _USUAL):  # too few to show it: it may lie above all of them
+        if len(held_out) < 1 / (1 - _USUAL):  # too few for the quantile, which may be above all of them
             logarithms = distances.log()
             threshold = torch.maximum(threshold, (logarithms.mean() + _DEVIATIONS * logarithms.std()).exp())
         return replace(part, threshold=threshold.item())
@@ -81,10 +81,10 @@ class _Part:
 
 @dataclass(frozen=True)
 class FilmDistance:
-    """How unlike the training films are films, by the encoder's tokens and by their looks.
+    """Distance of films from the training films, from the tokens of the encoder and from their looks.
 
-    For each of the two it is the Mahalanobis distance, as a multiple of the one that 99 percent of held-out films do
-    not reach; the larger counts, and 99 percent of held-out films do not reach 1 by it. Above 1, a film is called
+    Each of the two parts is a Mahalanobis distance divided by its threshold. The distance of a film is the larger of
+    the two. The thresholds are such that 99 percent of held-out films have a distance below 1. A film above 1 is called
     unlike.
 
     Source: Lee et al., arXiv 1807.03888; shrinkage: Ledoit and Wolf, J. Multivariate Analysis 88 (2004).
@@ -96,7 +96,7 @@ class FilmDistance:
 
     @classmethod
     def fit(cls, training: Films, held_out: Films) -> FilmDistance:
-        """Fits to films, as `describe` gives them.
+        """Fits the distance to films, in the form that `describe` returns.
 
         Raises:
             ValueError: there are fewer than 10 held-out films, or fewer than two in training.
@@ -109,17 +109,17 @@ class FilmDistance:
         return cls(tokens, looks)
 
     def distances(self, films: Films) -> Tensor:
-        """The distance of each film, `[n]`."""
+        """Returns the distance of each film, `[n]`."""
         parts = zip((self.tokens, self.looks), films, strict=True)
         return torch.stack([part.distances(values) / part.threshold for part, values in parts]).amax(dim=0)
 
     def of_studies(self, films: Films, views: Tensor) -> list[MeasuredDistance]:
-        """The distance of each study, with `[b]` films of each."""
+        """Returns the distance of each study; `views` `[b]` are the numbers of its films."""
         distances = torch.split(self.distances(films), views.tolist())
         return [MeasuredDistance(max(own.tolist()), self.limits) for own in distances]
 
     def save(self, run_dir: Path) -> None:
-        """Writes it into a run, for the weights that the run has now.
+        """Writes the distance into a run, together with a digest of the run's current weights.
 
         Raises:
             RunError: it cannot be written.
@@ -133,7 +133,7 @@ class FilmDistance:
 
     @classmethod
     def load(cls, run_dir: Path) -> FilmDistance | None:
-        """Reads that of a run; None where there is none, or it was measured with other weights or by other values.
+        """Reads the distance of a run; None if it is missing, of other weights, or of an earlier version.
 
         Raises:
             RunError: the file is damaged.
@@ -166,9 +166,9 @@ def _read_part(tensors: dict[str, Tensor], name: str) -> _Part:
 
 
 def describe(tokens: Tensor, pixels: Tensor) -> Films:
-    """What films are compared by, on the CPU: mean and deviation of their tokens `[n, 2 d]`, and their looks `[n, t]`.
+    """Describes films, on the CPU: mean and deviation of their tokens `[n, 2 d]`, and their looks `[n, t]`.
 
-    The looks are texture, how bright the pixels are, and where.
+    The looks are texture, quantiles of brightness, and mean brightness on a grid.
 
     Args:
         tokens: of the encoder, `[n, l, d]`.

@@ -215,7 +215,7 @@ def _train(
         transfer = fill_encoder(encoder, recipe.model.encoder.weights)
         if recipe.model.findings and (transfer.source.parent / FINDINGS_FILE).is_file():
             head = transfer.source.parent / FINDINGS_FILE
-            transfer.notes.append("the head on findings begins as that of stage 2")
+            transfer.notes.append("the findings head starts from the head of stage 2")
         if accelerator.is_main_process:
             transfer.show(verbose=verbose)
     dtype = llm_dtype(recipe.model.llm.dtype, session.precision)

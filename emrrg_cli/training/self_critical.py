@@ -4,8 +4,8 @@ Cross-entropy teaches the next word of the reference; the scores judge whole rep
 the model samples several reports a study, each is scored against the reference, and the loss of a sample is its
 negative log-probability times how much better than the study's mean it scored.
 
-Most reports of a data set are alike, and scores of words are high for one report that fits them all: sampled training
-alone ends with that report for every study. `contrast` takes this gain away.
+Most reports of a data set are alike, so one report can score well for all of them, and training by scores alone can end
+with that report for every study. `contrast` subtracts this gain.
 
 Source: self-critical sequence training (Rennie et al., arXiv 1612.00563), with the mean of the other samples as the
 baseline (Luo, arXiv 2003.09971); for reports, R2GenCMN+RL (Qin and Song, Findings of ACL 2022).
@@ -35,7 +35,7 @@ from emrrg_cli.recipe.finetuning import GenerationSettings, SelfCriticalSettings
 from emrrg_cli.vocabulary import CIDER, F1_RULES
 
 _REMEMBERED = 20_000
-_OTHERS = 3  # studies of the batch whose references a report is contrasted with
+_OTHERS = 3  # number of other studies of the batch in the contrast
 
 
 class Reward:
@@ -109,8 +109,8 @@ class Sampler:
     def sampled_batch(self, batch: Batch) -> Batch:
         """The batch with sampled reports as its labels, `samples` a study, and their advantages.
 
-        With `cross_entropy` the reference follows the samples of its study, and this weight is its advantage. With
-        `contrast` the reward is how much better a report fits its own study than others of the batch.
+        With `cross_entropy`, the reference follows the samples of its study, and this weight is its advantage. With
+        `contrast`, the rewards against other references of the batch are subtracted.
 
         Dropout, augmentation and stochastic depth are off while the reports are sampled. The draws are seeded by the
         generator of the CPU.

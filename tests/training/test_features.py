@@ -75,7 +75,7 @@ def test_the_findings_head_starts_from_stage_2(finetune: Any, tmp_path: Path, ca
     }
     save_file(head, stage_2 / "findings.safetensors")
     run = finetune("run", *options, f"model.encoder.weights={stage_2}")
-    assert "the head on findings begins as that of stage 2" in capfd.readouterr().err
+    assert "the findings head starts from the head of stage 2" in capfd.readouterr().err
     for name, tensor in head.items():
         assert torch.allclose(run.exported[f"bridge.safetensors:findings.{name}"], tensor, atol=1e-6)
 
