@@ -40,7 +40,7 @@ def demo(
         "emrrg-demo"
     ),
     train: Annotated[
-        bool, typer.Option("--train", help="Train a tiny model first, which takes about five minutes.")
+        bool, typer.Option("--train", help="Train a tiny model first, which takes about six minutes.")
     ] = False,
     count: Annotated[
         int | None,
@@ -87,7 +87,7 @@ def demo(
 def _default_model() -> Path:
     from emrrg_cli.default_model import find_default_model
 
-    return find_default_model("`emrrg demo --train` trains a small model in about five minutes.")
+    return find_default_model("`emrrg demo --train` trains a small model in about six minutes.")
 
 
 def _draw(steps: Steps, output: Path, count: int, seed: int, run_dir: Path) -> Path:
