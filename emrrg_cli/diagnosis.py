@@ -86,7 +86,7 @@ def scan() -> dict[str, Any]:
 
 def java() -> dict[str, Any]:
     """Path and version of Java, which METEOR and the PTB tokenizer need; None where there is none."""
-    from emrrg_cli.evaluation.meteor import java_path
+    from emrrg_cli.scoring.meteor import java_path
 
     path = java_path()
     if path is None:

@@ -65,6 +65,7 @@ F1_RULES = "F1_rules"
 # As people write them, where that differs.
 SCORE_LABELS = {name: name.replace("_", "-") for name in (*BLEU_NAMES, ROUGE_L)}
 # What may reward a sampled report, and what may choose the best model.
+AGREEMENTS = (*BLEU_NAMES, ROUGE_L, F1_RULES)  # scores that need no training reports
 REWARDS = (*BLEU_NAMES, ROUGE_L, CIDER, F1_RULES)
 SELECTION_SCORES = (*BLEU_NAMES, ROUGE_L, METEOR, CIDER, F1_RULES)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from emrrg_cli.decoding.choice import choose_engine
 from emrrg_cli.decoding.confidence import Confidence, read_confidence
+from emrrg_cli.decoding.consensus import most_agreed, repeat_prompts
 from emrrg_cli.decoding.engine import Engine
 from emrrg_cli.decoding.reference import generate_reports
 from emrrg_cli.decoding.search import Report
@@ -107,21 +108,44 @@ class Writer:
         Args:
             studies: requested when there is room, at most `batch_size` at a time.
         """
+        samples = self.settings.consensus
+        for done in self._reports(studies) if samples is None else self._chosen(self._reports(studies), samples):
+            yield [self._written(key, report) for key, report in done]
+
+    def _reports(self, studies: Iterable[Studies]) -> Iterator[list[tuple[Any, Report]]]:
+        samples = self.settings.consensus or 1
         prompts = (self._prompts(some) for some in studies)
+        if samples > 1:
+            prompts = (repeat_prompts(some, samples) for some in prompts)
         first = next(prompts, None)
         if first is None:
             return
         following = _chain(first, prompts)
         if self._is_own(first):
             if self._engine is None:
-                self._engine = Engine(self.model.llm, self.settings, self._end, self.device, self.autocast)
-            for done in self._engine.write(following):
-                yield [self._written(key, report) for key, report in done]
+                settings = self.settings.model_copy(update={"batch_size": self.settings.batch_size * samples})
+                self._engine = Engine(self.model.llm, settings, self._end, self.device, self.autocast)
+            yield from self._engine.write(following)
         else:
             for some in following:
                 with torch.no_grad(), self.autocast(), _sampling(self.settings, some.seeds[0], self.device):
                     reports = generate_reports(self.model.llm, some, self.settings, self._end, self.model.pad_token_id)
-                yield [self._written(key, report) for key, report in zip(some.keys, reports, strict=True)]
+                yield list(zip(some.keys, reports, strict=True))
+
+    def _chosen(self, sampled: Iterable[list[tuple[Any, Report]]], samples: int) -> Iterator[list[tuple[Any, Report]]]:
+        # Samples with keys (study, number), in any order -> one report for each study that has all of its samples.
+        waiting: dict[Any, dict[int, Report]] = {}
+        for done in sampled:
+            for (key, number), report in done:
+                waiting.setdefault(key, {})[number] = report
+            complete = [key for key, found in waiting.items() if len(found) == samples]
+            if complete:
+                yield [(key, self._most_agreed(waiting.pop(key))) for key in complete]
+
+    def _most_agreed(self, found: Mapping[int, Report]) -> Report:
+        reports = [found[number] for number in sorted(found)]
+        texts = [self.model.decode(report.tokens) for report in reports]
+        return reports[most_agreed(texts, self.settings.consensus_scores)]
 
     @property
     def _end(self) -> list[int]:

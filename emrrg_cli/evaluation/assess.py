@@ -13,12 +13,12 @@ from rich.markup import escape
 
 from emrrg_cli.console import err
 from emrrg_cli.evaluation import bootstrap, clinical, controls
-from emrrg_cli.evaluation.comparison import Corpus, Floats, Pairs
 from emrrg_cli.evaluation.glance import at_a_glance
 from emrrg_cli.evaluation.language import score, tokenized
 from emrrg_cli.evaluation.predictions import Predictions
-from emrrg_cli.evaluation.scores import SCORES, BertScore, Score, Unavailable
 from emrrg_cli.labeling import label_reports
+from emrrg_cli.scoring.comparison import Corpus, Floats, Pairs
+from emrrg_cli.scoring.scores import SCORES, BertScore, Score, Unavailable
 from emrrg_cli.vocabulary import CIDER, METEOR, Tokenizer
 
 Labels = Sequence[clinical.Labels]

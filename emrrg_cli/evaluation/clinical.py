@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from emrrg_cli.evaluation.comparison import Floats
 from emrrg_cli.labeling import FIVE, OBSERVATIONS
+from emrrg_cli.scoring.comparison import Floats
 
 # What an uncertain label counts as, under the names in results.
 POLICIES = {"uncertain_positive": ("positive", "uncertain"), "uncertain_negative": ("positive",)}

@@ -12,13 +12,13 @@ import numpy as np
 
 from emrrg_cli.errors import UsageError
 from emrrg_cli.evaluation import bootstrap, clinical
-from emrrg_cli.evaluation.comparison import Corpus, Floats
 from emrrg_cli.evaluation.language import score
 from emrrg_cli.evaluation.predictions import Columns, Predictions, read_predictions
-from emrrg_cli.evaluation.scores import SCORES, Unavailable
 from emrrg_cli.files.records import read_record
 from emrrg_cli.labeling import label_reports
 from emrrg_cli.recipe.library import read_layer
+from emrrg_cli.scoring.comparison import Corpus, Floats
+from emrrg_cli.scoring.scores import SCORES, Unavailable
 
 # Settings that do not make two runs different methods.
 _SEEDS = {"train.seed", "generation.seed", "output", "data.seed"}

@@ -9,10 +9,10 @@ from rich.markup import escape
 
 from emrrg_cli.console import err
 from emrrg_cli.errors import RunError, UsageError
-from emrrg_cli.evaluation import meteor as java
-from emrrg_cli.evaluation.meteor import java_path
 from emrrg_cli.evaluation.score_inputs import paired_texts
-from emrrg_cli.evaluation.scores import NAMES
+from emrrg_cli.scoring import meteor as java
+from emrrg_cli.scoring.meteor import java_path
+from emrrg_cli.scoring.scores import NAMES
 from emrrg_cli.vocabulary import BLEU_NAMES, CIDER, METEOR, ROUGE_L, Tokenizer
 
 __all__ = ["METRICS", "Tokenizer", "java_path", "require_java", "score"]

@@ -23,6 +23,9 @@ def describe_protocol(recipe: FinetuneRecipe) -> str:
     decoding = f"beams {generation.num_beams}, new tokens {generation.min_new_tokens}-{generation.max_new_tokens}"
     if generation.do_sample:
         decoding += f", sampled (temperature {generation.temperature}, top-p {generation.top_p})"
+    if generation.consensus is not None:
+        by = " and ".join(generation.consensus_scores)
+        decoding += f", consensus of {generation.consensus} samples by {by}"
     targets = recipe.model.adapter.targets
     backbone = {"full": "trained whole", "none": "frozen"}.get(targets) if isinstance(targets, str) else None
     context = f", context {', '.join(recipe.data.context)}" if recipe.data.context else ""

@@ -170,7 +170,9 @@ class LoopSettings(Settings):
         False, description="stops at the first encoder block with infinity or NaN; names the block and the direction"
     )
     seed: int = Field(42, ge=0, lt=SEEDS)
-    checkpoint_every_steps: int | None = Field(None, ge=1, description="null: at the end of each epoch")
+    checkpoint_every_steps: int | None = Field(
+        None, ge=1, description="null: at the end of an epoch, if checkpoints take less than 5 % of the time"
+    )
     validate_every_epochs: int = Field(1, ge=1)
     patience: int | None = Field(None, ge=1, description="validations without a better result before stopping")
     log_every: int = Field(10, ge=1, description="optimizer steps between log entries")

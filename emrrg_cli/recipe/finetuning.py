@@ -16,6 +16,7 @@ from emrrg_cli.recipe.common import (
     Settings,
 )
 from emrrg_cli.vocabulary import (
+    AGREEMENTS,
     CONTEXT_PLACE,
     IMAGE_PLACE,
     PUBLISHED_PROMPT,
@@ -260,9 +261,24 @@ class GenerationSettings(Settings):
     top_p: float = Field(1.0, gt=0, le=1, description="with do_sample")
     top_k: int = Field(0, ge=0, description="with do_sample; 0: no limit")
     seed: int = Field(0, ge=0, lt=SEEDS, description="with do_sample")
+    consensus: int | None = Field(
+        None,
+        ge=2,
+        description="number of reports sampled for each study, of which the one is kept that agrees best with all of "
+        "them; needs do_sample, with a temperature of about 0.7. null: one report is decoded",
+    )
+    consensus_scores: dict[str, float] = Field(
+        default_factory=lambda: {"BLEU_4": 1.0}, description="scores of the agreement, and their weights"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.consensus is not None and (self.num_beams > 1 or not self.do_sample):
+            raise ValueError("consensus needs samples: set num_beams: 1 and do_sample: true")
+        if unknown := sorted(set(self.consensus_scores) - set(AGREEMENTS)):
+            raise ValueError(f"consensus_scores names unknown scores {unknown}; known: {sorted(AGREEMENTS)}")
+        if not self.consensus_scores:
+            raise ValueError("consensus_scores names no score")
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
                 f"min_new_tokens {self.min_new_tokens} is larger than max_new_tokens {self.max_new_tokens}"

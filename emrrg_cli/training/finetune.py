@@ -37,13 +37,14 @@ from emrrg_cli.models.transfer import fill_encoder
 from emrrg_cli.models.weights import load_weights
 from emrrg_cli.recipe.finetuning import FinetuneRecipe
 from emrrg_cli.runtime import llm_dtype
+from emrrg_cli.scoring.reward import Reward
 from emrrg_cli.silence_libraries import silence_libraries
 from emrrg_cli.training.checkpoint import trained_bytes
 from emrrg_cli.training.measure_films import measure_film_distance
 from emrrg_cli.training.progress import TrainingDisplay
 from emrrg_cli.training.run_setup import Session, open_session, validation_loss
 from emrrg_cli.training.selection import MIN_BLEU_4
-from emrrg_cli.training.self_critical import Reward, Sampler
+from emrrg_cli.training.self_critical import Sampler
 from emrrg_cli.training.summary import Summary
 from emrrg_cli.vocabulary import F1_RULES, METEOR
 

@@ -170,7 +170,8 @@ class _Loop:
 
     def _checkpoint_due(self) -> bool:
         interval = self.settings.checkpoint_every_steps
-        return self.progress.step_in_epoch == 0 if interval is None else self.progress.step % interval == 0
+        epoch_ended = self.progress.step_in_epoch == 0
+        return epoch_ended and self.checkpoints.affordable() if interval is None else self.progress.step % interval == 0
 
     def _finish(self, samples_per_second: float | None) -> Summary:
         progress, accelerator = self.progress, self.accelerator

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from emrrg_cli.training.checkpoint import (
     save_checkpoint,
     save_progress,
 )
+
+_SLOW_S = 1.0
+_SHARE = 0.05  # of the time, for slow checkpoints at the ends of epochs
 
 
 class RunCheckpoints:
@@ -42,9 +46,11 @@ class RunCheckpoints:
     ) -> None:
         self._run_dir, self._module, self._optimizer = run_dir, module, optimizer
         self._accelerator, self._average, self._require_run_dir = accelerator, average, require_run_dir
+        self._took_s, self._ended_at = 0.0, float("-inf")  # the last checkpoint: its seconds, and when it was written
 
     def save(self, progress: Progress) -> None:
         """Write a checkpoint, with the random states of all processes."""
+        began = time.monotonic()
         states = [rng_state()]
         if self._accelerator.num_processes > 1:
             from accelerate.utils import gather_object
@@ -62,6 +68,21 @@ class RunCheckpoints:
                 None if self._average is None else self._average.tensors(),
             )
         self._accelerator.wait_for_everyone()
+        self._ended_at = time.monotonic()
+        self._took_s = self._ended_at - began
+
+    def affordable(self) -> bool:
+        """Whether checkpoints stay below 5 % of the time if another is written now; a fast one always may be.
+
+        All processes give the same answer.
+        """
+        waited = time.monotonic() - self._ended_at
+        affordable = self._took_s < _SLOW_S or waited >= self._took_s / _SHARE
+        if self._accelerator.num_processes > 1:
+            from accelerate.utils import broadcast_object_list
+
+            affordable = broadcast_object_list([affordable])[0]
+        return affordable
 
     def save_progress(self, progress: Progress) -> None:
         """Update the progress in the last checkpoint, after a validation."""

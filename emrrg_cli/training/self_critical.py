@@ -13,11 +13,10 @@ baseline (Luo, arXiv 2003.09971); for reports, R2GenCMN+RL (Qin and Song, Findin
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,52 +26,11 @@ from emrrg_cli.decoding.engine import Engine
 from emrrg_cli.decoding.reference import generate_reports
 from emrrg_cli.decoding.slots import Prompts
 from emrrg_cli.decoding.writer import autocast_without_cache
-from emrrg_cli.evaluation.comparison import Corpus
-from emrrg_cli.evaluation.scores import SCORES
-from emrrg_cli.labeling import positive_labels
 from emrrg_cli.models.report_generator import ReportGenerator
 from emrrg_cli.recipe.finetuning import GenerationSettings, SelfCriticalSettings
-from emrrg_cli.vocabulary import CIDER, F1_RULES
+from emrrg_cli.scoring.reward import Reward
 
-_REMEMBERED = 20_000
 _OTHERS = 3  # number of other studies of the batch in the contrast
-
-
-class Reward:
-    """The weighted sum of scores of each report against its reference; CIDEr counts as a part of 10.
-
-    CIDEr's n-grams are weighed by how rare they are among the training reports. `F1_rules` is the F1 of the positive
-    labels of the pair, "No Finding" among them.
-
-    Args:
-        corpus: the training reports.
-        weights: by the names of the scores.
-    """
-
-    def __init__(self, corpus: Sequence[str], weights: Mapping[str, float]) -> None:
-        self._texts, self._weights = list(corpus), dict(weights)
-        self._corpus, self._compared = Corpus(self._texts), 0
-
-    def __call__(self, references: Sequence[str], hypotheses: Sequence[str]) -> list[float]:
-        """One number a pair."""
-        if self._compared > _REMEMBERED:  # it remembers every text that it has seen
-            self._corpus, self._compared = Corpus(self._texts), 0
-        self._compared += len(hypotheses)
-        pairs = self._corpus.compare(references, hypotheses)
-        total = np.zeros(len(pairs))
-        for score in SCORES:
-            if wanted := set(score.names) & set(self._weights):
-                values = score.combine(score.statistics(pairs), 1)  # each pair as a corpus of its own
-                for name in wanted:
-                    scale = self._weights[name] / (10 if name == CIDER else 1)
-                    total += scale * values[:, score.names.index(name)]
-        if weight := self._weights.get(F1_RULES):
-            total += weight * np.array(list(map(_f1, positive_labels(references), positive_labels(hypotheses))))
-        return [float(value) for value in total]
-
-
-def _f1(truth: set[str], found: set[str]) -> float:
-    return 2 * len(truth & found) / (len(truth) + len(found)) if truth or found else 1.0
 
 
 def advantages(rewards: Tensor) -> Tensor:

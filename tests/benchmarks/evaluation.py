@@ -18,12 +18,12 @@ from typing import Any
 
 from emrrg_cli.evaluation import bootstrap, clinical
 from emrrg_cli.evaluation.assess import Options, assess
-from emrrg_cli.evaluation.comparison import Corpus
 from emrrg_cli.evaluation.controls import derangements
 from emrrg_cli.evaluation.language import score
 from emrrg_cli.evaluation.predictions import Predictions, read_predictions
-from emrrg_cli.evaluation.scores import SCORES
 from emrrg_cli.labeling import label_reports
+from emrrg_cli.scoring.comparison import Corpus
+from emrrg_cli.scoring.scores import SCORES
 
 _PARTS = (
     ("the heart is", "heart size is", "the cardiac silhouette is"),

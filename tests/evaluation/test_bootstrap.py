@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from emrrg_cli.evaluation import bootstrap
-from emrrg_cli.evaluation.scores import Bleu
+from emrrg_cli.scoring.scores import Bleu
 
 
 def _mean(sums: np.ndarray, studies: int) -> np.ndarray:

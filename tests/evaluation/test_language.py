@@ -10,7 +10,7 @@ import pytest
 
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.evaluation import language as nlg
-from emrrg_cli.evaluation import meteor as java
+from emrrg_cli.scoring import meteor as java
 
 needs_java = pytest.mark.skipif(nlg.java_path() is None, reason="needs Java")
 

@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import nn
 
 from emrrg_cli.errors import RunError
 from emrrg_cli.training import checkpoint as checkpoints
+from emrrg_cli.training import run_checkpoints
 from emrrg_cli.training.checkpoint import (
     Progress,
     last_checkpoint,
@@ -325,3 +327,26 @@ def test_an_impossible_progress_is_refused(tmp_path: Path, change: dict[str, Any
     (saved / "progress.json").write_text(json.dumps(record))
     with pytest.raises(RunError, match="step-00000003: this checkpoint cannot be read"):
         load_checkpoint(saved, *_trained(1), None, 0)
+
+
+def test_slow_checkpoints_take_a_small_part_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(run_checkpoints.time, "monotonic", lambda: clock[0])
+
+    def save(*arguments: Any) -> None:
+        clock[0] += seconds
+
+    monkeypatch.setattr(run_checkpoints, "save_checkpoint", save)
+    accelerator = SimpleNamespace(num_processes=1, is_main_process=True, scaler=None, wait_for_everyone=lambda: None)
+    optimizer = SimpleNamespace(optimizer=None)
+    run = run_checkpoints.RunCheckpoints(tmp_path, None, optimizer, accelerator, None, lambda: None)
+    assert run.affordable()  # the first
+    seconds = 0.5
+    run.save(Progress())
+    assert run.affordable()  # a fast one may be repeated at once
+    seconds = 3.0
+    run.save(Progress())
+    clock[0] += 59.0
+    assert not run.affordable()
+    clock[0] += 1.5
+    assert run.affordable()

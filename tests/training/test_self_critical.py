@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from emrrg_cli.evaluation.language import score
-from emrrg_cli.training.self_critical import Reward, advantages
+from emrrg_cli.scoring.reward import Reward
+from emrrg_cli.training.self_critical import advantages
 
 CORPUS = [
     "the heart is enlarged . no pleural effusion .",

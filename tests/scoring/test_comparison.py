@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from emrrg_cli.datasets.report_text import clean_report
-from emrrg_cli.evaluation import scores as registry
-from emrrg_cli.evaluation.comparison import Corpus
+from emrrg_cli.scoring import scores as registry
+from emrrg_cli.scoring.comparison import Corpus
 
 WORDS = [
     "the",

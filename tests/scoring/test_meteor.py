@@ -7,7 +7,8 @@ from contextlib import nullcontext
 
 import pytest
 
-from emrrg_cli.evaluation import language, meteor
+from emrrg_cli.evaluation import language
+from emrrg_cli.scoring import meteor
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(meteor.java_path() is None, reason="needs Java")]
 

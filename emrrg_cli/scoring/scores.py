@@ -10,8 +10,8 @@ from typing import Protocol
 
 import numpy as np
 
-from emrrg_cli.evaluation import meteor
-from emrrg_cli.evaluation.comparison import ORDERS, Floats, Pairs
+from emrrg_cli.scoring import meteor
+from emrrg_cli.scoring.comparison import ORDERS, Floats, Pairs
 from emrrg_cli.vocabulary import BLEU_NAMES, CIDER, METEOR, ROUGE_L
 
 

@@ -1,0 +1,54 @@
+"""Consensus decoding: of several sampled reports of a study, the one that agrees best with all of them.
+
+The likeliest report is often an unusual one in a data set where most studies are normal and every report has its own
+words. The report with the best expected score, if the samples were the references, has what most samples have.
+
+Source: minimum Bayes risk decoding (Kumar and Byrne, NAACL 2004; Eikema and Aziz, COLING 2020).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from emrrg_cli.decoding.slots import Prompts
+from emrrg_cli.scoring.reward import Reward
+
+
+def repeat_prompts(prompts: Prompts, samples: int) -> Prompts:
+    """Returns each prompt `samples` times, with keys `(key, number)` and seeds of their own."""
+
+    def rows(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else tensor.repeat_interleave(samples, dim=0)
+
+    embeddings, mask = rows(prompts.embeddings), rows(prompts.mask)
+    assert embeddings is not None
+    assert mask is not None
+    return Prompts(
+        [(key, number) for key in prompts.keys for number in range(samples)],
+        [_seed(seed, number, samples) for seed in prompts.seeds for number in range(samples)],
+        embeddings,
+        mask,
+        rows(prompts.visual_tokens),
+        rows(prompts.visual_mask),
+    )
+
+
+def _seed(seed: int, number: int, samples: int) -> int:
+    # The seed of the recipe is in the upper half, the number of the study in the lower one.
+    return (seed >> 32 << 32) + ((seed % 2**32) * samples + number) % 2**32
+
+
+def most_agreed(texts: Sequence[str], scores: Mapping[str, float]) -> int:
+    """Returns the number of the text with the highest mean score against all texts; the first of equals.
+
+    Args:
+        scores: weights by name, of `emrrg_cli.vocabulary.AGREEMENTS`.
+    """
+    different = list(dict.fromkeys(texts))
+    hypotheses = [text for text in different for _ in texts]
+    values = Reward((), scores)(list(texts) * len(different), hypotheses)
+    best = int(np.reshape(values, (len(different), len(texts))).mean(axis=1).argmax())
+    return texts.index(different[best])

@@ -1,0 +1,56 @@
+"""Weighted sums of scores of single reports: rewards of training, and agreement between reports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from emrrg_cli.labeling import positive_labels
+from emrrg_cli.scoring.comparison import Corpus
+from emrrg_cli.scoring.scores import SCORES
+from emrrg_cli.vocabulary import CIDER, F1_RULES
+
+_REMEMBERED = 20_000
+
+
+class Reward:
+    """The weighted sum of scores of each report against its reference; CIDEr counts as a part of 10.
+
+    CIDEr's n-grams are weighed by how rare they are among the training reports. `F1_rules` is the F1 of the positive
+    labels of the pair, "No Finding" among them.
+
+    Args:
+        corpus: the training reports.
+        weights: by the names of the scores.
+    """
+
+    def __init__(self, corpus: Sequence[str], weights: Mapping[str, float]) -> None:
+        self._texts, self._weights = list(corpus), dict(weights)
+        self._corpus, self._compared = Corpus(self._texts), 0
+
+    def __call__(self, references: Sequence[str], hypotheses: Sequence[str]) -> list[float]:
+        """One number a pair."""
+        if self._compared > _REMEMBERED:  # it remembers every text that it has seen
+            self._corpus, self._compared = Corpus(self._texts), 0
+        self._compared += len(hypotheses)
+        pairs = self._corpus.compare(references, hypotheses)
+        total = np.zeros(len(pairs))
+        for score in SCORES:
+            if wanted := set(score.names) & set(self._weights):
+                values = score.combine(score.statistics(pairs), 1)  # each pair as a corpus of its own
+                for name in wanted:
+                    scale = self._weights[name] / (10 if name == CIDER else 1)
+                    total += scale * values[:, score.names.index(name)]
+        if weight := self._weights.get(F1_RULES):
+            different = list({*references, *hypotheses})
+            labels = dict(zip(different, positive_labels(different), strict=True))
+            pairs_of_labels = [
+                (labels[truth], labels[text]) for truth, text in zip(references, hypotheses, strict=True)
+            ]
+            total += weight * np.array([_f1(*pair) for pair in pairs_of_labels])
+        return [float(value) for value in total]
+
+
+def _f1(truth: set[str], found: set[str]) -> float:
+    return 2 * len(truth & found) / (len(truth) + len(found)) if truth or found else 1.0

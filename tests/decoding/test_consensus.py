@@ -1,0 +1,117 @@
+"""Consensus decoding: the sample that agrees best with the others, in both engines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from emrrg_cli.decoding.consensus import most_agreed, repeat_prompts
+from emrrg_cli.decoding.reports import load_generator
+from emrrg_cli.decoding.slots import Prompts
+from emrrg_cli.decoding.writer import Studies, Writer
+from emrrg_cli.evaluation.language import score
+from emrrg_cli.labeling import positive_labels
+from emrrg_cli.recipe.finetuning import GenerationSettings
+from tests.decoding.test_reports import images, run_dir
+
+__all__ = ["images", "run_dir"]
+
+SAMPLES = [
+    "the lungs are clear . the heart is normal in size .",
+    "the heart is normal in size . the lungs are clear . no effusion .",
+    "there is a large left pleural effusion .",
+    "the heart is normal in size . the lungs are clear .",
+    "the heart is normal in size . the lungs are clear .",
+]
+OPTIONS = ["generation.num_beams=1", "generation.do_sample=true", "generation.temperature=3.0"]
+
+
+@pytest.mark.parametrize("weights", [{"BLEU_4": 1.0}, {"BLEU_1": 1.0, "ROUGE_L": 2.0}])
+def test_the_kept_sample_has_the_best_mean_score(weights: dict[str, float]) -> None:
+    def agreement(text: str) -> float:
+        scores = [score([other], [text], meteor=False) for other in SAMPLES]
+        return sum(weight * (one[name] or 0.0) for one in scores for name, weight in weights.items())
+
+    expected = max(range(len(SAMPLES)), key=lambda number: agreement(SAMPLES[number]))
+    assert most_agreed(SAMPLES, weights) == expected == 3
+
+
+def test_labels_can_be_what_the_samples_agree_on() -> None:
+    texts = [
+        "the lungs are clear . no pleural effusion .",
+        "there is a left pleural effusion .",
+        "there is a pleural effusion . the heart is enlarged .",
+        "small effusion on the left . no pneumothorax .",
+    ]
+    labels = positive_labels(texts)
+    assert labels[1] == labels[3] == {"Pleural Effusion"}
+    assert most_agreed(texts, {"F1_rules": 1.0}) == 1  # the first of those with the label that three have
+
+
+def test_one_text_for_all_is_kept() -> None:
+    assert most_agreed(["the same ."] * 4, {"BLEU_4": 1.0}) == 0
+    assert most_agreed(["", "", "a report ."], {"BLEU_4": 1.0}) == 2  # empty ones agree with nothing
+
+
+def test_prompts_are_repeated_with_seeds_of_their_own() -> None:
+    embeddings = torch.randn(2, 3, 4)
+    seeds = [(7 << 32) + 5, (7 << 32) + 6]
+    made = repeat_prompts(Prompts(["a", "b"], seeds, embeddings, torch.ones(2, 3), embeddings), 3)
+    assert made.keys == [(key, number) for key in "ab" for number in range(3)]
+    assert torch.equal(made.embeddings, embeddings[[0, 0, 0, 1, 1, 1]])
+    assert made.visual_tokens is not None
+    assert torch.equal(made.visual_tokens, made.embeddings)
+    assert made.visual_mask is None
+    assert len(set(made.seeds)) == 6
+    assert {seed >> 32 for seed in made.seeds} == {7}
+
+
+def test_the_report_is_one_of_the_samples(run_dir: Any, images: Any) -> None:
+    one = load_generator(run_dir, device="cpu", overrides=OPTIONS)
+    several = load_generator(run_dir, device="cpu", overrides=[*OPTIONS, "generation.consensus=4"])
+    pixels = torch.randint(0, 256, (3, 48, 48), generator=torch.Generator().manual_seed(0)).byte()
+
+    def studies(numbers: list[int], rows: list[int]) -> Studies:
+        return Studies(numbers, numbers, pixels[rows], torch.ones(len(rows), dtype=torch.long))
+
+    made = {done.key: done for some in several.write(iter([studies([0, 1, 2], [0, 1, 2])])) for done in some}
+    assert sorted(made) == [0, 1, 2]
+    for study in range(3):
+        numbers = [4 * study + number for number in range(4)]
+        alone = {done.key: done for some in one.write(iter([studies(numbers, [study] * 4)])) for done in some}
+        texts = [alone[number].text for number in numbers]
+        assert len(set(texts)) > 1
+        kept = alone[numbers[most_agreed(texts, {"BLEU_4": 1.0})]]
+        assert (made[study].text, made[study].tokens) == (kept.text, kept.tokens)
+        assert made[study].confidence is not None
+    # Whatever the batch size.
+    small = load_generator(
+        run_dir, device="cpu", overrides=[*OPTIONS, "generation.consensus=4", "generation.batch_size=1"]
+    )
+    assert small.generate(images) == several.generate(images)
+
+
+def test_transformers_engine_keeps_one_report_per_study(run_dir: Any, images: Any) -> None:
+    options = [*OPTIONS, "generation.consensus=3", "generation.engine=transformers"]
+    generator = load_generator(run_dir, device="cpu", overrides=options)
+    assert isinstance(generator.writer, Writer)
+    reports = generator.generate(images)
+    assert len(reports) == len(images)
+    assert all(reports)
+    assert reports == generator.generate(images)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"consensus": 8}, "consensus needs samples: set num_beams: 1 and do_sample: true"),
+        ({"consensus": 8, "do_sample": True}, "consensus needs samples"),
+        ({"consensus_scores": {"CIDEr": 1.0}}, r"unknown scores \['CIDEr'\]; known: \['BLEU_1'"),
+        ({"consensus_scores": {}}, "consensus_scores names no score"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GenerationSettings(**settings)
