@@ -169,9 +169,9 @@ class _Loop:
         return self.progress.step == self.total_steps or (epoch_ended and self.progress.epoch % interval == 0)
 
     def _checkpoint_due(self) -> bool:
-        interval = self.settings.checkpoint_every_steps
-        epoch_ended = self.progress.step_in_epoch == 0
-        return epoch_ended and self.checkpoints.affordable() if interval is None else self.progress.step % interval == 0
+        if (interval := self.settings.checkpoint_every_steps) is not None:
+            return self.progress.step % interval == 0
+        return self.progress.step_in_epoch == 0 and self.checkpoints.affordable()
 
     def _finish(self, samples_per_second: float | None) -> Summary:
         progress, accelerator = self.progress, self.accelerator
