@@ -169,9 +169,8 @@ class _Loop:
         return self.progress.step == self.total_steps or (epoch_ended and self.progress.epoch % interval == 0)
 
     def _checkpoint_due(self) -> bool:
-        if (interval := self.settings.checkpoint_every_steps) is not None:
-            return self.progress.step % interval == 0
-        return self.progress.step_in_epoch == 0 and self.checkpoints.affordable()
+        interval, epoch_ended = self.settings.checkpoint_every_steps, self.progress.step_in_epoch == 0
+        return epoch_ended and self.checkpoints.affordable() if interval is None else self.progress.step % interval == 0
 
     def _finish(self, samples_per_second: float | None) -> Summary:
         progress, accelerator = self.progress, self.accelerator
