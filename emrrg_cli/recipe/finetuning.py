@@ -193,7 +193,12 @@ class SelfCriticalSettings(Settings):
 
     after_epochs: int = Field(10, ge=0, description="epochs of cross-entropy before it starts")
     samples: int = Field(4, ge=2, description="reports sampled for each study of a step")
-    temperature: float = Field(1.0, gt=0, description="temperature of sampling")
+    temperature: float = Field(
+        1.0,
+        gt=0,
+        description="temperature of sampling. With train.label_smoothing, about 0.7: at 1, the smoothed model often "
+        "samples words that do not fit",
+    )
     max_new_tokens: int = Field(100, ge=1, description="longest sampled report")
     cross_entropy: float = Field(0.1, ge=0, description="weight of the cross-entropy of the reference")
     contrast: float = Field(

@@ -48,9 +48,12 @@ TOLD = (
     *("model.findings=true", "model.findings_prompt=true", "model.findings_prompt_labels=true"),
     *("model.findings_threshold=0.2", "train.findings_balance=1"),
 )
+# Label smoothing gives a tenth of the probability to any words: few samples are free of them at temperature 1.
 SELF_CRITICAL = (
-    "train.self_critical={{after_epochs: 14, cross_entropy: 0.2, contrast: 0.5, rewards: {{BLEU_4: 1, CIDEr: 10{}}}}}"
+    "train.self_critical={{after_epochs: 14, temperature: 0.7, cross_entropy: 0.2, contrast: 0.5, "
+    "rewards: {{BLEU_4: 1, CIDEr: 10{}}}}}"
 )
+CONSENSUS = ("generation.num_beams=1", "generation.do_sample=true", "generation.min_new_tokens=0")
 ENCODER = "model.encoder.{}=".format
 TOY = (
     *(ENCODER(key) + value for key, value in (("size", "null"), ("d_model", "64"), ("depth", "4"))),
@@ -130,6 +133,11 @@ ROWS = [
         Row(f"length {penalty}, {least} tokens", (f"generation.length_penalty={penalty}",
             f"generation.min_new_tokens={least}"), of="X")
         for penalty in (1.5, 2.0, 3.0) for least in (30, 40)
+    ),
+    *(
+        Row(f"consensus of {samples}, temperature {temperature}", (*CONSENSUS, f"generation.temperature={temperature}",
+            f"generation.consensus={samples}"), of="X")
+        for temperature in (0.5, 0.7) for samples in (16, 48)
     ),
 ]  # fmt: skip
 
