@@ -9,31 +9,19 @@ Source: minimum Bayes risk decoding (Kumar and Byrne, NAACL 2004; Eikema and Azi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
-import torch
 
 from emrrg_cli.decoding.slots import Prompts
 from emrrg_cli.scoring.reward import Reward
 
 
-def repeat_prompts(prompts: Prompts, samples: int) -> Prompts:
-    """Returns each prompt `samples` times, with keys `(key, number)` and seeds of their own."""
-
-    def rows(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        return None if tensor is None else tensor.repeat_interleave(samples, dim=0)
-
-    embeddings, mask = rows(prompts.embeddings), rows(prompts.mask)
-    assert embeddings is not None
-    assert mask is not None
-    return Prompts(
-        [(key, number) for key in prompts.keys for number in range(samples)],
-        [_seed(seed, number, samples) for seed in prompts.seeds for number in range(samples)],
-        embeddings,
-        mask,
-        rows(prompts.visual_tokens),
-        rows(prompts.visual_mask),
-    )
+def several_samples(prompts: Prompts, samples: int) -> Prompts:
+    """Returns the prompts with `samples` reports each, with keys `(key, number)` and seeds of their own."""
+    keys = [(key, number) for key in prompts.keys for number in range(samples)]
+    seeds = [_seed(seed, number, samples) for seed in prompts.seeds for number in range(samples)]
+    return replace(prompts, keys=keys, seeds=seeds, copies=samples)
 
 
 def _seed(seed: int, number: int, samples: int) -> int:

@@ -86,6 +86,9 @@ class Engine:
                 if self.graphs is not None:
                     self.graphs = _Graphs(self.slots)
             free = self.slots.places - len(active)
+            free -= free % waiting[0].copies  # the reports of a prompt enter together
+            if not free:
+                return
             entering = waiting.popleft()
             if len(entering) > free:
                 waiting.appendleft(entering.rows(free, len(entering)))

@@ -30,12 +30,13 @@ class Prompts:
     """Prompts of a few studies, as embeddings.
 
     Args:
-        keys: identifiers of the studies; each report is returned with its key.
-        seeds: seeds of sampling, one per study.
+        keys: identifiers of the reports, `copies` for each prompt in sequence; each report is returned with its key.
+        seeds: seeds of sampling, one per report.
         embeddings: `[b, p, hidden]`.
         mask: `[b, p]`, 1 on real tokens; the last token is real.
         visual_tokens: `[b, m, hidden]` for hybrid layers; None: there are none.
         visual_mask: `[b, m]`, true on real tokens; None: all are real.
+        copies: number of reports for each prompt, which is read only once.
     """
 
     keys: list[Any]
@@ -44,15 +45,32 @@ class Prompts:
     mask: Tensor
     visual_tokens: Tensor | None = None
     visual_mask: Tensor | None = None
+    copies: int = 1
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def rows(self, first: int, last: int) -> Prompts:
-        """Returns studies `first` to `last` - 1."""
-        part = slice(first, last)
-        visual, visual_mask = (None if t is None else t[part] for t in (self.visual_tokens, self.visual_mask))
-        return Prompts(self.keys[part], self.seeds[part], self.embeddings[part], self.mask[part], visual, visual_mask)
+        """Returns reports `first` to `last` - 1; both are multiples of `copies`."""
+        part = slice(first // self.copies, last // self.copies)
+        tensors = (self.embeddings, self.mask, self.visual_tokens, self.visual_mask)
+        embeddings, mask, visual, visual_mask = (None if t is None else t[part] for t in tensors)
+        assert embeddings is not None
+        assert mask is not None
+        keys, seeds = self.keys[first:last], self.seeds[first:last]
+        return Prompts(keys, seeds, embeddings, mask, visual, visual_mask, self.copies)
+
+    def repeated(self) -> Prompts:
+        """Returns one prompt per report, with `copies` equal ones in sequence."""
+        tensors = (self.embeddings, self.mask, self.visual_tokens, self.visual_mask)
+        embeddings, mask, visual, visual_mask = (_repeated(tensor, self.copies) for tensor in tensors)
+        assert embeddings is not None
+        assert mask is not None
+        return Prompts(self.keys, self.seeds, embeddings, mask, visual, visual_mask)
+
+
+def _repeated(tensor: Tensor | None, copies: int) -> Tensor | None:
+    return tensor if tensor is None or copies == 1 else tensor.repeat_interleave(copies, dim=0)
 
 
 class SlotCache(Cache):  # type: ignore[misc]
@@ -143,25 +161,28 @@ class Slots:
         ).logits[:, -1:]
         if not self.state:
             self._make_room(prompts, cache)
+        copies = prompts.copies
         index = torch.tensor(places).to(logits.device)
         state = self.search.start(prompts.seeds)
-        self.search.advance(state, logits.expand(-1, self.search.beams, -1))
+        self.search.advance(state, logits.repeat_interleave(copies, dim=0).expand(-1, self.search.beams, -1))
         for name, value in state.items():
             self.state[name].index_copy_(0, index, value)
         width = prompts.mask.shape[1]
         self._prompt_mask[index] = False
-        self._prompt_mask[index, :width] = prompts.mask.bool()
-        self._prompt_length[index] = prompts.mask.long().sum(1)
+        mask = prompts.mask.repeat_interleave(copies, dim=0)
+        self._prompt_mask[index, :width] = mask.bool()
+        self._prompt_length[index] = mask.long().sum(1)
         for layer, (keys, values) in enumerate(_keys_and_values(cache)):
             for store, states in ((self.cache.keys[layer], keys), (self.cache.values[layer], values)):
-                store[index, :width] = states.transpose(1, 2).to(store.dtype)
+                store[index, :width] = states.transpose(1, 2).to(store.dtype).repeat_interleave(copies, dim=0)
         if prompts.visual_tokens is not None:
             many = prompts.visual_tokens.shape[1]
             self._visual_mask[index] = False
-            self._visual_mask[index, :many] = True if prompts.visual_mask is None else prompts.visual_mask.bool()
+            real = _repeated(prompts.visual_mask, copies)
+            self._visual_mask[index, :many] = True if real is None else real.bool()
             for name, pair in cache.__dict__["visual_keys_and_values"].items():
                 for store, states in zip(self.cache.visual[name], pair, strict=True):
-                    store[index, :many] = states.transpose(1, 2).to(store.dtype)
+                    store[index, :many] = states.transpose(1, 2).to(store.dtype).repeat_interleave(copies, dim=0)
 
     def empty(self) -> None:
         """Drops all studies, so that the next prompts allocate room of their size."""

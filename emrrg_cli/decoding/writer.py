@@ -12,7 +12,7 @@ from torch import Tensor
 
 from emrrg_cli.decoding.choice import choose_engine
 from emrrg_cli.decoding.confidence import Confidence, read_confidence
-from emrrg_cli.decoding.consensus import most_agreed, repeat_prompts
+from emrrg_cli.decoding.consensus import most_agreed, several_samples
 from emrrg_cli.decoding.engine import Engine
 from emrrg_cli.decoding.reference import generate_reports
 from emrrg_cli.decoding.search import Report
@@ -116,7 +116,7 @@ class Writer:
         samples = self.settings.consensus or 1
         prompts = (self._prompts(some) for some in studies)
         if samples > 1:
-            prompts = (repeat_prompts(some, samples) for some in prompts)
+            prompts = (several_samples(some, samples) for some in prompts)
         first = next(prompts, None)
         if first is None:
             return
@@ -129,7 +129,9 @@ class Writer:
         else:
             for some in following:
                 with torch.no_grad(), self.autocast(), _sampling(self.settings, some.seeds[0], self.device):
-                    reports = generate_reports(self.model.llm, some, self.settings, self._end, self.model.pad_token_id)
+                    reports = generate_reports(
+                        self.model.llm, some.repeated(), self.settings, self._end, self.model.pad_token_id
+                    )
                 yield list(zip(some.keys, reports, strict=True))
 
     def _chosen(self, sampled: Iterable[list[tuple[Any, Report]]], samples: int) -> Iterator[list[tuple[Any, Report]]]:

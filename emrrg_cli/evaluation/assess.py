@@ -1,4 +1,4 @@
-"""Everything that is said of a set of reports: scores, intervals, controls, clinical figures, what is wrong."""
+"""Assesses a set of reports: scores, intervals, controls, clinical agreement, and figures on typical errors."""
 
 from __future__ import annotations
 
@@ -27,17 +27,18 @@ Labeler = Callable[[Sequence[str]], Labels]
 
 @dataclass(frozen=True)
 class Options:
-    """How reports are assessed.
+    """Options of `assess`.
 
     Attributes:
-        train_reports: Reports of training, for the most frequent one; None: not known.
-        others: Reports of other controls by name, one a study, such as those for blank films.
-        labelers: Beside `rules`, by name.
-        reference_labels: Labels of the references that the data set has, used instead of a labeler's reading.
-        merged: Scores of other tools by name, shown beside ours.
+        train_reports: Training reports, used to find the most frequent one; None if they are not known.
+        others: Reports of further controls by name, one per study, such as those written for blank films.
+        labelers: Further labelers by name, in addition to `rules`.
+        reference_labels: Labels of the references from the data set, used instead of those that a labeler extracts.
+        merged: Scores of other tools by name, shown next to ours.
         meteor: Compute METEOR, which needs Java.
-        tokenizer: As for `score`.
-        bertscore: Model of BERTScore; None leaves the score out.
+        tokenizer: The same as the argument of `score`.
+        resamples: Number of bootstrap resamples for the intervals.
+        bertscore: Name of the model for BERTScore; None skips the score.
     """
 
     train_reports: Sequence[str] | None = None
@@ -53,21 +54,21 @@ class Options:
 
 @dataclass
 class Assessment:
-    """What `assess` finds; `record` is written as JSON, the rest is for tables, tests and the page."""
+    """The result of `assess`: `record` is written as JSON; tables, tests and the page use the other fields."""
 
     record: dict[str, Any]
-    statistics: dict[str, Floats]  # by the first name of a score, [n, k]
-    labels: dict[str, tuple[Labels, Labels]]  # by labeler, of references and hypotheses
-    dealt_cider: Floats  # [n], mean over the deals
+    statistics: dict[str, Floats]  # [n, k] for each score; the key is the score's first name
+    labels: dict[str, tuple[Labels, Labels]]  # labels of references and hypotheses for each labeler
+    dealt_cider: Floats  # [n], CIDEr of the shuffled reports, mean over the shuffles
     train_reports: Sequence[str] | None = None
 
 
 def assess(predictions: Predictions, options: Options | None = None) -> Assessment:
-    """Scores reports beside their controls.
+    """Scores reports and their controls.
 
     Raises:
-        UsageError: Nothing to score, or references that are all empty.
-        RunError: The tokenizer needs a Java that is not there.
+        UsageError: There is nothing to score, or all references are empty.
+        RunError: The tokenizer needs Java, and Java is not installed.
     """
     options = options or Options()
     values = score(predictions.references, predictions.hypotheses, options.tokenizer, meteor=False)
@@ -95,18 +96,19 @@ def assess(predictions: Predictions, options: Options | None = None) -> Assessme
 
 
 class _Judge:
-    """Scores sets of reports against the same references; a score that is not available is left out from then on."""
+    """Scores sets of reports against the same references; a score that cannot be computed is skipped from then on."""
 
     def __init__(self, references: Sequence[str], options: Options) -> None:
         self.references = references
         self.corpus = Corpus(references)
         self.scored: list[Score] = [*SCORES, *([] if options.bertscore is None else [BertScore(options.bertscore)])]
-        self.left_out: dict[str, str] = {} if options.meteor else {METEOR: "not asked for"}
+        self.left_out: dict[str, str] = {} if options.meteor else {METEOR: "not requested"}
 
     def pairs(self, hypotheses: Sequence[str]) -> Pairs:
         return self.corpus.compare(self.references, hypotheses)
 
     def statistics(self, pairs: Pairs, *, slow: bool = True) -> dict[str, Floats]:
+        """Returns the statistics `[n, k]` of each score; `slow=False` skips the slow scores."""
         found = {}
         for one in self.scored:
             if (one.slow and not slow) or one.names[0] in self.left_out:
@@ -115,11 +117,11 @@ class _Judge:
                 found[one.names[0]] = one.statistics(pairs)
             except Unavailable as reason:
                 self.left_out[one.names[0]] = str(reason)
-                err.print(f"[yellow]{one.names[0]} is left out:[/] {escape(str(reason))}", soft_wrap=True)
+                err.print(f"[yellow]{one.names[0]} is skipped:[/] {escape(str(reason))}", soft_wrap=True)
         return found
 
     def scores(self, statistics: Mapping[str, Floats]) -> dict[str, float | None]:
-        """All scores in the registry's order; None for what was not computed."""
+        """Returns all scores in the registry's order; a score that was not computed is None."""
         values: dict[str, float | None] = {}
         for one in self.scored:
             counted = statistics.get(one.names[0])
@@ -146,7 +148,7 @@ def _read_labels(predictions: Predictions, options: Options) -> dict[str, tuple[
 
 
 def _clinical(truth: Labels, found: Labels, resamples: int = 0) -> dict[str, Any]:
-    """The grid of one labeler; intervals of the two headline figures where resamples are asked for."""
+    """Returns all clinical figures of one labeler; with `resamples`, also the intervals of micro and macro F1."""
     grid: dict[str, Any] = {}
     for policy in clinical.POLICIES:
         counted = clinical.label_statistics(clinical.present(truth, policy), clinical.present(found, policy))
@@ -160,7 +162,7 @@ def _clinical(truth: Labels, found: Labels, resamples: int = 0) -> dict[str, Any
 def _controls(
     judge: _Judge, hypotheses: Sequence[str], labels: Mapping[str, tuple[Labels, Labels]], options: Options
 ) -> tuple[dict[str, Any], Floats]:
-    """The controls that can be made, and the mean CIDEr `[n]` of each study's dealt reports."""
+    """Scores the available controls; also returns each study's mean CIDEr `[n]` over the shuffled reports."""
     made: dict[str, Any] = {}
     orders = controls.derangements(len(hypotheses))
     dealt_cider: Floats = np.zeros(0)
@@ -189,6 +191,7 @@ def _dealt(
     labels: Mapping[str, tuple[Labels, Labels]],
     orders: Sequence[NDArray[np.int64]],
 ) -> tuple[dict[str, Any], Floats]:
+    """Scores the reports in each shuffled order; returns the means and each study's mean CIDEr `[n]`."""
     rows, cider, grids = [], [], []
     for number, order in enumerate(orders):
         pairs = judge.pairs([hypotheses[i] for i in order])
@@ -214,5 +217,5 @@ def _dealt(
 
 
 def _brief(grid: Mapping[str, Any]) -> dict[str, Any]:
-    """A labeler's grid without the figures of single labels."""
+    """Returns a labeler's figures without those of single labels."""
     return {policy: {name: figures[name] for name in clinical.SETS} for policy, figures in grid.items()}

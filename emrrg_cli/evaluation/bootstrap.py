@@ -1,7 +1,7 @@
-"""Resampling over studies: intervals of scores, and tests of one set of reports against another.
+"""Bootstrap over studies: confidence intervals of scores, and tests that compare two sets of reports.
 
-A score is a function of sums over studies, so that a resample needs one row of a matrix product and no text. Document
-frequencies stay those of all references.
+Every score is a function of sums over studies. A resample is therefore one row of a matrix product, and no text is
+scored again. CIDEr's document frequencies always come from all references.
 """
 
 from __future__ import annotations
@@ -19,45 +19,48 @@ LEVEL = 0.95
 _ROWS = 500  # resamples in memory at a time
 
 Floats = NDArray[np.float64]
-Combine = Callable[[Floats, int], Floats]  # sums [..., k] over so many studies -> scores [..., names]
+Combine = Callable[[Floats, int], Floats]  # (sums [..., k], number of studies) -> scores [..., names]
 
 
 def resampled_sums(statistics: Floats, resamples: int, seed: int = SEED) -> Floats:
-    """Sums `[resamples, k]` of `statistics` `[n, k]` over `n` studies drawn with replacement, alike for equal seeds."""
+    """Returns sums `[resamples, k]` of `statistics` `[n, k]` over `n` studies drawn with replacement.
+
+    The same seed draws the same studies.
+    """
     return np.concatenate([weights @ statistics for weights in _draws(len(statistics), resamples, seed)])
 
 
 def interval(scores: Floats) -> tuple[float, float]:
-    """The middle 95 % of resampled scores `[resamples]`."""
+    """Returns the ends of the interval that holds the middle 95 % of the resampled scores `[resamples]`."""
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(scores, [tail, 1 - tail])
     return float(low), float(high)
 
 
 def intervals(statistics: Floats, combine: Combine, resamples: int = RESAMPLES, seed: int = SEED) -> Floats:
-    """Lower and upper ends `[names, 2]` of the 95 % intervals of the scores that `combine` makes of sums."""
+    """Returns lower and upper ends `[names, 2]` of the 95 % intervals; `combine` computes the scores from sums."""
     scores = combine(resampled_sums(statistics, resamples, seed), len(statistics))
     tail = (1 - LEVEL) / 2
     return np.asarray(np.quantile(scores, [tail, 1 - tail], axis=0).T, np.float64)
 
 
 def p_greater(differences: Floats, resamples: int = TEST_RESAMPLES, seed: int = SEED) -> float:
-    """One-sided p value that the mean of paired differences `[n]` is not above zero, by bootstrap over studies.
+    """Returns the one-sided bootstrap p value for a mean of paired differences `[n]` above zero.
 
-    It is at least `least_p(n)`: a bootstrap of two or three studies is blind to how few they are.
+    It is at least `least_p(n)`, because the bootstrap of two or three studies gives p values that are too small.
     """
     means = resampled_sums(differences[:, None], resamples, seed)[:, 0] / max(1, len(differences))
-    # Differences of equal reports are rounding errors; they count as equal.
+    # Differences between equal reports are rounding errors and count as zero.
     return max(float((1 + np.sum(means <= 1e-12)) / (resamples + 1)), least_p(len(differences)))
 
 
 def least_p(studies: int) -> float:
-    """The smallest p value that paired differences of `studies` can have: that all signs agree by chance, `2^-n`."""
+    """Returns the smallest possible p value of `n` paired differences: all signs agree by chance, `2^-n`."""
     return float(0.5**studies)
 
 
 def p_two_sided(first: Floats, second: Floats, studies: int) -> float:
-    """Two-sided p value that two runs differ, from scores `[resamples]` of the same resamples of `studies`."""
+    """Returns the two-sided p value for a difference between two runs, given scores `[resamples]` of the same draws."""
     difference = second - first
     rest = len(difference) + 1
     below = (1 + np.sum(difference <= 1e-12)) / rest
@@ -66,7 +69,7 @@ def p_two_sided(first: Floats, second: Floats, studies: int) -> float:
 
 
 def _draws(studies: int, resamples: int, seed: int) -> Iterator[Floats]:
-    """How often each study is drawn in each resample, `[rows, studies]` at a time."""
+    """Yields blocks `[rows, studies]` that count how often each resample draws each study."""
     generator = np.random.default_rng(seed)
     for start in range(0, resamples, _ROWS):
         rows = min(_ROWS, resamples - start)

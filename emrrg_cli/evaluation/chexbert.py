@@ -1,6 +1,6 @@
-"""CheXbert's labels of reports, from its published checkpoint: BERT with a linear head for each observation.
+"""Labels reports with the published CheXbert checkpoint: BERT with a linear head for each observation.
 
-The checkpoint is not part of this package: it is read from a local file or from a hub repository that the user names.
+The checkpoint is not part of this package. The user names a local file or a hub repository.
 
 Source: Smit et al., "CheXbert: Combining Automatic Labelers and Expert Annotations" (EMNLP 2020).
 """
@@ -25,18 +25,18 @@ HEADS = (
     "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema", "Consolidation", "Pneumonia",
     "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other", "Fracture", "Support Devices", "No Finding",
 )  # fmt: skip
-ANSWERS = (None, "positive", "negative", "uncertain")  # the classes of a head; the last head has the first two
+ANSWERS = (None, "positive", "negative", "uncertain")  # classes of a head; the last head has only the first two
 
 _FILE = "chexbert.pth"
 _TOKENIZER = "bert-base-uncased"
 _MAX_TOKENS = 512
 _MAX_BYTES = 4 * 2**30
 _MAX_LAYERS, _MAX_WIDTH, _MAX_VOCABULARY = 48, 4096, 500_000
-_HINT = "Give the chexbert.pth of its authors, or the name of a hub repository that holds it."
+_HINT = "Give the authors' chexbert.pth, or the name of a hub repository that contains it."
 
 
 class CheXbert(nn.Module):
-    """`[b, t]` tokens to the logits of 14 heads, from the state of the first token."""
+    """Maps tokens `[b, t]` to the logits of 14 heads, which read the last hidden state of the first token."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -48,13 +48,13 @@ class CheXbert(nn.Module):
         )
 
     def forward(self, tokens: Tensor, mask: Tensor) -> list[Tensor]:
-        """Logits of each head, `[b, 4]`, of the last one `[b, 2]`. `mask` `[b, t]` is 1 on real tokens."""
+        """Returns the logits of each head: `[b, 4]`, for the last head `[b, 2]`. `mask` `[b, t]` is 0 for padding."""
         first = self.bert(input_ids=tokens, attention_mask=mask).last_hidden_state[:, 0]  # [b, d]
         return [head(first) for head in self.linear_heads]
 
 
 class CheXbertLabeler:
-    """Reads the labels of reports: `labeler(reports)`, one dictionary of 14 observations a report."""
+    """Labels reports: `labeler(reports)` returns a dictionary of 14 observations for each report."""
 
     def __init__(self, model: CheXbert, tokenizer: Any, device: torch.device, batch_size: int = 32) -> None:
         self.model = model.to(device).eval()
@@ -63,7 +63,7 @@ class CheXbertLabeler:
         self.batch_size = batch_size
 
     def __call__(self, reports: Sequence[str]) -> list[dict[str, str | None]]:
-        distinct = sorted(dict.fromkeys(reports), key=len)  # reports of like length share a batch
+        distinct = sorted(dict.fromkeys(reports), key=len)  # reports of similar length share a batch
         answers: dict[str, dict[str, str | None]] = {}
         with progress_bar("CheXbert", len(distinct)) as advance:
             for start in range(0, len(distinct), self.batch_size):
@@ -76,7 +76,7 @@ class CheXbertLabeler:
 
     @torch.no_grad()
     def logits(self, reports: Sequence[str]) -> list[Tensor]:
-        """Logits of each head for one batch of reports."""
+        """Returns the logits of each head for one batch of reports."""
         texts = [" ".join(report.split()) for report in reports]
         tokens = self.tokenizer(texts, truncation=True, max_length=self._limit(), padding=True, return_tensors="pt")
         return self.model(tokens["input_ids"].to(self.device), tokens["attention_mask"].to(self.device))  # type: ignore[no-any-return]
@@ -86,15 +86,17 @@ class CheXbertLabeler:
 
 
 def load_chexbert(source: str, *, device: str = "auto", batch_size: int = 32) -> CheXbertLabeler:
-    """The labeler of a checkpoint.
+    """Loads a labeler from a checkpoint.
 
     Args:
-        source: `chexbert.pth`, a directory that holds it, or a hub repository that does. A tokenizer beside the file
-            (`vocab.txt` or `tokenizer.json`) is used; otherwise that of bert-base-uncased.
+        source: `chexbert.pth`, or a directory or hub repository that contains it. A tokenizer in the same directory
+            (`vocab.txt` or `tokenizer.json`) is used if there is one; otherwise that of bert-base-uncased.
+        device: Device name, or `auto`.
+        batch_size: Number of reports per forward pass.
 
     Raises:
-        UsageError: There is no such file or repository, or no tokenizer.
-        RunError: The file is damaged, or is no CheXbert checkpoint.
+        UsageError: The file, the repository or the tokenizer does not exist.
+        RunError: The file is damaged, or is not a CheXbert checkpoint.
     """
     file = _find(source)
     weights = _read(file)
@@ -104,12 +106,12 @@ def load_chexbert(source: str, *, device: str = "auto", batch_size: int = 32) ->
         missing, unexpected = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:  # shapes
         reason = str(error).strip().splitlines()[-1].strip()[:200]
-        raise RunError(f"{file} is no CheXbert checkpoint: {reason}", hint=_HINT) from error
+        raise RunError(f"{file} is not a CheXbert checkpoint: {reason}", hint=_HINT) from error
     missing = [key for key in missing if not key.startswith("bert.pooler.")]  # CheXbert does not use it
     if missing or unexpected:
         named = ", ".join([*missing, *unexpected][:3])
         raise RunError(
-            f"{file} is no CheXbert checkpoint: {len(missing + unexpected)} tensors do not fit ({named})", hint=_HINT
+            f"{file} is not a CheXbert checkpoint: {len(missing + unexpected)} tensors do not fit ({named})", hint=_HINT
         )
     return CheXbertLabeler(model, _tokenizer(file), choose_device(device), batch_size)
 
@@ -136,22 +138,22 @@ def _find(source: str) -> Path:
 
 
 def _read(file: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by their names in `CheXbert`; nothing in the file is run."""
+    """Returns the tensors of a checkpoint under their names in `CheXbert`, without running code from the file."""
     if file.stat().st_size > _MAX_BYTES:
-        raise RunError(f"{file} is larger than {_MAX_BYTES >> 30} GB: this is no CheXbert checkpoint")
+        raise RunError(f"{file} is larger than {_MAX_BYTES >> 30} GB, so it is not a CheXbert checkpoint")
     try:
         check_archive(file)
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken pickle raises whatever its reader met
+    except Exception as error:  # a broken pickle can raise any error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RunError(f"{file} cannot be read as a checkpoint: {reason[:200]}", hint=_HINT) from error
     state = content.get("model_state_dict", content) if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise RunError(f"{file} is no CheXbert checkpoint: it holds no table of tensors", hint=_HINT)
+        raise RunError(f"{file} is not a CheXbert checkpoint: it does not contain a dictionary of tensors", hint=_HINT)
     weights = {str(key).removeprefix("module."): value.float() for key, value in state.items()}
     weights = {key: value for key, value in weights.items() if not key.endswith("position_ids")}
     if broken := [key for key, value in weights.items() if not torch.isfinite(value).all()]:
-        raise RunError(f"{file} is damaged: {broken[0]} holds NaN or infinity")
+        raise RunError(f"{file} is damaged: {broken[0]} contains NaN or infinity")
     return weights
 
 
@@ -164,9 +166,10 @@ def _config(weights: Mapping[str, Tensor], layers: int, file: Path) -> Any:
         kinds = len(weights["bert.embeddings.token_type_embeddings.weight"])
         inner = len(weights["bert.encoder.layer.0.intermediate.dense.weight"])
     except (KeyError, ValueError) as error:
-        raise RunError(f"{file} is no CheXbert checkpoint: {error} is missing", hint=_HINT) from error
+        raise RunError(f"{file} is not a CheXbert checkpoint: {error} is missing", hint=_HINT) from error
     if layers > _MAX_LAYERS or max(width, inner // 4) > _MAX_WIDTH or vocabulary > _MAX_VOCABULARY:
-        raise RunError(f"{file} is no CheXbert checkpoint: {layers} layers of {width}, {vocabulary} words")
+        size = f"{layers} layers, width {width}, {vocabulary} words"
+        raise RunError(f"{file} is not a CheXbert checkpoint: its size is wrong ({size})")
     return BertConfig(
         vocab_size=vocabulary,
         hidden_size=width,
@@ -188,13 +191,13 @@ def _tokenizer(file: Path) -> Any:
             if beside[0].name == "tokenizer.json":
                 return BertTokenizerFast(tokenizer_file=str(beside[0]))
             return BertTokenizerFast.from_pretrained(str(file.parent), do_lower_case=True)
-    except Exception as error:  # a broken file raises whatever its reader met
+    except Exception as error:  # a broken file can raise any error
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise RunError(f"{file.parent}: the tokenizer beside {file.name} cannot be read: {first}") from error
+        raise RunError(f"{file.parent}: cannot read the tokenizer next to {file.name}: {first}") from error
     try:
         return AutoTokenizer.from_pretrained(_TOKENIZER, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"the tokenizer {_TOKENIZER} is neither beside {file} nor in the hub's cache",
+            f"the tokenizer {_TOKENIZER} is neither next to {file} nor in the hub's cache",
             hint=f"Put the vocab.txt of {_TOKENIZER} into {file.parent}.",
         ) from error

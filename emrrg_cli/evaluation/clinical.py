@@ -1,7 +1,7 @@
-"""Agreement of the labels of generated reports with those of references: the whole grid of "clinical F1".
+"""Compares labels of generated reports with those of references: "clinical F1" under every common definition.
 
-Published figures of this name differ in what an uncertain label counts as, in how they average, in how many labels
-they take, and in what they do with labels that never occur. Here each choice stands beside the others.
+Published figures of this name differ in how they count uncertain labels, how they average, how many labels they use,
+and how they treat labels that never occur. This module reports all of these variants.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from emrrg_cli.labeling import FIVE, OBSERVATIONS
 from emrrg_cli.scoring.comparison import Floats
 
-# What an uncertain label counts as, under the names in results.
+# Name of each policy in the results, and the label values that it counts as positive.
 POLICIES = {"uncertain_positive": ("positive", "uncertain"), "uncertain_negative": ("positive",)}
 SETS: dict[str, list[int]] = {
     "14": list(range(len(OBSERVATIONS))),
@@ -27,14 +27,16 @@ Labels = Mapping[str, str | None]
 
 
 def present(labels: Sequence[Labels], policy: str) -> NDArray[np.bool_]:
-    """Which of the 14 observations each report has, `[n, 14]`."""
+    """Returns which of the 14 observations each report has, `[n, 14]`."""
     counted = POLICIES[policy]
     return np.array([[row.get(name) in counted for name in OBSERVATIONS] for row in labels], bool).reshape(-1, _COUNT)
 
 
 def label_statistics(truth: NDArray[np.bool_], found: NDArray[np.bool_]) -> Floats:
-    """Statistics `[n, 48]` whose sums give every figure: hits, false alarms and misses by label, and the averages of
-    single studies over 14 and 5 labels (precision, recall, F1)."""
+    """Returns statistics `[n, 48]` of each study; every figure is computed from their sums.
+
+    Columns: hits, false alarms and misses of each label, then precision, recall and F1 over 14 and over 5 labels.
+    """
     hits, false, missed = truth & found, ~truth & found, truth & ~found
     single = []
     for chosen in SETS.values():
@@ -44,12 +46,13 @@ def label_statistics(truth: NDArray[np.bool_], found: NDArray[np.bool_]) -> Floa
 
 
 def clinical_figures(sums: Floats, studies: int) -> dict[str, Any]:
-    """Figures from the sums `[48]` of `label_statistics`.
+    """Computes the clinical figures from the sums `[48]` of `label_statistics`.
 
     Returns:
-        For `14` and `5`: `micro`, `macro` and `example`, each `precision`, `recall`, `f1`. A label that neither side
-        has is undefined; it counts as 0 in `macro`, and `macro_defined` leaves it out; `undefined` counts them.
-        `labels` has the figures of each label, `support` being the references that have it.
+        For `14` and `5` labels: `micro`, `macro` and `example`, each with `precision`, `recall` and `f1`. A label that
+        no reference and no report has is undefined. It counts as 0 in `macro`; `macro_defined` excludes it;
+        `undefined` is the number of such labels. `labels` has the figures of each label, where `support` is the number
+        of references with the label.
     """
     hits, false, missed = sums[:_COUNT], sums[_COUNT : 2 * _COUNT], sums[2 * _COUNT : 3 * _COUNT]
     by_label = np.stack(_ratios(hits, false, missed), axis=1)  # [14, 3]
@@ -73,7 +76,7 @@ def clinical_figures(sums: Floats, studies: int) -> dict[str, Any]:
 
 
 def headline(sums: Floats, studies: int) -> Floats:
-    """Micro and macro F1 over 14 labels `[..., 2]`, from sums `[..., 48]`; macro counts an undefined label as 0."""
+    """Computes micro and macro F1 over 14 labels, `[..., 2]`, from sums `[..., 48]`; an undefined label counts as 0."""
     hits, false, missed = (sums[..., start : start + _COUNT] for start in range(0, 3 * _COUNT, _COUNT))
     micro = _ratios(hits.sum(axis=-1), false.sum(axis=-1), missed.sum(axis=-1))[2]
     return np.stack([micro, _ratios(hits, false, missed)[2].mean(axis=-1)], axis=-1)
@@ -83,7 +86,7 @@ HEADLINE = ("F1_micro_14", "F1_macro_14")
 
 
 def _ratios(hits: Any, false: Any, missed: Any) -> list[Any]:
-    """Precision, recall and F1; a ratio of nothing by nothing is 0."""
+    """Returns precision, recall and F1; 0 / 0 counts as 0."""
 
     def ratio(part: Any, whole: Any) -> Any:
         part, whole = np.asarray(part, np.float64), np.asarray(whole, np.float64)

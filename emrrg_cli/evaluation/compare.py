@@ -1,4 +1,4 @@
-"""Several sets of reports side by side: intervals, paired tests against the first, and means over seeds."""
+"""Compares sets of reports: intervals, paired tests against the first set, and means over seeds."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from emrrg_cli.recipe.library import read_layer
 from emrrg_cli.scoring.comparison import Corpus, Floats
 from emrrg_cli.scoring.scores import SCORES, Unavailable
 
-# Settings that do not make two runs different methods.
+# Runs that differ only in these settings count as the same method.
 _SEEDS = {"train.seed", "generation.seed", "output", "data.seed"}
 RULES = ("rules_F1_micro_14", "rules_F1_macro_14")
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One set of reports: its name, the file, the settings of the run that wrote it (None: not known)."""
+    """One set of reports: its name, its predictions, and the settings of its run (None if they are not known)."""
 
     name: str
     predictions: Predictions
@@ -35,10 +35,10 @@ class Contender:
 
 
 def find_contender(path: Path, split: str, references: Path | None, columns: Columns | None = None) -> Contender:
-    """The reports of a run directory, of an evaluation's directory, or of a file of predictions.
+    """Reads the reports of a run directory, an evaluation directory, or a prediction file.
 
     Raises:
-        UsageError: There are none, or they cannot be read.
+        UsageError: There are no reports, or they cannot be read.
     """
     if not path.is_dir():
         return Contender(path.stem, read_predictions(path, references, columns), None)
@@ -55,12 +55,13 @@ def find_contender(path: Path, split: str, references: Path | None, columns: Col
 def compare(
     contenders: Sequence[Contender], *, meteor: bool = False, resamples: int = bootstrap.RESAMPLES
 ) -> dict[str, Any]:
-    """Scores each contender, and tests it against the first on the studies of both.
+    """Scores each contender, and tests it against the first one on the studies that both have.
 
     Returns:
-        `rows`: for each its `name`, `studies`, `scores`, `intervals`, and `against_first` (differences and two-sided
-        p values by paired bootstrap; absent for the first, and where no study is common). `settings`: those that
-        differ between runs. `groups`: means and deviations of runs that differ in their seed alone. `remarks`.
+        `rows`: for each contender its `name`, `studies`, `scores`, `intervals`, and `against_first` (differences and
+        two-sided p values by paired bootstrap; absent for the first, None without common studies). `settings`: names
+        of the settings that differ between runs. `groups`: means and standard deviations of runs that differ only in
+        their seed. `remarks`: warnings for the user.
 
     Raises:
         UsageError: Fewer than two contenders.
@@ -94,7 +95,7 @@ def compare(
 
 
 def _count(predictions: Predictions, meteor: bool) -> dict[str, Floats]:
-    score(predictions.references, predictions.hypotheses, meteor=False)  # refuses what cannot be scored
+    score(predictions.references, predictions.hypotheses, meteor=False)  # raises an error for texts that cannot be scored
     references, hypotheses = (
         [" ".join(text.split()) for text in side] for side in (predictions.references, predictions.hypotheses)
     )
@@ -106,7 +107,7 @@ def _count(predictions: Predictions, meteor: bool) -> dict[str, Floats]:
         try:
             statistics[one.names[0]] = one.statistics(pairs)
         except Unavailable as reason:
-            raise UsageError(f"{one.names[0]} cannot be computed: {reason}", hint="Leave --meteor out.") from reason
+            raise UsageError(f"{one.names[0]} cannot be computed: {reason}", hint="Run without --meteor.") from reason
     truth, found = label_reports(predictions.references), label_reports(predictions.hypotheses)
     policy = "uncertain_positive"
     statistics["rules"] = clinical.label_statistics(clinical.present(truth, policy), clinical.present(found, policy))
@@ -114,7 +115,7 @@ def _count(predictions: Predictions, meteor: bool) -> dict[str, Floats]:
 
 
 def _combine(statistics: Mapping[str, Floats], sums: Mapping[str, Floats], studies: int) -> dict[str, Floats]:
-    """Scores by name from sums `[..., k]`."""
+    """Returns scores by name, computed from sums `[..., k]`."""
     values: dict[str, Floats] = {}
     for one in SCORES:
         if one.names[0] in statistics:
@@ -136,16 +137,16 @@ def _test(
     common = [(i, places[study]) for i, study in enumerate(first.predictions.study_ids) if study in places]
     if not common:
         remarks.append(
-            f"{first.name} and {second.name} have no study in common: they are not tested against each other."
+            f"{first.name} and {second.name} have no study in common, so they are not tested against each other."
         )
         return None
     own, other = (list(side) for side in zip(*common, strict=True))
     if len(common) < max(len(first.predictions), len(second.predictions)):
-        remarks.append(f"{first.name} and {second.name} have {len(common)} studies in common; the test is about those.")
+        remarks.append(f"{first.name} and {second.name} have {len(common)} studies in common; only these are tested.")
     texts = [" ".join(first.predictions.references[i].split()) for i in own]
     if texts != [" ".join(second.predictions.references[i].split()) for i in other]:
         remarks.append(
-            f"The references of {first.name} and {second.name} differ: their scores measure different things."
+            f"The references of {first.name} and {second.name} differ, so their scores are not comparable."
         )
     drawn = []
     for statistics, chosen in ((counted, own), (others, other)):
@@ -163,7 +164,7 @@ def _test(
 
 
 def _groups(rows: Sequence[Mapping[str, Any]], contenders: Sequence[Contender]) -> list[dict[str, Any]]:
-    """Runs that differ in their seed alone, two or more."""
+    """Returns groups of two or more runs that differ only in their seed."""
     members: dict[str, list[int]] = {}
     for number, one in enumerate(contenders):
         if one.settings is not None:
@@ -202,7 +203,7 @@ def _flat(settings: Mapping[str, Any] | None, before: str = "") -> dict[str, Any
 
 
 def _varying(settings: Sequence[Mapping[str, Any] | None]) -> list[str]:
-    """Keys whose values differ between the runs that have settings."""
+    """Returns the keys whose values differ between runs; runs without settings are ignored."""
     flat = [_flat(one) for one in settings if one is not None]
     keys = dict.fromkeys(key for one in flat for key in one)
     return [key for key in keys if len({repr(one.get(key)) for one in flat}) > 1]

@@ -1,6 +1,6 @@
-"""Controls: reports that do not come from the image they answer for, and whether the model's are better.
+"""Controls: reports that were not written for the study's image, to test whether the model's reports are better.
 
-Without them a model that ignores its image looks good: normal reports read alike.
+Most normal reports are similar, so a model that ignores the image can still get good scores.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from emrrg_cli.evaluation import bootstrap
 
 DEALS = 20
-SLOW_DEALS = 2  # deals that a slow score is computed on
+SLOW_DEALS = 2  # number of shuffles for which slow scores are computed
 ALPHA = 0.01
 
 
 def derangements(studies: int, deals: int = DEALS, seed: int = 0) -> list[NDArray[np.int64]]:
-    """Seeded permutations `[studies]` that leave nothing at its place; none for fewer than two studies."""
+    """Returns seeded permutations `[studies]` that move every study; an empty list for fewer than two studies."""
     if studies < 2:
         return []
     generator = np.random.default_rng(seed)
@@ -33,25 +33,33 @@ def derangements(studies: int, deals: int = DEALS, seed: int = 0) -> list[NDArra
 
 
 def most_frequent(reports: Sequence[str]) -> str | None:
-    """The report that occurs most often, the first of equals; empty ones do not count."""
+    """Returns the most frequent report that is not empty; of equally frequent ones, the first."""
     counts = Counter(text for report in reports if (text := " ".join(report.split())))
     return counts.most_common(1)[0][0] if counts else None
 
 
 def image_sentence(image_matters: bool, p: float, own: float, dealt: float, studies: int) -> str:
-    """A plain sentence that says whether the image makes a difference."""
+    """Returns a sentence that says whether the image changes the scores.
+
+    Args:
+        image_matters: Whether the p value is small enough.
+        p: The p value of the test.
+        own: CIDEr of the reports.
+        dealt: Mean CIDEr of the same reports, shuffled between studies.
+        studies: Number of studies.
+    """
     if studies < 2:
-        return "One study cannot show whether the image is used: there is no other to deal its report to."
+        return "One study is not enough to show whether the image is used: its report cannot be shuffled."
     if bootstrap.least_p(studies) >= ALPHA:
         return f"{studies} studies are too few to show whether the image is used."
-    figures = f"CIDEr {own:.3f} against {dealt:.3f} for the same reports dealt to other studies, p = {p:.4f}"
+    figures = f"CIDEr {own:.3f}, against {dealt:.3f} when the same reports are shuffled between studies, p = {p:.4f}"
     if image_matters:
         return f"The image matters: {figures}."
-    return f"NOTHING SHOWS THAT THE IMAGE IS USED: {figures}. These scores can be reached without looking at it."
+    return f"NOTHING SHOWS THAT THE IMAGE IS USED: {figures}. A model that ignores the image can reach these scores."
 
 
 def mean_of(nested: Sequence[Any]) -> Any:
-    """The mean of several results of one shape, number by number; what is None anywhere is None."""
+    """Averages nested dictionaries of equal structure, number by number; the mean is None if any value is None."""
     first = nested[0]
     if isinstance(first, dict):
         return {key: mean_of([one[key] for one in nested]) for key in first}

@@ -1,4 +1,4 @@
-"""Assessing a file of predictions. Imports no torch, so that it starts at once."""
+"""Evaluates a prediction file. Does not import torch, so it starts fast."""
 
 from __future__ import annotations
 
@@ -20,13 +20,16 @@ from emrrg_cli.reporting.tables import DISCLAIMER
 def evaluate_file(
     predictions: Predictions, output: Path | None, options: Options, *, overwrite: bool = False
 ) -> dict[str, Any]:
-    """Scores predictions of any origin, their texts as they are.
+    """Scores predictions of any origin without changing their texts.
 
     Args:
-        output: receives `scores.json` and the page; None: nothing is written.
+        predictions: Generated reports and references.
+        output: Directory for `scores.json` and the page; None writes nothing.
+        options: Options of the assessment.
+        overwrite: Replace an earlier evaluation in `output`.
 
     Raises:
-        UsageError: nothing to score, or an output that is taken.
+        UsageError: There is nothing to score, or `output` already holds an evaluation.
     """
     require_java(options.tokenizer)
     if output is not None:
@@ -35,7 +38,7 @@ def evaluate_file(
         if (output / DATA).exists() and not overwrite:
             raise UsageError(f"{output} already holds an evaluation", hint="Give --overwrite, or another --output.")
     found = assess(predictions, options)
-    line = f"protocol file: texts as they are, tokenizer {options.tokenizer}"
+    line = f"protocol file: texts unchanged, tokenizer {options.tokenizer}"
     result = {
         "note": DISCLAIMER,
         "predictions": predictions.origin,
@@ -52,10 +55,12 @@ def evaluate_file(
 
 
 def training_reports(root: Path, predictions: Predictions) -> list[str]:
-    """The training reports of a dataset directory, cleaned if the references are, as R2Gen's files are.
+    """Returns the training reports of a dataset directory.
+
+    They are cleaned if the references contain no capital letters, as in R2Gen's files.
 
     Raises:
-        UsageError: it has no training split.
+        UsageError: The directory has no training split.
     """
     splits = open_dataset(root)
     if "train" not in splits:

@@ -1,4 +1,4 @@
-"""Agreement of two sets of findings: precision, recall and F1, by finding and together."""
+"""Compares two sets of findings: precision, recall and F1 of each finding and of all together."""
 
 from __future__ import annotations
 
@@ -8,21 +8,24 @@ from emrrg_cli.errors import UsageError
 
 
 def finding_scores(truth: Sequence[Collection[str]], found: Sequence[Collection[str]]) -> dict[str, dict[str, float]]:
-    """Scores of findings read from reports against the known ones.
+    """Scores findings extracted from reports against the known findings.
 
     Args:
-        truth: the findings of each study.
-        found: those read from its generated report, in the same order.
+        truth: The known findings of each study.
+        found: The findings in each generated report, in the same order.
 
     Returns:
-        `{"micro": ..., "macro": ..., <finding>: ...}`, each with `precision`, `recall`, `f1` and `support`, the studies
-        that have it. Every finding that occurs in `truth` counts in `macro`; a ratio of nothing by nothing is 0.
+        `{"micro": ..., "macro": ..., <finding>: ...}`, each with `precision`, `recall`, `f1` and `support`, the number
+        of studies with the finding. `macro` averages over all findings that occur in `truth`; 0 / 0 counts as 0.
 
     Raises:
-        UsageError: when the two differ in length, or are empty.
+        UsageError: The two lists differ in length, or are empty.
     """
     if len(truth) != len(found) or not truth:
-        raise UsageError(f"{len(truth)} studies with known findings, {len(found)} with findings read from reports")
+        raise UsageError(
+            f"findings are known for {len(truth)} studies, but there are reports for {len(found)}; "
+            "both numbers must be equal and above 0"
+        )
     names = sorted(set().union(*map(set, truth), *map(set, found)))
     counts = {name: _counts(name, truth, found) for name in names}
     scores = {name: _ratios(*counts[name]) for name in names}

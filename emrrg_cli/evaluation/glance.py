@@ -1,4 +1,4 @@
-"""What is wrong with a set of reports, at a glance: copies, lengths, repetition, findings invented and missed."""
+"""Figures on typical errors of a set of reports: copies, lengths, repetition, invented and missed findings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from emrrg_cli.evaluation.predictions import Predictions
 from emrrg_cli.labeling import OBSERVATIONS
 from emrrg_cli.vocabulary import CIDER, ROUGE_L
 
-# Findings of a study that are compared: an uncertain one counts, and "No Finding" is none.
+# Labels that are compared for each study: an uncertain label counts as a finding, "No Finding" does not.
 _COUNTED = POLICIES["uncertain_positive"]
 FINDINGS = tuple(name for name in OBSERVATIONS if name != "No Finding")
 _NOT_MENTIONED = "not mentioned"
@@ -23,15 +23,17 @@ _BIN = 10  # words
 def at_a_glance(
     predictions: Predictions, truth: Sequence[Labels], found: Sequence[Labels], train_reports: Sequence[str] | None
 ) -> dict[str, Any]:
-    """Figures that show at once how reports go wrong.
+    """Computes figures that show typical errors of generated reports.
 
     Args:
-        truth, found: labels of references and hypotheses.
-        train_reports: None leaves out what stands verbatim in training.
+        predictions: Generated reports and references.
+        truth: Labels of the references.
+        found: Labels of the generated reports.
+        train_reports: Training reports; None skips the shares of text copied from them.
 
     Returns:
-        `distinct_reports`, `verbatim_reports`, `verbatim_sentences` (shares, the last two only with training reports),
-        `repetition`, `lengths`, `findings` (invented and missed) and `confusion` by label.
+        `distinct_reports`, `most_common`, `verbatim_reports` and `verbatim_sentences` (shares copied from training
+        reports), `repetition`, `lengths`, `findings` (agreed, invented and missed) and `confusion` for each label.
     """
     texts = [_spaced(text) for text in predictions.hypotheses]
     record: dict[str, Any] = {
@@ -60,7 +62,8 @@ def at_a_glance(
 
 
 def compare_findings(truth: Labels, found: Labels) -> dict[str, list[str]]:
-    """Findings of a study that reference and report share (`agreed`), and that only one has (`invented`, `missed`)."""
+    """Returns the findings in both texts (`agreed`), only in the report (`invented`), or only in the reference
+    (`missed`)."""
     here = [name for name in FINDINGS if truth.get(name) in _COUNTED]
     said = [name for name in FINDINGS if found.get(name) in _COUNTED]
     return {
@@ -71,7 +74,7 @@ def compare_findings(truth: Labels, found: Labels) -> dict[str, list[str]]:
 
 
 def split_sentences(text: str) -> list[str]:
-    """Sentences of a report with single spaces, cleaned (" . ") or as written (". ")."""
+    """Splits a report with single spaces into sentences; they end in " . " (cleaned text) or ". " (original text)."""
     parts = text.replace(" . ", ". ").removesuffix(" .").removesuffix(".").split(". ")
     return [part.strip() for part in parts if part.strip()]
 
@@ -108,8 +111,8 @@ def _repeats(sentences: Sequence[str]) -> bool:
 
 
 def _share(values: Any) -> float:
-    every = list(values)
-    return sum(every) / len(every) if every else 0.0
+    listed = list(values)
+    return sum(listed) / len(listed) if listed else 0.0
 
 
 def _spaced(text: str) -> str:
@@ -122,11 +125,13 @@ def study_rows(
     labels: tuple[Sequence[Labels], Sequence[Labels]],
     train_reports: Sequence[str] | None,
 ) -> list[dict[str, Any]]:
-    """One record a study: its texts, scores and findings.
+    """Returns one record per study: its texts, scores and findings.
 
     Args:
-        statistics: ROUGE-L and CIDEr of each study, as `assess` finds them.
-        labels: of references and hypotheses.
+        predictions: Generated reports and references.
+        statistics: ROUGE-L and CIDEr of each study, as `assess` returns them.
+        labels: Labels of the references, and labels of the generated reports.
+        train_reports: Training reports; None leaves out `verbatim_in_training`.
     """
     known = None if train_reports is None else {_spaced(report) for report in train_reports}
     rows = []

@@ -109,23 +109,22 @@ class Sampler:
         model, n = self.model, self.settings.samples
         with self._autocast():
             embeddings, mask, visual = model.prompt(batch.pixels, batch.views, batch.contexts, batch.projections)
-            repeated = {name: None if t is None else t.repeat_interleave(n, dim=0) for name, t in visual.items()}
             count = n * len(embeddings)
             prompts = Prompts(
                 list(range(count)),
                 torch.randint(2**62, (count,)).tolist(),
-                embeddings.repeat_interleave(n, dim=0),
-                mask.repeat_interleave(n, dim=0),
-                repeated.get("visual_tokens"),
-                repeated.get("visual_mask"),
+                embeddings,
+                mask,
+                visual.get("visual_tokens"),
+                visual.get("visual_mask"),
+                copies=n,
             )
             decoding = self._decoding(count)
             end = [int(model.tokenizer.eos_token_id)]
             longest = mask.shape[1] + decoding.max_new_tokens
             if choose_engine(model.llm, decoding, longest) == "transformers":
-                return [
-                    report.tokens for report in generate_reports(model.llm, prompts, decoding, end, model.pad_token_id)
-                ]
+                reports = generate_reports(model.llm, prompts.repeated(), decoding, end, model.pad_token_id)
+                return [report.tokens for report in reports]
         if self._engine is None:
             self._engine = Engine(model.llm, decoding, end, self.accelerator.device, self._autocast)
         written = {key: report.tokens for done in self._engine.write([prompts]) for key, report in done}

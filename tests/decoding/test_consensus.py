@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from emrrg_cli.decoding.consensus import most_agreed, repeat_prompts
+from emrrg_cli.decoding.consensus import most_agreed, several_samples
 from emrrg_cli.decoding.reports import load_generator
 from emrrg_cli.decoding.slots import Prompts
 from emrrg_cli.decoding.writer import Studies, Writer
@@ -58,12 +58,16 @@ def test_one_text_for_all_is_kept() -> None:
 def test_prompts_are_repeated_with_seeds_of_their_own() -> None:
     embeddings = torch.randn(2, 3, 4)
     seeds = [(7 << 32) + 5, (7 << 32) + 6]
-    made = repeat_prompts(Prompts(["a", "b"], seeds, embeddings, torch.ones(2, 3), embeddings), 3)
+    made = several_samples(Prompts(["a", "b"], seeds, embeddings, torch.ones(2, 3), embeddings), 3)
     assert made.keys == [(key, number) for key in "ab" for number in range(3)]
-    assert torch.equal(made.embeddings, embeddings[[0, 0, 0, 1, 1, 1]])
-    assert made.visual_tokens is not None
-    assert torch.equal(made.visual_tokens, made.embeddings)
-    assert made.visual_mask is None
+    assert made.embeddings is embeddings  # read once
+    repeated = made.repeated()
+    assert torch.equal(repeated.embeddings, embeddings[[0, 0, 0, 1, 1, 1]])
+    assert repeated.visual_tokens is not None
+    assert torch.equal(repeated.visual_tokens, repeated.embeddings)
+    assert (repeated.visual_mask, repeated.copies) == (None, 1)
+    assert torch.equal(made.rows(3, 6).embeddings, embeddings[1:])
+    assert made.rows(3, 6).keys == made.keys[3:]
     assert len(set(made.seeds)) == 6
     assert {seed >> 32 for seed in made.seeds} == {7}
 
