@@ -75,18 +75,19 @@ def make_accelerator(precision: str, expected_processes: int, trackers: Sequence
     return accelerator
 
 
-def fit_threads(parameters: int, *, writing: bool = False) -> int:
+def fit_threads(model: torch.nn.Module, *, writing: bool = False) -> int:
     """Sets the threads of torch to what the model can use and other programs leave free; returns their number.
 
     A number that the user set (`OMP_NUM_THREADS`) stays. On a GPU nothing is changed.
 
     Args:
-        parameters: Of the model: below a few million, more than four threads wait for each other.
+        model: With fewer than five million parameters, more than four threads wait for each other.
         writing: Reports are written, and nothing is trained. A model below ten million parameters gets one thread: a
             step is so short that threads mostly wait for each other, above all beside another busy program.
     """
     if "OMP_NUM_THREADS" in os.environ or torch.cuda.is_available():
         return torch.get_num_threads()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     free = cores - round(psutil.getloadavg()[0])
     useful = min(cores, 4) if parameters < 5_000_000 else cores

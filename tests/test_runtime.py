@@ -14,6 +14,11 @@ from emrrg_cli import runtime
 from emrrg_cli.runtime import fit_threads, slowdown_advice
 
 
+def _model(parameters: int) -> torch.nn.Module:
+    """A model with this many parameters and no memory."""
+    return torch.nn.Linear(parameters, 1, bias=False, device="meta")
+
+
 @pytest.mark.parametrize(
     ("cores", "load", "parameters", "writing", "threads"),
     [
@@ -36,10 +41,10 @@ def test_threads_fit_load_and_model(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     chosen: list[int] = []
     monkeypatch.setattr(runtime.torch, "set_num_threads", chosen.append)
-    fit_threads(parameters, writing=writing)
+    fit_threads(_model(parameters), writing=writing)
     assert chosen == [threads]
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    fit_threads(parameters, writing=writing)
+    fit_threads(_model(parameters), writing=writing)
     assert chosen == [threads]
 
 

@@ -151,7 +151,7 @@ class _Run:
         if processes > 1:
             return lambda: write_in_processes(left, processes, self.run_dir, self.recipe, machine.device, page)
         generator = load_generator(self.run_dir, device=machine.device, recipe=self.recipe)
-        fit_threads(sum(parameter.numel() for parameter in generator.model.parameters()), writing=True)
+        fit_threads(generator.model, writing=True)
         return lambda: StudyWriter(generator, self.recipe, page).write(left)
 
     def _stopped(self) -> str:

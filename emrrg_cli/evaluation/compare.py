@@ -95,7 +95,7 @@ def compare(
 
 
 def _count(predictions: Predictions, meteor: bool) -> dict[str, Floats]:
-    score(predictions.references, predictions.hypotheses, meteor=False)  # raises an error for texts that cannot be scored
+    score(predictions.references, predictions.hypotheses, meteor=False)  # raises an error for invalid texts
     references, hypotheses = (
         [" ".join(text.split()) for text in side] for side in (predictions.references, predictions.hypotheses)
     )
@@ -145,9 +145,7 @@ def _test(
         remarks.append(f"{first.name} and {second.name} have {len(common)} studies in common; only these are tested.")
     texts = [" ".join(first.predictions.references[i].split()) for i in own]
     if texts != [" ".join(second.predictions.references[i].split()) for i in other]:
-        remarks.append(
-            f"The references of {first.name} and {second.name} differ, so their scores are not comparable."
-        )
+        remarks.append(f"The references of {first.name} and {second.name} differ, so their scores are not comparable.")
     drawn = []
     for statistics, chosen in ((counted, own), (others, other)):
         sums = {key: bootstrap.resampled_sums(value[chosen], resamples) for key, value in statistics.items()}

@@ -30,7 +30,7 @@ from emrrg_cli.labeling import OBSERVATIONS
 from emrrg_cli.models.build import load_model
 from emrrg_cli.recipe.finetuning import FinetuneRecipe
 from emrrg_cli.reporting.tables import DISCLAIMER
-from emrrg_cli.runtime import inference_precision, llm_dtype, make_accelerator
+from emrrg_cli.runtime import fit_threads, inference_precision, llm_dtype, make_accelerator
 from emrrg_cli.silence_libraries import silence_libraries
 
 __all__ = ["RunOptions", "describe_protocol", "run_evaluation"]
@@ -175,6 +175,7 @@ def _write(
     accelerator = make_accelerator(record["precision"], expected_processes)
     model = load_model(run_dir, recipe.model, llm_dtype(recipe.model.llm.dtype, record["precision"]))
     model.to(accelerator.device)
+    fit_threads(model, writing=True)
     references = reference_reports(model, dataset.reports, recipe)
     predictions = kept_predictions(target, record)
     if predictions is None:

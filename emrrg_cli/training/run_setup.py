@@ -79,7 +79,7 @@ class Session:
         set_seed(self.settings.seed, device_specific=True)
         start_trackers(self.accelerator)
         if not inside_launcher():  # which divides the cores
-            fit_threads(sum(parameter.numel() for parameter in stage.model.parameters()))
+            fit_threads(stage.model)
         try:
             return train(
                 stage,
