@@ -74,8 +74,8 @@ def evaluate(
 ) -> None:
     """Write reports for a split and score them, or score a file.
 
-    Scores are BLEU-1 to BLEU-4, ROUGE-L, METEOR (needs Java), CIDEr and the agreement of clinical findings, beside
-    controls: the same reports dealt to other studies, and the most frequent training report.
+    Scores are BLEU-1 to BLEU-4, ROUGE-L, METEOR (needs Java), CIDEr and the agreement of clinical findings. Controls
+    are scored too: the same reports shuffled between studies, and the most frequent training report.
 
     Example: emrrg evaluate --model runs/iu --data data/iu_xray generation.num_beams=1
 

@@ -1,4 +1,7 @@
-"""Controls that look at films: the model on blank films and on those of others, and the nearest training study."""
+"""Controls with other images: reports for blank films, for films of other studies, and of the nearest training study.
+
+A film is an X-ray image.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ BLANK, OTHERS, NEAREST = "blank_films", "other_films", "nearest_training_study"
 
 @dataclass(frozen=True)
 class FilmControls:
-    """A model, the studies it is assessed on, and how it writes."""
+    """A model, the studies that it is evaluated on, and the recipe with its generation settings."""
 
     model: ReportGenerator
     dataset: ReportDataset
@@ -34,12 +37,12 @@ class FilmControls:
     accelerator: Any
 
     def reports(self, folder: Path, record: dict[str, Any], train: ReportDataset | None) -> dict[str, list[str]]:
-        """Reports by name of control, one a study; those of an earlier evaluation are used again.
+        """Returns the reports of each control by name, one per study; matching reports of an earlier run are reused.
 
         Args:
-            folder: keeps them.
-            record: as `made_with` gives it; reports that were made with another are written anew.
-            train: the training split, for the nearest study; None: not known.
+            folder: Directory in which the reports are saved.
+            record: Result of `made_with`; saved reports with a different record are written again.
+            train: Training split in which to find the nearest study; None if it is not known.
         """
         orders: dict[str, Sequence[int] | None] = {BLANK: None}
         if len(self.dataset) > 1:
@@ -65,7 +68,10 @@ class FilmControls:
 
 
 def other_patients(dataset: ReportDataset) -> list[int]:
-    """Whose films each study is shown: a seeded order in which, where it can be, nobody sees their own patient's."""
+    """Returns for each study the index of the study whose films replace its own.
+
+    The order is seeded; as few studies as possible get films of their own patient.
+    """
     column = list(dataset.split["patient_id"])
     patients = [column[row] for row in dataset.rows]
 
@@ -79,7 +85,7 @@ def other_patients(dataset: ReportDataset) -> list[int]:
 def nearest(
     model: ReportGenerator, dataset: ReportDataset, train: ReportDataset, recipe: FinetuneRecipe, device: torch.device
 ) -> list[int]:
-    """The training study whose image embedding is most similar to that of each study, by cosine."""
+    """Returns for each study the index of the training study with the most similar image embedding (cosine)."""
     known = _embeddings(model, train, recipe, device, "embedding training films")
     asked = _embeddings(model, dataset, recipe, device, "embedding films")
     return [int(i) for chunk in torch.split(asked, 1024) for i in (chunk @ known.T).argmax(dim=1)]
@@ -89,7 +95,7 @@ def nearest(
 def _embeddings(
     model: ReportGenerator, dataset: ReportDataset, recipe: FinetuneRecipe, device: torch.device, what: str
 ) -> Tensor:
-    """Mean visual token of each study, of length 1, `[n, d]` on the CPU."""
+    """Returns the mean visual token of each study, L2-normalized, `[n, d]` on the CPU."""
     batches = evaluation_batches(len(dataset), max(8, recipe.generation.batch_size), 0, 1)
     found = []
     was_training = model.training

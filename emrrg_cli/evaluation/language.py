@@ -1,4 +1,4 @@
-"""Language scores of generated reports: BLEU-1 to 4, ROUGE-L, METEOR and CIDEr, through pycocoevalcap."""
+"""Language scores of generated reports: BLEU-1 to BLEU-4, ROUGE-L, METEOR and CIDEr, computed by pycocoevalcap."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ Texts = Iterable[str] | Iterable[Sequence[str]]
 _NO_PTB = "the ptb tokenizer needs Java"
 _NO_PTB_HINT = "Install a Java runtime (8 or newer), or use the whitespace tokenizer (evaluation.tokenizer=whitespace)."
 
-# Reasons already told, so that a loop over epochs does not repeat them.
+# Reasons already printed; evaluation after every epoch does not repeat them.
 _warned: set[str] = set()
 
 
 def require_java(tokenizer: Tokenizer, *, meteor: bool = False) -> None:
-    """Says before long work, rather than at its end, that `score` will want a Java that is not there.
+    """Checks before long work that `score` will find Java if it needs it.
 
     Args:
-        tokenizer: the one that `score` will be given.
-        meteor: METEOR must not be None, as where a choice between models depends on it.
+        tokenizer: The tokenizer that `score` will use.
+        meteor: METEOR is required, for example because the best checkpoint is chosen by it.
 
     Raises:
-        RunError: no Java launcher is found, and `ptb` or METEOR needs it.
+        RunError: Java is not found, and `ptb` or METEOR needs it.
     """
     if java_path() is not None:
         return
@@ -46,7 +46,7 @@ def require_java(tokenizer: Tokenizer, *, meteor: bool = False) -> None:
     if meteor:
         raise RunError(
             f"the score METEOR needs Java: {java.MISSING}",
-            hint="Install a Java runtime (8 or newer), or choose by other scores (train.score_weights).",
+            hint="Install a Java runtime (8 or newer), or select by other scores (train.score_weights).",
         )
 
 
@@ -57,29 +57,29 @@ def score(
     *,
     meteor: bool = True,
 ) -> dict[str, float | None]:
-    """Score generated reports against reference reports.
+    """Scores generated reports against reference reports.
 
-    BLEU and METEOR are scores of the corpus; ROUGE-L (beta = 1.2) and CIDEr are means over the items. CIDEr weighs
-    n-grams by how rare they are among the references given, so that it is 0 for a single item. An empty hypothesis
-    counts as wrong; it is not left out.
+    BLEU and METEOR are computed over the corpus; ROUGE-L (beta = 1.2) and CIDEr are means over the items. CIDEr
+    weights n-grams by how rare they are among the given references, so it is 0 for a single item. An empty hypothesis
+    is scored as wrong, not skipped.
 
     Args:
-        references: For each item its report, or a list of reports that are all right: a list, column, array or
-            generator of them, or a dictionary from ids, as in `{"study1": ["text"]}`.
-        hypotheses: For each item the generated report, in the same order; with a dictionary of references, a
+        references: One report for each item, or a list of equally correct reports. Takes a list, column, array or
+            generator, or a dictionary with ids, as in `{"study1": ["text"]}`.
+        hypotheses: One generated report for each item, in the same order. If the references are a dictionary, a
             dictionary with the same ids.
-        tokenizer: `whitespace` compares the strings as they are, split at white space, as the published scores do;
-            `ptb` applies the Penn Treebank tokenizer first, which lower-cases and drops punctuation, and needs Java.
-        meteor: Compute METEOR, which needs Java and some seconds to start.
+        tokenizer: `whitespace` splits the unchanged strings at white space, as published scores do. `ptb` applies the
+            Penn Treebank tokenizer, which lower-cases, removes punctuation, and needs Java.
+        meteor: Compute METEOR, which needs Java and a few seconds to start.
 
     Returns:
-        `BLEU_1` to `BLEU_4`, `ROUGE_L` and `METEOR` from 0 to 1 and `CIDEr` from 0 to 10. `METEOR` is None where it
-        was not asked for or cannot run; the reason is printed once on stderr.
+        `BLEU_1` to `BLEU_4`, `ROUGE_L` and `METEOR` from 0 to 1, and `CIDEr` from 0 to 10. `METEOR` is None if it was
+        not requested or cannot run; in the second case the reason is printed once on stderr.
 
     Raises:
-        UsageError: Different numbers of items, ids that do not match, no items, an item that is no text, or references
-            that are all empty.
-        RunError: `ptb` was asked for and Java is missing or fails.
+        UsageError: The numbers of items or the ids differ, there are no items, an item is not a text, or all
+            references are empty.
+        RunError: The tokenizer is `ptb`, and Java is missing or fails.
 
     Source: Chen et al., "Microsoft COCO Captions" (2015), whose evaluation code pycocoevalcap packages.
     """
@@ -88,7 +88,7 @@ def score(
     truth, written = paired_texts(references, hypotheses)
     truth, written = _tokenized(truth, written, tokenizer)
     if not any(text for texts in truth for text in texts):
-        raise UsageError("every reference is empty: there is nothing to score against")
+        raise UsageError("every reference is empty, so there is nothing to compare with")
     scores: dict[str, float | None] = dict.fromkeys(METRICS)
     scores |= _without_java(truth, written)
     if meteor:
@@ -99,7 +99,7 @@ def score(
 def tokenized(
     references: Sequence[str], hypotheses: Sequence[str], tokenizer: Tokenizer
 ) -> tuple[list[str], list[str]]:
-    """Both sides as `score` compares them: words of the tokenizer with single spaces between."""
+    """Returns references and hypotheses as `score` compares them: tokens joined by single spaces."""
     truth, written = _tokenized([[text] for text in references], list(hypotheses), tokenizer)
     return [text for (text,) in truth], written
 
@@ -111,7 +111,7 @@ def _tokenized(truth: list[list[str]], written: list[str], tokenizer: Tokenizer)
 
 
 def _spaced(text: str) -> str:
-    """The same words with single spaces: ROUGE-L splits at each space, the others at any white space."""
+    """Joins the words by single spaces: ROUGE-L splits at each space, the other scores at any white space."""
     return " ".join(text.split())
 
 
@@ -133,7 +133,7 @@ def _without_java(truth: list[list[str]], written: list[str]) -> dict[str, float
     bleu, _ = Bleu(4).compute_score(gts, res, verbose=0)
     _, rouge = Rouge().compute_score(gts, res)
     cider, _ = Cider().compute_score(gts, res)
-    # Two empty strings have an empty word in common there, which would count as a perfect report.
+    # pycocoevalcap gives two empty strings a perfect ROUGE-L, because both contain the empty word.
     rouge = [float(value) if text else 0.0 for value, text in zip(rouge, written, strict=True)]
     return {
         **dict(zip(BLEU_NAMES, map(float, bleu), strict=True)),
@@ -149,5 +149,5 @@ def _meteor(truth: list[list[str]], written: list[str]) -> float | None:
         reason = str(failure)
         if reason not in _warned:
             _warned.add(reason)
-            err.print(f"[yellow]METEOR is left out:[/] {escape(reason)}", soft_wrap=True)
+            err.print(f"[yellow]METEOR is skipped:[/] {escape(reason)}", soft_wrap=True)
         return None

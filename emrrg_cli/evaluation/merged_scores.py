@@ -1,4 +1,4 @@
-"""Scores that other tools computed from the same reports, for our table and page."""
+"""Reads scores that other tools computed from the same reports, to show them in our table and page."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _MAX_SCORES = 200
 
 
 def read_merged(path: Path) -> dict[str, float]:
-    """The numbers in a JSON file of scores by name, those of nested objects as `outer.inner`.
+    """Reads the numbers in a JSON file of scores; a number in a nested object gets the name `outer.inner`.
 
-    Lists, such as scores of single studies, and texts are left out. RadEval's output is such a file.
+    Lists (such as scores of single studies) and texts are ignored. RadEval writes such a file.
 
     Raises:
-        UsageError: The file cannot be read, or holds no number.
+        UsageError: The file cannot be read, or contains no number.
     """
     try:
         if path.stat().st_size > _MAX_BYTES:
-            raise UsageError(f"{path} is larger than {_MAX_BYTES >> 20} MB: this is no file of scores")
+            raise UsageError(f"{path} is larger than {_MAX_BYTES >> 20} MB, so it is not a file of scores")
         content = json.loads(read_bounded(path, _MAX_BYTES))
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
@@ -34,9 +34,9 @@ def read_merged(path: Path) -> dict[str, float]:
         raise UsageError(f"{path} is not a JSON file: {error}") from error
     found = _numbers(content.get("scores", content)) if isinstance(content, Mapping) else {}
     if not found:
-        raise UsageError(f"{path} holds no scores", hint='Expected {"name": number, ...}.')
+        raise UsageError(f"{path} contains no scores", hint='Expected {"name": number, ...}.')
     if len(found) > _MAX_SCORES:
-        raise UsageError(f"{path} holds {len(found)} numbers: this is no file of scores")
+        raise UsageError(f"{path} contains {len(found)} numbers, more than the limit of {_MAX_SCORES} scores")
     return found
 
 

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: `scores.json`, one row a study as JSON and CSV, a page, and plots."""
+"""Writes the files of an evaluation: `scores.json`, one row per study as JSON and CSV, a page, and plots."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 DATA = "scores.json"
 PAGE = "page.html"
-OWN_FILES = ("*.json", "*.jsonl*", "*.csv", "*.png", PAGE)  # glob patterns of all that an evaluation writes
-# Studies whose films are on the page, and their size there: about 10 kB a film.
+OWN_FILES = ("*.json", "*.jsonl*", "*.csv", "*.png", PAGE)  # glob patterns of all files that an evaluation writes
+# Maximum number of studies with films on the page, side in pixels, JPEG quality: about 10 kB per film.
 _FILMS, _SIDE, _QUALITY = 600, 320, 75
 
 
@@ -37,10 +37,14 @@ def write_assessment(
     """Writes `scores.json`, `studies.json`, `studies.csv`, `page.html` and the plots; returns the result.
 
     Args:
-        films: where the films of the studies are; None: not known.
+        folder: Directory to write to.
+        result: Content of `scores.json`.
+        predictions: Generated reports and references.
+        found: Result of `assess`.
+        films: Dataset with the films of the studies; None shows no films.
 
     Raises:
-        RunError: something cannot be written.
+        RunError: A file cannot be written.
     """
     labels = found.labels["chexbert" if "chexbert" in found.labels else "rules"]
     rows = study_rows(predictions, found.statistics, labels, found.train_reports)
@@ -50,8 +54,8 @@ def write_assessment(
     what = f"{result['split']} split of {result['data']}" if "split" in result else str(result["predictions"])
     maker = f"Model: {printable(result['model'])}. " if "model" in result else ""
     intro = (
-        f"{maker}{counted(len(predictions), 'study')}. studies.csv and studies.json hold one row per study, "
-        f"{DATA} all figures."
+        f"{maker}{counted(len(predictions), 'study')}. studies.csv and studies.json contain one row per study; "
+        f"{DATA} contains all figures."
     )
     for row, shown in zip(rows, pictures, strict=True):
         row["pictures"] = shown
@@ -71,7 +75,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _pictures(films: ReportDataset | None, study_ids: Sequence[str]) -> list[list[str]]:
-    """The films of each study for the page; none where they are not known or cannot be read."""
+    """Returns the encoded films of each study for the page; an empty list if they are not known or cannot be read."""
     if films is None:
         return [[] for _ in study_ids]
     from PIL import Image

@@ -1,4 +1,4 @@
-"""Prediction files of any origin: JSON lines, CSV, R2Gen's result JSON, ReXrank's JSON. Texts are kept as they are."""
+"""Reads prediction files: JSON lines, CSV, R2Gen's result JSON and ReXrank's JSON. Texts are not changed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from emrrg_cli.evaluation.score_inputs import check_ids
 from emrrg_cli.files.atomic import atomic_write_text
 from emrrg_cli.ingest.sources.text_files import find_encoding
 
-# Names that columns and keys have in published files; the first that is there is taken.
+# Names of columns and keys in published files. The first name that the file contains is used.
 ID_NAMES = ("study_id", "id", "uid", "study", "image_id", "dicom_id", "filename", "image")
 HYPOTHESIS_NAMES = (
     "hypothesis", "model_prediction", "prediction", "predicted", "pred", "generated", "generated_report", "hyp",
@@ -35,7 +35,7 @@ _CELL = 2**24  # characters
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns (or keys) of a file; None: the first known name that is there."""
+    """Names of the columns (or keys) of a file; None uses the first known name that the file contains."""
 
     study_id: str | None = None
     hypothesis: str | None = None
@@ -44,7 +44,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Predictions:
-    """Generated reports beside the references, one entry a study, and where they come from in a few words."""
+    """Generated reports and their references, one entry per study; `origin` names the source, `remarks` describe it."""
 
     study_ids: Sequence[str]
     references: Sequence[str]
@@ -58,7 +58,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class _Table:
-    """Rows of a file: names of its columns, records, where each stands, and whether rows have no ids of their own."""
+    """Records of a file, the place of each record (such as "line 3"), and the layout of the file."""
 
     path: Path
     records: Sequence[Mapping[str, Any]]
@@ -67,16 +67,16 @@ class _Table:
 
 
 def read_predictions(path: Path, references: Path | None = None, columns: Columns | None = None) -> Predictions:
-    """Reads generated reports and the references that belong to them.
+    """Reads generated reports and their references.
 
     Args:
-        path: `.jsonl`, `.csv`, `.tsv` or `.json`. JSON: a list of records; R2Gen's `{id: ["text"]}`; ReXrank's
-            `{id: {"model_prediction": "text", ...}}`.
-        references: A file of the same kinds; None: they stand in `path`.
-        columns: Names of columns or keys, where they are not among the known ones.
+        path: A `.jsonl`, `.csv`, `.tsv` or `.json` file. JSON files contain a list of records, R2Gen's
+            `{id: ["text"]}`, or ReXrank's `{id: {"model_prediction": "text", ...}}`.
+        references: File with the references, in any of these formats; None if `path` contains them.
+        columns: Names of columns or keys that differ from the known names.
 
     Raises:
-        UsageError: A file cannot be read, a column is missing, an id occurs twice, a cell holds no text, or the ids of
+        UsageError: A file cannot be read, a column is missing, an id occurs twice, a cell is not a text, or the ids of
             the two files do not match.
     """
     columns = columns or Columns()
@@ -93,18 +93,18 @@ def read_predictions(path: Path, references: Path | None = None, columns: Column
         check_ids(truth, hypotheses)
     for what, texts in (("hypothesis", hypotheses), ("reference", truth)):
         if empty := sum(not text.strip() for text in texts.values()):
-            verb, they = ("is", "it counts") if empty == 1 else ("are", "they count")
-            remarks.append(f"{counted(empty, what)} {verb} empty: {they} as wrong")
+            verb, they = ("is", "counts") if empty == 1 else ("are", "count")
+            remarks.append(f"{counted(empty, what)} {verb} empty and {they} as wrong")
     ids = list(hypotheses)
     reports, generated = ([unix_line_ends(texts[i]) for i in ids] for texts in (truth, hypotheses))
     return Predictions(ids, reports, generated, path.name, remarks)
 
 
 def write_rexrank(path: Path, predictions: Predictions) -> None:
-    """Writes predictions in ReXrank's layout, with the reference as its findings.
+    """Writes predictions in ReXrank's layout; the reference becomes the findings section.
 
     Raises:
-        RunError: It cannot be written.
+        RunError: The file cannot be written.
     """
     rows = {
         study: {"model_prediction": text, "section_findings": truth, "section_impression": None, "reference": truth}
@@ -122,7 +122,7 @@ _SECTIONS = ("section_findings", "section_impression", "findings", "impression")
 def _read(path: Path, columns: Columns) -> _Table:
     kind = path.suffix.lower()
     if kind not in (".csv", ".tsv", ".jsonl", ".json") and not path.is_dir():
-        raise UsageError(f"{path} is of an unknown kind", hint="Give a file that ends in .jsonl, .csv, .tsv or .json.")
+        raise UsageError(f"{path} has an unknown file type", hint="Use a .jsonl, .csv, .tsv or .json file.")
     text = _text(path)
     if kind == ".jsonl":
         return _read_lines(path, text)
@@ -136,7 +136,7 @@ def _text(path: Path) -> str:
         if path.exists() and not path.is_file():
             raise UsageError(f"{path} is not a file", hint="Give a file of predictions (.jsonl, .csv or .json).")
         if path.stat().st_size > _MAX_BYTES:
-            raise UsageError(f"{path} is larger than {_MAX_BYTES >> 30} GB: this is no file of reports")
+            raise UsageError(f"{path} is larger than {_MAX_BYTES >> 30} GB, so it is not a file of reports")
         data, encoding = path.read_bytes(), find_encoding(path)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
@@ -162,23 +162,26 @@ def _read_csv(path: Path, text: str, names: Sequence[str]) -> _Table:
         raise UsageError(f"{path} is empty")
     head = [name.strip() for name in rows[0]]
     if len(head) == 1 and head[0].lower() not in known:
-        # R2Gen's res.csv and gts.csv: one report a row, no heads, no ids.
+        # R2Gen's res.csv and gts.csv: one report per row, without header and ids.
         records = [{"text": row[0]} for row in rows]
-        return _Table(path, records, [f"row {n}" for n in range(1, len(rows) + 1)], "CSV of one column without heads")
+        return _Table(path, records, [f"row {n}" for n in range(1, len(rows) + 1)], "CSV with one column and no header")
     if len(set(head)) != len(head):
         raise UsageError(f"{path}: two columns have the same name: {', '.join(map(printable, head))}")
     places = [f"row {number}" for number in range(2, len(rows) + 1)]
     for place, row in zip(places, rows[1:], strict=True):
         if len(row) != len(head):
             raise UsageError(
-                f"{path}, {place}: {len(row)} cells under {len(head)} heads",
-                hint="Texts with commas or line breaks stand in double quotes.",
+                f"{path}, {place}: {len(row)} cells, but the header has {len(head)}",
+                hint="Put texts with commas or line breaks in double quotes.",
             )
     return _Table(path, [dict(zip(head, row, strict=True)) for row in rows[1:]], places, "CSV")
 
 
 def _delimiter(text: str, known: set[str]) -> str:
-    """A comma, or the semicolon or tab that divides the first line into names of which one is known."""
+    """Returns the first of comma, semicolon and tab that splits the first line into columns with a known name.
+
+    If none does, returns a comma.
+    """
     head = text.lstrip().partition("\n")[0]
     for delimiter in ",;\t":
         names = [name.strip() for name in next(csv.reader([head], delimiter=delimiter), [])]
@@ -231,7 +234,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise UsageError(f"the key {twice!r} occurs twice", hint="Give each study once.")
+        raise UsageError(f"the key {twice!r} occurs twice", hint="List each study only once.")
     return made
 
 
@@ -246,7 +249,7 @@ def _alone(value: Any) -> Any:
 
 
 def _named(table: _Table, names: Iterable[str]) -> str | None:
-    """The first of `names` that the records have, whatever the case of its letters."""
+    """Returns the first of `names` that the records have, ignoring case."""
     there = {key.lower(): key for key in (table.records[0] if table.records else {})}
     return next((there[name] for name in names if name in there), None)
 
@@ -258,7 +261,7 @@ def _chosen(table: _Table, given: str | None) -> str | None:
 
 def _ids(table: _Table, given: str | None) -> list[str]:
     if not table.records:
-        raise UsageError(f"{table.path} has no studies")
+        raise UsageError(f"{table.path} contains no studies")
     first = table.records[0]
     name = _KEY if _KEY in first and given is None else given or _named(table, ID_NAMES)
     if name is None:
@@ -267,12 +270,12 @@ def _ids(table: _Table, given: str | None) -> list[str]:
     for place, row in zip(table.places, table.records, strict=True):
         value = row.get(name)
         if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
-            raise UsageError(f"{table.path}, {place}: no id under {name!r}", hint=_heads(table))
+            raise UsageError(f"{table.path}, {place}: no id in {name!r}", hint=_heads(table))
         study = whole_characters(str(value).strip())
         if study in places:
             raise UsageError(
                 f"{table.path}: the id {printable(study)} occurs twice ({places[study]} and {place})",
-                hint="Give each study once; --id-column names another column.",
+                hint="List each study only once, or name another column with --id-column.",
             )
         places[study] = place
     return list(places)
@@ -282,7 +285,7 @@ def _column(table: _Table, what: str, given: str | None, names: Sequence[str], i
     ids = _ids(table, id_column)
     name = given if given is not None else _named(table, names)
     if name is None or (name not in table.records[0]):
-        missing = f"no column {given!r}" if given is not None else f"no column with the {what}"
+        missing = f"there is no column {given!r}" if given is not None else f"no column with the {what} was found"
         raise UsageError(f"{table.path}: {missing}", hint=f"{_heads(table)} Name it with --{what}-column.")
     texts = {}
     for study, place, row in zip(ids, table.places, table.records, strict=True):
@@ -290,14 +293,14 @@ def _column(table: _Table, what: str, given: str | None, names: Sequence[str], i
         if not isinstance(value, str) or value.strip().lower() == "nan":
             raise UsageError(
                 f"{table.path}, {place}: the {what} is not a text but {_shown(value)}",
-                hint='An empty report is written as an empty text ("").',
+                hint='Write an empty report as an empty text ("").',
             )
         texts[study] = whole_characters(value)
     return texts
 
 
 def _heads(table: _Table) -> str:
-    return f"There are: {', '.join(printable(str(key)) for key in table.records[0] if key != _KEY)}."
+    return f"The columns are: {', '.join(printable(str(key)) for key in table.records[0] if key != _KEY)}."
 
 
 def _shown(value: Any) -> str:
@@ -309,7 +312,7 @@ def _shown(value: Any) -> str:
 
 
 def _references(table: _Table, columns: Columns, names: Sequence[str]) -> dict[str, str]:
-    """By id: the sections that ReXrank joins, or the column that is named or has one of `names`."""
+    """Returns references by id: joined sections of a ReXrank file, or the given column, or the first of `names`."""
     sections = table.layout == _REXRANK and _named(table, _SECTIONS) and not _named(table, ("reference",))
     if columns.reference is not None or not sections:
         return _column(table, "reference", columns.reference, names, columns.study_id)
@@ -318,7 +321,7 @@ def _references(table: _Table, columns: Columns, names: Sequence[str]) -> dict[s
 
 
 def _rexrank_reference(row: Mapping[str, Any]) -> str:
-    """The reference as ReXrank's own script joins it, the word None for a section that is not there included."""
+    """Joins the sections as ReXrank's script does; a missing section becomes the word None."""
 
     def section(name: str) -> Any:
         value = row.get(f"section_{name}", row.get(name))

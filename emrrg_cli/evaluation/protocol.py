@@ -1,4 +1,4 @@
-"""What scores were made with: the references, and one line that says all that they depend on."""
+"""Reference reports for scoring, and one line that lists the settings that affect the scores."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from emrrg_cli.recipe.finetuning import FinetuneRecipe
 
 
 def reference_reports(model: ReportGenerator, reports: list[str], recipe: FinetuneRecipe) -> list[str]:
-    """The reports to score against: whole, or cut to the training length as the released code does.
+    """Returns the references: whole reports, or reports cut to the training length as in the released code.
 
-    Words have single spaces between them, as in generated reports: ROUGE-L would count the emptiness between two.
+    Words are joined by single spaces, as in generated reports, because ROUGE-L splits at each space.
     """
     if recipe.evaluation.references == "whole":
         return [" ".join(report.split()) for report in reports]
@@ -18,7 +18,7 @@ def reference_reports(model: ReportGenerator, reports: list[str], recipe: Finetu
 
 
 def describe_protocol(recipe: FinetuneRecipe) -> str:
-    """One line that says what a score was made with; printed with every score."""
+    """Returns one line that lists the settings that affect the scores; it is printed with every score."""
     generation = recipe.generation
     decoding = f"beams {generation.num_beams}, new tokens {generation.min_new_tokens}-{generation.max_new_tokens}"
     if generation.do_sample:

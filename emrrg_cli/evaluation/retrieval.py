@@ -1,10 +1,10 @@
-"""Retrieval of a report by its X-ray and of an X-ray by its report: recall@k both ways.
+"""Retrieval of reports by image and of images by report: recall@k in both directions.
 
-Reports of different studies may read alike. Then the report says nothing about which of them is meant, and the rules
-differ in what counts as found:
+Several studies can have the same report. The report then does not identify the study, and two definitions of a hit
+are common:
 
-- strict (`recall`): the study itself. Among reports that read alike the order is a draw, and its expectation counts.
-- lenient (`recall_alike`): any study whose report reads the same.
+- strict (`recall`): only the study itself. Equal reports are tied; the expectation over random tie-breaking counts.
+- lenient (`recall_alike`): any study with the same report.
 """
 
 from __future__ import annotations
@@ -23,10 +23,16 @@ WAYS = ("image_to_text", "text_to_image")
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Recall over `studies` pairs, by way (`image_to_text`, `text_to_image`) and `k`, each from 0 to 1.
+    """Recall over `studies` pairs, by direction (`image_to_text`, `text_to_image`) and `k`, each from 0 to 1.
 
-    `chance`, `chance_alike`: expectation of a random order, the same both ways. `ceiling`: the most that strict recall
-    can be, less than 1 where reports read alike. `distinct`: how many different reports there are.
+    Attributes:
+        studies: Number of studies.
+        distinct: Number of different reports.
+        recall: Strict recall.
+        recall_alike: Lenient recall.
+        chance: Expected strict recall of a random order, the same in both directions.
+        chance_alike: Expected lenient recall of a random order, the same in both directions.
+        ceiling: Highest possible strict recall; below 1 if several studies have the same report.
     """
 
     studies: int
@@ -39,7 +45,7 @@ class Retrieval:
 
     @property
     def mean_recall(self) -> float:
-        """Mean of strict recall@1, 5 and 10 both ways."""
+        """Mean of strict recall@1, @5 and @10 in both directions."""
         return sum(sum(by_k.values()) for by_k in self.recall.values()) / (len(WAYS) * len(KS))
 
 
@@ -47,17 +53,18 @@ def retrieval(images: Tensor, texts: Tensor, reports: Sequence[object], chunk: i
     """Ranks all reports for each image and all images for each report, by cosine similarity.
 
     Args:
-        images, texts: `[n, dim]`, of length 1; row `i` of both is a study.
-        reports: what each study's report reads like; equal entries read alike.
-        chunk: rows of the similarity matrix in memory at a time.
+        images: Image embeddings `[n, dim]`, L2-normalized.
+        texts: Report embeddings `[n, dim]`, L2-normalized; row `i` belongs to the same study as row `i` of `images`.
+        reports: The report of each study, or any value that is equal for equal reports.
+        chunk: Number of rows of the similarity matrix in memory at a time.
     """
     n = len(images)
     numbers: dict[object, int] = {}
     kind = torch.tensor([numbers.setdefault(report, len(numbers)) for report in reports], device=images.device)  # [n]
-    alike = torch.bincount(kind)[kind]  # [n], studies whose report reads like this one's, itself included
+    alike = torch.bincount(kind)[kind]  # [n], number of studies with the same report, including this one
     first = torch.full((len(numbers),), n, device=images.device)
     first = first.scatter_reduce(0, kind, torch.arange(n, device=images.device), "amin")
-    # Reports that read alike get one embedding: a batch of another width leaves differences in the last bits.
+    # Equal reports share one embedding, because embeddings from batches of different width differ in the last bits.
     each = texts[first]  # [distinct, dim]
     strict: dict[str, list[Tensor]] = {way: [] for way in WAYS}
     lenient: dict[str, list[Tensor]] = {way: [] for way in WAYS}
@@ -88,7 +95,10 @@ def retrieval(images: Tensor, texts: Tensor, reports: Sequence[object], chunk: i
 
 
 def _expected(above: Tensor, level: Tensor) -> Tensor:
-    """Probability `[c, 3]` to be among the first k, with `above` `[c]` ahead and `level` (itself included) drawing."""
+    """Returns the probability `[c, 3]` of a rank up to k, with `above` `[c]` better items and `level` `[c]` tied ones.
+
+    `level` includes the item itself.
+    """
     ks = torch.tensor(KS, device=above.device)
     return ((ks - above[:, None]) / level[:, None]).clamp(0, 1).double()
 
@@ -98,6 +108,6 @@ def _by_k(values: Tensor) -> dict[int, float]:
 
 
 def _any_of(alike: list[int], n: int, k: int) -> float:
-    """Mean chance that at least one of `alike` studies is among the first `k` of `n` in random order."""
+    """Returns the mean probability that a random order of `n` has one of `alike` equal studies among the first `k`."""
     k = min(k, n)
     return sum(times * (1 - comb(n - count, k) / comb(n, k)) for count, times in Counter(alike).items()) / n

@@ -1,4 +1,4 @@
-"""Assessing a run on a split of a dataset directory, or a file of predictions."""
+"""Evaluates a run on a split of a dataset directory."""
 
 from __future__ import annotations
 
@@ -38,14 +38,15 @@ __all__ = ["RunOptions", "describe_protocol", "run_evaluation"]
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What an evaluation of a run does beside writing and scoring reports.
+    """Options for the evaluation of a run.
 
     Attributes:
         overwrite: Replace an earlier evaluation.
-        image_controls: Write reports for blank films and for those of other studies too, and find the nearest
+        image_controls: Also write reports for blank films and for films of other studies, and find the nearest
             training studies.
         reference_labels: Take the labels of the references from the data set.
-        train: Dataset directory of the training reports; None: that of the data.
+        train: Dataset directory with the training reports; None uses the directory of the evaluated split.
+        assess: Options for scoring.
     """
 
     overwrite: bool = False
@@ -65,32 +66,37 @@ def run_evaluation(
     expected_processes: int = 0,
     options: RunOptions | None = None,
 ) -> dict[str, Any] | None:
-    """Writes a report for each study of a split and scores them; adapters are merged.
+    """Writes a report for each study of a split with merged adapters, and scores the reports.
 
-    Reports are saved after every batch, and are all in `predictions.jsonl` before they are scored. Reports that an
-    earlier evaluation wrote with the same model, data and settings are scored again, not written again.
+    Reports are saved after every batch. All of them are in `predictions.jsonl` before scoring starts. Reports of an
+    earlier evaluation with the same model, data and settings are reused.
 
     Args:
-        recipe: the run's recipe with the changes of the evaluation made.
-        output: receives `scores.json` and `predictions.jsonl`; None: `run_dir/evaluation/<split>`, or the first such
-            name with a number that is free.
+        recipe: The run's recipe, including changes made for the evaluation.
+        run_dir: The run directory.
+        split: Name of the split.
+        output: Directory for `scores.json` and `predictions.jsonl`; None uses `run_dir/evaluation/<split>`, with a
+            number appended if that directory holds another evaluation.
+        overwrite: Replace an earlier evaluation in `output`.
+        expected_processes: Number of processes that the launcher should have started; 0 skips the check.
+        options: Further options.
 
     Returns:
-        What `scores.json` holds; None on all processes but the main one.
+        The content of `scores.json` on the main process, None on the others.
 
     Raises:
-        UsageError: for a split that is not there, or an output that is taken.
-        RunError: when the run or the data cannot be read, or the tokenizer needs a Java that is not there.
-        Interrupted: after SIGINT or SIGTERM; what was written so far is kept.
+        UsageError: The split does not exist, or `output` already holds an evaluation.
+        RunError: The run or the data cannot be read, or the tokenizer needs Java and Java is not installed.
+        Interrupted: After SIGINT or SIGTERM; the reports written so far are kept.
     """
     options = options or RunOptions(overwrite=overwrite)
     if recipe.data.root is None:
-        raise UsageError("no data: give --data DIR", hint="A dataset directory, as `emrrg preprocess` writes it.")
+        raise UsageError("no data: give --data DIR", hint="DIR is a dataset directory written by `emrrg preprocess`.")
     require_java(recipe.evaluation.tokenizer)
     silence_libraries()
     splits = open_dataset(recipe.data.root)
     if split not in splits:
-        raise UsageError(f"{recipe.data.root}: no split {split!r}", hint=f"There are: {', '.join(splits)}.")
+        raise UsageError(f"{recipe.data.root}: no split {split!r}", hint=f"The splits are: {', '.join(splits)}.")
     if output is None:
         refuse_links(run_dir)
     else:
@@ -99,7 +105,7 @@ def run_evaluation(
     precision = inference_precision(recipe.train.precision, "cuda" if torch.cuda.is_available() else "cpu")
     record = made_with(recipe, run_dir, split, precision)
     target = _target(run_dir, split, output, overwrite or options.overwrite, record)
-    # Of several processes, the main one holds the output for all.
+    # With several processes, only the main one locks the output.
     with locked(target) if _is_main() else nullcontext():
         return _evaluate(recipe, run_dir, splits, record, target, expected_processes, options)
 
@@ -126,7 +132,7 @@ def _evaluate(
         predictions, others = written
     elif os.environ.get("WORLD_SIZE", "1") != "1":
         accelerator = make_accelerator(precision, expected_processes)
-        accelerator.end_training()  # the launcher expects that its processes have met
+        accelerator.end_training()  # the launcher expects all processes to synchronize
         if not accelerator.is_main_process:
             return None
     labels = reference_labels(dataset) if options.reference_labels else None
@@ -171,7 +177,7 @@ def _write(
     train: ReportDataset | None,
     image_controls: bool,
 ) -> tuple[Predictions, dict[str, list[str]]] | None:
-    """Reports of the split, and of the controls that look at films; None on all processes but the main one."""
+    """Writes the reports of the split and of the image controls; returns them on the main process, otherwise None."""
     accelerator = make_accelerator(record["precision"], expected_processes)
     model = load_model(run_dir, recipe.model, llm_dtype(recipe.model.llm.dtype, record["precision"]))
     model.to(accelerator.device)
@@ -181,7 +187,7 @@ def _write(
     if predictions is None:
         if accelerator.is_main_process:
             for stale in (target / DATA, target / MADE_WITH, *target.glob("predictions_*.jsonl")):
-                stale.unlink(missing_ok=True)  # of other predictions
+                stale.unlink(missing_ok=True)  # these files belong to earlier predictions
         began = time.perf_counter()
         predictions = write_predictions(model, dataset, references, recipe, accelerator, folder=target)
         if accelerator.is_main_process:
@@ -191,15 +197,15 @@ def _write(
     if image_controls:
         films = FilmControls(model, dataset, references, recipe, accelerator)
         others = films.reports(target, record, train)
-    accelerator.end_training()  # what follows is the main process's alone
+    accelerator.end_training()  # only the main process continues
     return (predictions, others) if accelerator.is_main_process else None
 
 
 def reference_labels(dataset: ReportDataset) -> list[dict[str, str | None]]:
-    """The labels of the references that the data set carries.
+    """Returns the labels of the references from the data set.
 
     Raises:
-        UsageError: it carries none, or others than CheXpert's.
+        UsageError: The data set has no labels, or its labels are not CheXpert's.
     """
     names = {"labels": "positive", "labels_uncertain": "uncertain", "labels_absent": "negative"}
     if missing := [name for name in names if name not in dataset.split.column_names]:
@@ -240,19 +246,19 @@ def _settings(recipe: FinetuneRecipe) -> dict[str, Any]:
 def _image_sentence(sentence: str, recipe: FinetuneRecipe) -> str:
     if not recipe.data.context:
         return sentence
-    lost = f"Dealt reports lose their context ({', '.join(recipe.data.context)}) as well as their films"
-    return f"{sentence} {lost}; --image-controls changes the films alone."
+    lost = f"Shuffled reports lose their context ({', '.join(recipe.data.context)}) as well as their films"
+    return f"{sentence} {lost}; --image-controls changes only the films."
 
 
 def _is_main() -> bool:
-    """Whether this is the main one of several processes; known before they have found each other."""
+    """Whether this is the main process; works before the processes are connected."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def _target(
     run_dir: Path, split: str, output: Path | None, overwrite: bool, record: dict[str, Any] | None = None
 ) -> Path:
-    """Where the evaluation goes: an output whose reports can be used again, or one that is free."""
+    """Returns the output directory: one that is free, or one whose reports can be reused."""
 
     def usable(folder: Path) -> bool:
         return record is not None and kept_predictions(folder, record) is not None
@@ -269,5 +275,5 @@ def _target(
 
 
 def _taken(target: Path) -> bool:
-    # By an evaluation, or by what one that was cut short has left.
+    # A complete evaluation, or files of an interrupted one.
     return (target / DATA).exists() or any(target.glob("predictions*.jsonl*"))

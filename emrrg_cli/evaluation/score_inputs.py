@@ -1,4 +1,4 @@
-"""What `score` takes: lists, arrays, columns or generators of texts, or the field's dictionaries `{id: ["text"]}`."""
+"""Checks the inputs of `score`: lists, arrays, columns or generators of texts, or dictionaries `{id: ["text"]}`."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ _SHOWN = 3
 
 
 def paired_texts(references: Any, hypotheses: Any) -> tuple[list[list[str]], list[str]]:
-    """References as lists of texts and hypotheses as texts, item by item; a mistake names the item.
+    """Returns the references of each item as a list of texts, and the hypotheses as texts in the same order.
 
     Raises:
-        UsageError: Different items, no items, or an item that is no text.
+        UsageError: The items differ, there are none, or an item is not a text. The message names the item.
     """
     for what, given in (("references", references), ("hypotheses", hypotheses)):
         if isinstance(given, str | bytes):
             raise UsageError("references and hypotheses must be lists of texts, not one text")
         if hasattr(given, "columns"):
-            raise UsageError(f"{what} are a table", hint='Give one column of it, such as table["report"].')
+            raise UsageError(f"{what} are a table", hint='Give one of its columns, such as table["report"].')
         if isinstance(given, set | frozenset):
             raise UsageError(f"{what} are a set, which has no order", hint="Give a list.")
     if isinstance(references, Mapping) != isinstance(hypotheses, Mapping):
         raise UsageError(
-            "one of references and hypotheses is a dictionary, the other is not", hint="Give both alike, so they match."
+            "one of references and hypotheses is a dictionary, the other is not", hint="Give both in the same form."
         )
     if isinstance(references, Mapping):
         check_ids(references, hypotheses)
@@ -37,7 +37,7 @@ def paired_texts(references: Any, hypotheses: Any) -> tuple[list[list[str]], lis
         ids = range(len(truth))
     if len(truth) != len(written):
         here, there = counted(len(truth), "reference"), counted(len(written), "hypothesis")
-        raise UsageError(f"{here} for {there}: one of each is needed")
+        raise UsageError(f"there are {here} and {there}; their numbers must be equal")
     if not written:
         raise UsageError("there is nothing to score: no references and no hypotheses")
     for name, text in zip(ids, written, strict=True):
@@ -47,25 +47,26 @@ def paired_texts(references: Any, hypotheses: Any) -> tuple[list[list[str]], lis
 
 
 def check_ids(references: Mapping[Any, Any], hypotheses: Mapping[Any, Any]) -> None:
-    """Makes sure that both sides speak of the same studies.
+    """Checks that references and hypotheses have the same ids.
 
     Raises:
-        UsageError: They do not; the message counts and names what is missing on either side.
+        UsageError: The ids differ; the message counts and names the missing ones on both sides.
     """
     unanswered = [i for i in references if i not in hypotheses]
     unknown = [i for i in hypotheses if i not in references]
     if not unanswered and not unknown:
         return
-    said = []
+    problems = []
     if unanswered:
-        said.append(f"{counted(len(unanswered), 'reference')} without a hypothesis ({_named(unanswered)})")
+        problems.append(f"{counted(len(unanswered), 'reference')} without a hypothesis ({_named(unanswered)})")
     if unknown:
-        said.append(f"{counted(len(unknown), 'hypothesis')} without a reference ({_named(unknown)})")
+        problems.append(f"{counted(len(unknown), 'hypothesis')} without a reference ({_named(unknown)})")
     common = len(references) - len(unanswered)
     hint = "Both sides must list the same ids."
     if not common and references and hypotheses:
-        hint = f"No id is in both: {next(iter(references))!r} here, {next(iter(hypotheses))!r} there."
-    raise UsageError(f"the ids do not match: {'; '.join(said)}; {common} match", hint=hint)
+        first, other = next(iter(references)), next(iter(hypotheses))
+        hint = f"No id is in both: the first reference has {first!r}, the first hypothesis {other!r}."
+    raise UsageError(f"the ids do not match: {'; '.join(problems)}; {common} match", hint=hint)
 
 
 def _named(ids: Sequence[Any]) -> str:
@@ -75,17 +76,17 @@ def _named(ids: Sequence[Any]) -> str:
 def _listed(given: Any, what: str) -> list[Any]:
     try:
         return list(given)
-    except TypeError:  # an array of no dimension calls itself iterable
+    except TypeError:  # a zero-dimensional array has __iter__ but cannot be iterated
         raise UsageError(f"{what} must be a list of texts, not {type(given).__name__}") from None
 
 
 def _single(value: Any, name: Any) -> Any:
-    """The one text of a dictionary's entry, which the field writes as a list of one."""
+    """Returns the only text of a dictionary entry; pycocoevalcap's format puts it in a list."""
     if isinstance(value, str) or not isinstance(value, Iterable):
         return value
     texts = list(value)
     if len(texts) != 1:
-        raise UsageError(f"hypothesis {name} has {len(texts)} texts: one is needed")
+        raise UsageError(f"hypothesis {name} has {len(texts)} texts, but must have one")
     return texts[0]
 
 

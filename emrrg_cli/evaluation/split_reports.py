@@ -1,4 +1,4 @@
-"""Writing a report for each study of a split, kept on the disk as they come and used again by a second evaluation."""
+"""Writes a report for each study of a split. Reports are saved after every batch; later evaluations reuse them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PREDICTIONS = "predictions.jsonl"
 
 
 def data_settings(recipe: FinetuneRecipe) -> dict[str, Any]:
-    """What a report depends on, of the settings of the data."""
+    """Returns the data settings that affect the reports."""
     named = {"section", "cleaning", "max_report_tokens", "max_views", "limit"}
     if recipe.data.context:
         named |= {"context", "context_words"}
@@ -37,7 +37,7 @@ def data_settings(recipe: FinetuneRecipe) -> dict[str, Any]:
 
 
 def made_with(recipe: FinetuneRecipe, run_dir: Path, split: str, precision: str) -> dict[str, Any]:
-    """All that the reports of a split depend on; equal records mean equal reports."""
+    """Returns a record of everything that affects the reports of a split; equal records mean equal reports."""
     data = whole_directory(Path(recipe.data.root or ""))
     threshold = recipe.model.findings_threshold
     return {
@@ -56,7 +56,7 @@ def made_with(recipe: FinetuneRecipe, run_dir: Path, split: str, precision: str)
 
 
 def kept_predictions(folder: Path, record: dict[str, Any], name: str = PREDICTIONS) -> Predictions | None:
-    """The reports that an earlier evaluation left in `folder`, if they were made with the same model and settings."""
+    """Returns the reports that an earlier evaluation saved in `folder`, or None if its record is different."""
     kept = read_record(folder / MADE_WITH, "the record of an evaluation", "Give --overwrite.")
     if kept is None or kept.get("made_with") != record:
         return None
@@ -78,20 +78,29 @@ def write_predictions(
     name: str = PREDICTIONS,
     films: Dataset[Example] | None = None,
 ) -> Predictions:
-    """Writes reports, batch by batch to `NAME.partial` (of each process `NAME-RANK...`), and all of them to `NAME`.
+    """Generates a report for each study, and saves them in the file `name`.
+
+    Reports are appended to `NAME.partial` after every batch; with several processes, each one has its own file.
 
     Args:
-        films: the dataset with other films in place of its own, for a control; None: its own.
+        model: The model that writes the reports.
+        dataset: Studies to write reports for.
+        references: Reference report of each study.
+        recipe: Recipe with the generation settings.
+        accelerator: The process's `Accelerator`.
+        folder: Directory of the files.
+        name: Name of the file with all reports.
+        films: For a control, the dataset with its films replaced by others; None uses the study's own films.
 
     Raises:
-        RunError: The folder was removed meanwhile, with the reports in it.
-        Interrupted: after SIGINT or SIGTERM; what was written so far is kept.
+        RunError: The folder was deleted while reports were being written.
+        Interrupted: After SIGINT or SIGTERM; the reports written so far are kept.
     """
     study_ids = dataset.study_ids
     stem = name.removesuffix(".jsonl")
     rank = f"-{accelerator.process_index}" if accelerator.num_processes > 1 else ""
     partial = folder / f"{stem}{rank}.jsonl.partial"
-    partial.unlink(missing_ok=True)  # of an evaluation that is to be overwritten
+    partial.unlink(missing_ok=True)  # left by an earlier evaluation
     folder.mkdir(parents=True, exist_ok=True)
     require_folder = directory_guard(folder)
     kept = 0
@@ -129,10 +138,11 @@ def write_predictions(
 
 
 class OtherFilms(Dataset[Example]):
-    """A dataset whose studies show the films of others, or blank ones, with their own reports and contexts.
+    """A dataset whose films are replaced by those of other studies or by blank ones; reports and contexts stay.
 
     Args:
-        order: whose films each study shows; None: blank (black) ones.
+        dataset: The original dataset.
+        order: For each study, the index of the study whose films it gets; None uses blank (black) films.
     """
 
     def __init__(self, dataset: ReportDataset, order: Sequence[int] | None) -> None:

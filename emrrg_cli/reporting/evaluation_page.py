@@ -108,7 +108,8 @@ def _scores(result: Mapping[str, Any]) -> dict[str, Any]:
     heads = ["score", "model", "95 % interval", *(CONTROLS.get(name, name) for name in controls)]
     note = ""
     if "dealt" in controls:
-        note = f"Dealt to other studies: mean of {controls['dealt']['deals']} random deals of the same reports."
+        deals = controls["dealt"]["deals"]
+        note = f"Shuffled reports: the same reports, assigned to other studies at random; mean of {deals} shuffles."
     return {"title": "Language scores", "heads": heads, "rows": rows, "note": note}
 
 

@@ -12,7 +12,7 @@ from rich.text import Text
 from emrrg_cli.vocabulary import SCORE_LABELS
 
 CONTROLS = {
-    "dealt": "dealt to other studies",
+    "dealt": "shuffled reports",
     "most_frequent": "most frequent report",
     "blank_films": "blank films",
     "other_films": "films of others",

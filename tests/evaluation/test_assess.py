@@ -107,7 +107,7 @@ def test_scores_are_inside_their_intervals() -> None:
             low, high = record["intervals"][name]
             assert low < value < high
     assert "METEOR" not in record["intervals"]
-    assert record["left_out"] == {"METEOR": "not asked for"}
+    assert record["left_out"] == {"METEOR": "not requested"}
 
 
 def test_clinical_figures_are_those_of_the_rules() -> None:
@@ -144,7 +144,7 @@ def test_one_study_has_no_dealt_control() -> None:
     record = assess(_predictions(["no effusion ."], ["no effusion ."]), OPTIONS).record
     assert record["controls"] == {}
     assert (record["image_matters"], record["image_p"]) == (False, 1.0)
-    assert "One study cannot show" in record["image"]
+    assert "One study is not enough" in record["image"]
 
 
 def test_empty_references_are_refused() -> None:

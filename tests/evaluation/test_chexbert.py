@@ -98,9 +98,9 @@ class _Evil:
         (lambda state: state.pop("module.linear_heads.3.bias"), r"1 tensors do not fit \(linear_heads\.3\.bias\)"),
         (lambda state: state.update({"module.more": torch.ones(1)}), r"1 tensors do not fit \(more\)"),
         (lambda state: state["module.linear_heads.0.weight"].fill_(float("nan")), "damaged: linear_heads.0.weight"),
-        (lambda state: state.pop("module.bert.embeddings.word_embeddings.weight"), "is no CheXbert checkpoint"),
-        (lambda state: state.update({"module.linear_heads.0.weight": torch.ones(3, 5)}), "is no CheXbert checkpoint"),
-        (lambda state: state.clear(), "is no CheXbert checkpoint"),
+        (lambda state: state.pop("module.bert.embeddings.word_embeddings.weight"), "is not a CheXbert checkpoint"),
+        (lambda state: state.update({"module.linear_heads.0.weight": torch.ones(3, 5)}), "is not a CheXbert checkpoint"),
+        (lambda state: state.clear(), "is not a CheXbert checkpoint"),
     ],
 )
 def test_other_checkpoints_are_refused(checkpoint: Any, change: Any, told: str) -> None:

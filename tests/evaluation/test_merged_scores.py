@@ -23,8 +23,8 @@ def test_numbers_are_taken_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("[1]", "holds no scores"),
-        ("{}", "holds no scores"),
+        ("[1]", "contains no scores"),
+        ("{}", "contains no scores"),
         ("{", "is not a JSON file"),
         ("[" * 99999, "not a JSON file"),
     ],

@@ -53,7 +53,7 @@ def test_a_csv_may_have_other_column_names(tmp_path: Path) -> None:
     assert _read(path, columns=Columns("Accession", "Model output", "Radiologist")) == (TRUTH, TEXTS)
     with pytest.raises(UsageError, match="no column with the hypothesis") as caught:
         _read(path)
-    assert caught.value.hint == ("There are: Accession, Model output, Radiologist. Name it with --hypothesis-column.")
+    assert caught.value.hint == ("The columns are: Accession, Model output, Radiologist. Name it with --hypothesis-column.")
 
 
 def test_the_two_csv_files_that_peers_publish(tmp_path: Path) -> None:
@@ -129,8 +129,8 @@ def test_empty_reports_are_kept_and_mentioned(tmp_path: Path) -> None:
     found = read_predictions(path)
     assert list(found.hypotheses) == ["", "y"]
     assert found.remarks[1:] == [
-        "1 hypothesis is empty: it counts as wrong",
-        "1 reference is empty: it counts as wrong",
+        "1 hypothesis is empty and counts as wrong",
+        "1 reference is empty and counts as wrong",
     ]
 
 
@@ -153,15 +153,15 @@ def test_different_ids_are_explained(tmp_path: Path) -> None:
         ("p.jsonl", '{"id": "a", "hypothesis": ["x", "y"], "reference": "z"}', "not a text but list"),
         ("p.jsonl", '{"id": "a"', r"p.jsonl:1: not JSON"),
         ("p.jsonl", "[1]", r"p.jsonl:1: expected an object, found list"),
-        ("p.jsonl", '{"id": "", "hypothesis": "x", "reference": "z"}', "no id under 'id'"),
+        ("p.jsonl", '{"id": "", "hypothesis": "x", "reference": "z"}', "no id in 'id'"),
         ("p.jsonl", "", "has no studies"),
         ("p.json", "{}", "has no studies"),
         ("p.json", "[" * 100_000, "nested too deeply"),
         ("p.csv", "", "is empty"),
-        ("p.csv", "id,hypothesis\na,b,c\n", "row 2: 3 cells under 2 heads"),
+        ("p.csv", "id,hypothesis\na,b,c\n", "row 2: 3 cells, but the header has 2"),
         ("p.csv", "id,id\na,b\n", "two columns have the same name"),
         ("p.csv", "id,hypothesis\na,b\n", "no column with the reference"),
-        ("p.txt", "x", "unknown kind"),
+        ("p.txt", "x", "unknown file type"),
     ],
 )
 def test_a_file_that_is_wrong_gets_one_message(tmp_path: Path, name: str, content: str, message: str) -> None:

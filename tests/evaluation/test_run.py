@@ -105,7 +105,7 @@ def test_sampling_is_reproducible(evaluate: Any) -> None:
 def test_a_missing_split_is_refused_with_a_list_of_splits(evaluate: Any, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no split 'dev'") as caught:
         evaluate(split="dev")
-    assert caught.value.hint == "There are: train, validation, test."
+    assert caught.value.hint == "The splits are: train, validation, test."
     assert not (tmp_path / "out").exists()
 
 

@@ -70,7 +70,7 @@ def test_evaluate_states_the_context_that_was_read(
     assert ", context indication, age; " not in read["protocol_line"]
     assert "tokenizer whitespace, context indication, age, backbone" in read["protocol_line"]
     assert read["settings"]["data"]["context"] == ["indication", "age"]
-    assert "Dealt reports lose their context (indication, age) as well as their films" in read["image"]
+    assert "Shuffled reports lose their context (indication, age) as well as their films" in read["image"]
     without, bare = evaluate("without", "data.context=[]")
     assert "context" not in without["protocol_line"]
     assert "context" not in without["settings"]["data"]
