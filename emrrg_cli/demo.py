@@ -41,7 +41,7 @@ class DemoResult:
 def read_result(data: Path, reports: Mapping[str, str]) -> DemoResult:
     """Compares the findings in reports for a test split of synthetic films with the known ones.
 
-    Two controls do not look at the image: the model's own reports dealt to other films, and the most frequent report of
+    Two controls ignore the image: the model's own reports shuffled between films, and the most frequent report of
     the training split, or of the test split where there is no other, for every film.
 
     Args:

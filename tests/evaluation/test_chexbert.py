@@ -99,7 +99,10 @@ class _Evil:
         (lambda state: state.update({"module.more": torch.ones(1)}), r"1 tensors do not fit \(more\)"),
         (lambda state: state["module.linear_heads.0.weight"].fill_(float("nan")), "damaged: linear_heads.0.weight"),
         (lambda state: state.pop("module.bert.embeddings.word_embeddings.weight"), "is not a CheXbert checkpoint"),
-        (lambda state: state.update({"module.linear_heads.0.weight": torch.ones(3, 5)}), "is not a CheXbert checkpoint"),
+        (
+            lambda state: state.update({"module.linear_heads.0.weight": torch.ones(3, 5)}),
+            "is not a CheXbert checkpoint",
+        ),
         (lambda state: state.clear(), "is not a CheXbert checkpoint"),
     ],
 )
@@ -132,7 +135,7 @@ def test_files_that_are_not_checkpoints_are_refused(checkpoint: Any, monkeypatch
 def test_a_missing_tokenizer_is_explained(checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (checkpoint[0].parent / "vocab.txt").unlink()
     monkeypatch.setattr("emrrg_cli.evaluation.chexbert._TOKENIZER", "nobody/nothing")
-    with pytest.raises(UsageError, match="is neither beside") as caught:
+    with pytest.raises(UsageError, match="is neither next to") as caught:
         load_chexbert(str(checkpoint[0]), device="cpu")
     assert caught.value.hint is not None
     assert "vocab.txt" in caught.value.hint

@@ -131,7 +131,7 @@ def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("references", "hypotheses", "says"),
     [
-        (["a", "b"], ["a"], "2 references for 1"),
+        (["a", "b"], ["a"], "2 references and 1"),
         ([], [], "nothing to score"),
         ("one text", ["one text"], "not one text"),
         ([[]], ["a"], "reference 0"),

@@ -53,7 +53,9 @@ def test_a_csv_may_have_other_column_names(tmp_path: Path) -> None:
     assert _read(path, columns=Columns("Accession", "Model output", "Radiologist")) == (TRUTH, TEXTS)
     with pytest.raises(UsageError, match="no column with the hypothesis") as caught:
         _read(path)
-    assert caught.value.hint == ("The columns are: Accession, Model output, Radiologist. Name it with --hypothesis-column.")
+    assert caught.value.hint == (
+        "The columns are: Accession, Model output, Radiologist. Name it with --hypothesis-column."
+    )
 
 
 def test_the_two_csv_files_that_peers_publish(tmp_path: Path) -> None:
@@ -139,7 +141,7 @@ def test_different_ids_are_explained(tmp_path: Path) -> None:
     references = _write(tmp_path / "r.json", {"501": ["a"], "502": ["b"]})
     with pytest.raises(UsageError, match=r"2 references .* \(501, 502\); 2 hypo.*; 0 match") as caught:
         _read(path, references)
-    assert caught.value.hint == "No id is in both: '501' here, 's501' there."
+    assert caught.value.hint == "No id is in both: the first reference has '501', the first hypothesis 's501'."
 
 
 @pytest.mark.parametrize(
@@ -154,8 +156,8 @@ def test_different_ids_are_explained(tmp_path: Path) -> None:
         ("p.jsonl", '{"id": "a"', r"p.jsonl:1: not JSON"),
         ("p.jsonl", "[1]", r"p.jsonl:1: expected an object, found list"),
         ("p.jsonl", '{"id": "", "hypothesis": "x", "reference": "z"}', "no id in 'id'"),
-        ("p.jsonl", "", "has no studies"),
-        ("p.json", "{}", "has no studies"),
+        ("p.jsonl", "", "contains no studies"),
+        ("p.json", "{}", "contains no studies"),
         ("p.json", "[" * 100_000, "nested too deeply"),
         ("p.csv", "", "is empty"),
         ("p.csv", "id,hypothesis\na,b,c\n", "row 2: 3 cells, but the header has 2"),

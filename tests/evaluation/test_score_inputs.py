@@ -49,7 +49,7 @@ def test_every_usual_kind_gives_the_same_scores(references: Any, hypotheses: Any
         ({"a": "x"}, {"a": "x", "s1": "y"}, r"1 hypothesis without a reference \(s1\); 1 match"),
         ({"50": ["x"]}, {"s50": ["x"]}, "0 match"),
         ({"a": "x"}, ["x"], "one of references and hypotheses is a dictionary, the other is not"),
-        ({"a": "x"}, {"a": ["x", "y"]}, "hypothesis a has 2 texts: one is needed"),
+        ({"a": "x"}, {"a": ["x", "y"]}, "hypothesis a has 2 texts, but must have one"),
         ({"a": []}, {"a": "x"}, "reference a must be a text or a list of texts"),
         (["x"], [float("nan")], r"hypothesis 0 is not a text but float \(NaN, an empty cell\)"),
         (
@@ -69,7 +69,7 @@ def test_every_usual_kind_gives_the_same_scores(references: Any, hypotheses: Any
         (np.array("x"), ["x"], "references must be a list of texts, not ndarray"),
         (["x"], pd.Series([pd.NA], dtype="string"), r"hypothesis 0 is not a text but NAType \(an empty cell\)"),
         (["", " "], ["x", "y"], "every reference is empty"),
-        (["x", "y"], ["x"], "2 references for 1 hypothesis: "),
+        (["x", "y"], ["x"], "there are 2 references and 1 hypothesis; "),
     ],
 )
 def test_a_mistake_gets_one_message(references: Any, hypotheses: Any, message: str) -> None:
