@@ -83,13 +83,6 @@ def write_predictions(
     Reports are appended to `NAME.partial` after every batch; with several processes, each one has its own file.
 
     Args:
-        model: The model that writes the reports.
-        dataset: Studies to write reports for.
-        references: Reference report of each study.
-        recipe: Recipe with the generation settings.
-        accelerator: The process's `Accelerator`.
-        folder: Directory of the files.
-        name: Name of the file with all reports.
         films: For a control, the dataset with its films replaced by others; None uses the study's own films.
 
     Raises:
