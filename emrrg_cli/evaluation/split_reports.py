@@ -78,9 +78,7 @@ def write_predictions(
     name: str = PREDICTIONS,
     films: Dataset[Example] | None = None,
 ) -> Predictions:
-    """Generates a report for each study, and saves them in the file `name`.
-
-    Reports are appended to `NAME.partial` after every batch; with several processes, each one has its own file.
+    """Generates reports and saves them in `name`; each process appends its own to a `.partial` file every batch.
 
     Args:
         films: For a control, the dataset with its films replaced by others; None uses the study's own films.
