@@ -1,4 +1,4 @@
-"""Stage 2, `align`: X-ray and report contrast."""
+"""Stage 2, `align`: contrastive learning on pairs of X-rays and reports."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ class AlignStage:
     validation: PairDataset | None
     run_dir: Path
     accelerator: Any
-    validation_explained: bool = False  # whether the message about it was printed
+    validation_explained: bool = False  # whether the message on recall was printed
 
     def items(self, batch: PairBatch) -> int:
-        """Pairs of a batch."""
+        """Returns the number of pairs in a batch."""
         return len(batch)
 
     @property
     def collate(self) -> Callable[[Sequence[Example]], PairBatch]:
-        """Examples to a batch; carries the tokenizer alone to the processes that load."""
+        """The function that joins examples into a batch. Loading processes get the tokenizer, but not the model."""
         return partial(
             collate_pairs,
             tokenizer=self.model.tokenizer,
@@ -63,7 +63,7 @@ class AlignStage:
         )
 
     def prepare_step(self, batches: list[PairBatch], epoch: int) -> list[PairBatch] | list[CachedPairs]:
-        """Gradients for the micro-batches of a step; a batch that is in one piece needs none."""
+        """Computes the gradients of the embeddings if a step has several micro-batches."""
         if len(batches) == 1:
             return batches
         with self.accelerator.autocast():
@@ -71,16 +71,16 @@ class AlignStage:
 
     @cached_property
     def validated(self) -> list[int]:
-        """The studies of a validation in an order drawn once, so that data sets and patients are mixed."""
+        """Indices of the studies to validate on, in a fixed random order that mixes data sets and patients."""
         assert self.validation is not None
         generator = torch.Generator().manual_seed(self.recipe.train.seed)
         order: list[int] = torch.randperm(len(self.validation), generator=generator).tolist()
         return order[: self.recipe.train.validation_limit]
 
     def validate(self, display: TrainingDisplay) -> dict[str, float]:
-        """Loss over batches of the validation split as large as those of the training, and strict recall over it all.
+        """Returns the loss over validation batches of the training batch size, and strict recall over the whole split.
 
-        Studies that fill no whole batch have no part in the loss, which depends on the number of negatives.
+        The loss depends on the number of negatives, so it leaves out the last studies if they do not fill a batch.
         """
         if self.validation is None:
             return {}
@@ -130,15 +130,15 @@ def embed_pairs(
     workers: int = 0,
     advance: Callable[[int], None] = lambda count: None,
 ) -> tuple[Tensor, Tensor]:
-    """Embeddings of the images and of the reports of studies, each fp32 `[len(order), dim]`, on the device.
+    """Returns the embeddings of the images and of the reports of studies, each fp32 `[len(order), dim]`, on the device.
 
-    The processes share the work, and each gets all of it.
+    The processes share the work, and each process gets all embeddings.
 
     Args:
-        model: in evaluation mode.
-        order: indices into `dataset`.
-        batch_size: of one forward pass.
-        workers: processes that load data.
+        model: The model in evaluation mode.
+        order: Indices into `dataset`.
+        batch_size: Number of studies in a forward pass.
+        workers: Number of processes that load data.
         advance: Called with the number of studies done.
     """
     ranks, device = accelerator.num_processes, accelerator.device
@@ -157,7 +157,7 @@ def embed_pairs(
 
 
 def read_alike(model: Alignment, reports: Sequence[str]) -> list[tuple[int, ...]]:
-    """For `retrieval`: the tokens of each report, equal for reports that the text tower cannot distinguish."""
+    """Returns the tokens of each report for `retrieval`: equal for reports that the text tower cannot distinguish."""
     tokens = model.tokenizer(list(reports), truncation=True, max_length=model.max_text_tokens)["input_ids"]
     return [tuple(ids) for ids in tokens]
 
@@ -165,22 +165,22 @@ def read_alike(model: Alignment, reports: Sequence[str]) -> list[tuple[int, ...]
 def open_pairs(
     settings: AlignDataSettings, split: str, image_size: int, *, required: bool = True, weighted: bool = False
 ) -> PairDataset | None:
-    """A split of the data sets of a recipe.
+    """Opens a split of the data sets of a recipe.
 
     Args:
-        required: whether each data set has to have the split; otherwise those that lack it are left out, and None is
-            returned where all do.
-        weighted: go by the weights of the recipe, and take films with labels alone too, for training.
+        required: Whether each data set must have the split. If false, data sets without it are left out; the result
+            is None if no data set has it.
+        weighted: For training: use the weights of the recipe, and include films that have labels but no report.
 
     Raises:
-        UsageError: where the recipe names no data, or a directory that is none.
-        RunError: when a split is missing, or none of its studies has text.
+        UsageError: The recipe names no data, or a folder that is not a dataset directory.
+        RunError: A split is missing, or none of its studies has text.
     """
     sets = settings.all_sets()
     if not sets:
         raise UsageError(
             "data.root is not set",
-            hint="Name a dataset directory, as `emrrg preprocess` writes: data.root=DIR; several are data.sets.",
+            hint="Set data.root=DIR to a dataset directory, as `emrrg preprocess` writes; for several, use data.sets.",
         )
     parts: list[ReportDataset | LabelledFilms] = []
     weights = []
@@ -212,15 +212,15 @@ def open_pairs(
 def run_align(
     recipe: AlignRecipe, run_dir: Path, *, resume: bool, expected_processes: int, verbose: bool = False
 ) -> Summary:
-    """Trains both towers as the recipe says and leaves a run directory.
+    """Trains the image tower and the text tower of a recipe and writes a run directory.
 
     Args:
-        verbose: name every tensor of the encoder that training starts from.
+        verbose: Print how each tensor of the encoder weights is used.
 
     Raises:
-        UsageError: where the recipe does not fit the data or the machine.
-        RunError: when a part cannot be had or training fails.
-        Interrupted: after Ctrl-C, with a checkpoint written.
+        UsageError: The recipe does not fit the data or the computer.
+        RunError: A part of the model or of the data cannot be loaded, or training fails.
+        Interrupted: A stop signal arrived. The checkpoint is written.
     """
     silence_libraries()
     size = recipe.model.encoder.image_size

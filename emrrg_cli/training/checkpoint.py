@@ -1,9 +1,9 @@
-"""Checkpoints with everything that an exact continuation needs.
+"""Checkpoints with the complete state of a training run, so that a resumed run continues exactly.
 
-A run keeps `checkpoints/step-<n>/`, complete once it has that name, and a text file `checkpoints/last` that names the
-newest. If that file is lost or wrong, the newest complete checkpoint is used. A checkpoint has trained weights only:
-frozen weights do not change. `progress.json` is replaced once the validation of its step is done, which
-changes nothing else; the other files have their SHA-256 in `checksums.json`.
+A checkpoint is a directory `checkpoints/step-<n>/`; it gets this name when it is complete. The text file
+`checkpoints/last` names the newest one. If that file is lost or wrong, the newest complete checkpoint is used. A
+checkpoint has trained weights only: frozen weights do not change. After the validation of its step, `progress.json` is
+replaced and nothing else. `checksums.json` has the SHA-256 of the other files.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ AVERAGE = "average.safetensors"
 class Progress:
     """The progress of a training run.
 
-    `step` counts optimizer steps; `epoch` and `step_in_epoch` name the next one. With `validation_due` the model as it
-    is has yet to be validated.
+    `step` counts optimizer steps. `epoch` and `step_in_epoch` are the position of the next step. `validation_due`
+    means that the current model is not validated yet.
     """
 
     step: int = 0
@@ -55,7 +55,7 @@ class Progress:
 
 
 def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The trainable parameters by name, on the CPU."""
+    """Returns the trainable parameters by name, on the CPU."""
     return {
         name: parameter.detach().cpu().contiguous()
         for name, parameter in model.named_parameters()
@@ -64,12 +64,12 @@ def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def trained_bytes(model: nn.Module) -> int:
-    """Size of the trainable parameters in bytes."""
+    """Returns the size of the trainable parameters in bytes."""
     return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of all random number generators that training uses in this process."""
+    """Returns the state of all random number generators that training uses in this process."""
     state: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": np.random.get_state(legacy=True),
@@ -83,7 +83,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Restore the states that `rng_state` returned."""
+    """Restores the states that `rng_state` returned."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = state["numpy"]
@@ -102,11 +102,11 @@ def save_checkpoint(
     rng_states: list[dict[str, Any]],
     average: dict[str, torch.Tensor] | None = None,
 ) -> Path:
-    """Write `directory/step-<n>`, point `directory/last` at it, then remove the earlier ones.
+    """Writes `directory/step-<n>`, names it in `directory/last` and removes earlier checkpoints.
 
     Args:
-        rng_states: one a process, in rank order.
-        average: the average of the trainable parameters (`train.ema`); None: there is none.
+        rng_states: The random state of each process, in rank order.
+        average: The average of the trainable parameters; None without `train.ema`.
 
     Raises:
         RunError: It cannot be written. The previous checkpoint is unchanged.
@@ -137,25 +137,25 @@ def save_checkpoint(
 
 
 def save_progress(directory: Path, progress: Progress) -> None:
-    """Update the progress in the checkpoint of `progress.step`, after its validation."""
+    """Updates the progress in the checkpoint of `progress.step`, after its validation."""
     atomic_write_text(_place(directory, progress) / "progress.json", _as_json(progress))
 
 
 def _progress(record: dict[str, Any], checkpoint: Path) -> Progress:
-    """A `Progress` from `progress.json`.
+    """Returns the `Progress` in a record of `progress.json`.
 
     Raises:
-        ValueError: A value is of another kind or cannot be.
+        ValueError: A value has the wrong type or is impossible.
     """
     progress = Progress(**record)
     counts = (progress.step, progress.epoch, progress.step_in_epoch, progress.validations_without_gain)
     if any(type(count) is not int or not 0 <= count < 10**12 for count in counts):
-        raise ValueError(f"{_PROGRESS} holds a count that cannot be: {counts}")
+        raise ValueError(f"{_PROGRESS} contains an invalid count: {counts}")
     if progress.step != _step(checkpoint):
         raise ValueError(f"{_PROGRESS} is of step {progress.step}")
     best = progress.best
     if best is not None and not (len(best) == 2 and all(math.isfinite(value) for value in best)):
-        raise ValueError(f"{_PROGRESS} holds a best result that cannot be: {best}")
+        raise ValueError(f"{_PROGRESS} contains an invalid best result: {best}")
     if progress.best_step is not None and not 0 <= progress.best_step <= progress.step:
         raise ValueError(f"{_PROGRESS} says that step {progress.best_step} was the best, after {progress.step} steps")
     return progress
@@ -170,7 +170,7 @@ def _as_json(progress: Progress) -> str:
 
 
 def last_checkpoint(directory: Path) -> Path | None:
-    """The checkpoint that a run continues from, or None: the one that `last` names, else the newest whole one."""
+    """Returns the checkpoint to continue from: the one that `last` names, else the newest complete one, else None."""
     found = {_step(place): place for place in directory.glob("step-*") if _is_whole(place)}
     whole = {step: place for step, place in found.items() if step is not None}
     try:
@@ -183,11 +183,11 @@ def last_checkpoint(directory: Path) -> Path | None:
 
 
 def require_checkpoint(run_dir: Path) -> Path | None:
-    """As `last_checkpoint`; None only where the run has never written one.
+    """Returns `last_checkpoint`, which is None only if the run has never written a checkpoint.
 
     Raises:
-        RunError: The run has written checkpoints, and none of them is whole. To start again at the first step would
-            in the end overwrite what is left of it.
+        RunError: The run has written checkpoints, and none of them is complete. Starting again at the first step
+            would overwrite the rest of the run.
     """
     directory = run_dir / "checkpoints"
     checkpoint = last_checkpoint(directory)
@@ -203,10 +203,10 @@ def require_checkpoint(run_dir: Path) -> Path | None:
 
 
 def refuse_lost_checkpoint(run_dir: Path, rows: Sequence[Mapping[str, Any]], interval: int) -> None:
-    """Check that a run without a checkpoint was stopped before its first one, and say that it starts again.
+    """Checks that a run without a checkpoint was stopped before its first one, and prints that it starts again.
 
     Args:
-        rows: of `history.jsonl`, with their steps.
+        rows: Rows of `history.jsonl`, each with a step.
         interval: Number of steps after which the first checkpoint was due.
 
     Raises:
@@ -233,7 +233,7 @@ def _is_whole(place: Path) -> bool:
 
 
 def _step(place: Path) -> int | None:
-    """The step in the name of a checkpoint, also of one that was cut off while it was replaced."""
+    """Returns the step in the name of a checkpoint, also if its replacement was interrupted; None for other names."""
     match = re.fullmatch(r"step-(\d{8,12})(\.previous-emrrg)?", place.name, re.ASCII)
     return int(match[1]) if match else None
 
@@ -241,10 +241,10 @@ def _step(place: Path) -> int | None:
 def load_checkpoint(
     checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: Any, rank: int
 ) -> Progress:
-    """Load a checkpoint into model, optimizer, gradient scaler and random number generators.
+    """Loads a checkpoint into model, optimizer, gradient scaler and random number generators.
 
     Raises:
-        RunError: when it cannot be read or is damaged, or its trainable parameters are not those of the model.
+        RunError: It cannot be read or is damaged, or its trainable parameters differ from those of the model.
     """
     try:
         if not check_directory(checkpoint) and rank == 0:
@@ -252,7 +252,7 @@ def load_checkpoint(
         tensors = load_tensors(checkpoint / _WEIGHTS)
         check_archive(checkpoint / _STATE)
         state = torch.load(checkpoint / _STATE, map_location="cpu", weights_only=True)
-        record = read_record(checkpoint / _PROGRESS, "where the training stands", "Put it back from a copy.")
+        record = read_record(checkpoint / _PROGRESS, "the progress of the training", "Put it back from a copy.")
         progress = _progress(record or {}, checkpoint)
     except Exception as error:  # each of the formats has its own errors
         reason = error.message if isinstance(error, RunError) else next(iter(str(error).splitlines()), "")
@@ -278,16 +278,16 @@ def load_checkpoint(
             scaler.load_state_dict(state["scaler"])
         if rank < len(state["rng"]):
             set_rng_state(state["rng"][rank])
-    except Exception as error:  # whatever a state of another shape leads to
+    except Exception as error:  # a state of another shape raises errors of several types
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise RunError(f"{checkpoint / _STATE}: does not fit the model of the recipe: {reason}") from error
     return progress
 
 
 def load_average(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The average of the trainable parameters (`train.ema`) in a checkpoint.
+    """Returns the average of the trainable parameters (`train.ema`) in a checkpoint.
 
     Raises:
-        RunError: when it cannot be read.
+        RunError: It cannot be read.
     """
     return load_tensors(checkpoint / AVERAGE)

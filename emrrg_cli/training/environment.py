@@ -1,4 +1,4 @@
-"""The machine a run happens on: precision, processes, and what is recorded about it."""
+"""The trackers of a run, and its record of versions, device, processes and data (`environment.json`)."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ PACKAGES = ("emrrg", "torch", "transformers", "peft", "accelerate", "datasets", 
 
 
 def make_trackers(names: Sequence[str], run_dir: Path, recipe: Mapping[str, Any]) -> list[Any]:
-    """The trackers of a run: TensorBoard writes to `run_dir/tracking`, W&B to a run of its project `emrrg`.
+    """Returns the trackers of a run: TensorBoard writes to `run_dir/tracking`, W&B to a run of its project `emrrg`.
 
     Args:
         names: `tensorboard`, `wandb`.
-        run_dir: W&B calls the run by its last name.
-        recipe: the configuration that W&B shows.
+        run_dir: Its last part is the name of the run in W&B.
+        recipe: The configuration that W&B shows.
     """
     from accelerate.tracking import TensorBoardTracker, WandBTracker
 
@@ -43,18 +43,18 @@ def make_trackers(names: Sequence[str], run_dir: Path, recipe: Mapping[str, Any]
 
 
 def start_trackers(accelerator: Any) -> None:
-    """Starts the trackers that an accelerator was made with.
+    """Starts the trackers of an accelerator.
 
     Raises:
-        RunError: when one does not start, most often W&B without a login or a network.
+        RunError: A tracker does not start, most often W&B without a login or a network.
     """
     try:
         accelerator.init_trackers("emrrg")
-    except Exception as error:  # each has its own
+    except Exception as error:  # each tracker raises its own errors
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise RunError(
             f"train.trackers: a tracker does not start: {reason}",
-            hint="For W&B: `wandb login`, or WANDB_MODE=offline. Or take it out of train.trackers.",
+            hint="For W&B, run `wandb login` or set WANDB_MODE=offline. Or remove the tracker from train.trackers.",
         ) from error
 
 
@@ -63,13 +63,13 @@ def record_environment(
 ) -> None:
     """Writes `environment.json`: versions, git revision, device, processes, command, data.
 
-    What a run began with stays; where it is resumed, the record of that is added to the list `resumed`.
+    The record of the first start is kept. Each resume adds its own record to the list `resumed`.
 
     Args:
-        data: the fingerprint of each dataset directory.
+        data: The fingerprint of each dataset directory.
 
     Raises:
-        RunError: when there is a record that cannot be read.
+        RunError: An existing record cannot be read.
     """
     device = accelerator.device
     record = {
@@ -91,17 +91,17 @@ def record_environment(
 
 
 def first_environment(run_dir: Path) -> dict[str, Any] | None:
-    """What `record_environment` wrote when the run began; None where it has not.
+    """Returns the record that `record_environment` wrote when the run was started; None if there is none.
 
     Raises:
-        RunError: when it cannot be read.
+        RunError: It cannot be read.
     """
     hint = "Put it back from a copy of the run, or delete it."
-    return read_record(run_dir / ENVIRONMENT, "the record of what this run began with", hint)
+    return read_record(run_dir / ENVIRONMENT, "the record of this run's environment", hint)
 
 
 def git_revision(directory: Path) -> str | None:
-    """The commit that the program runs from, with `-dirty` where files differ from it; None outside a checkout."""
+    """Returns the git commit of the program, with `-dirty` if files differ from it; None outside a checkout."""
     try:
         result = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"],

@@ -1,4 +1,4 @@
-"""Stage 3, `finetune`: X-ray to report."""
+"""Stage 3, `finetune`: report generation from X-rays."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ class FinetuneStage:
     sampler: Sampler | None = None
 
     def items(self, batch: Batch) -> int:
-        """Report tokens of a batch."""
+        """Returns the number of report tokens in a batch."""
         assert batch.labels is not None
         return int((batch.labels != IGNORE).sum())
 
     def prepare_step(self, batches: list[Batch], epoch: int) -> list[Batch]:
-        """Micro-batches with sampled reports in place of the references, once self-critical training has begun."""
+        """Replaces the references by sampled reports, once self-critical training has begun."""
         settings = self.recipe.train.self_critical
         if settings is None or epoch < settings.after_epochs:
             return batches
@@ -76,7 +76,7 @@ class FinetuneStage:
 
     @property
     def collate(self) -> Callable[[Sequence[Example]], Batch]:
-        """Examples to a batch with labels; carries the tokenizer alone to the processes that load."""
+        """The function that joins examples into a batch. Loading processes get the tokenizer, but not the model."""
         data = self.recipe.data
         encode = partial(
             encode_report,
@@ -88,7 +88,7 @@ class FinetuneStage:
         return partial(collate, encode=encode, findings=self.recipe.model.findings)
 
     def validate(self, display: TrainingDisplay) -> dict[str, float]:
-        """Loss over the validation split; unless `train.select` is `loss`, also scores of generated reports."""
+        """Returns the validation loss and, unless `train.select` is `loss`, the scores of generated reports."""
         if self.validation is None:
             return {}
         figures = {"validation/loss": self._validation_loss(display)}
@@ -118,7 +118,7 @@ class FinetuneStage:
         return figures
 
     def _comment(self, reports: Sequence[str], display: TrainingDisplay) -> None:
-        """Explain the score once, and warn whenever nearly all reports are the same text."""
+        """Explains the score once, and warns whenever nearly all reports are the same text."""
         if not self.score_explained:
             self.score_explained = True
             parts = " + ".join(f"{weight:g} {name}" for name, weight in self.recipe.train.score_weights.items())
@@ -151,42 +151,42 @@ class FinetuneStage:
 def run_finetune(
     recipe: FinetuneRecipe, run_dir: Path, *, resume: bool, expected_processes: int, verbose: bool = False
 ) -> Summary:
-    """Trains a report generator as the recipe says and leaves a run directory.
+    """Trains the report generator of a recipe and writes a run directory.
 
     Args:
-        verbose: name every tensor of the encoder that training starts from.
+        verbose: Print how each tensor of the encoder weights is used.
 
     Raises:
-        UsageError: where the recipe does not fit the data, the LLM or the machine.
-        RunError: when a part cannot be had, Java for the scores that validation selects by among them, or training
-            fails.
-        Interrupted: after Ctrl-C, with a checkpoint written.
+        UsageError: The recipe does not fit the data, the LLM or the computer.
+        RunError: A part of the model or of the data cannot be loaded, Java is missing for the scores of the
+            validation, or training fails.
+        Interrupted: A stop signal arrived. The checkpoint is written.
     """
     if recipe.data.root is None:
         raise UsageError(
-            "data.root is not set", hint="Name a dataset directory, as `emrrg preprocess` writes: data.root=DIR."
+            "data.root is not set", hint="Set data.root=DIR to a dataset directory, as `emrrg preprocess` writes."
         )
     llm = recipe.model.llm
-    # The recipe itself allows it, so that older runs can still be resumed, evaluated and used.
+    # The recipe itself allows these dtypes, so that older runs can still be resumed, evaluated and used.
     if not resume and not llm.is_frozen and llm.dtype in ("bf16", "fp16"):
         raise UsageError(
-            f"model.llm.dtype={llm.dtype} is for a frozen LLM; the weights of one that is trained are fp32",
-            hint="Leave it at auto; what a trained LLM computes in is train.precision.",
+            f"model.llm.dtype={llm.dtype} is only for a frozen LLM; a trained LLM has fp32 weights",
+            hint="Set it to auto. train.precision sets the precision in which a trained LLM computes.",
         )
     silence_libraries()
     splits = open_dataset(recipe.data.root)
     if "train" not in splits:
         raise RunError(f"{recipe.data.root}: this dataset directory has no split named train")
     if "validation" in splits and recipe.train.select == "score":
-        # A missing METEOR would count as 0, and the model would be chosen by the other scores or the loss.
+        # A missing METEOR would count as 0, so the other scores or the loss would choose the model.
         require_java(recipe.evaluation.tokenizer, meteor=bool(recipe.train.score_weights.get(METEOR)))
     size = recipe.model.encoder.image_size
     training = ReportDataset(splits["train"], recipe.data, size, recipe.train.seed)
     validation = ReportDataset(splits["validation"], recipe.data, size) if "validation" in splits else None
     if recipe.model.view_tokens and not resume and not training.knows_views:
         raise UsageError(
-            f"model.view_tokens: {recipe.data.root} says of no film whether it is frontal or lateral",
-            hint="Write the directory again with views (R2Gen's IU X-Ray: `emrrg preprocess iu_xray --reports`).",
+            f"model.view_tokens: {recipe.data.root} does not say whether its films are frontal or lateral",
+            hint="Write the directory again with views (for R2Gen's IU X-Ray: `emrrg preprocess iu_xray --reports`).",
         )
 
     with open_session(
@@ -221,7 +221,7 @@ def _train(
             transfer.show(verbose=verbose)
     dtype = llm_dtype(recipe.model.llm.dtype, session.precision)
     if resume and (run_dir / "llm.json").is_file():
-        llm = load_run_llm(run_dir, recipe.model, dtype)  # the one that training began with, or an error
+        llm = load_run_llm(run_dir, recipe.model, dtype)  # the LLM that the run was started with
     else:
         llm = fresh_llm(recipe.model, tokenizer, dtype)
     if accelerator.is_main_process:
@@ -242,7 +242,7 @@ def _train(
 
 
 def _set_objective(model: ReportGenerator, recipe: FinetuneRecipe, reports: Sequence[str]) -> None:
-    """Set what the model does only in training."""
+    """Sets the options that the model uses only in training."""
     model.label_smoothing = recipe.train.label_smoothing
     model.augment = recipe.data.augment
     if model.findings is not None:

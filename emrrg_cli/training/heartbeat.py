@@ -1,4 +1,4 @@
-"""One process works while the others wait for its file, and notice if it has died."""
+"""One process writes a file while the others wait for it, and a heartbeat shows that it is still running."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from emrrg_cli.errors import RunError
 
 @contextlib.contextmanager
 def beating(file: Path, every_s: float = 2.0) -> Iterator[None]:
-    """Touch a file repeatedly while the block runs, then remove it."""
+    """Touches a file repeatedly while the block runs, then removes it."""
     ended = threading.Event()
 
     def beat() -> None:
@@ -33,14 +33,15 @@ def beating(file: Path, every_s: float = 2.0) -> Iterator[None]:
 
 
 def wait_for(file: Path, heartbeat: Path, patience_s: float = 60.0) -> None:
-    """Wait until a file exists.
+    """Waits until a file exists.
 
     Args:
-        heartbeat: What the process that writes the file touches with `beating`.
-        patience_s: Longest time without a touch, by the clock of this computer. That of a network share may differ.
+        heartbeat: File that the writing process touches with `beating`.
+        patience_s: Longest time without a touch, in seconds. It is measured on this computer, because the clock of a
+            network share may differ.
 
     Raises:
-        RunError: The other process gives no sign of life.
+        RunError: The writing process no longer touches `heartbeat`.
     """
     last, since = -1, time.monotonic()
     while not file.is_file():
@@ -52,7 +53,7 @@ def wait_for(file: Path, heartbeat: Path, patience_s: float = 60.0) -> None:
             last, since = beat, time.monotonic()
         elif time.monotonic() - since > patience_s:
             raise RunError(
-                f"{file}: the first process of this run did not write it and gives no sign of life",
-                hint="Its own message says why. Start the run again.",
+                f"{file}: the first process of this run did not write this file and no longer responds",
+                hint="Read the message of that process, then start the run again.",
             )
         time.sleep(0.2)

@@ -32,7 +32,7 @@ class History:
         self._require_run_dir = require_run_dir
 
     def add(self, step: int, figures: Mapping[str, float]) -> None:
-        """Write the figures of a step."""
+        """Writes the figures of a step."""
         if not self._accelerator.is_main_process:
             return
         self._require_run_dir()
@@ -41,7 +41,7 @@ class History:
         self._accelerator.log(dict(figures), step=step)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Read the rows of an earlier run, in the main process; empty in the others and without a history.
+        """Returns the rows of the resumed run; empty in all but the main process and without `history.jsonl`.
 
         Raises:
             RunError: A row has no step.
@@ -54,7 +54,7 @@ class History:
         return rows
 
     def keep_until(self, progress: Progress, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Remove the rows written after the checkpoint: the resumed run repeats these steps."""
+        """Removes the rows written after the checkpoint: the resumed run repeats these steps."""
         if self._accelerator.is_main_process and self._path.exists():
             kept = [json.dumps(row) + "\n" for row in rows if _is_done(row, progress)]
             atomic_write_text(self._path, "".join(kept))

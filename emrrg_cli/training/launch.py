@@ -1,4 +1,4 @@
-"""Starts one process a GPU, unless another launcher, such as torchrun, has started this process."""
+"""Starts one process per GPU, unless another launcher, such as torchrun, has started this process."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from emrrg_cli.console import counted
 from emrrg_cli.errors import EmrrgError, Interrupted, RunError, UsageError
 from emrrg_cli.signals import stop_signals
 
 _EXPECTED = "EMRRG_NUM_PROCESSES"
-_ERRORS = "EMRRG_ERRORS"  # folder that the processes leave their errors in
+_ERRORS = "EMRRG_ERRORS"  # folder where the processes write their errors
 # After a stop signal, processes that have not ended in this time are killed. torch's own limit, 30 s, is less than some
 # models need to finish a step and save a checkpoint.
 _SECONDS_TO_SAVE = 600
@@ -32,16 +33,18 @@ def inside_launcher() -> bool:
 
 
 def is_first_process() -> bool:
-    """Whether this is the only process, or the one of rank 0."""
+    """Whether this is the only process, or the process of rank 0."""
     return not inside_launcher() or os.environ["RANK"] == "0"
 
 
 def processes_wanted(requested: int | None) -> int:
-    """The number of processes to start: as asked for, or every GPU, or one on a CPU and under `accelerate launch`.
+    """Returns the number of processes to start.
+
+    This is `requested`, else one per GPU, else (on a CPU or under `accelerate launch`) 1.
 
     Raises:
-        UsageError: for more processes than GPUs.
-        RunError: when `accelerate launch` was asked for several processes and started one, as it does on a CPU.
+        UsageError: `requested` is larger than the number of GPUs.
+        RunError: `accelerate launch` should start several processes but started one, as it does on a CPU.
     """
     if requested is not None and requested < 1:  # before torch is imported
         raise UsageError(f"--num-processes must be 1 or more, got {requested}")
@@ -53,26 +56,26 @@ def processes_wanted(requested: int | None) -> int:
             return max(1, gpus)
         if "MASTER_ADDR" in os.environ:
             raise RunError(
-                "`accelerate launch` was asked for several processes and has started only this one",
+                "`accelerate launch` should start several processes, but it started only this one",
                 hint="Use emrrg's own --num-processes, or torchrun.",
             )
         return 1
     if gpus and requested > gpus:
-        raise UsageError(f"--num-processes {requested}: there are {gpus} GPUs here")
+        raise UsageError(f"--num-processes {requested}: this computer has {counted(gpus, 'GPU')}")
     return requested
 
 
 def processes_expected(requested: int | None) -> int:
-    """What the world size is checked against: `--num-processes`, or what the launching process asked for, or 0."""
+    """Returns the expected world size: `--num-processes`, else the number that the parent process set, else 0."""
     return requested or int(os.environ.get(_EXPECTED, "0"))
 
 
 def launch(arguments: Sequence[str], processes: int) -> None:
-    """Run `emrrg <arguments>` in several processes of this machine and wait for them.
+    """Runs `emrrg <arguments>` in several processes on this computer and waits for them.
 
     Raises:
-        EmrrgError: A process failed: its own message and exit code.
-        Interrupted: A stop signal arrived. It is passed on, and the processes have time to save a checkpoint.
+        EmrrgError: A process failed. The error has the message and exit code of that process.
+        Interrupted: A stop signal arrived. The processes get the same signal and time to save a checkpoint.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -94,7 +97,7 @@ def launch(arguments: Sequence[str], processes: int) -> None:
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-            if code - 128 in stop_signals():  # somebody stopped the processes and not this one
+            if code - 128 in stop_signals():  # the signal was sent to the processes, not to this one
                 raise Interrupted("all processes have ended", exit_code=code) from None
             ended = f"failed with exit code {code}" if failure.exitcode > 0 else f"was ended by signal {code - 128}"
             failed = _first_error(Path(errors)) or EmrrgError(f"process {rank} of {processes} {ended}")
@@ -124,7 +127,7 @@ def _launch_config(processes: int) -> Any:
 
 @contextmanager
 def _signals_raise(exception: Any) -> Iterator[None]:
-    """In the block, each stop signal raises torch's `SignalException`, also before torch starts the processes."""
+    """Makes each stop signal in the block raise torch's `SignalException`, even before torch starts the processes."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise exception(f"received signal {number}", signal.Signals(number))
@@ -138,31 +141,31 @@ def _signals_raise(exception: Any) -> Iterator[None]:
 
 
 def tell_launcher(error: EmrrgError | Interrupted, *, expected: bool = True) -> bool:
-    """Pass the error to `launch` in the parent process, which prints one message for all processes.
+    """Passes the error to `launch` in the parent process, which prints one message for all processes.
 
     Args:
-        expected: False for what may only follow from the error of another process, such as a lost connection.
+        expected: False if the error of another process may have caused this one, such as a lost connection.
 
     Returns:
         True if this process does not print the error itself.
     """
     if not inside_launcher():
         return False
-    if isinstance(error, Interrupted):  # all of them are, by the same signal
+    if isinstance(error, Interrupted):  # the same signal stops all processes
         return not is_first_process()
     if _ERRORS not in os.environ:
         return False
     row = {"expected": expected, "time": time.time(), "message": error.message, "hint": error.hint}
     try:
         (Path(os.environ[_ERRORS]) / f"{os.environ['RANK']}.json").write_text(json.dumps(row))
-    except OSError:  # the disk is full, perhaps the very error
+    except OSError:  # for example, the disk is full
         return False
     return True
 
 
 def leave_processes() -> None:
-    """Close the process group, if there is one: its threads must end before the program does."""
-    distributed = sys.modules.get("torch.distributed")  # not imported: not used
+    """Closes the process group, if there is one: its threads must end before the program ends."""
+    distributed = sys.modules.get("torch.distributed")  # None if nothing has imported it
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
 

@@ -49,11 +49,11 @@ def train(
     workers: int = 0,
     resume: bool = False,
 ) -> Summary:
-    """Train a stage until its schedule ends, patience runs out, or somebody stops it.
+    """Trains a stage until its schedule ends, its validations stop improving, or a stop signal arrives.
 
-    The loss of an optimizer step is the mean over the items of the whole batch (report tokens in stage 3), whatever
-    the number of processes and micro-batches. All random choices depend on the seed and the position in the data, so
-    a resumed run continues exactly.
+    The loss of an optimizer step is the mean over the items of the whole batch (report tokens in stage 3). It does not
+    depend on the number of processes or micro-batches. All random choices depend on the seed and the position in the
+    data, so a resumed run continues exactly.
 
     Args:
         collate: Joins examples of `dataset` into a batch with a method `to(device)`.
@@ -67,14 +67,14 @@ def train(
 
     Raises:
         RunError: The loss is not finite (or, with `detect_non_finite`, the output of an encoder block), or the
-            checkpoint does not fit.
+            checkpoint does not fit the run.
         UsageError: The batch size does not fit the data or the number of processes.
         Interrupted: A stop signal arrived. The checkpoint is written.
     """
     if accelerator.distributed_type.value not in ("NO", "MULTI_GPU", "MULTI_CPU"):
         raise UsageError(
             f"training under {accelerator.distributed_type.value} is not supported yet",
-            hint="Use one process a GPU (emrrg's --num-processes, torchrun, or accelerate without FSDP and DeepSpeed).",
+            hint="Use one process per GPU: --num-processes, torchrun, or accelerate without FSDP and DeepSpeed.",
         )
     loop = _Loop(stage, dataset, collate, settings, run_dir, accelerator, workers)
     if resume:
@@ -112,7 +112,7 @@ class _Loop:
         if settings.max_steps is not None:
             self.total_steps = min(self.total_steps, settings.max_steps)
         optimizer = build_optimizer(stage.model, settings)
-        self.module = stage.model  # as it is under DistributedDataParallel
+        self.module = stage.model  # not wrapped by DistributedDataParallel
         self.model, self.optimizer = accelerator.prepare(stage.model, optimizer)
         self.average = None if settings.ema is None else WeightAverage(self.module, settings.ema)
         self.progress = Progress()
@@ -126,7 +126,7 @@ class _Loop:
         self.advised = False
 
     def run(self, stop: StopRequest) -> Summary:
-        """Train to the end of the run. For each step: update the weights, save, validate."""
+        """Trains to the end of the run. Each step updates the weights, saves and validates, if these are due."""
         progress = self.progress
         self._start(stop)
         with TrainingDisplay(
@@ -144,7 +144,7 @@ class _Loop:
                 signal_number = self._optimizer_step(step_batches, stop.number)
                 self._advise()
                 progress.validation_due = self._validation_due()
-                # Before the validation, which takes long: the training is saved even if the validation fails.
+                # Before the validation: it takes long, and the checkpoint must exist even if it fails.
                 if self._checkpoint_due() or progress.validation_due or signal_number or self._reason_to_end():
                     self._save()
                 if signal_number:
@@ -178,7 +178,7 @@ class _Loop:
             self.require_run_dir()
         if progress.best_step is None and accelerator.is_main_process:
             with self._averaged():
-                self.stage.export()  # no validation gave finite figures: the result is the model as it is now
+                self.stage.export()  # no validation gave finite figures, so the result is the current model
         accelerator.wait_for_everyone()
         return Summary(
             progress.step,
@@ -191,7 +191,7 @@ class _Loop:
         )
 
     def _advise(self) -> None:
-        """After a minute of training, print once that other programs make the steps slow, if they do."""
+        """Prints advice once, after a minute of training, if other programs slow down the steps."""
         began, busy_s, step = self.measured_from
         seconds, steps = time.monotonic() - began, self.progress.step - step
         if self.advised or seconds < _ADVISE_AFTER_S or steps < 2:
@@ -205,7 +205,7 @@ class _Loop:
         if progress.step >= self.total_steps:
             return "schedule ended"
         if settings.patience is not None and progress.validations_without_gain >= settings.patience:
-            return f"no gain in {settings.patience} validations"
+            return f"no improvement in {settings.patience} validations"
         if progress.step >= self.stop_at:
             return f"train.stop_after_steps={settings.stop_after_steps}"
         return None
@@ -218,7 +218,7 @@ class _Loop:
         )
 
     def _steps(self) -> Iterator[list[Any]]:
-        """The micro-batches of each optimizer step, from the current position to the end of the run.
+        """Yields the micro-batches of each optimizer step, from the current position to the end of the run.
 
         The epochs share their loading processes: with few images, starting processes takes longer than an epoch.
         """
@@ -237,7 +237,7 @@ class _Loop:
             yield step_batches
 
     def _optimizer_step(self, batches: list[Any], stop_signal: int) -> int:
-        """Do one optimizer step. Returns the stop signal that any process received, or 0."""
+        """Does one optimizer step. Returns the stop signal that any process received, or 0."""
         accelerator, settings, progress = self.accelerator, self.settings, self.progress
         lr = learning_rate(progress.step, self.order.steps_per_epoch, self.total_steps, settings)
         for group in self.optimizer.param_groups:
@@ -263,7 +263,7 @@ class _Loop:
         if progress.step_in_epoch == self.order.steps_per_epoch:
             progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
         logged = progress.step % settings.log_every == 0 or progress.step in (1, self.total_steps)
-        if logged or settings.detect_non_finite:  # before broken weights give bad values in all blocks
+        if logged or settings.detect_non_finite:  # later, broken weights would give bad values in all blocks
             self.finite.require_finite()
         if logged:
             if accelerator.num_processes > 1:
@@ -286,7 +286,7 @@ class _Loop:
         self.history.add(self.progress.step, row)
 
     def _validate(self) -> None:
-        """Validate, and export the model if it is the best one so far."""
+        """Validates, and exports the model if it is the best one so far."""
         progress = self.progress
         device = self.accelerator.device
         # Validation may sample; it must not change the random numbers of the training.
@@ -331,7 +331,7 @@ class _Loop:
             self.checkpoints.save(self.progress)
 
     def resume(self) -> None:
-        """Load the last checkpoint. A run that was stopped before its first checkpoint starts again.
+        """Loads the last checkpoint. A run that was stopped before its first checkpoint starts again.
 
         Raises:
             RunError: The checkpoint or the history does not fit the run.

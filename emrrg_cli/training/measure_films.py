@@ -1,4 +1,4 @@
-"""What the films of a training look like to its encoder, so that `generate` can say which films are unlike them."""
+"""Measures how the encoder sees the training films, so that `generate` can report films that differ from them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from emrrg_cli.recipe.finetuning import FinetuneRecipe
 from emrrg_cli.training.run_setup import STATIC
 from emrrg_cli.vocabulary import IMAGENET_MEAN, IMAGENET_STD
 
-_TRAINING, _HELD_OUT = 1000, 500  # studies that are looked at, at most
+_TRAINING, _HELD_OUT = 1000, 500  # largest numbers of studies that are measured
 _BATCH = 32
 
 
@@ -30,11 +30,11 @@ def measure_film_distance(
 ) -> None:
     """Writes `film_distance.safetensors` for the weights that a run has exported.
 
-    The threshold is taken from the validation split, or from a tenth of the training split where there is none. With
-    fewer than ten such films nothing is written.
+    The threshold comes from the validation split, or from a tenth of the training studies if there is no validation
+    split. If these are fewer than ten studies, nothing is written.
 
     Raises:
-        RunError: it cannot be written.
+        RunError: The file cannot be written.
     """
     chosen = _drawn(len(training), _TRAINING)
     if validation is None:

@@ -13,7 +13,7 @@ from emrrg_cli.errors import RunError
 
 
 def accumulate_gradients(model: Any, batches: Sequence[Any], items: float | Tensor, accelerator: Any) -> Tensor:
-    """Accumulate the gradients of an optimizer step. Its loss is the mean over the items of the whole batch.
+    """Accumulates the gradients of an optimizer step. Its loss is the mean over the items of the whole batch.
 
     Args:
         model: Prepared by `accelerator`; returns `StageOutput`.
@@ -35,7 +35,7 @@ def accumulate_gradients(model: Any, batches: Sequence[Any], items: float | Tens
 
 
 def update_weights(model: Any, optimizer: Any, clip_norm: float | None, accelerator: Any) -> Tensor | None:
-    """Clip the gradients, update the weights and clear the gradients.
+    """Clips the gradients, updates the weights and clears the gradients.
 
     Returns:
         The norm of the gradients before clipping; None if `clip_norm` is None.
@@ -60,33 +60,34 @@ class FiniteCheck:
     def __init__(self, accelerator: Any, detects_blocks: bool) -> None:
         self._accelerator = accelerator
         self._detects_blocks = detects_blocks
-        # The first bad step, 0 if there is none. It stays on the GPU: reading it waits for the GPU.
+        # The first bad step, 0 if there is none. It is kept on the GPU: reading it waits for the GPU.
         self._first_bad_step = torch.zeros((), device=accelerator.device)
 
     def add(self, step: int, loss_sum: Tensor, norm: Tensor | None) -> None:
-        """Check the loss and the gradient norm of a step, without waiting for the GPU."""
+        """Checks the loss and the gradient norm of a step, without waiting for the GPU."""
         finite = loss_sum.isfinite()
         if norm is not None and self._accelerator.scaler is None:  # a scaler skips such steps
             finite = finite & torch.as_tensor(norm).isfinite()
         self._first_bad_step = torch.where(finite | (self._first_bad_step > 0), self._first_bad_step, float(step))
 
     def require_finite(self) -> None:
-        """Stop the run if a step was not finite. All processes call this before each save, so that no checkpoint has
-        broken weights.
+        """Stops the run if the loss or gradient of a step was not finite.
+
+        All processes call this before each save, so that no checkpoint has broken weights.
 
         Raises:
             RunError: The loss or gradient of a step is not finite.
         """
         bad_step = self._first_bad_step
         if self._accelerator.num_processes > 1:
-            # The first of all processes: after it the weights are broken in all, and each has a bad step of its own.
+            # The earliest step of all processes: after it, all processes have broken weights.
             bad_step = self._accelerator.gather(bad_step[None])
             bad_step = bad_step[bad_step > 0].min() if bool((bad_step > 0).any()) else bad_step.max()
         if step := int(bad_step):
             where = (
-                "Every encoder block gave finite values: it began behind them or in the backward pass."
+                "All encoder blocks gave finite values, so it began after them or in the backward pass."
                 if self._detects_blocks
-                else "To see in which block and direction it begins: --resume with train.detect_non_finite=true."
+                else "To find the block and direction where it begins, use --resume with train.detect_non_finite=true."
             )
             raise RunError(
                 f"the training loss or its gradient is not finite at step {step}; the last checkpoint is kept",

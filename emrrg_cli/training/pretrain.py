@@ -35,7 +35,7 @@ _SHOWN = 4
 
 
 class PixelPretrainer(nn.Module):
-    """The pre-training model with uint8 grey images in and the loss of the stage out."""
+    """The pre-training model, with uint8 grey images as input and the loss as output."""
 
     def __init__(self, pretrainer: ArmPretrainer) -> None:
         super().__init__()
@@ -46,15 +46,15 @@ class PixelPretrainer(nn.Module):
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """uint8 `[b, h, w]` to `[b, 3, h, w]`: the grey value in three channels, ImageNet mean and deviation."""
+        """Converts uint8 `[b, h, w]` to fp32 `[b, 3, h, w]`: three equal channels with ImageNet normalisation."""
         return (pixels[:, None].float() / 255 - self.mean) / self.std
 
     def grey(self, images: Tensor) -> Tensor:
-        """The way back, `[b, 3, h, w]` to grey values `[b, h, w]` from 0 to 255, the mean over the channels."""
+        """Inverts `normalise`: `[b, 3, h, w]` to grey values `[b, h, w]` from 0 to 255, the mean over the channels."""
         return ((images * self.std + self.mean) * 255).mean(dim=1)
 
     def forward(self, batch: ImageBatch) -> StageOutput:
-        """The loss summed over the images of a batch."""
+        """Returns the loss summed over the images of a batch."""
         loss = self.pretrainer(self.normalise(batch.pixels)).loss
         return StageOutput(loss * len(batch), loss.new_full((), len(batch)))
 
@@ -71,16 +71,16 @@ class PretrainStage:
     accelerator: Any
 
     def items(self, batch: ImageBatch) -> int:
-        """Images of a batch."""
+        """Returns the number of images in a batch."""
         return len(batch)
 
     @property
     def collate(self) -> Callable[[Sequence[Tensor]], ImageBatch]:
-        """Images to a batch."""
+        """The function that joins images into a batch."""
         return collate_images
 
     def validate(self, display: TrainingDisplay) -> dict[str, float]:
-        """Loss over the validation images, whole and unmirrored."""
+        """Returns the loss over the validation images, without crops or mirroring."""
         if self.validation is None:
             return {}
         loss = validation_loss(
@@ -96,7 +96,7 @@ class PretrainStage:
 
     @torch.no_grad()
     def show_examples(self, epoch: int) -> None:
-        """Writes `pictures/epoch-NNN.png`: the first few images of validation (of training where there is none)."""
+        """Writes `pictures/epoch-NNN.png` for a few validation images, or training images if there are none."""
         pixels = torch.stack([self.shown[i] for i in range(min(_SHOWN, len(self.shown)))])
         model = self.model
         pretrainer = model.pretrainer
@@ -123,11 +123,11 @@ class PretrainStage:
 
 
 def build_pretrainer(settings: PretrainModelSettings, scan: str = "auto") -> ArmPretrainer:
-    """The model of a recipe, with random weights or those that the recipe names.
+    """Builds the model of a recipe, with random weights or with the weights that the recipe names.
 
     Raises:
-        UsageError: `encoder.weights` names no model of stage 1.
-        RunError: its tensors do not fit the sizes of the recipe.
+        UsageError: `encoder.weights` is not a model of stage 1.
+        RunError: Its tensors do not fit the sizes of the recipe.
     """
     encoder = settings.encoder
     width, depth = encoder.width_and_depth
@@ -140,7 +140,7 @@ def build_pretrainer(settings: PretrainModelSettings, scan: str = "auto") -> Arm
         settings.decoder_depth,
         scan=scan,
     )
-    # Also when a run is resumed: fixed position embeddings are no parameters, so no checkpoint holds those of a file.
+    # Also for a resumed run: fixed position embeddings are not parameters, so a checkpoint does not contain them.
     if encoder.weights is not None:
         load_weights(model, find_pretrainer(Path(encoder.weights)) / WEIGHTS)
     return model
@@ -149,15 +149,15 @@ def build_pretrainer(settings: PretrainModelSettings, scan: str = "auto") -> Arm
 def run_pretrain(
     recipe: PretrainRecipe, run_dir: Path, *, resume: bool, expected_processes: int, verbose: bool = False
 ) -> Summary:
-    """Trains an encoder on images alone, as the recipe says, and leaves a run directory.
+    """Trains an encoder on images without reports and writes a run directory.
 
     Args:
         verbose: Not used: this stage takes no tensors from an earlier one.
 
     Raises:
-        UsageError: where the recipe does not fit the data or the machine.
-        RunError: when the images cannot be read or training fails.
-        Interrupted: after Ctrl-C, with a checkpoint written.
+        UsageError: The recipe does not fit the data or the computer.
+        RunError: The images cannot be read, or training fails.
+        Interrupted: A stop signal arrived. The checkpoint is written.
     """
     roots = check_roots(recipe)
     silence_libraries()

@@ -1,4 +1,4 @@
-"""The images of stage 1: one data set or several, and a check that none is of a study kept for validation or test."""
+"""The images of stage 1, from one or several data sets, without studies that are kept for validation or test."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ _IU_UID = re.compile(r"CXR\d+(?=_|$)")
 
 
 def check_roots(recipe: PretrainRecipe) -> list[Path]:
-    """The folders that a recipe names, asked for before anything is written.
+    """Returns the folders that a recipe names. It is called before anything is written.
 
     Raises:
-        UsageError: none is named, or one is not there.
+        UsageError: The recipe names no folder, or a folder does not exist.
     """
     named = {"data.root": recipe.data.root} if recipe.data.root is not None else {}
     named |= {f"data.sets[{number}].root": one.root for number, one in enumerate(recipe.data.sets)}
     if not named:
         raise UsageError(
             "data.root is not set",
-            hint="Name a dataset directory, as `emrrg preprocess` writes, or a folder of images: data.root=DIR; "
-            "several are data.sets.",
+            hint="Set data.root=DIR to a dataset directory, as `emrrg preprocess` writes, or to a folder of images. "
+            "For several data sets, use data.sets.",
         )
     for key, root in named.items():
         if not Path(root).is_dir():
@@ -53,13 +53,13 @@ def check_roots(recipe: PretrainRecipe) -> list[Path]:
 def open_images(
     recipe: PretrainRecipe, roots: Sequence[Path], session: Session
 ) -> tuple[ImageSource, ImageSource | None]:
-    """The images to train and to validate on; None where there are none to validate on.
+    """Opens the images for training and for validation; the second is None if there are none for validation.
 
-    Each data set gives its own images for validation: a dataset directory its split, a folder a part of its files.
+    Each data set has its own validation images: a dataset directory has a split for them, a folder a part of its files.
 
     Raises:
-        UsageError: an image is of a held-out study, or the images are not those that a resumed run began with.
-        RunError: the images cannot be read.
+        UsageError: An image belongs to a held-out study, or the images have changed since the run was started.
+        RunError: The images cannot be read.
     """
     opened = [open_dataset(root) if is_dataset_dir(root) else None for root in roots]
     for root, splits in zip(roots, opened, strict=True):
@@ -92,7 +92,7 @@ def _joined(sources: Sequence[ImageSource]) -> ImageSource:
 
 
 def held_out_ids(directories: Iterable[str]) -> dict[str, str]:
-    """The ids of the studies that dataset directories keep for validation and test, each with the directory."""
+    """Returns the ids of the validation and test studies of dataset directories, each with its directory."""
     found: dict[str, str] = {}
     for directory in directories:
         splits = open_dataset(directory)
@@ -104,31 +104,31 @@ def held_out_ids(directories: Iterable[str]) -> dict[str, str]:
 
 
 def _ids_of(split: Any) -> Iterator[tuple[str, set[str]]]:
-    # each study with the ids that it and its patient are known by
+    # each study with the ids of the study and of its patient
     for study, patient, source in zip(split["study_id"], split["patient_id"], split["source"], strict=True):
         yield study, _with_uids({study}) | ({f"patient {patient} of {source}"} if patient else set())
 
 
 def parts_of(name: str) -> set[str]:
-    """What a path may tell of the study of a file: its folders and its name without suffix."""
+    """Returns the parts of a path that may be study ids: its folders and the file name without suffix."""
     path = Path(name)
     return _with_uids({*path.parent.parts, path.stem})
 
 
 def _with_uids(ids: set[str]) -> set[str]:
-    # IU X-Ray's names begin with the number of the report: CXR2384_IM-0942, and CXR2384_IM-0942-1001 for an image.
+    # IU X-Ray names start with the report number: CXR2384_IM-0942 for a study, CXR2384_IM-0942-1001 for an image.
     return ids | {match[0] for name in ids if (match := _IU_UID.match(name))}
 
 
 def refuse_held_out(root: Path, named: Iterable[tuple[str, set[str]]], held_out: dict[str, str]) -> None:
-    """Refuses a data set with a study that is kept for validation or test.
+    """Checks that a data set has no study that is kept for validation or test.
 
     Args:
-        named: each image or study with the ids that it may be known by.
-        held_out: those of `held_out_ids`.
+        named: Each image or study with its possible ids.
+        held_out: As `held_out_ids` returns them.
 
     Raises:
-        UsageError: names the first and counts them.
+        UsageError: It has some. The message has their number and the first name.
     """
     if not held_out:
         return
@@ -136,14 +136,14 @@ def refuse_held_out(root: Path, named: Iterable[tuple[str, set[str]]], held_out:
     if found:
         name, study = found[0]
         raise UsageError(
-            f"{root}: {len(found):,} of its images or studies are kept for validation or test in {held_out[study]}, "
-            f"first {printable(name)}",
-            hint="Take them out of the data to train on: figures on them would be worth nothing.",
+            f"{root}: {len(found):,} of its images or studies are kept for validation or test in {held_out[study]}; "
+            f"the first is {printable(name)}",
+            hint="Remove them from the training data: scores on studies that were used in training are not valid.",
         )
 
 
 def _folder_splits(roots: Sequence[Path], recipe: PretrainRecipe, session: Session) -> dict[Path, FolderSplit]:
-    """The images of folders as the run began with them: a file added later does not change what a resumed run sees."""
+    """Returns the images that each folder had when the run was started; a resumed run ignores files added later."""
     if not roots:
         return {}
     record = session.run_dir / IMAGES
@@ -151,8 +151,8 @@ def _folder_splits(roots: Sequence[Path], recipe: PretrainRecipe, session: Sessi
         with beating(session.run_dir / f"{IMAGES}.working"):
             made = [asdict(split_folder(root, recipe.data.validation, workers=recipe.data.workers)) for root in roots]
         content: Any = made[0] if recipe.data.root is not None else made
-        atomic_write_text(record, json.dumps(content, indent=1) + "\n")  # ASCII: a name need not be UTF-8
-    # Not a barrier: those give up after some minutes, and a large folder may take longer.
+        atomic_write_text(record, json.dumps(content, indent=1) + "\n")  # ASCII: a name may not be valid UTF-8
+    # Not a barrier: barriers time out after some minutes, and a large folder may take longer.
     wait_for(record, session.run_dir / f"{IMAGES}.working")
     try:
         content = json.loads(read_bounded(record, 2**30))
@@ -163,8 +163,8 @@ def _folder_splits(roots: Sequence[Path], recipe: PretrainRecipe, session: Sessi
     for root, split in splits.items():
         if session.resume and (changed := split.changed(root)):
             raise UsageError(
-                f"{len(changed)} images of {root} are not what {session.run_dir} was started with: "
-                f"gone or of another size, first {printable(changed[0])}",
-                hint="Put them back as they were, or start a new run with another --output.",
+                f"{len(changed)} images of {root} were removed or changed in size since {session.run_dir} was started; "
+                f"the first is {printable(changed[0])}",
+                hint="Restore these files, or start a new run with another --output.",
             )
     return splits

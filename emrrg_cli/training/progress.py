@@ -33,7 +33,7 @@ class TrainingDisplay:
     Args:
         total_steps: Optimizer steps of the whole run.
         start_step: Steps already done by a resumed run.
-        enabled: False shows nothing and only measures the rate, for all processes but the first.
+        enabled: False prints nothing and only measures the rate; for all processes except the first.
         console: Where to print; stderr by default.
         after_batch: Called whenever a phase reports progress. An exception that it raises ends the phase.
     """
@@ -82,11 +82,11 @@ class TrainingDisplay:
 
     @property
     def samples_per_second(self) -> float | None:
-        """Recent training samples a second, without validation; None before the first step."""
+        """Recent training samples per second, without validation; None before the first step."""
         return self._rate.samples_per_second
 
     def update(self, *, step: int, epoch: float, loss: float, lr: float, samples: int) -> None:
-        """Record one optimizer step.
+        """Records one optimizer step.
 
         Args:
             step: Steps done, this one included.
@@ -101,7 +101,7 @@ class TrainingDisplay:
         now = time.monotonic()
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=step)
-            # Not at each step: formatting the figures would slow down steps of a millisecond.
+            # Not at each step: formatting the figures would slow down steps that take a millisecond.
             if now - self._reported_at >= _FIGURES_EVERY_S or step in (self._start + 1, self._total):
                 self._reported_at = now
                 self._show_figures(self._bar)
@@ -109,12 +109,12 @@ class TrainingDisplay:
             self._print_line()
 
     def message(self, text: str) -> None:
-        """Print a line of its own, above the bar."""
+        """Prints a line above the bar."""
         if self._enabled:
             self._console.print(Text(text), soft_wrap=True)
 
     def figures(self, title: str, values: Mapping[str, float], note: str = "") -> None:
-        """Print named figures in one line, or as a table if the line is too long for the console."""
+        """Prints named figures in one line, or as a table if the line is too long for the console."""
         parts = [f"{name} {number:.4f}" for name, number in values.items()]
         line = f"{title} {'  '.join(parts)}{note}"
         if len(line) <= self._console.width:
@@ -127,12 +127,12 @@ class TrainingDisplay:
             self._console.print(table)
 
     def paused(self) -> contextlib.AbstractContextManager[None]:
-        """Exclude the time of a block, such as writing a checkpoint, from the training rate."""
+        """Excludes the time of a block, such as writing a checkpoint, from the training rate."""
         return self._rate.paused()
 
     @contextlib.contextmanager
     def phase(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Show work other than training, such as a validation. Its time is excluded from the training rate.
+        """Shows work other than training, such as a validation. Its time is excluded from the training rate.
 
         Yields:
             A function that reports the given number of items as done.
@@ -163,7 +163,7 @@ class TrainingDisplay:
         yield _counter(total, show, self._after_batch)
 
     def _print_line(self) -> None:
-        """Print a plain line, unless there is no new step since the last one."""
+        """Prints a plain line, unless there is no new step since the last one."""
         if self._step == self._reported_step:
             return
         self._reported_at, self._reported_step = time.monotonic(), self._step
@@ -191,9 +191,9 @@ class TrainingDisplay:
         return [part for part in parts if part]
 
     def _left(self) -> str:
-        """Time left, from the current training rate and the pauses for each step so far; empty if unknown.
+        """Returns the time left, from the current training rate and the mean pause per step; empty if unknown.
 
-        Rich's own estimate (TimeRemainingColumn) does not know pauses.
+        Rich's own estimate (TimeRemainingColumn) ignores pauses.
         """
         pace, done = self._rate.seconds_per_step, self._step - self._start
         if pace is None or not done or self._step >= self._total:
@@ -215,7 +215,7 @@ class _Bar(Progress):
             console=console,
             expand=True,
             refresh_per_second=4,
-            # Redirecting moves prints to stderr, so it is off where stdout is a file.
+            # Redirecting moves prints to stderr, so it is off if stdout is a file.
             redirect_stdout=sys.stdout.isatty(),
         )
 
@@ -226,7 +226,7 @@ class _Bar(Progress):
 
 
 def _counter(total: int, show: Callable[[int], None], after: Callable[[], None]) -> Callable[[int], None]:
-    """Add up reported counts, up to `total`: processes that pad their last batch report more items than exist."""
+    """Returns a function that adds up counts, up to `total`: processes that pad their last batch report too many."""
     done = 0
 
     def advance(count: int) -> None:
@@ -244,7 +244,7 @@ def _clock(seconds: float) -> str:
 
 
 def _memory() -> str:
-    """Peak GPU memory if torch uses a GPU, else the memory of this process."""
+    """Returns the peak GPU memory if torch uses a GPU, else the memory of this process."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         return f"GPU {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
@@ -252,5 +252,5 @@ def _memory() -> str:
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process in bytes."""
+    """Returns the resident memory of this process in bytes."""
     return int(psutil.Process().memory_info().rss)

@@ -15,7 +15,7 @@ _SMOOTHING = 0.9
 
 
 class TrainingRate:
-    """Samples and steps a second over a moving window. Pauses do not count."""
+    """Samples and steps per second over a moving window. Pauses do not count."""
 
     def __init__(self) -> None:
         self.paused_s = 0.0
@@ -25,12 +25,12 @@ class TrainingRate:
         self._cold = True
 
     def add(self, samples: int) -> None:
-        """Record a step with this many samples."""
+        """Records a step with this many samples."""
         self._samples += samples
         now = time.monotonic() - self.paused_s
         self._points.append((now, self._samples))
         if self._cold and len(self._points) == 3:
-            # The first step also starts workers and loads kernels, so it counts only until there are others.
+            # The first step also starts workers and loads kernels, so it counts only until there are two steps.
             self._points.popleft()
             self._cold = False
         while len(self._points) > _WINDOW_STEPS + 1 and now - self._points[0][0] > _WINDOW_S:
@@ -38,7 +38,7 @@ class TrainingRate:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Exclude the time of a block."""
+        """Excludes the time of a block."""
         began = time.monotonic()
         self._pauses += 1
         try:
@@ -50,7 +50,7 @@ class TrainingRate:
 
     @property
     def samples_per_second(self) -> float | None:
-        """Samples a second in the window; None before the first step."""
+        """Samples per second in the window; None before the first step."""
         seconds, samples, _ = self._span()
         return samples / seconds if samples and seconds > 0 else None
 
@@ -61,7 +61,7 @@ class TrainingRate:
         return seconds / steps if steps else None
 
     def _span(self) -> tuple[float, int, int]:
-        """Seconds, samples and steps of the window."""
+        """Returns the seconds, samples and steps of the window."""
         (began, before), (ended, after) = self._points[0], self._points[-1]
         return ended - began, after - before, len(self._points) - 1
 
@@ -73,7 +73,7 @@ class SmoothedValue:
         self._total = self._weight = 0.0
 
     def add(self, value: float) -> None:
-        """Add a value; ignored if it is not finite."""
+        """Adds a value; ignored if it is not finite."""
         if math.isfinite(value):
             self._total = _SMOOTHING * self._total + value
             self._weight = _SMOOTHING * self._weight + 1

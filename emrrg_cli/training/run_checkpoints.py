@@ -20,7 +20,7 @@ from emrrg_cli.training.checkpoint import (
 )
 
 _SLOW_S = 1.0
-_SHARE = 0.05  # of the time, for slow checkpoints at the ends of epochs
+_SHARE = 0.05  # largest share of the time that slow checkpoints at the ends of epochs may take
 
 
 class RunCheckpoints:
@@ -46,10 +46,10 @@ class RunCheckpoints:
     ) -> None:
         self._run_dir, self._module, self._optimizer = run_dir, module, optimizer
         self._accelerator, self._average, self._require_run_dir = accelerator, average, require_run_dir
-        self._took_s, self._ended_at = 0.0, float("-inf")  # the last checkpoint: its seconds, and when it was written
+        self._took_s, self._ended_at = 0.0, float("-inf")  # seconds for the last checkpoint, and its time
 
     def save(self, progress: Progress) -> None:
-        """Write a checkpoint, with the random states of all processes."""
+        """Writes a checkpoint with the random states of all processes."""
         began = time.monotonic()
         states = [rng_state()]
         if self._accelerator.num_processes > 1:
@@ -72,7 +72,7 @@ class RunCheckpoints:
         self._took_s = self._ended_at - began
 
     def affordable(self) -> bool:
-        """Whether checkpoints stay below 5 % of the time if another is written now; a fast one always may be.
+        """Whether checkpoints take at most 5 % of the time if one is written now; always true if the last was fast.
 
         All processes give the same answer.
         """
@@ -85,13 +85,13 @@ class RunCheckpoints:
         return affordable
 
     def save_progress(self, progress: Progress) -> None:
-        """Update the progress in the last checkpoint, after a validation."""
+        """Updates the progress in the last checkpoint, after a validation."""
         if self._accelerator.is_main_process:
             save_progress(self._run_dir / "checkpoints", progress)
         self._accelerator.wait_for_everyone()
 
     def load(self, steps_per_epoch: int) -> Progress | None:
-        """Load the last checkpoint into model, optimizer and average.
+        """Loads the last checkpoint into model, optimizer and average.
 
         Returns:
             The progress of the run; None if the run was stopped before its first checkpoint.

@@ -33,7 +33,7 @@ _FREE = {
 
 
 def default_run_dir(recipe: str, *, resume: bool = False) -> Path:
-    """`runs/<recipe>`: `iu_xray/finetune` goes to `runs/iu_xray-finetune`. To resume, a run's own recipe names it."""
+    """Returns `runs/iu_xray-finetune` for `iu_xray/finetune`; to resume from a run's `recipe.yaml`, its directory."""
     path = Path(recipe)
     if resume and path.name == RUN_RECIPE and path.is_file():
         return path.parent
@@ -42,7 +42,7 @@ def default_run_dir(recipe: str, *, resume: bool = False) -> Path:
 
 
 def first_checkpoint_interval(run_dir: Path, settings: LoopSettings) -> int | None:
-    """`train.checkpoint_every_steps` as the run was started with. `--resume` may change it.
+    """Returns the `train.checkpoint_every_steps` that the run was started with. `--resume` may change it.
 
     Args:
         settings: Used if the run has no recipe.
@@ -55,15 +55,15 @@ def first_checkpoint_interval(run_dir: Path, settings: LoopSettings) -> int | No
 
 
 def check_run_dir(run_dir: Path, settings: Settings, *, resume: bool) -> None:
-    """Check that nothing is overwritten and that a run is resumed with its own recipe.
+    """Checks that nothing is overwritten and that a run is resumed with its own recipe.
 
     Raises:
-        UsageError: when the directory is taken or its name is no text, when there is nothing to resume, or when the
-            recipe or the content of its dataset directories has changed.
-        RunError: when what the run recorded cannot be read.
+        UsageError: The directory is not empty or its path is not UTF-8, there is no run to resume, or the recipe or
+            the content of its dataset directories has changed.
+        RunError: A record of the run cannot be read.
     """
     saved = run_dir / RUN_RECIPE
-    if (shown := printable(str(run_dir.absolute()))) != str(run_dir.absolute()):  # a run records where it is
+    if (shown := printable(str(run_dir.absolute()))) != str(run_dir.absolute()):  # a run records its path
         raise UsageError(f"the path of a run must be UTF-8 text, got {shown}", hint="Give another --output.")
     if not resume:
         if run_dir.exists() and (not run_dir.is_dir() or any(not is_leftover(entry) for entry in run_dir.iterdir())):
@@ -95,17 +95,17 @@ def _check_data(run_dir: Path, recipe: Settings) -> None:
     for root, fingerprint in data_fingerprints(recipe).items():
         if recorded.get(root, fingerprint) != fingerprint:
             raise UsageError(
-                f"the data in {root} is not what {run_dir} was started with",
-                hint="Put the dataset back as it was, or start a new run with another --output.",
+                f"the data in {root} has changed since {run_dir} was started",
+                hint="Restore the dataset directory, or start a new run with another --output.",
             )
 
 
 def data_fingerprints(recipe: Settings) -> dict[str, str]:
-    """The fingerprint of each dataset directory that a recipe names, by its absolute path; folders of images have none.
+    """Returns the fingerprint of each dataset directory of a recipe by absolute path; folders of images have none.
 
     Raises:
-        UsageError: for one that is not there.
-        RunError: for one that cannot be read.
+        UsageError: A directory does not exist.
+        RunError: A directory cannot be read.
     """
     from emrrg_cli.datasets.directory import is_dataset_dir
     from emrrg_cli.datasets.fingerprint import dataset_fingerprint

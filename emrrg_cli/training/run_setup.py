@@ -36,10 +36,10 @@ from emrrg_cli.training.run_dir import data_fingerprints
 from emrrg_cli.training.stage import Stage
 from emrrg_cli.training.summary import Summary
 
-# What a run may write before its first step.
+# Files and directories that a run may write before its first step.
 _FILES = (RUN_RECIPE, ENVIRONMENT, CHECKSUMS, "encoder.safetensors", "llm.json", "images.json")
 _DIRECTORIES = ("tokenizer", "llm", "tracking", "wandb")
-# What does not change once training has begun.
+# Those that do not change during training.
 STATIC = ("encoder.safetensors", "llm.json", "images.json", "tokenizer", "llm")
 
 
@@ -56,29 +56,29 @@ class Session:
 
     @property
     def begun(self) -> bool:
-        """Whether there is a checkpoint to continue from: what is trained comes from there, not from another run."""
+        """Whether there is a checkpoint to continue from. It has the trained weights, so no other run is needed."""
         return self.resume and require_checkpoint(self.run_dir) is not None
 
     def check_batch(self, dataset: Dataset[Any]) -> None:
-        """Refuses a data set that holds less than one batch; asked before models are loaded.
+        """Checks that a data set has at least one batch. It is called before models are loaded.
 
         Raises:
-            UsageError: with the batch that would do.
+            UsageError: The data set is too small. The message has a batch size that fits.
         """
         check_batch(self.settings.batch_size, self.accelerator.num_processes, epoch_length(dataset))
 
     def train(
         self, stage: Stage, dataset: Dataset[Any], collate: Callable[[Sequence[Any]], Any], *, workers: int
     ) -> Summary:
-        """Train a stage and draw its curve, also after an error; see `emrrg_cli.training.loop.train`."""
+        """Trains a stage and draws its curve, also after an error; see `emrrg_cli.training.loop.train`."""
         from accelerate.utils import set_seed
 
         if self.accelerator.is_main_process and not (self.resume and (self.run_dir / CHECKSUMS).is_file()):
             write_checksums(self.run_dir, STATIC)
-        # Every process starts from the same weights, then draws its own noise.
+        # All processes start from the same weights, but each process has its own random numbers in training.
         set_seed(self.settings.seed, device_specific=True)
         start_trackers(self.accelerator)
-        if not inside_launcher():  # which divides the cores
+        if not inside_launcher():  # a launcher divides the cores between its processes
             fit_threads(stage.model)
         try:
             return train(
@@ -110,19 +110,19 @@ def open_session(
     resume: bool,
     expected_processes: int,
 ) -> Iterator[Session]:
-    """Starts a run: writes its recipe and its environment, and seeds all processes alike.
+    """Starts a run: writes its recipe and its environment, and sets the same seed in all processes.
 
     If the block fails before the first training step, the written files are removed.
 
     Args:
-        recipe: written as `recipe.yaml`, with absolute paths, unless the run is resumed.
-        settings: the part of the recipe that the loop goes by.
-        scan: the recipe's `model.scan`.
-        expected_processes: the number of processes that was requested; 0 if none was.
+        recipe: Written as `recipe.yaml`, with absolute paths, unless the run is resumed.
+        settings: Settings of the training loop.
+        scan: `model.scan` of the recipe.
+        expected_processes: The requested number of processes; 0 if none was requested.
 
     Raises:
-        UsageError: where the recipe does not fit the machine or the number of processes.
-        RunError: when the number of processes is not the one asked for, or another process writes to `run_dir`.
+        UsageError: The recipe does not fit the computer or the number of processes.
+        RunError: The number of processes is not the requested one, or another process writes to `run_dir`.
     """
     precision = choose_precision(settings.precision)
     engine = choose_engine(scan, "cuda" if torch.cuda.is_available() else "cpu")
@@ -130,7 +130,7 @@ def open_session(
     accelerator = make_accelerator(precision, expected_processes, trackers)
     check_batch(settings.batch_size, accelerator.num_processes)
     lock = locked(run_dir) if accelerator.is_main_process else nullcontext()
-    # A run that is resumed keeps what it has: to clean up after it would remove its recipe and its tokenizer.
+    # Not for a resumed run: this would remove its recipe and its tokenizer.
     clean = _no_false_start(run_dir) if accelerator.is_main_process and not resume else nullcontext()
     with lock, clean:
         if accelerator.is_main_process:
@@ -138,7 +138,7 @@ def open_session(
                 refuse_links(run_dir)
                 check_directory(run_dir)
             else:
-                if (run_dir / RUN_RECIPE).exists():  # another command was faster
+                if (run_dir / RUN_RECIPE).exists():  # another command has created it
                     raise UsageError(f"{run_dir} already exists and is not empty", hint="Give another --output.")
                 atomic_write_text(run_dir / RUN_RECIPE, dump_recipe(with_absolute_paths(recipe)))
             record_environment(run_dir, accelerator, precision, engine, data_fingerprints(recipe))
@@ -151,7 +151,7 @@ def open_session(
 
 @contextmanager
 def _no_false_start(run_dir: Path) -> Iterator[None]:
-    """If a new run fails before its first step, remove its files, so that the directory can be used again."""
+    """Removes the files of a new run that fails before its first step, so that the directory can be used again."""
     try:
         yield
     except BaseException:
@@ -176,12 +176,12 @@ def validation_loss(
     *,
     workers: int,
 ) -> float:
-    """The mean loss over all items of a split, whatever the batch and the number of processes.
+    """Returns the mean loss over all items of a split. It does not depend on batch size or number of processes.
 
     Args:
-        model: returns `StageOutput` for a batch.
+        model: Returns `StageOutput` for a batch.
         collate: See `emrrg_cli.training.loop.train`.
-        workers: processes that load data.
+        workers: Number of processes that load data.
     """
     count = len(dataset)  # type: ignore[arg-type]
     size = settings.micro_batch_size or settings.batch_size

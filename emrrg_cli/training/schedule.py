@@ -11,12 +11,12 @@ from emrrg_cli.recipe.common import LoopSettings
 
 
 def build_optimizer(model: nn.Module, settings: LoopSettings) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; vectors (biases, norms, gates, tokens) and `A_log` carry no weight decay.
+    """Builds AdamW for the trainable parameters; vectors (biases, norms, gates, tokens) and `A_log` have no decay.
 
-    Each group has `lr_scale`, what the learning rate of a step is multiplied by for it.
+    The learning rate of a step is multiplied by `lr_scale` of each group.
 
     Raises:
-        ValueError: when nothing is trainable.
+        ValueError: No parameter is trainable.
     """
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -34,7 +34,7 @@ def build_optimizer(model: nn.Module, settings: LoopSettings) -> torch.optim.Ada
 
 
 def part_of(name: str) -> str:
-    """The part of a model, as `train.lr_scale` names it, that a parameter belongs to by its name."""
+    """Returns the part of the model, as named in `train.lr_scale`, from the name of a parameter."""
     if ".lora_" in name:
         return "adapters"
     if name.startswith(("encoder.", "pretrainer.encoder.")):
@@ -45,10 +45,10 @@ def part_of(name: str) -> str:
 
 
 def learning_rate(step: int, steps_per_epoch: int, total_steps: int, settings: LoopSettings) -> float:
-    """The learning rate of optimizer step `step`, counted from 0: a pure function, so that resuming needs no state.
+    """Returns the learning rate of optimizer step `step`, counted from 0; a pure function, so resuming needs no state.
 
     Linear warm-up over `warmup_epochs`, then the schedule down to `min_lr` at `total_steps`. With `schedule_unit`
-    `epoch` the rate stands still within an epoch.
+    `epoch`, the rate is constant within an epoch.
     """
     warmup = settings.warmup_epochs * steps_per_epoch
     if settings.schedule_unit == "epoch":

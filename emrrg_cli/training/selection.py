@@ -10,7 +10,7 @@ MIN_BLEU_4 = 0.02
 
 
 def better_value(figures: Mapping[str, float], best: list[float] | None) -> list[float] | None:
-    """Compare the figures of a validation with the best ones so far.
+    """Compares the figures of a validation with the best ones so far.
 
     The loss decides between scores that are equal to four decimals: early reports often share no 4-gram with any
     reference, and the small value that BLEU adds to avoid a division by zero is no real difference.

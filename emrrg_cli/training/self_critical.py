@@ -1,11 +1,11 @@
-"""Self-critical training: reports that the model samples are made likelier the better they score.
+"""Self-critical training raises the probability of sampled reports that score well.
 
-Cross-entropy teaches the next word of the reference; the scores judge whole reports. After some epochs of cross-entropy
-the model samples several reports a study, each is scored against the reference, and the loss of a sample is its
-negative log-probability times how much better than the study's mean it scored.
+Cross-entropy trains the next word of the reference; the scores compare whole reports. After some epochs of
+cross-entropy, the model samples several reports for each study, and each is scored against the reference. The loss of a
+sample is its negative log-probability times its advantage: its score minus the mean score of the study's other samples.
 
-Most reports of a data set are alike, so one report can score well for all of them, and training by scores alone can end
-with that report for every study. `contrast` subtracts this gain.
+Most reports of a data set are similar, so one report can score well for all studies, and training on scores alone can
+end with that report for every study. `contrast` subtracts the score against the references of other studies.
 
 Source: self-critical sequence training (Rennie et al., arXiv 1612.00563), with the mean of the other samples as the
 baseline (Luo, arXiv 2003.09971); for reports, R2GenCMN+RL (Qin and Song, Findings of ACL 2022).
@@ -34,10 +34,10 @@ _OTHERS = 3  # number of other studies of the batch in the contrast
 
 
 def advantages(rewards: Tensor) -> Tensor:
-    """How much better each sample is than the mean of the study's other samples.
+    """Returns the reward of each sample minus the mean reward of the study's other samples.
 
     Args:
-        rewards: `[b, n]`, n samples a study, n of 2 or more.
+        rewards: `[b, n]`, `n` samples for each study; `n` is at least 2.
 
     Returns:
         `[b, n]`; each row sums to 0.
@@ -48,12 +48,12 @@ def advantages(rewards: Tensor) -> Tensor:
 
 
 class Sampler:
-    """Samples reports from the model that is trained and weighs them by their rewards.
+    """Samples reports from the model in training and weights them by their rewards.
 
     Args:
-        model: as it is trained; its weights are read anew for each batch.
-        reward: of a report.
-        accelerator: of the training.
+        model: The model in training. Each batch is sampled with its current weights.
+        reward: Scores reports.
+        accelerator: `accelerate.Accelerator` of the training.
     """
 
     def __init__(
@@ -61,17 +61,17 @@ class Sampler:
     ) -> None:
         self.model, self.settings, self.reward, self.accelerator = model, settings, reward, accelerator
         self._autocast = autocast_without_cache(accelerator)
-        self._engine: Engine | None = None  # kept for its CUDA graphs, which read the weights where they are
+        self._engine: Engine | None = None  # kept: its CUDA graphs read the current weights
 
     @torch.no_grad()
     def sampled_batch(self, batch: Batch) -> Batch:
-        """The batch with sampled reports as its labels, `samples` a study, and their advantages.
+        """Returns the batch with sampled reports as its labels, `samples` for each study, and their advantages.
 
-        With `cross_entropy`, the reference follows the samples of its study, and this weight is its advantage. With
-        `contrast`, the rewards against other references of the batch are subtracted.
+        With `cross_entropy`, the reference follows the samples of its study, with `cross_entropy` as its advantage.
+        With `contrast`, the rewards against other references of the batch are subtracted.
 
-        Dropout, augmentation and stochastic depth are off while the reports are sampled. The draws are seeded by the
-        generator of the CPU.
+        Dropout, augmentation and stochastic depth are off while the reports are sampled. The random generator of the
+        CPU seeds the sampling.
         """
         batch = batch.to(self.accelerator.device)
         training = self.model.training
@@ -81,7 +81,7 @@ class Sampler:
         n = self.settings.samples
         rewards = self._rewards(batch.reports, [self.model.decode(row) for row in tokens])
         rows, weights = [torch.tensor(row) for row in tokens], advantages(rewards)
-        if self.settings.cross_entropy:  # the reference stands behind the samples of its study
+        if self.settings.cross_entropy:  # the reference follows the samples of its study
             assert batch.labels is not None
             known = [row[row != IGNORE].cpu() for row in batch.labels]
             rows = [row for i, own in enumerate(known) for row in (*rows[n * i : n * (i + 1)], own)]
@@ -105,7 +105,7 @@ class Sampler:
         return found
 
     def _sample(self, batch: Batch) -> list[list[int]]:
-        # Token ids of `samples` reports a study, those of one study next to each other.
+        # Token ids of `samples` reports for each study; the reports of a study are next to each other.
         model, n = self.model, self.settings.samples
         with self._autocast():
             embeddings, mask, visual = model.prompt(batch.pixels, batch.views, batch.contexts, batch.projections)

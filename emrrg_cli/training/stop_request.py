@@ -27,8 +27,8 @@ class StopRequest:
 class SharedStop:
     """The stop signal that any of several processes received, read one step late.
 
-    To read a value of the current step would wait for the GPU in every step. The value of the step before is there.
-    All processes read the same value at the same step, so they stop together.
+    Reading the value of the current step would wait for the GPU in every step; the value of the previous step is
+    already available. All processes read the same value at the same step, so they stop together.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class SharedStop:
         self._copied: Any = None
 
     def exchange(self, number: Tensor) -> int:
-        """Keep the signal of this step and return that of the step before.
+        """Stores the signal of this step and returns the signal of the previous step.
 
         Args:
             number: Scalar on the device, equal in all processes; 0 if there was no signal.
@@ -53,10 +53,10 @@ class SharedStop:
 
 @contextmanager
 def catch_stop_signals() -> Iterator[StopRequest]:
-    """Record the first stop signal, so that the loop can check for it between steps. The second ends the program.
+    """Records the first stop signal, so that the loop can check for it between steps. The second ends the program.
 
-    Under a launcher the second does nothing: the same Ctrl-C arrives from the terminal and from the launcher, and the
-    launcher ends processes that take too long.
+    Under a launcher, the second signal does nothing: the same Ctrl-C arrives from the terminal and from the launcher,
+    and the launcher ends processes that take too long.
     """
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():

@@ -31,7 +31,7 @@ class Summary:
     is_main_process: bool
 
     def table(self, run_dir: Path) -> Table:
-        """The summary as a table for the terminal."""
+        """Returns the summary as a table for the terminal."""
         table = Table(show_header=False, title=f"run {run_dir}", title_justify="left")
         rows = {"steps": f"{self.steps} ({self.reason})"}
         if self.best is not None:

@@ -86,7 +86,7 @@ def test_the_record_of_the_start_stays_when_a_run_is_resumed(tmp_path: Path, mon
 @pytest.mark.parametrize("content", ["", "{", "[]"])
 def test_a_broken_record_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "environment.json").write_text(content)
-    with pytest.raises(RunError, match=r"environment\.json, the record of what this run began with, cannot be read"):
+    with pytest.raises(RunError, match=r"environment\.json, the record of this run's environment, cannot be read"):
         record_environment(tmp_path, make_accelerator("fp32", 0), "fp32", "reference")
     assert (tmp_path / "environment.json").read_text() == content
 

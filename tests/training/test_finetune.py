@@ -365,7 +365,7 @@ def test_a_batch_that_does_not_fit_is_refused_before_loading(
 @pytest.mark.slow
 def test_a_dtype_without_effect_is_refused_and_harms_no_run(no_java: None, finetune: Any, tmp_path: Path) -> None:
     for dtype in ("bf16", "fp16"):
-        with pytest.raises(UsageError, match=rf"model\.llm\.dtype={dtype} is for a frozen LLM") as caught:
+        with pytest.raises(UsageError, match=rf"model\.llm\.dtype={dtype} is only for a frozen LLM") as caught:
             finetune("run", f"model.llm.dtype={dtype}")
         assert "train.precision" in str(caught.value.hint)
     assert not (tmp_path / "run").exists()

@@ -13,7 +13,7 @@ from emrrg_cli.training.heartbeat import beating, wait_for
 
 
 def test_a_dead_writer_is_noticed(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="gives no sign of life"):
+    with pytest.raises(RunError, match="no longer responds"):
         wait_for(tmp_path / "file", tmp_path / "beat", patience_s=0.3)
 
 

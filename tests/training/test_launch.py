@@ -211,7 +211,7 @@ def test_the_default_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (processes_wanted(None), processes_wanted(3)) == (1, 3)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert (processes_wanted(None), processes_wanted(2)) == (4, 2)
-    with pytest.raises(UsageError, match="--num-processes 5: there are 4 GPUs here"):
+    with pytest.raises(UsageError, match="--num-processes 5: this computer has 4 GPUs"):
         processes_wanted(5)
     with pytest.raises(UsageError, match="must be 1 or more, got 0"):
         processes_wanted(0)

@@ -485,7 +485,7 @@ def test_patience_ends_the_run_and_resuming_it_trains_no_further(fit: Any) -> No
     figures = _figures((0.5, 1.0), *[(0.1, 1.0)] * 8)
     stage = Stage(figures)
     summary = fit(stage, epochs=9, patience=2)
-    assert (summary.steps, summary.best_step, summary.reason) == (6, 2, "no gain in 2 validations")
+    assert (summary.steps, summary.best_step, summary.reason) == (6, 2, "no improvement in 2 validations")
     again = Stage(figures)
     assert fit(again, epochs=9, patience=2, resume=True).steps == 6
     assert again.model.seen == []
@@ -606,7 +606,7 @@ def test_nan_outside_the_blocks_is_reported_at_once(fit: Any) -> None:
     with pytest.raises(RunError, match="not finite at step 4") as raised:
         fit(stage, examples=24, log_every=100, detect_non_finite=True)
     assert len(stage.model.seen) == 4  # not at the next entry of the log or checkpoint
-    assert "Every encoder block gave finite values" in str(raised.value)
+    assert "All encoder blocks gave finite values" in str(raised.value)
 
 
 def test_models_that_accelerate_would_shard_are_refused(tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def test_a_run_is_not_resumed_with_other_data_in_the_same_place(tiny_dataset: Pa
     check_run_dir(run, recipe, resume=True)
     manifest = json.loads((data / "manifest.json").read_text())
     (data / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": "another"}))
-    with pytest.raises(UsageError, match=r"the data in .*data is not what .*run was started with"):
+    with pytest.raises(UsageError, match=r"the data in .*data has changed since .*run was started"):
         check_run_dir(run, recipe, resume=True)
     shutil.rmtree(data)
     with pytest.raises(UsageError, match="no such dataset directory"):

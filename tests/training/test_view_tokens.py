@@ -51,7 +51,7 @@ def test_projections_of_studies(context_dataset: Path) -> None:
 
 def test_a_data_set_without_views_is_refused(finetune: Any, tiny_dataset: Path) -> None:
     assert not ReportDataset(open_dataset(tiny_dataset)["train"], DataSettings(), 16).knows_views
-    with pytest.raises(UsageError, match=r"model\.view_tokens: .*tiny.* says of no film"):
+    with pytest.raises(UsageError, match=r"model\.view_tokens: .*tiny.* does not say whether"):
         finetune("run", "model.view_tokens=true")
 
 
