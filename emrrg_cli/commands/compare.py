@@ -1,4 +1,4 @@
-"""`emrrg compare`: runs and files of predictions side by side."""
+"""`emrrg compare`: compares runs and prediction files."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from emrrg_cli.commands.options import Json
 
 def compare(
     reports: Annotated[
-        list[Path], typer.Argument(metavar="A B ...", help="Run directories, evaluations, or files of predictions.")
+        list[Path],
+        typer.Argument(metavar="A B ...", help="Run directories, evaluation directories or prediction files."),
     ],
-    split: Annotated[str, typer.Option("--split", help="Split whose evaluation is taken.")] = "test",
+    split: Annotated[str, typer.Option("--split", help="Split whose evaluation is compared.")] = "test",
     references: Annotated[
-        Path | None, typer.Option("--references", help="References of files that have none in them.")
+        Path | None, typer.Option("--references", help="File of references, for prediction files without references.")
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Directory for compare.md, compare.csv and compare.json.")
@@ -26,10 +27,10 @@ def compare(
 ) -> None:
     """Compare the scores of runs, seeds and prediction files.
 
-    Scores have intervals, and each entry is tested against the first.
+    Scores have 95 % intervals, and each entry is tested against the first.
 
-    Runs that differ in their seed alone are also shown as mean and standard deviation. Settings that differ between
-    runs are columns, as in a table of an ablation.
+    Runs that differ only in their seed are also shown as mean and standard deviation. Settings that differ between
+    runs become columns, as in an ablation table.
 
     Example: emrrg compare runs/lora_x runs/lora_z theirs.jsonl
     """

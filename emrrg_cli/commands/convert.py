@@ -1,4 +1,4 @@
-"""`emrrg convert`: reads the published checkpoints, and writes them back."""
+"""`emrrg convert`: converts published checkpoints to our format, and back."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ import typer
 
 
 class Layout(StrEnum):
-    """The two sides of a conversion."""
+    """The two formats of a conversion."""
 
     OURS = "ours"
     PUBLISHED = "published"
 
 
 def convert(
-    file: Annotated[Path, typer.Argument(help="Published checkpoint (.pth, .safetensors); a directory of ours.")],
-    out: Annotated[Path, typer.Argument(help="Directory to write; a file with --to published.")],
-    to: Annotated[Layout, typer.Option("--to", help="Which layout to write.")] = Layout.OURS,
+    file: Annotated[Path, typer.Argument(help="Published checkpoint (.pth, .safetensors), or our directory.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write; with --to published, a file.")],
+    to: Annotated[Layout, typer.Option("--to", help="Format to write.")] = Layout.OURS,
     base: Annotated[
-        Path | None, typer.Option("--base", help="Stage 2 file with the encoder of a stage 3 file that has none.")
+        Path | None, typer.Option("--base", help="Stage 2 file with the encoder, for a stage 3 file without one.")
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option("--recipe", help="Recipe of a stage 3 file; default: by the name of the file.")
+        str | None, typer.Option("--recipe", help="Recipe of a stage 3 file; default: chosen by the file name.")
     ] = None,
     llm: Annotated[
-        str | None, typer.Option("--llm", help="LLM of a stage 3 file: hub name or directory; default: the published.")
+        str | None,
+        typer.Option("--llm", help="LLM of a stage 3 file: hub name or directory; default: that of the recipe."),
     ] = None,
     allow: Annotated[
         list[str] | None,
@@ -41,8 +42,8 @@ def convert(
 ) -> None:
     """Convert a published checkpoint to our format, or back.
 
-    Stage and sizes are found from the tensors; what is unknown, missing or misshapen is an error. Nothing in the file
-    is run. Stages 1 and 2 become a directory for model.encoder.weights, stage 3 a run for `generate` and `evaluate`.
+    The tensors determine stage and sizes. Unknown, missing or misshapen tensors are errors. No code from the file is
+    run. Stages 1 and 2 become a directory for model.encoder.weights, stage 3 a run for `generate` and `evaluate`.
 
     Example: emrrg convert MambaXrayCLIP-B.pth clip-b
     """
@@ -53,15 +54,15 @@ def convert(
     if to is Layout.PUBLISHED:
         for option, value in {"--base": base, "--recipe": recipe, "--llm": llm}.items():
             if value is not None:
-                raise UsageError(f"{option} does not go with --to published")
+                raise UsageError(f"{option} cannot be used with --to published")
     for given in (file, base):  # before torch is imported
         if given is not None and not given.exists():
             raise UsageError(f"{given}: no such file or directory")
     if to is not Layout.PUBLISHED and out.is_file():
-        raise UsageError(f"{out} is a file; a directory is to be written there", hint="Choose another name.")
+        raise UsageError(f"{out} is a file, but the output is a directory", hint="Choose another name.")
     if out.exists() and not overwrite and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
         what = "already exists" if out.is_file() else "already exists and is not empty"
-        raise UsageError(f"{out} {what}", hint="Give --overwrite, or another name.")
+        raise UsageError(f"{out} {what}", hint="Use --overwrite, or choose another name.")
     silence_libraries()
     from emrrg_cli.models.published.convert import convert_to_ours, convert_to_published
 

@@ -1,4 +1,4 @@
-"""`emrrg data show DIR`: what is in a dataset directory."""
+"""`emrrg data show DIR`: summarises a dataset directory."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def show(
 ) -> None:
     """Summarise a dataset directory and write a page with examples.
 
-    Counts splits, views, labels, report lengths and sentences. Some studies are shown on a page and a contact sheet.
+    Counts splits, views, labels, report lengths and sentences, and shows some studies on a page and a contact sheet.
 
     Example: emrrg data show data/iu_xray
     """
@@ -65,7 +65,14 @@ def write_page(
     examples: int = 12,
     show_summary: Callable[[Summary], None] = lambda summary: None,
 ) -> None:
-    """Write the page and the contact sheet of a dataset directory, and print where they are."""
+    """Writes the page and the contact sheet of a dataset directory, and prints where they are.
+
+    Args:
+        directory: The dataset directory.
+        output: Folder to write to; None uses `summary_folder(directory)`.
+        examples: Number of studies to show.
+        show_summary: Called with the summary before the paths are printed.
+    """
     from emrrg_cli.console import err
     from emrrg_cli.datasets.summary import summarise
     from emrrg_cli.reporting.summary_page import PAGE, SHEET, write_summary
@@ -80,6 +87,6 @@ def write_page(
 
 
 def summary_folder(directory: Path) -> Path:
-    """The default folder for the summary of a dataset directory."""
+    """Returns the default folder for the summary of a dataset directory."""
     named = directory if directory.name not in ("", "..") else directory.resolve()
     return named.with_name(f"{named.name}-summary")

@@ -1,4 +1,4 @@
-"""`emrrg demo`: writes reports for synthetic films and scores them. A stopped demo continues."""
+"""`emrrg demo`: writes reports for synthetic films and scores them. A stopped demo can be continued."""
 
 from __future__ import annotations
 
@@ -24,19 +24,18 @@ if TYPE_CHECKING:
 SEED = 2026  # seed of the films; the default model was trained on films of another seed
 _CONTINUE = "The same command continues the demo."
 _INTRO = (
-    "Synthetic films, drawn by emrrg with known findings, and reports by the model that comes with emrrg, which has "
-    "not seen them. The page says nothing about real radiographs."
+    "emrrg drew these synthetic films with known findings. The model that comes with emrrg, which was not trained on "
+    "them, wrote the reports. The page says nothing about real radiographs."
 )
 _INTRO_TRAINED = (
-    "Synthetic films, drawn by emrrg with known findings, and reports by a tiny model that was trained on other "
-    "synthetic films for a few minutes. The page shows that all parts work together. It says nothing about real "
-    "radiographs."
+    "emrrg drew these synthetic films with known findings. A tiny model, trained on other synthetic films for a few "
+    "minutes, wrote the reports. The page shows that all parts work together. It says nothing about real radiographs."
 )
 
 
 def demo(
     context: typer.Context,
-    output: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder for films, reports and page.")] = Path(
+    output: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder for the films, reports and page.")] = Path(
         "emrrg-demo"
     ),
     train: Annotated[
@@ -47,31 +46,34 @@ def demo(
         typer.Option(
             "--count",
             min=10,
-            help="Number of synthetic films; default: 60, with --train 2400, a tenth of them for testing.",
+            help="Number of synthetic films; default: 60, or 2400 with --train, of which a tenth is the test split.",
             show_default=False,
         ),
     ] = None,
     seed: Annotated[
-        int, typer.Option("--seed", min=0, help="Random seed for the films. The default model was trained on another.")
+        int,
+        typer.Option(
+            "--seed", min=0, help="Random seed for the films. The default model was trained on films of another seed."
+        ),
     ] = SEED,
     epochs: Annotated[
         int | None,
-        typer.Option("--epochs", min=1, help="Passes over the films, with --train.", show_default=False),
+        typer.Option("--epochs", min=1, help="Number of training epochs, with --train.", show_default=False),
     ] = None,
 ) -> None:
-    """Write reports for synthetic films, score them, make a page.
+    """Write reports for synthetic films, score them and make a page.
 
-    Needs no data, no GPU and no network. The model that comes with emrrg writes the reports in less than a minute on
-    two CPU cores. With --train, the demo trains a tiny model instead.
+    The demo needs no data, GPU or network. The model that comes with emrrg writes the reports in less than a minute
+    on two CPU cores. With --train, the demo trains a tiny model instead.
 
     After Ctrl-C, the same command continues the demo.
 
     Example: emrrg demo my-demo --count 200
     """
     if train and count is not None and count < 100:
-        raise UsageError(f"--train needs 100 films or more, got {count}")
+        raise UsageError(f"--train needs at least 100 films, but --count is {count}")
     if epochs is not None and not train:
-        raise UsageError("--epochs is for --train")
+        raise UsageError("--epochs can only be used with --train")
     count = count or (2400 if train else 60)
     start = None if train else _default_model()
     steps = Steps(output, {"count": count, "seed": seed, "epochs": epochs, "train": train}, context.obj.run)
@@ -91,7 +93,7 @@ def _default_model() -> Path:
 
 
 def _draw(steps: Steps, output: Path, count: int, seed: int, run_dir: Path) -> Path:
-    """Draws films of the size that the model of a run reads; returns the run."""
+    """Draws films in the image size of a run's model; returns the run directory."""
     from emrrg_cli.recipe.load import load_run_recipe
 
     size = load_run_recipe(run_dir, None, [], "generate").model.encoder.image_size
@@ -101,13 +103,13 @@ def _draw(steps: Steps, output: Path, count: int, seed: int, run_dir: Path) -> P
 
 
 def _train(steps: Steps, output: Path, count: int, seed: int, epochs: int | None) -> Path:
-    """Draws films, trains a tiny model on them and scores it; returns its run."""
+    """Draws films, trains a tiny model on them and scores it; returns the run directory."""
     data, run_dir, scores = (output / name for name in ("data", "run", "scores"))
-    # A second view would double the time of training.
+    # A second view per study would double the training time.
     films = ("--count", f"{count}", "--seed", f"{seed}", "--size", "160", "--plain")
     steps.run("preprocess", "phantom", f"{data}", *films)
     resume = (run_dir / "recipe.yaml").is_file()
-    if not resume:  # stopped before the run was recorded
+    if not resume:  # the demo was stopped before training began
         shutil.rmtree(run_dir, ignore_errors=True)
     changes = [f"data.root={data}", *([] if epochs is None else [f"train.epochs={epochs}"])]
     train = ("finetune", "phantom/finetune", *changes, "--output", f"{run_dir}")
@@ -118,7 +120,7 @@ def _train(steps: Steps, output: Path, count: int, seed: int, epochs: int | None
 
 
 def _write_reports(steps: Steps, output: Path, run_dir: Path, *, trained: bool) -> None:
-    """Writes reports for the test split, compares them with the known findings, prints scores, and makes the page."""
+    """Writes reports for the test split, scores them against the known findings, and makes the page."""
     data, reports = output / "data", output / "reports"
     model = ("--model", f"{run_dir}") if trained else ()
     steps.run("generate", f"{data}", *model, "--output", f"{reports}", again=["--overwrite"])
@@ -141,15 +143,15 @@ def _write_reports(steps: Steps, output: Path, run_dir: Path, *, trained: bool) 
 
 
 class Steps:
-    """The commands of a demo, each run once: a demo that was stopped continues with the next one.
+    """Runs the commands of a demo, each one once; a demo that was stopped continues with the next command.
 
     The file `demo.json` in the folder records the options and the finished commands.
 
     Attributes:
-        commands: The commands so far, as they are typed in a shell.
+        commands: The commands so far, as one would type them in a shell.
 
     Raises:
-        UsageError: The folder holds something else, or a demo with other options.
+        UsageError: The folder contains other files, or a demo with other options.
     """
 
     def __init__(
@@ -160,7 +162,7 @@ class Steps:
         self._done: list[str] = []
         if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
             return
-        another = "Name another folder: emrrg demo FOLDER."
+        another = "Choose another folder: emrrg demo FOLDER."
         if not self._record.is_file():
             raise UsageError(f"{folder} already exists and is not empty", hint=another)
         record = read_record(self._record, "the record of a demo", another) or {}
@@ -169,14 +171,14 @@ class Steps:
         self._done = list(record.get("done", ()))
 
     def run(self, *arguments: str, again: Sequence[str] = ()) -> None:
-        """Runs one command of the toolkit in this process, after showing it; a finished command is skipped.
+        """Prints one `emrrg` command and runs it in this process; skips a finished command.
 
         Args:
-            arguments: What follows `emrrg`.
+            arguments: Arguments after `emrrg`.
             again: Options to add if an earlier demo was stopped during this command.
 
         Raises:
-            EmrrgError: The command failed. It has printed the reason; the error has its exit code.
+            EmrrgError: The command failed and has printed the reason; the error has the same exit code.
             Interrupted: The demo was stopped and can continue.
         """
         command = shlex.join(["emrrg", *arguments])
@@ -192,7 +194,7 @@ class Steps:
         except KeyboardInterrupt:
             raise Interrupted("The demo was stopped.", hint=_CONTINUE) from None
         if code:
-            failed = EmrrgError("the demo ended with the command above")
+            failed = EmrrgError("the demo stopped because the command above failed")
             failed.exit_code = code
             raise failed
         self._done.append(command)

@@ -1,4 +1,4 @@
-"""`emrrg doctor`: what this machine has and what is missing."""
+"""`emrrg doctor`: shows what is installed on this machine and what is missing."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import typer
 from emrrg_cli.commands.options import Json
 
 _OPTIONAL = {
-    "numba": "optional, extra fast",
-    "triton": "comes with a CUDA torch",
+    "numba": "optional, in the extra `fast`",
+    "triton": "comes with PyTorch for CUDA",
     "mamba-ssm": "optional",
     "causal-conv1d": "optional",
 }
@@ -45,14 +45,14 @@ def _devices(entry: dict[str, Any]) -> Iterator[str]:
     for index, gpu in enumerate(entry["gpus"]):
         yield f"GPU {index}: {gpu['name']}, {gpu['memory_gib']} GiB, bf16 {'yes' if gpu['bf16'] else 'no'}"
     if not entry["gpus"]:
-        yield f"no GPU (torch is built for {entry['torch_build']}); training runs in fp32"
+        yield f"no GPU (PyTorch is built for {entry['torch_build']}); training runs in fp32"
     ram = "" if entry["ram_gib"] is None else f", {entry['ram_gib']} GiB RAM"
     yield f"{entry['cpu_cores']} CPU cores{ram}"
 
 
 def _scan(entry: dict[str, Any]) -> Iterator[str]:
     for engine, state in entry["engines"].items():
-        yield f"{engine:<15} {state}{' (chosen)' if engine == entry['chosen'] else ''}"
+        yield f"{engine:<15} {state}{' (selected)' if engine == entry['chosen'] else ''}"
 
 
 def _java(entry: dict[str, Any]) -> Iterator[str]:
@@ -70,7 +70,7 @@ def _disk(entry: dict[str, Any]) -> Iterator[str]:
 
 
 def _hub(entry: dict[str, Any]) -> Iterator[str]:
-    yield "offline: models and data come from the cache only" if entry["offline"] else "online"
+    yield "offline: models and data are read only from the cache" if entry["offline"] else "online"
 
 
 _LINES = {"versions": _versions, "devices": _devices, "scan": _scan, "java": _java, "disk": _disk, "hub": _hub}

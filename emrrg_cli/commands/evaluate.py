@@ -14,65 +14,74 @@ from emrrg_cli.errors import UsageError
 if TYPE_CHECKING:
     from emrrg_cli.evaluation.assess import Options
 
-_FILES = "Files of predictions"
+_FILES = "Prediction files"
 
 
 def evaluate(
     context: typer.Context,
     overrides: Overrides = None,
     model: Annotated[Path | None, typer.Option("--model", "-m", help="Run directory of `emrrg finetune`.")] = None,
-    data: Annotated[Path | None, typer.Option("--data", "-d", help="Dataset directory; default: the run's.")] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", "-d", help="Dataset directory; default: that of the run.")
+    ] = None,
     split: Annotated[str, typer.Option("--split", help="Split of the dataset directory.")] = "test",
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Where scores and predictions go; default: in the run.")
+        Path | None,
+        typer.Option("--output", "-o", help="Directory for scores and predictions; default: inside the run."),
     ] = None,
-    recipe: Annotated[str | None, typer.Option("--recipe", help="Evaluation recipe laid over the run's own.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", help="Evaluation recipe whose settings replace those of the run.")
+    ] = None,
     train: Annotated[
-        Path | None, typer.Option("--train", help="Dataset directory of the training reports; default: --data.")
+        Path | None, typer.Option("--train", help="Dataset directory with the training reports; default: --data.")
     ] = None,
     image_controls: Annotated[
-        bool, typer.Option("--image-controls", help="Also write reports for blank films and for those of others.")
+        bool, typer.Option("--image-controls", help="Also write reports for blank films and films of other studies.")
     ] = False,
     reference_labels: Annotated[
-        bool, typer.Option("--reference-labels", help="Take the labels of references from the dataset.")
+        bool, typer.Option("--reference-labels", help="Take the labels of the references from the dataset.")
     ] = False,
     chexbert: Annotated[
-        str | None, typer.Option("--chexbert", help="chexbert.pth, or a hub repository that has it.")
+        str | None, typer.Option("--chexbert", help="Also label with CheXbert: chexbert.pth or a hub repository.")
     ] = None,
     bertscore: Annotated[
-        str | None, typer.Option("--bertscore", help="Model of BERTScore, which the package bert-score computes.")
+        str | None, typer.Option("--bertscore", help="Also compute BERTScore with this model; needs bert-score.")
     ] = None,
-    no_meteor: Annotated[bool, typer.Option("--no-meteor", help="Leave METEOR out; it takes longest.")] = False,
+    no_meteor: Annotated[bool, typer.Option("--no-meteor", help="Skip METEOR, the slowest score.")] = False,
     merge: Annotated[
         list[Path] | None,
-        typer.Option("--merge", help="JSON of scores by other tools, for table and page."),
+        typer.Option("--merge", help="JSON file of other tools' scores to add to table and page; repeatable."),
     ] = None,
     num_processes: NumProcesses = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier evaluation in --output.")] = False,
     as_json: Json = False,
     predictions: Annotated[
         Path | None,
-        typer.Option("--predictions", help="Score this file (.jsonl, .csv, .json).", rich_help_panel=_FILES),
+        typer.Option(
+            "--predictions", metavar="FILE", help="Score this file (.jsonl, .csv, .json).", rich_help_panel=_FILES
+        ),
     ] = None,
     references: Annotated[
-        Path | None, typer.Option("--references", help="References, where they are not in it.", rich_help_panel=_FILES)
+        Path | None,
+        typer.Option("--references", help="File of references, if FILE has none.", rich_help_panel=_FILES),
     ] = None,
     id_column: Annotated[
-        str | None, typer.Option("--id-column", help="Column or key of the study ids.", rich_help_panel=_FILES)
+        str | None, typer.Option("--id-column", help="Column or key with the study ids.", rich_help_panel=_FILES)
     ] = None,
     hypothesis_column: Annotated[
         str | None,
-        typer.Option("--hypothesis-column", help="Column or key of generated reports.", rich_help_panel=_FILES),
+        typer.Option("--hypothesis-column", help="Column or key with the generated reports.", rich_help_panel=_FILES),
     ] = None,
     reference_column: Annotated[
-        str | None, typer.Option("--reference-column", help="Column or key of references.", rich_help_panel=_FILES)
+        str | None,
+        typer.Option("--reference-column", help="Column or key with the references.", rich_help_panel=_FILES),
     ] = None,
     rexrank: Annotated[
         Path | None,
         typer.Option("--write-rexrank", help="Also write the reports as ReXrank's JSON.", rich_help_panel=_FILES),
     ] = None,
 ) -> None:
-    """Write reports for a split and score them, or score a file.
+    """Write reports for a split and score them, or score a prediction file.
 
     Scores are BLEU-1 to BLEU-4, ROUGE-L, METEOR (needs Java), CIDEr and the agreement of clinical findings. Controls
     are scored too: the same reports shuffled between studies, and the most frequent training report.
@@ -82,7 +91,7 @@ def evaluate(
     Example: emrrg evaluate --predictions theirs.csv --references ours.jsonl
     """
     if (model is None) == (predictions is None):
-        run = next((word for word in overrides or [] if "=" not in word), "RUN")  # typed without its option
+        run = next((word for word in overrides or [] if "=" not in word), "RUN")  # perhaps typed without --model
         raise UsageError(
             "give either --model or --predictions",
             hint=f"`emrrg evaluate --model {shlex.quote(run)}` or `emrrg evaluate --predictions FILE`.",
@@ -91,7 +100,7 @@ def evaluate(
         from emrrg_cli.evaluation.predictions import Columns
 
         if overrides:
-            raise UsageError(f"a file of predictions is scored as it is: {overrides[0]} has no effect")
+            raise UsageError(f"settings cannot be changed with --predictions: {overrides[0]} would have no effect")
         _check_files(chexbert, merge, output)
         columns = Columns(id_column, hypothesis_column, reference_column)
         options = _options(chexbert, bertscore, no_meteor, merge)
@@ -134,7 +143,7 @@ def evaluate(
 
 
 def _check_files(chexbert: str | None, merge: list[Path] | None, output: Path | None) -> None:
-    """Finds files that are not there, and an output that cannot be written, before torch is imported."""
+    """Checks before torch is imported that the input files exist and the output can be written."""
     from emrrg_cli.files.output_paths import check_writable
 
     for path in merge or []:
@@ -208,10 +217,10 @@ def _show(result: dict[str, Any], what: str, as_json: bool) -> None:
     out.print(result["image"], markup=False, soft_wrap=True, style=style)
     if result["scores"]["METEOR"] is None:
         reason = result["left_out"].get("METEOR", "")
-        java = "it needs Java (`emrrg doctor` says what was looked for)"
-        err.print(f"METEOR was left out: {java if 'Java' in reason else reason}.", markup=False, soft_wrap=True)
+        java = "it needs Java (`emrrg doctor` shows details)"
+        err.print(f"METEOR was skipped: {java if 'Java' in reason else reason}.", markup=False, soft_wrap=True)
     if result.get("seconds"):
-        rate = f"{result['seconds']:.1f} s, {result['reports_per_second']:.2f} a second"
+        rate = f"{result['seconds']:.1f} s, {result['reports_per_second']:.2f} per second"
         err.print(f"{counted(result['studies'], 'report')} in {rate}.")
     if result["output"]:
         err.print(f"Scores and predictions: {result['output']}", markup=False, soft_wrap=True)

@@ -22,7 +22,7 @@ def generate(
         list[str] | None,
         typer.Argument(
             metavar="PATH|KEY=VALUE",
-            help="Images, folders of images, glob patterns and dataset directories; changes such as "
+            help="Images, folders of images, glob patterns, dataset directories, and changes to settings, such as "
             "generation.num_beams=1.",
         ),
     ] = None,
@@ -38,14 +38,16 @@ def generate(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for reports.jsonl and reports.csv.")] = Path(
         "reports"
     ),
-    recipe: Annotated[str | None, typer.Option("--recipe", help="Generation recipe laid over the run's own.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", help="Generation recipe whose settings replace those of the run.")
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
     study_by: Annotated[
         str,
         typer.Option(
             "--study-by",
-            help="What makes a study of several images: auto (DICOM study, or a subfolder of at most 8 images), "
-            "folder, or file (each image alone).",
+            help="How images are grouped into studies: auto (by DICOM study, or by subfolder of at most 8 images), "
+            "folder (by subfolder), or file (each image is a study).",
         ),
     ] = "auto",
     split: Annotated[
@@ -54,46 +56,55 @@ def generate(
     ] = None,
     table: Annotated[
         Path | None,
-        typer.Option("--table", metavar="FILE", help="CSV, TSV or JSON lines that list the images instead of PATH."),
+        typer.Option(
+            "--table", metavar="FILE", help="CSV, TSV or JSON lines file that lists the images, instead of PATH."
+        ),
     ] = None,
-    image_column: Annotated[str, typer.Option("--image-column", help="Column of --table with image paths.")] = "image",
+    image_column: Annotated[
+        str, typer.Option("--image-column", help="Column of --table with the image paths.")
+    ] = "image",
     study_column: Annotated[
-        str | None, typer.Option("--study-column", help="Column of --table by which rows are one study.")
+        str | None, typer.Option("--study-column", help="Column of --table with the study; its rows are the images.")
     ] = None,
     context: Annotated[
         list[str] | None,
         typer.Option(
             "--context",
             metavar="FIELD=TEXT",
-            help="What is known of the studies, for a model trained with data.context: indication=cough; repeatable.",
+            help="Clinical context, for a model trained with data.context, such as indication=cough; repeatable.",
         ),
     ] = None,
     shard: Annotated[
         str | None,
-        typer.Option("--shard", metavar="I/N", help="Write part I (from 0) of N only; auto: from Slurm or Kubernetes."),
+        typer.Option(
+            "--shard", metavar="I/N", help="Write only part I of N (I starts at 0); auto: set by Slurm or Kubernetes."
+        ),
     ] = None,
     num_processes: NumProcesses = None,
     merge: Annotated[
-        Path | None, typer.Option("--merge", metavar="DIR", help="Join the finished shards of a folder, and end.")
+        Path | None, typer.Option("--merge", metavar="DIR", help="Only join the finished shards in this folder.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier reports in --output.")] = False,
     page: Annotated[
-        int, typer.Option("--page", metavar="N", min=0, help="Studies on page.html, 500 a file; 0: no page.")
+        int,
+        typer.Option(
+            "--page", metavar="N", min=0, help="Maximum number of studies on page.html, 500 per file; 0: no page."
+        ),
     ] = 2000,
     grounding: Annotated[
-        bool, typer.Option("--grounding/--no-grounding", help="Show on the page where the model looked.")
+        bool, typer.Option("--grounding/--no-grounding", help="Show on the page which image regions the model used.")
     ] = True,
     as_json: Json = False,
 ) -> None:
     """Write a report for every study in files and folders.
 
-    The reports are research output and are not for diagnosis. The same command again continues: studies that have a
-    report from the same model and options are skipped.
+    The reports are research output and are not for diagnosis. A stopped command continues when it is run again:
+    studies that already have a report from the same model and options are skipped.
 
-    Without --model, the small model that comes with emrrg writes the reports. It knows synthetic films only.
+    Without --model, the small model that comes with emrrg writes the reports. It was trained only on synthetic films.
 
-    A model that was trained with data.context reads it from --context, from the columns indication, comparison,
-    technique, age and sex of --table, or from DICOM headers (age, sex, reason for the study), in this order.
+    A model that was trained with data.context uses --context, then the columns indication, comparison, technique, age
+    and sex of --table, then the DICOM headers (age, sex, reason for the study).
 
     Example: emrrg generate films/ study.png --model runs/iu --output reports/ generation.num_beams=1
     """
@@ -149,10 +160,10 @@ def generate(
 
 
 def parse_context(options: list[str]) -> dict[str, str]:
-    """`FIELD=TEXT` as field and text.
+    """Parses `FIELD=TEXT` options into a dictionary.
 
     Raises:
-        UsageError: one has no `=` or no text, or names a field twice.
+        UsageError: An option has no `=` or no text, or a field is given twice.
     """
     from emrrg_cli.errors import UsageError
 
@@ -160,7 +171,7 @@ def parse_context(options: list[str]) -> dict[str, str]:
     for option in options:
         name, sign, text = option.partition("=")
         if not sign or not text.strip():
-            raise UsageError(f"--context {option!r} is not FIELD=TEXT", hint='Such as --context indication="cough".')
+            raise UsageError(f"--context {option!r} is not FIELD=TEXT", hint='Example: --context indication="cough".')
         if name in found:
             raise UsageError(f"--context {name} is given twice")
         found[name] = text
@@ -168,10 +179,10 @@ def parse_context(options: list[str]) -> dict[str, str]:
 
 
 def check_device(name: str) -> None:
-    """Finds a device that is not there before torch is imported, as far as that can be told without it.
+    """Checks the name of a device, and on Linux whether a GPU driver exists, before torch is imported.
 
     Raises:
-        UsageError: the name is unknown, or it is a GPU and Linux has no driver of one.
+        UsageError: The name is unknown, or it is a GPU and no driver was found.
     """
     import re
     import sys
@@ -196,7 +207,7 @@ def _machine(device: str, requested: int | None) -> Machine:
     if processes < 1:
         raise UsageError(f"--num-processes must be 1 or more, got {processes}")
     if processes > 1 and device != "cpu":
-        raise UsageError(f"--device {device} is one device, for --num-processes 1", hint="Use --device auto or cpu.")
+        raise UsageError(f"--device {device} needs --num-processes 1", hint="Or use --device auto or cpu.")
     return Machine(device, processes)
 
 
@@ -210,7 +221,7 @@ def _find_studies(paths: list[str], study_by: str, split: str | None) -> list[St
     stored = [path for path in paths if is_dataset_dir(path)]
     others = [path for path in paths if path not in stored]
     if split is not None and not stored:
-        raise UsageError("--split is for dataset directories, and none is named")
+        raise UsageError("--split needs a dataset directory, but none was given")
     found = find_studies(others, study_by) if others else []  # type: ignore[arg-type]
     if stored:
         from emrrg_cli.decoding.stored_studies import stored_studies  # imports torch
@@ -219,7 +230,9 @@ def _find_studies(paths: list[str], study_by: str, split: str | None) -> list[St
             found += stored_studies(root, split)
     counts = Counter(study.name for study in found)
     if twice := next((name for name, count in counts.items() if count > 1), None):
-        raise UsageError(f"two studies are called {twice}", hint="Write their reports into two folders (--output).")
+        raise UsageError(
+            f"two studies are called {twice}", hint="Run them separately, with different folders (--output)."
+        )
     return found
 
 
@@ -230,8 +243,8 @@ def _table_studies(
     from emrrg_cli.errors import UsageError
 
     if paths or split:
-        other = f"{paths[0]} was named" if paths else "--split was given"
-        raise UsageError(f"--table lists the images, and {other} too", hint="Give one of the two.")
+        other = paths[0] if paths else "--split"
+        raise UsageError(f"--table and {other} cannot be used together", hint="Use only one of them.")
     return table_studies(table, image_column, study_column)
 
 
@@ -247,22 +260,22 @@ def _print(result: Written, output: Path, limits: str, *, as_json: bool) -> None
     for path, reason in result.first_skipped:
         err.print(f"skipped {printable(path)}: {printable(reason)}", markup=False, soft_wrap=True)
     if more := result.skipped - len(result.first_skipped):
-        err.print(f"... and {more} more, listed in {result.skipped_file}", markup=False)
+        err.print(f"... and {more} more; all are listed in {result.skipped_file}", markup=False)
     for path, notes in result.first_noted:
         err.print(f"note on {printable(path)}: {notes}", markup=False, soft_wrap=True)
     if more := result.noted - len(result.first_noted):
-        err.print(f"... and notes on {more} more, in {output / 'reports.jsonl'}", markup=False)
+        err.print(f"... and notes on {more} more; all are in {output / 'reports.jsonl'}", markup=False)
     if result.unlike:
-        of = "is for a film" if result.unlike == 1 else "are for films"
-        unlike = f"{counted(result.unlike, 'new report')} {of} unlike those of the training"
+        kind = "is for a film" if result.unlike == 1 else "are for films"
+        unlike = f"{counted(result.unlike, 'new report')} {kind} unlike the training films"
         advice = f": {printable(limits)}, so do not read them as findings" if limits else ""
         err.print(unlike + advice, markup=False, soft_wrap=True)
     if result.earlier:
-        err.print(f"{counted(result.earlier, 'report')} of an earlier run kept", markup=False)
+        err.print(f"{counted(result.earlier, 'report')} from an earlier run kept", markup=False)
     written = result.reports - result.earlier
     rate = written / result.seconds if result.seconds else 0.0
     err.print(
-        f"{counted(written, 'report')}, {counted(result.skipped, 'file')} skipped, {rate:.2f} reports a second, "
+        f"{counted(written, 'report')}, {counted(result.skipped, 'file')} skipped, {rate:.2f} reports per second, "
         f"in {output}",
         markup=False,
         soft_wrap=True,
@@ -270,7 +283,7 @@ def _print(result: Written, output: Path, limits: str, *, as_json: bool) -> None
 
 
 def _print_json(result: Written) -> None:
-    """One object, written row by row: there may be more records than fit into memory."""
+    """Prints one JSON object row by row, because the records may not fit into memory."""
     import json
     import sys
 
@@ -292,10 +305,14 @@ def _print_json(result: Written) -> None:
 
 
 def split_arguments(arguments: list[str], *, needed: bool = True) -> tuple[list[str], list[str]]:
-    """Paths and `key=value` changes apart; an argument that exists as a path is one, whatever its name.
+    """Separates paths from `key=value` changes; an argument that exists as a path is always a path.
 
     Args:
-        needed: whether there must be a path.
+        arguments: Arguments of the command.
+        needed: Whether at least one path is required.
+
+    Raises:
+        UsageError: A path is required, but there is none.
     """
     import re
 
@@ -307,5 +324,5 @@ def split_arguments(arguments: list[str], *, needed: bool = True) -> tuple[list[
     if needed and not paths:
         from emrrg_cli.errors import UsageError
 
-        raise UsageError("no images: name at least one image or folder")
+        raise UsageError("no images: give at least one image or folder")
     return paths, overrides

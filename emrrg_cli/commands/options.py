@@ -35,10 +35,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 @dataclass(frozen=True)
 class Invocation:
-    """How the program was called; `context.obj` of every command.
+    """The command line of the program; it is `context.obj` in every command.
 
     Attributes:
-        arguments: What follows `emrrg`.
+        arguments: Arguments after `emrrg`.
         run: Runs another command of the program in this process and returns its exit code; errors are raised.
     """
 
@@ -47,13 +47,15 @@ class Invocation:
 
 
 def start_processes(context: typer.Context, requested: int | None, *, batch_size: int | None = None) -> bool:
-    """Runs the same command in several processes if several are requested; returns False if this one is enough.
+    """Runs the command again in several processes if several are requested; returns False if one is enough.
 
     Args:
-        batch_size: Examples of an optimizer step, which the processes share; None for commands that do not train.
+        context: Context of the command.
+        requested: Number of processes; None uses one per GPU.
+        batch_size: Number of examples per optimizer step over all processes; None for commands that do not train.
 
     Raises:
-        UsageError: The batch does not divide among the processes. No process is started.
+        UsageError: The number of processes does not divide the batch size. No process is started.
     """
     from emrrg_cli.training.launch import launch, processes_wanted
 

@@ -1,4 +1,4 @@
-"""`emrrg plan`: says what a training run will need before it is started."""
+"""`emrrg plan`: predicts memory, time and disk space of a training run before it starts."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ def plan(
     recipe: RecipeName,
     overrides: TrainingOverrides = None,
     studies: Annotated[
-        int | None, typer.Option("--studies", min=1, help="Number of training studies; default: those of data.root.")
+        int | None, typer.Option("--studies", min=1, help="Number of training studies; default: counted in data.root.")
     ] = None,
     views: Annotated[
-        int | None, typer.Option("--views", min=1, help="Images per study; default: as in data.root, else 1.")
+        int | None, typer.Option("--views", min=1, help="Images per study; default: the mean in data.root, or 1.")
     ] = None,
-    num_processes: Annotated[int, typer.Option("--num-processes", min=1, help="Processes that share a batch.")] = 1,
+    num_processes: Annotated[
+        int, typer.Option("--num-processes", min=1, help="Number of processes that share a batch.")
+    ] = 1,
     as_json: Json = False,
 ) -> None:
     """Predict memory, time and disk space of a training run.
 
-    Runs a few training steps on this machine with random weights. No weights are needed or loaded.
+    Runs a few training steps on this machine with random weights. No weights are downloaded or loaded.
 
     Example: emrrg plan iu_xray/finetune data.root=data/iu_xray train.micro_batch_size=2
     """
@@ -61,11 +63,11 @@ def plan(
     for note in result.notes:
         out.print(f"        {note}", markup=False, soft_wrap=True)
     disk = sum(result.disk.values())
-    out.print(f"disk    {_gib(disk)} for the run directory at its fullest, {_gib(result.disk_free)} free", markup=False)
+    out.print(f"disk    at most {_gib(disk)} for the run directory, {_gib(result.disk_free)} free", markup=False)
     if result.fits:
         out.print(f"fits    {_gib(result.peak)} of {_gib(result.available)}", markup=False)
         return
-    out.print(f"does not fit: {_gib(result.peak)} needed, {_gib(result.available)} there. Try:", markup=False)
+    out.print(f"does not fit: {_gib(result.peak)} needed, {_gib(result.available)} available. Try:", markup=False)
     for proposal in result.proposals:
         out.print(f"  {proposal}", markup=False, soft_wrap=True)
 
@@ -101,17 +103,17 @@ def _memory(result: Plan) -> Table:
 def _time(result: Plan) -> str:
     from emrrg_cli.console import counted
 
-    text = f"time    {result.seconds_per_step:.3g} s a step"
+    text = f"time    {result.seconds_per_step:.3g} s per step"
     if result.seconds_loading is not None:
         text += f" (computing {result.seconds_computing:.3g} s, reading images {result.seconds_loading:.3g} s)"
     if result.steps_per_epoch is None or result.total_steps is None:
-        return text + " (give --studies N or data.root=DIR for the time of an epoch)"
+        return text + " (give --studies N or data.root=DIR to get the time per epoch)"
     epoch, whole = (result.seconds_per_step * steps for steps in (result.steps_per_epoch, result.total_steps))
     capped = result.total_steps < result.epochs * result.steps_per_epoch
     until = "train.max_steps" if capped else counted(result.epochs, "epoch")
     return (
-        f"{text}, {_hours(epoch)} an epoch of {counted(result.steps_per_epoch, 'step')}, "
-        f"{_hours(whole)} for all {result.total_steps:,} ({until})"
+        f"{text}, {_hours(epoch)} per epoch of {counted(result.steps_per_epoch, 'step')}, "
+        f"{_hours(whole)} for all {counted(result.total_steps, 'step')} ({until})"
     )
 
 

@@ -1,4 +1,4 @@
-"""`emrrg recipe ls|show|cp|validate`: the recipes that come with the package, and your own."""
+"""`emrrg recipe ls|show|cp|validate`: lists, prints, copies and checks recipes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def ls(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """List the shipped recipes with their purpose.
+    """List the shipped recipes and their purpose.
 
     Example: emrrg recipe ls finetune
     """
@@ -38,7 +38,7 @@ def ls(
 
     names = recipe_names(pattern)
     if not names:
-        raise UsageError(f"no shipped recipe matches {pattern}", hint="`emrrg recipe ls` lists them all.")
+        raise UsageError(f"no shipped recipe matches {pattern}", hint="`emrrg recipe ls` lists all recipes.")
     entries = []
     for name in names:
         path = find_recipe(name)
@@ -62,7 +62,7 @@ def show(
 ) -> None:
     """Print a recipe, or all of its settings with --resolved.
 
-    With key=value, the changed settings are printed.
+    With key=value, all settings are printed with these changes.
 
     Example: emrrg recipe show iu_xray/finetune train.epochs=5
     """
@@ -98,9 +98,9 @@ def cp(
     source = find_recipe(name)
     target = destination / source.name if destination.is_dir() else destination
     if not is_path(target.name):
-        raise UsageError(f"{target} must end in .yaml, or be a directory that exists")
+        raise UsageError(f"{target} must end in .yaml, or be an existing directory")
     if target.exists() and not force:
-        raise UsageError(f"{target} exists", hint="Choose another name, or overwrite it with --force.")
+        raise UsageError(f"{target} already exists", hint="Choose another name, or overwrite it with --force.")
     atomic_write_text(target, read_text(source))
     typer.echo(f"{target}: a copy of {name}")
 
@@ -109,7 +109,7 @@ def cp(
 def validate(name: Name, overrides: TrainingOverrides = None) -> None:
     """Check a recipe and list all of its problems.
 
-    The exit code is 2 if there are any.
+    The exit code is 2 if there are problems.
 
     Example: emrrg recipe validate mine.yaml train.lr=5e-5
     """
@@ -121,7 +121,7 @@ def validate(name: Name, overrides: TrainingOverrides = None) -> None:
 
 
 def _comments(path: Path) -> tuple[str, str]:
-    """The command that runs a shipped recipe and its purpose: the first and the third line of the file."""
+    """Returns the command that runs a shipped recipe, and its purpose: the first and third line of the file."""
     from emrrg_cli.recipe.library import read_text
 
     lines = [line.lstrip("# ") for line in read_text(path).splitlines()[:3]]

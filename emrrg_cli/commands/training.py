@@ -50,7 +50,7 @@ def align(
 ) -> None:
     """Stage 2: train the encoder to match X-rays and reports.
 
-    Encoder and text encoder are trained with a contrastive loss.
+    The image encoder and the text encoder are trained with a contrastive loss.
 
     Example: emrrg align xray/align-base data.root=data/all model.encoder.weights=runs/pretrain --output runs/align
     """
@@ -90,8 +90,8 @@ def _train(
     """Checks the recipe and the run directory, starts more processes if requested, and trains.
 
     Raises:
-        UsageError: The directory is not empty, there is nothing to resume, the recipe has changed, or the batch does
-            not divide among the processes.
+        UsageError: The directory is not empty, there is nothing to resume, the recipe has changed, or the number of
+            processes does not divide the batch size.
     """
     from emrrg_cli.console import err, out
     from emrrg_cli.files.locks import locked
@@ -106,13 +106,13 @@ def _train(
     if print_recipe:
         out.print(dump_recipe(settings), end="", markup=False, soft_wrap=True)
         return
-    if not resume:  # what was trained is in the run
+    if not resume:  # a resumed run loads its own weights
         check_weights_exist(settings)
     check_roots_exist(settings, folders=stage_name == "pretrain")
     check_trackers_installed(settings.train.trackers)
     run_dir = output or (Path(settings.output) if settings.output else default_run_dir(recipe, resume=resume))
     if is_first_process():
-        with locked(run_dir):  # released at once: the process that writes holds it, and this one may only start others
+        with locked(run_dir):  # released at once, because the training process locks it again
             check_run_dir(run_dir, settings, resume=resume)
     if not inside_launcher() and start_processes(context, num_processes, batch_size=settings.train.batch_size):
         return

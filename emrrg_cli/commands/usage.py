@@ -1,4 +1,4 @@
-"""Help texts as plain text, and what to type instead of a command line that is wrong."""
+"""Prints help as plain text, and suggests corrections for wrong command lines."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-# Options in groups with a heading of their own come after the ungrouped ones.
+# Heading of the options without a group; groups with their own heading come after them.
 _UNGROUPED = "Options"
 
-# Words that people type for a command.
+# Words that people type instead of a command's name.
 _MEANT = {
     "train": ("pretrain", "align", "finetune"),
     "fit": ("finetune",),
@@ -39,7 +39,7 @@ _TAKE_SETTINGS = ("pretrain", "align", "finetune", "plan", "evaluate", "generate
 
 
 class HelpfulCommand(TyperCommand):
-    """A command whose help copies well: flags without a value, whole option names, examples on lines of their own."""
+    """A command with help that is easy to copy: unwrapped examples, whole option names, no placeholder for flags."""
 
     def __init__(self, *arguments: Any, help: str | None = None, **options: Any) -> None:
         paragraphs = inspect.cleandoc(help or "").split("\n\n")
@@ -66,7 +66,7 @@ class HelpfulCommand(TyperCommand):
 
 
 def use_plain_help(app: typer.Typer) -> None:
-    """Gives an application, its groups and its commands the help of `HelpfulCommand`, also by `-h`."""
+    """Uses `HelpfulCommand` for all commands of an application and its groups, and adds `-h`."""
     app.rich_markup_mode = None
     app.info.context_settings = {"help_option_names": ["-h", "--help"]}
     for command in app.registered_commands:
@@ -77,12 +77,12 @@ def use_plain_help(app: typer.Typer) -> None:
 
 
 def what_to_type(error: Any, arguments: Sequence[str], commands: Sequence[str]) -> tuple[str, str | None]:
-    """The message of a wrong call, and what to type instead; None where nothing is near.
+    """Returns the message of a usage error and a suggestion, or None if there is no similar command or option.
 
     Args:
         error: Click's exception.
-        arguments: What follows `emrrg`.
-        commands: The commands of the program.
+        arguments: Arguments after `emrrg`.
+        commands: Names of the program's commands.
     """
     kind = type(error).__name__
     # Click adds its own guesses to the message of an unknown option.
@@ -95,7 +95,7 @@ def what_to_type(error: Any, arguments: Sequence[str], commands: Sequence[str]) 
         if close := _close(message.split("'")[1], names):
             advice = f"Did you mean {', '.join(f'`{path} {name}`' for name in close)}?"
         elif names:
-            advice = f"`{path}` takes one of: {', '.join(names)}."
+            advice = f"The commands of `{path}` are: {', '.join(names)}."
         return message, advice
     if kind == "NoSuchOption":
         if close := get_close_matches(error.option_name, error.possibilities or (), cutoff=0.8):
@@ -106,12 +106,12 @@ def what_to_type(error: Any, arguments: Sequence[str], commands: Sequence[str]) 
         key = "data.root" if name in ("data", "root", "dataset") and command != "preprocess" else name
         place = next((i for i, text in enumerate(arguments) if text.partition("=")[0] == error.option_name), 0)
         value = arguments[place].partition("=")[2] or next(iter(arguments[place + 1 :]), "VALUE")
-        return message, f"Settings of the recipe are changed by key=value, without dashes: {key}={shlex.quote(value)}"
+        return message, f"Change recipe settings with key=value, without dashes: {key}={shlex.quote(value)}"
     return message, None
 
 
 def _close(word: str, names: Sequence[str]) -> list[str]:
-    """The names that a word was perhaps meant to be."""
+    """Returns names that are similar to a word or often meant by it."""
     known = [name for name in _MEANT.get(word.lower(), ()) if name in names]
     beginning = [name for name in names if len(word) > 1 and name.startswith(word.lower())]
     return known or beginning or get_close_matches(word.lower(), names)

@@ -29,7 +29,7 @@ def test_doctor_text_has_a_line_for_each(capsys: pytest.CaptureFixture[str]) -> 
     text = capsys.readouterr().out
     topics = [line.split()[0] for line in text.splitlines() if not line.startswith(" ")]
     assert topics == ["versions", "devices", "scan", "java", "disk", "hub"]
-    assert "(chosen)" in text
+    assert "(selected)" in text
     assert "CPU cores" in text
 
 

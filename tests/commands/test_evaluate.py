@@ -32,7 +32,7 @@ def test_scores_are_printed_and_a_second_run_overwrites_nothing(run: Path, capsy
     for name in ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "METEOR needs Java", "CIDEr"):
         assert name in told
     assert "protocol ours: section report, cleaning auto, references whole, tokenizer whitespace" in printed.out
-    assert "METEOR was left out: it needs Java" in printed.err
+    assert "METEOR was skipped: it needs Java" in printed.err
     assert "not for diagnosis" in printed.err
     assert f"Scores and predictions: {run}/evaluation/test" in printed.err
     first = (run / "evaluation" / "test" / "scores.json").read_text()

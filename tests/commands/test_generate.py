@@ -67,7 +67,7 @@ def test_many_skipped_files_are_counted(tiny_run: Path, tmp_path: Path, capsys: 
     assert main(["generate", str(tmp_path / "texts"), "-m", str(tiny_run), "-o", str(tmp_path / "out")]) == 1
     told = capsys.readouterr().err
     assert told.count("not an image") == 10
-    assert "... and 3 more, listed in" in told
+    assert "... and 3 more; all are listed in" in told
     assert len((tmp_path / "out" / "skipped.jsonl").read_text().splitlines()) == 13
 
 
@@ -76,7 +76,7 @@ def test_many_skipped_files_are_counted(tiny_run: Path, tmp_path: Path, capsys: 
     [
         (["none.png"], "none.png: no such file or folder"),
         (["empty"], "no files in empty"),
-        (["generation.num_beams=2"], "no images: name at least one image or folder"),
+        (["generation.num_beams=2"], "no images: give at least one image or folder"),
         (["a.png", "generation.num_beans=2"], "did you mean generation.num_beams?"),
         (["a.png", "train.lr=1"], "was settled when the run was trained"),
         (["a.png", "--device", "abacus"], "unknown device 'abacus'"),
@@ -156,7 +156,7 @@ def test_the_same_command_again_continues(
     assert main(arguments) == 0
     Image.new("L", (30, 20), 30).save(images / "new.png")
     assert main(arguments) == 0
-    assert "2 reports of an earlier run kept" in capsys.readouterr().err
+    assert "2 reports from an earlier run kept" in capsys.readouterr().err
     rows = [json.loads(line) for line in (tmp_path / "out" / "reports.jsonl").read_text().splitlines()]
     assert sorted(Path(row["path"]).name for row in rows) == ["[bold]ü.png", "a b.png", "new.png"]
 

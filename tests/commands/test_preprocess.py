@@ -156,7 +156,7 @@ def test_folder_without_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["--table", "none.csv"], "no such table"),
         (["--report-column", "text"], "no table is given"),
         (["--split", "1,1"], "--split"),
-        (["--table", "TABLE", "--split", "1", "--split-column", "who"], "exclude each other"),
+        (["--table", "TABLE", "--split", "1", "--split-column", "who"], "cannot be used together"),
         (["--table", "TABLE"], "its columns: file, text, who"),
         (["--table", "TABLE", "--image-column", "file", "--view-column", "v"], "--view-column"),
     ],

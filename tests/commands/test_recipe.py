@@ -86,7 +86,7 @@ def test_cp_copies_and_the_copy_still_finds_its_parent(capsys: pytest.CaptureFix
 def test_cp_overwrites_only_when_forced(capsys: pytest.CaptureFixture[str]) -> None:
     Path("mine.yaml").write_text("mine\n")
     assert main(["recipe", "cp", "tiny/finetune", "mine.yaml"]) == 2
-    assert "mine.yaml exists" in capsys.readouterr().err
+    assert "mine.yaml already exists" in capsys.readouterr().err
     assert Path("mine.yaml").read_text() == "mine\n"
     assert main(["recipe", "cp", "tiny/finetune", "mine.yaml", "--force"]) == 0
     assert Path("mine.yaml").read_text() == (recipes_dir() / "tiny" / "finetune.yaml").read_text()

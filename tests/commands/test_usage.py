@@ -71,7 +71,7 @@ def test_the_list_of_commands_has_whole_sentences(
         ("predict", "Did you mean `emrrg generate`?"),
         ("doctr", "Did you mean `emrrg doctor`?"),
         ("preprocess iu", "Did you mean `emrrg preprocess iu_xray`?"),
-        ("preprocess openi/ data/iu", "`emrrg preprocess` takes one of: r2gen, folder, iu_xray, mimic_cxr,"),
+        ("preprocess openi/ data/iu", "The commands of `emrrg preprocess` are: r2gen, folder, iu_xray, mimic_cxr,"),
         ("finetune --data DIR", "key=value, without dashes: data.root=DIR"),
         ("finetune tiny/finetune --lr=1e-4", "key=value, without dashes: lr=1e-4"),
         ("finetune tiny/finetune --resum", "--resume"),

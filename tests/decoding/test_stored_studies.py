@@ -56,7 +56,7 @@ def test_wrong_usage_of_split_is_refused(
     Image.new("L", (8, 8)).save(tmp_path / "film.png")
     options = ["--model", str(varied_run), "--output", str(tmp_path / "out")]
     assert main(["generate", str(tmp_path / "film.png"), "--split", "test", *options]) == 2
-    assert "--split is for dataset directories" in capsys.readouterr().err
+    assert "--split needs a dataset directory" in capsys.readouterr().err
     copy = tmp_path / "link"
     copy.symlink_to(tiny_dataset)
     assert main(["generate", str(tiny_dataset), str(copy), *options]) == 2

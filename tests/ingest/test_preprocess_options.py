@@ -348,7 +348,7 @@ def test_a_summary_that_cannot_be_written_stops_the_run_early(
     (tmp_path / "out-summary").touch()
     arguments = ["preprocess", "r2gen", str(tiny_r2gen), str(tmp_path / "out"), "--workers", "1"]
     assert main(arguments) == 2
-    assert "out-summary is a file Move it away, or pass --no-summary." in " ".join(capsys.readouterr().err.split())
+    assert "out-summary is a file Move it, or use --no-summary." in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
     assert main([*arguments, "--no-summary"]) == 0
 

@@ -144,7 +144,7 @@ def test_a_batch_that_the_training_would_refuse_is_not_planned() -> None:
 
 @pytest.mark.usefixtures("no_trial")
 def test_the_time_of_all_steps_ends_where_the_schedule_does(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["plan", "tiny/finetune", *TINY, "train.epochs=3"]  # 1 s a step of 8
+    arguments = ["plan", "tiny/finetune", *TINY, "train.epochs=3"]  # 1 s per step of 8
 
     def planned(*more: str) -> dict[str, Any]:
         assert main([*arguments, *more, "--json"]) == 0
@@ -159,9 +159,12 @@ def test_the_time_of_all_steps_ends_where_the_schedule_does(capsys: pytest.Captu
     ]
     unknown = planned("train.max_steps=12")
     assert (unknown["total_steps"], unknown["seconds_total"], unknown["seconds_per_epoch"]) == (None, None, None)
-    for steps, told in (("null", "30 s for all 30 (3 epochs)"), ("12", "12 s for all 12 (train.max_steps)")):
+    for steps, told in (
+        ("null", "30 s for all 30 steps (3 epochs)"),
+        ("12", "12 s for all 12 steps (train.max_steps)"),
+    ):
         assert main([*arguments, "--studies", "80", f"train.max_steps={steps}"]) == 0
-        assert f"10 s an epoch of 10 steps, {told}\n" in capsys.readouterr().out
+        assert f"10 s per epoch of 10 steps, {told}\n" in capsys.readouterr().out
 
 
 def test_the_views_of_a_study_are_those_that_are_used(tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:

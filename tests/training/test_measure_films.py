@@ -44,7 +44,7 @@ def test_generate_names_films_unlike_the_training(
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)).save(films / "noise.png")
     command = ["generate", str(films), "--model", str(run), "--output", str(tmp_path / "out"), "--device", "cpu"]
     assert main(command) == 0
-    assert "1 new report is for a film unlike those of the training" in capsys.readouterr().err
+    assert "1 new report is for a film unlike the training films" in capsys.readouterr().err
     rows = [json.loads(line) for line in (tmp_path / "out" / "reports.jsonl").read_text().splitlines()]
     for row, note in zip(rows, ([], ["unlike the films of the training"]), strict=True):
         assert [text.partition(" (")[0] for text in row["notes"]] == note

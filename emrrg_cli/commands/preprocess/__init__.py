@@ -1,4 +1,7 @@
-"""`emrrg preprocess SOURCE ROOT OUT`: raw data, or synthetic studies, to a dataset directory. One file a source."""
+"""`emrrg preprocess SOURCE ROOT OUT`: writes raw data or synthetic studies to a dataset directory.
+
+Each source has its own file.
+"""
 
 from __future__ import annotations
 

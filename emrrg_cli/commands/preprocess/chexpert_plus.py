@@ -17,18 +17,26 @@ def chexpert_plus(
     annotation: Annotated[
         Path | None,
         typer.Option(
-            "--annotation", metavar="JSON", help="In R2Gen's form: its studies, texts, split.", show_default=False
+            "--annotation",
+            metavar="JSON",
+            help="Annotation file in R2Gen's format with the studies, texts and split to use.",
+            show_default=False,
         ),
     ] = None,
     split: Annotated[
         str | None,
-        typer.Option(metavar="PARTS", help="Parts drawn by patient; default 0.7,0.1,0.2.", show_default=False),
+        typer.Option(
+            metavar="PARTS",
+            help="Fractions of train, validation and test, by patient; default 0.7,0.1,0.2.",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
     """CheXpert Plus: df_chexpert_plus_240401.csv, PNGs/ (or PNG/, DICOM/) and chexbert_labels/ in ROOT.
 
-    Rows of one study are its views. The report is section_findings; --section impression or both takes others. With
-    the published annotation (40,463, 5,780 and 11,562 studies) the split is its own, otherwise it is drawn by patient.
+    Rows of the same study are its views. The report is section_findings, unless --section selects another section.
+    The published annotation has its own split of 40,463, 5,780 and 11,562 studies; without it, patients are split at
+    random.
 
     Example: emrrg preprocess chexpert_plus cheXpert_plus/ data/chexpert_plus --annotation annotation.json
     """
@@ -37,7 +45,7 @@ def chexpert_plus(
     from emrrg_cli.ingest.sources.chexpert_plus import FRACTIONS, ChexpertPlusSource
 
     if annotation is not None and split is not None:
-        raise UsageError("--annotation and --split exclude each other")
+        raise UsageError("--annotation and --split cannot be used together")
     settings = load_settings(options)
     fractions = FRACTIONS if split is None else parse_fractions(split)
     studies = ChexpertPlusSource(

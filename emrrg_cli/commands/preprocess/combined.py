@@ -12,25 +12,30 @@ from emrrg_cli.commands.preprocess.common import Options, Out, load_settings, ru
 
 def combined(
     annotation: Annotated[
-        Path, typer.Argument(metavar="ANNOTATION", help="JSON of several data sets.", show_default=False)
+        Path, typer.Argument(metavar="ANNOTATION", help="Annotation file of several data sets.", show_default=False)
     ],
     out: Out,
     options: Options,
     root: Annotated[
         list[str] | None,
-        typer.Option("--root", metavar="NAME=DIR", help="A data set's folder; once for each.", show_default=False),
+        typer.Option(
+            "--root", metavar="NAME=DIR", help="Folder of a data set; repeat for each one.", show_default=False
+        ),
     ] = None,
     moved: Annotated[
         list[str] | None,
         typer.Option(
-            "--map", metavar="OLD=NEW", help="Beginning of the file's paths, folder in its place.", show_default=False
+            "--map",
+            metavar="OLD=NEW",
+            help="Replace the beginning OLD of paths in the annotation with the folder NEW; repeatable.",
+            show_default=False,
         ),
     ] = None,
 ) -> None:
-    """Several data sets in one annotation of R2Gen's form, such as the published one of stage 2.
+    """Several data sets in one R2Gen annotation file, such as the published file of stage 2.
 
-    Every image must lie under one of the roots, whose name becomes the study's source: call IU X-Ray iu_xray, so that
-    its reports are cleaned by its own rule.
+    Every image must be in one of the root folders. The name of the root becomes the study's source. Use the name
+    iu_xray for IU X-Ray, so that its reports are cleaned by its own rule.
 
     Example: emrrg preprocess combined clip_annotation.json data/stage2 --root iu_xray=iu/ --root mimic_cxr=mimic/
     --map /data/iu_xray/images=iu/images --map /data/mimic_cxr=mimic/files

@@ -1,4 +1,4 @@
-"""What the commands of all sources share: their options, the run, and what is printed after it."""
+"""Shared code of the preprocess commands: options, the run, and the printed result."""
 
 from __future__ import annotations
 
@@ -24,24 +24,26 @@ SourceName = Annotated[str | None, typer.Option("--source", metavar="NAME", help
 
 
 # Headings of the help.
-_CHOICE, _IMAGES, _RUN = "What is written", "Images", "The run"
+_CHOICE, _IMAGES, _RUN = "Selection", "Images", "Run"
 
 
 @dataclass(frozen=True)
 class Options:
-    """Options that every source has; `with_options` gives them to a command."""
+    """Options of every source; `with_options` adds them to a command."""
 
     overrides: Overrides = None
     recipe: Annotated[
         str | None,
-        typer.Option("--recipe", metavar="NAME|PATH", help="Settings to start from.", show_default=False),
+        typer.Option(
+            "--recipe", metavar="NAME|PATH", help="Recipe with the settings to start from.", show_default=False
+        ),
     ] = None
     section: Annotated[
         str | None,
         typer.Option(
             "--section",
             metavar="report|findings|impression|both",
-            help="Text that becomes the report; report: by the rule of the data set. Studies without it are left out.",
+            help="Section used as the report; report: the default of the data set. Studies without it are skipped.",
             show_default=False,
             rich_help_panel=_CHOICE,
         ),
@@ -51,7 +53,7 @@ class Options:
         typer.Option(
             "--views",
             metavar="all|frontal|lateral",
-            help="Views that are kept; one whose projection is not known is kept and counted.",
+            help="Views to keep. Views with unknown projection are kept and counted.",
             show_default=False,
             rich_help_panel=_CHOICE,
         ),
@@ -59,7 +61,11 @@ class Options:
     min_words: Annotated[
         int | None,
         typer.Option(
-            "--min-words", min=0, help="Leave out reports of fewer words.", show_default=False, rich_help_panel=_CHOICE
+            "--min-words",
+            min=0,
+            help="Skip studies whose report has fewer words.",
+            show_default=False,
+            rich_help_panel=_CHOICE,
         ),
     ] = None
     dedupe: Annotated[
@@ -67,7 +73,7 @@ class Options:
         typer.Option(
             "--dedupe",
             metavar="off|report|drop",
-            help="Duplicate images, exact or near: report them, or keep one copy of each.",
+            help="Exact and near duplicates of images: report them, or keep only one copy (drop).",
             show_default=False,
             rich_help_panel=_CHOICE,
         ),
@@ -77,7 +83,7 @@ class Options:
         typer.Option(
             "--limit",
             min=1,
-            help="Only the first studies of each split.",
+            help="Use only the first N studies of each split.",
             show_default=False,
             rich_help_panel=_CHOICE,
         ),
@@ -85,14 +91,14 @@ class Options:
     seed: Annotated[int, typer.Option("--seed", min=0, help="Random seed for the split.", rich_help_panel=_CHOICE)] = 0
     allow_leakage: Annotated[
         bool,
-        typer.Option("--allow-leakage", help="Accept patients in more than one split.", rich_help_panel=_CHOICE),
+        typer.Option("--allow-leakage", help="Allow patients that occur in several splits.", rich_help_panel=_CHOICE),
     ] = False
     size: Annotated[
         str | None,
         typer.Option(
             "--size",
             metavar="N|original",
-            help="Shorter side in pixels; smaller images are kept.",
+            help="Shorter side in pixels; smaller images are not enlarged.",
             show_default=False,
             rich_help_panel=_IMAGES,
         ),
@@ -110,7 +116,9 @@ class Options:
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Report what would be done and the first problems; write nothing.", rich_help_panel=_RUN
+            "--dry-run",
+            help="Print what would be written and the first problems, without writing anything.",
+            rich_help_panel=_RUN,
         ),
     ] = False
     export_annotation: Annotated[
@@ -118,7 +126,7 @@ class Options:
         typer.Option(
             "--export-annotation",
             metavar="FILE",
-            help="Also write R2Gen's annotation file, and the images beside it in images/.",
+            help="Also write an annotation file in R2Gen's format, and the images to images/ next to it.",
             show_default=False,
             rich_help_panel=_RUN,
         ),
@@ -159,14 +167,16 @@ class Options:
     summary: Annotated[
         bool,
         typer.Option(
-            "--summary/--no-summary", help="Write the page of `emrrg data show OUT` afterwards.", rich_help_panel=_RUN
+            "--summary/--no-summary",
+            help="Write the summary page of `emrrg data show OUT` at the end.",
+            rich_help_panel=_RUN,
         ),
     ] = True
     as_json: Json = False
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command the parameters of `Options` in place of its parameter `options`: Typer reads the signature."""
+    """Replaces the parameter `options` of a command by the fields of `Options`, because Typer reads the signature."""
     hints = get_type_hints(Options, include_extras=True)
     shared = [
         inspect.Parameter(
@@ -189,15 +199,15 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def load_settings(options: Options, default: str = "default/preprocess", **given: Any) -> PreprocessRecipe:
-    """The recipe with what the command line changes.
+    """Loads the recipe and applies the options of the command line.
 
     Args:
-        options: Of the command line.
-        default: The recipe where none is named.
-        given: Settings by options that only this command has; None: not given.
+        options: Options of the command line.
+        default: Recipe to use if none is named.
+        given: Settings from options that only this command has; None leaves a setting unchanged.
 
     Raises:
-        UsageError: As `load_recipe`.
+        UsageError: The same errors as `load_recipe`.
     """
     from emrrg_cli.recipe.load import load_recipe
     from emrrg_cli.recipe.preprocessing import PreprocessRecipe
@@ -217,20 +227,20 @@ def run_source(
     *,
     title: str | None = None,
 ) -> None:
-    """Writes the dataset directory of a source and prints what came of it.
+    """Writes the dataset directory of a source and prints the result.
 
     Args:
         source: Studies to read.
-        out: Dataset directory to make.
-        options: Of the command line.
-        settings: From `load_settings`.
+        out: Dataset directory to write.
+        options: Options of the command line.
+        settings: Result of `load_settings`.
         record: `layout` and options that only this source has, for the manifest.
-        title: Of the printed table; None: the source's name and the number of studies.
+        title: Title of the printed table; None uses the source's name and the number of studies.
 
     Raises:
-        UsageError, RunError, Interrupted: As `emrrg_cli.ingest.preprocess.preprocess`.
+        UsageError, RunError, Interrupted: The same errors as `emrrg_cli.ingest.preprocess.preprocess`.
     """
-    # Here, not above: `emrrg --help` stays fast.
+    # Imported here to keep `emrrg --help` fast.
     from emrrg_cli.commands.data import write_page
     from emrrg_cli.commands.preprocess.outcome import print_manifest, print_plan
     from emrrg_cli.ingest.preprocess import dry_run, preprocess
@@ -268,10 +278,10 @@ def run_source(
 
 
 def _check_outputs(source: StudySource, out: Path, options: Options) -> None:
-    """Makes sure that what is written beside OUT can be written, before the work begins.
+    """Checks before the work begins that the annotation file and the summary page can be written.
 
     Raises:
-        UsageError: It cannot.
+        UsageError: One of them cannot be written.
     """
     from emrrg_cli.commands.data import summary_folder
     from emrrg_cli.errors import UsageError
@@ -280,10 +290,10 @@ def _check_outputs(source: StudySource, out: Path, options: Options) -> None:
     from emrrg_cli.reporting.summary_page import check_summary
 
     if options.export_annotation is not None:
-        replace = options.overwrite or is_finishing(out)  # an unfinished run's own
+        replace = options.overwrite or is_finishing(out)  # the file may come from an unfinished run
         check_annotation(options.export_annotation, out=out, raw=source.root, overwrite=replace)
     if options.summary and not options.as_json and not options.dry_run:
         try:
             check_summary(summary_folder(out))
         except UsageError as error:
-            raise UsageError(error.message, hint="Move it away, or pass --no-summary.") from None
+            raise UsageError(error.message, hint="Move it, or use --no-summary.") from None

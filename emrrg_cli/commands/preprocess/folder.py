@@ -20,7 +20,7 @@ def folder(
     options: Options,
     table: Annotated[
         Path | None,
-        typer.Option("--table", metavar="FILE", help="CSV, TSV or JSON lines with paths, texts and more."),
+        typer.Option("--table", metavar="FILE", help="CSV, TSV or JSON lines file with image paths, texts and more."),
     ] = None,
     image_column: Annotated[
         str, typer.Option(metavar="NAME", help="Column with image paths below ROOT or ROOT/images.")
@@ -45,8 +45,8 @@ def folder(
             metavar="NAME", help="Column with labels: a JSON list, or names separated by | or ;.", show_default=False
         ),
     ] = None,
-    indication_column: Annotated[str | None, _column("the indication, which the prompt may tell")] = None,
-    comparison_column: Annotated[str | None, _column("what was compared with")] = None,
+    indication_column: Annotated[str | None, _column("the indication, for data.context")] = None,
+    comparison_column: Annotated[str | None, _column("the comparison studies")] = None,
     technique_column: Annotated[str | None, _column("the technique")] = None,
     age_column: Annotated[str | None, _column("the age of the patient: 45, 045Y")] = None,
     sex_column: Annotated[str | None, _column("the sex of the patient: F, M")] = None,
@@ -62,8 +62,8 @@ def folder(
 ) -> None:
     """Any folder of images and DICOM files, with or without a table.
 
-    Without a table, DICOM files are grouped into studies, and every other image is a study of its own without a report.
-    With a table, its rows name the images. Files that cannot be used are counted and explained; the others are written.
+    Without a table, DICOM files are grouped into studies, and every other image becomes a study without a report. With
+    a table, its rows name the images. Unusable files are skipped and listed with reasons.
 
     Example: emrrg preprocess folder films/ data/mine --table films.csv --report-column text --patient-column patient
     """
@@ -78,9 +78,9 @@ def folder(
         sex=sex_column,
     )  # fmt: skip
     if table is None and columns != Columns():
-        raise UsageError("columns are named but no table is given", hint="Name the file with --table.")
+        raise UsageError("column options need a table", hint="Give the table with --table FILE.")
     if split is not None and split_column is not None:
-        raise UsageError("--split and --split-column exclude each other")
+        raise UsageError("--split and --split-column cannot be used together")
     fractions = parse_fractions(split or DEFAULT)
     settings = load_settings(options)
     studies = FolderSource(

@@ -16,18 +16,18 @@ def iu_xray(
     options: Options,
     layout: Annotated[
         Literal["openi", "flat", "r2gen"] | None,
-        typer.Option("--layout", help="Layout of ROOT; default: the first one found.", show_default=False),
+        typer.Option("--layout", help="Layout of ROOT; default: detected.", show_default=False),
     ] = None,
     images: Annotated[
         Path | None,
-        typer.Option("--images", metavar="DIR", help="Folder of images, at any depth below it.", show_default=False),
+        typer.Option("--images", metavar="DIR", help="Folder of images; subfolders are searched.", show_default=False),
     ] = None,
     annotation: Annotated[
         Path | None,
         typer.Option(
             "--annotation",
             metavar="JSON",
-            help="R2Gen annotation file that gives the studies and their split.",
+            help="R2Gen annotation file with the studies and split to use.",
             show_default=False,
         ),
     ] = None,
@@ -36,8 +36,8 @@ def iu_xray(
         typer.Option(
             "--reports",
             metavar="PATH",
-            help="For R2Gen's layout: NLMCXR_reports.tgz (with indiana_projections.csv beside it also for views) or "
-            "the flat release, for indication, comparison, impression and MeSH.",
+            help="For the r2gen layout: NLMCXR_reports.tgz or the flat release, to add indication, comparison, "
+            "impression and MeSH; with indiana_projections.csv in the same folder also views.",
             show_default=False,
         ),
     ] = None,
@@ -50,9 +50,9 @@ def iu_xray(
 ) -> None:
     """IU X-Ray (Open-i): the XML release, the flat release, or R2Gen's layout.
 
-    openi: NLMCXR_reports.tgz, read as it is, or its folder ecgen-radiology; images in NLMCXR_png, unpacked. flat:
+    openi: NLMCXR_reports.tgz (packed) or its folder ecgen-radiology; unpacked images in NLMCXR_png. flat:
     indiana_reports.csv and indiana_projections.csv; images in images_normalized or images. r2gen: annotation.json and
-    images/CXR.../0.png. The report is the findings section; --section takes another.
+    images/CXR.../0.png. The report is the findings section, unless --section selects another.
 
     Example: emrrg preprocess iu_xray openi/ data/iu_xray --annotation annotation.json
     """

@@ -19,20 +19,27 @@ def mimic_cxr(
         typer.Option(
             "--reports",
             metavar="PATH",
-            help="Folder or zip of the notes; default: mimic-cxr-reports or its zip in ROOT.",
+            help="Folder or zip file with the reports; default: mimic-cxr-reports or its zip file in ROOT.",
             show_default=False,
         ),
     ] = None,
     annotation: Annotated[
         Path | None,
-        typer.Option("--annotation", metavar="JSON", help="R2Gen's file: its texts and split.", show_default=False),
+        typer.Option(
+            "--annotation",
+            metavar="JSON",
+            help="R2Gen annotation file with the texts and split to use.",
+            show_default=False,
+        ),
     ] = None,
-    labels: Annotated[Literal["chexpert", "negbio"], typer.Option("--labels", help="Whose labels.")] = "chexpert",
+    labels: Annotated[
+        Literal["chexpert", "negbio"], typer.Option("--labels", help="Labeler whose labels are used.")
+    ] = "chexpert",
 ) -> None:
-    """MIMIC-CXR: MIMIC-CXR-JPG in ROOT, notes of mimic-cxr-reports (folder or zip, read as it is).
+    """MIMIC-CXR: MIMIC-CXR-JPG in ROOT, reports in mimic-cxr-reports (folder or zip file).
 
-    Official split, views of the metadata, labels. The report is the findings section, or the last paragraph of a note
-    without headings; --section impression or both takes others.
+    Uses the official split, views from the metadata, and labels. The report is the findings section, or the last
+    paragraph of a text without headings, unless --section selects another section.
 
     Example: emrrg preprocess mimic_cxr mimic-cxr-jpg/ data/mimic_cxr --reports mimic-cxr-reports.zip
     """

@@ -1,4 +1,4 @@
-"""What the preprocess commands print after a run or a dry run."""
+"""Prints the result of a preprocess command or of its dry run."""
 
 from __future__ import annotations
 
@@ -13,13 +13,19 @@ from emrrg_cli.console import out as console
 
 
 def print_plan(plan: dict[str, Any], out: Path, title: str | None) -> None:
-    """Prints what a dry run found; `title` of the table, None: the source and its number of studies."""
+    """Prints the result of a dry run.
+
+    Args:
+        plan: Result of `dry_run`.
+        out: Dataset directory that a real run would write.
+        title: Title of the table; None uses the source and its number of studies.
+    """
     sample = plan["sample"]
     studies = sum(count["studies"] for count in plan["splits"].values())
     console.print(_summary(plan, title or _title(plan), "to be written", studies))
     views = ", ".join(f"{count:,} {view}" for view, count in plan["views"].items())
     _line(f"Views: {views or 'none'}.")
-    _print_skipped(plan, f"{counted(plan['studies_skipped'], 'study')} left out", "To check")
+    _print_skipped(plan, f"{counted(plan['studies_skipped'], 'study')} would be skipped", "To check")
     for reason, entry in plan["known_problems"].items():
         first = ", ".join(dict.fromkeys((entry["id"], entry["path"])))
         _line(
@@ -34,13 +40,13 @@ def print_plan(plan: dict[str, Any], out: Path, title: str | None) -> None:
             _line(f"  {reason}: {counted(entry['count'], entry['unit'])}, first: {first}")
     _line(
         f"  The whole data set needs about {sample['bytes'] / 1e9:.2f} GB and "
-        f"{sample['seconds'] / 60:.1f} minutes of one core.",
+        f"{sample['seconds'] / 60:.1f} minutes on one core.",
     )
-    _line(f"Nothing was written. Without --dry-run, {out} is written.")
+    _line(f"Nothing was written. Run without --dry-run to write {out}.")
 
 
 def print_manifest(manifest: dict[str, Any], title: str | None) -> None:
-    """Prints what was written, and what was not."""
+    """Prints which studies were written and which were skipped; `title` as in `print_plan`."""
     console.print(_summary(manifest, title or _title(manifest), "written", manifest["studies_written"]))
     _print_skipped(manifest, f"{counted(manifest['studies_skipped'], 'study')} skipped", "Written, but check")
 
@@ -64,7 +70,7 @@ def _print_skipped(manifest: dict[str, Any], skipped: str, noted: str) -> None:
         _line(remark)
 
 
-# Names go in as Text: they may hold what rich reads as markup.
+# Names are passed as Text, because they may contain rich markup.
 def _summary(manifest: dict[str, Any], title: str, last: str, studies: int) -> Table:
     table = Table(title=Text(title), title_justify="left")
     for name in ("split", "studies", "images"):

@@ -12,18 +12,18 @@ from emrrg_cli.commands.preprocess.common import Options, Out, load_settings, ru
 def phantom(
     out: Out,
     options: Options,
-    count: Annotated[int, typer.Option("--count", min=1, help="Studies to make.")] = 1000,
+    count: Annotated[int, typer.Option("--count", min=1, help="Number of studies.")] = 1000,
     split: Annotated[
-        str, typer.Option(metavar="PARTS", help="Parts of train, validation, test, by the study's number.")
+        str, typer.Option(metavar="PARTS", help="Fractions of train, validation and test, by the study's number.")
     ] = "0.8,0.1,0.1",
     plain: Annotated[
-        bool, typer.Option("--plain", help="Frontal films that differ less, without look-alikes of findings.")
+        bool, typer.Option("--plain", help="Draw simpler frontal films, without structures that resemble findings.")
     ] = False,
 ) -> None:
     """Synthetic chest radiographs with reports: no data, no licence, known labels.
 
-    A program draws them from random parameters; the same seed gives the same studies. Half of the PA films have a
-    lateral one beside them. They show no patient; results on them say nothing about clinical use.
+    Films are drawn from random parameters; the same seed gives the same studies. Half of the studies with a PA film
+    also have a lateral film. No film shows a patient, and results on them say nothing about clinical use.
 
     Example: emrrg preprocess phantom data/phantom --count 2000 --seed 1
     """

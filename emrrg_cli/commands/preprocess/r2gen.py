@@ -15,12 +15,12 @@ def r2gen(
     options: Options,
     source: Annotated[
         str | None,
-        typer.Option("--source", metavar="NAME", help="Name of the data set; iu_xray is recognised by its ids."),
+        typer.Option("--source", metavar="NAME", help="Name of the data set; iu_xray is detected by its study ids."),
     ] = None,
 ) -> None:
-    """R2Gen's layout: annotation.json (train, val, test), images beside it or in images/.
+    """R2Gen's layout: annotation.json (train, val, test), and images in the same folder or in images/.
 
-    ROOT is the folder or the JSON file itself. Studies that cannot be used are counted and explained; the rest goes on.
+    ROOT is the folder or the JSON file. Unusable studies are skipped and listed with reasons.
 
     Example: emrrg preprocess r2gen iu_xray/ data/iu_xray size=512
     """

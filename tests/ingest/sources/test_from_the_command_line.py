@@ -84,7 +84,7 @@ def test_chexpert_with_an_annotation(chexpert: Any, tmp_path: Path, capsys: pyte
     _, dataset = _run(out, *arguments, capsys=capsys)
     assert [row["report"] for row in dataset["train"]] == ["Text."]
     assert main(["preprocess", *map(str, arguments), "--split", "1,0,0", "--overwrite"]) == 2
-    assert "--annotation and --split exclude each other" in capsys.readouterr().err
+    assert "--annotation and --split cannot be used together" in capsys.readouterr().err
 
 
 def test_iu(openi: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
