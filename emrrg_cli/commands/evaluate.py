@@ -81,7 +81,7 @@ def evaluate(
         typer.Option("--write-rexrank", help="Also write the reports as ReXrank's JSON.", rich_help_panel=_FILES),
     ] = None,
 ) -> None:
-    """Write reports for a split and score them, or score a prediction file.
+    """Write reports for a split and score them, or score a file.
 
     Scores are BLEU-1 to BLEU-4, ROUGE-L, METEOR (needs Java), CIDEr and the agreement of clinical findings. Controls
     are scored too: the same reports shuffled between studies, and the most frequent training report.
@@ -100,7 +100,7 @@ def evaluate(
         from emrrg_cli.evaluation.predictions import Columns
 
         if overrides:
-            raise UsageError(f"settings cannot be changed with --predictions: {overrides[0]} would have no effect")
+            raise UsageError(f"settings cannot be changed with --predictions: {overrides[0]} has no effect")
         _check_files(chexbert, merge, output)
         columns = Columns(id_column, hypothesis_column, reference_column)
         options = _options(chexbert, bertscore, no_meteor, merge)

@@ -78,7 +78,7 @@ def folder(
         sex=sex_column,
     )  # fmt: skip
     if table is None and columns != Columns():
-        raise UsageError("column options need a table", hint="Give the table with --table FILE.")
+        raise UsageError("column options need a table, but no table is given", hint="Give the table with --table FILE.")
     if split is not None and split_column is not None:
         raise UsageError("--split and --split-column cannot be used together")
     fractions = parse_fractions(split or DEFAULT)
