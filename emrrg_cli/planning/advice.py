@@ -11,32 +11,39 @@ from emrrg_cli.recipe.finetuning import FinetuneRecipe
 
 
 def notes_on(result: Plan, recipe: FinetuneRecipe) -> list[str]:
-    """Notes that help to read the figures."""
+    """Returns notes that explain the figures of a plan."""
     notes = []
     loading = result.seconds_loading
     if loading is None:
-        notes.append("reading images is not in the time: data.root=DIR measures it")
+        notes.append("the time does not include reading images; set data.root=DIR to measure it")
     elif loading > result.seconds_computing and (
         more := math.ceil(recipe.data.workers * loading / result.seconds_computing)
     ) <= (os.cpu_count() or 1):
-        notes.append(f"reading images limits the time; data.workers={more} would keep up")
+        notes.append(f"reading images is the bottleneck; data.workers={more} would be fast enough")
     elif loading > result.seconds_computing:
-        notes.append("reading images limits the time: preprocess them to a smaller size")
+        notes.append("reading images is the bottleneck; preprocess them to a smaller size")
     if recipe.model.llm.quantization != "none" and not can_quantize():
         notes.append(
-            f"bitsandbytes is not installed: the time is that of a model that is not {recipe.model.llm.quantization}"
+            f"bitsandbytes is not installed, so the time was measured without {recipe.model.llm.quantization} weights"
         )
     return notes
 
 
 def proposals_for(result: Plan, recipe: FinetuneRecipe, checkpointed: int, share: int) -> list[str]:
-    """Changes as `key=value` until the memory is enough, those with the least effect first."""
+    """Returns changes to the recipe that make the plan fit, as `key=value`; those with the least effect come first.
+
+    Args:
+        result: The plan.
+        recipe: Its recipe.
+        checkpointed: Bytes of activations with gradient checkpointing.
+        share: Studies per optimizer step on one device.
+    """
     if result.fits:
         return []
     proposals: list[str] = []
     budget = 0.95 * result.available
     if sum(result.disk.values()) > result.disk_free:
-        proposals.append("output=DIR on a disk with more room")
+        proposals.append("output=DIR on a disk with more free space")
     fixed = result.peak - result.memory["activations"]
     activations, micro = result.memory["activations"], result.micro_batch_size
     whole_llm = result.precision == "fp32" and recipe.model.llm.is_frozen and recipe.model.llm.dtype == "auto"
@@ -46,7 +53,7 @@ def proposals_for(result: Plan, recipe: FinetuneRecipe, checkpointed: int, share
     while fixed + activations > budget and micro > 1:
         activations, micro = activations * (micro // 2) // micro, micro // 2
     if micro != result.micro_batch_size:
-        proposals.append(f"train.micro_batch_size={micro} ({math.ceil(share / micro)} micro-batches a step)")
+        proposals.append(f"train.micro_batch_size={micro} ({math.ceil(share / micro)} micro-batches per step)")
     if fixed + activations > budget and recipe.model.llm.is_frozen and recipe.model.llm.quantization == "none":
         proposals.append("model.llm.quantization=4bit (needs bitsandbytes)")
         fixed -= int(result.memory["LLM weights"] * 0.7)

@@ -1,4 +1,4 @@
-"""Configurations of LLMs, without their weights."""
+"""Configurations and quantization of LLMs, for models without real weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from emrrg_cli.models.foreign_files import check_model_directory
 from emrrg_cli.models.llm import build_scratch_llm, can_quantize
 from emrrg_cli.recipe.finetuning import ModelSettings
 
-# The LLMs of the shipped recipes, so that planning needs no network. From their published config.json.
+# LLMs of the shipped recipes, copied from their published config.json, so planning them needs no network.
 KNOWN_LLMS: dict[str, dict[str, Any]] = {
     "meta-llama/Llama-2-7b-chat-hf": {
         "model_type": "llama",
@@ -47,7 +47,7 @@ KNOWN_LLMS: dict[str, dict[str, Any]] = {
 
 
 class PlanTokenizer:
-    """Stands in for a tokenizer: only the length of the prompt matters, about four characters a token."""
+    """Replaces the tokenizer: planning needs only the prompt's length, at about four characters per token."""
 
     bos_token_id, eos_token_id, pad_token_id = 1, 2, 0
 
@@ -59,10 +59,10 @@ class PlanTokenizer:
 
 
 def llm_config(settings: ModelSettings) -> Any:
-    """The LLM's configuration, without weights: known, local, cached or from the hub.
+    """Returns the configuration of the LLM: a known one, or one from a directory, the cache or the hub.
 
     Raises:
-        RunError: when it cannot be had.
+        RunError: The configuration cannot be loaded.
     """
     from transformers import AutoConfig
 
@@ -80,20 +80,21 @@ def llm_config(settings: ModelSettings) -> Any:
         return AutoConfig.from_pretrained(
             settings.llm.name, revision=settings.llm.revision or "main", trust_remote_code=False
         )
-    except Exception as error:  # a broken file raises whatever its reader met
+    except Exception as error:  # a broken file can raise any error
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise RunError(
-            f"the configuration of the LLM {settings.llm.name!r} cannot be had: {first}",
-            hint="Planning needs its config.json only: name a directory that holds one, or connect to the hub.",
+            f"cannot load the configuration of the LLM {settings.llm.name!r}: {first}",
+            hint="Planning needs only its config.json: give a directory that contains it, or connect to the hub.",
         ) from error
 
 
 def quantize(llm: Any, quantization: str, dtype: torch.dtype) -> None:
-    """Quantise the projections of an LLM with bitsandbytes, in place. Without bitsandbytes, nothing changes.
+    """Quantizes the linear layers of an LLM with bitsandbytes, in place. Does nothing if it is not installed.
 
     Args:
-        quantization: `none`, `8bit` or `4bit`, with the options of `emrrg_cli.models.llm.load_llm`.
-        dtype: of the arithmetic.
+        llm: The LLM.
+        quantization: `none`, `8bit` or `4bit`; the options are those of `emrrg_cli.models.llm.load_llm`.
+        dtype: Compute dtype.
     """
     if quantization == "none" or not can_quantize():
         return
@@ -103,7 +104,7 @@ def quantize(llm: Any, quantization: str, dtype: torch.dtype) -> None:
         if type(module) is not nn.Linear or module is llm.get_output_embeddings():
             continue
         shape, bias, device = (module.in_features, module.out_features), module.bias is not None, module.weight.device
-        weight = module.weight.detach().cpu()  # is quantised where it is moved to
+        weight = module.weight.detach().cpu()  # quantized when it is moved to the device
         if quantization == "8bit":
             held: Any = Linear8bitLt(*shape, bias, has_fp16_weights=False, threshold=6.0, device="meta")
             held.weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False)
@@ -114,4 +115,4 @@ def quantize(llm: Any, quantization: str, dtype: torch.dtype) -> None:
             )
         held.bias = module.bias
         llm.set_submodule(name, held.to(device))
-    setattr(llm, f"is_loaded_in_{quantization}", True)  # PEFT chooses its layers by this
+    setattr(llm, f"is_loaded_in_{quantization}", True)  # PEFT reads this attribute to choose its layer classes

@@ -1,4 +1,4 @@
-"""A recipe's data set: how many studies it trains on, and how fast this machine reads their images."""
+"""Counts the training studies of a recipe's data set, and measures how fast this machine reads their images."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from emrrg_cli.models.report_generator import encode_report
 from emrrg_cli.planning.llms import PlanTokenizer
 from emrrg_cli.recipe.finetuning import FinetuneRecipe
 
-# Studies that are read, over and over where a trial asks for more; the seconds after which a trial ends.
+# Number of different studies that a trial reads (repeatedly if it needs more), and its time limit in seconds.
 _STUDIES, _BUDGET_S = 512, 10.0
 
 
 def count_studies(recipe: FinetuneRecipe) -> tuple[int, float]:
-    """The studies that an epoch draws from, as the training counts them, and the mean of the images it uses of one.
+    """Returns the number of studies per epoch, and the mean number of images used per study.
 
-    No image is read, and no manifest needed.
+    Reads neither images nor the manifest.
 
     Args:
-        recipe: `data.root` is set.
+        recipe: A recipe with `data.root`.
 
     Raises:
-        RunError: when the data set has no split named train, or no study of it has text.
+        RunError: The data set has no split named train, or no training study has text.
     """
     dataset = ReportDataset(_training_split(recipe), recipe.data, recipe.model.encoder.image_size)
     images = pc.list_value_length(dataset.split.data.column("images")).fill_null(0).to_pylist()
@@ -41,20 +41,20 @@ def count_studies(recipe: FinetuneRecipe) -> tuple[int, float]:
 
 
 def seconds_per_study(recipe: FinetuneRecipe, micro: int) -> float:
-    """Seconds that the training's loader needs for a study, with the recipe's processes.
+    """Measures the seconds per study that the training data loader needs with the recipe's number of workers.
 
     Args:
-        recipe: `data.root` is set.
-        micro: studies of a micro-batch.
+        recipe: A recipe with `data.root`.
+        micro: Number of studies per micro-batch.
 
     Raises:
-        RunError: when the data set has no split named train, or a study of it cannot be read.
+        RunError: The data set has no split named train, or a study cannot be read.
     """
     limit = min(_STUDIES, recipe.data.limit or _STUDIES)
     settings = recipe.data.model_copy(update={"limit": limit})
     dataset = ReportDataset(_training_split(recipe), settings, recipe.model.encoder.image_size)
     order = EpochOrder(len(dataset), min(micro, len(dataset)), seed=recipe.train.seed)
-    # The first two rounds of batches include the start of the processes and batches that were prepared before.
+    # The first two rounds are not timed: they include the start of the workers and batches that were prefetched.
     a_round = max(1, settings.workers)
     batches = chain.from_iterable(order.epoch(epoch) for epoch in count())
     encode = partial(encode_report, PlanTokenizer(), max_tokens=settings.max_report_tokens)

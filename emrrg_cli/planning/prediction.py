@@ -1,9 +1,9 @@
-"""What a recipe needs, predicted from meta tensors and a short trial.
+"""Predicts what a recipe needs, from meta tensors and a short trial.
 
-Parameters are counted on a model of meta tensors, which has no weights. Time and activations come from real training
-steps of a model with a few encoder blocks and decoder layers, of the recipe's widths and batch, with random weights:
-what further blocks and layers add is measured, and the rest is multiplication. Where there is a data set, some of its
-images are read as the training would.
+Parameters are counted on meta tensors, which have no data. Time and activations are measured in real training steps of
+a model with random weights, the recipe's widths and batch size, and a few encoder blocks and decoder layers. The cost
+of one more block or layer is measured and multiplied by their number. If the recipe has a data set, the time to read
+its images is measured with the training data loader.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from emrrg_cli.recipe.finetuning import FinetuneRecipe
 from emrrg_cli.runtime import choose_precision, make_accelerator
 from emrrg_cli.training.progress import resident_bytes
 
-# A process keeps the holes between the tensors of its heap: its memory over theirs, as seen in training on a CPU.
+# Ratio of a process's memory to the size of its tensors, because of heap fragmentation; measured in CPU training.
 HOLES = 1.15
 
 
@@ -49,19 +49,20 @@ def plan(
     processes: int = 1,
     report: Callable[[str], None] = lambda text: None,
 ) -> Plan:
-    """Predicts what training with a recipe needs, by meta tensors and a trial of a few seconds to minutes.
+    """Predicts what training with a recipe needs; takes a few seconds to minutes.
 
     Args:
-        studies: training studies, for the time of an epoch; None: those of `data.root`, or unknown without one.
-        views: images a study; None: the mean of those of `data.root`, or 1 without one.
-        processes: processes that share `train.batch_size`.
-        report: called with a description of each measurement.
+        recipe: The recipe.
+        studies: Number of training studies, for the time of an epoch; None counts them in `data.root`, if it is set.
+        views: Images per study; None uses the mean of `data.root`, or 1 if it is not set.
+        processes: Number of processes that share `train.batch_size`.
+        report: Called with a description of each measurement.
 
     Raises:
-        UsageError: when `data.root` is no dataset directory, or the training would refuse the batch.
-        RunError: when the LLM's configuration or the training split cannot be had, or not even one block fits.
+        UsageError: `data.root` is not a dataset directory, or the batch size is not valid for training.
+        RunError: The LLM's configuration or the training split cannot be loaded, or even one block does not fit.
     """
-    import emrrg_cli.training.finetune  # noqa: F401  (the program's own memory is that of a training process)
+    import emrrg_cli.training.finetune  # noqa: F401  (imported so that this process is as large as a training process)
 
     work = _work(recipe, studies, views, processes, report)
     loading = None
@@ -102,7 +103,7 @@ def plan(
 
 @dataclass(frozen=True)
 class _Work:
-    """The work of a device in a step: `share` studies of `views` images, `micro` at a time."""
+    """The work of one device per optimizer step: `share` studies with `views` images, in micro-batches of `micro`."""
 
     recipe: FinetuneRecipe
     config: Any
@@ -151,7 +152,7 @@ def _work(
 
 
 def _trial(work: _Work, llm_parameters: int, report: Callable[[str], None]) -> tuple[Step, int]:
-    """A measured step, and the bytes of the program itself, which the first step brings to their full size."""
+    """Returns a measured step and the bytes of the program itself, which is fully loaded only after a step."""
     program, files = resident_bytes(), file_bytes()
     try:
         step = measure(
@@ -164,14 +165,14 @@ def _trial(work: _Work, llm_parameters: int, report: Callable[[str], None]) -> t
             report=report,
         )
     except torch.cuda.OutOfMemoryError:
-        raise RunError("not even one encoder block and one decoder layer fit on this GPU") from None
+        raise RunError("even one encoder block and one decoder layer do not fit on this GPU") from None
     return step, program + file_bytes() - files if work.device.type == "cpu" else CUDA_CONTEXT
 
 
 def _memory(work: _Work, step: Step, *, program: int, weights: int, llm_weights: int, trained: int) -> dict[str, int]:
-    """Bytes on the device at the peak of a step, by part."""
+    """Returns the bytes of each part on the device at the peak of a step."""
     train = work.recipe.train
-    # fp32 copy and its gradient
+    # fp32 logits and their gradient
     logits = work.micro * (work.recipe.data.max_report_tokens + 2) * work.config.vocab_size * 4 * 2
     activations = int(work.holes * ((step.checkpointed if train.gradient_checkpointing else step.saved) + logits))
     accumulates = work.micro < work.share
@@ -186,7 +187,7 @@ def _memory(work: _Work, step: Step, *, program: int, weights: int, llm_weights:
 
 
 def _steps(recipe: FinetuneRecipe, studies: int | None) -> tuple[int | None, int | None]:
-    """Optimizer steps of an epoch and of the whole schedule; None where the number of studies is not known."""
+    """Returns the optimizer steps per epoch and of the whole schedule; None if the number of studies is not known."""
     if studies is None:
         return None, None
     steps = studies // recipe.train.batch_size
@@ -195,7 +196,7 @@ def _steps(recipe: FinetuneRecipe, studies: int | None) -> tuple[int | None, int
 
 
 def _together(computing: float, loading: float, workers: int, device_type: str) -> float:
-    """Seconds of a step that computes and has its batch loaded by `workers` processes, or by the one that computes."""
+    """Returns the seconds of a step, given its computing and loading time; 0 `workers` load in the same process."""
     if not workers:
         return computing + loading
     if device_type == "cuda":

@@ -8,11 +8,10 @@ from typing import Any
 
 @dataclass
 class Plan:
-    """Prediction for one device; bytes and seconds, the latter of an optimizer step.
+    """Prediction for one device. Sizes are in bytes; times are in seconds per optimizer step.
 
-    `seconds_loading` is the time in which the loader brings a step's studies (None: there is no data set to read).
-    `total_steps` are those of all epochs, or `train.max_steps` where that ends the schedule before (None: how many
-    studies there are is not known).
+    `seconds_loading` is the time to load the studies of a step, None without a data set. `total_steps` counts the
+    steps of all epochs, at most `train.max_steps`; it is None if the number of studies is not known.
     """
 
     parameters: dict[str, int]
@@ -40,11 +39,11 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether memory and disk are large enough. 5 % of the memory is kept free for what is not counted."""
+        """Whether memory and disk are large enough. 5 % of the memory is reserved for what the plan does not count."""
         return self.peak <= 0.95 * self.available and sum(self.disk.values()) <= self.disk_free
 
     def as_dict(self) -> dict[str, Any]:
-        """For `--json`."""
+        """Returns the content of the `--json` output."""
         counts = (self.steps_per_epoch, self.total_steps)
         epoch, total = (None if steps is None else self.seconds_per_step * steps for steps in counts)
         more = {"peak": self.peak, "fits": self.fits, "seconds_per_epoch": epoch, "seconds_total": total}

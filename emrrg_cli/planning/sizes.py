@@ -1,4 +1,4 @@
-"""Parameters of a recipe's model, and the bytes that they take in memory and on disk."""
+"""Counts the parameters of a recipe's model, and their bytes in memory and on disk."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from emrrg_cli.recipe.finetuning import FinetuneRecipe, ModelSettings
 from emrrg_cli.runtime import llm_dtype
 from emrrg_cli.training.progress import resident_bytes
 
-# Memory of a GPU that torch does not see: the context and kernels of CUDA, as seen on an H100.
+# GPU memory that PyTorch does not count: the CUDA context and kernels, measured on an H100.
 CUDA_CONTEXT = 600 * 2**20
 
 
 def meta_model(settings: ModelSettings, config: Any) -> ReportGenerator:
-    """The model of a recipe without weights."""
+    """Builds the model of a recipe on the meta device, without weights."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -33,7 +33,7 @@ def meta_model(settings: ModelSettings, config: Any) -> ReportGenerator:
 
 
 def count_parameters(model: ReportGenerator) -> tuple[dict[str, int], dict[str, int]]:
-    """Parameters of each part of a model: all of them, and those that are trained."""
+    """Returns the number of parameters of each part of a model, and the number of trained ones."""
     added = {name for name, _ in hybrid_parameters(plain(model.llm))}
     parts = {"encoder": 0, "bridge": 0, "hybrid layers": 0, "LLM": 0, "LoRA": 0}
     trained = dict.fromkeys(parts, 0)
@@ -52,8 +52,8 @@ def count_parameters(model: ReportGenerator) -> tuple[dict[str, int], dict[str, 
 
 
 def weight_bytes(model: ReportGenerator, recipe: FinetuneRecipe, precision: str) -> int:
-    """Bytes of the weights in memory."""
-    # Everything is fp32 but a frozen LLM, whose inner projections may be quantised.
+    """Returns the bytes of the weights in memory."""
+    # Everything is fp32 except a frozen LLM, whose linear layers may be quantized.
     own = llm_dtype(recipe.model.llm.dtype, precision).itemsize if recipe.model.llm.is_frozen else 4
     inner = {"none": own, "8bit": 1.0, "4bit": 0.516}[recipe.model.llm.quantization]
     total = 0.0
@@ -65,17 +65,24 @@ def weight_bytes(model: ReportGenerator, recipe: FinetuneRecipe, precision: str)
 
 
 def gradients(size: int, activations: int, *, accumulates: bool, device_type: str) -> int:
-    """Bytes that gradients and the optimizer's step add to the peak.
+    """Returns the bytes that gradients and the optimizer step add to the peak.
 
-    Gradients fill up while activations are freed: only where micro-batches add up are they there all the time. When
-    the optimizer steps the activations are gone; on a GPU, AdamW takes all parameters at once and needs a copy then.
+    The backward pass frees activations while it creates gradients, so gradients add to the peak only when several
+    micro-batches are accumulated. The optimizer step runs after all activations are freed; on a GPU, AdamW updates all
+    parameters at once and needs a temporary copy.
+
+    Args:
+        size: Bytes of the gradients.
+        activations: Bytes of the activations.
+        accumulates: Whether a step has several micro-batches.
+        device_type: `cuda` or `cpu`.
     """
     stepping = 2 * size if device_type == "cuda" else size
     return max(size if accumulates else 0, stepping - activations)
 
 
 def disk_bytes(recipe: FinetuneRecipe, parameters: dict[str, int], trained: int, llm_weights: int) -> dict[str, int]:
-    """Bytes of a run directory, by part."""
+    """Returns the bytes of each part of a run directory."""
     frozen_encoder = recipe.model.adapter.targets != "full"
     disk = {
         "encoder": 4 * parameters["encoder"] if frozen_encoder else 0,
@@ -89,7 +96,7 @@ def disk_bytes(recipe: FinetuneRecipe, parameters: dict[str, int], trained: int,
 
 
 def disk_free(recipe: FinetuneRecipe) -> int:
-    """Bytes free where the run directory will be."""
+    """Returns the free bytes on the disk of the run directory."""
     place = Path(recipe.output or ".").absolute()
     while not place.exists():
         place = place.parent
@@ -97,12 +104,12 @@ def disk_free(recipe: FinetuneRecipe) -> int:
 
 
 def file_bytes() -> int:
-    """Memory of this process that holds pages of files, libraries foremost; 0 where the system does not say."""
+    """Returns the bytes of file pages in this process, mostly libraries; 0 if the system does not report them."""
     return int(getattr(psutil.Process().memory_info(), "shared", 0))
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that a training can use on a device, including the memory of this process."""
+    """Returns the bytes that training can use on a device, including the memory of this process."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + CUDA_CONTEXT
     return psutil.virtual_memory().available + resident_bytes()

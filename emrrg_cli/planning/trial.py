@@ -1,4 +1,4 @@
-"""Measures training steps of a small model with a recipe's widths, and computes a step of the whole model."""
+"""Measures training steps of a shallow model with the recipe's widths, and extrapolates to the whole model."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ from emrrg_cli.runtime import llm_dtype
 from emrrg_cli.training.optimizer_step import accumulate_gradients, update_weights
 from emrrg_cli.training.schedule import build_optimizer
 
-# Blocks or layers that a trial adds to see what one costs: the more, the less its noise is multiplied.
+# Number of blocks or layers that a trial adds to measure their cost. More of them reduce the noise per layer.
 _FURTHER = 4
-# On a CPU, layers of an LLM of more parameters than this are added one at a time.
+# On a CPU, a trial adds only one layer of an LLM with more parameters than this.
 _LARGE_LLM = 1_000_000_000
-# Rounds of steps, warm-up left out; fewer where these seconds are over.
+# Maximum number of timed rounds, without warm-up, and time limit in seconds.
 _ROUNDS, _BUDGET_S = 9, 45.0
-# On a CPU, the trial's batch is as large as a step of the smallest model stays under this.
+# On a CPU, the trial's batch size is chosen so that a step of the smallest model takes at most these seconds.
 _STEP_S = 2.0
 
 
 @dataclass(frozen=True)
 class Step:
-    """A training step of one micro-batch.
+    """Time and memory of a training step with one micro-batch.
 
     Attributes:
-        seconds: of forward and backward pass.
-        update: seconds of clipping and optimizer, once a step however many micro-batches it has.
-        saved: bytes kept for the backward pass.
-        checkpointed: the same with gradient checkpointing.
+        seconds: Seconds of the forward and backward pass.
+        update: Seconds of gradient clipping and the optimizer, once per step for any number of micro-batches.
+        saved: Bytes kept for the backward pass.
+        checkpointed: Bytes kept for the backward pass with gradient checkpointing.
     """
 
     seconds: float
@@ -62,17 +62,19 @@ def measure(
     llm_parameters: int,
     report: Callable[[str], None],
 ) -> Step:
-    """Estimate a step of the whole model from trials that fit this device.
+    """Estimates a step of the whole model from trials that fit on this device.
 
     Args:
-        config: of the LLM.
-        micro: studies of a micro-batch.
-        views: images a study.
-        llm_parameters: of the whole LLM.
-        report: called with a description of each measurement.
+        recipe: The recipe.
+        config: Configuration of the LLM.
+        accelerator: The process's `Accelerator`.
+        micro: Number of studies per micro-batch.
+        views: Images per study.
+        llm_parameters: Number of parameters of the whole LLM.
+        report: Called with a description of each measurement.
 
     Raises:
-        torch.cuda.OutOfMemoryError: when not even one block and one layer fit, for one study.
+        torch.cuda.OutOfMemoryError: Even one block and one layer do not fit with one study.
     """
     cpu = accelerator.device.type == "cpu"
     further = 1 if cpu and llm_parameters > _LARGE_LLM else _FURTHER
@@ -86,17 +88,17 @@ def measure(
         except torch.cuda.OutOfMemoryError:
             if size == 1 and further == 1:
                 raise
-        finally:  # behind the handler, whose traceback holds the tensors of the trial
+        finally:  # runs after the handler, because its traceback keeps the tensors of the trial alive
             trial = None
             _free(accelerator)
         size, further = max(1, size // 2), 1
 
 
 class _Trial:
-    """One model of a few blocks and layers, of which a step takes only some.
+    """A model with a few blocks and layers; each measured step uses only some of them.
 
-    The smallest step has one block and one layer (a hybrid one where there are any). The others have `further` more of
-    one part each.
+    The smallest step uses one block and one layer (a hybrid layer if the recipe has them). Every other step uses
+    `further` more of one part.
     """
 
     def __init__(self, recipe: FinetuneRecipe, config: Any, accelerator: Any, views: int, further: int) -> None:
@@ -106,7 +108,7 @@ class _Trial:
         self.depth, self.layers = settings.encoder.width_and_depth[1], config.num_hidden_layers
         every = settings.hybrid.every
         hybrids = 0 if every is None else math.ceil(self.layers / every)
-        # What the whole model has more than the smallest step.
+        # Blocks and layers that the whole model has in addition to those of the smallest step.
         self.missing = {
             "encoder block": self.depth - 1,
             "hybrid decoder layer": max(0, hybrids - 1),
@@ -122,19 +124,19 @@ class _Trial:
         self.hybrid_layers = [layer for layer in decoder if hasattr(layer.self_attn, "cross")]
         self.plain_layers = [layer for layer in decoder if not hasattr(layer.self_attn, "cross")]
         for block in self.blocks[1:]:
-            block.drop_path = settings.encoder.drop_path  # its rate grows with the depth, its time does not
+            block.drop_path = settings.encoder.drop_path  # the rate depends on the depth, the time does not
 
     def affordable(self, micro: int) -> int:
-        """Studies that a trial step may have on a CPU, where time grows with them."""
+        """Returns the number of studies per trial step that a CPU can process in a short time."""
         self._keep(None)
         self._time(1)
         step = self._time(1)
         return max(1, min(micro, int(_STEP_S / (step["seconds"] + step["update"]))))
 
     def whole(self, micro: int, size: int, report: Callable[[str], None]) -> Step:
-        """The whole model's step of `micro` studies, from steps of `size`."""
+        """Estimates the whole model's step with `micro` studies from steps with `size` studies."""
         variants = [None, *self.further]
-        report("counting what the backward pass keeps")
+        report("counting the memory for the backward pass")
         saved = {part: self._saved(part, micro, size) for part in variants}
         self.module.set_gradient_checkpointing(self.recipe.train.gradient_checkpointing)
         rounds: list[dict[str | None, dict[str, float]]] = []
@@ -142,14 +144,14 @@ class _Trial:
         while len(rounds) <= _ROUNDS:
             times = {}
             for part in variants:
-                report(f"measuring {f'a further {part}' if part else 'one block and one layer'} (round {len(rounds)})")
+                report(f"measuring {f'one more {part}' if part else 'one block and one layer'} (round {len(rounds)})")
                 self._keep(part)
                 times[part] = self._time(size)
             rounds.append(times)
-            # If steps take this long, the start-up time of the first one does not matter.
+            # If steps take this long, the start-up time of the first step is negligible.
             if time.perf_counter() - began > (_BUDGET_S if len(rounds) > 1 else _BUDGET_S / 2):
                 break
-        # Other work on the machine only ever adds: the lower quartile of each, from steps spread over the whole trial.
+        # Other programs can only make steps slower, so the lower quartile of all rounds is used.
         counted = rounds[1:] or rounds
         quick = {
             name: {part: sorted(times[part][name] for times in counted)[(len(counted) - 1) // 4] for part in variants}
@@ -168,7 +170,7 @@ class _Trial:
         return float(smallest + max(0.0, sum(more)))  # noise can make small differences negative
 
     def _checkpoints(self, micro: int) -> float:
-        # Checkpointing keeps the input of each block and layer, and one of them whole at a time.
+        # Checkpointing keeps the input of every block and layer, and all activations of one of them at a time.
         settings = self.recipe.model
         width = settings.encoder.width_and_depth[0]
         tokens = (settings.encoder.image_size // 16) ** 2 + 1
@@ -180,7 +182,7 @@ class _Trial:
     # -- steps --------------------------------------------------------------------------------------------------
 
     def _keep(self, part: str | None) -> None:
-        """Leaves the smallest step's block and layer, and `further` more of one part."""
+        """Reduces the model to one block and one layer, plus `further` more of one part."""
         more = self.further[part] if part else 0
         blocks = self.blocks[: 1 + (more if part == "encoder block" else 0)]
         first, others = (self.hybrid_layers, self.plain_layers) if self.hybrid_layers else (self.plain_layers, [])
@@ -206,7 +208,7 @@ class _Trial:
         return {"seconds": between - began, "update": time.perf_counter() - between}
 
     def _saved(self, part: str | None, micro: int, size: int) -> float:
-        """Bytes kept for the backward pass of `micro` studies, counted in forward passes of `size`."""
+        """Returns the bytes kept for the backward pass of `micro` studies, counted in forward passes of `size`."""
         self._keep(part)
         self.module.train()
 
@@ -220,7 +222,7 @@ class _Trial:
         kept = count(size)
         if size == micro:
             return kept
-        # Copies of the weights in the dtype of autocast do not grow with the studies.
+        # Copies of the weights in autocast's dtype do not grow with the number of studies.
         return kept + (micro - size) * (count(size + 1) - kept)
 
     def _batch(self, micro: int) -> Batch:
@@ -254,7 +256,7 @@ class _Trial:
         )
         of_hybrids = self.further.get("hybrid decoder layer", 0) + min(1, hybrids)
         of_plain = self.further.get("decoder layer", 0) + (not hybrids)
-        # Where there are both, they take turns.
+        # If there are hybrid and plain layers, they alternate.
         every = None if not hybrids else 2 if of_plain else 1
         layers = max(2 * of_hybrids - 1, 2 * of_plain) if every == 2 else of_hybrids + of_plain
         small = settings.model_copy(
@@ -263,7 +265,9 @@ class _Trial:
         config = copy.deepcopy(self.config)
         config.num_hidden_layers = layers
         for name in ("layer_types", "no_rope_layers"):
-            if entries := getattr(config, name, None):  # one a layer; the trial may have more layers than a small LLM
+            if entries := getattr(
+                config, name, None
+            ):  # one entry per layer; the trial may have more layers than a small LLM
                 setattr(config, name, [entries[i % len(entries)] for i in range(layers)])
         with self.device:
             llm = AutoModelForCausalLM.from_config(config, dtype=self._llm_dtype(), attn_implementation="sdpa")
@@ -277,7 +281,7 @@ class _Trial:
 
 
 class _SavedBytes:
-    """Counts the storages that autograd keeps for the backward pass, parameters left out."""
+    """Counts the bytes of storages that autograd keeps for the backward pass, without parameters."""
 
     def __init__(self, model: nn.Module) -> None:
         self._known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -292,7 +296,7 @@ class _SavedBytes:
 
 
 def _free(accelerator: Any) -> None:
-    accelerator.free_memory()  # it holds the models that it prepared
+    accelerator.free_memory()  # it keeps references to the models that it prepared
     gc.collect()
     if accelerator.device.type == "cuda":
         torch.cuda.empty_cache()

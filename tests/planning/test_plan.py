@@ -221,10 +221,10 @@ def test_slow_loading_is_reported(tiny_dataset: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("os.cpu_count", lambda: 16)
     overrides = [f"data.root={tiny_dataset}", "train.batch_size=4"]
     assert plan_of(*overrides, "data.workers=2").notes == [
-        "reading images limits the time; data.workers=8 would keep up"
+        "reading images is the bottleneck; data.workers=8 would be fast enough"
     ]
     slow = plan_of(*overrides, "data.workers=8").notes
-    assert slow == ["reading images limits the time: preprocess them to a smaller size"]
+    assert slow == ["reading images is the bottleneck; preprocess them to a smaller size"]
 
 
 def test_gradients_and_the_optimizers_copy() -> None:
