@@ -1,4 +1,4 @@
-"""Which projections LoRA goes on, through PEFT: Partial LoRA is ordinary LoRA on a module name."""
+"""LoRA on chosen projections, through PEFT. Partial LoRA is ordinary LoRA on a module name."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ ENCODER_TARGETS: dict[str, str] = {
     "patch_embed": r"patch_embed",
     "mlp": _BLOCK + r"mlp\.w[123]",
 }
-# As in the paper's Table 6: LoRA on the LLM goes on the query and value projections.
+# As in the paper's Table 6: LoRA on the query and value projections of the LLM.
 LLM_TARGETS = ["q_proj", "v_proj"]
 
 
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
-# What PEFT can do to an adapter that this program never asks for.
+# Options of PEFT that this program never uses.
 _UNUSED = (
     "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "modules_to_save", "exclude_modules",
     "layers_to_transform", "layers_pattern", "layer_replication", "megatron_config", "loftq_config", "eva_config",
@@ -48,10 +48,10 @@ _UNUSED = (
 
 
 def encoder_lora(targets: Iterable[str], rank: int, alpha: float, dropout: float = 0.0) -> LoraConfig | None:
-    """The PEFT configuration for the encoder's share of `targets`, or None when they name nothing in it.
+    """Returns the PEFT configuration for those `targets` that are in the encoder; None if there are none.
 
     Raises:
-        UsageError: for an unknown target.
+        UsageError: A target is unknown.
     """
     from peft import LoraConfig
 
@@ -65,7 +65,7 @@ def encoder_lora(targets: Iterable[str], rank: int, alpha: float, dropout: float
 
 
 def llm_lora(targets: Iterable[str], rank: int, alpha: float, dropout: float = 0.0) -> LoraConfig | None:
-    """The PEFT configuration for the LLM, or None when `targets` does not name `llm`."""
+    """Returns the PEFT configuration for the LLM; None if `llm` is not in `targets`."""
     from peft import LoraConfig
 
     if "llm" not in targets:
@@ -74,14 +74,14 @@ def llm_lora(targets: Iterable[str], rank: int, alpha: float, dropout: float = 0
 
 
 def base_layer(layer: Any) -> Any:
-    """The layer under PEFT's adapters; itself when it has none."""
-    if type(layer) is nn.Linear:  # most of them, and asking for what is not there takes a module long
+    """Returns the layer without PEFT's adapters."""
+    if type(layer) is nn.Linear:  # the usual case; looking up a missing attribute of a module is slow
         return layer
     return getattr(layer, "base_layer", layer)
 
 
 def effective_weight(layer: nn.Module) -> Tensor:
-    """The weight of a Linear with its LoRA updates added, differentiable in both.
+    """Returns the weight of a Linear plus its LoRA updates, differentiable in both.
 
     Args:
         layer: `nn.Linear`, or PEFT's LoRA layer around one.
@@ -101,19 +101,19 @@ def effective_weight(layer: nn.Module) -> Tensor:
 
 
 def is_adapted(module: nn.Module) -> bool:
-    """Whether a tower carries adapters."""
+    """Whether a tower has adapters."""
     from peft import PeftModel
 
     return isinstance(module, PeftModel)
 
 
 def plain(module: nn.Module) -> Any:
-    """The tower under its adapters; itself when it has none."""
+    """Returns the tower without its adapters."""
     return module.get_base_model() if is_adapted(module) else module  # type: ignore[operator]
 
 
 def merge(module: nn.Module) -> nn.Module:
-    """Adds the adapters into the weights and drops them, for inference: same outputs, no extra products."""
+    """Adds the adapters to the weights and removes them: inference gives the same output and is faster."""
     if not is_adapted(module):
         return module
     merged: nn.Module = module.merge_and_unload()  # type: ignore[operator]
@@ -126,15 +126,16 @@ def save_adapters(module: nn.Module, directory: Path) -> None:
 
 
 def load_adapters(module: nn.Module, directory: Path, expected: LoraConfig | None = None) -> nn.Module:
-    """Puts saved adapters on a plain tower, frozen.
+    """Adds saved adapters to a plain tower, frozen.
 
-    The configuration beside them is only compared: no pattern of it is run, and nothing that it names is imported.
+    The saved configuration is only checked against known values: none of its patterns is run before the check, and
+    nothing that it names is imported.
 
     Args:
-        expected: what the recipe says they are; None: any adapters that this program writes.
+        expected: The configuration in the recipe; None: any adapters that this program writes.
 
     Raises:
-        RunError: when they do not fit the tower, or are not those of the recipe.
+        RunError: They do not fit the tower, or differ from the recipe.
     """
     import warnings
 
@@ -145,11 +146,11 @@ def load_adapters(module: nn.Module, directory: Path, expected: LoraConfig | Non
         saved = set(load_tensors(directory / _ADAPTER_WEIGHTS))
         config = _read_config(directory)
         if expected is not None and (changed := _first_difference(config, expected)):
-            raise ValueError(f"{changed} is not that of the recipe")
+            raise ValueError(f"{changed} differs from the recipe")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT only warns of tensors that are missing; they are named below
             adapted: nn.Module = PeftModel.from_pretrained(module, str(directory), config=config)
-    except Exception as error:  # PEFT and safetensors raise whatever they met
+    except Exception as error:  # PEFT and safetensors raise errors of many types
         raise RunError(f"{directory}: these adapters do not fit the model: {error}") from error
     own = {name.replace(".default.", ".") for name, _ in adapted.named_parameters() if ".lora_" in name}
     if different := sorted(own ^ saved):
@@ -159,10 +160,10 @@ def load_adapters(module: nn.Module, directory: Path, expected: LoraConfig | Non
 
 
 def _read_config(directory: Path) -> LoraConfig:
-    """The configuration of saved adapters, made anew from the three values in it that matter.
+    """Returns a new configuration from the three values of a saved one that are needed.
 
     Raises:
-        ValueError: It is not one that `encoder_lora` or `llm_lora` makes.
+        ValueError: `encoder_lora` and `llm_lora` never make such a configuration.
     """
     from peft import LoraConfig
 
@@ -173,16 +174,16 @@ def _read_config(directory: Path) -> LoraConfig:
     rank, alpha, targets = record.get("r"), record.get("lora_alpha"), record.get("target_modules")
     fits = isinstance(rank, int) and 0 < rank <= 2**14 and isinstance(alpha, int | float) and 0 < alpha < 10**9
     if not fits:
-        raise ValueError("adapter_config.json: r or lora_alpha is no number that can be")
+        raise ValueError("adapter_config.json: r or lora_alpha is not a valid number")
     patterns = {f"(?:{pattern})" for pattern in ENCODER_TARGETS.values()}
     if isinstance(targets, list):
         known = sorted(map(str, targets)) == sorted(LLM_TARGETS)
     else:
-        # No pattern holds "|(?:", so that the joined ones come apart again.
+        # No pattern contains "|(?:", so joined patterns can be split there.
         parts = str(targets).split("|(?:")
         known = {parts[0], *(f"(?:{part}" for part in parts[1:])} <= patterns
     if not known:
-        raise ValueError("adapter_config.json: target_modules are not of this program's making")
+        raise ValueError("adapter_config.json: target_modules were not written by emrrg")
     if changed := [name for name in _UNUSED if record.get(name)]:
         raise ValueError(f"adapter_config.json: {changed[0]} is not supported")
     return LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, inference_mode=True)

@@ -1,4 +1,4 @@
-"""Stage 2: an image tower and a text tower, brought together by contrast over the pairs of a batch."""
+"""The stage 2 model: an image tower and a text tower with a contrastive loss over the pairs of a batch."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ MAX_LOGIT_SCALE = math.log(100)
 
 
 class Contrast(NamedTuple):
-    """The loss of some pairs and its gradient, taken over a whole batch of which they are a part.
+    """The losses of some pairs of a batch, and the gradients of the loss of the whole batch.
 
-    `losses`: `[n]`, one a pair; `image`, `text`: `[n, dim]`, gradients of the loss of the WHOLE batch, summed over its
-    pairs, with respect to the embeddings of these; `scale`: scalar, their share of that with respect to `logit_scale`.
+    `losses`: `[n]`, one per pair; `image`, `text`: `[n, dim]`, gradients of the loss summed over the WHOLE batch, with
+    respect to the embeddings of these pairs; `scale`: scalar, their share of the gradient of `logit_scale`.
     """
 
     losses: Tensor
@@ -43,12 +43,12 @@ class Contrast(NamedTuple):
     scale: Tensor
 
     def loss_sum(self, image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
-        """The sum of `losses` (scalar) whose backward pass hands the gradients on to embeddings and `logit_scale`."""
+        """Returns the sum of `losses` (scalar). Its gradients are the stored gradients of the whole batch."""
         carrier = (self.image * image).sum() + (self.text * text).sum() + self.scale * logit_scale
         return carrier - carrier.detach() + self.losses.sum()
 
     def split(self, sizes: Sequence[int]) -> list[Contrast]:
-        """The same for consecutive groups of pairs."""
+        """Splits the pairs into consecutive groups of the given sizes."""
         rows = (torch.split(tensor, list(sizes)) for tensor in (self.losses, self.image, self.text))
         shares = [self.scale * (size / sum(sizes)) for size in sizes]
         return [Contrast(*part) for part in zip(*rows, shares, strict=True)]
@@ -56,7 +56,7 @@ class Contrast(NamedTuple):
 
 @dataclass(frozen=True)
 class CachedPairs:
-    """Pairs with the gradient that their embeddings are to get, and the random state they were first embedded in."""
+    """Pairs with the gradients of their embeddings, and the random state of their first forward pass."""
 
     pairs: PairBatch
     contrast: Contrast
@@ -64,7 +64,7 @@ class CachedPairs:
     cuda_rng: Tensor | None
 
     def to(self, device: torch.device) -> CachedPairs:
-        """The same with the pairs on `device`, where the gradient is already."""
+        """Moves the pairs to `device`; the gradients are already there."""
         return replace(self, pairs=self.pairs.to(device))
 
 
@@ -76,21 +76,21 @@ class Alignment(nn.Module):
     through a Linear to `dim` and is L2-normalised. The loss is the symmetric cross-entropy over the similarities of
     all images with all texts, times `exp(logit_scale)`.
 
-    The negatives of a pair are all other pairs of the batch, also those whose report reads the same: those of other
-    processes (embeddings are gathered) and those of other micro-batches (gradients are cached). Each process computes
-    the loss of the whole batch, a small product, so that the gradient to its own embeddings is whole without anything
-    sent back.
+    The negatives of a pair are all other pairs of the batch, even if their report is the same. This includes pairs of
+    other processes (embeddings are gathered) and of other micro-batches (gradients are cached). Each process computes
+    the loss of the whole batch, which is cheap, and so gets the complete gradient of its own embeddings without
+    further communication.
 
-    `logit_scale` is used at `log 100` wherever it is larger; then only a gradient that lowers it is let through, so
-    that it neither climbs on nor is stuck there.
+    `logit_scale` is limited to `log 100`. At the limit, only gradients that lower it are applied, so that it does not
+    grow further but can still decrease.
 
     Args:
         encoder: `ArmEncoder`.
         text_encoder: Hugging Face model whose output has `last_hidden_state` `[b, t, hidden_size]`.
-        tokenizer: the text tower's.
-        dim: width of the common space.
+        tokenizer: Tokenizer of the text tower.
+        dim: Width of the common embedding space.
         pooling: `last` or `mean`.
-        max_text_tokens: texts are cut to this many tokens, special tokens included.
+        max_text_tokens: Texts are cut to this number of tokens, special tokens included.
 
     Source: MambaXray-VL (arXiv 2410.00379) section 3; CLIP (arXiv 2103.00020); GradCache (arXiv 2101.06983).
     """
@@ -113,7 +113,7 @@ class Alignment(nn.Module):
         self.encoder = encoder
         self.text_encoder = text_encoder
         self.tokenizer = tokenizer
-        self.augment: AugmentSettings | None = None  # in training
+        self.augment: AugmentSettings | None = None  # used only in training
         self.findings: FindingsHead | None = None
         self.pooling = pooling
         self.max_text_tokens = max_text_tokens
@@ -126,16 +126,16 @@ class Alignment(nn.Module):
     # -- embeddings ---------------------------------------------------------------------------------------------
 
     def embed_images(self, pixels: Tensor, views: Tensor) -> Tensor:
-        """Embeddings of studies, fp32 `[b, dim]`, of length 1.
+        """Returns the embeddings of studies, fp32 `[b, dim]`, with norm 1.
 
         Args:
             pixels: uint8 `[n, size, size]`, the views of all studies one after the other.
-            views: int64 `[b]`, views of each study, summing to `n`.
+            views: int64 `[b]`, number of views of each study, summing to `n`.
         """
         return self._image_embeddings(self.encode(pixels), views)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """The encoder's tokens `[n, l + 1, d]` of images, uint8 `[n, size, size]`; in training of augmented ones."""
+        """Returns the encoder's tokens `[n, l + 1, d]` of images, uint8 `[n, size, size]`; augmented in training."""
         grey = augmented(pixels, self.augment) if self.training and self.augment else pixels.float()
         tokens: Tensor = self.encoder((grey[:, None] / 255 - self.mean) / self.std)
         return tokens
@@ -145,20 +145,20 @@ class Alignment(nn.Module):
         return F.normalize(self.vision_proj(studies).float(), dim=-1)
 
     def embed_texts(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Embeddings of texts, fp32 `[b, dim]`, of length 1.
+        """Returns the embeddings of texts, fp32 `[b, dim]`, with norm 1.
 
         Args:
-            input_ids, attention_mask: int64 `[b, t]`; the mask is 1 on real tokens, padding on either side.
+            input_ids, attention_mask: int64 `[b, t]`; the mask is 1 for real tokens. Padding may be on either side.
         """
         hidden = self.text_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         return F.normalize(self.text_proj(pool_text(hidden, attention_mask, self.pooling)).float(), dim=-1)
 
     def embed(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
-        """Embeddings of the images and the texts of a batch, each fp32 `[b, dim]`."""
+        """Returns the embeddings of the images and the texts of a batch, each fp32 `[b, dim]`."""
         return self._embed(batch)[1:]
 
     def _embed(self, batch: PairBatch) -> tuple[Tensor, Tensor, Tensor]:
-        # also the encoder's tokens
+        # The encoder's tokens and both embeddings.
         tokens = self.encode(batch.pixels)
         text = self.embed_texts(batch.input_ids, batch.attention_mask)
         return tokens, self._image_embeddings(tokens, batch.views), text
@@ -166,9 +166,9 @@ class Alignment(nn.Module):
     # -- objective ----------------------------------------------------------------------------------------------
 
     def forward(self, batch: PairBatch | CachedPairs) -> StageOutput:
-        """Sum of the loss over the pairs of this micro-batch, its negatives being all pairs of the batch.
+        """Returns the loss summed over the pairs of this micro-batch; the negatives are all pairs of the batch.
 
-        Of several processes all have to call it at the same time, with the same number of pairs.
+        All processes must call this at the same time, with the same number of pairs.
         """
         if isinstance(batch, CachedPairs):
             device = self.logit_scale.device
@@ -188,11 +188,12 @@ class Alignment(nn.Module):
 
     @torch.no_grad()
     def cache_gradients(self, batches: Sequence[PairBatch]) -> list[CachedPairs]:
-        """Prepares the micro-batches of a step for a backward pass each, by gradient caching.
+        """Prepares the micro-batches of a step by gradient caching, so that each can have its own backward pass.
 
-        All are embedded without a graph, the loss of the whole batch gives the gradient with respect to every
-        embedding, and `forward` embeds each again, with the same noise, to hand it on. The memory is that of one
-        micro-batch and the gradient that of one batch, for about a third more time.
+        All micro-batches are embedded without an autograd graph, and the loss of the whole batch gives the gradient of
+        every embedding. `forward` then embeds each micro-batch again, with the same random numbers, and continues the
+        backward pass from these gradients. This gives the gradient of the whole batch with the memory of one
+        micro-batch, in about a third more time.
         """
         device = self.logit_scale.device
         states, images, texts = [], [], []
@@ -207,12 +208,12 @@ class Alignment(nn.Module):
         return [CachedPairs(batch, part, *state) for batch, part, state in parts]
 
     def contrast(self, image: Tensor, text: Tensor, paired: Tensor | None = None) -> Contrast:
-        """The loss over the pairs of all processes, and its gradient for those of this one.
+        """Computes the loss over the pairs of all processes, and its gradients for the pairs of this process.
 
         Args:
-            image, text: fp32 `[n, dim]`, embeddings of this process's pairs, of length 1.
-            paired: bool `[n]`, false for films without a report, which have no part in it; None: all have one. The
-                losses are so scaled that their mean over all films is the mean over the pairs.
+            image, text: fp32 `[n, dim]`, embeddings of the pairs of this process, with norm 1.
+            paired: bool `[n]`, false for films without a report, which are left out of the loss; None: all have one.
+                The losses are scaled so that their mean over all films is the mean over the pairs.
         """
         n, rank, world_size = len(image), 0, 1
         if dist.is_available() and dist.is_initialized():
@@ -227,7 +228,7 @@ class Alignment(nn.Module):
                 losses = _losses_of_pairs(images, texts, scale.exp(), _gathered(paired.float(), world_size) > 0)
             to_images, to_texts, to_scale = torch.autograd.grad(losses.sum(), (images, texts, scale))
         climbs = (self.logit_scale >= MAX_LOGIT_SCALE) & (to_scale < 0)
-        # Every process finds the gradient of the whole for the scale; together they are to give it once.
+        # Every process has the gradient of the whole batch for the scale, so each contributes an equal share of it.
         to_scale = torch.where(climbs, 0.0, to_scale / world_size)
         return Contrast(losses.detach()[own], to_images[own], to_texts[own], to_scale.detach())
 
@@ -237,7 +238,7 @@ class Alignment(nn.Module):
         """Trades time for memory: blocks and layers of both towers are computed again in the backward pass.
 
         Raises:
-            UsageError: for a text tower that does not know how to.
+            UsageError: The text tower does not support it.
         """
         self.encoder.gradient_checkpointing = enabled
         if not enabled:
@@ -251,12 +252,12 @@ class Alignment(nn.Module):
             ) from error
 
     def head_parameters(self) -> dict[str, nn.Parameter]:
-        """What joins the towers, by name: the two projections and `logit_scale`."""
+        """Returns the parameters of the two projections and `logit_scale`, by name."""
         towers = ("encoder.", "text_encoder.", "findings.")
         return {name: parameter for name, parameter in self.named_parameters() if not name.startswith(towers)}
 
     def train(self, mode: bool = True) -> Alignment:
-        """A frozen text tower stays in evaluation mode: dropout would only add noise to it."""
+        """Sets the mode, but a frozen text tower stays in evaluation mode: dropout would only add noise to it."""
         super().train(mode)
         if not any(parameter.requires_grad for parameter in self.text_encoder.parameters()):
             self.text_encoder.eval()
@@ -264,11 +265,11 @@ class Alignment(nn.Module):
 
 
 def contrastive_losses(images: Tensor, texts: Tensor, scale: Tensor | float) -> Tensor:
-    """The symmetric cross-entropy of each pair, `[b]`: the mean of image to text and text to image.
+    """Returns the symmetric cross-entropy of each pair, `[b]`: the mean of image to text and text to image.
 
     Args:
-        images, texts: `[b, dim]`, of length 1; row `i` of both is a pair.
-        scale: what similarities are multiplied by, the inverse of the temperature.
+        images, texts: `[b, dim]`, with norm 1; row `i` of both is a pair.
+        scale: Factor of the similarities, the inverse of the temperature.
     """
     logits = scale * images @ texts.T  # [b, b]
     targets = torch.arange(len(images), device=images.device)
@@ -278,7 +279,7 @@ def contrastive_losses(images: Tensor, texts: Tensor, scale: Tensor | float) -> 
 
 
 def _losses_of_pairs(images: Tensor, texts: Tensor, scale: Tensor, paired: Tensor) -> Tensor:
-    # [b] with 0 for films without a report; times the films a pair, so that their mean is that of the pairs
+    # [b], 0 for films without a report; scaled so that the mean over all films is the mean over the pairs
     places = paired.nonzero().flatten()
     losses = (images.sum(dim=1) + texts.sum(dim=1)) * 0 + scale * 0
     if not len(places):
@@ -288,10 +289,10 @@ def _losses_of_pairs(images: Tensor, texts: Tensor, scale: Tensor, paired: Tenso
 
 
 def pool_text(hidden: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
-    """One vector a text: `[b, t, h] -> [b, h]`.
+    """Returns one vector for each text: `[b, t, h] -> [b, h]`.
 
     Args:
-        attention_mask: `[b, t]`, 1 on real tokens; padding may stand on either side.
+        attention_mask: `[b, t]`, 1 for real tokens. Padding may be on either side.
         pooling: `last`, the last attended token, or `mean`, the mean over the attended tokens.
     """
     if pooling == "mean":
@@ -303,7 +304,7 @@ def pool_text(hidden: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
 
 
 def _gathered(rows: Tensor, world_size: int) -> Tensor:
-    # [n, dim] of each process -> [world_size * n, dim] in rank order, a tensor of its own in any case
+    # [n, dim] of each process -> [world_size * n, dim] in rank order, always a new tensor
     if world_size == 1:
         return rows.clone()
     every = [torch.empty_like(rows) for _ in range(world_size)]

@@ -1,4 +1,4 @@
-"""Random changes of training images, on the device that the model is on."""
+"""Random augmentation of training images, on the device of the model."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 
 
 def augmented(pixels: Tensor, settings: AugmentSettings) -> Tensor:
-    """Grey images, each turned, shifted, scaled and changed in brightness and contrast by amounts of its own.
+    """Rotates, shifts and scales grey images and changes their brightness and contrast, each by random amounts.
 
-    The amounts are uniform up to those of the recipe and come from the generator of the device. What comes into the
-    frame from outside is black. Images are not mirrored.
+    The amounts are uniform up to the limits in the recipe and come from the random generator of the device. Areas
+    outside the original image are black. Images are not mirrored.
 
     Args:
         pixels: uint8 `[n, h, w]`.
 
     Returns:
-        `[n, h, w]`, fp32, 0 to 255; the same grey values where every setting is 0.
+        `[n, h, w]`, fp32, 0 to 255; unchanged if every setting is 0.
     """
     images = pixels.float()
     if not any(settings.model_dump().values()):
@@ -41,8 +41,8 @@ def _moved(images: Tensor, draws: Tensor, settings: AugmentSettings) -> Tensor:
         return images
     angle = math.radians(settings.rotate) * draws[0]
     size = 1 + settings.scale * draws[1]
-    # The grid says where each pixel of the result comes from, so that the image moves the other way. Its unit is half
-    # a side; images that are not square would be sheared.
+    # The grid is the source position of each output pixel, so the image moves in the opposite direction. Its unit is
+    # half a side; images that are not square would be sheared.
     across, down = 2 * settings.shift * draws[2], 2 * settings.shift * draws[3]
     cos, sin = angle.cos() / size, angle.sin() / size
     matrix = torch.stack([torch.stack([cos, -sin, across], dim=-1), torch.stack([sin, cos, down], dim=-1)], dim=-2)

@@ -1,8 +1,9 @@
 """Builds the stage 3 model from a recipe, writes it into a run directory and reads it back.
 
-A run directory holds what never changes at its top (`tokenizer/`, `llm.json` or `llm/`, and `encoder.safetensors` of a
-frozen encoder) and what is trained under `model/` (`bridge.safetensors`, `adapters/encoder`, `adapters/llm`,
-`encoder.safetensors` and `llm/` where these are trained whole). `model/` is replaced as a whole.
+The top level of a run directory contains the parts that never change (`tokenizer/`, `llm.json` or `llm/`, and
+`encoder.safetensors` of a frozen encoder). `model/` contains the trained parts (`bridge.safetensors`,
+`adapters/encoder`, `adapters/llm`, and `encoder.safetensors` and `llm/` if all their weights are trained). It is
+replaced as a whole.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from emrrg_cli.recipe.finetuning import ModelSettings
 
 
 def build_encoder(settings: EncoderSettings, scan: str = "auto") -> ArmEncoder:
-    """An encoder of the recipe's size with random weights."""
+    """Builds an encoder of the recipe's size with random weights."""
     width, depth = settings.width_and_depth
     return ArmEncoder(
         width,
@@ -45,10 +46,10 @@ def build_encoder(settings: EncoderSettings, scan: str = "auto") -> ArmEncoder:
 
 
 def assemble(settings: ModelSettings, encoder: ArmEncoder, llm: Any, tokenizer: Any) -> ReportGenerator:
-    """Joins the towers as the recipe says: hybrid layers, adapters, and what is trained.
+    """Builds the model from its towers: adds hybrid layers and adapters, and freezes what is not trained.
 
     Raises:
-        UsageError: where the recipe does not fit the LLM.
+        UsageError: The recipe does not fit the LLM.
     """
     _add_hybrid_layers(llm, settings)
     if settings.llm.name == "scratch":
@@ -95,7 +96,7 @@ def _add_hybrid_layers(llm: Any, settings: ModelSettings) -> None:
 
 
 def _lora_config(settings: ModelSettings, tower: str) -> Any:
-    """The LoRA configuration that a recipe gives to the tower `encoder` or `llm`; None where it gives none."""
+    """Returns the LoRA configuration of the tower `encoder` or `llm`; None if the recipe has none for it."""
     targets = settings.adapter.targets
     make = adapters.encoder_lora if tower == "encoder" else adapters.llm_lora
     return make(targets if isinstance(targets, list) else [], settings.adapter.rank, settings.adapter.alpha)
@@ -118,7 +119,7 @@ def _with_lora(module: nn.Module, config: Any) -> nn.Module:
 
 
 def set_trainable(model: ReportGenerator, *, encoder: bool, llm: bool) -> None:
-    """Freezes everything but bridge, hybrid layers and adapters; `encoder` and `llm` train these towers whole."""
+    """Freezes everything but bridge, hybrid layers and adapters; `encoder` and `llm` also train all of these towers."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad = ".lora_" in name
     for _, parameter in model.bridge_parameters():
@@ -130,13 +131,13 @@ def set_trainable(model: ReportGenerator, *, encoder: bool, llm: bool) -> None:
 
 
 def save_static(run_dir: Path, settings: ModelSettings, encoder: ArmEncoder, llm: Any, tokenizer: Any) -> None:
-    """Writes the parts that training does not change. Called before hybrid layers and adapters are put on."""
+    """Writes the parts that training does not change. Called before hybrid layers and adapters are added."""
     if not (run_dir / "tokenizer").exists():
         with atomic_directory(run_dir / "tokenizer") as temporary:
             tokenizer.save_pretrained(temporary)
     if (
         settings.adapter.targets != "full" and not (run_dir / "encoder.safetensors").exists()
-    ):  # resumed: it came from there
+    ):  # a resumed run has loaded it from there
         temporary_file = run_dir / "encoder.safetensors.tmp"
         save_file(encoder.state_dict(), temporary_file)
         temporary_file.replace(run_dir / "encoder.safetensors")
@@ -148,7 +149,7 @@ def save_static(run_dir: Path, settings: ModelSettings, encoder: ArmEncoder, llm
 
 
 def save_trained(run_dir: Path, settings: ModelSettings, model: ReportGenerator) -> None:
-    """Replaces `run_dir/model` by the trained parts of the model as they are now."""
+    """Replaces `run_dir/model` by the current trained parts of the model."""
     with atomic_directory(run_dir / "model") as directory:
         bridge = {name: p.detach().cpu().contiguous() for name, p in model.bridge_parameters()}
         save_file(bridge, directory / "bridge.safetensors")
@@ -166,15 +167,15 @@ def save_trained(run_dir: Path, settings: ModelSettings, model: ReportGenerator)
 
 
 def load_model(run_dir: Path, settings: ModelSettings, dtype: torch.dtype, *, merge: bool = True) -> ReportGenerator:
-    """The model of a run, in evaluation mode, its adapters merged into the weights unless `merge` is false.
+    """Loads the model of a run in evaluation mode, with merged adapters unless `merge` is false.
 
-    The run may be in training: all parts are of the same export.
+    The run may still be training: all parts come from the same export.
 
     Args:
-        dtype: of a frozen LLM's weights.
+        dtype: dtype of the weights of a frozen LLM.
 
     Raises:
-        RunError: when the run holds no trained model yet, or its parts do not fit together.
+        RunError: The run has no trained model yet, or its parts do not fit together.
     """
     return read_directory(run_dir / "model", lambda trained: _load_model(run_dir, trained, settings, dtype, merge))
 
@@ -200,16 +201,16 @@ def _load_model(
             parameters[name].copy_(tensor)
     if merge:
         model.encoder = adapters.merge(model.encoder)
-        if settings.llm.quantization == "none":  # added into quantised weights, an update would be rounded away
+        if settings.llm.quantization == "none":  # merged into quantised weights, updates would be lost by rounding
             model.llm = adapters.merge(model.llm)
     return model.requires_grad_(False).eval()
 
 
 def load_run_encoder(run_dir: Path, settings: ModelSettings) -> nn.Module:
-    """The encoder of a run alone, as it was exported, in evaluation mode, its adapters merged.
+    """Loads only the encoder of a run, as it was exported, in evaluation mode with merged adapters.
 
     Raises:
-        RunError: as `load_model`.
+        RunError: As in `load_model`.
     """
     encoder = read_directory(run_dir / "model", lambda trained: _load_encoder(run_dir, trained, settings))
     merged: nn.Module = adapters.merge(encoder)
@@ -234,7 +235,7 @@ def _with_adapters(tower: Any, name: str, trained: Path, settings: ModelSettings
 
 
 def _run_tokenizer(run_dir: Path, settings: ModelSettings) -> Any:
-    # A converted checkpoint has no tokenizer of its own: its LLM, which was never trained, brings it.
+    # A converted checkpoint may have no tokenizer: then it is the tokenizer of its LLM, which was never trained.
     own = run_dir / "tokenizer"
     if settings.llm.is_frozen and not own.is_dir():
         return load_tokenizer(settings.llm.name, settings.llm.revision)
@@ -242,14 +243,14 @@ def _run_tokenizer(run_dir: Path, settings: ModelSettings) -> Any:
 
 
 def load_run_llm(run_dir: Path, settings: ModelSettings, dtype: torch.dtype) -> Any:
-    """The LLM of a run: its own copy where it has one, else the one that the run names."""
+    """Loads the LLM of a run: its own copy if it has one, else the LLM that the run names."""
     for own in (whole_directory(run_dir / "model") / "llm", run_dir / "llm"):
         if own.is_dir():
             return load_llm(str(own), None, dtype if settings.llm.is_frozen else torch.float32)
     if not settings.llm.is_frozen:
         raise RunError(f"{run_dir / 'model' / 'llm'}: the trained LLM of this run is missing")
-    hint = "Put it back from a copy of the run; if you delete it, the LLM of recipe.yaml is taken unchecked."
-    record = read_record(run_dir / "llm.json", "which names the LLM of this run", hint) or {}
+    hint = "Put it back from a copy of the run; if you delete it, the LLM of recipe.yaml is used without a check."
+    record = read_record(run_dir / "llm.json", "the record of this run's LLM", hint) or {}
     revision = record.get("commit") or settings.llm.revision
     llm = load_llm(settings.llm.name, revision, dtype, settings.llm.quantization)
     found = llm_record(settings.llm, llm)
@@ -263,7 +264,7 @@ def load_run_llm(run_dir: Path, settings: ModelSettings, dtype: torch.dtype) -> 
 
 
 def fresh_llm(settings: ModelSettings, tokenizer: Any, dtype: torch.dtype) -> Any:
-    """The LLM that training starts from."""
+    """Builds or loads the LLM that training starts from."""
     if settings.llm.name == "scratch":
         return build_scratch_llm(settings.llm.scratch, tokenizer)
     own = dtype if settings.llm.is_frozen else torch.float32

@@ -1,8 +1,8 @@
 """Builds the stage 2 model from a recipe, writes it into a run directory and reads it back.
 
-A run directory holds `tokenizer/` at its top and under `model/`, replaced as a whole: `encoder.safetensors` with
-`encoder.json`, `text_encoder/` as Hugging Face writes it, `alignment.safetensors` (`vision_proj.*`, `text_proj.*`,
-`logit_scale`), `alignment.json` and, where findings are learned, `findings.safetensors`.
+A run directory contains `tokenizer/` and `model/`. The latter is replaced as a whole and contains
+`encoder.safetensors` with `encoder.json`, `text_encoder/` as Hugging Face writes it, `alignment.safetensors`
+(`vision_proj.*`, `text_proj.*`, `logit_scale`), `alignment.json` and, if findings are learned, `findings.safetensors`.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ _TEXT_ENCODER = "text_encoder"
 
 
 def fresh_alignment(recipe: AlignRecipe, encoder: ArmEncoder, tokenizer: Any, run_dir: Path | None) -> Alignment:
-    """The model that training starts from.
+    """Builds the model that training starts from.
 
     Args:
-        encoder: of the recipe's size, with the weights that training starts from.
-        run_dir: a run that is continued, whose own text tower is taken where it has one; None: a new run.
+        encoder: An encoder of the recipe's size, with the weights that training starts from.
+        run_dir: A resumed run, whose text tower is used if it has one; None: a new run.
 
     Raises:
-        RunError: when the text tower cannot be had.
+        RunError: The text tower cannot be loaded.
     """
     settings, max_tokens = recipe.model.text, recipe.data.max_text_tokens
     own = None if run_dir is None else run_dir / "model" / _TEXT_ENCODER
@@ -64,7 +64,7 @@ def fresh_alignment(recipe: AlignRecipe, encoder: ArmEncoder, tokenizer: Any, ru
 
 
 def save_alignment(run_dir: Path, model: Alignment) -> None:
-    """Replaces `run_dir/model` by the model as it is now."""
+    """Replaces `run_dir/model` by the current model."""
     with atomic_directory(run_dir / "model") as directory:
         save_encoder(directory, model.encoder)
         head = {name: parameter.detach().cpu().contiguous() for name, parameter in model.head_parameters().items()}
@@ -84,15 +84,15 @@ def save_alignment(run_dir: Path, model: Alignment) -> None:
 
 
 def load_alignment(run_dir: Path | str, scan: str = "auto", tokenizer: str | None = None) -> Alignment:
-    """The model of an `align` run or of a converted stage 2 checkpoint, in evaluation mode.
+    """Loads the model of an `align` run or of a converted stage 2 checkpoint, in evaluation mode.
 
     Args:
-        scan: engine of the scan (`emrrg_cli.models.scan`).
-        tokenizer: hub name or directory of the text tower's tokenizer; None: that of the run, or of the published
-            text tower, since a published checkpoint holds no tokenizer.
+        scan: Engine of the scan (`emrrg_cli.models.scan`).
+        tokenizer: Hub name or directory of the text tower's tokenizer; None: the tokenizer of the run, or of the
+            published text tower, because a published checkpoint contains no tokenizer.
 
     Raises:
-        RunError: when the run holds no trained model yet, its parts do not fit together, or there is no tokenizer.
+        RunError: The run has no trained model yet, its parts do not fit together, or there is no tokenizer.
     """
     run_dir = Path(run_dir)
     trained = next((place for place in (run_dir / "model", run_dir) if (place / HEAD_FILE).is_file()), None)

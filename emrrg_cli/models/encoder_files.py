@@ -1,4 +1,4 @@
-"""Where an encoder is found, what its tensors tell of its sizes, and how it is written."""
+"""Finds, reads and writes the files of an encoder. Its sizes come from its tensors."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ FORMAT = 1
 ENCODER_FILE = "encoder.safetensors"
 PRETRAINER_FILE = "pretrainer.safetensors"
 _PREFIX = "encoder."
-_OTHER = "no part of the encoder"
+_OTHER = "not part of the encoder"
 _HINT = "Name a safetensors file, a run directory, or a directory that `emrrg convert` wrote."
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """The sizes of an encoder: what its tensors tell.
+    """The sizes of an encoder, from its tensors.
 
     Args:
-        d_model: width `d`.
-        depth: number of blocks.
+        d_model: Width `d`.
+        depth: Number of blocks.
         d_state: `n`, the SSM state size.
-        image_size: side of the square input in pixels.
-        directions: scan directions; 1 in stage 1, 4 after.
-        class_token: whether there is one; its row is in the middle of the position embedding.
+        image_size: Side of the square input in pixels.
+        directions: Number of scan directions: 1 in stage 1, 4 in stages 2 and 3.
+        class_token: Whether there is one; its row is in the middle of the position embedding.
     """
 
     d_model: int
@@ -49,52 +49,52 @@ class EncoderConfig:
 
     @property
     def grid(self) -> int:
-        """Patches on a side."""
+        """Number of patches per side."""
         return self.image_size // PATCH_SIZE
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> EncoderConfig:
-        """The sizes that an encoder's tensors have.
+        """Returns the sizes of the encoder with these tensors.
 
         Raises:
-            RunError: when they are none of an encoder; the message does not name the file.
+            RunError: They are not the tensors of an encoder. The message does not name the file.
         """
         needed = ("patch_embed.weight", "pos_embed", "layers.0.mixer.A_log")
         if missing := [name for name in needed if name not in tensors]:
-            raise RunError(f"no encoder: {missing[0]} is missing")
+            raise RunError(f"not an encoder: {missing[0]} is missing")
         weight, pos_embed, A_log = (tensors[name] for name in needed)
         if pos_embed.dim() != 3 or A_log.dim() != 3:
-            raise RunError("no encoder: pos_embed and A_log have three axes each")
+            raise RunError("not an encoder: pos_embed and A_log must have three axes each")
         class_token = "cls_token" in tensors
         patches = pos_embed.shape[1] - class_token
         grid = math.isqrt(patches)
         if grid * grid != patches:
-            raise RunError(f"no encoder: pos_embed has {patches} patches, which is no square")
+            raise RunError(f"not an encoder: pos_embed has {patches} patches, which is not a square number")
         directions, _, d_state = A_log.shape
         numbers = {int(number) for number in re.findall(r"^layers\.(\d+)\.", "\n".join(tensors), re.MULTILINE)}
         return cls(weight.shape[0], depth_of(numbers), d_state, grid * PATCH_SIZE, directions, class_token)
 
 
 def depth_of(numbers: Collection[int]) -> int:
-    """How many blocks there are, by the numbers that tensors name: a number out of all proportion counts for nothing.
+    """Returns the number of blocks from the block numbers in tensor names; numbers that are far too large are ignored.
 
-    One below twice the count may be the last of blocks of which some are missing; one beyond would have as many blocks
-    looked for as a hostile name says.
+    A number below twice the count may be the last block if some blocks are missing. Larger numbers are ignored, because
+    otherwise a malicious name could demand any number of blocks.
     """
     return 1 + max((number for number in numbers if number < 2 * len(numbers)), default=0)
 
 
 @dataclass(frozen=True)
 class EncoderSource:
-    """An encoder as it was found.
+    """An encoder that was read from a file.
 
     Args:
-        config: its sizes.
-        tensors: its tensors by the names of `ArmEncoder`.
-        file: where they are.
-        names: for each of `tensors` its name in the file.
-        others: tensors found beside them that are no part of the encoder, with the part that they are of.
-        notes: what a reader must know.
+        config: Its sizes.
+        tensors: Its tensors by the names of `ArmEncoder`.
+        file: The file.
+        names: The name in the file for each name in `tensors`.
+        others: Other tensors in the file or beside it, with the reason why they are not used.
+        notes: Messages for the user.
     """
 
     config: EncoderConfig
@@ -109,33 +109,35 @@ def encoder_source(path: Path | str) -> EncoderSource:
     """Finds and reads an encoder.
 
     Args:
-        path: a run directory of `pretrain`, `align` or `finetune`, a directory that `emrrg convert` wrote, the `model/`
-            of a run, or a safetensors file with the tensors of an encoder, under their names or under `encoder.`.
+        path: A run directory of `pretrain`, `align` or `finetune`, a directory that `emrrg convert` wrote, the `model/`
+            of a run, or a safetensors file with the tensors of an encoder, with or without the prefix `encoder.`.
 
     Raises:
-        UsageError: for a path that is not there or holds no encoder, or a file to be converted first.
-        RunError: for a file that cannot be read.
+        UsageError: The path does not exist or has no encoder, or the file must be converted first.
+        RunError: A file cannot be read.
     """
     path = Path(path)
     if path.is_dir():
         return read_directory(path / "model", lambda model: _read_directory(path, model))
     if not path.is_file():
-        raise UsageError(f"{path}: no such file or directory; an encoder is to be there", hint=_HINT)
+        raise UsageError(f"{path}: no such file or directory, expected an encoder", hint=_HINT)
     return _read_file(path)
 
 
 def _read_directory(path: Path, model: Path) -> EncoderSource:
-    # `model/` of a run holds what was trained, its top what was frozen. An encoder comes before one with a decoder.
+    # `model/` of a run has the trained parts, its top level the frozen ones. A file with only an encoder comes first.
     places = [folder / name for name in (ENCODER_FILE, PRETRAINER_FILE) for folder in (model, path)]
     file = next((place for place in places if place.is_file()), None)
     if file is None and (path / "recipe.yaml").is_file():
-        raise UsageError(f"{path}: this run has left no encoder yet", hint="Let its training end, or reach an export.")
+        raise UsageError(
+            f"{path}: this run has not exported an encoder yet", hint="Wait for its first validation or its end."
+        )
     if file is None:
         raise UsageError(f"{path}: there is no encoder in this directory", hint=_HINT)
     source = _read_file(file)
     source.others.update(_tensors_beside(path, file))
     if (adapters := model / "adapters" / "encoder").is_dir():
-        source.notes.append(f"{adapters}: adapters are not merged; the frozen encoder under them is taken")
+        source.notes.append(f"{adapters}: these adapters are not used; the encoder is the frozen one without them")
     return source
 
 
@@ -144,7 +146,7 @@ def _read_file(file: Path) -> EncoderSource:
     if any(name.startswith("visual_encoder.") or ".patch_embed.proj." in f".{name}" for name in names):
         raise UsageError(
             f"{file}: this file has the published layout",
-            hint=f"First: emrrg convert {shlex.quote(str(file))} DIRECTORY",
+            hint=f"Convert it first: emrrg convert {shlex.quote(str(file))} DIRECTORY",
         )
     prefix = _PREFIX if f"{_PREFIX}patch_embed.weight" in names else ""
     own = {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
@@ -153,19 +155,19 @@ def _read_file(file: Path) -> EncoderSource:
     try:
         config = EncoderConfig.of(tensors)
     except RunError as error:
-        raise UsageError(f"{file}: {error.message}", hint="It is to hold the tensors of an encoder.") from error
+        raise UsageError(f"{file}: {error.message}", hint="Name a file with the tensors of an encoder.") from error
     others = {name: _OTHER for name in names if not name.startswith(prefix)}
     return EncoderSource(config, tensors, file, own, others, [])
 
 
 def _names_in(file: Path) -> list[str]:
-    if not file.is_file():  # to open a pipe would wait for a writer
+    if not file.is_file():  # opening a pipe would wait for a writer
         raise RunError(f"{file}: not a regular file")
     try:
         with file.open("rb") as stream:
             start = stream.read(2)
         if start in (b"PK", b"\x80\x02"):  # a zip archive or a pickle: PyTorch's own formats
-            hint = f"A published checkpoint is converted first: emrrg convert {shlex.quote(str(file))} DIRECTORY"
+            hint = f"Convert a published checkpoint first: emrrg convert {shlex.quote(str(file))} DIRECTORY"
             raise UsageError(f"{file}: not a safetensors file but a PyTorch checkpoint", hint=hint)
         check_header(file)
         with safe_open(file, framework="pt") as opened:
@@ -184,14 +186,14 @@ def _tensors_beside(directory: Path, file: Path) -> dict[str, str]:
 
 
 def save_encoder(directory: Path, encoder: ArmEncoder) -> None:
-    """Writes `encoder.safetensors` and `encoder.json` into a directory that is there."""
+    """Writes `encoder.safetensors` and `encoder.json` into an existing directory."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
     save_file(state, directory / ENCODER_FILE)
     write_encoder_config(directory, EncoderConfig.of(state))
 
 
 def write_encoder_config(directory: Path, config: EncoderConfig) -> None:
-    """Writes `encoder.json`: the sizes, for people and other programs; ours reads them from the tensors."""
+    """Writes `encoder.json` with the sizes, for users and other programs; emrrg reads them from the tensors."""
     sizes = {name: value for name, value in asdict(config).items() if name not in ("directions", "class_token")}
     text = json.dumps({"format": FORMAT, "kind": "encoder", **sizes}, indent=2)
     atomic_write_text(directory / "encoder.json", text + "\n")

@@ -19,7 +19,7 @@ from emrrg_cli.files.write_errors import writing
 from emrrg_cli.models.weights import load_tensors
 
 FILM_DISTANCE = "film_distance.safetensors"
-Films = tuple[Tensor, Tensor]  # as `describe` gives them
+Films = tuple[Tensor, Tensor]  # as `describe` returns them
 UNLIKE = "unlike the films of the training"
 LEAST = 10  # smallest number of held-out films for a threshold
 _USUAL = 0.99  # share of held-out films below the threshold
@@ -54,7 +54,7 @@ class MeasuredDistance:
 
 @dataclass(frozen=True)
 class _Part:
-    """Mahalanobis distance from training films by some of their values: mean float64 `[e]`, precision `[e, e]`."""
+    """Mahalanobis distance from training films in some of their features: mean float64 `[e]`, precision `[e, e]`."""
 
     mean: Tensor
     precision: Tensor
@@ -73,7 +73,7 @@ class _Part:
         return replace(part, threshold=threshold.item())
 
     def distances(self, values: Tensor) -> Tensor:
-        """`[n, e] -> [n]`."""
+        """Returns the distance of each film: `[n, e] -> [n]`."""
         deviation = values.double() - self.mean
         squared = torch.einsum("ni,ij,nj->n", deviation, self.precision, deviation)
         return squared.clamp(min=0).sqrt()
@@ -84,8 +84,8 @@ class FilmDistance:
     """Distance of films from the training films, from the tokens of the encoder and from their looks.
 
     Each of the two parts is a Mahalanobis distance divided by its threshold. The distance of a film is the larger of
-    the two. The thresholds are such that 99 percent of held-out films have a distance below 1. A film above 1 is called
-    unlike.
+    the two. The thresholds are such that 99 percent of held-out films have a distance below 1. A film with a distance
+    above 1 gets a warning.
 
     Source: Lee et al., arXiv 1807.03888; shrinkage: Ledoit and Wolf, J. Multivariate Analysis 88 (2004).
     """
@@ -99,7 +99,7 @@ class FilmDistance:
         """Fits the distance to films, in the form that `describe` returns.
 
         Raises:
-            ValueError: there are fewer than 10 held-out films, or fewer than two in training.
+            ValueError: There are fewer than 10 held-out films or fewer than 2 training films.
         """
         if len(held_out[0]) < LEAST or len(training[0]) < 2:
             raise ValueError(f"{len(training[0])} training and {len(held_out[0])} held-out films are too few")
@@ -114,7 +114,7 @@ class FilmDistance:
         return torch.stack([part.distances(values) / part.threshold for part, values in parts]).amax(dim=0)
 
     def of_studies(self, films: Films, views: Tensor) -> list[MeasuredDistance]:
-        """Returns the distance of each study; `views` `[b]` are the numbers of its films."""
+        """Returns the distance of each study; `views` `[b]` is the number of films of each study."""
         distances = torch.split(self.distances(films), views.tolist())
         return [MeasuredDistance(max(own.tolist()), self.limits) for own in distances]
 
@@ -153,7 +153,7 @@ class FilmDistance:
 
 
 def _weights_digest(run_dir: Path) -> bytes:
-    # What is trained is exported as a whole, with the checksums of its files.
+    # The trained parts are exported together with the checksums of their files.
     file = whole_directory(run_dir / "model") / CHECKSUMS
     return hashlib.sha256(file.read_bytes()).digest() if file.is_file() else b""
 
@@ -188,7 +188,8 @@ def _brightness(pixels: Tensor) -> Tensor:
 
 
 def _texture(pixels: Tensor) -> Tensor:
-    # Of each level of a Laplacian pyramid: its strength (two measures), and how alike neighbours across and down are.
+    # For each level of a Laplacian pyramid: two measures of its strength, and the correlation of neighbouring pixels
+    # in a row and in a column.
     level, found = pixels.float()[:, None] / 255, []
     while level.shape[-1] >= _SMALLEST:
         below = F.avg_pool2d(level, 2)
@@ -202,7 +203,7 @@ def _texture(pixels: Tensor) -> Tensor:
 
 
 def _shrunk_covariance(deviations: Tensor) -> Tensor:
-    # [n, e] -> [e, e], drawn towards a multiple of the identity by as much as the sample is noisy.
+    # [n, e] -> [e, e], shrunk towards a multiple of the identity; the more noise in the sample, the more it shrinks.
     n, e = deviations.shape
     covariance = deviations.T @ deviations / n
     scale = covariance.trace() / e
@@ -210,6 +211,6 @@ def _shrunk_covariance(deviations: Tensor) -> Tensor:
     distance = (covariance - scale * identity).square().sum() / e
     noise = ((deviations.square().T @ deviations.square()) / n - covariance.square()).sum() / n / e
     share = (noise / distance).clamp(0, 1) if distance > 0 else torch.ones(())
-    # Whoever computes in 16 bits later must not find all films strange.
+    # The rounding errors of 16-bit inference must not make all films look unlike.
     rounding = _ROUNDING**2 * scale
     return (1 - share) * covariance + (share * scale + rounding) * identity

@@ -1,4 +1,4 @@
-"""A head that tells findings from the encoder's tokens, trained beside the objective of a stage."""
+"""A head that predicts findings from the encoder's tokens. Its loss is added to the loss of a stage."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 
 class FindingsHead(nn.Module):
-    """One logit a finding and study: a weighted mean of what each token says, the weights learned for each finding.
+    """Predicts one logit per finding and study: a weighted mean over the tokens, with learned weights per finding.
 
-    A finding of a few patches is seen so, where a plain mean over the tokens would drown it.
+    It can detect a finding that covers only a few patches, which a plain mean over the tokens would hide.
 
     Args:
-        d_model: width of the encoder's tokens.
-        findings: how many.
+        d_model: Width of the encoder's tokens.
+        findings: Number of findings.
 
     Source: attention-based multiple instance learning (Ilse et al., arXiv 1802.04712), with a linear attention.
     """
@@ -27,15 +27,15 @@ class FindingsHead(nn.Module):
         self.evidence = nn.Linear(d_model, findings)
         nn.init.zeros_(self.attention.weight)  # starts as the plain mean
         nn.init.zeros_(self.attention.bias)
-        self.weight = 1.0  # of the loss
+        self.weight = 1.0  # factor of the loss
         self.register_buffer("balance", torch.ones(findings), persistent=False)
 
     def forward(self, tokens: Tensor, views: Tensor) -> Tensor:
-        """Logits `[b, findings]`, fp32.
+        """Returns logits `[b, findings]`, fp32.
 
         Args:
             tokens: `[n, l, d]`, the views of all studies one after the other.
-            views: int64 `[b]`, views of each study, summing to `n`.
+            views: int64 `[b]`, number of views of each study, summing to `n`.
         """
         with torch.autocast(tokens.device.type, enabled=False):
             tokens = tokens.float()
@@ -50,12 +50,12 @@ class FindingsHead(nn.Module):
             return share
 
     def loss_sum(self, tokens: Tensor, views: Tensor, targets: Tensor) -> Tensor:
-        """`weight` times the cross-entropy, a mean over the findings of each study that are known, summed over studies.
+        """Returns `weight` times the cross-entropy: mean over the known findings of a study, summed over studies.
 
-        A finding that is there counts `balance` times.
+        A present finding counts `balance` times.
 
         Args:
-            targets: `[b, findings]`, 1 where a finding is there, 0 where not, NaN where nobody knows.
+            targets: `[b, findings]`, 1 for a present finding, 0 for an absent one, NaN if unknown.
         """
         logits = self(tokens, views)
         known = targets.isfinite()
@@ -67,11 +67,11 @@ class FindingsHead(nn.Module):
         return loss
 
     def set_balance(self, targets: Tensor, most: float) -> None:
-        """Weighs each finding that is there so that over all studies both sides count alike.
+        """Weights present findings so that, over all studies, present and absent count equally for each finding.
 
         Args:
-            targets: those of all training studies, `[studies, findings]`.
-            most: the largest weight, at least 1; 1 weighs nothing, so that the outputs are probabilities.
+            targets: The targets of all training studies, `[studies, findings]`.
+            most: The largest weight, at least 1. With 1 there are no weights, so that the outputs are probabilities.
         """
         there, absent = (targets == 1).sum(dim=0), (targets == 0).sum(dim=0)
         self.balance.copy_((absent / there.clamp(min=1)).clamp(1 / most, most))

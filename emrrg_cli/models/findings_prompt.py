@@ -1,4 +1,4 @@
-"""Findings as words in the prompt, for a decoder that would else write what most reports say."""
+"""Puts findings into the prompt as words, because the decoder alone tends to write the most common report."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 
 class FindingsPrompt:
-    """Says of each finding whether it is there: its name, and one embedding for yes or no.
+    """Makes the embeddings of each finding: its name, and one embedding for yes or no.
 
     Args:
-        names: of the findings.
-        threshold: probability from which a finding is there; None: the embedding stands between those of "yes" and
-            "no", by the probability.
-        labels_in_training: the prompt of a training step says what the reference report says, not what the head
-            predicts; so the decoder learns to follow it.
+        names: Names of the findings.
+        threshold: Probability from which a finding counts as present; None: the embedding is the mean of those of
+            "yes" and "no", weighted by the probability.
+        labels_in_training: Whether the prompt of a training step has the findings of the reference report instead of
+            the predictions of the head, so that the decoder learns to follow the prompt.
     """
 
     def __init__(
@@ -37,13 +37,13 @@ class FindingsPrompt:
         self.labels_in_training = labels_in_training
 
     def __call__(self, embed: Any, logits: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The words as embeddings, `[b, w, hidden]`; they do not train the head, which is to be true, not of use.
+        """Returns the words as embeddings, `[b, w, hidden]`. The head gets no gradient from them.
 
         Args:
             embed: The LLM's input embedding.
-            logits: Of the head on findings, `[b, findings]`.
-            labels: `[b, findings]` for a step that goes by them: 1 where a finding is there, 0 where not, NaN where the
-                report is uncertain, which stands between yes and no.
+            logits: Output of the findings head, `[b, findings]`.
+            labels: `[b, findings]`, used instead of the logits: 1 for a present finding, 0 for an absent one, NaN for
+                an uncertain one, which gets the mean of yes and no.
         """
         there = logits.detach().sigmoid()
         if labels is not None:

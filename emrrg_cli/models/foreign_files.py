@@ -1,6 +1,6 @@
-"""Checks of model files from elsewhere, before torch, safetensors or transformers read them.
+"""Checks model files from other sources before torch, safetensors or transformers read them.
 
-They never wait (pipes, devices), and what they accept is read in bounded time and memory.
+The checks never wait for a pipe or a device. Reading an accepted file takes bounded time and memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MOST_LAYERS = 2000
 
 
 def check_header(file: Path) -> None:
-    """Check that a safetensors file is a regular file and that its header is small enough to be read quickly.
+    """Checks that a safetensors file is a regular file and that its header is small enough to be read quickly.
 
     Raises:
         OSError: `strerror` gives the reason.
@@ -38,9 +38,9 @@ def check_header(file: Path) -> None:
 
 
 def check_archive(file: Path) -> None:
-    """Check that a file of `torch.save` is a regular file that does not grow when it is read.
+    """Checks that a file of `torch.save` is a regular file without compressed parts.
 
-    torch stores tensors uncompressed, but reads compressed ones: a file of 4 MB could fill 4 GB of memory.
+    torch stores tensors uncompressed, but also reads compressed ones: a file of 4 MB could fill 4 GB of memory.
 
     Raises:
         OSError: `strerror` gives the reason.
@@ -52,7 +52,7 @@ def check_archive(file: Path) -> None:
             return
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
-    except Exception as error:  # a damaged list of members raises whatever its reader met
+    except Exception as error:  # a damaged list of members raises errors of many types
         raise OSError(errno.EINVAL, f"its list of members is damaged: {error}", str(file)) from error
     compressed = [member.filename for member in members if member.compress_type != zipfile.ZIP_STORED]
     if compressed:
@@ -60,10 +60,10 @@ def check_archive(file: Path) -> None:
 
 
 def check_model_directory(source: str | Path) -> None:
-    """Check the files of an LLM, text encoder or tokenizer in a directory. A name on the hub is not checked.
+    """Checks the files of an LLM, text encoder or tokenizer in a directory. A hub name is not checked.
 
     Raises:
-        OSError, ValueError: A file is not regular, too large or compressed, names files elsewhere, or asks for
+        OSError, ValueError: A file is not regular, too large or compressed, names files outside the directory, or has
             thousands of layers. The message names the file.
     """
     folder = Path(source)
@@ -83,7 +83,7 @@ def check_model_directory(source: str | Path) -> None:
         if file.name == "config.json":
             _check_sizes(_json(file))
         if file.name == "adapter_config.json":
-            raise ValueError("it holds adapters of PEFT, not a whole model: merge them into the model first")
+            raise ValueError("it contains adapters of PEFT, not a complete model: merge them into the model first")
         if file.name.endswith(".index.json"):
             _check_names(file.name, _json(file))
 
@@ -98,7 +98,7 @@ def _json(file: Path) -> Any:
 
 
 def _check_sizes(config: Any) -> None:
-    # Those of models with a vision tower are one level down.
+    # Models with a vision tower have their sizes one level deeper.
     parts = [config, *config.values()] if isinstance(config, Mapping) else []
     for part in parts:
         for name in _LAYERS if isinstance(part, Mapping) else ():

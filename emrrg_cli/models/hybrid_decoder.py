@@ -1,12 +1,12 @@
-"""Hybrid decoder layers around any Hugging Face causal LM: self-attention joined by gated cross-attention to the image.
+"""Hybrid decoder layers for any Hugging Face causal LM: self-attention plus gated cross-attention to the image.
 
-Inside a hybrid layer the text queries also attend to keys and values projected from the visual tokens. A gate computed
-from the text scales that context, which is added to the self-attention before the output projection. The gate starts
-at zero, so a fresh hybrid LLM equals the plain one.
+In a hybrid layer, the text queries also attend to keys and values projected from the visual tokens. A gate computed
+from the text scales this context, which is added to the self-attention before the output projection. The gate starts
+at zero, so a new hybrid LLM gives the same output as the plain LLM.
 
-The attention modules are extended in place and keep their parameter names: the LLM's weights and its LoRA adapters
-load and save as those of the plain LLM. Visual tokens travel as keyword arguments through the LLM's `forward` and
-`generate` (which expands them over beams), never as state on a layer, which would break under checkpointing.
+The attention modules are extended in place and keep their parameter names, so the weights and the LoRA adapters of the
+LLM are saved and loaded as for the plain LLM. Visual tokens are keyword arguments of the LLM's `forward` and `generate`
+(which expands them over beams). They are not stored on a layer, because this would break gradient checkpointing.
 
 Source: EMRRG (arXiv 2510.16776) section 3.3.
 """
@@ -29,16 +29,16 @@ VISUAL_ARGUMENTS = ("visual_tokens", "visual_mask")
 
 
 class CrossAttention(nn.Module):
-    """What a hybrid layer adds to its self-attention: key/value projection and gate.
+    """The cross-attention that a hybrid layer adds to its self-attention: key/value projection and gate.
 
     Args:
-        hidden_size: width of the LLM.
-        heads: query heads of the layer.
-        kv_heads: key/value heads of the layer (grouped-query attention as in the layer).
-        head_dim: width of a head.
+        hidden_size: Width of the LLM.
+        heads: Number of query heads of the layer.
+        kv_heads: Number of key/value heads of the layer (grouped-query attention as in the layer).
+        head_dim: Width of a head.
         gate: `states` computes the gate from the text states after the layer's norm, `attention` from the output of
             self-attention before its output projection.
-        query: `before_rotary` or `after_rotary`, which queries attend to the image.
+        query: Whether the queries are taken before or after the rotary embedding: `before_rotary` or `after_rotary`.
     """
 
     def __init__(
@@ -59,25 +59,25 @@ class CrossAttention(nn.Module):
         nn.init.normal_(self.kv_proj.weight, std=hidden_size**-0.5)
 
     def keys_and_values(self, visual: Tensor) -> tuple[Tensor, Tensor]:
-        """`[b, m, hidden] -> 2 x [b, kv_heads, m, head_dim]`; `visual` after the layer's input norm."""
+        """Projects visual tokens, after the layer's input norm: `[b, m, hidden] -> 2 x [b, kv_heads, m, head_dim]`."""
         kv = self.kv_proj(visual.to(self.kv_proj.weight.dtype))
         kv = kv.view(*visual.shape[:2], 2, self.kv_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         return kv[0], kv[1]
 
     def forward(self, hidden: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """The gated context, to be added before the output projection.
+        """Returns the gated context, which is added before the output projection.
 
         Args:
-            hidden: `[b, t, hidden]`, what the gate is computed from.
-            query: `[b, t, heads * head_dim]`, the layer's own queries.
+            hidden: `[b, t, hidden]`, input of the gate.
+            query: `[b, t, heads * head_dim]`, the queries of the layer.
             key, value: `[b, kv_heads, m, head_dim]`.
-            mask: `[b, m]`, true where a visual token is real; None: all are.
+            mask: `[b, m]`, true for real visual tokens; None: all are real.
 
         Returns:
             `[b, t, heads * head_dim]`.
         """
         b, t, _ = query.shape
-        # Every text state sees every visual token, so the heads that share a key head are more queries of one head.
+        # Every text token attends to every visual token, so the query heads of one key head can be joined as queries.
         query = query.view(b, t, self.heads, self.head_dim).transpose(1, 2)
         context = F.scaled_dot_product_attention(
             query.reshape(b, self.kv_heads, -1, self.head_dim),
@@ -88,14 +88,14 @@ class CrossAttention(nn.Module):
         return self.gates(hidden).to(context.dtype) * context.transpose(1, 2).reshape(b, t, -1)
 
     def gates(self, hidden: Tensor) -> Tensor:
-        """By how much the context of each place is scaled: `[b, t, hidden] -> [b, t, 1]`, negative ones too."""
+        """Returns the factor of the context at each position, which may be negative: `[b, t, hidden] -> [b, t, 1]`."""
         gate: Tensor = self.warmup * torch.tanh(self.gate(hidden.to(self.gate.weight.dtype)))
         return gate
 
     def weights(self, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
-        """What each head looks at, which `forward` does not keep: `[b, heads, t, m]`, fp32, summing to 1 over `m`.
+        """Returns the attention weights of each head: `[b, heads, t, m]`, fp32, summing to 1 over `m`.
 
-        Args: as of `forward`.
+        Arguments as in `forward`, which does not compute these weights.
         """
         b, t, _ = query.shape
         grouped = query.float().view(b, t, self.kv_heads, -1, self.head_dim).permute(0, 2, 3, 1, 4)
@@ -146,15 +146,15 @@ class _HybridAttention(nn.Module):
         return (attended + context.to(attended.dtype), *rest)
 
     def _rotated(self, query: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
-        # By the family's own function, which stands beside its attention.
+        # With the function of the LLM's family, which is in the module of its attention.
         rotate = sys.modules[type(self).__module__].apply_rotary_pos_emb
         heads = query.view(*query.shape[:2], self.cross.heads, -1).transpose(1, 2)
         rotated: Tensor = rotate(heads, heads, *positions)[0]
         return rotated.transpose(1, 2).flatten(2)
 
     def _visual_keys_and_values(self, visual: Tensor, cache: Any) -> tuple[Tensor, Tensor]:
-        # In generation they are the same at every step; they live in the cache of this generation and die with it.
-        # Beam search reorders rows within a study only, where all rows are equal, so they need no reordering.
+        # In generation they are the same at every step, so they are stored in the cache of this generation.
+        # Beam search reorders rows only within a study, where all rows are equal, so they need no reordering.
         kept: dict[int, tuple[Tensor, Tensor]] = {}
         if cache is not None and not torch.is_grad_enabled():
             kept = cache.__dict__.setdefault("visual_keys_and_values", kept)
@@ -166,7 +166,7 @@ class _HybridAttention(nn.Module):
 
 
 class _HybridLLM:
-    """Mixed into the class of the LLM: `generate` then accepts the visual arguments, which go through `**kwargs`."""
+    """Mixed into the class of the LLM, so that `generate` accepts the visual arguments in `**kwargs`."""
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         others = {key: value for key, value in model_kwargs.items() if key not in VISUAL_ARGUMENTS}
@@ -176,24 +176,24 @@ class _HybridLLM:
 def add_hybrid_layers(llm: Any, every: int, *, gate: str = "states", query: str = "before_rotary") -> list[int]:
     """Turns every `every`-th decoder layer of a causal LM, from the first, into a hybrid layer, in place.
 
-    Afterwards `llm(..., visual_tokens=[b, m, hidden], visual_mask=[b, m] or None)` and `llm.generate(...)` with the
-    same arguments attend to the image; without them the LLM is the plain one.
+    Afterwards, `llm(..., visual_tokens=[b, m, hidden], visual_mask=[b, m] or None)` and `llm.generate(...)` with the
+    same arguments attend to the image. Without them, the LLM gives the output of the plain LLM.
 
     Args:
-        gate, query: the choices of `CrossAttention`.
+        gate, query: As in `CrossAttention`.
 
     Returns:
         The indices of the hybrid layers.
 
     Raises:
-        UsageError: when the architecture lacks what a hybrid layer needs (separate `q_proj` and `o_proj` under
-            `self_attn`, `input_layernorm` before it), or does not pass the visual tokens on to its layers.
+        UsageError: The architecture lacks a part that a hybrid layer needs (separate `q_proj` and `o_proj` in
+            `self_attn`, `input_layernorm` before it), or does not pass the visual tokens to its layers.
     """
     layers = decoder_layers(llm)
     if not hasattr(llm.config, "hidden_size"):
         raise UsageError(
             f"hybrid layers do not fit {type(llm).__name__}: it is a model for images and text, not a plain LLM",
-            hint="Name an LLM for text alone, or set model.hybrid.every=null.",
+            hint="Choose a text-only LLM, or set model.hybrid.every=null.",
         )
     chosen = list(range(0, len(layers), every))
     for index in chosen:
@@ -220,17 +220,17 @@ def add_hybrid_layers(llm: Any, every: int, *, gate: str = "states", query: str 
 
 
 def hybrid_parameters(llm: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names (inside the LLM) and parameters that hybrid layers added."""
+    """Yields the parameters that hybrid layers added, with their names in the LLM."""
     for name, parameter in llm.named_parameters():
         if ".cross." in name:
             yield name, parameter
 
 
 def decoder_layers(llm: Any) -> nn.ModuleList:
-    """The decoder layers of a Hugging Face causal LM.
+    """Returns the decoder layers of a Hugging Face causal LM.
 
     Raises:
-        UsageError: when they are not where decoder-only models keep them.
+        UsageError: The model has no `layers` as decoder-only models do.
     """
     layers = getattr(llm.get_decoder() if hasattr(llm, "get_decoder") else llm, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not hasattr(layers[0], "self_attn"):

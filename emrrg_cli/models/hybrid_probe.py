@@ -1,7 +1,7 @@
 """Checks that hybrid layers work in an LLM: the logits depend on the image, and every new parameter gets a gradient.
 
-Some families of LLMs do not pass keyword arguments on to their attention. Their hybrid layers would never see the
-image, and nothing would say so. One forward pass through the hybrid layers alone finds it before training starts.
+Some families of LLMs do not pass keyword arguments to their attention. Their hybrid layers would ignore the image
+without an error. One forward pass through the hybrid layers alone detects this before training starts.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ _TEXT, _VISUAL = 4, 3  # tokens of the probe
 
 
 def check_hybrid_layers(llm: Any, layers: nn.ModuleList, chosen: list[int]) -> None:
-    """Runs the hybrid layers of a causal LM once, with their gates open, and looks at what depends on the image.
+    """Runs the hybrid layers of a causal LM once, with open gates, and checks that the output depends on the image.
 
-    The LLM and its random numbers are afterwards as they were. On the meta device, where tensors have no values, there
-    is nothing to look at: planning takes the LLM as it is.
+    This changes neither the LLM nor the state of the random numbers. On the meta device, which planning uses, tensors
+    have no values, so nothing is checked.
 
     Args:
-        layers: the decoder layers of `llm`.
-        chosen: which of them are hybrid; only these are run.
+        layers: The decoder layers of `llm`.
+        chosen: Indices of the hybrid layers; only these layers are run.
 
     Raises:
-        UsageError: when the image changes nothing, a hybrid parameter gets no gradient, or the forward pass fails.
+        UsageError: The image changes nothing, a hybrid parameter gets no gradient, or the forward pass fails.
     """
     if llm.get_input_embeddings().weight.is_meta:
         return
@@ -43,14 +43,14 @@ def check_hybrid_layers(llm: Any, layers: nn.ModuleList, chosen: list[int]) -> N
             gradients = torch.autograd.grad(logits.float().square().sum(), [visual, *added.values()], allow_unused=True)
             with torch.no_grad():
                 other = _logits(llm, _wave(llm, _VISUAL, 2.0))
-        except Exception as error:  # a family that does not fit fails in its own way
+        except Exception as error:  # each family of LLMs raises its own errors
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise _refusal(llm, f"a forward pass with visual tokens fails: {reason}") from error
     if gradients[0] is None or torch.equal(logits, other):
         raise _refusal(llm, "its output does not depend on the image, since its layers drop the visual tokens")
     for name, gradient in zip(added, gradients[1:], strict=True):
         if gradient is None or not gradient.any():
-            raise _refusal(llm, f"layer {name} gets no gradient, so it could not be trained")
+            raise _refusal(llm, f"layer {name} gets no gradient, so it cannot be trained")
 
 
 def _refusal(llm: Any, reason: str) -> UsageError:
@@ -61,7 +61,7 @@ def _refusal(llm: Any, reason: str) -> UsageError:
 
 
 def _wave(llm: Any, tokens: int, phase: float) -> Tensor:
-    # No random numbers: those of the training must not depend on this check.
+    # No random numbers, because this check must not change the random numbers of the training.
     weight = llm.get_input_embeddings().weight
     dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
     steps = torch.arange(tokens * llm.config.hidden_size, device=weight.device, dtype=torch.float32)

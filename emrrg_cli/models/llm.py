@@ -24,10 +24,10 @@ _SAMPLE_BYTES = 1 << 16
 
 
 def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a hub name or directory.
+    """Loads the tokenizer of a hub name or directory.
 
     Raises:
-        RunError: when it cannot be had; says whether it was looked for on the hub or on this disk.
+        RunError: It cannot be loaded. The message says whether the hub or the disk was searched.
     """
     from transformers import AutoTokenizer
 
@@ -42,15 +42,15 @@ def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokeni
 
 
 def load_llm(source: str, revision: str | None, dtype: torch.dtype, quantization: str = "none") -> PreTrainedModel:
-    """A causal LM with its weights, from the hub, the local cache or a directory.
+    """Loads a causal LM with its weights, from the hub, the local cache or a directory.
 
     Args:
-        dtype: of the weights, or of the arithmetic on quantised ones.
+        dtype: dtype of the weights, or of the computation with quantised weights.
         quantization: `none`, `8bit` or `4bit` (NF4, QLoRA arXiv 2305.14314), through bitsandbytes.
 
     Raises:
-        RunError: when it cannot be had, or lacks weights that transformers would fill with noise.
-        UsageError: when it is to be quantised and bitsandbytes is not there.
+        RunError: It cannot be loaded, or weights are missing, which transformers would initialise at random.
+        UsageError: Quantization needs bitsandbytes, which is not installed.
     """
     from transformers import AutoModelForCausalLM
 
@@ -73,7 +73,7 @@ def load_llm(source: str, revision: str | None, dtype: torch.dtype, quantization
         raise unavailable(source, "LLM", error) from error
     if missing := sorted(loaded["missing_keys"]):
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise RunError(f"{source}: this is no whole {type(llm).__name__}: {missing[0]} is missing{more}")
+        raise RunError(f"{source}: this {type(llm).__name__} is incomplete: {missing[0]} is missing{more}")
     return with_plain_decoding(llm)
 
 
@@ -101,12 +101,12 @@ def _quantization(name: str, dtype: torch.dtype) -> Any:
 
 
 def _own_device() -> torch.device:
-    # Weights are quantised where they are put, so they go to this process's device at once.
+    # Weights are quantised on the device where they are loaded, so they are loaded on the device of this process.
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def build_scratch_llm(settings: ScratchLLMSettings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A small Llama with random weights for `tokenizer`."""
+    """Builds a small Llama with random weights for `tokenizer`."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -127,9 +127,9 @@ def build_scratch_llm(settings: ScratchLLMSettings, tokenizer: PreTrainedTokeniz
 
 
 def add_dropout(llm: Any, rate: float) -> None:
-    """Puts dropout on the output of the attention and of the MLP of each decoder layer; it acts in training alone.
+    """Adds dropout to the outputs of attention and MLP of each decoder layer, in training only.
 
-    Hooks rather than modules: the names of the weights stay those of the plain LLM.
+    It uses hooks, not modules, so that the names of the weights do not change.
     """
     if rate == 0:
         return
@@ -143,12 +143,12 @@ def add_dropout(llm: Any, rate: float) -> None:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, prompt: str = PUBLISHED_PROMPT) -> PreTrainedTokenizerBase:
-    """A byte-level BPE tokenizer trained on reports: no text is out of its vocabulary.
+    """Trains a byte-level BPE tokenizer on reports. It can encode any text.
 
     Args:
-        texts: the training reports, cleaned as they will be learned, and what else the prompts say.
-        vocab_size: largest number of tokens, bytes and special tokens included.
-        prompt: what stands around image and context, which the tokens are to fit too.
+        texts: The training reports, cleaned as for training, and the contexts of the prompts.
+        vocab_size: Largest number of tokens, bytes and special tokens included.
+        prompt: Text around image and context; the tokenizer is also trained on it.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -167,7 +167,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, prompt: str = PUBLISH
 
 
 def with_plain_decoding(llm: Any) -> Any:
-    """Drops the decoding defaults that an LLM brings along: a recipe's decoding is the whole of it."""
+    """Removes the decoding defaults of an LLM, because only the recipe sets decoding options."""
     from transformers import GenerationConfig
 
     llm.generation_config = GenerationConfig()
@@ -175,9 +175,9 @@ def with_plain_decoding(llm: Any) -> Any:
 
 
 def llm_record(settings: LLMSettings, llm: PreTrainedModel) -> dict[str, Any]:
-    """How a run names an LLM that it does not hold: id, revision, commit, and a hash of its configuration.
+    """Returns the record of an LLM that is not stored in the run: name, revision, commit and hashes.
 
-    The same LLM has the same hash in another precision, under another name and with another transformers.
+    The hash of the configuration does not depend on precision, name or version of transformers.
     """
     import hashlib
     import json
@@ -202,13 +202,12 @@ def _identity(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _weights_fingerprint(source: str) -> str | None:
-    """A hash over the size and 64 samples of each weight file of a directory; None for a hub name.
+    """Returns a hash over the size and 64 samples of each weight file of a directory; None for a hub name.
 
-    Files of `torch.save` are hashed where there are no safetensors files, as transformers reads them only then.
+    Files of `torch.save` are hashed only if there are no safetensors files, because transformers reads them only then.
 
-
-    A hub model is pinned by its commit. Of local files the whole would take half a minute for a 7B model, at every
-    start; samples all over a file tell apart models that share embeddings or norms, and find a cut file.
+    A hub model is identified by its commit. Hashing the whole files of a 7B model would take half a minute at every
+    start. Samples from the whole file distinguish models that share embeddings or norms, and detect a truncated file.
     """
     import hashlib
 
@@ -228,19 +227,19 @@ def _weights_fingerprint(source: str) -> str | None:
 
 
 def unavailable(source: str, what: str, error: Exception, key: str = "model.llm.name") -> RunError:
-    """The error that says why a model could not be had, and whether it was looked for on the hub or on this disk.
+    """Returns the error for a model that cannot be loaded. It says whether the hub or the disk was searched.
 
     Args:
-        source: hub name or directory, as the recipe names it by `key`.
+        source: Hub name or directory, from the setting `key` of the recipe.
         what: `LLM`, `tokenizer` or `text encoder`.
-        error: what the loading raised.
+        error: The error that the loading raised.
     """
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if Path(source).exists():
         return RunError(f"{source}: no {what} could be loaded from this directory: {first}")
     if source.startswith((".", "/", "~")):
-        return RunError(f"{source}: no such directory", hint=f"It is to hold the {what} ({key}).")
+        return RunError(f"{source}: no such directory", hint=f"Set {key}=PATH to a directory with the {what}.")
     return RunError(
-        f"the {what} {source!r} is neither a directory here nor could it be had from the hub: {first}",
-        hint=f"Give a directory that holds it ({key}=PATH), or check the name, the network and your access.",
+        f"the {what} {source!r} is not a local directory and could not be loaded from the hub: {first}",
+        hint=f"Set {key}=PATH to a directory with the {what}, or check the name, the network and your access.",
     )

@@ -48,14 +48,14 @@ class ReportGenerator(nn.Module):
     Args:
         encoder: `ArmEncoder`, with or without PEFT adapters.
         llm: Hugging Face causal LM, with or without hybrid layers (`add_hybrid_layers`) and adapters.
-        tokenizer: the LLM's.
+        tokenizer: Tokenizer of the LLM.
         visual_prompt: `full` puts every visual token into the prompt, `pooled` the class token and 2x2 averages of
-            the patches; hybrid layers attend to every token either way.
+            the patches. Hybrid layers attend to every token in both cases.
         views: `average` takes the mean of a study's views token by token, `concat` puts them one after the other.
-        begin_token_id: first token of the prompt; None: the tokenizer's, if it has one.
-        end_text: text that ends a report in place of the tokenizer's end token; generated text is cut there.
-        prompt: text with `<ImageHere>` in it once, where the visual tokens stand; what is told of a study stands behind
-            them, or at `<ContextHere>`.
+        begin_token_id: First token of the prompt; None: the tokenizer's, if it has one.
+        end_text: Text that ends a report instead of the tokenizer's end token; generated text is cut there.
+        prompt: Text with `<ImageHere>` once, which the visual tokens replace. The context of a study replaces
+            `<ContextHere>`, or follows the visual tokens.
 
     Source: EMRRG (arXiv 2510.16776) section 3.
     """
@@ -78,11 +78,11 @@ class ReportGenerator(nn.Module):
         self.encoder = encoder
         self.llm = llm
         self.tokenizer = tokenizer
-        self.augment: AugmentSettings | None = None  # in training
+        self.augment: AugmentSettings | None = None  # used only in training
         self.findings: FindingsHead | None = None
         self.findings_prompt: FindingsPrompt | None = None
-        self.report_tokens = 1.0  # of a mean training report; scales the loss on findings, which counts studies
-        self.label_smoothing = 0.0  # in training; the loss of a validation is without
+        self.report_tokens = 1.0  # mean number per training report; factor of the findings loss, which counts studies
+        self.label_smoothing = 0.0  # only in training, not in the validation loss
         self.view_embedding: nn.Parameter | None = None  # [3, d], a row for each of VIEW_TOKENS
         self.visual_prompt = visual_prompt
         self.views = views
@@ -100,23 +100,23 @@ class ReportGenerator(nn.Module):
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
 
     def add_findings_head(self, findings: int, prompt: FindingsPrompt | None = None) -> None:
-        """Puts a head on so many findings on the encoder's tokens; `prompt` lets the prompt say what it predicts."""
+        """Adds a head that predicts findings from the encoder's tokens; `prompt` puts its predictions in the prompt."""
         self.findings = FindingsHead(self.bridge.proj.in_features, findings)
         self.findings_prompt = prompt
 
     def add_view_embedding(self) -> None:
-        """Tells the model which views are frontal and which lateral; at first it makes no difference."""
+        """Adds an embedding for frontal and lateral views. It starts at zero, so the output is at first unchanged."""
         self.view_embedding = nn.Parameter(torch.zeros(len(VIEW_TOKENS), self.bridge.proj.in_features))
 
     # -- text ---------------------------------------------------------------------------------------------------
 
     def encode_report(self, report: str, max_tokens: int | None = None) -> list[int]:
-        """Label tokens of a report; see `encode_report`."""
+        """Returns the label tokens of a report; see `encode_report`."""
         return encode_report(self.tokenizer, report, max_tokens, end_text=self.end_text)
 
     def decode(self, tokens: Sequence[int] | Tensor) -> str:
-        """The report that generated tokens spell, special tokens left out."""
-        # Scores compare words as R2Gen's rule spaces them: no tokenizer may draw " ." together.
+        """Returns the report of generated tokens, without special tokens."""
+        # Scores compare words with the spaces of R2Gen's rule, so the tokenizer must not remove the space in " .".
         text: str = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         if self.end_text is not None:
             text = text.split(self.end_text)[0]
@@ -129,29 +129,29 @@ class ReportGenerator(nn.Module):
 
         Args:
             pixels: uint8 `[n, size, size]`, the views of all studies one after the other.
-            views: int64 `[b]`, views of each study, summing to `n`.
+            views: int64 `[b]`, number of views of each study, summing to `n`.
 
         Returns:
-            prompt tokens `[b, p, hidden]`, all visual tokens `[b, m, hidden]`, and for each a mask `[b, p]`, `[b, m]`
-            that is true on real tokens (None where all are).
+            Prompt tokens `[b, p, hidden]`, all visual tokens `[b, m, hidden]`, and for each a mask `[b, p]`, `[b, m]`
+            that is true for real tokens (None if all are real).
         """
         return self.join_views(self.encode(pixels), views)
 
     def encode(self, pixels: Tensor, projections: Tensor | None = None) -> Tensor:
-        """What the decoder sees of images: `encode_films`, then `tell_views`."""
+        """Returns the tokens of images for the decoder: `encode_films`, then `tell_views`."""
         return self.tell_views(self.encode_films(pixels), projections)
 
     def encode_films(self, pixels: Tensor) -> Tensor:
-        """The encoder's tokens `[n, l + 1, d]` of images, uint8 `[n, size, size]`; in training of augmented ones."""
+        """Returns the encoder's tokens `[n, l + 1, d]` of images, uint8 `[n, size, size]`; augmented in training."""
         grey = augmented(pixels, self.augment) if self.training and self.augment else pixels.float()
         tokens: Tensor = self.encoder((grey[:, None] / 255 - self.mean) / self.std)
         return tokens
 
     def tell_views(self, tokens: Tensor, projections: Tensor | None) -> Tensor:
-        """Tokens `[n, l, d]` with the embedding of their views, in a model that is told of these.
+        """Adds the embedding of the view to tokens `[n, l, d]`, if the model has view embeddings.
 
         Args:
-            projections: int64 `[n]`, places in `VIEW_TOKENS`; None: all unknown.
+            projections: int64 `[n]`, indices into `VIEW_TOKENS`; None: all unknown.
         """
         if self.view_embedding is None:
             return tokens
@@ -161,7 +161,7 @@ class ReportGenerator(nn.Module):
         return tokens + (chosen @ self.view_embedding)[:, None].to(tokens.dtype)
 
     def join_views(self, tokens: Tensor, views: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """From the encoder's tokens `[n, l + 1, d]` on; arguments and result as in `visual_tokens`."""
+        """Returns the result of `visual_tokens` from the encoder's tokens `[n, l + 1, d]`."""
         pooled = pool_patches(tokens) if self.visual_prompt == "pooled" else tokens
         if self.views == "average":
             prompt, every = self.bridge(average_views(pooled, views)), None
@@ -177,23 +177,23 @@ class ReportGenerator(nn.Module):
     def prompt(
         self, pixels: Tensor, views: Tensor, contexts: Contexts = (), projections: Tensor | None = None
     ) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
-        """What a report is written from: embeddings `[b, p, hidden]`, mask `[b, p]`, visual arguments of the LLM.
+        """Returns the prompts of studies: embeddings `[b, p, hidden]`, mask `[b, p]`, visual arguments of the LLM.
 
         Args:
-            pixels, views: as in `visual_tokens`.
-            contexts: what is told of each study (`emrrg_cli.datasets.context`); empty: nothing of any.
-            projections: as in `encode`.
+            pixels, views: As in `visual_tokens`.
+            contexts: The context of each study (`emrrg_cli.datasets.context`); empty: no study has one.
+            projections: As in `encode`.
         """
         return self.prompt_of(self.encode(pixels, projections), views, contexts)
 
     def prompt_of(
         self, tokens: Tensor, views: Tensor, contexts: Contexts = (), findings: Tensor | None = None
     ) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
-        """The same from the tokens of `encode`; `findings` `[b, findings]` stand in for what the head predicts."""
+        """Returns the prompts from the tokens of `encode`; `findings` `[b, findings]` replace the head's output."""
         visual, every, visual_mask, every_mask = self.join_views(tokens, views)
         embed = self.llm.get_input_embeddings()
         b, device = len(visual), visual.device
-        # Made on the CPU and sent, since with `device=` the host waits for all that the device has to do.
+        # Made on the CPU and copied: with `device=`, the host would wait until the device has finished its work.
         texts = (torch.tensor(ids, dtype=torch.long) for ids in (self.before, self.between, self.after))
         before, between, after = (embed(ids.to(device, non_blocking=True)).expand(b, -1, -1) for ids in texts)
         parts: list[tuple[Tensor, Tensor | None]] = [(before, None), (visual, visual_mask)]
@@ -214,9 +214,9 @@ class ReportGenerator(nn.Module):
     # -- objective and generation -------------------------------------------------------------------------------
 
     def forward(self, batch: Batch) -> StageOutput:
-        """Sum of the cross-entropy over the report tokens (EOS included); the prompt carries no loss.
+        """Returns the cross-entropy summed over the report tokens (EOS included); prompt tokens have no loss.
 
-        In training the loss of the head on findings is added where there is one.
+        In training, the loss of the findings head is added, if the model has one.
         """
         assert batch.labels is not None
         tokens = self.encode(batch.pixels, batch.projections)
@@ -228,7 +228,7 @@ class ReportGenerator(nn.Module):
         real = labels != IGNORE
         report = self.llm.get_input_embeddings()(labels.masked_fill(~real, self.pad_token_id))
         mask = torch.cat([prompt_mask, real.long()], dim=1)
-        # Positions count real tokens, as generation does, so that a missing view leaves no hole.
+        # Positions count real tokens, as in generation, so that a missing view leaves no gap.
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
         logits = self.llm(
             inputs_embeds=torch.cat([prompt, report.to(prompt.dtype)], dim=1),
@@ -244,12 +244,12 @@ class ReportGenerator(nn.Module):
         return StageOutput(loss, real.sum())
 
     def _known_findings(self, batch: Batch) -> Tensor | None:
-        # Sampled reports were written after the head's own predictions, and learn after the same.
+        # Sampled reports were generated from the head's own predictions, so they are trained with the same.
         follows = self.findings_prompt is not None and self.findings_prompt.labels_in_training
         return batch.findings if follows and self.training and batch.advantages is None else None
 
     def _report_loss(self, logits: Tensor, labels: Tensor, advantages: Tensor | None) -> Tensor:
-        # [r, t, vocabulary], [r, t] -> the sum over tokens; of sampled reports the mean over the samples of a study
+        # [r, t, vocabulary], [r, t] -> the sum over tokens; sampled reports are weighted by their advantages
         flat, targets = logits.flatten(0, 1), labels.flatten()
         if advantages is None:
             smoothing = self.label_smoothing if self.training else 0.0
@@ -262,8 +262,8 @@ class ReportGenerator(nn.Module):
         """Writes a report for each study.
 
         Args:
-            pixels, views, contexts: as in `prompt`.
-            config: decoding options; padding and end are set here.
+            pixels, views, contexts: As in `prompt`.
+            config: Decoding options. The padding, begin and end tokens are set here.
         """
         prompt, mask, visual = self.prompt(pixels, views, contexts)
         config.pad_token_id = self.pad_token_id
@@ -273,17 +273,17 @@ class ReportGenerator(nn.Module):
         return [self.decode(row) for row in tokens]
 
     def train(self, mode: bool = True) -> ReportGenerator:
-        """A frozen tower stays in evaluation mode: stochastic depth and dropout would only add noise to it.
+        """Sets the mode, but frozen towers stay in evaluation mode: dropout would only add noise to them.
 
-        The LLM counts as frozen where nothing but hybrid layers is trained in it; the dropout of LoRA stays on.
+        The LLM counts as frozen if only hybrid layers and LoRA are trained in it; the dropout of LoRA stays on.
         """
         super().train(mode)
         if not any(parameter.requires_grad for parameter in self.encoder.parameters()):
             self.encoder.eval()
-        plain(self.encoder).freeze_mixers()  # weights are written between two calls of this, if at all
+        plain(self.encoder).freeze_mixers()  # frozen weights change only between two calls of `train`
         if not self._llm_is_trained():
             for name, module in self.llm.named_modules():
-                # Decoder layers are computed again in the backward pass in training mode only.
+                # Gradient checkpointing of the decoder layers works only in training mode.
                 module.training = mode and (".lora_dropout" in name or getattr(module, "gradient_checkpointing", False))
         return self
 
@@ -306,9 +306,9 @@ class ReportGenerator(nn.Module):
         self.train(self.training)
 
     def bridge_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What connects the towers and is trained in every run: bridge, views, hybrid layers, the head on findings.
+        """Yields the parameters that every run trains: bridge, view embedding, hybrid layers and findings head.
 
-        The names are those without adapters, so that they do not depend on where LoRA was put.
+        The names are those of a model without adapters, so that they do not depend on the targets of LoRA.
         """
         yield from self.bridge.named_parameters(prefix="bridge")
         if self.view_embedding is not None:
@@ -327,11 +327,11 @@ def encode_report(
     end_at_limit: bool = True,
     end_text: str | None = None,
 ) -> list[int]:
-    """Label tokens of a report. One that is cut has no end: the report did not end there.
+    """Returns the label tokens of a report. A report that is cut has no end token.
 
     Args:
-        end_at_limit: a report of exactly `max_tokens` gets its end behind them.
-        end_text: text that ends a report in place of the tokenizer's end token.
+        end_at_limit: Whether a report of exactly `max_tokens` tokens gets an additional end token.
+        end_text: Text that ends a report instead of the tokenizer's end token.
     """
     tokens: list[int] = tokenizer.encode(report, add_special_tokens=False)
     end = [tokenizer.eos_token_id] if end_text is None else tokenizer.encode(end_text, add_special_tokens=False)

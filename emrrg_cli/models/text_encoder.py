@@ -21,10 +21,10 @@ _KEY = "model.text.name"
 
 
 def load_text_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a hub name or directory.
+    """Loads the tokenizer of a hub name or directory.
 
     Raises:
-        RunError: when it cannot be had.
+        RunError: It cannot be loaded.
     """
     from transformers import AutoTokenizer
 
@@ -36,9 +36,9 @@ def load_text_tokenizer(source: str, revision: str | None = None) -> PreTrainedT
 
 
 def train_text_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
-    """The tokenizer of `train_tokenizer`, whose texts begin with `<s>` and end with `</s>`, cut ones too.
+    """Trains a tokenizer as `train_tokenizer` does, with `<s>` before and `</s>` after each text, also if it is cut.
 
-    So the last token of a report is the same for all, a place to gather what was said, as BERT's `[SEP]` is.
+    All reports then have the same last token, which can represent the whole report, as `[SEP]` does in BERT.
     """
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
@@ -53,7 +53,7 @@ def train_text_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTok
 def build_scratch_text_encoder(
     settings: ScratchTextSettings, tokenizer: PreTrainedTokenizerBase, max_tokens: int
 ) -> PreTrainedModel:
-    """A small BERT (arXiv 1810.04805) with random weights for `tokenizer` and texts of up to `max_tokens`."""
+    """Builds a small BERT (arXiv 1810.04805) with random weights for `tokenizer` and texts of up to `max_tokens`."""
     from transformers import BertConfig, BertModel
 
     config = BertConfig(
@@ -74,13 +74,14 @@ def build_scratch_text_encoder(
 
 
 def load_text_encoder(source: str, revision: str | None, max_tokens: int) -> PreTrainedModel:
-    """A text encoder with its weights in fp32, from the hub, the local cache or a directory.
+    """Loads a text encoder with its weights in fp32, from the hub, the local cache or a directory.
 
     Args:
-        max_tokens: of the texts that it is to read.
+        max_tokens: Largest number of tokens of a text.
 
     Raises:
-        RunError: when it cannot be had, lacks weights that its hidden states depend on, or does not read such texts.
+        RunError: It cannot be loaded, weights that its hidden states depend on are missing, or it cannot read texts of
+            this length.
     """
     from transformers import AutoModel
 
@@ -98,33 +99,33 @@ def load_text_encoder(source: str, revision: str | None, max_tokens: int) -> Pre
         raise unavailable(source, "text encoder", error, _KEY) from error
     try:
         at_work = _influence(model, max_tokens)
-    except Exception as error:  # an image model, an encoder-decoder, too few positions: each fails in its own way
+    except Exception as error:  # an image model, an encoder-decoder, too few positions: each raises its own error
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise RunError(
             f"{source}: {type(model).__name__} gives no hidden states for a text of {max_tokens} tokens: {first}",
-            hint=f"{_KEY} is to be a text encoder such as BERT; data.max_text_tokens is no more than it can read.",
+            hint=f"Set {_KEY} to a text encoder such as BERT, and data.max_text_tokens to at most its largest length.",
         ) from error
     if missing := sorted(set(loaded["missing_keys"]) & at_work):
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise RunError(f"{source}: this is no whole {type(model).__name__}: {missing[0]} is missing{more}")
+        raise RunError(f"{source}: this {type(model).__name__} is incomplete: {missing[0]} is missing{more}")
     _freeze_idle(model, at_work)
     return model
 
 
 def _influence(model: Any, max_tokens: int) -> set[str]:
-    """Names of the parameters that the hidden states of a text of `max_tokens` depend on."""
+    """Returns the names of the parameters that the hidden states of a text of `max_tokens` depend on."""
     tokens = torch.ones(1, max_tokens, dtype=torch.long)
     named = dict(model.named_parameters())
     was_training = model.training
     hidden = model.eval()(input_ids=tokens, attention_mask=tokens).last_hidden_state
     if hidden.shape[-1] != model.config.hidden_size:
-        raise ValueError(f"they are {hidden.shape[-1]} wide, its configuration says {model.config.hidden_size}")
+        raise ValueError(f"their width is {hidden.shape[-1]}, but its configuration has {model.config.hidden_size}")
     gradients = torch.autograd.grad(hidden.sum(), list(named.values()), allow_unused=True)
     model.train(was_training)
     return {name for name, gradient in zip(named, gradients, strict=True) if gradient is not None}
 
 
 def _freeze_idle(model: Any, at_work: set[str]) -> None:
-    """Leaves out of the training what has no part in it, such as BERT's pooler: several processes would wait for it."""
+    """Freezes unused parameters such as BERT's pooler: several processes would wait for their gradients."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad = name in at_work

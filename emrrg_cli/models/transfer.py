@@ -1,7 +1,7 @@
-"""From one stage to the next: an encoder fitted to another one, with a list of how each tensor was used.
+"""Transfers an encoder from one stage to the next and lists how each tensor was used.
 
-Stage 1 leaves one scan direction and no class token; stages 2 and 3 have four directions and a class token in the
-middle. Image sizes may differ from stage to stage.
+An encoder of stage 1 has one scan direction and no class token; those of stages 2 and 3 have four directions and a
+class token in the middle. Image sizes may differ between stages.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class TransferReport:
     """How each tensor of a source was used, and where the rest of the encoder comes from.
 
     Args:
-        source: the file.
-        used: tensors of the source that went into the encoder, with what was done to them ("" for a plain copy).
-        dropped: tensors of the source that did not, with the reason.
-        made: tensors of the encoder that the source does not have, with what they are.
-        notes: what a reader must know, details or not.
+        source: The file.
+        used: Tensors of the source that are in the encoder, with the change made to them ("" for a plain copy).
+        dropped: Tensors of the source that are not used, with the reason.
+        made: Tensors of the encoder that the source does not have, with their initial values.
+        notes: Messages that are always shown.
     """
 
     source: Path
@@ -42,7 +42,7 @@ class TransferReport:
     notes: list[str] = field(default_factory=list)
 
     def lines(self, *, verbose: bool = False) -> list[str]:
-        """The report as text: one line of counts and the notes; with `verbose` also one line per tensor."""
+        """Returns the report as text: one line of counts and the notes; with `verbose` also one line per tensor."""
         counts = f"{counted(len(self.used), 'tensor')} used, {len(self.dropped)} dropped, {len(self.made)} made"
         lines = [f"encoder from {self.source}: {counts}{'' if verbose else ' (--verbose names them)'}", *self.notes]
         if verbose:
@@ -59,22 +59,22 @@ class TransferReport:
 
 
 def fill_encoder(encoder: ArmEncoder, source: EncoderSource | Path | str) -> TransferReport:
-    """Fills an encoder from an earlier stage.
+    """Fills an encoder with the weights of an earlier stage.
 
     One direction is copied to four. The position embedding is interpolated bicubically to another grid; the row of
-    the class token is kept, or is zero where the source has none. What the source does not have (class token and
-    final norm after stage 1) stays as it was initialised.
+    the class token is kept, or is zero if the source has none. Tensors that the source does not have (class token and
+    final norm after stage 1) keep their initial values.
 
     Args:
-        encoder: of any stage; changed in place.
-        source: what `encoder_source` returned, or a path for it.
+        encoder: An encoder of any stage; changed in place.
+        source: The result of `encoder_source`, or a path for it.
 
     Returns:
-        The report: every tensor of the source is used or dropped; all other tensors of the encoder are made.
+        The report. Every tensor of the source is used or dropped; all other tensors of the encoder are made.
 
     Raises:
-        UsageError: for a path without an encoder, or one of another width, depth or state size.
-        RunError: for a file that cannot be read, or a missing, unknown or misshapen tensor, which it names.
+        UsageError: The path has no encoder, or its encoder has another width, depth or state size.
+        RunError: A file cannot be read, or a tensor is missing, unknown or has a wrong shape. The message names it.
 
     Source: MambaXray-VL (arXiv 2410.00379) section 3; the published stage 2 code's loading of stage 1.
     """
@@ -117,7 +117,7 @@ def fill_encoder(encoder: ArmEncoder, source: EncoderSource | Path | str) -> Tra
 
 
 def _expected(tensor: Tensor, value: Tensor, own: Tensor) -> list[int]:
-    # The shape that the source should have had; where a direction axis was stretched it is 1 there.
+    # The shape that the tensor of the source should have; 1 for a direction axis that is expanded.
     stretched = value.dim() == own.dim() and tensor.shape[:1] == (1,) and value.shape[0] == own.shape[0] != 1
     return [1, *own.shape[1:]] if stretched else list(own.shape)
 
@@ -138,7 +138,7 @@ def _check_sizes(source: EncoderSource, config: EncoderConfig) -> None:
 
 
 def _fitted(name: str, tensor: Tensor, source: EncoderConfig, own: EncoderConfig) -> tuple[dict[str, Tensor], str]:
-    """What a tensor of the source becomes: tensors of the encoder, and how; none and the reason where it is dropped."""
+    """Returns the encoder's tensors for a tensor of the source, and the change; if it is dropped, {} and the reason."""
     if name == "pos_embed":
         if not own.class_token:
             same = source.grid == own.grid
@@ -166,16 +166,16 @@ def _position_steps(source: EncoderConfig, own: EncoderConfig) -> str:
 
 
 def fit_positions(pos_embed: Tensor, grid: int, *, class_token: bool) -> Tensor:
-    """A position embedding for another grid, with a row for the class token in the middle.
+    """Resizes a position embedding to another grid, with a row for the class token in the middle.
 
     Args:
-        pos_embed: `[1, l, d]`, or `[1, l + 1, d]` with the class token's row at `l // 2`; `l` a square.
-        grid: patches on a side of the new grid.
-        class_token: whether `pos_embed` has that row; else it is zero.
+        pos_embed: `[1, l, d]`, or `[1, l + 1, d]` with the class token's row at `l // 2`; `l` is a square number.
+        grid: Number of patches per side of the new grid.
+        class_token: Whether `pos_embed` has the row of the class token; if not, the new row is zero.
 
     Returns:
-        `[1, grid**2 + 1, d]`: the patches interpolated bicubically (pixel centres aligned, no antialiasing), or as they
-        were where the grid is the same.
+        `[1, grid**2 + 1, d]`: the patches interpolated bicubically (pixel centres aligned, no antialiasing), or
+        unchanged if the grid is the same.
 
     Source: MambaXray-VL (arXiv 2410.00379), stage 2 from stage 1.
     """
@@ -195,19 +195,19 @@ def fit_positions(pos_embed: Tensor, grid: int, *, class_token: bool) -> Tensor:
 
 
 def load_encoder(path: Path | str, scan: str = "auto") -> ArmEncoder:
-    """The four-direction encoder of a path, in evaluation mode: `[b, 3, h, w] -> [b, l + 1, d]`.
+    """Loads the four-direction encoder of a path in evaluation mode: `[b, 3, h, w] -> [b, l + 1, d]`.
 
-    Images are normalised by ImageNet's mean and standard deviation, `h = w` the image size of the source; the class
-    token is token `l // 2`. A stage 1 source gives the encoder that stage 2 begins with at that image size: its one
-    direction four times, the final norm fresh, the class token random (the same one each time).
+    Images are normalised by ImageNet's mean and standard deviation; `h = w` is the image size of the source. The class
+    token is token `l // 2`. A stage 1 source gives the encoder that stage 2 starts from at that image size: its
+    direction is copied four times, the final norm is new, and the class token is random with a fixed seed.
 
     Args:
-        path: as for `encoder_source`.
-        scan: engine of the scan (`emrrg_cli.models.scan`).
+        path: As in `encoder_source`.
+        scan: Engine of the scan (`emrrg_cli.models.scan`).
 
     Raises:
-        UsageError: for a path without an encoder.
-        RunError: for a file that cannot be read, or a missing, unknown or misshapen tensor, which it names.
+        UsageError: The path has no encoder.
+        RunError: A file cannot be read, or a tensor is missing, unknown or has a wrong shape. The message names it.
     """
     source = encoder_source(path)
     config = source.config

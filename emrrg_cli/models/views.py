@@ -1,4 +1,4 @@
-"""From the tokens of images to those of studies: views joined, patches pooled."""
+"""Joins the tokens of a study's views and pools patches."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from torch import Tensor
 
 
 def average_views(tokens: Tensor, views: Tensor) -> Tensor:
-    """Mean of each study's views: `[n, l, d] -> [b, l, d]`, `views` `[b]` summing to `n`."""
+    """Averages the views of each study: `[n, l, d] -> [b, l, d]`, `views` `[b]` summing to `n`."""
     studies = torch.arange(len(views), device=views.device)
-    study = torch.repeat_interleave(studies, views, output_size=len(tokens))  # [n]; unsaid, the host waits for its size
+    study = torch.repeat_interleave(studies, views, output_size=len(tokens))  # [n]; output_size avoids a wait
     weight = F.one_hot(study, len(views)).T.to(tokens.dtype) / views[:, None]  # [b, n]
     # A product rather than index_add: the same order of summation on every run.
     return torch.einsum("bn,nld->bld", weight.to(tokens.dtype), tokens)
 
 
 def concatenate_views(tokens: Tensor, views: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Views one after the other: `[n, l, d] -> [b, v * l, d]`, `v` the most views of a study, and a mask `[b, v * l]`.
+    """Concatenates the views of each study: `[n, l, d] -> [b, v * l, d]` and a mask `[b, v * l]`.
 
-    Studies with fewer views are padded behind with zeros; the mask is None when none is.
+    `v` is the largest number of views of a study. Studies with fewer views are padded with zeros at the end; without
+    padding, the mask is None.
     """
     length, d = tokens.shape[1:]
     counts: list[int] = views.tolist()
@@ -37,7 +38,7 @@ def concatenate_views(tokens: Tensor, views: Tensor) -> tuple[Tensor, Tensor | N
 
 
 def pool_patches(tokens: Tensor) -> Tensor:
-    """The class token and 2x2 averages of the patches, row-major: `[n, g*g + 1, d] -> [n, ceil(g/2)**2 + 1, d]`."""
+    """Averages 2x2 patches, keeps the class token: `[n, g*g + 1, d] -> [n, ceil(g/2)**2 + 1, d]`, row-major."""
     patches = tokens.shape[1] - 1
     grid = math.isqrt(patches)
     middle = patches // 2

@@ -14,10 +14,10 @@ from emrrg_cli.models.foreign_files import check_header
 
 
 def load_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file by name.
+    """Returns the tensors of a safetensors file by name.
 
     Raises:
-        RunError: The file is missing, unreadable or no regular file, its header is too large, or all values of a
+        RunError: The file is missing, unreadable or not a regular file, its header is too large, or all values of a
             tensor are NaN.
     """
     try:
@@ -36,16 +36,16 @@ def load_weights(module: nn.Module, file: Path) -> None:
     """Loads a safetensors file into a module. File and module must have the same tensors.
 
     Raises:
-        RunError: for a missing or unreadable file, or a missing, unknown or misshapen tensor, which it names.
+        RunError: The file cannot be read, or a tensor is missing, unknown or has a wrong shape. The message names it.
     """
     module.load_state_dict(fitting_tensors(module.state_dict(), file))
 
 
 def fitting_tensors(own: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, after making sure that they are those of `own` by name and shape.
+    """Returns the tensors of a safetensors file, after checking that their names and shapes are those of `own`.
 
     Raises:
-        RunError: as `load_weights`.
+        RunError: As in `load_weights`.
     """
     check_file(file)
     tensors = load_tensors(file)

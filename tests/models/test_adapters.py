@@ -343,13 +343,13 @@ def test_adapters_that_do_not_fit_are_refused(make_encoder: Callable[..., ArmEnc
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"target_modules": "(a+)+$"}, "target_modules are not of this program's making"),
-        ({"target_modules": ["X"]}, "target_modules are not of this program's making"),
-        ({"r": 10**9}, "r or lora_alpha is no number that can be"),
-        ({"lora_alpha": "16"}, "r or lora_alpha is no number that can be"),
+        ({"target_modules": "(a+)+$"}, "target_modules were not written by emrrg"),
+        ({"target_modules": ["X"]}, "target_modules were not written by emrrg"),
+        ({"r": 10**9}, "r or lora_alpha is not a valid number"),
+        ({"lora_alpha": "16"}, "r or lora_alpha is not a valid number"),
         ({"use_rslora": True}, "use_rslora is not supported"),
-        ({"lora_alpha": 99.0}, "lora_alpha is not that of the recipe"),
-        ({"target_modules": r"(?:layers\.\d+\.mixer\.Z)"}, "target_modules is not that of the recipe"),
+        ({"lora_alpha": 99.0}, "lora_alpha differs from the recipe"),
+        ({"target_modules": r"(?:layers\.\d+\.mixer\.Z)"}, "target_modules differs from the recipe"),
     ],
 )
 def test_a_changed_adapter_config_is_refused(

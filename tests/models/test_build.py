@@ -294,9 +294,9 @@ def test_another_llm_in_its_place_is_refused(
 def test_a_broken_record_of_the_llm_is_named(make_run: Callable[..., Run], llm_dir: Path, content: bytes) -> None:
     run = make_run(["X"], {"name": str(llm_dir)})
     (run.directory / "llm.json").write_bytes(content)
-    with pytest.raises(RunError, match=r"llm\.json, which names the LLM of this run, cannot be read: ") as raised:
+    with pytest.raises(RunError, match=r"llm\.json, the record of this run's LLM, cannot be read: ") as raised:
         run.load()
-    assert "taken unchecked" in str(raised.value.hint)
+    assert "used without a check" in str(raised.value.hint)
     (run.directory / "llm.json").unlink()
     run.load()
 

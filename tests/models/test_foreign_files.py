@@ -90,7 +90,7 @@ def _index_leads_out(folder: Path) -> str:
 
 def _adapters(folder: Path) -> str:
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "target_modules": "(a+)+$"}))
-    return "it holds adapters of PEFT, not a whole model"
+    return "it contains adapters of PEFT, not a complete model"
 
 
 def _compressed(folder: Path) -> str:

@@ -131,10 +131,10 @@ def test_loading_keeps_the_weights(dtype: torch.dtype, llm_dir: Path, make_llm: 
 
 
 def test_an_unknown_name_is_refused() -> None:
-    with pytest.raises(RunError, match="the LLM 'nobody/nothing' is neither a directory here nor") as raised:
+    with pytest.raises(RunError, match="the LLM 'nobody/nothing' is not a local directory and") as raised:
         load_llm("nobody/nothing", None, torch.float32)
     assert "model.llm.name=PATH" in str(raised.value)
-    with pytest.raises(RunError, match="the tokenizer 'nobody/nothing' is neither"):
+    with pytest.raises(RunError, match="the tokenizer 'nobody/nothing' is not a local"):
         load_tokenizer("nobody/nothing")
     for load in (lambda name: load_llm(name, None, torch.float32), load_tokenizer):
         with pytest.raises(RunError, match="/no/such/place: no such directory"):
@@ -165,7 +165,7 @@ def test_an_llm_without_some_of_its_weights_is_refused(llm_dir: Path) -> None:
     tensors = load_file(file)
     name = "model.layers.1.self_attn.q_proj.weight"
     save_file({key: tensor for key, tensor in tensors.items() if key != name}, file, metadata={"format": "pt"})
-    with pytest.raises(RunError, match=f"no whole LlamaForCausalLM: {re.escape(name)} is missing"):
+    with pytest.raises(RunError, match=f"this LlamaForCausalLM is incomplete: {re.escape(name)} is missing"):
         load_llm(str(llm_dir), None, torch.float32)
 
 

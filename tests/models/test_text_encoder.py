@@ -63,7 +63,7 @@ def test_missing_weights_matter_only_if_they_are_used(tower: tuple[Any, Any], tm
     load_text_encoder(str(tmp_path), None, 20)
     del tensors["encoder.layer.1.output.dense.weight"]
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(RunError, match=r"no whole BertModel: encoder\.layer\.1\.output\.dense\.weight is missing"):
+    with pytest.raises(RunError, match=r"BertModel is incomplete: encoder\.layer\.1\.output\.dense\.weight is missing"):
         load_text_encoder(str(tmp_path), None, 20)
 
 
@@ -90,7 +90,7 @@ def test_a_decoder_is_accepted_and_an_encoder_decoder_is_not(make_llm: Any, tmp_
 @pytest.mark.parametrize(
     ("source", "told"),
     [
-        ("emilyalsentzer/Bio_ClinicalBERT-not-here", "nor could it be had from the hub"),
+        ("emilyalsentzer/Bio_ClinicalBERT-not-here", "and could not be loaded from the hub"),
         ("./nowhere", "./nowhere: no such directory"),
         ("", "could be loaded from this directory"),
     ],

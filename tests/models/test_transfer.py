@@ -218,10 +218,10 @@ def test_adapters_are_not_merged_silently(tmp_path: Path, capsys: pytest.Capture
     adapters.mkdir(parents=True)
     save_file({"lora_A.weight": torch.zeros(2)}, adapters / "adapter_model.safetensors")
     report = fill_encoder(_encoder(seed=1), tmp_path)
-    assert "adapters are not merged" in report.lines()[1]
+    assert "adapters are not used" in report.lines()[1]
     assert set(report.dropped) == {"model/adapters/encoder/adapter_model.safetensors:lora_A.weight"}
     emrrg_cli.load_encoder(tmp_path)
-    assert "adapters are not merged" in capsys.readouterr().err
+    assert "adapters are not used" in capsys.readouterr().err
 
 
 def test_load_encoder_is_the_encoder_that_was_saved(tmp_path: Path) -> None:
@@ -279,8 +279,8 @@ def test_stage_1_does_not_start_from_stage_2(tmp_path: Path) -> None:
         (lambda s: s.pop("layers.1.mixer.D"), "layers.1.mixer.D is missing"),
         (lambda s: s.update(extra=torch.zeros(1)), "extra is unknown"),
         (lambda s: s.update({"layers.0.mixer.D": torch.zeros(4, 31)}), r"mixer.D is \[4, 31\], expected \[4, 32\]"),
-        (lambda s: s.pop("patch_embed.weight"), "no encoder: patch_embed.weight is missing"),
-        (lambda s: s.update(pos_embed=torch.zeros(1, 16, 32)), "15 patches, which is no square"),
+        (lambda s: s.pop("patch_embed.weight"), "not an encoder: patch_embed.weight is missing"),
+        (lambda s: s.update(pos_embed=torch.zeros(1, 16, 32)), "15 patches, which is not a square number"),
     ],
 )
 def test_unfit_tensors_are_named(tmp_path: Path, change: Callable[[dict[str, Tensor]], object], told: str) -> None:
@@ -311,9 +311,9 @@ def test_paths_without_an_encoder(tmp_path: Path) -> None:
     (tmp_path / "broken.safetensors").write_bytes(b"not one")
     save_file({"visual_encoder.cls_token": torch.zeros(1)}, tmp_path / "published.safetensors")
     for name, told in {
-        "nowhere": "no such file or directory; an encoder is to be there",
+        "nowhere": "no such file or directory, expected an encoder",
         "empty": "there is no encoder in this directory",
-        "begun": "this run has left no encoder yet",
+        "begun": "this run has not exported an encoder yet",
         "stage2.pth": "not a safetensors file but a PyTorch checkpoint",
         "broken.safetensors": "not a readable safetensors file",
         "published.safetensors": "has the published layout",

@@ -261,7 +261,7 @@ def test_unusable_data_is_one_message(align: Any, tiny_dataset: Path, tmp_path: 
         (("data.section=impression",), RunError, f"{tiny_dataset}: no study of the train split has text for"),
         (("data.limit=7",), UsageError, r"7 usable examples, fewer than train.batch_size=8"),
         ((f"data.root={tmp_path / 'none'}",), UsageError, "no such dataset directory"),
-        (("model.text.name=no/such-tower",), RunError, "'no/such-tower' is neither a directory here nor"),
+        (("model.text.name=no/such-tower",), RunError, "'no/such-tower' is not a local directory and"),
         (("model.encoder.weights=nowhere",), UsageError, "nowhere: no such file or directory"),
     ):
         with pytest.raises(error, match=told):
@@ -283,7 +283,7 @@ def test_an_offline_hub_name_is_one_message(tiny_dataset: Path, tmp_path: Path, 
     arguments = ["align", "phantom/align", f"data.root={tiny_dataset}", *TINY, "-o", str(tmp_path / "run")]
     assert main([*arguments, "model.text.name=emilyalsentzer/Bio_ClinicalBERT-nowhere"]) == 1
     told = capsys.readouterr().err
-    assert told.startswith("error: the tokenizer 'emilyalsentzer/Bio_ClinicalBERT-nowhere' is neither a directory")
+    assert told.startswith("error: the tokenizer 'emilyalsentzer/Bio_ClinicalBERT-nowhere' is not a local directory")
     assert "model.text.name=PATH" in told
 
 

@@ -227,7 +227,7 @@ def test_a_run_starts_from_the_model_of_another(pretrain: Any, whole: Any, tmp_p
     assert difference(third.exported, whole.exported) < 1e-6
     with pytest.raises(RunError, match="the weights do not fit the model of the recipe"):
         pretrain("other", f"model.encoder.weights={whole.directory}", "model.decoder_width=32")
-    with pytest.raises(UsageError, match="holds no pre-trained model of stage 1"):
+    with pytest.raises(UsageError, match="contains no pre-trained model of stage 1"):
         pretrain("other", f"model.encoder.weights={whole.directory / 'pictures'}")
     assert not (tmp_path / "other").exists()
 

@@ -11,24 +11,24 @@ from torch.utils.checkpoint import checkpoint
 from emrrg_cli.models.arm.mixer import Block
 
 PATCH_SIZE = 16
-CLUSTER = 4  # patches on a side of a cluster of stage 1
+CLUSTER = 4  # patches per side of a cluster of stage 1
 
 
 def sincos_position_embedding(d_model: int, grid: int) -> Tensor:
-    """Fixed 2-D sine and cosine embedding of a square grid of patches, row-major.
+    """Returns the fixed 2-D sine and cosine embedding of a square grid of patches, row-major.
 
-    The first half of the channels encodes the column, the second half the row, as in MAE. Each half holds
-    `sin(position * 10000**(-i / q))` for `i = 0..q - 1`, then the cosines of the same, with `q = d_model / 4`.
+    The first half of the channels encodes the column, the second half the row, as in MAE. Each half contains
+    `sin(position * 10000**(-i / q))` for `i = 0..q - 1`, then the cosines of the same angles, with `q = d_model / 4`.
 
     Args:
         d_model: `d`, a multiple of 4.
-        grid: patches on a side.
+        grid: Number of patches per side.
 
     Returns:
         `[1, grid**2, d]`, fp32.
 
     Raises:
-        ValueError: for a width that does not divide by 4.
+        ValueError: The width is not a multiple of 4.
 
     Source: MAE (arXiv 2111.06377), appendix A.1; Attention is all you need (arXiv 1706.03762), section 3.5.
     """
@@ -45,16 +45,18 @@ def sincos_position_embedding(d_model: int, grid: int) -> Tensor:
 
 
 def cluster_order(grid: int) -> Tensor:
-    """The order in which stage 1 visits the patches: cluster by cluster of 4 x 4, row-major in and among clusters.
+    """Returns the order in which stage 1 visits the patches: one 4 x 4 cluster after the other.
+
+    The clusters, and the patches in each cluster, are in row-major order.
 
     Args:
-        grid: patches on a side, a multiple of 4.
+        grid: Number of patches per side, a multiple of 4.
 
     Returns:
         `[grid**2]`, int64: entry `t` is the row-major index of the patch visited at step `t`.
 
     Raises:
-        ValueError: for a grid that has no whole number of clusters.
+        ValueError: The grid is not a multiple of 4.
 
     Source: ARM (arXiv 2406.07537) section 3.1.
     """
@@ -67,10 +69,10 @@ def cluster_order(grid: int) -> Tensor:
 
 
 def direction_orders(grid: int) -> Tensor:
-    """Token orders of the four directions, the class token staying in the middle of each.
+    """Returns the token orders of the four directions, each with the class token in the middle.
 
     Args:
-        grid: patches on a side.
+        grid: Number of patches per side.
 
     Returns:
         `[4, grid**2 + 1]`, int64: row-major, its reverse, column-major, its reverse. Entry `[k, t]` is the row-order
@@ -87,25 +89,25 @@ def direction_orders(grid: int) -> Tensor:
 
 
 class ArmEncoder(nn.Module):
-    """ARM encoder, "v3": `[b, 3, h, w] -> [b, l + 1, d]`, class token included, in the middle.
+    """ARM encoder, "v3": `[b, 3, h, w] -> [b, l + 1, d]`, with the class token in the middle.
 
-    With `directions=1, class_token=False, final_norm=False` it is the encoder of stage 1: `[b, 3, h, w] -> [b, l, d]`,
-    scanned in cluster order, `pos_embed` a fixed buffer, without `cls_token` and `norm_f`.
+    With `directions=1, class_token=False, final_norm=False` it is the encoder of stage 1: `[b, 3, h, w] -> [b, l, d]`.
+    It scans in cluster order, `pos_embed` is a fixed buffer, and there are no `cls_token` and `norm_f`.
 
     Args:
         d_model: `d`, the width (base 768, large 1024, huge 1536).
-        depth: number of blocks (12, 24, 24).
-        image_size: side of the square input in pixels, a multiple of 16; of 64 with one direction.
+        depth: Number of blocks (12, 24, 24).
+        image_size: Side of the square input in pixels, a multiple of 16; with one direction, a multiple of 64.
         d_state: `n`, the SSM state size.
-        drop_path: the largest stochastic depth rate; block `i` takes entry `i` of `[0] + linspace(0, rate, depth)`.
-        scan: engine of the scan (`emrrg_cli.models.scan`).
+        drop_path: Largest stochastic depth rate; block `i` has entry `i` of `[0] + linspace(0, rate, depth)`.
+        scan: Engine of the scan (`emrrg_cli.models.scan`).
         directions: 4 (stages 2 and 3: rows, columns, and both reversed), or 1 (stage 1: cluster order).
-        class_token: a class token in the middle, and learned position embeddings; else fixed sine and cosine ones.
-            It goes with four directions.
-        final_norm: LayerNorm after the last block.
+        class_token: Whether there are a class token in the middle and learned position embeddings; else the position
+            embeddings are fixed sines and cosines. True with four directions, false with one.
+        final_norm: Whether there is a LayerNorm after the last block.
 
     Raises:
-        ValueError: for a size or a combination that there is none of.
+        ValueError: A size or a combination of arguments is not supported.
 
     Source: ARM (arXiv 2406.07537) section 3; MambaXray-VL (arXiv 2410.00379) section 3.
     """
@@ -128,7 +130,7 @@ class ArmEncoder(nn.Module):
             raise ValueError(f"image_size must be a multiple of {PATCH_SIZE}, got {image_size}")
         if (directions, class_token) not in ((4, True), (1, False)):
             raise ValueError(
-                f"four directions go with a class token, one goes without: got {directions=}, {class_token=}"
+                f"four directions need a class token, one direction must have none: got {directions=}, {class_token=}"
             )
         self.d_model = d_model
         self.image_size = image_size
@@ -166,19 +168,19 @@ class ArmEncoder(nn.Module):
             The patches are row-major.
 
         Raises:
-            ValueError: for images of another size.
+            ValueError: The images have another size.
         """
         (last,) = self.blocks(self.embed(images), self.order, taps=[len(self.layers)])
         out: Tensor = self.norm_f(last)
         return out
 
     def freeze_mixers(self) -> None:
-        """Keeps what the mixers stack of their weights, where nothing trains these; see `Mixer.freeze`."""
+        """Keeps the stacked weights of mixers that are not trained; see `Mixer.freeze`."""
         for layer in self.layers:
             layer.mixer.freeze()  # type: ignore[operator,union-attr]
 
     def embed(self, images: Tensor) -> Tensor:
-        """What enters the first block: patches with class token and position embedding; shapes as in `forward`."""
+        """Returns the input of the first block: patches with class token and position embedding, as in `forward`."""
         if images.shape[1:] != (3, self.image_size, self.image_size):
             expected = [3, self.image_size, self.image_size]
             raise ValueError(f"images must be [b, {', '.join(map(str, expected))}], got {list(images.shape)}")
@@ -195,7 +197,7 @@ class ArmEncoder(nn.Module):
         Args:
             x: `[b, t, d]`.
             order: `[K, t]`, the tokens that each direction visits.
-            taps: blocks, counted from 1, whose output is wanted.
+            taps: The blocks, counted from 1, whose outputs are returned.
 
         Returns:
             The output `[b, t, d]` of each block of `taps`, in the order of the blocks, before the final norm.

@@ -15,7 +15,7 @@ from emrrg_cli.models.scan import choose_engine, get_scan
 
 
 def _as_multiplied(x: Tensor) -> Tensor:
-    # In the dtype that autocast multiplies in: once, where each layer that reads `x` would convert it for itself.
+    # In the dtype of autocast: converts `x` once, not in each layer that reads it.
     autocast = x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type)
     return x.to(torch.get_autocast_dtype(x.device.type)) if autocast else x
 
@@ -23,8 +23,8 @@ def _as_multiplied(x: Tensor) -> Tensor:
 class Direction(nn.Module):
     """The projections of one scan direction: `dt`, `B` and `C` from the tokens, `dt_proj` from rank `r` to width `d`.
 
-    The published `x_proj` is these three stacked (order dt, B, C). They are kept apart so that LoRA on one of them is
-    ordinary LoRA on a module name; the price is that LoRA on all three does not share its A matrix.
+    The published `x_proj` is `dt`, `B` and `C` stacked in this order. They are separate here, so that LoRA on one of
+    them is ordinary LoRA on a module name. The cost is that LoRA on all three has three A matrices instead of one.
     """
 
     def __init__(self, d_model: int, d_state: int, dt_rank: int) -> None:
@@ -48,8 +48,8 @@ class Mixer(nn.Module):
         d_model: `d`, the width.
         d_state: `n`, the SSM state size.
         directions: `K`; 4 in stages 2 and 3, 1 in stage 1.
-        depth: number of blocks of the encoder; `out_proj` starts divided by its square root.
-        d_conv: kernel of the causal convolution.
+        depth: number of blocks of the encoder; the initial `out_proj` is divided by its square root.
+        d_conv: kernel size of the causal convolution.
         scan: engine of the scan (`emrrg_cli.models.scan`).
 
     Source: EMRRG (arXiv 2510.16776) section 3; ARM (arXiv 2406.07537) section 3.2.
@@ -82,28 +82,28 @@ class Mixer(nn.Module):
             self.out_proj.weight /= math.sqrt(depth)
 
     def weights_by_direction(self) -> tuple[Tensor, ...]:
-        """What the scan takes after the tokens, adapters included, in its order; `K` leads each shape."""
+        """Returns the weights for the scan in the order of its arguments, adapters included; `K` is the first axis."""
         return self.conv_weight, self.conv_bias, *self._stacked(), self.A_log, self.D
 
     def freeze(self) -> None:
         """Keeps the stacked weights of the directions until `release`, so that they are not stacked at every call.
 
-        Nothing may write to them or replace their layers in between. Where some are trained or have adapters, nothing
+        Until then, the weights and their layers must not change. If some weights are trained or have adapters, nothing
         is kept.
         """
         self.release()
         layers = self._layers()
         parameters = [p for layer in layers for p in layer.parameters()]
         if all(type(layer) is nn.Linear for layer in layers) and not any(p.requires_grad for p in parameters):
-            with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be trained through later
+            with torch.inference_mode(False), torch.no_grad():  # autograd cannot use inference tensors later
                 self._kept = self._stack([p.clone() if p.is_inference() else p for p in parameters])
 
     def release(self) -> None:
-        """Drops what `freeze` kept: the weights may change again."""
+        """Deletes the weights that `freeze` kept; the weights may change again."""
         self._kept = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # What is kept moves with the module, to another device or dtype.
+        # The kept weights move with the module to another device or dtype.
         if self._kept is not None:
             projection, dt_weight, dt_bias = map(fn, self._kept)
             self._kept = projection, dt_weight, dt_bias
@@ -115,13 +115,13 @@ class Mixer(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def _layers(self) -> list[nn.Module]:
-        # From the modules' dictionaries: attributes of modules, 16 here, take the host longer than the three results.
+        # From the modules' dictionaries: looking up 16 attributes of modules takes longer than the three products.
         return [layer for direction in self.directions for layer in direction._modules.values() if layer is not None]
 
     def _stacked(self) -> tuple[Tensor, Tensor, Tensor]:
-        """`projection` `[K, r + 2n, d]`, `dt_weight` `[K, d, r]` and `dt_bias` `[K, d]` of the scan.
+        """Returns `projection` `[K, r + 2n, d]`, `dt_weight` `[K, d, r]` and `dt_bias` `[K, d]` for the scan.
 
-        Read as weights, adapters included, rather than called: the scan takes all directions in one piece.
+        The layers are not called: the scan needs the weights of all directions together, adapters included.
         """
         if self._kept is not None:
             return self._kept
@@ -133,7 +133,7 @@ class Mixer(nn.Module):
 
     @staticmethod
     def _stack(of: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        # Five of each direction: the weights of dt, B, C and dt_proj, and the last one's bias.
+        # Five tensors for each direction: the weights of dt, B, C and dt_proj, and the bias of dt_proj.
         rows = [weight for i, weight in enumerate(of) if i % 5 < 3]
         projection = torch.cat(rows).view(len(of) // 5, -1, rows[0].shape[1])
         return projection, torch.stack(list(of[3::5])), torch.stack(list(of[4::5]))
@@ -193,5 +193,5 @@ class Block(nn.Module):
             return x + branch
         keep = 1 - self.drop_path
         scale = (torch.rand(x.shape[0], 1, 1, device=x.device) < keep) / keep
-        with torch.autocast(x.device.type, enabled=False):  # it would convert the branch before, in a pass of its own
+        with torch.autocast(x.device.type, enabled=False):  # autocast would convert the branch in a separate pass
             return torch.addcmul(x, branch, scale.to(x.dtype))

@@ -1,4 +1,4 @@
-"""Finds the block, the part and the scan direction of an encoder in which values stop being finite."""
+"""Finds the block, the part and the scan direction of an encoder where the first values that are not finite arise."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ _ADVICE = "Lower train.lr or train.clip_norm, and look at the data and the weigh
 
 @contextmanager
 def watch(model: nn.Module) -> Iterator[None]:
-    """Within it, a block of an encoder that puts out infinity or NaN ends the run and is named.
+    """Ends the run with an error if a block of an encoder gives infinity or NaN inside the context.
 
-    Looked at are what enters each block and the outputs of its norms, mixer and MLP, in forward passes; each look waits
-    for the device. Nothing stays on the model afterwards.
+    Each forward pass checks the input of each block and the outputs of its norms, mixer and MLP. Each check waits for
+    the device. The hooks are removed at the end.
 
     Args:
-        model: an `ArmEncoder`, with adapters or without, or a model that has one or more inside.
+        model: An `ArmEncoder`, with or without adapters, or a model that contains one or more.
 
     Raises:
-        RunError: inside the forward pass: block (`layers.i`, counted from 0), part, for the mixer the direction
-            (counted from 0, as in `mixer.directions`), how many values, in which dtype, and what to do.
+        RunError: In the forward pass. The message names the block (`layers.i`, counted from 0), the part, for the mixer
+            the direction (counted from 0, as in `mixer.directions`), the number of values, the dtype, and what to do.
     """
     handles: list[RemovableHandle] = []
     try:
@@ -52,7 +52,7 @@ def _watch_block(block: Block, name: str) -> list[RemovableHandle]:
         if not _finite(inputs[0]):
             before = "the images or the patch embedding" if name == "layers.0" else "the sum of the blocks before it"
             raise RunError(
-                f"encoder block {name}: its input is not finite already: {_count(inputs[0])}",
+                f"encoder block {name}: its input is already not finite: {_count(inputs[0])}",
                 hint=f"It comes from {before}. {_ADVICE}",
             )
 
@@ -69,7 +69,7 @@ def _watch_block(block: Block, name: str) -> list[RemovableHandle]:
 
 @torch.no_grad()
 def _part_of_mixer(mixer: Mixer, x: Tensor, order: Tensor) -> str:
-    """The first part of the mixer that gives what is not finite, in the dtype of the forward pass that met it."""
+    """Returns the first part of the mixer whose output is not finite, in the dtype of the forward pass."""
     tokens, gate = mixer.X(x), mixer.Z(x)
     for name, projected in (("X", tokens), ("Z", gate)):
         if not _finite(projected):
@@ -90,22 +90,22 @@ def _error(place: str, part: nn.Module, inputs: tuple[Any, ...], output: Tensor)
     broken = [name for name, weight in part.named_parameters() if not _finite(weight)]
     if broken:
         hint = (
-            f"Weights of this part are not finite themselves ({', '.join(broken[:3])}): "
-            "an earlier step broke them, or they were so in the file that they come from."
+            f"Weights of this part are not finite ({', '.join(broken[:3])}): "
+            "an earlier step made them so, or the file that they were loaded from has such values."
         )
     elif output.dtype not in (torch.float16, torch.bfloat16):
         hint = _ADVICE
     elif _finite_in_fp32(part, inputs):
-        precision = "fp32, or bf16, which has its range" if output.dtype == torch.float16 else "fp32"
-        hint = f"In fp32 the same input gives finite values: train with train.precision={precision}."
+        precision = "fp32, or bf16, which has the same range" if output.dtype == torch.float16 else "fp32"
+        hint = f"In fp32, the output for the same input is finite: train with train.precision={precision}."
     else:
-        hint = f"In fp32 the same input gives no finite values either. {_ADVICE}"
+        hint = f"In fp32, the output for the same input is not finite either. {_ADVICE}"
     return RunError(f"encoder block {place}: the output is not finite: {_count(output)}", hint=hint)
 
 
 @torch.no_grad()
 def _finite_in_fp32(part: nn.Module, inputs: tuple[Any, ...]) -> bool:
-    # Not through __call__, which would run the hooks of the part; its weights may be of half precision themselves.
+    # Not through __call__, which would run the hooks of the part. Its weights may have half precision.
     in_fp32 = copy.deepcopy(part).float()
     with torch.autocast(inputs[0].device.type, enabled=False):
         return _finite(in_fp32.forward(*(t.float() if t.is_floating_point() else t for t in inputs)))

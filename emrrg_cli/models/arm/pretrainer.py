@@ -1,4 +1,4 @@
-"""Stage 1: autoregressive image modelling, one cluster of patches after the other."""
+"""The stage 1 model: autoregressive image modelling, one cluster of patches after the other."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from emrrg_cli.models.arm.encoder import CLUSTER, PATCH_SIZE, ArmEncoder, cluste
 from emrrg_cli.models.weights import load_weights
 
 PATCHES_PER_CLUSTER = CLUSTER * CLUSTER
-PIXELS = PATCH_SIZE * PATCH_SIZE * 3  # of a patch
+PIXELS = PATCH_SIZE * PATCH_SIZE * 3  # values of a patch
 HEAD_WIDTH = 64
 WEIGHTS = "pretrainer.safetensors"
 CONFIG = "pretrainer.json"
@@ -34,29 +34,29 @@ class PretrainOutput(NamedTuple):
 
 
 def default_taps(depth: int, count: int = 4) -> tuple[int, ...]:
-    """The blocks, counted from 1, whose outputs feed the decoder: evenly from the middle of the encoder to its end.
+    """Returns the blocks, counted from 1, whose outputs the decoder reads, evenly spaced in the second half.
 
-    The published ones for the published depths: 6, 8, 10, 12 of 12 and 12, 16, 20, 24 of 24. A shallow encoder, whose
-    second half has not enough blocks, gives its last `count`.
+    For the published depths they are the published ones: 6, 8, 10, 12 of 12 and 12, 16, 20, 24 of 24. If the second
+    half of the encoder has too few blocks, they are the last `count` blocks.
 
     Raises:
-        ValueError: for an encoder of fewer blocks than the decoder.
+        ValueError: The encoder has fewer blocks than the decoder.
     """
     if depth < count:
-        raise ValueError(f"an encoder of {depth} blocks is too shallow for a decoder of {count}, each fed by another")
+        raise ValueError(f"an encoder of {depth} blocks is too shallow for a decoder of {count} blocks")
     step = max(1.0, depth / 2 / max(1, count - 1))
     return tuple(depth - round(step * back) for back in reversed(range(count)))
 
 
 def patch_pixels(images: Tensor) -> Tensor:
-    """`[b, 3, h, w] -> [b, l, 768]`: patches row-major, in each patch row, column, channel."""
+    """Returns the pixels of the patches: `[b, 3, h, w] -> [b, l, 768]`, row-major; in a patch row, column, channel."""
     b, channels, h, w = images.shape
     x = images.reshape(b, channels, h // PATCH_SIZE, PATCH_SIZE, w // PATCH_SIZE, PATCH_SIZE)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(b, -1, PIXELS)
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of queries to keys and values of other tokens; a head is 64 wide."""
+    """Multi-head attention of queries to keys and values of other tokens; the width of a head is 64."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class CrossAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """`fc2(gelu(fc1(x)))`, four times as wide in the middle, exact GELU."""
+    """`fc2(gelu(fc1(x)))` with a hidden layer of four times the width and exact GELU."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -107,24 +107,24 @@ class DecoderBlock(nn.Module):
 
 
 class ArmPretrainer(nn.Module):
-    """The encoder of stage 1 with the decoder that predicts each 64 x 64 cluster from those before it.
+    """The encoder of stage 1, and a decoder that predicts each 64 x 64 cluster from the clusters before it.
 
-    Tokens are in cluster order (`cluster_order`). The encoder sees all clusters but the last, the decoder predicts all
-    but the first: the patches of cluster `c + 1` from clusters `0..c`. Pixels are normalised patch by patch, so that a
-    dark and a bright film count the same.
+    Tokens are in cluster order (`cluster_order`). The encoder gets all clusters but the last. The decoder predicts all
+    but the first: the patches of cluster `c + 1` from clusters `0..c`. Pixels are normalised per patch, so that dark
+    and bright films have the same weight.
 
     Args:
         d_model: `d`, width of the encoder.
-        depth: blocks of the encoder.
-        image_size: side of the square input in pixels, a multiple of 64, at least 128.
+        depth: Number of blocks of the encoder.
+        image_size: Side of the square input in pixels, a multiple of 64, at least 128.
         d_state: `n`, the SSM state size.
-        decoder_width: a multiple of 64 (a head is 64 wide), or less than 64 and a multiple of 4 (one head).
-        decoder_depth: blocks of the decoder, each fed by a tap of the encoder of its own.
-        taps: blocks of the encoder, counted from 1, in rising order; None: `default_taps`.
-        scan: engine of the scan (`emrrg_cli.models.scan`).
+        decoder_width: A multiple of 64 (the width of a head), or less than 64 and a multiple of 4 (one head).
+        decoder_depth: Number of blocks of the decoder; each reads another block of the encoder.
+        taps: Blocks of the encoder that the decoder reads, counted from 1, in rising order; None: `default_taps`.
+        scan: Engine of the scan (`emrrg_cli.models.scan`).
 
     Raises:
-        ValueError: for sizes that do not fit together.
+        ValueError: The sizes do not fit together.
 
     Source: ARM (arXiv 2406.07537) section 3; MambaXray-VL (arXiv 2410.00379) section 3.1.
     """
@@ -142,10 +142,10 @@ class ArmPretrainer(nn.Module):
     ) -> None:
         super().__init__()
         if image_size < 2 * CLUSTER * PATCH_SIZE:
-            raise ValueError(f"image_size must be at least 128, or no cluster is left to predict; got {image_size}")
+            raise ValueError(f"image_size must be at least 128, so that a cluster is predicted; got {image_size}")
         if decoder_width % (HEAD_WIDTH if decoder_width > HEAD_WIDTH else 4):
             raise ValueError(
-                f"decoder_width must be a multiple of {HEAD_WIDTH}, or below it one of 4; got {decoder_width}"
+                f"decoder_width must be a multiple of {HEAD_WIDTH}, or a smaller multiple of 4; got {decoder_width}"
             )
         self.taps = tuple(taps) if taps is not None else default_taps(depth, decoder_depth)
         if len(self.taps) != decoder_depth or sorted(set(self.taps) & set(range(1, depth + 1))) != list(self.taps):
@@ -175,7 +175,7 @@ class ArmPretrainer(nn.Module):
 
         self.order: Tensor
         self.register_buffer("order", cluster_order(self.encoder.grid), persistent=False)
-        # A token and its prediction are one cluster apart, so that the same index stands for both.
+        # The prediction of a token is one cluster ahead, so the same index is used for both.
         cluster = torch.arange(self.encoder.grid**2 - PATCHES_PER_CLUSTER) // PATCHES_PER_CLUSTER
         self.mask: Tensor
         self.register_buffer("mask", cluster[:, None] >= cluster[None, :], persistent=False)
@@ -190,20 +190,20 @@ class ArmPretrainer(nn.Module):
             images: `[b, 3, h, w]`, normalised, `h = w = image_size`.
 
         Raises:
-            ValueError: for images of another size.
+            ValueError: The images have another size.
         """
         prediction = self.decode(self.encode(images))
         error = prediction.float() - self.targets(images)[0]
         return PretrainOutput(error.square().mean(), prediction)
 
     def encode(self, images: Tensor) -> list[Tensor]:
-        """The taps of the encoder over all clusters but the last: `[b, l - 16, d]` each, in cluster order."""
+        """Returns the taps of the encoder for all clusters but the last: `[b, l - 16, d]` each, in cluster order."""
         seen = self.order[:-PATCHES_PER_CLUSTER]
         steps = torch.arange(len(seen), device=seen.device)[None]
         return self.encoder.blocks(self.encoder.embed(images)[:, seen], steps, self.taps)
 
     def decode(self, taps: Sequence[Tensor]) -> Tensor:
-        """Taps as `encode` returns them to `[b, l - 16, 768]`: the patches to predict, in cluster order."""
+        """Predicts `[b, l - 16, 768]` from the taps of `encode`: all clusters but the first, in cluster order."""
         joined = torch.cat([norm(tap) for norm, tap in zip(self.tap_norms, taps, strict=True)], dim=-1)
         memories = self.enc2dec(joined).unflatten(-1, (self.decoder_width, len(taps)))  # [b, l - 16, width, blocks]
         queries = self.ar_token + self.dec_pos_embed[:, self.order[PATCHES_PER_CLUSTER:]]
@@ -214,11 +214,11 @@ class ArmPretrainer(nn.Module):
         return out
 
     def targets(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What is to be predicted.
+        """Returns the targets of the prediction.
 
         Returns:
-            Normalised pixels `[b, l - 16, 768]` (patch row, patch column, channel), and each patch's mean and standard
-            deviation `[b, l - 16, 1]` that they were normalised with; tokens in cluster order, fp32.
+            Normalised pixels `[b, l - 16, 768]` (patch row, patch column, channel), and the mean and the standard
+            deviation of each patch before, `[b, l - 16, 1]`; tokens in cluster order, fp32.
         """
         patches = patch_pixels(images.float())[:, self.order[PATCHES_PER_CLUSTER:]]
         mean = patches.mean(dim=-1, keepdim=True)
@@ -226,9 +226,9 @@ class ArmPretrainer(nn.Module):
         return (patches - mean) / deviation, mean, deviation
 
     def paste(self, patches: Tensor, onto: Tensor | None = None) -> Tensor:
-        """Puts patches back where they belong: `[b, l - 16, 768]`, order as in `targets`, to images `[b, 3, h, w]`.
+        """Converts patches to images: `[b, l - 16, 768]`, in the order of `targets`, to `[b, 3, h, w]`.
 
-        The first cluster, of which there are no patches, is that of `onto` (images `[b, 3, h, w]`), or 0.
+        The first cluster, which is not in `patches`, is copied from `onto` (images `[b, 3, h, w]`), or 0.
         """
         b, size, grid = len(patches), self.encoder.image_size, self.encoder.grid
         every = patches.new_zeros(b, grid**2, PIXELS) if onto is None else patch_pixels(onto).to(patches.dtype)
@@ -247,7 +247,7 @@ def save_pretrainer(directory: Path, model: ArmPretrainer) -> None:
     """Replaces `directory` by the model: `pretrainer.safetensors` (fp32) and `pretrainer.json` with its sizes.
 
     Raises:
-        RunError: it cannot be written.
+        RunError: It cannot be written.
     """
     config = {
         "format": 1,
@@ -268,33 +268,33 @@ def save_pretrainer(directory: Path, model: ArmPretrainer) -> None:
 
 
 def find_pretrainer(path: Path) -> Path:
-    """The directory that `save_pretrainer` wrote: `path` itself, or `model/` of a run.
+    """Returns the directory that `save_pretrainer` wrote: `path` itself, or `model/` of a run.
 
     Raises:
-        UsageError: there is none.
+        UsageError: There is none.
     """
     for directory in (path, path / "model"):
         if (whole_directory(directory) / CONFIG).is_file():
             return directory
     raise UsageError(
-        f"{path} holds no pre-trained model of stage 1 ({CONFIG})",
-        hint="Name a run directory of `emrrg pretrain`, or what `emrrg convert` wrote from a stage 1 checkpoint.",
+        f"{path} contains no pre-trained model of stage 1 ({CONFIG})",
+        hint="Name a run directory of `emrrg pretrain`, or a stage 1 directory that `emrrg convert` wrote.",
     )
 
 
 def load_pretrainer(path: str | Path, scan: str = "auto") -> ArmPretrainer:
-    """The pre-trained model of stage 1, in evaluation mode, on the CPU in fp32.
+    """Loads the pre-trained model of stage 1, in evaluation mode, on the CPU in fp32.
 
     Args:
-        path: directory that `save_pretrainer` or `emrrg convert` wrote, or a run directory of `emrrg pretrain`.
-        scan: engine of the scan (`emrrg_cli.models.scan`).
+        path: Directory that `save_pretrainer` or `emrrg convert` wrote, or a run directory of `emrrg pretrain`.
+        scan: Engine of the scan (`emrrg_cli.models.scan`).
 
     Returns:
         A module `[b, 3, h, w] -> PretrainOutput`.
 
     Raises:
-        UsageError: there is none at `path`.
-        RunError: its files are broken, or do not fit together.
+        UsageError: There is no such model at `path`.
+        RunError: Its files are broken or do not fit together.
     """
     return read_directory(find_pretrainer(Path(path)), lambda directory: _read(directory, scan))
 
@@ -305,7 +305,7 @@ def _read(directory: Path, scan: str) -> ArmPretrainer:
     try:
         config = json.loads(read_bounded(file, 2**20))
         if config.pop("format") != 1 or config.pop("kind") != "pretrainer":
-            raise ValueError("not of a kind that this version reads")
+            raise ValueError("this version cannot read this format")
         model = ArmPretrainer(**config, scan=scan)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RunError(f"{file} cannot be used: {error}") from error

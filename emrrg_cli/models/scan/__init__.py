@@ -1,10 +1,10 @@
 """The selective scan over several token orders: one function, several engines.
 
-`reference` is plain PyTorch and the truth the others are tested against; `recompute` is the same loop with its gradient
-written out, in a fraction of the memory; both run anywhere. `numba` is that loop compiled for the CPU, where numba is
-installed. `triton` is our fused kernels for CUDA; `mamba_ssm` calls the kernels of the packages mamba-ssm and
-causal-conv1d. Engines are chosen once, when a model is built: by the recipe (`model.scan`), by the environment
-(`EMRRG_SCAN`), or by what is there.
+`reference` is plain PyTorch; the other engines are tested against it. `recompute` is the same loop with an explicit
+backward pass, which needs a fraction of the memory. Both run anywhere. `numba` is that loop compiled for the CPU, if
+numba is installed. `triton` has our fused kernels for CUDA. `mamba_ssm` calls the kernels of the packages mamba-ssm and
+causal-conv1d. The engine is chosen once, when a model is built: by the recipe (`model.scan`), by the environment
+(`EMRRG_SCAN`), or by the hardware and the installed packages.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ Scan = Callable[..., Tensor]
 
 
 def available_engines() -> dict[str, str]:
-    """Every engine by name, with `ok` or the reason why it cannot run here."""
+    """Returns every engine by name, with `ok` or the reason why it cannot run on this computer."""
     return {name: _state(name) for name in SCAN_ENGINES}
 
 
 def choose_engine(requested: str = "auto", device_type: str | None = None) -> str:
-    """The name of the engine to use.
+    """Returns the name of the engine to use.
 
     Args:
-        requested: the recipe's `model.scan`; `EMRRG_SCAN` is stronger than `auto` and weaker than a name.
-        device_type: `cpu` or `cuda`, for `auto`; None: where there is a GPU, it is taken.
+        requested: `model.scan` of the recipe. `EMRRG_SCAN` is used instead if this is `auto`.
+        device_type: `cpu` or `cuda`, for `auto`; None: `cuda` if there is a GPU.
 
     Raises:
-        UsageError: for an engine that is unknown or cannot run here.
+        UsageError: The engine is unknown or cannot run on this computer.
     """
     name = requested if requested != "auto" else os.environ.get("EMRRG_SCAN", "auto") or "auto"
     if name == "auto":
@@ -55,7 +55,7 @@ def choose_engine(requested: str = "auto", device_type: str | None = None) -> st
 
 
 def get_scan(engine: str) -> Scan:
-    """The scan function of an engine that `choose_engine` named; see `directional_scan_reference` for its shapes."""
+    """Returns the scan function of an engine from `choose_engine`; for shapes see `directional_scan_reference`."""
     if engine == "reference":
         return directional_scan_reference
     if engine == "recompute":
@@ -76,8 +76,8 @@ _numba = partial(directional_scan_reference, recurrence=numba_engine.selective_s
 def _triton(x: Tensor, *rest: Any) -> Tensor:
     from emrrg_cli.models.scan.triton_engine import directional_scan_triton
 
-    # A model built where there is a GPU may still be run on the CPU, in fp64 by those who check gradients, or have a
-    # state size that the kernels are not made for.
+    # A model that was built for a GPU may be run on the CPU, in fp64 (to check gradients), or with a state size that
+    # the kernels do not support.
     n = rest[-2].shape[-1]  # of A_log
     fused = (x.is_cuda or _interpreted()) and x.dtype != torch.float64 and n & (n - 1) == 0
     return directional_scan_triton(x, *rest) if fused else _recompute(x, *rest)

@@ -1,4 +1,4 @@
-"""The directional scan on the kernels of mamba-ssm and causal-conv1d, all directions in one grouped call."""
+"""The directional scan with the kernels of mamba-ssm and causal-conv1d, all directions in one grouped call."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def directional_scan_mamba_ssm(
     A_log: Tensor,
     D: Tensor,
 ) -> Tensor:
-    """The same as `reference.directional_scan_reference` (shapes there), for fp32, bf16 and fp16 on CUDA."""
+    """Computes `reference.directional_scan_reference` (shapes there) for fp32, bf16 and fp16 on CUDA."""
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, z = x.to(dtype), z.to(dtype)
@@ -61,7 +61,7 @@ def directional_scan_mamba_ssm(
 
 
 def why_not() -> str:
-    """`ok`, or why the packages cannot be used here."""
+    """Returns `ok`, or the reason why the packages cannot be used on this computer."""
     missing = [name for name in ("mamba_ssm", "causal_conv1d") if find_spec(name) is None]
     if missing:
         return f"{' and '.join(missing)} not installed"
@@ -69,13 +69,13 @@ def why_not() -> str:
         return "no CUDA device"
     try:
         _functions()
-    except Exception as error:  # whatever a package built for another torch raises
+    except Exception as error:  # a package built for another torch raises errors of many types
         return f"cannot be imported: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
     return "ok"
 
 
 def _functions() -> tuple[Any, Any]:
-    # mamba_ssm's __init__ imports whole language models and what these need; the kernels' module needs none of it.
+    # mamba_ssm's __init__ imports complete language models and their dependencies, which the kernels do not need.
     if "mamba_ssm" not in sys.modules and (spec := find_spec("mamba_ssm")) and spec.submodule_search_locations:
         package = ModuleType("mamba_ssm")
         package.__path__ = [str(Path(folder)) for folder in spec.submodule_search_locations]

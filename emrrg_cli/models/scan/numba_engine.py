@@ -1,6 +1,6 @@
-"""The recurrence of the scan compiled by numba for the CPU: its state stays in the cache, and threads share the work.
+"""The recurrence of the scan, compiled by numba for the CPU: its state fits into the cache, and it uses all threads.
 
-An optional dependency (the extra `fast`). Values and gradients are those of the reference (tested).
+numba is an optional dependency (the extra `fast`). Values and gradients equal those of the reference (tested).
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from torch.autograd.function import once_differentiable
 from emrrg_cli.console import err
 from emrrg_cli.models.scan.recompute import selective_scan_recompute
 
-# Tokens whose states are formed at a time in the backward pass; those before each chunk are kept.
+# Number of tokens whose states the backward pass computes at a time; the state before each chunk is kept.
 _CHUNK = 16
 
 
 def why_not() -> str:
-    """`ok`, or why numba cannot be used here."""
+    """Returns `ok`, or the reason why numba cannot be used on this computer."""
     try:
         import numba  # noqa: F401
-    except ImportError as error:  # not there, or not made for this numpy
+    except ImportError as error:  # not installed, or not compatible with this numpy
         return f"numba cannot be imported ({error}); it comes with the extra emrrg[fast]"
     return "ok"
 
@@ -35,9 +35,9 @@ def why_not() -> str:
 def selective_scan_numba(
     u: Tensor, dt: Tensor, dt_bias: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor
 ) -> Tensor:
-    """The same as `reference.selective_scan_loop`, compiled; on as many threads as torch uses.
+    """Computes `reference.selective_scan_loop` with compiled code, on as many threads as torch uses.
 
-    On another device than the CPU, in fp64 and under `torch.compile` it is `recompute.selective_scan_recompute`.
+    On other devices than the CPU, in fp64 and under `torch.compile`, it calls `recompute.selective_scan_recompute`.
 
     Args:
         u: `[b, K, l, d]`; dt: `[b, K, l, d]` before bias and softplus; dt_bias: `[K, d]`; A_log: `[K, d, n]`;
@@ -91,7 +91,7 @@ class _Recurrence(torch.autograd.Function):
 
 
 def _each_item(items: int, work: Callable[[int], None]) -> None:
-    # Threads of our own: numba's do not survive the fork of a data loader, nor two callers at once.
+    # Our own threads: those of numba fail after the fork of a data loader and with two callers at the same time.
     threads = min(torch.get_num_threads(), items)
     left = iter(range(items))  # each thread takes the next
 
@@ -107,7 +107,7 @@ def _each_item(items: int, work: Callable[[int], None]) -> None:
 
 @cache
 def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads)  # a forked process has none of its parent's threads, so one each
+    return ThreadPoolExecutor(threads)  # a forked process does not have the threads of its parent, so it gets its own
 
 
 @cache

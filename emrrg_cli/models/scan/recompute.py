@@ -1,7 +1,7 @@
-"""The scan loop with its gradient written out: the states are computed again in the backward pass instead of kept.
+"""The scan loop with an explicit backward pass, which computes the states again instead of keeping them.
 
-Autograd through the reference loop keeps several `[b, K, d, n]` tensors a token; this keeps one every few tokens and
-computes the others again. Values and gradients are those of the reference (tested).
+Autograd through the reference loop keeps several `[b, K, d, n]` tensors per token. This loop keeps one for every few
+tokens and computes the others again. Values and gradients equal those of the reference (tested).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from emrrg_cli.models.scan.reference import full_precision
 
-# Tokens whose states are formed at a time: enough that little is left for the loop, few enough for little memory.
+# Number of tokens whose states are computed at a time: a larger number is faster, a smaller one needs less memory.
 _CHUNK = 16
 
 
@@ -21,7 +21,7 @@ class _Recurrence(torch.autograd.Function):
     """`h_t = exp(dt_t A) h_(t-1) + du_t B_t`, `y_t = C_t h_t`, tokens first.
 
     `dt`, `du`: `[l, b, K, d]`; `A`: `[K, d, n]`; `B`, `C`: `[l, b, K, n]`; all contiguous, of one dtype, fp32 or fp64.
-    Returns `y` `[l, b, K, d]`. Of the states only those before each chunk are kept.
+    Returns `y` `[l, b, K, d]`. Only the state before each chunk is kept.
     """
 
     @staticmethod
@@ -44,7 +44,7 @@ class _Recurrence(torch.autograd.Function):
         gy = gy.contiguous()
         gdt, gdu, gB, gC = (torch.empty_like(tensor) for tensor in (dt, du, B, C))
         gA = torch.zeros_like(A)
-        carry: Tensor | None = None  # gradient of the state before the chunk behind
+        carry: Tensor | None = None  # gradient of the state before the following chunk
         for at, h in reversed(list(zip(_chunks(dt.shape[0], ctx.chunk), before, strict=True))):
             decay, states = _states(dt[at], du[at], A, B[at], h)
             gh = gy[at].unsqueeze(-1) * C[at].unsqueeze(-2)  # becomes the gradient of each state
@@ -56,7 +56,7 @@ class _Recurrence(torch.autograd.Function):
             torch.matmul(gy[at].unsqueeze(-2), states, out=gC[at].unsqueeze(-2))
             torch.matmul(du[at].unsqueeze(-2), gh, out=gB[at].unsqueeze(-2))
             torch.matmul(gh, B[at].unsqueeze(-1), out=gdu[at].unsqueeze(-1))
-            flow = gh.mul_(decay)  # gradient of each state as it reaches the state before
+            flow = gh.mul_(decay)  # gradient that each state passes to the state before it
             carry = flow[0].clone()
             flow[1:] *= states[:-1]
             flow[0] *= h  # now the gradient of dt_t A
@@ -81,7 +81,7 @@ def _states(dt: Tensor, du: Tensor, A: Tensor, B: Tensor, before: Tensor) -> tup
 def selective_scan_recompute(
     u: Tensor, dt: Tensor, dt_bias: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor
 ) -> Tensor:
-    """The same as `reference.selective_scan_loop`, with the memory of its inputs.
+    """Computes `reference.selective_scan_loop` with little more memory than its inputs.
 
     Args:
         u: `[b, K, l, d]`; dt: `[b, K, l, d]` before bias and softplus; dt_bias: `[K, d]`; A_log: `[K, d, n]`;

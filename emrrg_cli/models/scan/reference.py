@@ -22,11 +22,11 @@ def directional_scan_reference(
     D: Tensor,
     recurrence: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """Scans the tokens in `K` orders, brings each result back to row order, averages them and applies the gate.
+    """Scans the tokens in `K` orders, returns each result to row order, averages them and applies the gate.
 
-    Per direction, with `u = silu(conv(x))`, `(low, B, C) = projection u`, `dt = softplus(dt_weight low + dt_bias)` and
-    `A = -exp(A_log)`: `h_t = exp(dt_t A) h_(t-1) + dt_t B_t u_t`, `y_t = C_t h_t + D u_t`. The state, `dt` and
-    `A` are fp32 whatever the dtype of `x`; the result has the dtype of `x`.
+    For each direction, with `u = silu(conv(x))`, `(low, B, C) = projection u`, `dt = softplus(dt_weight low + dt_bias)`
+    and `A = -exp(A_log)`: `h_t = exp(dt_t A) h_(t-1) + dt_t B_t u_t`, `y_t = C_t h_t + D u_t`. The state, `dt` and `A`
+    are always fp32; the result has the dtype of `x`.
 
     Args:
         x: `[b, l, d]`, the X half of `in_proj`, tokens in row order.
@@ -39,7 +39,7 @@ def directional_scan_reference(
         dt_bias: `[K, d]`.
         A_log: `[K, d, n]`.
         D: `[K, d]`.
-        recurrence: what runs the recurrence; `selective_scan_loop`, or a function of the same signature.
+        recurrence: Function for the recurrence with the signature of `selective_scan_loop`, which is the default.
 
     Returns:
         `[b, l, d]`: `silu(z) * mean over directions`.
@@ -79,10 +79,10 @@ def _plain_gradient(weight: Tensor) -> Tensor:
 def selective_scan_loop(
     u: Tensor, dt: Tensor, dt_bias: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor
 ) -> Tensor:
-    """The recurrence itself, in fp32 (fp64 for fp64 inputs), one step a token.
+    """Computes the recurrence in fp32 (fp64 for fp64 inputs), one step per token.
 
-    The decay `exp(dt A)` is formed inside the step: kept for all tokens at once it would be `l` times larger and,
-    measured on a CPU, three times slower.
+    The decay `exp(dt A)` is computed in each step: for all tokens at once, it would be `l` times larger and, on a CPU,
+    three times slower (measured).
 
     Args:
         u: `[b, K, l, d]`; dt: `[b, K, l, d]` before bias and softplus; dt_bias: `[K, d]`; A_log: `[K, d, n]`;
@@ -106,9 +106,9 @@ def selective_scan_loop(
 def full_precision(
     u: Tensor, dt: Tensor, dt_bias: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What a recurrence starts from: `u`, `dt` after bias and softplus, `A`, `B`, `C`, `D`, in fp32 (or all in fp64).
+    """Returns the inputs of a recurrence in fp32 (or fp64): `u`, `dt` after bias and softplus, `A`, `B`, `C`, `D`.
 
-    Shapes as in `selective_scan_loop`. Call it where autocast is off.
+    Shapes as in `selective_scan_loop`. Autocast must be off.
     """
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     dt = F.softplus(dt.to(dtype) + dt_bias.to(dtype)[:, None])

@@ -1,11 +1,11 @@
-"""The directional scan on Triton kernels, forward and backward, registered as one custom operator.
+"""The directional scan with Triton kernels, forward and backward, registered as one custom operator.
 
-The steps, all directions in each launch: convolution and SiLU (through the index map), one matrix product for dt's low
-rank, B and C, dt with bias and softplus, the recurrence, and the sum over directions with the gate. The backward pass
-computes the convolution and dt again instead of keeping them, works on part of the batch at a time, and writes
-gradients over what they replace, so that its memory stays small.
+Each launch computes all directions. The steps: convolution and SiLU (through the index map), one matrix product for
+dt's low rank, B and C, dt with bias and softplus, the recurrence, and the sum over directions with the gate. To need
+little memory, the backward pass computes the convolution and dt again instead of keeping them, works on a part of the
+batch at a time, and overwrites buffers with gradients.
 
-With `torch.use_deterministic_algorithms(True)` sums over channels are formed in a fixed order instead of atomically.
+With `torch.use_deterministic_algorithms(True)`, sums over channels have a fixed order instead of atomic additions.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from emrrg_cli.models.scan.triton_parts import (
     tiles,
 )
 
-# Channels of a scanning program, which is one warp.
+# Number of channels of a program of the scan, which is one warp.
 _CHANNELS = 32
-# A state is saved every _EVERY tokens. Tokens that are read and written together, forward and backward; the backward
-# pass holds the states of as many in registers.
+# A state is saved every _EVERY tokens. _CHUNK tokens are read and written together; the backward pass keeps the states
+# of this number of tokens in registers.
 _EVERY, _CHUNK = 40, 4
-# Elements of [K, b, l, d] that a pass works on at a time, about: fewer take less memory and more of the host's time. At
-# width 768, 197 tokens and a batch of 128 the two together need half of what the published calls need.
+# About the number of elements of [K, b, l, d] that a pass works on at a time: a smaller number needs less memory and
+# more host time. At width 768, 197 tokens and batch size 128, both passes need half the memory of the published calls.
 _FORWARD_PART, _BACKWARD_PART = 100_000_000, 30_000_000
 _ONE_WARP = {"num_warps": 1, "num_stages": 1}
 
@@ -53,12 +53,12 @@ def directional_scan_triton(
     A_log: Tensor,
     D: Tensor,
 ) -> Tensor:
-    """The same as `reference.directional_scan_reference` (shapes there), for fp32, bf16 and fp16 on CUDA.
+    """Computes `reference.directional_scan_reference` (shapes there) for fp32, bf16 and fp16 on CUDA.
 
-    Matrix products take operands of the dtype of `x`; state, `A`, `dt` and every sum are fp32.
+    The operands of matrix products have the dtype of `x`; state, `A`, `dt` and every sum are fp32.
 
     Raises:
-        ValueError: when the state size `n` is not a power of two.
+        ValueError: The state size `n` is not a power of two.
     """
     if (n := A_log.shape[-1]) & (n - 1):
         raise ValueError(f"the triton scan needs a state size that is a power of two, got {n}; use scan='recompute'")
@@ -70,7 +70,7 @@ def directional_scan_triton(
     out: Tensor
     if torch.compiler.is_compiling():
         out = _scan(x, z, *weights, order, save)[0]
-    elif save:  # the operator's own machinery would cost more than the kernels take for a small batch
+    elif save:  # for a small batch, the overhead of the custom operator is larger than the time of the kernels
         out = _Scan.apply(x, z, *weights, order)  # type: ignore[no-untyped-call]
     else:
         out = _scan_all(x, z, weights, order, False)[0]
@@ -78,9 +78,8 @@ def directional_scan_triton(
 
 
 def _scan_all(x: Tensor, z: Tensor, weights: Sequence[Tensor], order: Tensor, save: bool) -> tuple[Tensor, ...]:
-    """`out` `[b, l, d]`; where `save` also what the backward pass needs, else empty tensors: the mean over directions
-    before the gate `[b, l, d]` and the states `[b, K, sections, d, n]`; then projection and dt's weight in the dtype of
-    `x`."""
+    """Returns `out` `[b, l, d]`; the mean over directions before the gate `[b, l, d]` and the states
+    `[b, K, sections, d, n]`, both empty unless `save`; projection and dt's weight in the dtype of `x`."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():  # Triton launches on the current one
         with torch.cuda.device(x.device):
             return _scan_all(x, z, weights, order, save)
@@ -91,13 +90,13 @@ def _scan_all(x: Tensor, z: Tensor, weights: Sequence[Tensor], order: Tensor, sa
     order, back = index_maps(order)
     kept = (b, directions, _sections(length), d, n) if save else (0,)  # outputs of an operator may not be one tensor
     launch = Launcher((x, z, *weights), save)
-    out = mean = states = x  # each is made where it is first written: by then something else is gone
+    out = mean = states = x  # each is allocated just before its first use, when other buffers are free again
     for part in _parts(b, _FORWARD_PART // (directions * length * d)):
         launch.take(part)
         part_x, part_z = (x, z) if part is None else (x[part], z[part])
         size = part_x.shape[0]
         u = convolved(launch, part_x, order, weights)
-        weights = _narrowed(weights, x.dtype)  # once there is a kernel at work, for which the device waits
+        weights = _narrowed(weights, x.dtype)  # after the first launch, so that the device does not wait
         _, dt, BC = projected(launch, u, weights)
         if states is x:
             states = torch.empty(kept, dtype=torch.float32, device=x.device)
@@ -161,14 +160,14 @@ def _backward(
     states: Tensor,
     parameters: bool,
 ) -> list[Tensor]:
-    """Gradients to `x`, `z` and, where `parameters`, in fp32 to the seven parameters, in the order of the arguments."""
+    """Returns the gradients of `x`, `z` and, if `parameters`, of the seven parameters (fp32, in this order)."""
     grad, x, z = grad.contiguous(), x.contiguous(), z.contiguous()
     b, length, d = x.shape
     directions, _, n = A_log.shape
     taps = conv_weight.shape[2]
     grad_x, grad_z = torch.empty_like(x), torch.empty_like(z)
     weights = _narrowed((conv_weight, conv_bias, projection, dt_weight, dt_bias, A_log, D), x.dtype)
-    # A part has so many channel blocks that each of the programs that run at a time gets as many.
+    # The number of channel blocks of a part is such that all programs that run at the same time get equally many.
     blocks, programs = directions * ceil_div(d, _CHANNELS), _programs(x.device)
     rounds = max(1, _BACKWARD_PART // (programs * _CHANNELS * length))
     maps = index_maps(order)
@@ -186,8 +185,8 @@ def _backward(
     return [grad_x, grad_z, of_taps, of_conv_bias[0], of_projection, of_dt_weight, of_bias[0], of_A, of_D[0]]
 
 
-# Gradients summed over the batch, fp32: a row each of A_log's states, D, dt's bias, the convolution's taps and its
-# bias, for every study of a part, [size, n + taps + 3, K, d]; that of projection; that of dt_weight.
+# Gradients summed over the batch, fp32. First [size, n + taps + 3, K, d], for every study of a part, with rows for the
+# states of A_log, D, dt's bias, the taps of the convolution and its bias; then those of projection and of dt_weight.
 _Sums = tuple[Tensor, Tensor, Tensor]
 
 
@@ -206,12 +205,12 @@ def _backward_of(
     grad_x: Tensor,
     grad_z: Tensor,
 ) -> _Sums | None:
-    # The backward pass of a part of the batch: writes `grad_x` and `grad_z`; where `parameters`, adds to the sums of
-    # the parts before it (None: it is the first).
+    # The backward pass of a part of the batch: writes `grad_x` and `grad_z`; if `parameters`, adds to the sums of the
+    # parts before it (None for the first part).
     conv_weight, conv_bias, projection, dt_weight, _, A_log, D = weights
     order, back = maps
     x = x if part is None else x[part]
-    u = convolved(launch, x, order, weights)  # before all else: the device waits for it
+    u = convolved(launch, x, order, weights)  # first, so that the device does not wait
     if part is not None:
         grad, z, mean, states, grad_x, grad_z = (of[part] for of in (grad, z, mean, states, grad_x, grad_z))
     size, length, d = x.shape
@@ -223,7 +222,7 @@ def _backward_of(
     shape = (directions, rows, 2 * n)
     grad_BC = torch.empty(shape if atomic else (blocks, *shape), **fp32)
     low, dt, BC = projected(launch, u, weights, parameters, grad_BC if atomic else None)
-    grad_y = grad_x  # until that is written
+    grad_y = grad_x  # uses its memory until grad_x is written
     launch(
         kernels.gate_backward, (ceil_div(x.numel(), 1024), 1, 1),
         grad, z, mean, grad_z, grad_y, x.numel(), K=directions, BLOCK=1024,
@@ -232,7 +231,7 @@ def _backward_of(
     scratch = torch.empty(programs * (_EVERY // _CHUNK - 1) * n * _CHANNELS, **fp32)
     grad_u = torch.empty_like(u)
     small, of_projection, of_dt_weight = sums or (None, None, None)
-    if small is None:  # without parameters a pointer that is not used
+    if small is None:  # without parameters, any pointer: it is not used
         small = torch.zeros(size, n + taps + 3, directions, d, **fp32) if parameters else BC
     common = {"K": directions, "ROWS": n + taps + 3, "PARAMETERS": parameters}
     launch(
@@ -242,7 +241,7 @@ def _backward_of(
         N=n, C=_CHANNELS, CHUNK=_CHUNK, EVERY=_EVERY, ATOMIC=atomic, PACKED=_packed(x), **common, **_ONE_WARP,
     )  # fmt: skip
     del scratch, BC
-    grad_dt = dt  # which has been written over
+    grad_dt = dt  # the kernel has overwritten it
     grad_proj = torch.empty(directions, rows, stride, dtype=x.dtype, device=x.device)
     torch.bmm(grad_dt, dt_weight, out=grad_proj[..., :rank])
     grad_BC = grad_BC if atomic else grad_BC.sum(0)
@@ -271,7 +270,7 @@ def _backward_of(
 
 @wraps(_backward)
 def _backward_apart(*arguments: Any) -> list[Tensor]:
-    # What an operator returns may not share memory, as the gradients of the small parameters do.
+    # The outputs of an operator must not share memory, but the gradients of the small parameters do.
     backward: Any = _backward
     grad_x, grad_z, *of_parameters = backward(*arguments)
     return [grad_x, grad_z, *(of.clone() for of in of_parameters)]
@@ -326,7 +325,7 @@ def _sections(length: int) -> int:
 
 @cache
 def _programs(device: torch.device) -> int:
-    # How many warps run at a time where each takes all the registers that it can.
+    # The number of warps that run at the same time if each uses the largest number of registers.
     if device.type != "cuda":
         return 5
     return 8 * torch.cuda.get_device_properties(device).multi_processor_count
@@ -337,12 +336,12 @@ def _packed(x: Tensor) -> bool:
 
 
 def _parts(batch: int, size: int) -> list[slice | None]:
-    # Parts of the batch of `size` studies, at least one; None: all of it.
+    # Parts of the batch with `size` studies each; one None for the whole batch.
     size = max(1, size)
     return [slice(start, min(start + size, batch)) for start in range(0, batch, size)] if size < batch else [None]
 
 
 def _narrowed(weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    # The same, with those of matrix products in the dtype of these.
+    # The same weights, with those of matrix products in this dtype.
     conv_weight, conv_bias, projection, dt_weight, *rest = weights
     return conv_weight, conv_bias, projection.to(dtype), dt_weight.to(dtype), *rest

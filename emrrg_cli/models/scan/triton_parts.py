@@ -1,4 +1,4 @@
-"""What the forward and the backward pass of the Triton scan share: launches, index maps, products, first steps."""
+"""Parts shared by the forward and the backward pass of the Triton scan: launches, index maps, products, first steps."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from triton.runtime import driver
 
 from emrrg_cli.models.scan import kernels
 
-TOKENS, WIDE = 16, 128  # tile of the kernels that go over tokens and channels
+TOKENS, WIDE = 16, 128  # tile size, in tokens and channels
 
 
 def product(a: Tensor, b: Tensor, total: Tensor | None = None) -> Tensor:
-    # The batched matrix product in fp32, added to `total` where there is one.
+    # The batched matrix product in fp32, added to `total` if it is given.
     if a.dtype == torch.float32 or (a.is_cuda and _WIDE_PRODUCTS):
         wide: dict[str, Any] = {} if a.dtype == torch.float32 else {"out_dtype": torch.float32}
         return torch.bmm(a, b, **wide) if total is None else torch.baddbmm(total, a, b, **wide, out=total)
@@ -35,7 +35,7 @@ def tiles(d: int, length: int, rows: int) -> tuple[int, int, int]:
     return (ceil_div(d, WIDE), ceil_div(length, TOKENS), rows)
 
 
-# By the tensor itself: an encoder's order never changes.
+# The keys are the tensors themselves: the order of an encoder never changes.
 _maps: MutableMapping[Tensor, tuple[Tensor, Tensor]] = WeakIdKeyDictionary()
 
 
@@ -69,8 +69,8 @@ def projected(
     keep_low: bool = False,
     cleared: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # What else the recurrence reads: after softplus, dt [K, b * l, d]; B and C [K, b * l, 2 n] in fp32. Before them,
-    # where asked for, what dt was projected from, [K, b * l, r]. Fills `cleared`, as large as B and C, with zeros.
+    # Returns the other inputs of the recurrence: with `keep_low`, the low-rank input of dt [K, b * l, r] (else dt); dt
+    # after softplus [K, b * l, d]; B and C [K, b * l, 2 n] in fp32. Fills `cleared`, of the size of BC, with zeros.
     _, _, projection, dt_weight, dt_bias, A_log, _ = weights
     directions, rows, d = u.shape
     rank, n = dt_weight.shape[2], A_log.shape[2]
@@ -91,16 +91,16 @@ _launches: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
 class Launcher:
-    """`launch(kernel, grid, *arguments, **constants)` does what `kernel[grid](...)` does in less of the host's time, of
-    which a small kernel takes more than of the device's.
+    """Launches kernels with less time on the host than Triton: `launch(kernel, grid, *arguments, **constants)`.
 
-    A kernel is compiled for types, sizes and alignment of its arguments. Here these are looked at once for all kernels
-    of a pass; after a first launch pointers are handed over as numbers.
+    For a small kernel, the host needs more time than the device. A kernel is compiled for types, sizes and alignment of
+    its arguments. Here they are checked once for all kernels of a pass; after the first launch, pointers are passed as
+    numbers.
 
     Args:
-        tensors: those that came from outside, whole, the first on the device to launch on. All others must be made
-            here, so that they are aligned, or be a part of the batch of these.
-        flags: whatever else the other arguments' types depend on.
+        tensors: The input tensors of the pass, for the whole batch; the first is on the device to launch on. All other
+            tensors must be parts of their batch, or be allocated during the pass, so that they are aligned.
+        flags: Other values that the types of the arguments depend on.
     """
 
     def __init__(self, tensors: Sequence[Tensor], *flags: int) -> None:
@@ -109,11 +109,11 @@ class Launcher:
         key = (device.index, *flags, *found)
         self._whole = _configurations.setdefault(key, len(_configurations))
         self._configuration: tuple[int, ...] = (self._whole,)
-        # Without the object that `torch.cuda.current_stream` makes, for which a host may need 20 us.
+        # `torch.cuda.current_stream` would create an object, which may take 20 us.
         self._stream = driver.active.get_current_stream(device.index) if device.type == "cuda" else None
 
     def take(self, part: slice | None) -> None:
-        """The launches that follow are for this part of the batch; None: for all of it."""
+        """Sets the part of the batch for the next launches; None: the whole batch."""
         self._configuration = (self._whole,) if part is None else (self._whole, part.start, part.stop)
 
     def __call__(self, kernel: Any, grid: tuple[int, int, int], *arguments: Any, **constants: Any) -> None:

@@ -289,9 +289,9 @@ def test_taps_are_outputs_of_the_blocks_counted_from_1() -> None:
 
 
 def test_unsupported_combinations_are_refused() -> None:
-    with pytest.raises(ValueError, match="four directions go with a class token"):
+    with pytest.raises(ValueError, match="four directions need a class token"):
         ArmEncoder(32, 1, image_size=64, directions=1)
-    with pytest.raises(ValueError, match="four directions go with a class token"):
+    with pytest.raises(ValueError, match="four directions need a class token"):
         ArmEncoder(32, 1, image_size=64, class_token=False)
     with pytest.raises(ValueError, match="image_size must be a multiple of 64 for clusters, got 96"):
         _first_stage(96)

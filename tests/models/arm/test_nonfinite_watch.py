@@ -52,7 +52,7 @@ def test_a_direction_that_overflows_in_fp16_is_named(
     assert error.message.startswith(f"encoder block layers.1, mixer, direction {k} ({name}): the output is not finite")
     assert error.message.endswith("of 1,088 values, fp16")
     assert error.hint is not None
-    assert "In fp32 the same input gives finite values: train with train.precision=fp32, or bf16" in error.hint
+    assert "In fp32, the output for the same input is finite: train with train.precision=fp32, or bf16" in error.hint
 
 
 @pytest.mark.parametrize("autocast", [True, False])
@@ -70,7 +70,7 @@ def test_a_direction_that_overflows_in_bf16_does_so_in_fp32(
     assert "layers.1, mixer, direction 2 (column): " in error.message
     assert error.message.endswith("bf16")
     assert error.hint is not None
-    assert "In fp32 the same input gives no finite values either" in error.hint
+    assert "In fp32, the output for the same input is not finite either" in error.hint
 
 
 def test_several_directions_are_named_together(make_encoder: Callable[..., ArmEncoder]) -> None:
@@ -106,7 +106,7 @@ def test_other_parts_are_distinguished_from_directions(
     error = _found(encoder, IMAGES)
     assert error.message.startswith(f"encoder block {place}: the output is not finite: ")
     assert error.hint is not None
-    assert f"not finite themselves ({weight.split('.', 3)[3]})" in error.hint
+    assert f"are not finite ({weight.split('.', 3)[3]})" in error.hint
 
 
 def test_an_input_that_is_not_finite_is_reported(make_encoder: Callable[..., ArmEncoder]) -> None:
@@ -114,7 +114,7 @@ def test_an_input_that_is_not_finite_is_reported(make_encoder: Callable[..., Arm
     images[1, 0, 5, 5] = math.nan  # one patch of one of two images: 32 values
     error = _found(make_encoder(), images)
     assert error.message == (
-        "encoder block layers.0: its input is not finite already: 0 infinite and 32 NaN of 1,088 values, fp32"
+        "encoder block layers.0: its input is already not finite: 0 infinite and 32 NaN of 1,088 values, fp32"
     )
     assert error.hint is not None
     assert "the images or the patch embedding" in error.hint
@@ -126,7 +126,7 @@ def test_the_sum_of_finite_branches_may_overflow(make_encoder: Callable[..., Arm
         for part in ("layers.0.mlp.w3.bias", "layers.1.mlp.w3.bias"):
             encoder.get_parameter(part).fill_(6e4)
     error = _found(encoder, IMAGES.half())
-    assert error.message.startswith("encoder block layers.2: its input is not finite already")
+    assert error.message.startswith("encoder block layers.2: its input is already not finite")
     assert error.hint is not None
     assert "the sum of the blocks before it" in error.hint
 

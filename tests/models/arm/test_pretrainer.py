@@ -309,7 +309,7 @@ def test_published_shapes(size: str, d: int, depth: int) -> None:
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match="at least 128, or no cluster is left to predict; got 64"):
+    with pytest.raises(ValueError, match="at least 128, so that a cluster is predicted; got 64"):
         ArmPretrainer(32, 4, 64)
     with pytest.raises(ValueError, match="multiple of 64 for clusters, got 160"):
         ArmPretrainer(32, 4, 160)
@@ -365,13 +365,13 @@ def test_a_saved_model_reads_back_from_directory_and_run(tmp_path: Path) -> None
 
 
 def test_a_directory_without_or_with_a_broken_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="holds no pre-trained model of stage 1"):
+    with pytest.raises(UsageError, match="contains no pre-trained model of stage 1"):
         load_pretrainer(tmp_path)
     save_pretrainer(tmp_path, _model(128))
     good = json.loads((tmp_path / "pretrainer.json").read_text())
     for change, said in (
         ({"depth": 6}, r"the weights do not fit .*encoder\.layers\.5"),
-        ({"format": 2}, "cannot be used: not of a kind"),
+        ({"format": 2}, "cannot be used: this version cannot read this format"),
         ({"image_size": 100}, "cannot be used: image_size must be"),
         ({"extra": 1}, "cannot be used: .*extra"),
     ):
