@@ -29,7 +29,7 @@ def convert(
     ] = None,
     llm: Annotated[
         str | None,
-        typer.Option("--llm", help="LLM of a stage 3 file: hub name or directory; default: that of the recipe."),
+        typer.Option("--llm", help="LLM of a stage 3 file: hub name or directory; default: the published LLM."),
     ] = None,
     allow: Annotated[
         list[str] | None,

@@ -64,7 +64,8 @@ def generate(
         str, typer.Option("--image-column", help="Column of --table with the image paths.")
     ] = "image",
     study_column: Annotated[
-        str | None, typer.Option("--study-column", help="Column of --table with the study; its rows are the images.")
+        str | None,
+        typer.Option("--study-column", help="Column of --table with the study id; default: each row is a study."),
     ] = None,
     context: Annotated[
         list[str] | None,
@@ -92,7 +93,7 @@ def generate(
         ),
     ] = 2000,
     grounding: Annotated[
-        bool, typer.Option("--grounding/--no-grounding", help="Show on the page which image regions the model used.")
+        bool, typer.Option("--grounding/--no-grounding", help="Show on the page where in the image the model looked.")
     ] = True,
     as_json: Json = False,
 ) -> None:

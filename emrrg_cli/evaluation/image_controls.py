@@ -95,7 +95,7 @@ def nearest(
 def _embeddings(
     model: ReportGenerator, dataset: ReportDataset, recipe: FinetuneRecipe, device: torch.device, what: str
 ) -> Tensor:
-    """Returns the mean visual token of each study, L2-normalized, `[n, d]` on the CPU."""
+    """Returns the mean visual token of each study, L2-normalised, `[n, d]` on the CPU."""
     batches = evaluation_batches(len(dataset), max(8, recipe.generation.batch_size), 0, 1)
     found = []
     was_training = model.training

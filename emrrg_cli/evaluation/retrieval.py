@@ -53,8 +53,8 @@ def retrieval(images: Tensor, texts: Tensor, reports: Sequence[object], chunk: i
     """Ranks all reports for each image and all images for each report, by cosine similarity.
 
     Args:
-        images: Image embeddings `[n, dim]`, L2-normalized.
-        texts: Report embeddings `[n, dim]`, L2-normalized; row `i` belongs to the same study as row `i` of `images`.
+        images: Image embeddings `[n, dim]`, L2-normalised.
+        texts: Report embeddings `[n, dim]`, L2-normalised; row `i` belongs to the same study as row `i` of `images`.
         reports: The report of each study, or any value that is equal for equal reports.
         chunk: Number of rows of the similarity matrix in memory at a time.
     """

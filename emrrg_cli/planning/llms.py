@@ -1,4 +1,4 @@
-"""Configurations and quantization of LLMs, for models without real weights."""
+"""Configurations and quantisation of LLMs, for models without real weights."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def llm_config(settings: ModelSettings) -> Any:
 
 
 def quantize(llm: Any, quantization: str, dtype: torch.dtype) -> None:
-    """Quantizes the linear layers of an LLM with bitsandbytes, in place. Does nothing if it is not installed.
+    """Quantises the linear layers of an LLM with bitsandbytes, in place. Does nothing if it is not installed.
 
     Args:
         llm: The LLM.
@@ -104,7 +104,7 @@ def quantize(llm: Any, quantization: str, dtype: torch.dtype) -> None:
         if type(module) is not nn.Linear or module is llm.get_output_embeddings():
             continue
         shape, bias, device = (module.in_features, module.out_features), module.bias is not None, module.weight.device
-        weight = module.weight.detach().cpu()  # quantized when it is moved to the device
+        weight = module.weight.detach().cpu()  # quantised when it is moved to the device
         if quantization == "8bit":
             held: Any = Linear8bitLt(*shape, bias, has_fp16_weights=False, threshold=6.0, device="meta")
             held.weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False)

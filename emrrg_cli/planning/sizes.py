@@ -53,7 +53,7 @@ def count_parameters(model: ReportGenerator) -> tuple[dict[str, int], dict[str, 
 
 def weight_bytes(model: ReportGenerator, recipe: FinetuneRecipe, precision: str) -> int:
     """Returns the bytes of the weights in memory."""
-    # Everything is fp32 except a frozen LLM, whose linear layers may be quantized.
+    # Everything is fp32 except a frozen LLM, whose linear layers may be quantised.
     own = llm_dtype(recipe.model.llm.dtype, precision).itemsize if recipe.model.llm.is_frozen else 4
     inner = {"none": own, "8bit": 1.0, "4bit": 0.516}[recipe.model.llm.quantization]
     total = 0.0

@@ -56,7 +56,7 @@ def test_generate_names_films_unlike_the_training(
     told = capsys.readouterr().err
     advice = "this model knows drawings only; this looks like something else: do not read the report as a finding"
     assert advice in told
-    assert "of the training: this model knows drawings only, so do not read them as findings" in told
+    assert "the training films: this model knows drawings only, so do not read them as findings" in told
     rows = [json.loads(line) for line in (tmp_path / "out" / "reports.jsonl").read_text().splitlines()]
     assert [advice in " ".join(row["notes"]) for row in rows] == [False, True]
     assert (tmp_path / "out" / "page.html").read_text().count(advice) == 1
