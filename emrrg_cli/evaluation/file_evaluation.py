@@ -64,7 +64,7 @@ def training_reports(root: Path, predictions: Predictions) -> list[str]:
     """
     splits = open_dataset(root)
     if "train" not in splits:
-        raise UsageError(f"{root} has no training split", hint=f"There are: {', '.join(splits)}.")
+        raise UsageError(f"{root} has no training split", hint=f"The splits are: {', '.join(splits)}.")
     cleaned = not any(any(letter.isupper() for letter in text) for text in predictions.references)
     reports = []
     for row in splits["train"].select_columns(["findings", "impression", "report", "source"]):
