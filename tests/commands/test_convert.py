@@ -75,7 +75,7 @@ def test_a_refused_file_is_one_message(published: Path, tmp_path: Path, capsys: 
         (["nowhere.pth", out], 2, "no such file"),
         (["file.pth", out, "--base", str(tmp_path / "file.pth")], 2, "--base is for stage 3"),
         (["ours", out, "--to", "published", "--llm", "x"], 2, "--llm cannot be used with --to published"),
-        (["ours", out], 2, "is a directory of ours"),
+        (["ours", out], 2, "is a directory, not a checkpoint file"),
         (["file.pth", str(tmp_path / "ours")], 2, "already exists and is not empty"),
     ]
     for (name, *rest), code, told in cases:

@@ -1,1 +1,1 @@
-"""Published checkpoints of MambaXray-VL and EMRRG: read into our formats, and written back."""
+"""Reads published checkpoints of MambaXray-VL and EMRRG into our formats and writes them back."""

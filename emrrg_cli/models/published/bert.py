@@ -1,4 +1,4 @@
-"""The text tower of a published stage 2 checkpoint: a BERT, whose sizes are read from its tensors."""
+"""The text tower of a published stage 2 checkpoint: a BERT. Its sizes are read from its tensors."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from emrrg_cli.models.encoder_files import depth_of
 if TYPE_CHECKING:
     from transformers import BertConfig
 
-# Of every BERT that was published; the number of heads shows in no tensor.
+# The same in all published BERT models. The number of heads cannot be read from the tensors.
 HEAD_WIDTH = 64
 
 
 def usual_heads(width: int) -> int:
-    """The attention heads of a BERT of this width, which its tensors do not tell."""
+    """Returns the usual number of attention heads of a BERT of this width; the tensors do not show it."""
     return width // HEAD_WIDTH if width % HEAD_WIDTH == 0 else 1
 
 
 def bert_config(tensors: Mapping[str, Tensor]) -> BertConfig | None:
-    """The configuration of the BERT that tensors are of, or None where they are of something else.
+    """Returns the configuration of the BERT with these tensors; None if they are not those of a BERT.
 
     Args:
-        tensors: by the names of `transformers.BertModel`.
+        tensors: Tensors by the names of `transformers.BertModel`.
     """
     from transformers import BertConfig
 
@@ -52,7 +52,7 @@ def bert_config(tensors: Mapping[str, Tensor]) -> BertConfig | None:
 
 
 def bert_shapes(config: Any, *, pooler: bool) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of a BERT, with or without the pooler on its first token."""
+    """Returns the names and shapes of the tensors of a BERT, with or without the pooler on its first token."""
     from transformers import BertModel
 
     with torch.device("meta"):

@@ -1,9 +1,9 @@
-"""Reading a checkpoint of PyTorch without running what is in it, and writing one.
+"""Reads a PyTorch checkpoint without running code in it, and writes one.
 
-A `.pth` file is a pickle, and a pickle is a program. It is read by PyTorch's weights-only unpickler, which knows
-tensors and plain containers and nothing else. Published checkpoints also hold the settings of their training as
-objects (an argparse namespace, say). None of that is needed, so each class of the list below is stood in for by one of
-ours that keeps nothing: the class itself is never imported, let alone called.
+A `.pth` file is a pickle, and a pickle is a program. It is read by PyTorch's weights-only unpickler, which accepts only
+tensors and plain containers. Published checkpoints also contain their training settings as objects, such as an argparse
+namespace. These are not needed, so each class in the list below is replaced by a class of ours that stores nothing. The
+original class is neither imported nor called.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.files.records import read_bounded
 from emrrg_cli.models.foreign_files import check_archive, check_header
 
-# Where the tensors of a model are, in a file that holds more; None: the file is that mapping itself.
+# Keys of the model's tensors, in a file that also contains other entries.
 CONTAINERS = ("model", "state_dict", "module")
-# What is kept of the rest, as numbers.
+# Other entries that are kept, if they are numbers.
 KEPT = ("epoch", "step")
 
 _SETTINGS = (
@@ -60,7 +60,7 @@ _MAPPINGS = (
 
 
 class _StandIn:
-    """In place of an object that is not needed: takes whatever it was made of, keeps nothing."""
+    """Replaces an object that is not needed: accepts any arguments and stores nothing."""
 
     def __new__(cls, *args: object) -> _StandIn:
         return super().__new__(cls)
@@ -73,7 +73,7 @@ class _StandIn:
 
 
 class _MappingStandIn:
-    """The same for a class that is filled item by item, which the unpickler does with plain dictionaries alone."""
+    """Replaces a class that is filled item by item, which the unpickler supports only for plain dictionaries."""
 
     def __new__(cls, *args: object) -> OrderedDict[Any, Any]:  # type: ignore[misc]
         return OrderedDict()
@@ -84,13 +84,13 @@ _ALLOWED: list[Any] = [(_StandIn, name) for name in _SETTINGS] + [(_MappingStand
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file holds.
+    """The content of a file.
 
     Args:
-        tensors: those of the model, by name, in the order of the file.
-        container: the key under which they stood (`CONTAINERS`), or None.
-        kept: `epoch` and `step`, where they are numbers.
-        dropped: names of everything else.
+        tensors: The tensors of the model by name, in the order of the file.
+        container: The key of these tensors in the file (`CONTAINERS`); None: they are at the top level.
+        kept: `epoch` and `step`, if they are numbers.
+        dropped: Names of all other entries.
     """
 
     tensors: dict[str, Tensor]
@@ -103,12 +103,12 @@ _LARGEST_INDEX = 64 * 2**20  # bytes
 
 
 def read_checkpoint(file: Path) -> Checkpoint:
-    """Reads a `.pth` file (zip or the older format) or a safetensors file, on the CPU; runs nothing of it.
+    """Reads a `.pth` file (zip or the older format) or a safetensors file, on the CPU, without running code in it.
 
     Raises:
-        UsageError: for a path that is no file.
-        RunError: for a file that is no checkpoint, is cut off, or holds more than tensors, plain containers and the
-            settings of a training: it names what.
+        UsageError: The path is not a file.
+        RunError: The file is not a checkpoint, is truncated, or contains objects other than tensors, plain containers
+            and training settings. The message names them.
     """
     if not file.is_file():
         raise UsageError(f"{file}: no such file")
@@ -143,7 +143,7 @@ def _joined(index: Path) -> Checkpoint:
     try:
         names = sorted(set(json.loads(read_bounded(index, _LARGEST_INDEX))["weight_map"].values()))
         if not all(isinstance(name, str) and name == Path(name).name for name in names):
-            raise ValueError("it names files elsewhere")
+            raise ValueError("it names files outside its directory")
         tensors: dict[str, Tensor] = {}
         for name in names:
             check_header(index.with_name(name))
@@ -156,12 +156,12 @@ def _joined(index: Path) -> Checkpoint:
 def _unpickled(file: Path) -> Any:
     try:
         is_zip = zipfile.is_zipfile(file)
-        if is_zip and _is_program(file):  # its code is compressed, so it is looked for first
+        if is_zip and _is_program(file):  # checked first: its code is compressed, which `check_archive` refuses
             raise RunError(f"{file}: refused: this is a TorchScript program, not a checkpoint")
         check_archive(file)
     except RunError:
         raise
-    except Exception as error:  # a damaged list of members raises whatever its reader met
+    except Exception as error:  # a damaged list of members raises errors of many types
         raise _damaged(file, getattr(error, "strerror", None) or str(error)) from error
     with file.open("rb") as stream:
         if stream.read(2) == b"PK" and not is_zip:
@@ -171,9 +171,9 @@ def _unpickled(file: Path) -> Any:
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(_ALLOWED):
             warnings.simplefilter("ignore")
-            # Mapped, so that the state of an optimizer, twice the size of the model, is never read.
+            # Memory-mapped, so that the state of an optimizer, twice the size of the model, is never read.
             return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
-    except Exception as error:  # a broken pickle raises whatever its reader met
+    except Exception as error:  # a broken pickle raises errors of many types
         reason = str(error)
         if named := re.search(r"(?:Unsupported global: GLOBAL|unsupported GLOBAL) (\S+)", reason):
             raise _refused(file, [named[1]]) from error
@@ -188,7 +188,7 @@ def _is_program(file: Path) -> bool:
 
 
 def _broken_member(file: Path) -> str | None:
-    # What is mapped is not checked as it is read.
+    # A memory-mapped file is not checked when it is read.
     try:
         with zipfile.ZipFile(file) as archive:
             return archive.testzip()
@@ -200,8 +200,8 @@ def _refused(file: Path, names: Sequence[str]) -> RunError:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return RunError(
         f"{file}: refused, and nothing in it was run: reading it would call {', '.join(names[:3])}{more}, "
-        "and a checkpoint is made of tensors, plain containers and the settings of a training",
-        hint="Whoever made it can save the tensors alone: torch.save({'model': model.state_dict()}, FILE).",
+        "but a checkpoint may contain only tensors, plain containers and training settings",
+        hint="Ask its author to save only the tensors: torch.save({'model': model.state_dict()}, FILE).",
     )
 
 
@@ -212,7 +212,7 @@ def _damaged(file: Path, reason: str) -> RunError:
 
 
 def _globals_in(file: Path) -> list[str]:
-    # What a pickle names, without running it; as far as it can be followed.
+    # The globals that a pickle names, without running it, up to the first part that cannot be parsed.
     found: list[str] = []
     texts: list[str] = []
     try:
@@ -224,14 +224,14 @@ def _globals_in(file: Path) -> list[str]:
                     found.append(".".join(texts[-2:]))
                 elif isinstance(argument, str):
                     texts.append(argument)
-    except Exception:  # what is no pickle raises whatever it is taken for
+    except Exception:  # a file that is not a pickle raises errors of many types
         return found
     return found
 
 
 def _sorted_out(file: Path, content: Any) -> Checkpoint:
     if not isinstance(content, Mapping):
-        raise RunError(f"{file}: this file holds a {type(content).__name__}, not the tensors of a model by name")
+        raise RunError(f"{file}: this file contains a {type(content).__name__}, not the tensors of a model by name")
     container = next((key for key in CONTAINERS if isinstance(content.get(key), Mapping)), None)
     model: Mapping[Any, Any] = content if container is None else content[container]
     rest = {} if container is None else {str(key): value for key, value in content.items() if key != container}
@@ -240,20 +240,20 @@ def _sorted_out(file: Path, content: Any) -> Checkpoint:
         if not isinstance(value, Tensor):
             raise RunError(
                 f"{file}: {name} is a {type(value).__name__}, not a tensor",
-                hint=f"The tensors of a model are looked for under {', '.join(CONTAINERS)}, and in the file itself.",
+                hint=f"The tensors of a model must be under {', '.join(CONTAINERS)}, or at the top level of the file.",
             )
         if value.layout is not torch.strided or value.is_quantized:
-            raise RunError(f"{file}: {name} is sparse or quantised; this is no published checkpoint")
+            raise RunError(f"{file}: {name} is sparse or quantised; this is not a published checkpoint")
         tensors[str(name)] = value.detach()
     numbers = {key: rest[key] for key in KEPT if type(rest.get(key)) in (int, float)}
     return Checkpoint(tensors, container, numbers, [key for key in rest if key not in numbers])
 
 
 def write_checkpoint(file: Path, checkpoint: Checkpoint) -> None:
-    """Writes the tensors into `file`: as safetensors where its name ends so, else as PyTorch does, with what was kept.
+    """Writes the tensors into `file`: as safetensors if it has this suffix, else with `torch.save` and `kept`.
 
     Raises:
-        OSError, RuntimeError, SafetensorError: it cannot be written.
+        OSError, RuntimeError, SafetensorError: It cannot be written.
     """
     tensors = {name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}
     if file.suffix == ".safetensors":

@@ -1,4 +1,4 @@
-"""`emrrg convert`: a published checkpoint to our directories, and back."""
+"""`emrrg convert`: converts a published checkpoint to one of our directories, and back."""
 
 from __future__ import annotations
 
@@ -43,23 +43,23 @@ def convert_to_ours(
     verbose: bool = False,
     overwrite: bool = False,
 ) -> Outcome:
-    """Writes a published checkpoint as a directory of ours.
+    """Writes a published checkpoint as one of our directories.
 
-    Stage 1 becomes what `emrrg_cli.load_pretrainer` reads, stage 2 an encoder with projections and a text tower,
-    stage 3 a run directory. Dtypes stay those of the file.
+    Stage 1 becomes a directory for `emrrg_cli.load_pretrainer`, stage 2 an encoder with projections and a text tower,
+    stage 3 a run directory. The dtypes of the file are kept.
 
     Args:
         file: `.pth` or safetensors.
-        out: the directory; new, or empty, or with `overwrite` one of an earlier conversion.
-        allow: tensors that may be unknown, missing or misshapen, with wildcards as in a shell.
-        base: for a stage 3 file without an encoder: the stage 2 file or directory that has it.
-        recipe: of stage 3: which recipe the run is of; None: by the name of the file.
-        llm: of stage 3: hub name or directory of the LLM; None: the published one of the bridge's width.
-        verbose: list every tensor.
+        out: The directory: new or empty, or with `overwrite` one of an earlier conversion.
+        allow: Tensors that may be unknown, missing or of a wrong shape, with wildcards as in a shell.
+        base: For a stage 3 file without an encoder: the stage 2 file or directory that has it.
+        recipe: For stage 3: recipe of the run; None: chosen by the name of the file.
+        llm: For stage 3: hub name or directory of the LLM; None: the published one of the bridge's width.
+        verbose: List every tensor.
 
     Raises:
-        UsageError: for a wrong path or option.
-        RunError: for a file that cannot be read or is no whole checkpoint.
+        UsageError: A path or an option is wrong.
+        RunError: A file cannot be read or is not a complete checkpoint.
     """
     _check_places(file, out, base, overwrite=overwrite)
     imported = import_checkpoint(file, allow)
@@ -81,7 +81,7 @@ def convert_to_ours(
         return Outcome(imported.stage, lines)
     config, encoder = _encoder_for(imported, file, base)
     if base is not None:
-        lines.append(f"the encoder is that of {base}")
+        lines.append(f"the encoder comes from {base}")
     chosen = recipe or default_recipe(file)
     settings = run_recipe(imported, config, chosen, llm)
     lines.append(f"recipe {chosen}, LLM {settings.model.llm.name}, no hybrid layers, no adapters")
@@ -95,28 +95,28 @@ def convert_to_ours(
 def _check_places(file: Path, out: Path, base: Path | None, *, overwrite: bool) -> None:
     if file.is_dir():
         raise UsageError(
-            f"{file} is a directory of ours",
-            hint="Name a checkpoint file (.pth, .safetensors), or write what emrrg made back with --to published.",
+            f"{file} is a directory, not a checkpoint file",
+            hint="Name a checkpoint file (.pth, .safetensors). To convert a directory of emrrg, use --to published.",
         )
     _check_directory(out, overwrite=overwrite)
     for source in (file, base):
         if source is not None and source.resolve().is_relative_to(out.resolve()):
-            raise UsageError(f"{source} lies in {out}, which is replaced as a whole", hint="Choose another name.")
+            raise UsageError(f"{source} is in {out}, which would be replaced", hint="Choose another name.")
 
 
 def _encoder_for(imported: Imported, file: Path, base: Path | None) -> tuple[EncoderConfig, dict[str, Tensor]]:
-    # The encoder of a stage 3 file, or that of the stage 2 file it was trained from.
+    # The encoder of a stage 3 file, or of the stage 2 file that it was trained from.
     if imported.config is not None:
         if base is not None:
-            raise UsageError(f"{file} holds its own encoder", hint="Leave --base out.")
+            raise UsageError(f"{file} contains its own encoder", hint="Remove --base.")
         return imported.config, imported.part("encoder.")
     if base is None:
         hint = "Name the stage 2 file that it was trained from: --base FILE."
-        raise UsageError(f"{file} holds no encoder, since its backbone was frozen (as for IU X-Ray)", hint=hint)
+        raise UsageError(f"{file} has no encoder, because its backbone was frozen (as for IU X-Ray)", hint=hint)
     return base_encoder(base, imported.ours["bridge.proj.weight"].shape[1])
 
 
-# What stands in a converted directory.
+# The content of a converted directory.
 _WRITTEN = (
     RECORD, LEFT_OUT, CHECKSUMS, "encoder.*", "pretrainer.*", "alignment.*", "text_encoder", RUN_RECIPE, "model",
     "tokenizer",
@@ -127,7 +127,7 @@ def _check_directory(out: Path, *, overwrite: bool) -> None:
     if not out.exists():
         return
     if not out.is_dir():
-        raise UsageError(f"{out} is a file; a directory is to be written there", hint="Choose another name.")
+        raise UsageError(f"{out} is a file, but the output is a directory", hint="Choose another name.")
     if not any(out.iterdir()):
         return
     if not overwrite:
@@ -147,26 +147,27 @@ def _check_directory(out: Path, *, overwrite: bool) -> None:
 def convert_to_published(
     directory: Path, out: Path, *, allow: Sequence[str] = (), verbose: bool = False, overwrite: bool = False
 ) -> Outcome:
-    """Writes a directory of ours as a published checkpoint.
+    """Writes one of our directories as a published checkpoint.
 
-    A converted checkpoint comes back with every tensor to the bit, and with its epoch and step. A run of `pretrain`,
-    `align` or `finetune` is written as far as the published layout can hold it.
+    All tensors of a converted checkpoint are restored exactly, with its epoch and step. Of a run of `pretrain`, `align`
+    or `finetune`, the parts that the published layout has are written.
 
     Args:
-        directory: what `emrrg convert` wrote, or a run.
-        out: the file; safetensors where its name ends so, else as `torch.save` writes.
-        allow: parts that may be left out, with wildcards as in a shell.
-        verbose: name every tensor.
+        directory: A directory that `emrrg convert` wrote, or a run.
+        out: The file; safetensors if it has this suffix, else in the format of `torch.save`.
+        allow: Parts that may be left out, with wildcards as in a shell.
+        verbose: List every tensor.
 
     Raises:
-        UsageError: for a wrong path, or a model with parts that the layout cannot hold.
-        RunError: for a file that cannot be read.
+        UsageError: A path is wrong, or the model has parts that the published layout does not have.
+        RunError: A file cannot be read.
     """
     if not directory.is_dir():
-        what = "is a file, not a directory of ours" if directory.exists() else "no such directory"
-        raise UsageError(f"{directory}: {what}", hint="--to published takes a run, or what `emrrg convert` wrote.")
+        what = "is a file, not a directory of emrrg" if directory.exists() else "no such directory"
+        hint = "Name a run, or a directory that `emrrg convert` wrote."
+        raise UsageError(f"{directory}: {what}", hint=hint)
     if out.is_dir():
-        raise UsageError(f"{out} is a directory; a file is to be written there", hint="Choose a name such as OUT.pth.")
+        raise UsageError(f"{out} is a directory, but the output is a file", hint="Choose a name such as OUT.pth.")
     if out.exists() and not overwrite:
         raise UsageError(f"{out} already exists", hint="Give --overwrite, or another name.")
     stage, checkpoint, dropped = export_checkpoint(directory, allow)

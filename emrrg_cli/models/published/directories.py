@@ -1,8 +1,8 @@
-"""Where converted checkpoints live: the directory of each stage, written from our tensors and read back.
+"""Writes and reads the directories of converted checkpoints, one kind for each stage.
 
 In addition to the files that the commands read, every directory has `convert.json`, which records the conversion. If
-some published tensors have no counterpart in our layout, they are in `left_out.safetensors`. Both together give the
-original checkpoint back, bit for bit.
+some published tensors have no counterpart in our layout, they are in `left_out.safetensors`. From these files, the
+tensors of the original checkpoint can be restored exactly.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from emrrg_cli.models.published.stages import TEXT, Stage
 RECORD = "convert.json"
 LEFT_OUT = "left_out.safetensors"
 ALIGNMENT_FILE, ALIGNMENT_CONFIG = "alignment.safetensors", "alignment.json"
-# What a published checkpoint does not say of its text tower.
+# Settings of the text tower that a published checkpoint does not contain.
 USUAL_TEXT: dict[str, Any] = {"pooling": "last", "max_text_tokens": 128}
 BRIDGE_FILE = "bridge.safetensors"
 _LARGEST_RECORD = 64 * 2**20  # bytes
@@ -39,15 +39,15 @@ _HEADS = ("vision_proj.", "text_proj.", "logit_scale")
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Writes tensors, in their dtypes. They are copied, since those of a checkpoint may lie in one memory."""
+    """Writes tensors in their dtypes. They are copied, because tensors of a checkpoint may share memory."""
     save_file({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}, file)
 
 
 def load_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
+    """Returns the tensors of a safetensors file.
 
     Raises:
-        RunError: it cannot be read.
+        RunError: It cannot be read.
     """
     try:
         check_header(file)
@@ -79,10 +79,10 @@ def write_record(directory: Path, imported: Imported) -> None:
 
 
 def read_record(directory: Path) -> dict[str, Any] | None:
-    """What `write_record` wrote; None where no conversion did.
+    """Returns the record that `write_record` wrote; None if the directory is not a converted checkpoint.
 
     Raises:
-        RunError: it cannot be read.
+        RunError: It cannot be read.
     """
     file = directory / RECORD
     if not file.is_file():
@@ -90,9 +90,9 @@ def read_record(directory: Path) -> dict[str, Any] | None:
     try:
         record: dict[str, Any] = json.loads(read_bounded(file, _LARGEST_RECORD))
         if record["format"] != FORMAT or record["kind"] != "convert":
-            raise ValueError("not of a kind that this version reads")
+            raise ValueError("this version cannot read this format")
         if not isinstance(record["tensors"], dict) or not {"container", "kept"} <= record.keys():
-            raise ValueError("it is not whole")
+            raise ValueError("it is incomplete")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunError(f"{file} cannot be read: {error}") from error
     return record
@@ -102,10 +102,10 @@ def read_record(directory: Path) -> dict[str, Any] | None:
 
 
 def write_pretrainer(directory: Path, imported: Imported) -> None:
-    """Writes a stage 1 checkpoint as `emrrg_cli.load_pretrainer` reads it.
+    """Writes a stage 1 checkpoint in the format that `emrrg_cli.load_pretrainer` reads.
 
     Raises:
-        RunError: for sizes that there is no such model of.
+        RunError: There is no model with these sizes.
     """
     assert imported.config is not None
     width = imported.ours["ar_token"].shape[-1]
@@ -154,19 +154,19 @@ def write_encoder(directory: Path, tensors: Mapping[str, Tensor], config: Encode
     write_encoder_config(directory, config)
 
 
-# -- back --------------------------------------------------------------------------------------------------------
+# -- reading -----------------------------------------------------------------------------------------------------
 
 
 def read_directory_tensors(directory: Path) -> tuple[Stage, dict[str, Tensor]]:
-    """The stage of a directory, and its tensors by our names.
+    """Returns the stage of a directory, and its tensors by our names.
 
     Args:
-        directory: what `emrrg convert` wrote, or a run of `pretrain`, `align` or `finetune`. Of a run that trains its
-            encoder the one in `model/` is taken, else the frozen one at the top.
+        directory: A directory that `emrrg convert` wrote, or a run of `pretrain`, `align` or `finetune`. The encoder of
+            a run is the trained one in `model/`, if there is one, else the frozen one at the top level.
 
     Raises:
-        UsageError: there is no model in it.
-        RunError: a file cannot be read.
+        UsageError: There is no model in it.
+        RunError: A file cannot be read.
     """
     model = whole_directory(directory / "model")
     places = [place for place in (model, directory) if place.is_dir()]
@@ -181,7 +181,8 @@ def read_directory_tensors(directory: Path) -> tuple[Stage, dict[str, Tensor]]:
     if (file := find(BRIDGE_FILE)) is not None:
         return "finetune", tensors | load_tensors(file)
     if not tensors:
-        raise UsageError(f"{directory}: there is no model in this directory", hint="Name a run, or a converted one.")
+        hint = "Name a run, or a directory that `emrrg convert` wrote."
+        raise UsageError(f"{directory}: there is no model in this directory", hint=hint)
     head = find(ALIGNMENT_FILE)
     text = next((place / "text_encoder" for place in places if (place / "text_encoder").is_dir()), None)
     if head is None and text is None:

@@ -1,4 +1,4 @@
-"""From our directories back to the published layout."""
+"""Converts our directories back to the published layout."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ from emrrg_cli.models.published.stages import ENCODER, TEXT, Stage
 
 
 def export_checkpoint(directory: Path, allow: Sequence[str] = ()) -> tuple[Stage, Checkpoint, list[str]]:
-    """The published checkpoint of a directory: the one that it was converted from, or that of a run of ours.
+    """Returns a directory as a published checkpoint: the one that it was converted from, or a new one for a run.
 
     Args:
-        directory: what `emrrg convert` wrote, or a run of `pretrain`, `align` or `finetune`.
-        allow: what the published layout has no place for and may be left out, with wildcards as in a shell.
+        directory: A directory that `emrrg convert` wrote, or a run of `pretrain`, `align` or `finetune`.
+        allow: Parts that the published layout does not have and that may be left out, with wildcards as in a shell.
 
     Returns:
-        Its stage, the checkpoint, and the names of what was left out.
+        The stage, the checkpoint, and the names of the parts that were left out.
 
     Raises:
-        UsageError: there is no model in it, or it has parts that the layout cannot hold and that are not allowed to go.
-        RunError: a file cannot be read or lacks tensors.
+        UsageError: There is no model in it, or it has parts that the layout does not have and that are not in `allow`.
+        RunError: A file cannot be read or has missing tensors.
     """
     stage, ours = read_directory_tensors(directory)
     record = read_record(directory)
@@ -59,7 +59,7 @@ def export_checkpoint(directory: Path, allow: Sequence[str] = ()) -> tuple[Stage
         more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
         raise UsageError(
             f"{directory}: the published layout has no place for {', '.join(refused[:3])}{more}",
-            hint="--allow NAME (wildcards too) leaves them out; what is written is then not the whole model.",
+            hint="--allow NAME (or wildcards) leaves them out; the written model is then incomplete.",
         )
     names: dict[str, list[Any]] = {} if record is None else record["tensors"]
     parallel = PARALLEL if names and all(name.startswith(PARALLEL) for name in names) else ""
@@ -67,8 +67,8 @@ def export_checkpoint(directory: Path, allow: Sequence[str] = ()) -> tuple[Stage
     try:
         pieces = _pieces(stage, ours, "" if stage == "encoder" and bare else ENCODER)
         published = to_published(pieces, ours)
-    except (KeyError, ValueError, RuntimeError) as error:  # not there, or of another shape
-        raise RunError(f"{directory}: its tensors are not those of a whole model: {error}") from error
+    except (KeyError, ValueError, RuntimeError) as error:  # a missing tensor, or another shape
+        raise RunError(f"{directory}: its tensors are not those of a complete model: {error}") from error
     if record is None:
         if stage == "pretrain":
             clusters = EncoderConfig.of(_encoder_of(ours)).grid ** 2 // CLUSTER**2
@@ -78,8 +78,8 @@ def export_checkpoint(directory: Path, allow: Sequence[str] = ()) -> tuple[Stage
     if (file := directory / LEFT_OUT).is_file():
         every |= load_tensors(file)
     if missing := [name for name in names if name not in every]:
-        raise RunError(f"{directory}: {missing[0]} of {record['file']} is no longer there")
-    # Those that were stacked share the widest of their dtypes; each goes back to its own, which takes nothing away.
+        raise RunError(f"{directory}: {missing[0]} of {record['file']} is missing")
+    # Stacked tensors have the widest of their dtypes; the conversion back to the original dtypes is exact.
     tensors = {name: every[name].to(getattr(torch, dtype)).reshape(shape) for name, (dtype, *shape) in names.items()}
     return stage, Checkpoint(tensors, record["container"], record["kept"], []), dropped
 
@@ -107,14 +107,14 @@ def _pieces(stage: Stage, ours: Mapping[str, Tensor], prefix: str) -> list[Piece
 
 
 def _without_a_place(directory: Path, stage: Stage, ours: Mapping[str, Tensor]) -> list[str]:
-    """Parts of a model of ours that no published checkpoint has: hybrid layers, adapters, an LLM that was trained; what
-    a text tower is beyond its tensors, where that is not as in all of them."""
+    """Returns the parts that no published checkpoint has: hybrid layers, adapters, a trained LLM, and settings of the
+    text tower that differ from the published ones."""
     if stage == "align":
         return _unusual_tower(directory)
     if stage != "finetune":
         return []
     parts = [name for name in ours if not name.startswith(("encoder.", "bridge."))]
-    # Of a run its `model/`, which may be what was named; `llm/` beside that is a copy of what was never trained.
+    # `directory` is a run or its `model/`. An `llm/` outside of `model/` is a copy of an LLM that was never trained.
     trained = directory if (directory / BRIDGE_FILE).is_file() else directory / "model"
     return parts + [name for name in ("adapters/encoder", "adapters/llm", "llm") if (trained / name).is_dir()]
 

@@ -1,4 +1,4 @@
-"""From a published checkpoint to our tensors, with a record of how each tensor was used."""
+"""Converts a published checkpoint to our tensors and records how each tensor was used."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from emrrg_cli.models.published.checkpoint import Checkpoint, read_checkpoint
 from emrrg_cli.models.published.layout import to_ours, to_published
 from emrrg_cli.models.published.stages import LABELS, TEXT, Expected, Stage, expect, stage_of
 
-# What DataParallel puts before every name.
+# The prefix that DataParallel adds to every name.
 PARALLEL = "module."
 _SHOWN = 5  # problems in one message
 
 
 @dataclass
 class Imported:
-    """A published checkpoint as ours. Published names are those of the file.
+    """A published checkpoint in our layout. Published names are those of the file.
 
     Args:
-        file: it.
-        stage: what left it.
-        checkpoint: what the file holds.
-        config: sizes of the encoder; None where the file has none (stage 3 with a frozen backbone).
-        ours: tensors by our names (`emrrg_cli.models.published.layout`), in the dtypes of the file.
-        used: published tensors, with their names among ours.
-        left_out: published tensors without a place among ours, with the reason.
-        made: published tensors that the file lacks, as it was allowed to; ours are as initialised.
-        notes: what a reader must know.
+        file: The file.
+        stage: The stage that wrote it.
+        checkpoint: The content of the file.
+        config: Sizes of the encoder; None if the file has no encoder (stage 3 with a frozen backbone).
+        ours: Tensors by our names (`emrrg_cli.models.published.layout`), in the dtypes of the file.
+        used: Published tensors that are used, with the names that they have in our layout.
+        left_out: Published tensors that our layout does not have, with the reason.
+        made: Published tensors that are missing in the file and were allowed to be; ours have initial values.
+        notes: Messages for the user.
     """
 
     file: Path
@@ -49,11 +49,11 @@ class Imported:
     notes: list[str] = field(default_factory=list)
 
     def part(self, prefix: str) -> dict[str, Tensor]:
-        """Our tensors whose names begin with `prefix`, without it."""
+        """Returns our tensors whose names start with `prefix`; the prefix is removed."""
         return {name.removeprefix(prefix): t for name, t in self.ours.items() if name.startswith(prefix)}
 
     def lines(self, *, verbose: bool = False) -> list[str]:
-        """The record as text: what was found, counts and notes; with `verbose` also one line per tensor."""
+        """Returns the record as text: stage, sizes, counts and notes; with `verbose` also one line per tensor."""
         what = LABELS[self.stage]
         if (config := self.config) is not None:
             what += f", width {config.d_model}, depth {config.depth}, state {config.d_state}, {config.image_size} px"
@@ -61,7 +61,7 @@ class Imported:
         lines = [f"{self.file}: {what}: {counts}{'' if verbose else ' (--verbose names them)'}"]
         beside = [*(f"{name} {value}" for name, value in self.checkpoint.kept.items())]
         beside += [f"{name} (dropped)" for name in self.checkpoint.dropped]
-        lines += [f"beside the model: {', '.join(beside)}"] if beside else []
+        lines += [f"other content of the file: {', '.join(beside)}"] if beside else []
         lines += self.notes
         if verbose:
             lines += [f"  used      {name} -> {', '.join(ours)}" for name, ours in self.used.items()]
@@ -75,13 +75,13 @@ def import_checkpoint(file: Path, allow: Sequence[str] = ()) -> Imported:
 
     Args:
         file: `.pth` or safetensors.
-        allow: names of published tensors, with wildcards as in a shell, that may be unknown (they are left out),
-            missing (made as initialised), or misshapen (both).
+        allow: Names of published tensors, with wildcards as in a shell, that may be unknown (they are left out),
+            missing (they get initial values), or of a wrong shape (both).
 
     Raises:
-        UsageError: for a path that is no file.
-        RunError: for a file that cannot be read, a checkpoint of another network, or tensors that are unknown, missing
-            or misshapen and not allowed to be; they are named.
+        UsageError: The path is not a file.
+        RunError: The file cannot be read, is a checkpoint of another network, or has tensors that are unknown, missing
+            or of a wrong shape and not in `allow`. The message names them.
     """
     checkpoint = read_checkpoint(file)
     parallel = PARALLEL if checkpoint.tensors and all(n.startswith(PARALLEL) for n in checkpoint.tensors) else ""
@@ -97,18 +97,18 @@ def import_checkpoint(file: Path, allow: Sequence[str] = ()) -> Imported:
     if refused := [text for name, text in problems.items() if name not in allowed]:
         more = f"; and {len(refused) - _SHOWN} more" if len(refused) > _SHOWN else ""
         raise RunError(
-            f"{file}: this is no whole checkpoint of {LABELS[stage]}: {'; '.join(refused[:_SHOWN])}{more}",
-            hint="With --allow NAME (wildcards too) an unknown tensor is left out and a missing one is made anew.",
+            f"{file}: this is not a complete checkpoint of {LABELS[stage]}: {'; '.join(refused[:_SHOWN])}{more}",
+            hint="--allow NAME (or wildcards) leaves out an unknown tensor and gives a missing one initial values.",
         )
     left_out = expected.left_out | {name: f"{problems[name]} (allowed)" for name in allowed if name in tensors}
     usable = {name: tensor for name, tensor in tensors.items() if name not in left_out}
-    # Nothing is made of a text tower: its tensors are those that are there.
+    # Missing tensors of a text tower get no initial values: only the existing tensors are used.
     pieces = [p for p in expected.pieces if not p.ours[0].startswith(TEXT) or set(p.published) <= usable.keys()]
     made = {name: tensor for name, tensor in _made(expected, usable).items() if name not in usable}
     ours = to_ours(pieces, usable | made)
-    notes = ["every name begins with `module.` (DataParallel); it is read without that"] if parallel else []
+    notes = ["every name begins with `module.` (DataParallel); this prefix is removed"] if parallel else []
     idle = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in problems)]
-    notes += [f"--allow {pattern}: no tensor of that name is unknown, missing or misshapen" for pattern in idle]
+    notes += [f"--allow {pattern}: no tensor of this name is unknown, missing or of a wrong shape" for pattern in idle]
     return Imported(
         file,
         stage,
@@ -126,7 +126,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def _problems(expected: Expected, tensors: dict[str, Tensor]) -> dict[str, str]:
-    """Tensors that are missing, misshapen or unknown, each with a sentence that names it."""
+    """Returns the tensors that are missing, unknown or of a wrong shape, each with a sentence that names it."""
     problems = dict(expected.problems)
     known = set(expected.left_out)
     for piece in expected.pieces:
@@ -149,7 +149,7 @@ def _problems(expected: Expected, tensors: dict[str, Tensor]) -> dict[str, str]:
 
 
 def _made(expected: Expected, usable: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Initial values of the pieces that are not whole, by their published names, in the dtype of the file."""
+    """Returns initial values for the incomplete pieces, by their published names, in the dtype of the file."""
     lacking = [p for p in expected.pieces if not p.ours[0].startswith(TEXT) and not set(p.published) <= usable.keys()]
     if not lacking:
         return {}

@@ -1,9 +1,10 @@
-"""The published names and shapes, and how they become ours and ours become them.
+"""The published names and shapes of tensors, and their conversion to ours and back.
 
-A `Piece` is one step of the correspondence: some published tensors that are, cut into rows or stacked, some of ours.
-Every step can be undone, so a checkpoint comes back to the bit; and every step is linear, so that gradients travel the
-same way. Our names live in one space: `encoder.*` for the encoder, beside it `bridge.*` (stage 3), `text_encoder.*`,
-`vision_proj.*`, `text_proj.*`, `logit_scale` (stage 2), or the decoder as `ArmPretrainer` names it (stage 1).
+A `Piece` is one step of the conversion: some published tensors are reshaped, split into rows or stacked, and give some
+of ours. Every step can be reversed exactly, so a checkpoint can be restored. Every step is linear, so it can also
+convert gradients. Our names share one namespace: `encoder.*` for the encoder, and `bridge.*` (stage 3),
+`text_encoder.*`, `vision_proj.*`, `text_proj.*`, `logit_scale` (stage 2), or the decoder by the names of
+`ArmPretrainer` (stage 1).
 
 Source: released checkpoints of MambaXray-VL (arXiv 2410.00379) and EMRRG (arXiv 2510.16776).
 """
@@ -28,20 +29,20 @@ SUFFIXES = ("", "_b", "_c", "_c_b")
 A_LOGS = ("A_log", "A_b_log", "A_c_log", "A_c_b_log")
 D_CONV = 4
 PIXELS = PATCH_SIZE * PATCH_SIZE * 3
-MLP_RATIO = 4  # of the decoder
+MLP_RATIO = 4  # hidden width of the decoder's MLP, in widths of the decoder
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One step of the correspondence.
+    """One step of the conversion.
 
     Args:
-        published: names and shapes of the published tensors.
-        ours: names of ours.
-        how: `same`, one tensor, perhaps of another shape; `rows`, the rows of one go to several of ours; `stack`,
-            several are stacked along a new first axis.
-        sizes: with `rows`, the rows of each of ours.
-        shape: with `same`, the shape of ours; with `stack`, that of one entry.
+        published: Names and shapes of the published tensors.
+        ours: Names of our tensors.
+        how: `same`: one tensor, which may be reshaped; `rows`: the rows of one tensor are split into several of ours;
+            `stack`: several tensors are stacked along a new first axis.
+        sizes: With `rows`, the number of rows of each of our tensors.
+        shape: With `same`, the shape of our tensor; with `stack`, the shape of one entry.
     """
 
     published: Mapping[str, Shape]
@@ -51,7 +52,7 @@ class Piece:
     shape: Shape = ()
 
     def to_ours(self, published: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Our tensors of this piece, made of the published ones."""
+        """Returns our tensors of this piece, from the published ones."""
         tensors = [published[name] for name in self.published]
         if self.how == "rows":
             return dict(zip(self.ours, torch.split(tensors[0], list(self.sizes)), strict=True))
@@ -59,7 +60,7 @@ class Piece:
         return {self.ours[0]: shaped[0] if self.how == "same" else torch.stack(shaped)}
 
     def to_published(self, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The published tensors of this piece, made of ours."""
+        """Returns the published tensors of this piece, from ours."""
         tensors = [ours[name] for name in self.ours]
         if self.how == "rows":
             tensors = [torch.cat(tensors)]
@@ -70,18 +71,18 @@ class Piece:
         }
 
     def prefixed(self, published: str, ours: str) -> Piece:
-        """The same with prefixes before all names."""
+        """Returns the same piece with prefixes before all names."""
         names = {published + name: shape for name, shape in self.published.items()}
         return replace(self, published=names, ours=tuple(ours + name for name in self.ours))
 
 
 def to_ours(pieces: Iterable[Piece], published: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our tensors of all pieces, made of published ones (each of which must be there)."""
+    """Returns our tensors of all pieces, from the published ones, which must all exist."""
     return {name: tensor for piece in pieces for name, tensor in piece.to_ours(published).items()}
 
 
 def to_published(pieces: Iterable[Piece], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The published tensors of all pieces, made of ours (each of which must be there)."""
+    """Returns the published tensors of all pieces, from ours, which must all exist."""
     return {name: tensor for piece in pieces for name, tensor in piece.to_published(ours).items()}
 
 
@@ -103,7 +104,11 @@ def _norm(published: str, width: int, ours: str | None = None) -> list[Piece]:
 
 
 def encoder_pieces(config: EncoderConfig) -> list[Piece]:
-    """The encoder: of stages 2 and 3 with four directions, class token and final norm, of stage 1 with none of them."""
+    """Returns the pieces of an encoder.
+
+    In stages 2 and 3 it has four directions, a class token and a final norm. In stage 1 it has one direction and
+    neither class token nor final norm.
+    """
     d, tokens = config.d_model, config.grid**2 + config.class_token
     pieces = [
         _same("pos_embed", (1, tokens, d)),
@@ -146,7 +151,7 @@ def _block(config: EncoderConfig) -> list[Piece]:
 
 
 def decoder_pieces(config: EncoderConfig, width: int, depth: int) -> list[Piece]:
-    """The decoder of stage 1, `width` wide, `depth` blocks, over the encoder of `config`."""
+    """Returns the pieces of the stage 1 decoder with this width and number of blocks, for the encoder of `config`."""
     d = config.d_model
     pieces = [
         _same("ar_token", (1, 1, width)),
@@ -170,13 +175,13 @@ def decoder_pieces(config: EncoderConfig, width: int, depth: int) -> list[Piece]
 
 
 def alignment_pieces(d_model: int, text_width: int, dim: int, scale_shape: Shape = ()) -> list[Piece]:
-    """The projections and the temperature of stage 2; the temperature may be stored as `[]` or `[1]`."""
+    """Returns the pieces of the projections and the temperature of stage 2, which may have shape `[]` or `[1]`."""
     scale = replace(_same("logit_scale", scale_shape), shape=())
     return [*_linear("vision_proj", dim, d_model), *_linear("text_proj", dim, text_width), scale]
 
 
 def bridge_pieces(d_model: int, hidden_size: int) -> list[Piece]:
-    """What stands between encoder and LLM in stage 3."""
+    """Returns the pieces of the bridge between encoder and LLM in stage 3."""
     return [
         *_linear("llama_proj", hidden_size, d_model, "bridge.proj"),
         *_norm("layer_norm", hidden_size, "bridge.norm"),
@@ -184,23 +189,23 @@ def bridge_pieces(d_model: int, hidden_size: int) -> list[Piece]:
 
 
 def block_causal_mask(clusters: int) -> Tensor:
-    """The additive mask of the decoder of stage 1: `[16 c, 16 c]`, 0 where a query attends and -inf elsewhere.
+    """Returns the additive mask of the stage 1 decoder: `[16 c, 16 c]`, 0 where a query attends and -inf elsewhere.
 
-    Row `q` is a patch of the clusters 1.., column `k` one of the clusters 0.., both in cluster order; a query of
-    cluster `i + 1` attends to the clusters 0..i.
+    Rows are the patches of clusters 1 to `c`, columns those of clusters 0 to `c - 1`, both in cluster order. A query of
+    cluster `i + 1` attends to the clusters 0 to `i`.
 
     Args:
-        clusters: `c`; those of an image but one.
+        clusters: `c`, the number of clusters of an image minus 1.
     """
     cluster = torch.arange(clusters * CLUSTER**2) // CLUSTER**2
     return torch.zeros(len(cluster), len(cluster)).masked_fill(cluster[:, None] < cluster[None, :], -math.inf)
 
 
 def is_block_causal(mask: Tensor, grid: int) -> bool:
-    """Whether a mask says the same as `block_causal_mask` for an image of `grid` patches on a side.
+    """Whether a mask is equivalent to `block_causal_mask` for an image of `grid` patches per side.
 
-    It may have any leading axes, a row and a column of blocks for the cluster that is left over, and for what is hidden
-    any number that a softmax turns into zero.
+    It may have additional leading axes, an additional row and column of blocks for the last cluster, and for hidden
+    patches any number that a softmax turns into zero.
     """
     clusters = grid * grid // CLUSTER**2
     sizes = [CLUSTER**2 * count for count in (clusters - 1, clusters)]
@@ -213,11 +218,11 @@ def is_block_causal(mask: Tensor, grid: int) -> bool:
 
 
 def sizes_of(published: Mapping[str, Tensor], *, class_token: bool) -> EncoderConfig | None:
-    """The sizes of a published encoder, each the one that most tensors agree on; None where too much is missing.
+    """Returns the sizes of a published encoder, each the most frequent one; None if too many tensors are missing.
 
     Args:
-        published: tensors by the names of `encoder_pieces`.
-        class_token: whether it is one of stages 2 and 3.
+        published: Tensors by the names of `encoder_pieces`.
+        class_token: Whether the encoder has one, as in stages 2 and 3.
     """
     numbers = {int(part[1]) for name in published if (part := name.split("."))[0] == "layers" and part[1].isdecimal()}
     width = _most_common(published, ".norm1.weight", 0)

@@ -1,4 +1,4 @@
-"""A stage 3 checkpoint as a run directory that `emrrg generate` and `emrrg evaluate` take."""
+"""Writes a stage 3 checkpoint as a run directory for `emrrg generate` and `emrrg evaluate`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from emrrg_cli.recipe.finetuning import FinetuneRecipe
 from emrrg_cli.recipe.load import RUN_RECIPE, dump_recipe, load_recipe
 from emrrg_cli.recipe.paths import with_absolute_paths
 
-# Which recipe a file is of, by its name.
+# The recipe of a published file, by a part of its name.
 _RECIPES = (
     ("mimic", "mimic_cxr/finetune-full"),
     ("chexpert", "chexpert_plus/finetune-full"),
@@ -31,17 +31,17 @@ _LLMS = {4096: "meta-llama/Llama-2-7b-chat-hf", 2048: "Qwen/Qwen1.5-1.8B-Chat"}
 
 
 def default_recipe(file: Path) -> str:
-    """The recipe of a published file: that of MIMIC-CXR or CheXpert Plus where its name says so, else IU X-Ray's."""
+    """Returns the recipe of a published file: of MIMIC-CXR or CheXpert Plus if its name says so, else of IU X-Ray."""
     name = file.name.lower()
     return next((recipe for part, recipe in _RECIPES if part in name), DEFAULT_RECIPE)
 
 
 def base_encoder(base: Path, bridge_width: int) -> tuple[EncoderConfig, dict[str, Tensor]]:
-    """The encoder of a stage 2 file or directory, for a stage 3 file that holds none.
+    """Returns the encoder of a stage 2 file or directory, for a stage 3 file without an encoder.
 
     Raises:
-        UsageError: it has no encoder with four directions, or one of another width than the bridge takes.
-        RunError: it cannot be read.
+        UsageError: It has no encoder with four directions, or the width of its encoder does not fit the bridge.
+        RunError: It cannot be read.
     """
     if base.is_dir():
         source = encoder_source(base)
@@ -49,23 +49,23 @@ def base_encoder(base: Path, bridge_width: int) -> tuple[EncoderConfig, dict[str
     else:
         imported = import_checkpoint(base)
         if imported.config is None:
-            raise UsageError(f"{base}: this file holds no encoder", hint="--base takes the stage 2 file.")
+            raise UsageError(f"{base}: this file has no encoder", hint="Set --base to the stage 2 file.")
         config, tensors = imported.config, imported.part("encoder.")
     if not config.class_token:
-        raise UsageError(f"{base}: this is stage 1", hint="--base takes the stage 2 file.")
+        raise UsageError(f"{base}: this is a checkpoint of stage 1", hint="Set --base to the stage 2 file.")
     if config.d_model != bridge_width:
         raise UsageError(
-            f"{base}: its encoder is {config.d_model} wide, and llama_proj takes {bridge_width}",
-            hint="Base and large differ: take the stage 2 file of the same size.",
+            f"{base}: its encoder has width {config.d_model}, but llama_proj needs {bridge_width}",
+            hint="Use the stage 2 file of the same size (base or large).",
         )
     return config, tensors
 
 
 def run_recipe(imported: Imported, config: EncoderConfig, recipe: str, llm: str | None) -> FinetuneRecipe:
-    """The recipe of the run: a shipped one, with the encoder of the file and a plain LLM of the bridge's width.
+    """Returns the recipe of the run: `recipe` with the encoder of the file and a plain LLM of the bridge's width.
 
     Raises:
-        UsageError: there is no such recipe.
+        UsageError: There is no such recipe.
     """
     size = next((s for s, sizes in ENCODER_SIZES.items() if sizes == (config.d_model, config.depth)), None)
     encoder = {
@@ -96,15 +96,15 @@ def write_run(
     """Writes a run directory.
 
     Args:
-        directory: empty.
-        encoder: by the names of `ArmEncoder`; it goes into `model/` where the file held it, to the top where it is the
-            frozen one of another file.
+        directory: An empty directory.
+        encoder: Tensors by the names of `ArmEncoder`. They are written into `model/` if they come from the same file,
+            and to the top level if they are the frozen encoder of another file.
 
     Returns:
         Lines for the user: what the run still needs.
 
     Raises:
-        UsageError: the LLM is here and does not fit the bridge.
+        UsageError: The LLM is on this computer and does not fit the bridge.
     """
     (directory / "model").mkdir()
     atomic_write_text(directory / RUN_RECIPE, dump_recipe(recipe))
@@ -115,18 +115,18 @@ def write_run(
     found = _llm_here(name)
     if found is None and name in _LLMS.values() and name != _LLMS.get(hidden):
         return [
-            f"llama_proj is made for an LLM of width {hidden}, and {name} of the recipe is of another: "
+            f"llama_proj needs an LLM of width {hidden}, but {name} of the recipe has another width: "
             f"convert again with --llm NAME or DIRECTORY, or set model.llm.name in {RUN_RECIPE}"
         ]
     if found is None:
         return [
-            f"the LLM {name} is not on this machine: `emrrg generate` and `evaluate` will fetch it with its tokenizer "
-            "(or convert again with --llm DIRECTORY)"
+            f"the LLM {name} is not on this computer: `emrrg generate` and `evaluate` will download it with its "
+            "tokenizer (or convert again with --llm DIRECTORY)"
         ]
     width, tokenizer = found
     if width != hidden:
         raise UsageError(
-            f"{imported.file}: llama_proj is made for an LLM of width {hidden}, and {name} is {width} wide",
+            f"{imported.file}: llama_proj needs an LLM of width {hidden}, but {name} has width {width}",
             hint="Name the LLM that it was trained with: --llm NAME or DIRECTORY.",
         )
     tokenizer.save_pretrained(directory / "tokenizer")
@@ -134,10 +134,10 @@ def write_run(
 
 
 def _llm_here(name: str) -> tuple[int, Any] | None:
-    """Width and tokenizer of an LLM that is in a directory or in the local cache; None where it is not.
+    """Returns width and tokenizer of an LLM in a directory or in the local cache; None if it is not there.
 
     Raises:
-        RunError: it is a directory without an LLM, or a path to nothing.
+        RunError: It is a directory without an LLM, or a path that does not exist.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -146,8 +146,8 @@ def _llm_here(name: str) -> tuple[int, Any] | None:
         options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         config = AutoConfig.from_pretrained(name, **options)
         return config.hidden_size, AutoTokenizer.from_pretrained(name, **options)
-    except Exception as error:  # not cached, or broken: each part fails in its own way
-        # A name of the hub has one slash at most.
+    except Exception as error:  # not cached, or broken: the errors have many types
+        # A hub name has at most one slash.
         if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise RunError(f"{name}: no LLM with its tokenizer in this directory: {reason}") from error

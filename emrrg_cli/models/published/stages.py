@@ -1,4 +1,4 @@
-"""What a published checkpoint of each stage is expected to hold."""
+"""The tensors that a published checkpoint of each stage must contain."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LABELS: dict[Stage, str] = {
 }
 ENCODER = "visual_encoder."
 TEXT = "text_encoder."
-# What only a stage has, the later stages first where they share something.
+# Names that only this stage has; if stages share a name, the later stage is first.
 _MARKS: dict[Stage, tuple[str, ...]] = {
     "pretrain": ("ar_token", "ar_norm.", "ar_pred.", "dec_block.", "enc2dec."),
     "finetune": ("llama_proj.", "layer_norm."),
@@ -45,23 +45,23 @@ _MARKS: dict[Stage, tuple[str, ...]] = {
 }
 _ADAPTER = re.compile(r"visual_encoder\.layers\.\d+\.mixer\.lora_X\.adapter_(down|up)\.weight")
 _ADAPTERS_LEFT_OUT = (
-    "the adapters (lora_X) are left out: adapter_up is [d/2, r], where LoRA on X is [d, r]. The released code calls "
-    "the last block's mixer from every block and adds the update to half of the mixer's output; on IU X-Ray it is "
-    "frozen as initialised, and the test script of CheXpert Plus ignores it"
+    "the adapters (lora_X) are left out: adapter_up is [d/2, r], but LoRA on X needs [d, r]. The released code calls "
+    "the last block's mixer from every block and adds the update to half of the mixer's output; on IU X-Ray the update "
+    "is frozen at its initial value, and the test script of CheXpert Plus ignores it"
 )
 
 
 @dataclass
 class Expected:
-    """What a checkpoint should hold, and what was found to be wrong on the way to it.
+    """The expected tensors of a checkpoint, and the problems that were found.
 
     Args:
-        pieces: how its tensors become ours.
-        config: sizes of its encoder; None where it has none.
-        left_out: tensors known to have no place among ours, with the reason.
-        problems: tensors that are not as they should be, with a sentence that names them.
-        notes: what a reader must know.
-        modules: for tensors that are to be made anew, what makes them, after the prefix of their names among ours.
+        pieces: The conversion of its tensors to ours.
+        config: Sizes of its encoder; None if it has no encoder.
+        left_out: Known tensors that our layout does not have, with the reason.
+        problems: Names of wrong or missing tensors, with a sentence that names them.
+        notes: Messages for the user.
+        modules: For initial values of missing tensors: prefixes of our names, with functions that build the modules.
     """
 
     pieces: list[Piece] = field(default_factory=list)
@@ -73,33 +73,33 @@ class Expected:
 
 
 def stage_of(tensors: Mapping[str, Tensor]) -> Stage:
-    """The stage that tensors are of, by their names.
+    """Returns the stage of tensors, from their names.
 
     Raises:
-        RunError: they are of another network; the message does not name the file.
+        RunError: They belong to another network. The message does not name the file.
     """
     for stage, marks in _MARKS.items():
         if any(name.startswith(marks) for name in tensors):
             return stage
     shown = ", ".join(list(tensors)[:3]) + (", ..." if len(tensors) > 3 else "")
     raise RunError(
-        f"this is a checkpoint of another network: its tensors are {shown}" if tensors else "it holds no tensors",
+        f"this is a checkpoint of another network: its tensors are {shown}" if tensors else "it contains no tensors",
         hint="`emrrg convert` reads the published checkpoints of MambaXray-VL and EMRRG.",
     )
 
 
 def expect(stage: Stage, tensors: Mapping[str, Tensor]) -> Expected:
-    """What a checkpoint of a stage should hold, its sizes being those that its tensors show.
+    """Returns the expected tensors of a checkpoint of a stage, with the sizes that its tensors show.
 
     Raises:
-        RunError: too much is missing to tell the sizes; the message does not name the file.
+        RunError: Too many tensors are missing to find the sizes. The message does not name the file.
     """
     expected = Expected()
     if stage == "pretrain":
         _expect_pretrainer(tensors, expected)
         return expected
     own = [name for name in tensors if name.startswith(ENCODER) and not _ADAPTER.fullmatch(name)]
-    if own or stage != "finetune":  # with a frozen backbone stage 3 saved none
+    if own or stage != "finetune":  # stage 3 with a frozen backbone has saved no encoder
         _expect_encoder(tensors, ENCODER if own or stage != "encoder" else "", expected)
     if stage == "align":
         _expect_alignment(tensors, expected)
@@ -111,7 +111,7 @@ def expect(stage: Stage, tensors: Mapping[str, Tensor]) -> Expected:
 def _sizes(tensors: Mapping[str, Tensor], *, class_token: bool) -> EncoderConfig:
     config = sizes_of(tensors, class_token=class_token)
     if config is None:
-        raise RunError("the encoder is not whole: pos_embed, norm1 and A_log, which tell its sizes, are missing")
+        raise RunError("the encoder is incomplete: pos_embed, norm1 or A_log, which give its sizes, is missing")
     return config
 
 
@@ -129,7 +129,7 @@ def _expect_pretrainer(tensors: Mapping[str, Tensor], expected: Expected) -> Non
     widths = [tensors[name].shape[axis] for name, axis in axes.items() if name in tensors and tensors[name].dim()]
     blocks = {int(found[1]) for name in tensors if (found := re.match(r"dec_block\.(\d+)\.", name))}
     if not widths or not blocks:
-        raise RunError("the decoder is not whole: ar_token, ar_norm and dec_block, which tell its sizes, are missing")
+        raise RunError("the decoder is incomplete: ar_token or dec_block, which give its sizes, is missing")
     width, depth = max(set(widths), key=widths.count), depth_of(blocks)
     expected.pieces += [piece.prefixed("", "encoder.") for piece in encoder_pieces(config)]
     expected.pieces += decoder_pieces(config, width, depth)
@@ -150,7 +150,7 @@ def _expect_alignment(tensors: Mapping[str, Tensor], expected: Expected) -> None
     image, report = (tensors.get(f"{name}_proj.weight") for name in ("vision", "text"))
     matrices = [tensor for tensor in (report, image) if tensor is not None and tensor.dim() == 2]
     if not matrices and any(name.startswith(("vision_proj.", "text_proj.", "logit_scale")) for name in tensors):
-        raise RunError("the projections are not whole: vision_proj.weight and text_proj.weight are missing")
+        raise RunError("the projections are incomplete: vision_proj.weight and text_proj.weight are missing")
     if not matrices:
         expected.notes.append("this file has no projections (vision_proj, text_proj): only its encoder can be used")
         return
@@ -183,16 +183,18 @@ def _expect_text(text: Mapping[str, Tensor], expected: Expected) -> None:
         return
     for name, tensor in text.items():
         if name.endswith("position_ids"):  # a buffer that older versions of transformers saved
-            expected.left_out[TEXT + name] = "the numbers from 0 on"
+            expected.left_out[TEXT + name] = "the numbers 0, 1, 2, ..."
         else:
             shape = tuple(tensor.shape)
             expected.pieces.append(Piece({TEXT + name: shape}, (TEXT + name,), "same", shape=shape))
     config = bert_config(text)
     if config is None:
-        expected.notes.append("the text tower is no BERT: its tensors are kept as they are, without a configuration")
+        expected.notes.append("the text tower is not a BERT: its tensors are kept unchanged, without a configuration")
         return
     if config.hidden_size % HEAD_WIDTH:
-        expected.notes.append(f"the text tower is {config.hidden_size} wide, no multiple of 64: one head is assumed")
+        expected.notes.append(
+            f"the width of the text tower, {config.hidden_size}, is not a multiple of 64: one head is assumed"
+        )
     shapes = bert_shapes(config, pooler=any(name.startswith("pooler.") for name in text))
     for name, shape in shapes.items():
         if name not in text:
@@ -207,7 +209,7 @@ def _expect_text(text: Mapping[str, Tensor], expected: Expected) -> None:
 def _expect_bridge(tensors: Mapping[str, Tensor], expected: Expected) -> None:
     weight = tensors.get("llama_proj.weight")
     if weight is None or weight.dim() != 2:
-        raise RunError("the bridge is not whole: llama_proj.weight, which tells its sizes, is missing")
+        raise RunError("the bridge is incomplete: llama_proj.weight, which gives its sizes, is missing")
     hidden, width = weight.shape
     if expected.config is not None:
         width = expected.config.d_model
@@ -223,5 +225,5 @@ def _expect_bridge(tensors: Mapping[str, Tensor], expected: Expected) -> None:
     if adapters:
         idle = not any(tensors[name].any() for name in adapters if name.endswith("up.weight"))
         expected.notes.append(
-            _ADAPTERS_LEFT_OUT + (". Here every adapter_up is zero: they changed nothing" if idle else "")
+            _ADAPTERS_LEFT_OUT + (". Here every adapter_up is zero, so they have no effect" if idle else "")
         )

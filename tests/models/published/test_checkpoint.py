@@ -227,7 +227,7 @@ def test_other_files_are_refused_with_their_kind(tmp_path: Path, content: bytes,
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (torch.zeros(3), "holds a Tensor, not the tensors of a model by name"),
+        (torch.zeros(3), "contains a Tensor, not the tensors of a model by name"),
         ({"model": {"a": 3}}, "a is a int, not a tensor"),
         ({"net": TENSORS, "epoch": 3}, "net is a dict, not a tensor"),
         ({"model": {"a": torch.eye(3).to_sparse()}}, "a is sparse or quantised"),

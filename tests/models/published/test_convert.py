@@ -139,7 +139,7 @@ def test_stage_1(make_state: Make, save_published: Save, tmp_path: Path) -> None
     lines = outcome.lines
     assert f"{len(state) - 1} tensors used, 1 left out, 0 made" in lines[0]
     assert "stage 1 (pretrain), width 48, depth 6, state 8, 128 px" in lines[0]
-    assert lines[1] == "beside the model: epoch 7, args (dropped), optimizer (dropped)"
+    assert lines[1] == "other content of the file: epoch 7, args (dropped), optimizer (dropped)"
     used = [line.split()[1] for line in lines if line.startswith("  used ")]
     assert sorted(used) == sorted(name for name in state if name != "mask")
     assert "  left out  mask: follows from the image size" in lines
@@ -238,7 +238,7 @@ def test_stage_3_is_converted_without_its_llm(
     file = save_published(make_state("3"))
     lines = convert_to_ours(file, tmp_path / "run").lines
     assert "recipe iu_xray/finetune-full, LLM Qwen/Qwen1.5-1.8B-Chat, no hybrid layers, no adapters" in lines
-    assert "made for an LLM of width 32, and Qwen/Qwen1.5-1.8B-Chat of the recipe is of another" in lines[-1]
+    assert "needs an LLM of width 32, but Qwen/Qwen1.5-1.8B-Chat of the recipe has another" in lines[-1]
     assert not (tmp_path / "run/tokenizer").exists()
     # Once the recipe names an LLM that is here, the run is whole: its tokenizer is the LLM's.
     recipe = tmp_path / "run/recipe.yaml"
@@ -263,7 +263,7 @@ def test_recipe_and_llm_follow_from_name_and_width(
     file = save_published(make_state("3", hidden=hidden), name)
     lines = convert_to_ours(file, tmp_path / "run").lines
     assert f"recipe {recipe}, LLM {llm}, no hybrid layers, no adapters" in lines
-    assert f"the LLM {llm} is not on this machine" in lines[-1]
+    assert f"the LLM {llm} is not on this computer" in lines[-1]
     lines = convert_to_ours(file, tmp_path / "other", recipe="mimic_cxr/finetune").lines
     assert f"recipe mimic_cxr/finetune, LLM {llm}, no hybrid layers, no adapters" in lines
 
@@ -427,12 +427,12 @@ def test_parts_of_stage_2(make_state: Make, save_published: Save, tmp_path: Path
         _assert_equal(read_checkpoint(tmp_path / f"{number}.pth").tensors, part)
         encoders = [load_file(tmp_path / f"{n}/encoder.safetensors") for n in (0, number)]
         assert all(torch.equal(tensor, encoders[1][name]) for name, tensor in encoders[0].items())
-    with pytest.raises(RunError, match="the projections are not whole"):
+    with pytest.raises(RunError, match="the projections are incomplete"):
         convert_to_ours(save_published(alone | {"logit_scale": torch.ones(())}), tmp_path / "scale")
     other = without_text | {"text_encoder.rnn.weight": torch.randn(3, 3)}
     lines = convert_to_ours(save_published(other), tmp_path / "rnn").lines
-    assert any("the text tower is no BERT" in line for line in lines)
-    with pytest.raises(RunError, match=r"visual_encoder|encoder is not whole"):
+    assert any("the text tower is not a BERT" in line for line in lines)
+    with pytest.raises(RunError, match=r"visual_encoder|encoder is incomplete"):
         convert_to_ours(save_published({n: t for n, t in state.items() if n not in alone}), tmp_path / "none")
 
 
@@ -457,7 +457,7 @@ def test_checkpoints_of_other_networks(save_published: Save, tmp_path: Path) -> 
     ):
         with pytest.raises(RunError, match=told):
             convert_to_ours(save_published(state), tmp_path / "out")
-    with pytest.raises(RunError, match="it holds no tensors"):
+    with pytest.raises(RunError, match="it contains no tensors"):
         convert_to_ours(save_published({}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -469,22 +469,22 @@ def test_options_that_do_not_fit(make_state: Make, save_published: Save, tmp_pat
     cases: list[tuple[Path, dict[str, Any], str]] = [
         (second, {"base": third}, "--base is for stage 3"),
         (first, {"llm": "x"}, "--llm is for stage 3"),
-        (third, {"base": second}, "holds its own encoder"),
-        (frozen, {}, "holds no encoder, since its backbone was frozen"),
-        (frozen, {"base": first}, "this is stage 1"),
-        (frozen, {"base": frozen}, "this file holds no encoder"),
-        (frozen, {"base": other}, "its encoder is 48 wide, and llama_proj takes 32"),
+        (third, {"base": second}, "contains its own encoder"),
+        (frozen, {}, "has no encoder, because its backbone was frozen"),
+        (frozen, {"base": first}, "this is a checkpoint of stage 1"),
+        (frozen, {"base": frozen}, "this file has no encoder"),
+        (frozen, {"base": other}, "its encoder has width 48, but llama_proj needs 32"),
         (frozen, {"base": tmp_path / "none.pth"}, "no such file"),
         (third, {"recipe": "nope/nope"}, "no shipped recipe is named nope/nope"),
         (third, {"llm": str(tmp_path / "none")}, "no LLM with its tokenizer in this directory"),
-        (tmp_path, {}, "is a directory of ours"),
+        (tmp_path, {}, "is a directory, not a checkpoint file"),
     ]
     for file, options, told in cases:
         with pytest.raises((UsageError, RunError), match=told):
             convert_to_ours(file, tmp_path / "out", **options)
         assert not (tmp_path / "out").exists()
     wide = save_published(make_state("3", hidden=48), "wide.pth")
-    with pytest.raises(UsageError, match=r"made for an LLM of width 48, and .* is 32 wide"):
+    with pytest.raises(UsageError, match=r"needs an LLM of width 48, but .* has width 32"):
         convert_to_ours(wide, tmp_path / "out", llm=str(llm_dir))
     assert not (tmp_path / "out").exists()
 
@@ -521,7 +521,7 @@ def test_nothing_else_is_overwritten(make_state: Make, save_published: Save, tmp
     with pytest.raises(UsageError, match="is a directory"):
         convert_to_published(out, tmp_path / "mine")
     for path, told in (
-        (file, "is a file, not a directory of ours"),
+        (file, "is a file, not a directory of emrrg"),
         (tmp_path / "none", "no such directory"),
         (tmp_path / "mine", "no model in this directory"),
     ):
@@ -586,7 +586,7 @@ def test_files_of_others_are_not_overwritten(make_state: Make, save_published: S
     convert_to_ours(file, out)
     inside = out / "checkpoint.pth"
     inside.write_bytes(file.read_bytes())
-    with pytest.raises(UsageError, match=r"checkpoint\.pth lies in .*out|checkpoint\.pth was not written by"):
+    with pytest.raises(UsageError, match=r"checkpoint\.pth is in .*out|checkpoint\.pth was not written by"):
         convert_to_ours(inside, out, overwrite=True)
     with pytest.raises(UsageError, match=r"checkpoint\.pth was not written by `emrrg convert`"):
         convert_to_ours(file, out, overwrite=True)
