@@ -185,8 +185,8 @@ def _load_model(
 ) -> ReportGenerator:
     if not (trained / "bridge.safetensors").is_file():
         raise RunError(
-            f"{run_dir}: this run holds no trained model yet",
-            hint="Let the training reach its first validation or end.",
+            f"{run_dir}: this run has no trained model yet",
+            hint="Wait for the first validation or the end of its training.",
         )
     check_run(run_dir, trained)
     tokenizer = _run_tokenizer(run_dir, settings)

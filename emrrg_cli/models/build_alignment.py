@@ -99,7 +99,7 @@ def load_alignment(run_dir: Path | str, scan: str = "auto", tokenizer: str | Non
     if trained is None:
         raise RunError(
             f"{run_dir}: there is no trained stage 2 model here",
-            hint="Name a directory that `emrrg align` wrote, and let its training reach a validation or its end.",
+            hint="Name a run directory of `emrrg align`, after the first validation or the end of its training.",
         )
     check_run(run_dir, trained)
     try:

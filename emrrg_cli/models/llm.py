@@ -34,7 +34,7 @@ def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokeni
     try:
         check_model_directory(source)
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
-    except Exception as error:  # a broken file raises whatever its reader met
+    except Exception as error:  # a broken file raises errors of many types
         raise unavailable(source, "tokenizer", error) from error
     if tokenizer.eos_token_id is None:
         raise RunError(f"{source}: this tokenizer has no end-of-sequence token, so a report could never end")
@@ -69,7 +69,7 @@ def load_llm(source: str, revision: str | None, dtype: torch.dtype, quantization
                 trust_remote_code=False,
                 **options,
             )
-    except Exception as error:  # a broken file raises whatever its reader met
+    except Exception as error:  # a broken file raises errors of many types
         raise unavailable(source, "LLM", error) from error
     if missing := sorted(loaded["missing_keys"]):
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""

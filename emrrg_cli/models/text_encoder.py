@@ -31,7 +31,7 @@ def load_text_tokenizer(source: str, revision: str | None = None) -> PreTrainedT
     try:
         check_model_directory(source)
         return AutoTokenizer.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
-    except Exception as error:  # a broken file raises whatever its reader met
+    except Exception as error:  # a broken file raises errors of many types
         raise unavailable(source, "tokenizer", error, _KEY) from error
 
 
@@ -95,7 +95,7 @@ def load_text_encoder(source: str, revision: str | None, max_tokens: int) -> Pre
                 output_loading_info=True,
                 trust_remote_code=False,
             )
-    except Exception as error:  # a broken file raises whatever its reader met
+    except Exception as error:  # a broken file raises errors of many types
         raise unavailable(source, "text encoder", error, _KEY) from error
     try:
         at_work = _influence(model, max_tokens)

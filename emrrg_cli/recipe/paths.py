@@ -83,7 +83,7 @@ def require_trained(run_dir: Path) -> None:
         RunError: It has none; the message names the directory.
     """
     if not any((run_dir / name).is_dir() for name in ("model", "model.previous-emrrg")):
-        raise RunError(f"{run_dir}: this run holds no trained model yet", hint="It is written at the first validation.")
+        raise RunError(f"{run_dir}: this run has no trained model yet", hint="It is written at the first validation.")
 
 
 def with_absolute_paths(recipe: R) -> R:

@@ -165,7 +165,7 @@ def test_directories_that_are_not_runs_are_refused(run_dir: Path, tmp_path: Path
     begun = tmp_path / "begun"
     shutil.copytree(run_dir, begun)
     shutil.rmtree(begun / "model")
-    with pytest.raises(RunError, match="holds no trained model yet"):
+    with pytest.raises(RunError, match="has no trained model yet"):
         load_generator(begun)
     recipe = (begun / "recipe.yaml").read_text()
     (begun / "recipe.yaml").write_text(recipe + "surprise: 1\n")

@@ -128,7 +128,7 @@ def test_a_run_without_a_model_is_an_error(varied_run: Path, tmp_path: Path) -> 
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.yaml").write_bytes((varied_run / "recipe.yaml").read_bytes())
     recipe = load_run_recipe(tmp_path / "run", None, (), "evaluate")
-    with pytest.raises(RunError, match="holds no trained model yet"):
+    with pytest.raises(RunError, match="has no trained model yet"):
         run_evaluation(recipe, tmp_path / "run", "test", None)
 
 

@@ -326,7 +326,7 @@ def test_a_copied_llm_keeps_its_dtype_choice(make_run: Callable[..., Run], llm_d
 def test_a_run_without_a_model(make_run: Callable[..., Run]) -> None:
     run = make_run("none", SCRATCH)
     shutil.rmtree(run.directory / "model")
-    with pytest.raises(RunError, match="this run holds no trained model yet"):
+    with pytest.raises(RunError, match="this run has no trained model yet"):
         run.load()
 
 

@@ -220,7 +220,7 @@ def test_the_default_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (processes_wanted(None), processes_wanted(2)) == (1, 2)
     # On a CPU it starts one process whatever it was asked for.
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    with pytest.raises(RunError, match="asked for several processes and has started only this one"):
+    with pytest.raises(RunError, match="should start several processes, but it started only this one"):
         processes_wanted(None)
 
 

@@ -184,7 +184,7 @@ class Block(nn.Module):
         self.mlp = SwiGLU(d_model)
 
     def forward(self, x: Tensor, order: Tensor) -> Tensor:
-        """`[b, l, d] -> [b, l, d]`; `order` as in `Mixer`."""
+        """Runs the block: `[b, l, d] -> [b, l, d]`; `order` as in `Mixer`."""
         x = self._add(x, self.mixer(self.norm1(x), order))
         return self._add(x, self.mlp(self.norm2(x)))
 

@@ -66,7 +66,7 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
-        """`x` `[b, t, width]`, `memory` `[b, s, width]`, `mask` `[t, s]` (true: attend) to `[b, t, width]`."""
+        """Attends from `x` `[b, t, width]` to `memory` `[b, s, width]` where `mask` `[t, s]` is true; shape of `x`."""
         b, t, width = x.shape
         q = self.q(x).view(b, t, self.heads, -1).transpose(1, 2)
         k, v = self.kv(memory).view(b, memory.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
@@ -100,7 +100,7 @@ class DecoderBlock(nn.Module):
         self.mlp = MLP(width)
 
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
-        """Shapes as in `CrossAttention`."""
+        """Runs the block; shapes as in `CrossAttention`."""
         x = x + self.attn(self.norm_q(x), self.norm_kv(memory), mask)
         out: Tensor = x + self.mlp(self.norm_mlp(x))
         return out

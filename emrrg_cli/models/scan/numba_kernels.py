@@ -1,8 +1,8 @@
 """The loops of the engine `numba`, compiled for the CPU when this module is imported, or read from numba's cache.
 
-A call does one item of the work: one sample, one direction and `WIDTH` or `WIDTH_BACK` channels, which are the lanes of
-the vector instructions. States are fp32. Items share nothing that they write, and numba lets go of Python's lock, so
-that any number of threads may do them in any order with the same result.
+Each call computes one item of the work: one sample, one direction and `WIDTH` or `WIDTH_BACK` channels, which are the
+lanes of the vector instructions. States are fp32. No two items write to the same memory, and numba releases Python's
+lock, so any number of threads may compute the items in any order with the same result.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from collections.abc import Callable
 import numpy as np
 from numba import float32, int64, njit, void
 
-# Channels of an item: as many as the first-level cache holds state, A and rows of; back, several tokens' of the second.
+# Channels of an item. Forward, state, A and rows fit into the first-level cache; backward, those of several tokens fit
+# into the second-level cache.
 WIDTH = 256
 WIDTH_BACK = 64
 
-# Sums may be reordered, which is what lets them run in lanes; infinity and NaN stay what they are.
+# Sums may be reordered, which vector instructions need; infinity and NaN are preserved.
 _FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
 
 _2d, _3d, _4d, _5d = float32[:, ::1], float32[:, :, ::1], float32[:, :, :, ::1], float32[:, :, :, :, ::1]
@@ -33,11 +34,11 @@ def _compiled(*arguments):
     return compile_now
 
 
-@njit(fastmath={"contract"})  # reordered, what is added and taken away again would cancel
+@njit(fastmath={"contract"})  # with reordering, the addition and subtraction of the constant would cancel
 def _exp(x):
-    """`exp(x)` for `x <= 0` in fp32, without a branch: 2 to a whole number, times a polynomial in `|f| <= ln(2) / 2`.
+    """Computes `exp(x)` for `x <= 0` in fp32 without a branch: a power of 2 times a polynomial in `|f| <= ln(2) / 2`.
 
-    0 where the result is below the normal numbers; NaN stays NaN. The coefficients are those of Cephes' `expf`.
+    The result is 0 below the normal numbers; NaN stays NaN. The coefficients are those of Cephes' `expf`.
     """
     shifted = x * np.float32(1.4426950408889634) + np.float32(12582912.0)  # 1.5 * 2**23: low bits are the whole number
     whole = shifted - np.float32(12582912.0)
@@ -56,7 +57,10 @@ def _exp(x):
 
 @njit(fastmath={"contract"})
 def _softplus(x):
-    """`log(1 + exp(x))` and its derivative, in fp32: `log(1 + e) = 2 artanh(e / (2 + e))` for `e = exp(-|x|) <= 1`."""
+    """Computes `log(1 + exp(x))` and its derivative in fp32.
+
+    It uses `log(1 + e) = 2 artanh(e / (2 + e))` for `e = exp(-|x|) <= 1`.
+    """
     e = _exp(-abs(x))
     s = e / (np.float32(2.0) + e)  # at most 1/3, so that few terms of the series are needed
     q = s * s
@@ -75,16 +79,16 @@ def forward(item, chunk, u, raw, bias, A, B, C, D, y, before):
     """Scans `WIDTH` channels of one sample along one direction.
 
     Args:
-        item: of `b K ceil(d / WIDTH)`, channels fastest, then directions.
-        chunk: tokens between two states that are kept.
+        item: Index of the item, of `b K ceil(d / WIDTH)`; channels vary fastest, then directions.
+        chunk: Number of tokens between two states that are kept.
         u: `[b, K, l, d]`.
         raw: `[b, K, l, d]`, dt before bias and softplus.
-        bias: `[K, d]`, of dt.
+        bias: `[K, d]`, bias of dt.
         A: `[K, n, d]`.
         B, C: `[b, K, l, n]`.
         D: `[K, d]`.
-        y: `[b, K, l, d]`, written.
-        before: `[b, K, ceil(l / chunk), n, d]`, written: the state before each chunk.
+        y: `[b, K, l, d]`, output.
+        before: `[b, K, ceil(l / chunk), n, d]`, output: the state before each chunk.
     """
     _, directions, length, d = u.shape
     n = A.shape[1]
@@ -114,16 +118,16 @@ def forward(item, chunk, u, raw, bias, A, B, C, D, y, before):
 
 @_compiled(int64, int64, _4d, _4d, _2d, _3d, _4d, _4d, _2d, _5d, _4d, _4d, _4d, _3d, _4d, _5d, _5d, _3d)
 def backward(item, chunk, u, raw, bias, A, B, C, D, before, gy, gu, graw, gbias, gA, gB, gC, gD):
-    """The gradients of `forward`, chunk by chunk from the last token, the states formed again from those kept.
+    """Computes the gradients of `forward`, chunk by chunk from the last token, with states computed from the kept ones.
 
     Args:
-        item: of `b K ceil(d / WIDTH_BACK)`, channels fastest, then directions.
+        item: Index of the item, of `b K ceil(d / WIDTH_BACK)`; channels vary fastest, then directions.
         gy: `[b, K, l, d]`, gradient of `y`.
-        gu, graw: `[b, K, l, d]`, written.
-        gbias, gD: `[b, K, d]`, written: to be summed over samples.
-        gA: `[b, K, n, d]`, written: to be summed over samples.
-        gB, gC: `[ceil(d / WIDTH_BACK), b, K, l, n]`, written: to be summed over blocks of channels.
-        chunk, u, raw, bias, A, B, C, D, before: as in `forward`.
+        gu, graw: `[b, K, l, d]`, output.
+        gbias, gD: `[b, K, d]`, output; the caller sums over samples.
+        gA: `[b, K, n, d]`, output; the caller sums over samples.
+        gB, gC: `[ceil(d / WIDTH_BACK), b, K, l, n]`, output; the caller sums over blocks of channels.
+        chunk, u, raw, bias, A, B, C, D, before: As in `forward`.
     """
     _, directions, length, d = u.shape
     n = A.shape[1]
@@ -134,7 +138,7 @@ def backward(item, chunk, u, raw, bias, A, B, C, D, before, gy, gu, graw, gbias,
     width = end - start
     a = A[k, :, start:end].copy()
     skip, offset = D[k, start:end], bias[k, start:end]
-    flow = np.zeros_like(a)  # gradient of the state as it reaches the token before
+    flow = np.zeros_like(a)  # gradient that the state passes to the previous token
     ga = np.zeros_like(a)
     gskip = np.zeros(width, np.float32)
     goffset = np.zeros(width, np.float32)
