@@ -65,8 +65,9 @@ F1_RULES = "F1_rules"
 # As people write them, where that differs.
 SCORE_LABELS = {name: name.replace("_", "-") for name in (*BLEU_NAMES, ROUGE_L)}
 # What may reward a sampled report, and what may choose the best model.
-AGREEMENTS = (*BLEU_NAMES, ROUGE_L, F1_RULES)  # scores that need no training reports
-REWARDS = (*BLEU_NAMES, ROUGE_L, CIDER, F1_RULES)
+ROUGE_1 = "ROUGE_1"  # recall: the share of the reference's words that the report has
+REWARDS = (*BLEU_NAMES, ROUGE_1, ROUGE_L, CIDER, F1_RULES)
+AGREEMENTS = (*BLEU_NAMES, ROUGE_1, F1_RULES)  # between sampled reports
 SELECTION_SCORES = (*BLEU_NAMES, ROUGE_L, METEOR, CIDER, F1_RULES)
 
 # Where the visual tokens and the context stand in a prompt, and the published prompt (EMRRG, arXiv 2510.16776).

@@ -1,42 +1,94 @@
 """Consensus decoding: of several sampled reports of a study, the one that agrees best with all of them.
 
-The likeliest report is often an unusual one in a data set where most studies are normal and every report has its own
-words. The report with the best expected score, if the samples were the references, has what most samples have.
+The likeliest report of a study is not the one with the best expected score. If the samples are taken as the possible
+references, the expected score of each of them can be computed, and the best one is kept.
 
 Source: minimum Bayes risk decoding (Kumar and Byrne, NAACL 2004; Eikema and Aziz, COLING 2020).
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from emrrg_cli.decoding.slots import Prompts
-from emrrg_cli.scoring.reward import Reward
+from emrrg_cli.labeling import OBSERVATIONS, positive_labels
+from emrrg_cli.scoring.comparison import ORDERS, Floats
+from emrrg_cli.scoring.scores import Bleu
+from emrrg_cli.vocabulary import BLEU_NAMES, F1_RULES, ROUGE_1
 
 
 def several_samples(prompts: Prompts, samples: int) -> Prompts:
-    """Returns the prompts with `samples` reports each, with keys `(key, number)` and seeds of their own."""
+    """Returns the prompts with `samples` reports each, with keys `(key, number)` and different seeds."""
     keys = [(key, number) for key in prompts.keys for number in range(samples)]
     seeds = [_seed(seed, number, samples) for seed in prompts.seeds for number in range(samples)]
     return replace(prompts, keys=keys, seeds=seeds, copies=samples)
 
 
 def _seed(seed: int, number: int, samples: int) -> int:
-    # The seed of the recipe is in the upper half, the number of the study in the lower one.
+    # The upper half is the seed of the recipe, the lower half the number of the study.
     return (seed >> 32 << 32) + ((seed % 2**32) * samples + number) % 2**32
 
 
 def most_agreed(texts: Sequence[str], scores: Mapping[str, float]) -> int:
-    """Returns the number of the text with the highest mean score against all texts; the first of equals.
+    """Returns the index of the text with the highest mean score against all texts; the first one if several are equal.
 
     Args:
-        scores: weights by name, of `emrrg_cli.vocabulary.AGREEMENTS`.
+        scores: weights by name, of `emrrg_cli.vocabulary.AGREEMENTS`. Each is the score of a single pair.
     """
-    different = list(dict.fromkeys(texts))
-    hypotheses = [text for text in different for _ in texts]
-    values = Reward((), scores)(list(texts) * len(different), hypotheses)
-    best = int(np.reshape(values, (len(different), len(texts))).mean(axis=1).argmax())
-    return texts.index(different[best])
+    times = Counter(texts)
+    different = list(times)
+    total = np.zeros((len(different), len(different)))
+    if any(name != F1_RULES for name in scores):
+        total += _of_words(different, scores)
+    if weight := scores.get(F1_RULES):
+        total += weight * _of_findings(different)
+    agreement = total @ np.array([times[text] for text in different], np.float64)
+    return texts.index(different[int(agreement.argmax())])
+
+
+def _of_words(texts: Sequence[str], scores: Mapping[str, float]) -> Floats:
+    """Returns the weighted sum of BLEU and ROUGE-1, `[n, n]`: of the text of a row, against that of a column."""
+    words = [text.split() for text in texts]
+    matches = np.stack([_common(words, order) for order in range(1, ORDERS + 1)], axis=-1)  # [n, n, 4]
+    lengths = np.array([len(row) for row in words], np.float64)
+    possible = np.maximum(0, lengths[:, None] - np.arange(ORDERS))  # [n, 4]
+    own = np.broadcast_to(np.column_stack([possible, lengths])[:, None], (len(texts), len(texts), ORDERS + 1))
+    others = np.broadcast_to(lengths[None, :, None], (len(texts), len(texts), 1))
+    bleu = Bleu().combine(np.concatenate([matches, own, others], axis=-1), 1)
+    total = bleu @ np.array([scores.get(name, 0.0) for name in BLEU_NAMES])
+    recall = matches[..., 0] / np.maximum(1, lengths)
+    return np.asarray(total + scores.get(ROUGE_1, 0.0) * recall, np.float64)
+
+
+def _common(words: Sequence[Sequence[str]], order: int) -> Floats:
+    """Returns how many n-grams each pair of texts shares, `[n, n]`, repeated ones as often as both have them."""
+    numbers: dict[tuple[str, ...], int] = {}
+    counted = []
+    for row in words:
+        grams = zip(*(row[start:] for start in range(order)), strict=False)
+        counted.append(Counter(numbers.setdefault(gram, len(numbers)) for gram in grams))
+    counts = np.zeros((len(words), len(numbers)), np.float32)
+    for place, row_counts in enumerate(counted):
+        counts[place, list(row_counts)] = list(row_counts.values())
+    # The smaller of two counts is the number of k up to which both reach: a sum of products.
+    common = np.zeros((len(words), len(words)), np.float64)
+    k = 1
+    while (reached := counts[:, (counts >= k).any(axis=0)] >= k).any():
+        found = reached.astype(np.float32)
+        common += found @ found.T
+        k += 1
+    return common
+
+
+def _of_findings(texts: Sequence[str]) -> Floats:
+    """Returns the F1 of the positive labels of each pair, `[n, n]`; 1 if both have none."""
+    labels = [[name in found for name in OBSERVATIONS] for found in positive_labels(texts)]
+    there = np.array(labels, np.float64).reshape(len(texts), len(OBSERVATIONS))
+    sums = there.sum(axis=1)
+    both = sums[:, None] + sums
+    found: Floats = np.divide(2 * there @ there.T, both, np.ones_like(both), where=both > 0)
+    return found

@@ -1,4 +1,4 @@
-"""Weighted sums of scores of single reports: rewards of training, and agreement between reports."""
+"""Rewards of reports in self-critical training: weighted sums of the scores of a single report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from emrrg_cli.labeling import positive_labels
 from emrrg_cli.scoring.comparison import Corpus
 from emrrg_cli.scoring.scores import SCORES
-from emrrg_cli.vocabulary import CIDER, F1_RULES
+from emrrg_cli.vocabulary import CIDER, F1_RULES, ROUGE_1
 
 _REMEMBERED = 20_000
 
@@ -42,6 +42,8 @@ class Reward:
                 for name in wanted:
                     scale = self._weights[name] / (10 if name == CIDER else 1)
                     total += scale * values[:, score.names.index(name)]
+        if weight := self._weights.get(ROUGE_1):
+            total += weight * pairs.matches[:, 0] / np.maximum(1, pairs.reference_lengths)
         if weight := self._weights.get(F1_RULES):
             different = list({*references, *hypotheses})
             labels = dict(zip(different, positive_labels(different), strict=True))

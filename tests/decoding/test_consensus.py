@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from emrrg_cli.decoding.writer import Studies, Writer
 from emrrg_cli.evaluation.language import score
 from emrrg_cli.labeling import positive_labels
 from emrrg_cli.recipe.finetuning import GenerationSettings
+from emrrg_cli.scoring.reward import Reward
 from tests.decoding.test_reports import images, run_dir
 
 __all__ = ["images", "run_dir"]
@@ -28,14 +31,24 @@ SAMPLES = [
 OPTIONS = ["generation.num_beams=1", "generation.do_sample=true", "generation.temperature=3.0"]
 
 
-@pytest.mark.parametrize("weights", [{"BLEU_4": 1.0}, {"BLEU_1": 1.0, "ROUGE_L": 2.0}])
-def test_the_kept_sample_has_the_best_mean_score(weights: dict[str, float]) -> None:
-    def agreement(text: str) -> float:
-        scores = [score([other], [text], meteor=False) for other in SAMPLES]
-        return sum(weight * (one[name] or 0.0) for one in scores for name, weight in weights.items())
+@pytest.mark.parametrize(
+    "weights", [{"BLEU_4": 1.0}, {"BLEU_1": 1.0, "ROUGE_1": 0.5, "F1_rules": 0.3}, {"BLEU_2": 0.3, "BLEU_3": 1.0}]
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_the_kept_sample_has_the_best_mean_score(weights: dict[str, float], seed: int) -> None:
+    rng = random.Random(seed)
+    sentences = [f"{part} ." for text in SAMPLES for part in text.split(" . ")]
+    texts = [" ".join(rng.choices(sentences, k=rng.randint(1, 4))) for _ in range(12)]
+    texts += texts[:3]  # repeated ones count as often as they were sampled
+    reward = Reward((), weights)
+    agreement = [float(np.mean(reward(texts, [text] * len(texts)))) for text in texts]
+    assert most_agreed(texts, weights) == int(np.argmax(agreement))
 
-    expected = max(range(len(SAMPLES)), key=lambda number: agreement(SAMPLES[number]))
-    assert most_agreed(SAMPLES, weights) == expected == 3
+
+def test_the_central_sample_is_kept() -> None:
+    assert most_agreed(SAMPLES, {"BLEU_4": 1.0}) == 3
+    alone = [score([other], [SAMPLES[3]], meteor=False)["BLEU_4"] or 0.0 for other in SAMPLES]
+    assert Reward((), {"BLEU_4": 1.0})(SAMPLES, [SAMPLES[3]] * 5) == pytest.approx(alone, abs=1e-6)
 
 
 def test_labels_can_be_what_the_samples_agree_on() -> None:
@@ -87,7 +100,7 @@ def test_the_report_is_one_of_the_samples(run_dir: Any, images: Any) -> None:
         alone = {done.key: done for some in one.write(iter([studies(numbers, [study] * 4)])) for done in some}
         texts = [alone[number].text for number in numbers]
         assert len(set(texts)) > 1
-        kept = alone[numbers[most_agreed(texts, {"BLEU_4": 1.0})]]
+        kept = alone[numbers[most_agreed(texts, several.recipe.generation.consensus_scores)]]
         assert (made[study].text, made[study].tokens) == (kept.text, kept.tokens)
         assert made[study].confidence is not None
     # Whatever the batch size.
