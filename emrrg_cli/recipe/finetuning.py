@@ -280,7 +280,7 @@ class GenerationSettings(Settings):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.consensus is not None and (self.num_beams > 1 or not self.do_sample):
-            raise ValueError("consensus needs samples: set num_beams: 1 and do_sample: true")
+            raise ValueError("consensus needs num_beams: 1 and do_sample: true; for other decoding set consensus: null")
         if unknown := sorted(set(self.consensus_scores) - set(AGREEMENTS)):
             raise ValueError(f"consensus_scores names unknown scores {unknown}; known: {sorted(AGREEMENTS)}")
         if not self.consensus_scores:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+_NO_SAMPLING = {"do_sample": False, "temperature": 1.0, "consensus": None}
 # A preset is weaker than keys in the same layer and stronger than the layers below.
 PROTOCOLS: dict[str, dict[str, Any]] = {
     # The settings of the published scores, from the released code for MIMIC-CXR and CheXpert Plus.
@@ -17,6 +18,7 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
             "repetition_penalty": 2.0,
             "length_penalty": 2.0,
             "beam_stop": "candidates",
+            **_NO_SAMPLING,
         },
         "evaluation": {"references": "clipped", "tokenizer": "whitespace"},
     },
@@ -31,6 +33,7 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
             "repetition_penalty": 1.0,
             "length_penalty": 1.0,
             "beam_stop": "running",
+            **_NO_SAMPLING,
         },
         "evaluation": {"references": "whole", "tokenizer": "whitespace"},
     },

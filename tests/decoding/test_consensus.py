@@ -123,8 +123,8 @@ def test_transformers_engine_keeps_one_report_per_study(run_dir: Any, images: An
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"consensus": 8}, "consensus needs samples: set num_beams: 1 and do_sample: true"),
-        ({"consensus": 8, "do_sample": True}, "consensus needs samples"),
+        ({"consensus": 8}, "consensus needs num_beams: 1 and do_sample: true; for other decoding set consensus: null"),
+        ({"consensus": 8, "do_sample": True}, "consensus needs num_beams: 1"),
         ({"consensus_scores": {"CIDEr": 1.0}}, r"unknown scores \['CIDEr'\]; known: \['BLEU_1'"),
         ({"consensus_scores": {}}, "consensus_scores names no score"),
     ],
