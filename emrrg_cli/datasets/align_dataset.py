@@ -27,7 +27,7 @@ class PairBatch:
 
     `pixels`: uint8 `[n, size, size]`, all views one after the other; `views`: int64 `[b]`, views of each study, summing
     to `n`; `input_ids`, `attention_mask`: int64 `[b, t]`, report tokens, padded on the right; `findings`:
-    `[b, 14]` from `finding_targets` (None if no head learns them); `paired`: bool `[b]`, false for films with labels
+    `[b, 23]` from `finding_targets` (None if no head learns them); `paired`: bool `[b]`, false for films with labels
     but without a report (None: all have reports).
     """
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from emrrg_cli.datasets.finding_targets import FINDINGS, finding_targets
+from emrrg_cli.datasets.finding_targets import finding_targets
 from emrrg_cli.datasets.report_dataset import Example, ReportDataset
+from emrrg_cli.labeling import OBSERVATIONS
 
 
 class BalancedStudies(Dataset[Example]):
@@ -24,7 +25,7 @@ class BalancedStudies(Dataset[Example]):
 
     def __init__(self, dataset: ReportDataset, factor: float) -> None:
         self.dataset = dataset
-        counted = [FINDINGS.index(name) for name in FINDINGS if name not in ("No Finding", "Support Devices")]
+        counted = [k for k, name in enumerate(OBSERVATIONS) if name not in ("No Finding", "Support Devices")]
         abnormal = (finding_targets(dataset.reports)[:, counted] == 1).any(dim=1)
         self.abnormal, self.normal = abnormal.nonzero().flatten(), (~abnormal).nonzero().flatten()
         self._taken = round(factor * len(self.abnormal))

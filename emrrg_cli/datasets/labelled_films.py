@@ -22,6 +22,8 @@ _NO_FINDING = "No Finding"
 # no counterpart in CheXpert; they only mean that there is a finding.
 _OTHER_NAMES = {
     "Effusion": "Pleural Effusion",
+    "Emphysema": "Hyperinflation",
+    "Hernia": "Hiatal Hernia",
     "Infiltration": "Lung Opacity",
     "Mass": "Lung Lesion",
     "Nodule": "Lung Lesion",
@@ -39,7 +41,7 @@ class LabelledFilms(Dataset[Example]):
 
     Attributes:
         reports: `NO_REPORT` for each study.
-        targets: `[studies, 14]` from `label_targets`.
+        targets: `[studies, 23]` from `label_targets`.
 
     Raises:
         UsageError: the split has no column `labels`, or none of its labels is known.
@@ -75,7 +77,7 @@ class LabelledFilms(Dataset[Example]):
 
 
 def label_targets(rows: Sequence[dict[str, list[str]]]) -> Tensor:
-    """Returns targets `[studies, 14]`, fp32: 1 for a present finding, 0 for an absent one, NaN if unknown.
+    """Returns targets `[studies, 23]`, fp32: 1 for a present finding, 0 for an absent one, NaN if unknown.
 
     A finding that no study has as a label was not annotated: it is unknown for all studies. Uncertain findings are
     unknown. No Finding is unknown if the data set has no label for it.

@@ -50,7 +50,7 @@ class Batch:
     `pixels`: uint8 `[n, size, size]`, the views of all studies in sequence; `views`: int64 `[b]`, views of each study,
     which sum to `n`; `contexts`: context of each study (empty: no study has any); `projections`: int64 `[n]`, indices
     into `VIEW_TOKENS` (None: all unknown); `labels`: int64 `[b, t]`, report tokens, padded with `IGNORE` (None for
-    generation); `findings`: `[b, 14]` from `finding_targets` (None if no head learns them); `advantages`: `[b * n]`,
+    generation); `findings`: `[b, 23]` from `finding_targets` (None if no head learns them); `advantages`: `[b * n]`,
     weights of the log-probabilities, if `labels` are `[b * n, t]` sampled reports, n per study.
     """
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emrrg_cli.datasets.finding_targets import FINDINGS
 from emrrg_cli.decoding.choice import choose_engine
 from emrrg_cli.decoding.confidence import Confidence, read_confidence
 from emrrg_cli.decoding.consensus import most_agreed, several_samples
@@ -17,7 +18,6 @@ from emrrg_cli.decoding.engine import Engine
 from emrrg_cli.decoding.reference import generate_reports
 from emrrg_cli.decoding.search import Report
 from emrrg_cli.decoding.slots import Prompts
-from emrrg_cli.labeling import OBSERVATIONS
 from emrrg_cli.models.film_distance import FilmDistance, MeasuredDistance, describe
 from emrrg_cli.models.report_generator import ReportGenerator
 from emrrg_cli.recipe.finetuning import GenerationSettings
@@ -59,7 +59,7 @@ class WrittenReport:
         tokens: tokens, including the end token.
         confidence: confidence of the model; None if not requested.
         film_distance: distance of its films from the training films; None: unknown.
-        findings: probability of each observation by the findings head; empty: no head, or not requested.
+        findings: probability of each finding by the findings head; empty: no head, or not requested.
     """
 
     key: Any
@@ -168,7 +168,7 @@ class Writer:
             embeddings, mask, visual = self.model.prompt_of(tokens, views, studies.contexts)
             if self.confident and self.model.findings is not None:
                 for key, row in zip(studies.keys, self.model.findings(tokens, views).sigmoid().tolist(), strict=True):
-                    self._findings[key] = dict(zip(OBSERVATIONS, row, strict=True))
+                    self._findings[key] = dict(zip(FINDINGS, row, strict=False))  # the first ones
         if self.film_distance is not None:
             found = self.film_distance.of_studies(describe(films, studies.pixels), studies.views)
             self._distances |= dict(zip(studies.keys, found, strict=True))

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+from emrrg_cli.labeling.further import FURTHER_FINDINGS, further_findings
 from emrrg_cli.labeling.labeler import label_report, label_reports, positive_labels
 from emrrg_cli.labeling.policy import FIVE, OBSERVATIONS, Label
 
-__all__ = ["FIVE", "OBSERVATIONS", "Label", "label_report", "label_reports", "positive_labels"]
+__all__ = [
+    "FIVE",
+    "FURTHER_FINDINGS",
+    "OBSERVATIONS",
+    "Label",
+    "further_findings",
+    "label_report",
+    "label_reports",
+    "positive_labels",
+]

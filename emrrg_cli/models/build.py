@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from emrrg_cli.checksums import check_run, write_checksums
-from emrrg_cli.datasets.finding_targets import FINDINGS
+from emrrg_cli.datasets.finding_targets import FINDING_SETS
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.files.atomic import atomic_directory, atomic_write_text, read_directory, whole_directory
 from emrrg_cli.files.records import read_record
@@ -79,13 +79,14 @@ def _join(settings: ModelSettings, encoder: nn.Module, llm: Any, tokenizer: Any)
     if settings.view_tokens:
         model.add_view_embedding()
     if settings.findings:
+        names = FINDING_SETS[settings.findings_set]
         prompt = FindingsPrompt(
             tokenizer,
-            FINDINGS,
+            names,
             threshold=settings.findings_threshold,
             labels_in_training=settings.findings_prompt_labels,
         )
-        model.add_findings_head(len(FINDINGS), prompt if settings.findings_prompt else None)
+        model.add_findings_head(len(names), prompt if settings.findings_prompt else None)
     return model
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from emrrg_cli.checksums import check_run, write_checksums
-from emrrg_cli.datasets.finding_targets import FINDINGS
+from emrrg_cli.datasets.finding_targets import FINDING_SETS
 from emrrg_cli.errors import RunError
 from emrrg_cli.files.atomic import atomic_directory, atomic_write_text
 from emrrg_cli.files.records import read_bounded
@@ -58,7 +58,7 @@ def fresh_alignment(recipe: AlignRecipe, encoder: ArmEncoder, tokenizer: Any, ru
         text_encoder.requires_grad_(False)
     model = Alignment(encoder, text_encoder, tokenizer, recipe.model.dim, settings.pooling, max_tokens)
     if recipe.model.findings:
-        model.findings = FindingsHead(encoder.d_model, len(FINDINGS))
+        model.findings = FindingsHead(encoder.d_model, len(FINDING_SETS[recipe.model.findings_set]))
     model.set_gradient_checkpointing(recipe.train.gradient_checkpointing)
     return model
 

@@ -55,9 +55,11 @@ class FindingsHead(nn.Module):
         A present finding counts `balance` times.
 
         Args:
-            targets: `[b, findings]`, 1 for a present finding, 0 for an absent one, NaN if unknown.
+            targets: `[b, findings]`, 1 for a present finding, 0 for an absent one, NaN if unknown. The head learns the
+                first findings, as many as it has outputs.
         """
         logits = self(tokens, views)
+        targets = targets[:, : logits.shape[1]]
         known = targets.isfinite()
         losses = F.binary_cross_entropy_with_logits(
             logits, targets.nan_to_num(), pos_weight=self.balance, reduction="none"
@@ -73,5 +75,6 @@ class FindingsHead(nn.Module):
             targets: The targets of all training studies, `[studies, findings]`.
             most: The largest weight, at least 1. With 1 there are no weights, so that the outputs are probabilities.
         """
+        targets = targets[:, : len(self.balance)]
         there, absent = (targets == 1).sum(dim=0), (targets == 0).sum(dim=0)
         self.balance.copy_((absent / there.clamp(min=1)).clamp(1 / most, most))

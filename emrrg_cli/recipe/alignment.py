@@ -8,10 +8,12 @@ from pydantic import Field, model_validator
 
 from emrrg_cli.recipe.common import (
     FINDINGS_BALANCE,
+    FINDINGS_SET,
     FINDINGS_WEIGHT,
     AugmentSettings,
     DataSettings,
     EncoderSettings,
+    FindingsSet,
     LoopSettings,
     Settings,
 )
@@ -114,9 +116,8 @@ class AlignModelSettings(Settings):
     encoder: EncoderSettings = Field(default_factory=EncoderSettings)
     text: TextSettings = Field(default_factory=TextSettings)
     dim: int = Field(2048, ge=1, description="width of the common space of images and reports")
-    findings: bool = Field(
-        False, description="a head that predicts the 14 observations of the rules labeler from the encoder's tokens"
-    )
+    findings: bool = Field(False, description="a head that predicts findings from the encoder's tokens")
+    findings_set: FindingsSet = FINDINGS_SET
     scan: ScanEngine = Field("auto", description="engine of the selective scan")
 
 

@@ -124,6 +124,12 @@ class LrScaleSettings(Settings):
 
 
 # For stages that train the findings head.
+FindingsSet = Literal["chexpert", "extended"]
+FINDINGS_SET: FindingsSet = Field(
+    "chexpert",
+    description="what the findings head predicts: CheXpert's 14 observations, or also 9 that reports often name, such "
+    "as hyperinflation, granulomas and degenerative changes",
+)
 FINDINGS_WEIGHT: float = Field(0.5, gt=0, description="weight of the findings loss, with model.findings: true")
 FINDINGS_BALANCE: float = Field(
     20.0,

@@ -8,10 +8,12 @@ from pydantic import Field, field_validator, model_validator
 
 from emrrg_cli.recipe.common import (
     FINDINGS_BALANCE,
+    FINDINGS_SET,
     FINDINGS_WEIGHT,
     SEEDS,
     DataSettings,
     EncoderSettings,
+    FindingsSet,
     LoopSettings,
     Settings,
 )
@@ -144,9 +146,8 @@ class ModelSettings(Settings):
         description="adds a learned vector for frontal, lateral or unknown to the visual tokens of a view; needs a "
         "data set with views",
     )
-    findings: bool = Field(
-        False, description="a head that predicts the 14 observations of the rules labeler from the encoder's tokens"
-    )
+    findings: bool = Field(False, description="a head that predicts findings from the encoder's tokens")
+    findings_set: FindingsSet = FINDINGS_SET
     findings_prompt: bool = Field(
         False, description="puts the head's predictions into the prompt, a word per finding; needs findings: true"
     )

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from emrrg_cli.datasets.balance import BalancedStudies
 from emrrg_cli.datasets.context import context_sentence
 from emrrg_cli.datasets.directory import open_dataset
@@ -31,6 +33,7 @@ from emrrg_cli.models.build import (
     save_trained,
 )
 from emrrg_cli.models.build_alignment import FINDINGS_FILE
+from emrrg_cli.models.findings_head import FindingsHead
 from emrrg_cli.models.llm import load_tokenizer, train_tokenizer
 from emrrg_cli.models.report_generator import ReportGenerator, encode_report
 from emrrg_cli.models.transfer import fill_encoder
@@ -230,6 +233,7 @@ def _train(
     model = assemble(recipe.model, encoder, llm, tokenizer)
     if head is not None:
         assert model.findings is not None
+        _require_same_findings(model.findings, head)
         load_weights(model.findings, head)
     _set_objective(model, recipe, training.reports)
     model.set_gradient_checkpointing(recipe.train.gradient_checkpointing)
@@ -239,6 +243,16 @@ def _train(
     balance = recipe.data.balance
     shown = training if balance == 1 else BalancedStudies(training, balance)
     return session.train(stage, shown, stage.collate, workers=recipe.data.workers)
+
+
+def _require_same_findings(head: FindingsHead, file: Path) -> None:
+    with safe_open(file, "pt") as tensors:
+        before = tensors.get_slice("evidence.bias").get_shape()[0]
+    if before != len(head.balance):
+        raise UsageError(
+            f"the findings head of stage 2 has {before} findings, and model.findings_set has {len(head.balance)}",
+            hint="Set model.findings_set as in stage 2: chexpert has 14, extended 23.",
+        )
 
 
 def _set_objective(model: ReportGenerator, recipe: FinetuneRecipe, reports: Sequence[str]) -> None:

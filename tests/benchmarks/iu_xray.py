@@ -115,6 +115,7 @@ ROWS = [
     changed("hybrid off", "model.hybrid.every=null", "model.visual_prompt=full"),
     changed("LLM", "model.adapter.targets=[llm]"),  # of a frozen LLM
     changed("no findings in the prompt", *NOT_TOLD),
+    changed("further findings", "align.model.findings_set=extended", "model.findings_set=extended"),
     changed("indication", "data.context=[indication]"),
     *(changed(name, f"model.adapter.targets=[{name}]") for name in ("in_proj", "out_proj")),
     Row("whole chain"),

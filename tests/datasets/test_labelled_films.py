@@ -25,10 +25,10 @@ def _known(row: torch.Tensor) -> dict[str, float]:
 def test_names_of_chestxray14_and_findings_without_labels() -> None:
     rows = [["Effusion", "Infiltration"], ["No Finding"], ["Emphysema", "Pleural_Thickening"], ["mass"]]
     targets = [_known(row) for row in label_targets([{"labels": row} for row in rows])]
-    names = ("No Finding", "Lung Lesion", "Lung Opacity", "Pleural Effusion", "Pleural Other")
+    names = ("No Finding", "Lung Lesion", "Lung Opacity", "Pleural Effusion", "Pleural Other", "Hyperinflation")
     assert all(set(row) == set(names) for row in targets)
     assert [{name for name, value in row.items() if value} for row in targets] == [
-        {"Pleural Effusion", "Lung Opacity"}, {"No Finding"}, {"Pleural Other"}, {"Lung Lesion"},
+        {"Pleural Effusion", "Lung Opacity"}, {"No Finding"}, {"Pleural Other", "Hyperinflation"}, {"Lung Lesion"},
     ]  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def test_films_without_labels_are_skipped(labelled_dataset: Path, tiny_dataset: 
     }  # fmt: skip
     with pytest.raises(UsageError, match=r"no column labels, which labels_only needs"):
         LabelledFilms(open_dataset(tiny_dataset)["train"], DataSettings(), 16)
-    split = open_dataset(labelled_dataset)["train"].map(lambda row: {"labels": ["Hernia"]})
+    split = open_dataset(labelled_dataset)["train"].map(lambda row: {"labels": ["Fibrosis"]})
     with pytest.raises(UsageError, match="none of its labels is known"):
         LabelledFilms(split, DataSettings(), 16)
 

@@ -278,7 +278,7 @@ def test_an_unknown_pooling_is_refused(make_model: Any) -> None:
 
 def _mixed(examples: list[Example], text_tokenizer: Any, indices: Sequence[int]) -> PairBatch:
     """Studies 1, 3 and 4 have labels in place of their reports; nobody knows some of the others' findings."""
-    labels = torch.zeros(14)
+    labels = torch.zeros(23)
     labels[3], labels[5:] = 1.0, math.nan
     films = {1, 3, 4}
     chosen = [replace(examples[i], report=".", findings=labels) if i in films else examples[i] for i in indices]

@@ -62,8 +62,17 @@ def test_balance_gives_both_classes_equal_weight(head: FindingsHead) -> None:
 
 def test_targets_are_the_labels_of_the_reports() -> None:
     targets = finding_targets(["the heart is enlarged . no pleural effusion .", "possible pneumonia ."])
-    assert targets.shape == (2, len(FINDINGS)) == (2, 14)
+    assert targets.shape == (2, len(FINDINGS)) == (2, 23)
     row = dict(zip(FINDINGS, targets[0].tolist(), strict=True))
     assert (row["Cardiomegaly"], row["Pleural Effusion"], row["Fracture"]) == (1.0, 0.0, 0.0)
     assert math.isnan(targets[1, FINDINGS.index("Pneumonia")])
-    assert finding_targets([]).shape == (0, 14)
+    assert finding_targets([]).shape == (0, 23)
+
+
+def test_a_head_learns_the_first_findings_only(head: FindingsHead) -> None:
+    tokens, views = torch.randn(3, 5, 8), torch.tensor([1, 2])
+    targets = torch.tensor([[1.0, 0.0, 1.0], [0.0, NAN, 1.0]])
+    wider = torch.cat([targets, torch.ones(2, 9)], dim=1)
+    assert torch.equal(head.loss_sum(tokens, views, wider), head.loss_sum(tokens, views, targets))
+    head.set_balance(wider, most=20.0)
+    assert head.balance.shape == (3,)

@@ -8,6 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from emrrg_cli.datasets.finding_targets import FINDINGS
+from emrrg_cli.decoding.reports import load_generator
+from emrrg_cli.decoding.writer import Studies
+from emrrg_cli.errors import UsageError
+
 
 @pytest.mark.slow
 def test_a_scaled_rate_changes_only_its_part_of_the_model(finetune: Any) -> None:
@@ -78,6 +83,20 @@ def test_the_findings_head_starts_from_stage_2(finetune: Any, tmp_path: Path, ca
     assert "the findings head starts from the head of stage 2" in capfd.readouterr().err
     for name, tensor in head.items():
         assert torch.allclose(run.exported[f"bridge.safetensors:findings.{name}"], tensor, atol=1e-6)
+    with pytest.raises(UsageError, match=r"head of stage 2 has 14 findings, and model\.findings_set has 23"):
+        finetune("other", *options, f"model.encoder.weights={stage_2}", "model.findings_set=extended")
+
+
+@pytest.mark.slow
+def test_reports_follow_the_extended_set(finetune: Any) -> None:
+    told = ("model.findings=true", "model.findings_set=extended", "model.findings_prompt=true")
+    run = finetune("run", *told, "model.findings_prompt_labels=true", "train.max_steps=1")
+    assert run.exported["bridge.safetensors:findings.evidence.bias"].shape == (23,)
+    generator = load_generator(run.directory, device="cpu")
+    size = generator.recipe.model.encoder.image_size
+    study = Studies([0], [0], torch.zeros(1, size, size, dtype=torch.uint8), torch.ones(1, dtype=torch.long))
+    (written,) = (done for some in generator.write(iter([study])) for done in some)
+    assert list(written.findings) == list(FINDINGS)
 
 
 @pytest.mark.slow
