@@ -12,6 +12,9 @@ all stages in rows that change an earlier stage. `--add` adds a row: its changes
 or `align.` before the key to that stage; `of ROW` decodes the finished runs of that row with other settings and trains
 nothing. `--list` shows the rows.
 
+With several runs on a GPU, start NVIDIA MPS before (`nvidia-cuda-mps-control -d`): four runs of stage 3 then train on
+600 studies/s together, one alone on 250.
+
 `--minutes 9` limits the length of a call: training is stopped, and the next call with the same arguments resumes it.
 Finished jobs are not repeated. WORK/records.json lists them: with only this file in WORK, finished rows are not run
 again. Scores are of the validation split; `--test --frozen COMMIT` reads the test split once, and only if COMMIT is
@@ -211,8 +214,8 @@ class Chain:
             name = f"pretrain{_digest(changes)}{suffix}"
             given = (f"data.sets=[{sets}]", f"data.held_out=[{self.data}]")
             if not self.options.films:
-                given += ("train.epochs=80",)  # as many steps as with other films
-            needs = (self._training("pretrain", name, (*given, *changes, *seeds), (), 1.0),)
+                given += ("train.epochs=60",)  # nearly as many steps as with other films
+            needs = (self._training("pretrain", name, (*given, *changes, *seeds), (), self._share),)
             weights = (f"model.encoder.weights={self.work / name}",)
         root = f"data.root={self.data}"
         if "align" not in row.without:
@@ -221,7 +224,7 @@ class Chain:
             name = f"align{_digest((*row.of_stage('pretrain'), *row.of_stage('align')))}{alone}{suffix}"
             own = any(change.startswith("data.sets=") for change in changes)
             data = () if own else (root,)
-            needs = (self._training("align", name, (*data, *changes, *seeds), needs, 0.5),)
+            needs = (self._training("align", name, (*data, *changes, *seeds), needs, self._share),)
             weights = (f"model.encoder.weights={self.work / name}",)
         changes = (root, *weights, f"train.seed={seed}", *row.of_stage("finetune"), *self.options.overrides)
         return self._training("finetune", f"{_file(row.name)}-{seed}", changes, needs, self._share)
