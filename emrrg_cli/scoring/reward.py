@@ -17,8 +17,8 @@ _REMEMBERED = 20_000
 class Reward:
     """The weighted sum of scores of each report against its reference; CIDEr counts as a part of 10.
 
-    CIDEr's n-grams are weighed by how rare they are among the training reports. `F1_rules` is the F1 of the positive
-    labels of the pair, "No Finding" among them.
+    CIDEr's n-grams are weighted by how rare they are in the training reports. `ROUGE_1` is recall. `F1_rules` is the F1
+    of the positive labels of the pair, including "No Finding".
 
     Args:
         corpus: the training reports.
@@ -30,7 +30,7 @@ class Reward:
         self._corpus, self._compared = Corpus(self._texts), 0
 
     def __call__(self, references: Sequence[str], hypotheses: Sequence[str]) -> list[float]:
-        """One number a pair."""
+        """Returns one number per pair."""
         if self._compared > _REMEMBERED:  # it remembers every text that it has seen
             self._corpus, self._compared = Corpus(self._texts), 0
         self._compared += len(hypotheses)
