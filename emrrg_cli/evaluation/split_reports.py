@@ -40,6 +40,9 @@ def made_with(recipe: FinetuneRecipe, run_dir: Path, split: str, precision: str)
     """Returns a record of everything that affects the reports of a split; equal records mean equal reports."""
     data = whole_directory(Path(recipe.data.root or ""))
     threshold = recipe.model.findings_threshold
+    ignored = {"batch_size"}
+    if recipe.generation.consensus is None:  # records of earlier versions do not have these
+        ignored |= {"consensus", "consensus_scores"}
     return {
         "emrrg": installed_versions(["emrrg"])["emrrg"],
         "model": {str(file.relative_to(run_dir)): _stamp(file) for file in sorted((run_dir / "model").rglob("*"))},
@@ -47,7 +50,7 @@ def made_with(recipe: FinetuneRecipe, run_dir: Path, split: str, precision: str)
         "split": split,
         "settings": {
             "data": data_settings(recipe),
-            "generation": recipe.generation.model_dump(mode="json", exclude={"batch_size"}),
+            "generation": recipe.generation.model_dump(mode="json", exclude=ignored),
             "references": recipe.evaluation.references,
             **({} if threshold is None else {"findings_threshold": threshold}),
         },
