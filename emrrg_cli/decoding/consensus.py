@@ -16,7 +16,7 @@ import numpy as np
 
 from emrrg_cli.decoding.slots import Prompts
 from emrrg_cli.labeling import OBSERVATIONS, positive_labels
-from emrrg_cli.scoring.comparison import ORDERS, Floats
+from emrrg_cli.scoring.comparison import ORDERS, Corpus, Floats
 from emrrg_cli.scoring.scores import Bleu
 from emrrg_cli.vocabulary import BLEU_NAMES, F1_RULES, ROUGE_1
 
@@ -52,9 +52,8 @@ def most_agreed(texts: Sequence[str], scores: Mapping[str, float]) -> int:
 
 def _of_words(texts: Sequence[str], scores: Mapping[str, float]) -> Floats:
     """Returns the weighted sum of BLEU and ROUGE-1, `[n, n]`: of the text of a row, against that of a column."""
-    words = [text.split() for text in texts]
-    matches = np.stack([_common(words, order) for order in range(1, ORDERS + 1)], axis=-1)  # [n, n, 4]
-    lengths = np.array([len(row) for row in words], np.float64)
+    matches = Corpus(()).matches(texts)
+    lengths = np.array([len(text.split()) for text in texts], np.float64)
     possible = np.maximum(0, lengths[:, None] - np.arange(ORDERS))  # [n, 4]
     own = np.broadcast_to(np.column_stack([possible, lengths])[:, None], (len(texts), len(texts), ORDERS + 1))
     others = np.broadcast_to(lengths[None, :, None], (len(texts), len(texts), 1))
@@ -62,26 +61,6 @@ def _of_words(texts: Sequence[str], scores: Mapping[str, float]) -> Floats:
     total = bleu @ np.array([scores.get(name, 0.0) for name in BLEU_NAMES])
     recall = matches[..., 0] / np.maximum(1, lengths)
     return np.asarray(total + scores.get(ROUGE_1, 0.0) * recall, np.float64)
-
-
-def _common(words: Sequence[Sequence[str]], order: int) -> Floats:
-    """Returns how many n-grams each pair of texts shares, `[n, n]`, repeated ones as often as both have them."""
-    numbers: dict[tuple[str, ...], int] = {}
-    counted = []
-    for row in words:
-        grams = zip(*(row[start:] for start in range(order)), strict=False)
-        counted.append(Counter(numbers.setdefault(gram, len(numbers)) for gram in grams))
-    counts = np.zeros((len(words), len(numbers)), np.float32)
-    for place, row_counts in enumerate(counted):
-        counts[place, list(row_counts)] = list(row_counts.values())
-    # The smaller of two counts is the number of k up to which both reach: a sum of products.
-    common = np.zeros((len(words), len(words)), np.float64)
-    k = 1
-    while (reached := counts[:, (counts >= k).any(axis=0)] >= k).any():
-        found = reached.astype(np.float32)
-        common += found @ found.T
-        k += 1
-    return common
 
 
 def _of_findings(texts: Sequence[str]) -> Floats:

@@ -86,17 +86,18 @@ class Gallery:
     def _facts(self) -> list[tuple[str, str]]:
         model, generation = self.recipe.model, self.recipe.generation
         encoder = model.encoder.size or f"{model.encoder.depth} blocks of {model.encoder.d_model}"
-        beams = f"{generation.num_beams} beams" if generation.num_beams > 1 else "one token at a time"
-        beams += ", sampled" if generation.do_sample else ""
         if generation.consensus is not None:
-            beams = f"consensus of {generation.consensus} samples"
+            decoding = f"consensus of {generation.consensus} samples"
+        else:
+            decoding = f"{generation.num_beams} beams" if generation.num_beams > 1 else "one token at a time"
+            decoding += ", sampled" if generation.do_sample else ""
         facts = [
             ("Model", path_name(self.run_dir)),
             ("Encoder", f"{encoder}, {model.encoder.image_size} pixels"),
             ("LLM", str(model.llm.name)),
             (
                 "Decoding",
-                f"{beams}, at most {generation.max_new_tokens} tokens",
+                f"{decoding}, at most {generation.max_new_tokens} tokens",
             ),
             ("Command", self.options.command),
             (

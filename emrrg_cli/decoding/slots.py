@@ -11,9 +11,9 @@ captured as a CUDA graph.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,24 +53,23 @@ class Prompts:
     def rows(self, first: int, last: int) -> Prompts:
         """Returns reports `first` to `last` - 1; both are multiples of `copies`."""
         part = slice(first // self.copies, last // self.copies)
-        tensors = (self.embeddings, self.mask, self.visual_tokens, self.visual_mask)
-        embeddings, mask, visual, visual_mask = (None if t is None else t[part] for t in tensors)
-        assert embeddings is not None
-        assert mask is not None
-        keys, seeds = self.keys[first:last], self.seeds[first:last]
-        return Prompts(keys, seeds, embeddings, mask, visual, visual_mask, self.copies)
+        return replace(
+            self._mapped(lambda tensor: tensor[part]), keys=self.keys[first:last], seeds=self.seeds[first:last]
+        )
 
     def repeated(self) -> Prompts:
         """Returns one prompt per report, with `copies` equal ones in sequence."""
-        tensors = (self.embeddings, self.mask, self.visual_tokens, self.visual_mask)
-        embeddings, mask, visual, visual_mask = (_repeated(tensor, self.copies) for tensor in tensors)
-        assert embeddings is not None
-        assert mask is not None
-        return Prompts(self.keys, self.seeds, embeddings, mask, visual, visual_mask)
+        return replace(self._mapped(lambda tensor: tensor.repeat_interleave(self.copies, dim=0)), copies=1)
 
-
-def _repeated(tensor: Tensor | None, copies: int) -> Tensor | None:
-    return tensor if tensor is None or copies == 1 else tensor.repeat_interleave(copies, dim=0)
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> Prompts:
+        tokens, mask = (None if t is None else function(t) for t in (self.visual_tokens, self.visual_mask))
+        return replace(
+            self,
+            embeddings=function(self.embeddings),
+            mask=function(self.mask),
+            visual_tokens=tokens,
+            visual_mask=mask,
+        )
 
 
 class SlotCache(Cache):  # type: ignore[misc]
@@ -178,8 +177,8 @@ class Slots:
         if prompts.visual_tokens is not None:
             many = prompts.visual_tokens.shape[1]
             self._visual_mask[index] = False
-            real = _repeated(prompts.visual_mask, copies)
-            self._visual_mask[index, :many] = True if real is None else real.bool()
+            real = prompts.visual_mask
+            self._visual_mask[index, :many] = True if real is None else real.bool().repeat_interleave(copies, dim=0)
             for name, pair in cache.__dict__["visual_keys_and_values"].items():
                 for store, states in zip(self.cache.visual[name], pair, strict=True):
                     store[index, :many] = states.transpose(1, 2).to(store.dtype).repeat_interleave(copies, dim=0)

@@ -138,11 +138,14 @@ class Writer:
         # Samples with keys (study, number), in any order -> one report for each study that has all of its samples.
         waiting: dict[Any, dict[int, Report]] = {}
         for done in sampled:
+            complete = []
             for (key, number), report in done:
-                waiting.setdefault(key, {})[number] = report
-            complete = [key for key, found in waiting.items() if len(found) == samples]
+                found = waiting.setdefault(key, {})
+                found[number] = report
+                if len(found) == samples:
+                    complete.append((key, self._most_agreed(waiting.pop(key))))
             if complete:
-                yield [(key, self._most_agreed(waiting.pop(key))) for key in complete]
+                yield complete
 
     def _most_agreed(self, found: Mapping[int, Report]) -> Report:
         reports = [found[number] for number in sorted(found)]

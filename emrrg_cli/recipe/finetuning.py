@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -30,6 +31,11 @@ from emrrg_cli.vocabulary import (
 )
 
 Protocol = Literal["published", "ours"]
+
+
+def _require_known(key: str, weights: Mapping[str, float], known: Sequence[str]) -> None:
+    if unknown := sorted(set(weights) - set(known)):
+        raise ValueError(f"{key} names unknown scores {unknown}; known: {sorted(known)}")
 
 
 class AdapterSettings(Settings):
@@ -215,8 +221,7 @@ class SelfCriticalSettings(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if unknown := sorted(set(self.rewards) - set(REWARDS)):
-            raise ValueError(f"rewards names unknown scores {unknown}; known: {sorted(REWARDS)}")
+        _require_known("rewards", self.rewards, REWARDS)
         if not self.rewards:
             raise ValueError("rewards names no score")
         return self
@@ -241,8 +246,7 @@ class TrainSettings(LoopSettings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if unknown := sorted(set(self.score_weights) - set(SELECTION_SCORES)):
-            raise ValueError(f"score_weights names unknown scores {unknown}; known: {sorted(SELECTION_SCORES)}")
+        _require_known("score_weights", self.score_weights, SELECTION_SCORES)
         return self
 
 
@@ -282,8 +286,7 @@ class GenerationSettings(Settings):
     def _check(self) -> Self:
         if self.consensus is not None and (self.num_beams > 1 or not self.do_sample):
             raise ValueError("consensus needs num_beams: 1 and do_sample: true; for other decoding set consensus: null")
-        if unknown := sorted(set(self.consensus_scores) - set(AGREEMENTS)):
-            raise ValueError(f"consensus_scores names unknown scores {unknown}; known: {sorted(AGREEMENTS)}")
+        _require_known("consensus_scores", self.consensus_scores, AGREEMENTS)
         if not self.consensus_scores:
             raise ValueError("consensus_scores names no score")
         if self.min_new_tokens > self.max_new_tokens:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,6 +86,11 @@ class Corpus:
             subsequences=np.array([_longest_common(truth, text) for truth, text in pairs], np.float64),
         )
 
+    def matches(self, texts: Sequence[str]) -> Floats:
+        """Counts the n-grams that each pair of the texts has in common, `[n, n, 4]`, as `Pairs.matches` has them."""
+        counted = [self._text(text).counts for text in texts]
+        return np.stack([_common_of_all([counts[order] for counts in counted]) for order in range(ORDERS)], axis=-1)
+
     def _split(self, text: str) -> list[int]:
         return [self._words.setdefault(word, len(self._words)) for word in text.split()]
 
@@ -124,6 +129,20 @@ class Corpus:
             matches.append(matched)
             products.append(product)
         return matches + products
+
+
+def _common_of_all(counted: Sequence[Mapping[int, int]]) -> Floats:
+    """Returns the sum of the smaller counts of each pair, `[n, n]`, for counts by n-gram of n texts."""
+    columns = {gram: column for column, gram in enumerate(dict.fromkeys(gram for row in counted for gram in row))}
+    counts = np.zeros((len(counted), len(columns)), np.float32)
+    for place, row in enumerate(counted):
+        counts[place, [columns[gram] for gram in row]] = list(row.values())
+    # The smaller of two counts is the number of k up to which both reach: a sum of products.
+    common = np.zeros((len(counted), len(counted)), np.float64)
+    for k in range(1, int(counts.max(initial=0)) + 1):
+        reached = (counts[:, (counts >= k).any(axis=0)] >= k).astype(np.float32)
+        common += reached @ reached.T
+    return common
 
 
 def _longest_common(truth: _Text, text: _Text) -> int:

@@ -91,3 +91,16 @@ def test_the_590_iu_pairs_equal_pycocoevalcap(shared_data: Path) -> None:
     )
     draw = random.Random(0)
     _check(test, [draw.choice(train) for _ in test])
+
+
+def test_matches_of_all_pairs_are_those_of_each_pair() -> None:
+    texts = [
+        "the heart is large .",
+        "the the the heart . the heart",
+        "clear .",
+        "",
+        "the heart is large . no effusion .",
+    ]
+    pairs = [(truth, text) for text in texts for truth in texts]
+    compared = Corpus(texts).compare([truth for truth, _ in pairs], [text for _, text in pairs])
+    assert np.array_equal(Corpus(()).matches(texts), compared.matches.reshape(5, 5, 4))
