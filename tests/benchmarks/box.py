@@ -275,7 +275,7 @@ def card(found: dict[str, Any], work: Work) -> str:
             f"{found['parameters']:,} parameters in fp16. `python tests/benchmarks/box.py` makes it again.",
             "",
             f"Scores on {found['films']:,} studies that no stage has seen. F1 of findings against the exact labels;",
-            "the controls are the same reports dealt to other films, and the most frequent report:",
+            "the controls are the same reports shuffled between films, and the most frequent report:",
             "",
             "| finding | model | shuffled films | usual report |",
             "|---|---|---|---|",
