@@ -13,12 +13,11 @@ from emrrg_cli.errors import RunError
 from emrrg_cli.models.foreign_files import check_header
 
 
-def load_tensors(file: Path) -> dict[str, Tensor]:
-    """Returns the tensors of a safetensors file by name.
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Returns the tensors of a safetensors file by name, whatever their values: a conversion keeps every bit.
 
     Raises:
-        RunError: The file is missing, unreadable or not a regular file, its header is too large, or all values of a
-            tensor are NaN.
+        RunError: The file is missing, unreadable or not a regular file, or its header is too large.
     """
     try:
         check_header(file)
@@ -26,6 +25,16 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
     except Exception as error:  # safetensors raises its own error types, which it does not export in one place
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise RunError(f"{file}: not a readable safetensors file: {reason}") from error
+    return tensors
+
+
+def load_tensors(file: Path) -> dict[str, Tensor]:
+    """Returns the tensors of a safetensors file for a model, by name.
+
+    Raises:
+        RunError: As in `read_tensors`, or all values of a tensor are NaN.
+    """
+    tensors = read_tensors(file)
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.numel() and bool(tensor.isnan().all()):
             raise RunError(f"{file}: every value of {name} is NaN", hint="Put the file back from a copy.")

@@ -15,11 +15,12 @@ from emrrg_cli.evaluation.merged_scores import read_merged
 from emrrg_cli.models.arm.pretrainer import _read as read_pretrainer
 from emrrg_cli.models.encoder_files import encoder_source
 from emrrg_cli.models.published.checkpoint import read_checkpoint
-from emrrg_cli.models.published.directories import load_tensors, read_record
+from emrrg_cli.models.published.directories import read_record
+from emrrg_cli.models.weights import read_tensors
 
 _HEADER = (9 * 2**20).to_bytes(8, "little") + b"{" + b" " * (9 * 2**20)
 
-_TENSORS: list[Callable[[Path], Any]] = [encoder_source, load_tensors, read_checkpoint]
+_TENSORS: list[Callable[[Path], Any]] = [encoder_source, read_tensors, read_checkpoint]
 
 
 @pytest.mark.parametrize("read", _TENSORS)

@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.files.records import read_bounded
-from emrrg_cli.models.foreign_files import check_archive, check_header
+from emrrg_cli.models.foreign_files import check_archive
+from emrrg_cli.models.weights import read_tensors
 
 # Keys of the model's tensors, in a file that also contains other entries.
 CONTAINERS = ("model", "state_dict", "module")
@@ -125,11 +125,7 @@ def read_checkpoint(file: Path) -> Checkpoint:
     if head[:2] in (b"PK", b"\x80\x02"):
         return _sorted_out(file, _unpickled(file))
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < file.stat().st_size:
-        try:
-            check_header(file)
-            return Checkpoint(load_file(file), None, {}, [])
-        except (SafetensorError, OSError) as error:
-            raise RunError(f"{file}: not a readable safetensors file: {error}") from error
+        return Checkpoint(read_tensors(file), None, {}, [])
     if head.startswith(b"version https://git-lfs"):
         raise RunError(f"{file}: this is a pointer of Git LFS, not the file", hint="Fetch the file: git lfs pull.")
     if head[:1] == b"\x80" and (names := _globals_in(file)):
@@ -144,12 +140,11 @@ def _joined(index: Path) -> Checkpoint:
         names = sorted(set(json.loads(read_bounded(index, _LARGEST_INDEX))["weight_map"].values()))
         if not all(isinstance(name, str) and name == Path(name).name for name in names):
             raise ValueError("it names files outside its directory")
-        tensors: dict[str, Tensor] = {}
-        for name in names:
-            check_header(index.with_name(name))
-            tensors |= load_file(index.with_name(name))
-    except (RecursionError, OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (RecursionError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{index}: this index of a model in several files cannot be read: {error}") from error
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        tensors |= read_tensors(index.with_name(name))
     return Checkpoint(tensors, None, {}, [])
 
 

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from emrrg_cli.errors import RunError, UsageError
@@ -23,10 +22,10 @@ from emrrg_cli.files.atomic import atomic_write_text, whole_directory
 from emrrg_cli.files.records import read_bounded
 from emrrg_cli.models.arm.pretrainer import ArmPretrainer, default_taps
 from emrrg_cli.models.encoder_files import ENCODER_FILE, FORMAT, PRETRAINER_FILE, EncoderConfig, write_encoder_config
-from emrrg_cli.models.foreign_files import check_header
 from emrrg_cli.models.published.bert import bert_config
 from emrrg_cli.models.published.importing import Imported
 from emrrg_cli.models.published.stages import TEXT, Stage
+from emrrg_cli.models.weights import read_tensors
 
 RECORD = "convert.json"
 LEFT_OUT = "left_out.safetensors"
@@ -41,20 +40,6 @@ _HEADS = ("vision_proj.", "text_proj.", "logit_scale")
 def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     """Writes tensors in their dtypes. They are copied, because tensors of a checkpoint may share memory."""
     save_file({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}, file)
-
-
-def load_tensors(file: Path) -> dict[str, Tensor]:
-    """Returns the tensors of a safetensors file.
-
-    Raises:
-        RunError: It cannot be read.
-    """
-    try:
-        check_header(file)
-        tensors: dict[str, Tensor] = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise RunError(f"{file}: not a readable safetensors file: {error}") from error
-    return tensors
 
 
 def write_record(directory: Path, imported: Imported) -> None:
@@ -175,11 +160,11 @@ def read_directory_tensors(directory: Path) -> tuple[Stage, dict[str, Tensor]]:
         return next((place / name for place in places if (place / name).is_file()), None)
 
     if (file := find(PRETRAINER_FILE)) is not None:
-        return "pretrain", load_tensors(file)
+        return "pretrain", read_tensors(file)
     encoder = find(ENCODER_FILE)
-    tensors = {} if encoder is None else {f"encoder.{name}": t for name, t in load_tensors(encoder).items()}
+    tensors = {} if encoder is None else {f"encoder.{name}": t for name, t in read_tensors(encoder).items()}
     if (file := find(BRIDGE_FILE)) is not None:
-        return "finetune", tensors | load_tensors(file)
+        return "finetune", tensors | read_tensors(file)
     if not tensors:
         hint = "Name a run, or a directory that `emrrg convert` wrote."
         raise UsageError(f"{directory}: there is no model in this directory", hint=hint)
@@ -188,7 +173,7 @@ def read_directory_tensors(directory: Path) -> tuple[Stage, dict[str, Tensor]]:
     if head is None and text is None:
         return "encoder", tensors
     if head is not None:
-        tensors |= load_tensors(head)
+        tensors |= read_tensors(head)
     for file in sorted(text.glob("*.safetensors")) if text is not None else ():
-        tensors |= {TEXT + name: tensor for name, tensor in load_tensors(file).items()}
+        tensors |= {TEXT + name: tensor for name, tensor in read_tensors(file).items()}
     return "align", tensors

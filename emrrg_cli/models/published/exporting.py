@@ -21,7 +21,6 @@ from emrrg_cli.models.published.directories import (
     BRIDGE_FILE,
     LEFT_OUT,
     USUAL_TEXT,
-    load_tensors,
     read_directory_tensors,
     read_record,
 )
@@ -36,6 +35,7 @@ from emrrg_cli.models.published.layout import (
     to_published,
 )
 from emrrg_cli.models.published.stages import ENCODER, TEXT, Stage
+from emrrg_cli.models.weights import read_tensors
 
 
 def export_checkpoint(directory: Path, allow: Sequence[str] = ()) -> tuple[Stage, Checkpoint, list[str]]:
@@ -76,7 +76,7 @@ def export_checkpoint(directory: Path, allow: Sequence[str] = ()) -> tuple[Stage
         return stage, Checkpoint(published, "model", {}, []), dropped
     every = {parallel + name: tensor for name, tensor in published.items()}
     if (file := directory / LEFT_OUT).is_file():
-        every |= load_tensors(file)
+        every |= read_tensors(file)
     if missing := [name for name in names if name not in every]:
         raise RunError(f"{directory}: {missing[0]} of {record['file']} is missing")
     # Stacked tensors have the widest of their dtypes; the conversion back to the original dtypes is exact.
