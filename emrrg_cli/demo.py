@@ -15,7 +15,6 @@ from emrrg_cli.decoding.cards import CardFile
 from emrrg_cli.decoding.outputs import Row
 from emrrg_cli.default_model import read_limits
 from emrrg_cli.evaluation.findings import finding_scores
-from emrrg_cli.files.records import read_jsonl
 from emrrg_cli.phantom.reader import read_labels
 from emrrg_cli.reporting.gallery import About, write_gallery
 
@@ -66,7 +65,7 @@ def read_result(data: Path, reports: Mapping[str, str]) -> DemoResult:
 
 def write_demo_page(
     folder: Path,
-    reports: Path,
+    reports: Sequence[Row],
     result: DemoResult,
     scores: Mapping[str, float | None],
     intro: str,
@@ -76,7 +75,8 @@ def write_demo_page(
     """Writes `page.html`: scores, and films with reference, report and findings, compared sentence by sentence.
 
     Args:
-        reports: Output folder of `emrrg generate`; its films and maps are shown.
+        folder: Folder of the demo; the films and maps in its `reports` are shown.
+        reports: Records of `emrrg generate`.
         scores: Language scores.
         intro: Introduction of the page.
         commands: Commands that made the reports.
@@ -89,9 +89,7 @@ def write_demo_page(
         study: (truth, text)
         for study, truth, text in zip(result.study_ids, result.truth, result.references, strict=True)
     }
-    rows = [
-        compared(row, *known[row["study"]]) for row in read_jsonl(reports / "reports.jsonl") if row["study"] in known
-    ]
+    rows = [compared(row, *known[row["study"]]) for row in reports if row["study"] in known]
     language = {name: [f"{value:.3f}"] for name, value in scores.items() if value is not None}
     findings = {"": ["model", "shuffled films", "usual report"]}
     findings |= {name: [f"{value:.2f}" for value in row] for name, row in result.f1.items()}
@@ -106,7 +104,7 @@ def write_demo_page(
         tables=[(f"F1 of findings, {count} films", findings), (f"Language, {count} films", language)],
         legend=LEGEND,
     )
-    return write_gallery(folder, about, CardFile(reports, "").join(rows), count)[0]
+    return write_gallery(folder, about, CardFile(folder / "reports", "").join(rows), count)[0]
 
 
 def compared(row: Row, truth: set[str], reference: str) -> Row:

@@ -131,10 +131,11 @@ def _write_reports(steps: Steps, output: Path, run_dir: Path, *, trained: bool) 
     from emrrg_cli.files.records import read_jsonl
     from emrrg_cli.reporting.tables import DISCLAIMER, score_table
 
-    result = work.read_result(data, {row["study"]: row["report"] for row in read_jsonl(reports / "reports.jsonl")})
+    rows = read_jsonl(reports / "reports.jsonl")
+    result = work.read_result(data, {row["study"]: row["report"] for row in rows})
     language = score(result.references, result.hypotheses, meteor=False)
     intro = _INTRO_TRAINED if trained else _INTRO
-    page = work.write_demo_page(output, reports, result, language, intro, steps.commands, run_dir)
+    page = work.write_demo_page(output, rows, result, language, intro, steps.commands, run_dir)
     films = f"{len(result.study_ids)} unseen synthetic films"
     out.print(score_table({name: value for name, value in language.items() if value is not None}, films))
     out.print(_findings(result, films))
