@@ -113,11 +113,11 @@ def compared(row: Row, truth: set[str], reference: str) -> Row:
     tags = [(name, "good" if name in truth else "bad") for name in sorted(found)]
     tags += [(name, "missed") for name in sorted(truth - found)]
     spans = [(one["start"], one["end"]) for one in row["sentences"]]
-    said = [reference[start:end] for start, end in sentence_spans(reference)]
+    sentences = [reference[start:end] for start, end in sentence_spans(reference)]
     return row | {
         "tags": tags,
         "sentence_tags": [_tag(report[start:end], truth, "bad") for start, end in spans],
-        "reference": [(sentence, _tag(sentence, found, "missed")) for sentence in said],
+        "reference": [(sentence, _tag(sentence, found, "missed")) for sentence in sentences],
     }
 
 

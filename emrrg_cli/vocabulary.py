@@ -18,7 +18,7 @@ SPLIT_NAMES: dict[str, Split] = {
 }
 
 Projection = Literal["frontal", "lateral", "oblique", "unknown"]
-# Those that a model may be told of; what is neither frontal nor lateral is unknown to it.
+# Views that a model can distinguish; what is neither frontal nor lateral is unknown to it.
 VIEW_TOKENS: tuple[Projection, ...] = ("unknown", "frontal", "lateral")
 # As datasets write a view that is lateral, and one that is not known.
 LATERAL_VIEW = "LATERAL"

@@ -87,17 +87,17 @@ def without_report(row: Mapping[str, Any], field: ContextField) -> str:
     Args:
         row: As in `select_context`.
     """
-    told = [_plain(row.get(name) or "") for name in ("findings", "impression", "report")]
+    reports = [_plain(row.get(name) or "") for name in ("findings", "impression", "report")]
     sentences = re.split(r"(?<=[.;!?])\s+", str(row.get(field) or "")[:_MOST_CHARACTERS])
-    return " ".join(sentence for sentence in sentences if not _is_told(_plain(sentence), told))
+    return " ".join(sentence for sentence in sentences if not _is_in_reports(_plain(sentence), reports))
 
 
 def _plain(text: str) -> str:
     return f" {' '.join(re.findall(r'[a-z0-9]+', text.lower()))} "
 
 
-def _is_told(sentence: str, told: Sequence[str]) -> bool:
-    return len(sentence.split()) >= _LEAST_WORDS and any(sentence in text for text in told)
+def _is_in_reports(sentence: str, reports: Sequence[str]) -> bool:
+    return len(sentence.split()) >= _LEAST_WORDS and any(sentence in text for text in reports)
 
 
 def drop_fields(

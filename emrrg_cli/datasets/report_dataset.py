@@ -118,8 +118,7 @@ class ReportDataset(Dataset[Example]):
             self.rows.append(row)
             self.study_ids.append(record["study_id"])
             self.reports.append(clean_report(text, cleaning_for(record["source"] or "", settings.cleaning)))
-            told = select_context(record, settings.context, settings.cleaning, settings.context_words)
-            self.contexts.append(told)
+            self.contexts.append(select_context(record, settings.context, settings.cleaning, settings.context_words))
             if settings.limit is not None and len(self.rows) == settings.limit:
                 break
         self.without_text = 0 if settings.limit is not None else len(split) - len(self.rows)

@@ -67,14 +67,16 @@ def stored_studies(root: str, split: str | None = None) -> list[StudyFiles]:
     rows = splits[chosen]
     studies: dict[str, StudyFiles] = {}
     counts = list_value_length(rows.data.column("images")).to_pylist()  # reads no image
-    told = [name for name in CONTEXT_FIELDS if name in rows.column_names]
-    texts = ["findings", "impression", "report"] if told else []
-    for row, record in enumerate(rows.select_columns(["study_id", "views", *texts, *told])):
+    context_fields = [name for name in CONTEXT_FIELDS if name in rows.column_names]
+    texts = ["findings", "impression", "report"] if context_fields else []
+    for row, record in enumerate(rows.select_columns(["study_id", "views", *texts, *context_fields])):
         count, name = counts[row] or 0, printable(str(record["study_id"]))
         views = tuple(view or "" for view in [*(record["views"] or ()), *[""] * count][:count])
         if name in studies:
             raise UsageError(f"{printable(root)}: two studies of the {chosen} split have the id {name}")
         where = f"{path_name(Path(root))}/{chosen}/{name}"
         films = tuple(StoredImage(rows, row, place, f"{where}/{place}") for place in range(count))
-        studies[name] = StudyFiles(name, films, views, {field: without_report(record, field) for field in told})
+        studies[name] = StudyFiles(
+            name, films, views, {field: without_report(record, field) for field in context_fields}
+        )
     return list(studies.values())

@@ -148,9 +148,9 @@ def table_studies(table: Path, image_column: str = "image", study_column: str | 
             continue
         name = printable(name) if name else path_name(files[0])
         groups.setdefault(name, []).extend(files)
-        told = {field_name: cell_text((row or {}).get(field_name)) for field_name in CONTEXT_FIELDS}
+        context = {field_name: cell_text((row or {}).get(field_name)) for field_name in CONTEXT_FIELDS}
         known = contexts.setdefault(name, {})
-        known |= {field_name: text for field_name, text in told.items() if text and field_name not in known}
+        known |= {field_name: text for field_name, text in context.items() if text and field_name not in known}
     if not groups:
         raise UsageError(f"{table} names no images in its column {image_column!r}")
     return [

@@ -167,7 +167,7 @@ class Writer:
         pixels, views = (tensor.to(self.device, non_blocking=True) for tensor in (studies.pixels, studies.views))
         with self.autocast():
             films = self.model.encode_films(pixels)
-            tokens = self.model.tell_views(films, studies.projections)
+            tokens = self.model.with_view_embedding(films, studies.projections)
             embeddings, mask, visual = self.model.prompt_of(tokens, views, studies.contexts)
             if self.confident and self.model.findings is not None:
                 for key, row in zip(studies.keys, self.model.findings(tokens, views).sigmoid().tolist(), strict=True):

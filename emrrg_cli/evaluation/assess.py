@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from emrrg_cli.console import err
 from emrrg_cli.evaluation import bootstrap, clinical, controls
-from emrrg_cli.evaluation.glance import at_a_glance
+from emrrg_cli.evaluation.error_figures import error_figures
 from emrrg_cli.evaluation.language import score, tokenized
 from emrrg_cli.evaluation.predictions import Predictions
 from emrrg_cli.labeling import label_reports
@@ -91,7 +91,7 @@ def assess(predictions: Predictions, options: Options | None = None) -> Assessme
     dealt = float(dealt_cider.mean()) if len(dealt_cider) else math.nan
     record["image"] = controls.image_sentence(record["image_matters"], p, float(cider.mean()), dealt, len(cider))
     main = labels["chexbert" if "chexbert" in labels else "rules"]
-    record["glance"] = at_a_glance(predictions, *main, options.train_reports)
+    record["glance"] = error_figures(predictions, *main, options.train_reports)
     return Assessment(record, statistics, labels, dealt_cider, options.train_reports)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from emrrg_cli.console import counted, printable
 from emrrg_cli.errors import RunError
 from emrrg_cli.evaluation.assess import Assessment
-from emrrg_cli.evaluation.glance import study_rows
+from emrrg_cli.evaluation.error_figures import study_rows
 from emrrg_cli.evaluation.predictions import Predictions
 from emrrg_cli.files.atomic import atomic_write_text
 from emrrg_cli.reporting.evaluation_page import draw_plots, write_evaluation_page

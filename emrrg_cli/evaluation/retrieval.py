@@ -4,7 +4,7 @@ Several studies can have the same report. The report then does not identify the 
 are common:
 
 - strict (`recall`): only the study itself. Equal reports are tied; the expectation over random tie-breaking counts.
-- lenient (`recall_alike`): any study with the same report.
+- lenient (`recall_lenient`): any study with the same report.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ class Retrieval:
         studies: Number of studies.
         distinct: Number of different reports.
         recall: Strict recall.
-        recall_alike: Lenient recall.
+        recall_lenient: Lenient recall.
         chance: Expected strict recall of a random order, the same in both directions.
-        chance_alike: Expected lenient recall of a random order, the same in both directions.
+        chance_lenient: Expected lenient recall of a random order, the same in both directions.
         ceiling: Highest possible strict recall; below 1 if several studies have the same report.
     """
 
     studies: int
     distinct: int
     recall: dict[str, dict[int, float]]
-    recall_alike: dict[str, dict[int, float]]
+    recall_lenient: dict[str, dict[int, float]]
     chance: dict[int, float]
-    chance_alike: dict[int, float]
+    chance_lenient: dict[int, float]
     ceiling: dict[int, float]
 
     @property
@@ -61,7 +61,7 @@ def retrieval(images: Tensor, texts: Tensor, reports: Sequence[object], chunk: i
     n = len(images)
     numbers: dict[object, int] = {}
     kind = torch.tensor([numbers.setdefault(report, len(numbers)) for report in reports], device=images.device)  # [n]
-    alike = torch.bincount(kind)[kind]  # [n], number of studies with the same report, including this one
+    copies = torch.bincount(kind)[kind]  # [n], number of studies with the same report, including this one
     first = torch.full((len(numbers),), n, device=images.device)
     first = first.scatter_reduce(0, kind, torch.arange(n, device=images.device), "amin")
     # Equal reports share one embedding, because embeddings from batches of different width differ in the last bits.
@@ -87,10 +87,10 @@ def retrieval(images: Tensor, texts: Tensor, reports: Sequence[object], chunk: i
         studies=n,
         distinct=len(numbers),
         recall={way: _by_k(torch.cat(found).mean(dim=0)) for way, found in strict.items()},
-        recall_alike={way: _by_k(torch.cat(found).mean(dim=0)) for way, found in lenient.items()},
+        recall_lenient={way: _by_k(torch.cat(found).mean(dim=0)) for way, found in lenient.items()},
         chance=_by_k((ks / n).clamp(max=1)),
-        chance_alike={k: _any_of(alike.tolist(), n, k) for k in KS},
-        ceiling=_by_k((ks / alike[:, None]).clamp(max=1).mean(dim=0)),
+        chance_lenient={k: _any_of(copies.tolist(), n, k) for k in KS},
+        ceiling=_by_k((ks / copies[:, None]).clamp(max=1).mean(dim=0)),
     )
 
 
@@ -107,7 +107,7 @@ def _by_k(values: Tensor) -> dict[int, float]:
     return dict(zip(KS, values.tolist(), strict=True))
 
 
-def _any_of(alike: list[int], n: int, k: int) -> float:
-    """Returns the mean probability that a random order of `n` has one of `alike` equal studies among the first `k`."""
+def _any_of(copies: list[int], n: int, k: int) -> float:
+    """Returns the mean probability that a random order of `n` has one of `copies` equal studies among the first `k`."""
     k = min(k, n)
-    return sum(times * (1 - comb(n - count, k) / comb(n, k)) for count, times in Counter(alike).items()) / n
+    return sum(times * (1 - comb(n - count, k) / comb(n, k)) for count, times in Counter(copies).items()) / n

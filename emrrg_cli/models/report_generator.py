@@ -138,8 +138,8 @@ class ReportGenerator(nn.Module):
         return self.join_views(self.encode(pixels), views)
 
     def encode(self, pixels: Tensor, projections: Tensor | None = None) -> Tensor:
-        """Returns the tokens of images for the decoder: `encode_films`, then `tell_views`."""
-        return self.tell_views(self.encode_films(pixels), projections)
+        """Returns the tokens of images for the decoder: `encode_films`, then `with_view_embedding`."""
+        return self.with_view_embedding(self.encode_films(pixels), projections)
 
     def encode_films(self, pixels: Tensor) -> Tensor:
         """Returns the encoder's tokens `[n, l + 1, d]` of images, uint8 `[n, size, size]`; augmented in training."""
@@ -147,7 +147,7 @@ class ReportGenerator(nn.Module):
         tokens: Tensor = self.encoder((grey[:, None] / 255 - self.mean) / self.std)
         return tokens
 
-    def tell_views(self, tokens: Tensor, projections: Tensor | None) -> Tensor:
+    def with_view_embedding(self, tokens: Tensor, projections: Tensor | None) -> Tensor:
         """Adds the embedding of the view to tokens `[n, l, d]`, if the model has view embeddings.
 
         Args:

@@ -39,7 +39,7 @@ def write_evaluation_page(
         }
         for study in studies
     ]
-    glance = result["glance"]
+    figures = result["glance"]
     text = render(
         "evaluation.html",
         title=title,
@@ -50,9 +50,9 @@ def write_evaluation_page(
         tables=[_scores(result), *(_grid(name, grid, result) for name, grid in result["clinical"].items())],
         bars=_bars(result),
         labeler=labeler_name(_main_labeler(result)),
-        lengths=glance["lengths"],
-        histogram=_histogram(glance["lengths"]),
-        glance=_glance(glance),
+        lengths=figures["lengths"],
+        histogram=_histogram(figures["lengths"]),
+        error_figures=_error_figures(figures),
         studies=shown,
         without_pictures=sum(not study["pictures"] for study in shown) if any(s["pictures"] for s in shown) else 0,
     )
@@ -162,12 +162,12 @@ def _up_to(histogram: Mapping[str, int], width: int) -> Counter[int]:
     return counts
 
 
-def _glance(glance: Mapping[str, Any]) -> list[tuple[str, str]]:
-    distinct, findings, repetition = glance["distinct_reports"], glance["findings"], glance["repetition"]
+def _error_figures(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
+    distinct, findings, repetition = figures["distinct_reports"], figures["findings"], figures["repetition"]
     rows = [("distinct reports", f"{distinct['number']:,} ({100 * distinct['share']:.0f} %)")]
-    if "verbatim_reports" in glance:
-        rows.append(("reports that occur verbatim in training", f"{100 * glance['verbatim_reports']:.0f} %"))
-        rows.append(("sentences that occur verbatim in training", f"{100 * glance['verbatim_sentences']:.0f} %"))
+    if "verbatim_reports" in figures:
+        rows.append(("reports that occur verbatim in training", f"{100 * figures['verbatim_reports']:.0f} %"))
+        rows.append(("sentences that occur verbatim in training", f"{100 * figures['verbatim_sentences']:.0f} %"))
     rows += [
         ("findings in both", f"{findings['agreed']:,}"),
         ("findings invented", f"{findings['invented']:,} ({findings['invented_per_study']:.2f} per study)"),

@@ -87,7 +87,7 @@ class _Card:
     sentences: list[_Sentence]
     confidence: float | None
     findings: dict[str, list[str]]  # by "positive", "uncertain", "negative"
-    told: str  # context given to the model
+    context: str  # context given to the model
     notes: list[str]
     filters: list[str]  # entries of the findings filter
     tags: list[tuple[str, str]]  # findings compared with the truth: good, bad or missed
@@ -162,7 +162,7 @@ def _card(row: Mapping[str, Any], pictures: Pictures) -> _Card:
         sentences=list(_sentences(row, pictures)),
         confidence=None if mean is None else math.exp(mean),
         findings=findings,
-        told="; ".join(f"{field}: {value}" for field, value in (row.get("context") or {}).items()),
+        context="; ".join(f"{field}: {value}" for field, value in (row.get("context") or {}).items()),
         notes=list(row.get("notes") or ()),
         filters=compared if "tags" in row else findings["positive"] + findings["uncertain"],
         tags=tags,

@@ -48,7 +48,7 @@ def write_summary(summary: Summary, output: Path) -> None:
     check_summary(output)
     atomic_write_text(output / DATA, json.dumps(summary.as_dict(), indent=2, ensure_ascii=False) + "\n")
     shown = [(example, [_decoded(image) for image in example.images]) for example in summary.examples]
-    said = " ".join([*remarks(summary), f"From {printable(summary.root)}."])
+    intro = " ".join([*remarks(summary), f"From {printable(summary.root)}."])
     if shown:
         tiles = [
             Tile(printable(one.study_id), _about(one), images, printable(" ".join(one.report.split())))
@@ -69,7 +69,7 @@ def write_summary(summary: Summary, output: Path) -> None:
         )
         for example, images in shown
     ]
-    write_page(output / PAGE, Page(title(summary), said, cards, tables))
+    write_page(output / PAGE, Page(title(summary), intro, cards, tables))
 
 
 def _about(example: Example) -> str:

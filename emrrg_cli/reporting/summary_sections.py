@@ -54,13 +54,13 @@ def title(summary: Summary) -> str:
 
 def remarks(summary: Summary) -> list[str]:
     """Returns remarks beside the tables, as sentences."""
-    said = [f"Source: {printable(', '.join(summary.sources))}."]
-    said += [printable(remark) for remark in summary.manifest.get("remarks") or []]
+    sentences = [f"Source: {printable(', '.join(summary.sources))}."]
+    sentences += [printable(remark) for remark in summary.manifest.get("remarks") or []]
     if summary.patients_in_several_splits:
-        said.append(f"Patients in more than one split: {summary.patients_in_several_splits:,}.")
+        sentences.append(f"Patients in more than one split: {summary.patients_in_several_splits:,}.")
     if summary.is_synthetic:
-        said.append("Synthetic images, drawn by a program. They show no patient.")
-    return said
+        sentences.append("Synthetic images, drawn by a program. They show no patient.")
+    return sentences
 
 
 def terminal(summary: Summary) -> RenderableType:
@@ -87,9 +87,9 @@ def _splits(summary: Summary) -> Section:
         split: (one.studies, one.images, one.patients, one.without_report, one.without_patient)
         for split, one in summary.splits.items()
     }
-    told = [number for number in range(len(heads)) if number < 2 or any(counts[number] for counts in every.values())]
-    rows = {split: [f"{counts[number]:,}" for number in told] for split, counts in every.items()}
-    return Section("Splits", ["split", *(heads[number] for number in told)], rows)
+    shown = [number for number in range(len(heads)) if number < 2 or any(counts[number] for counts in every.values())]
+    rows = {split: [f"{counts[number]:,}" for number in shown] for split, counts in every.items()}
+    return Section("Splits", ["split", *(heads[number] for number in shown)], rows)
 
 
 def _by_split(name: str, unit: str, counts: Mapping[str, Mapping[str, int]], splits: Sequence[str]) -> Section:

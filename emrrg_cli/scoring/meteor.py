@@ -252,6 +252,6 @@ def _conversation(command: list[str], *, cwd: Path, limit_s: float) -> Iterator[
 def _reason(stderr: bytes, code: int | None) -> str:
     """The first line of Java's complaint that says something, with the exit status."""
     lines = (line.strip() for line in stderr.decode("utf-8", "replace").splitlines())
-    said = [line for line in lines if line and not line.startswith(("Picked up ", "at "))]
+    messages = [line for line in lines if line and not line.startswith(("Picked up ", "at "))]
     status = "Java stopped" if code is None else f"Java stopped with status {code}"
-    return f"{status}: {said[0][:200]}" if said else status
+    return f"{status}: {messages[0][:200]}" if messages else status

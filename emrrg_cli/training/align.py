@@ -100,7 +100,9 @@ class AlignStage:
         starts = range(0, len(images) - size + 1, size)
         losses = [contrastive_losses(images[i : i + size], texts[i : i + size], scale.exp()).mean() for i in starts]
         figures = {"validation/loss": float(torch.stack(losses).mean()), "validation/logit_scale": float(scale)}
-        found = retrieval(images, texts, read_alike(self.model, [self.validation.reports[i] for i in self.validated]))
+        found = retrieval(
+            images, texts, truncated_tokens(self.model, [self.validation.reports[i] for i in self.validated])
+        )
         if not self.validation_explained:
             self.validation_explained = True
             display.message(
@@ -156,7 +158,7 @@ def embed_pairs(
     return found[0], found[1]
 
 
-def read_alike(model: Alignment, reports: Sequence[str]) -> list[tuple[int, ...]]:
+def truncated_tokens(model: Alignment, reports: Sequence[str]) -> list[tuple[int, ...]]:
     """Returns the tokens of each report for `retrieval`: equal for reports that the text tower cannot distinguish."""
     tokens = model.tokenizer(list(reports), truncation=True, max_length=model.max_text_tokens)["input_ids"]
     return [tuple(ids) for ids in tokens]

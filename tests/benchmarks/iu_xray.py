@@ -47,7 +47,7 @@ SCORES = ("BLEU_1", "BLEU_4", "ROUGE_L", "METEOR", "CIDEr", "dealt CIDEr", "F1",
 COSTS = ("trained, millions", "minutes", "peak MiB")
 LORA = ("X", "Z", "dt", "B", "C", "in_proj", "x_proj", "dt_proj", "out_proj", "patch_embed")
 AUGMENT = ("rotate", "shift", "scale", "brightness", "contrast")
-NOT_TOLD = (
+NO_FINDINGS_PROMPT = (
     *("model.findings=false", "model.findings_prompt=false", "model.findings_prompt_labels=false"),
     "model.findings_threshold=null",
 )
@@ -117,7 +117,7 @@ ROWS = [
     Row("no stage 2", without=("align",)),
     changed("hybrid off", "model.hybrid.every=null", "model.visual_prompt=full"),
     changed("LLM", "model.adapter.targets=[llm]"),  # of a frozen LLM
-    changed("no findings in the prompt", *NOT_TOLD),
+    changed("no findings in the prompt", *NO_FINDINGS_PROMPT),
     changed("further findings", "align.model.findings_set=extended", "model.findings_set=extended"),
     changed("indication", "data.context=[indication]"),
     *(changed(name, f"model.adapter.targets=[{name}]") for name in ("in_proj", "out_proj")),

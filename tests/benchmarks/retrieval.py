@@ -16,7 +16,7 @@ from emrrg_cli.models.build_alignment import load_alignment
 from emrrg_cli.recipe.load import load_recipe
 from emrrg_cli.runtime import make_accelerator
 from emrrg_cli.silence_libraries import silence_libraries
-from emrrg_cli.training.align import embed_pairs, open_pairs, read_alike
+from emrrg_cli.training.align import embed_pairs, open_pairs, truncated_tokens
 
 
 def measure(dataset: Path, run_dir: Path, split: str, count: int) -> Retrieval:
@@ -29,7 +29,7 @@ def measure(dataset: Path, run_dir: Path, split: str, count: int) -> Retrieval:
     accelerator = make_accelerator("fp32", 0)
     model.to(accelerator.device)
     images, texts = embed_pairs(model, pairs, range(len(pairs)), 50, accelerator)
-    return retrieval(images, texts, read_alike(model, pairs.reports))
+    return retrieval(images, texts, truncated_tokens(model, pairs.reports))
 
 
 def show(found: Retrieval, run_dir: Path) -> None:
@@ -42,7 +42,7 @@ def show(found: Retrieval, run_dir: Path) -> None:
         table.add_column(name, justify="right" if name else "left")
     for label, recall, chance in (
         ("the study itself", found.recall, found.chance),
-        ("or one whose report reads the same", found.recall_alike, found.chance_alike),
+        ("or one whose report reads the same", found.recall_lenient, found.chance_lenient),
     ):
         for way in WAYS:
             row = [f"{100 * recall[way][k]:.1f} %" for k in KS]

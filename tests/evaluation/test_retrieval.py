@@ -49,9 +49,9 @@ def test_recall_is_that_of_a_literal_ranking(chunk: int) -> None:
     for k in KS:
         strict = found.recall["image_to_text"][k], found.recall["text_to_image"][k]
         assert strict == pytest.approx(literal(images, texts, REPORTS, k, alike=False), abs=0.02)
-        lenient = found.recall_alike["image_to_text"][k], found.recall_alike["text_to_image"][k]
+        lenient = found.recall_lenient["image_to_text"][k], found.recall_lenient["text_to_image"][k]
         assert lenient == pytest.approx(literal(images, texts, REPORTS, k, alike=True), abs=0.02)
-    assert 0.05 < found.recall["image_to_text"][1] < found.recall_alike["image_to_text"][1] < 0.95
+    assert 0.05 < found.recall["image_to_text"][1] < found.recall_lenient["image_to_text"][1] < 0.95
     every = [found.recall[way][k] for way in found.recall for k in KS]
     assert found.mean_recall == pytest.approx(sum(every) / 6)
 
@@ -61,7 +61,7 @@ def test_perfect_embeddings_reach_the_ceiling_and_no_more() -> None:
     for i, report in enumerate(REPORTS):  # images of reports that read alike beside each other
         images[i] = F.normalize(images[REPORTS.index(report)] + 1e-3 * images[i], dim=0)
     found = retrieval(images, texts, REPORTS)
-    assert found.recall_alike["image_to_text"] == found.recall_alike["text_to_image"] == dict.fromkeys(KS, 1.0)
+    assert found.recall_lenient["image_to_text"] == found.recall_lenient["text_to_image"] == dict.fromkeys(KS, 1.0)
     # a: 4 studies, b and k: 2 each, 8 alone.
     assert found.ceiling == pytest.approx({1: (1 + 1 + 1 + 8) / 16, 5: 1.0, 10: 1.0})
     assert found.recall["image_to_text"] == pytest.approx(found.ceiling)
@@ -78,7 +78,7 @@ def test_chance_is_the_mean_over_all_orders() -> None:
         strict = [i in order[:k] for order in orders for i in range(6)]
         lenient = [any(reports[j] == reports[i] for j in order[:k]) for order in orders for i in range(6)]
         assert found.chance[k] == pytest.approx(sum(strict) / len(strict))
-        assert found.chance_alike[k] == pytest.approx(sum(lenient) / len(lenient))
+        assert found.chance_lenient[k] == pytest.approx(sum(lenient) / len(lenient))
 
 
 def test_rounding_does_not_rank_equal_reports() -> None:
@@ -94,4 +94,4 @@ def test_many_studies_of_one_report() -> None:
     found = retrieval(images, texts, ["normal"] * n)
     assert found.distinct == 1
     assert found.recall["image_to_text"][1] == pytest.approx(1 / n)
-    assert found.chance_alike == dict.fromkeys(KS, 1.0)
+    assert found.chance_lenient == dict.fromkeys(KS, 1.0)

@@ -20,7 +20,7 @@ _NOT_MENTIONED = "not mentioned"
 _BIN = 10  # words
 
 
-def at_a_glance(
+def error_figures(
     predictions: Predictions, truth: Sequence[Labels], found: Sequence[Labels], train_reports: Sequence[str] | None
 ) -> dict[str, Any]:
     """Computes figures that show typical errors of generated reports.
@@ -65,11 +65,11 @@ def compare_findings(truth: Labels, found: Labels) -> dict[str, list[str]]:
     """Returns the findings in both texts (`agreed`), only in the report (`invented`), or only in the reference
     (`missed`)."""
     here = [name for name in FINDINGS if truth.get(name) in _COUNTED]
-    said = [name for name in FINDINGS if found.get(name) in _COUNTED]
+    reported = [name for name in FINDINGS if found.get(name) in _COUNTED]
     return {
-        "agreed": [name for name in here if name in said],
-        "invented": [name for name in said if name not in here],
-        "missed": [name for name in here if name not in said],
+        "agreed": [name for name in here if name in reported],
+        "invented": [name for name in reported if name not in here],
+        "missed": [name for name in here if name not in reported],
     }
 
 
