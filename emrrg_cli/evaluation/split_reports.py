@@ -39,29 +39,39 @@ def data_settings(recipe: FinetuneRecipe) -> dict[str, Any]:
 def made_with(recipe: FinetuneRecipe, run_dir: Path, split: str, precision: str) -> dict[str, Any]:
     """Returns a record of everything that affects the reports of a split; equal records mean equal reports."""
     data = whole_directory(Path(recipe.data.root or ""))
-    threshold = recipe.model.findings_threshold
-    ignored = {"batch_size"}
-    if recipe.generation.consensus is None:  # records of earlier versions do not have these
-        ignored |= {"consensus", "consensus_scores"}
     return {
         "emrrg": installed_versions(["emrrg"])["emrrg"],
         "model": {str(file.relative_to(run_dir)): _stamp(file) for file in sorted((run_dir / "model").rglob("*"))},
         "data": {str(file): _stamp(file) for file in find_shards(data).get(split, [])},
         "split": split,
-        "settings": {
-            "data": data_settings(recipe),
-            "generation": recipe.generation.model_dump(mode="json", exclude=ignored),
-            "references": recipe.evaluation.references,
-            **({} if threshold is None else {"findings_threshold": threshold}),
-        },
+        "settings": _report_settings(recipe),
         "precision": precision,
     }
+
+
+def _report_settings(recipe: FinetuneRecipe) -> dict[str, Any]:
+    return {
+        "data": data_settings(recipe),
+        "generation": recipe.generation.model_dump(mode="json", exclude={"batch_size"}),
+        "references": recipe.evaluation.references,
+        "findings_threshold": recipe.model.findings_threshold,
+    }
+
+
+def _with_defaults(record: Any) -> Any:
+    # Reports of a version that did not have a setting are those of its default.
+    default = _report_settings(FinetuneRecipe(stage="finetune"))
+    try:
+        generation = default["generation"] | record["settings"]["generation"]
+        return record | {"settings": default | record["settings"] | {"generation": generation}}
+    except (KeyError, TypeError):  # not a record of this program
+        return None
 
 
 def kept_predictions(folder: Path, record: dict[str, Any], name: str = PREDICTIONS) -> Predictions | None:
     """Returns the reports that an earlier evaluation saved in `folder`, or None if its record is different."""
     kept = read_record(folder / MADE_WITH, "the record of an evaluation", "Give --overwrite.")
-    if kept is None or kept.get("made_with") != record:
+    if kept is None or _with_defaults(kept.get("made_with")) != record:
         return None
     if not (folder / name).is_file():
         return None

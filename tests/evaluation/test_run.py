@@ -178,6 +178,22 @@ def test_a_second_evaluation_reuses_the_reports(
     assert (Path(other["output"]).name, other["predictions_reused"]) == ("test-3", False)
 
 
+def test_reports_of_an_earlier_version_are_reused(evaluate: Any, tmp_path: Path) -> None:
+    assert evaluate()["predictions_reused"] is False
+    file = tmp_path / "out" / "made_with.json"
+    kept = json.loads(file.read_text())
+    settings = kept["made_with"]["settings"]
+    del settings["findings_threshold"], settings["generation"]["consensus"], settings["generation"]["beam_stop"]
+    file.write_text(json.dumps(kept))
+    (tmp_path / "out" / "scores.json").unlink()
+    assert evaluate()["predictions_reused"] is True
+    settings["generation"]["consensus_scores"] = {"BLEU_4": 1.0}  # not the default
+    file.write_text(json.dumps(kept))
+    (tmp_path / "out" / "scores.json").unlink()
+    with pytest.raises(UsageError, match="already holds an evaluation"):
+        evaluate()
+
+
 def test_image_controls_show_other_films(varied_run: Path, tmp_path: Path) -> None:
     recipe = load_run_recipe(varied_run, None, (), "evaluate")
     options = evaluation.RunOptions(image_controls=True)
