@@ -94,7 +94,8 @@ def _memory(result: Plan) -> Table:
     table = Table("part", "predicted", title=title, title_justify="left", min_width=len(title))
     table.columns[1].justify = "right"
     for part, size in result.memory.items():
-        table.add_row(part, _gib(size))
+        if size:
+            table.add_row(part, _gib(size))
     table.add_section()
     table.add_row("peak", _gib(result.peak))
     return table

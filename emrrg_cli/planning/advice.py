@@ -22,6 +22,13 @@ def notes_on(result: Plan, recipe: FinetuneRecipe) -> list[str]:
         notes.append(f"reading images is the bottleneck; data.workers={more} would be fast enough")
     elif loading > result.seconds_computing:
         notes.append("reading images is the bottleneck; preprocess them to a smaller size")
+    if result.reports_at_a_time:
+        samples = recipe.generation.consensus
+        each = "a report" if samples is None else f"{samples} reports (generation.consensus)"
+        notes.append(
+            f"the time does not include validation, which writes {each} for each study: {result.reports_at_a_time:,} "
+            f"reports at a time, {result.reports_bytes / 2**30:.2f} GiB for their keys and values"
+        )
     if recipe.model.llm.quantization != "none" and not can_quantize():
         notes.append(
             f"bitsandbytes is not installed, so the time was measured without {recipe.model.llm.quantization} weights"
@@ -44,7 +51,7 @@ def proposals_for(result: Plan, recipe: FinetuneRecipe, checkpointed: int, share
     budget = 0.95 * result.available
     if sum(result.disk.values()) > result.disk_free:
         proposals.append("output=DIR on a disk with more free space")
-    fixed = result.peak - result.memory["activations"]
+    fixed = result.peak - result.memory["activations"] - result.memory["reports in validation"]
     activations, micro = result.memory["activations"], result.micro_batch_size
     whole_llm = result.precision == "fp32" and recipe.model.llm.is_frozen and recipe.model.llm.dtype == "auto"
     if fixed + activations > budget and whole_llm:
@@ -64,4 +71,9 @@ def proposals_for(result: Plan, recipe: FinetuneRecipe, checkpointed: int, share
         if recipe.model.adapter.targets == "full":
             proposals.append("model.adapter.targets=[X] (the encoder stays frozen)")
         proposals.append("a smaller LLM (model.llm.name), or a device with more memory")
+    room = budget - fixed + result.memory["gradients"]
+    if result.reports_bytes > room > 0:
+        size = int(recipe.generation.batch_size * room / result.reports_bytes)
+        fewer = recipe.generation.consensus is not None and size == 0
+        proposals.append(f"generation.batch_size={max(1, size)}" + fewer * " and a smaller generation.consensus")
     return proposals

@@ -40,6 +40,12 @@ def count_studies(recipe: FinetuneRecipe) -> tuple[int, float]:
     return len(dataset), sum(min(images[row], most) for row in dataset.rows) / len(dataset)
 
 
+def writes_reports(recipe: FinetuneRecipe) -> bool:
+    """Whether validation writes reports. A data set that is not known counts as one with a validation split."""
+    root = recipe.data.root
+    return recipe.train.select == "score" and (root is None or "validation" in open_dataset(root))
+
+
 def seconds_per_study(recipe: FinetuneRecipe, micro: int) -> float:
     """Measures the seconds per study that the training data loader needs with the recipe's number of workers.
 

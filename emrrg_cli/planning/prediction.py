@@ -19,7 +19,7 @@ from emrrg_cli.datasets.epochs import check_batch
 from emrrg_cli.errors import RunError
 from emrrg_cli.planning.advice import notes_on, proposals_for
 from emrrg_cli.planning.llms import llm_config
-from emrrg_cli.planning.loading import count_studies, seconds_per_study
+from emrrg_cli.planning.loading import count_studies, seconds_per_study, writes_reports
 from emrrg_cli.planning.result import Plan
 from emrrg_cli.planning.sizes import (
     CUDA_CONTEXT,
@@ -30,6 +30,8 @@ from emrrg_cli.planning.sizes import (
     file_bytes,
     gradients,
     meta_model,
+    report_bytes,
+    reports_at_a_time,
     weight_bytes,
 )
 from emrrg_cli.planning.trial import Step, measure
@@ -65,10 +67,7 @@ def plan(
     import emrrg_cli.training.finetune  # noqa: F401  (imported so that this process is as large as a training process)
 
     work = _work(recipe, studies, views, processes, report)
-    loading = None
-    if recipe.data.root is not None:
-        report("measuring how fast images are read")
-        loading = seconds_per_study(recipe, work.micro) * work.share
+    loading = _loading(work, report)
     report("counting parameters")
     whole = meta_model(recipe.model, work.config)
     parameters, trainable = count_parameters(whole)
@@ -78,11 +77,14 @@ def plan(
     trained = sum(trainable.values())
     computing = step.seconds * work.share / work.micro + step.update
     steps, total = _steps(recipe, work.studies)
+    memory = _memory(work, step, program=program, weights=weights, llm_weights=llm_weights, trained=trained)
+    reports = reports_at_a_time(recipe.generation) if writes_reports(recipe) else 0
+    reports_bytes = reports * report_bytes(whole, recipe, work.views, work.precision)
     cuda = work.device.type == "cuda"
     result = Plan(
         parameters=parameters,
         trainable=trainable,
-        memory=_memory(work, step, program=program, weights=weights, llm_weights=llm_weights, trained=trained),
+        memory=memory | {"reports in validation": _beyond(memory, reports_bytes)},
         available=available_bytes(work.device),
         device=torch.cuda.get_device_name() if cuda else f"CPU, {os.cpu_count()} cores",
         precision=work.precision,
@@ -95,6 +97,8 @@ def plan(
         total_steps=total,
         disk=disk_bytes(recipe, parameters, trained, llm_weights),
         disk_free=disk_free(recipe),
+        reports_at_a_time=reports,
+        reports_bytes=reports_bytes,
     )
     result.notes = notes_on(result, recipe)
     result.proposals = proposals_for(result, recipe, int(work.holes * step.checkpointed), work.share)
@@ -151,6 +155,14 @@ def _work(
     )
 
 
+def _loading(work: _Work, report: Callable[[str], None]) -> float | None:
+    """Returns the seconds in which the studies of a step are read; None without a data set."""
+    if work.recipe.data.root is None:
+        return None
+    report("measuring how fast images are read")
+    return seconds_per_study(work.recipe, work.micro) * work.share
+
+
 def _trial(work: _Work, llm_parameters: int, report: Callable[[str], None]) -> tuple[Step, int]:
     """Returns a measured step and the bytes of the program itself, which is fully loaded only after a step."""
     program, files = resident_bytes(), file_bytes()
@@ -184,6 +196,14 @@ def _memory(work: _Work, step: Step, *, program: int, weights: int, llm_weights:
         "activations": activations,
         "gradients": gradients(4 * trained, activations, accumulates=accumulates, device_type=work.device.type),
     }
+
+
+def _beyond(memory: dict[str, int], reports: int) -> int:
+    """Returns what the keys and values of `reports` bytes add to the peak of a training step.
+
+    Validation needs neither activations for a backward pass nor gradients.
+    """
+    return max(0, reports - memory["activations"] - memory["gradients"])
 
 
 def _steps(recipe: FinetuneRecipe, studies: int | None) -> tuple[int | None, int | None]:

@@ -11,7 +11,8 @@ class Plan:
     """Prediction for one device. Sizes are in bytes; times are in seconds per optimizer step.
 
     `seconds_loading` is the time to load the studies of a step, None without a data set. `total_steps` counts the
-    steps of all epochs, at most `train.max_steps`; it is None if the number of studies is not known.
+    steps of all epochs, at most `train.max_steps`; it is None if the number of studies is not known. Validation writes
+    `reports_at_a_time` reports together, whose keys and values have `reports_bytes`; 0 if it writes none.
     """
 
     parameters: dict[str, int]
@@ -29,6 +30,8 @@ class Plan:
     total_steps: int | None
     disk: dict[str, int]
     disk_free: int
+    reports_at_a_time: int
+    reports_bytes: int
     proposals: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 

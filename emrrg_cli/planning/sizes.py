@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from emrrg_cli.models.build import assemble, build_encoder
 from emrrg_cli.models.hybrid_decoder import hybrid_parameters
 from emrrg_cli.models.report_generator import ReportGenerator
 from emrrg_cli.planning.llms import PlanTokenizer
-from emrrg_cli.recipe.finetuning import FinetuneRecipe, ModelSettings
+from emrrg_cli.recipe.finetuning import FinetuneRecipe, GenerationSettings, ModelSettings
 from emrrg_cli.runtime import llm_dtype
 from emrrg_cli.training.progress import resident_bytes
 
@@ -79,6 +80,44 @@ def gradients(size: int, activations: int, *, accumulates: bool, device_type: st
     """
     stepping = 2 * size if device_type == "cuda" else size
     return max(size if accumulates else 0, stepping - activations)
+
+
+def reports_at_a_time(generation: GenerationSettings) -> int:
+    """Returns the number of reports that are decoded together."""
+    return generation.batch_size * (generation.consensus or 1)
+
+
+def report_bytes(model: ReportGenerator, recipe: FinetuneRecipe, views: int, precision: str) -> int:
+    """Returns the bytes of the keys and values of one report while reports are written, for prompts without context.
+
+    Args:
+        model: The model; only its sizes are used.
+        recipe: Its recipe.
+        views: Images per study.
+        precision: Precision in which the model computes.
+    """
+    settings, generation = recipe.model, recipe.generation
+    grid = settings.encoder.image_size // 16
+    joined = views if settings.views == "concat" else 1
+    visual = joined * (grid**2 + 1)
+    prompt = joined * (math.ceil(grid / 2) ** 2 + 1) if settings.visual_prompt == "pooled" else visual
+    text = len(model.before) + len(model.between) + len(model.after)
+    if model.findings_prompt is not None:
+        text += sum(len(name) + 1 for name in model.findings_prompt.words[2:])  # without yes and no, which follow names
+    room = math.ceil((text + prompt) / 16) * 16
+    new = math.ceil(generation.max_new_tokens / 8) * 8
+    config = plain(model.llm).config.get_text_config(decoder=True)
+    heads, layers = config.num_attention_heads, config.num_hidden_layers
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    width = (getattr(config, "num_key_value_heads", None) or heads) * head_dim
+    hybrids = 0 if settings.hybrid.every is None else math.ceil(layers / settings.hybrid.every)
+    beams = generation.num_beams
+    if generation.engine == "transformers":  # a copy of the prompt for each beam
+        tokens = beams * (layers * (room + new) + hybrids * visual)
+    else:
+        tokens = layers * (room + beams * new) + hybrids * visual
+    own = llm_dtype(settings.llm.dtype, precision).itemsize if settings.llm.is_frozen else 4
+    return int(2 * tokens * width * (own if precision == "fp32" else 2))
 
 
 def disk_bytes(recipe: FinetuneRecipe, parameters: dict[str, int], trained: int, llm_weights: int) -> dict[str, int]:

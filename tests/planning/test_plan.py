@@ -11,11 +11,15 @@ import pytest
 
 from emrrg_cli import planning
 from emrrg_cli.app import main
+from emrrg_cli.decoding.reports import load_generator
 from emrrg_cli.errors import UsageError
 from emrrg_cli.planning import prediction, sizes
 from emrrg_cli.planning.llms import llm_config
 from emrrg_cli.planning.trial import Step
 from emrrg_cli.recipe.load import load_recipe
+from tests.decoding.test_reports import run_dir
+
+__all__ = ["run_dir"]
 
 TINY = [
     "model.encoder.d_model=32",
@@ -220,11 +224,10 @@ def test_slow_loading_is_reported(tiny_dataset: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(prediction, "seconds_per_study", lambda recipe, micro: 1.0)
     monkeypatch.setattr("os.cpu_count", lambda: 16)
     overrides = [f"data.root={tiny_dataset}", "train.batch_size=4"]
-    assert plan_of(*overrides, "data.workers=2").notes == [
-        "reading images is the bottleneck; data.workers=8 would be fast enough"
-    ]
+    quick = plan_of(*overrides, "data.workers=2").notes
+    assert quick[0] == "reading images is the bottleneck; data.workers=8 would be fast enough"
     slow = plan_of(*overrides, "data.workers=8").notes
-    assert slow == ["reading images is the bottleneck; preprocess them to a smaller size"]
+    assert slow[0] == "reading images is the bottleneck; preprocess them to a smaller size"
 
 
 def test_gradients_and_the_optimizers_copy() -> None:
@@ -233,3 +236,57 @@ def test_gradients_and_the_optimizers_copy() -> None:
     assert gradients(100, 1000, accumulates=True, device_type="cpu") == 100
     assert gradients(100, 30, accumulates=False, device_type="cpu") == 70
     assert gradients(100, 30, accumulates=False, device_type="cuda") == 170
+
+
+CONSENSUS = ["generation.num_beams=1", "generation.do_sample=true", "generation.consensus=6"]
+
+
+@pytest.mark.parametrize("changes", [[], CONSENSUS, ["generation.max_new_tokens=20", "generation.batch_size=5"]])
+@pytest.mark.parametrize("joined", ["average", "concat"])
+@pytest.mark.parametrize("prompt", ["full", "pooled"])
+def test_bytes_of_reports_are_those_of_the_engine(
+    run_dir: Path, tmp_path: Path, changes: list[str], joined: str, prompt: str
+) -> None:
+    import torch
+
+    shutil.copytree(run_dir, tmp_path / "run")
+    file = tmp_path / "run" / "recipe.yaml"
+    text = file.read_text().replace("views: average", f"views: {joined}")
+    file.write_text(text.replace("visual_prompt: full", f"visual_prompt: {prompt}"))
+    generator = load_generator(tmp_path / "run", device="cpu", overrides=changes)
+    assert (generator.model.views, generator.model.visual_prompt) == (joined, prompt)
+    generator.generate_pixels([torch.zeros(2, 48, 48, dtype=torch.uint8)])
+    assert generator.writer._engine is not None
+    stored = sum(tensor.nbytes for tensor in generator.writer._engine.slots.cache.stores())
+    recipe = generator.recipe
+    each = sizes.report_bytes(generator.model, recipe, 2, generator.precision)
+    assert sizes.reports_at_a_time(recipe.generation) * each == stored
+
+
+def test_validation_counts_the_samples_of_consensus(
+    tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prediction, "_trial", lambda work, parameters, report: (Step(1.0, 0.0, 1.0, 1.0), 0))
+    monkeypatch.setattr(prediction, "seconds_per_study", lambda recipe, micro: 1.0)
+    one, several = plan_of("generation.num_beams=1"), plan_of(*CONSENSUS)
+    assert (one.reports_at_a_time, several.reports_at_a_time) == (8, 48)
+    assert several.reports_bytes == 6 * one.reports_bytes
+    training = several.memory["activations"] + several.memory["gradients"]
+    assert several.memory["reports in validation"] == several.reports_bytes - training > 0
+    assert "which writes 6 reports (generation.consensus) for each study: 48 reports at a time" in several.notes[-1]
+
+    def proposals(less: float, *changes: str) -> list[str]:
+        whole = plan_of(*CONSENSUS, *changes)
+        available = (whole.peak - less * whole.reports_bytes) / 0.95
+        with monkeypatch.context() as patch:
+            patch.setattr(prediction, "available_bytes", lambda device: available)
+            return plan_of(*CONSENSUS, *changes).proposals
+
+    assert proposals(0.2) == ["generation.batch_size=6"]
+    many = ("generation.batch_size=1", "generation.consensus=48")
+    assert proposals(0.2, *many) == ["generation.batch_size=1 and a smaller generation.consensus"]
+    assert plan_of("model.views=concat", views=2).reports_bytes > plan_of(views=2).reports_bytes
+    assert plan_of("train.select=loss").reports_bytes == 0
+    root = tmp_path / "copy"
+    shutil.copytree(tiny_dataset, root, ignore=shutil.ignore_patterns("manifest.json", "validation-*"))
+    assert plan_of(f"data.root={root}", "train.batch_size=2").reports_bytes == 0
