@@ -113,10 +113,11 @@ def main() -> None:
     done = measured["done"][max(1, options.steps // 3) - 1 :]
     each = [after - before for before, after in itertools.pairwise(done)]
     cuda = not plan["device"].startswith("CPU")
+    peak = plan["peak"] - plan["memory"]["reports in validation"] - cuda * plan["memory"]["program"]
     rows = {
         "s a step, mean": (plan["seconds_per_step"], statistics.mean(each)),
         "s a step, median": (plan["seconds_per_step"], statistics.median(each)),
-        "peak memory, GiB": ((plan["peak"] - cuda * plan["memory"]["program"]) / 2**30, measured["peak"] / 2**30),
+        "peak memory, GiB": (peak / 2**30, measured["peak"] / 2**30),
     }
     what = " ".join([options.recipe, *options.overrides])
     title = f"{what}: {plan['device']}, {plan['precision']}, {len(each)} steps; the plan took {planning:.0f} s"
