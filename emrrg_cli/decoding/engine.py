@@ -45,7 +45,7 @@ class Engine:
         self.on_gpu = device.type == "cuda"
         # Prompts are read without CUDA graphs: on a GPU this is efficient only for several studies at once.
         self.least = max(1, settings.batch_size // 4) if self.on_gpu else 1
-        self.graphs = _Graphs(self.slots) if graphs and self.on_gpu else None
+        self.graphs = _Graphs(self.slots, device) if graphs and self.on_gpu else None
 
     @torch.no_grad()
     def write(self, prompts: Iterable[Prompts]) -> Iterator[list[tuple[Any, Report]]]:
@@ -84,7 +84,7 @@ class Engine:
                     return  # too long for the current room: the others finish first
                 self.slots.empty()
                 if self.graphs is not None:
-                    self.graphs = _Graphs(self.slots)
+                    self.graphs = _Graphs(self.slots, self.graphs.device)
             free = self.slots.places - len(active)
             free -= free % waiting[0].copies  # the reports of a prompt enter together
             if not free:
@@ -143,8 +143,8 @@ class Engine:
 class _Graphs:
     """Captured steps, one for each number of places and bucket of lengths."""
 
-    def __init__(self, slots: Slots) -> None:
-        self.slots = slots
+    def __init__(self, slots: Slots, device: torch.device) -> None:
+        self.slots, self.device = slots, device
         self.failed = False
         self._captured: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
@@ -154,9 +154,11 @@ class _Graphs:
         key = (count, steps)
         if key not in self._captured:
             try:
-                self._captured[key] = self._capture(count, steps)
+                with torch.cuda.device(self.device):  # streams belong to the current GPU, which may be another one
+                    self._captured[key] = self._capture(count, steps)
             except Exception as error:  # any operation that cannot be captured
-                _log.warning("this LLM cannot be captured as a CUDA graph, so decoding is slower: %s", error)
+                reason = next(iter(str(error).splitlines()), type(error).__name__)
+                _log.warning("this LLM cannot be captured as a CUDA graph, so decoding is slower: %s", reason)
                 self.failed = True
                 self.slots.step(count, steps)
                 return

@@ -100,6 +100,8 @@ def _write(
     err.quiet = index > 0  # all processes have the same warnings
     silence_libraries()
     try:
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)  # otherwise some memory of the first GPU is also taken
         writer = StudyWriter(load_generator(run_dir, device=device, recipe=recipe), recipe, page)
         for results in writer.write(studies):
             connection.send(results)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from emrrg_cli.decoding.choice import choose_engine
-from emrrg_cli.decoding.engine import Engine
+from emrrg_cli.decoding.engine import Engine, _Graphs
 from emrrg_cli.decoding.logits import exponential_noise
 from emrrg_cli.decoding.reference import generate_reports
 from emrrg_cli.decoding.slots import Prompts
@@ -107,13 +108,44 @@ def test_families_and_prompts_with_holes(kind: str, beams: int, make_llm: MakeLL
     assert ours(llm, prompts, settings) == reference(llm, prompts, settings)
 
 
+def test_steps_are_captured_on_the_gpu_of_the_llm(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[torch.device] = []
+
+    class OnDevice:
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+        def __enter__(self) -> None:
+            current.append(self.device)
+
+        def __exit__(self, *_: object) -> None:
+            current.pop()
+
+    class Captured(_Graphs):
+        def _capture(self, count: int, steps: int) -> Any:
+            assert current == [torch.device("cuda:1")]
+            return SimpleNamespace(replay=lambda: replayed.append((count, steps)))
+
+    replayed: list[tuple[int, int]] = []
+    monkeypatch.setattr(torch.cuda, "device", OnDevice)
+    graphs = Captured(SimpleNamespace(step=pytest.fail), torch.device("cuda:1"))  # type: ignore[arg-type]
+    graphs.step(2, 8)
+    graphs.step(2, 8)
+    assert replayed == [(2, 8), (2, 8)]
+    assert not graphs.failed
+    assert not current
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("index", [0, 1])
 @pytest.mark.parametrize("options", [{"num_beams": 1}, {"num_beams": 3}, {"num_beams": 1, "do_sample": True}])
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_captured_steps_write_the_same_tokens(
-    options: dict[str, Any], precision: torch.dtype, make_llm: MakeLLM
+    index: int, options: dict[str, Any], precision: torch.dtype, make_llm: MakeLLM
 ) -> None:
-    device = torch.device("cuda")
+    if index >= torch.cuda.device_count():
+        pytest.skip("needs two GPUs")
+    device = torch.device("cuda", index)
     llm, prompts = make_model(make_llm).to(device), make_prompts(holes=True)
     on_gpu = replace(
         prompts,
