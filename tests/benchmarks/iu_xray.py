@@ -1,19 +1,20 @@
 """Runs all stages on IU X-Ray and the ablation: pretrain, align, finetune and evaluate, for rows and seeds of a table.
 
-    python tests/benchmarks/iu_xray.py DATA WORK [--films DIR ...] [--rows X,none,full] [--seeds 1,2,3]
-        [--gpus 4] [--each 3] [--minutes 9] [--add 'NAME = KEY=VALUE ...'] [--add 'NAME of ROW = KEY=VALUE ...']
+    python tests/benchmarks/iu_xray.py DATA WORK [--films DIR ...] [--rows recipe,X,none] [--seeds 1,2,3]
+        [--gpus 4] [--each 3] [--mps] [--minutes 9] [--add 'NAME = KEY=VALUE ...'] [--add 'NAME of ROW = KEY=VALUE ...']
 
 DATA is IU X-Ray in R2Gen's layout (`annotation.json` and `images/`) or a dataset directory of it; --reports names the
 folder with NLMCXR_reports.tgz, for context and views. --films are further images for stage 1 (folders or dataset
 directories; films of IU's validation or test studies are refused).
 
-Rows are in order of importance: first one seed of every row, then the next seed. The seed applies to stage 3, and to
-all stages in rows that change an earlier stage. `--add` adds a row: its changes apply to stage 3, or with `pretrain.`
-or `align.` before the key to that stage; `of ROW` decodes the finished runs of that row with other settings and trains
-nothing. `--list` shows the rows.
+"recipe" is the whole method. The other rows are trained by cross-entropy alone, which takes half of the time; "X" is
+their base. Rows are in order of importance: first one seed of every row, then the next seed. The seed applies to all
+stages; rows with the same stages 1 and 2 share them. `--add` adds a row: its changes apply to stage 3, or with
+`pretrain.` or `align.` before the key to that stage; `of ROW` decodes the finished runs of that row with other settings
+and trains nothing. `--list` shows the rows.
 
-With several runs on a GPU, start NVIDIA MPS before (`nvidia-cuda-mps-control -d`): four runs of stage 3 then train on
-600 studies/s together, one alone on 250.
+With several runs on a GPU, give --mps, which starts NVIDIA MPS: four runs of stage 3 then train on 600 studies/s
+together, one alone on 250.
 
 `--minutes 9` limits the length of a call: training is stopped, and the next call with the same arguments resumes it.
 Finished jobs are not repeated. WORK/records.json lists them: with only this file in WORK, finished rows are not run
@@ -47,20 +48,20 @@ SCORES = ("BLEU_1", "BLEU_4", "ROUGE_L", "METEOR", "CIDEr", "dealt CIDEr", "F1",
 COSTS = ("trained, millions", "minutes", "peak MiB")
 LORA = ("X", "Z", "dt", "B", "C", "in_proj", "x_proj", "dt_proj", "out_proj", "patch_embed")
 AUGMENT = ("rotate", "shift", "scale", "brightness", "contrast")
+ONCE = "train.validate_every_epochs=1000"  # the last epoch is always validated, and kept
+CROSS_ENTROPY = ("train.self_critical=null", "train.epochs=15")
 NO_FINDINGS_PROMPT = (
     *("model.findings=false", "model.findings_prompt=false", "model.findings_prompt_labels=false"),
     "model.findings_threshold=null",
 )
-# Label smoothing gives a tenth of the probability to any words: few samples are free of them at temperature 1.
-SELF_CRITICAL = (
-    "train.self_critical={{after_epochs: 10, temperature: 0.7, cross_entropy: 0.1, contrast: 0.5, "
-    "rewards: {{BLEU_1: 0.5, BLEU_4: 1, ROUGE_L: 1, CIDEr: 4{}}}}}"
+REWARDS = (
+    "train.self_critical.rewards={{BLEU_1: 0.5, BLEU_4: 1, ROUGE_L: 1, ROUGE_1: {}, CIDEr: 4, F1_rules: {}}}".format
 )
 BEAMS = (
     "generation.consensus=null",
     "generation.do_sample=false",
     "generation.temperature=1.0",
-    "generation.num_beams=3",
+    *("generation.num_beams=3", "generation.min_new_tokens=30", "generation.length_penalty=2.0"),
 )
 ENCODER = "model.encoder.{}=".format
 TOY = (
@@ -96,33 +97,32 @@ class Row:
             return tuple(change.removeprefix(f"{stage}.") for change in self.changes if change.startswith(f"{stage}."))
         return tuple(change for change in self.changes if not change.startswith(others))
 
-    @property
-    def seeds_all(self) -> bool:
-        """Whether the seed also applies to stages 1 and 2."""
-        earlier = self.without or self.of_stage("pretrain") or self.of_stage("align")
-        return bool(earlier) or self.name == "whole chain"
-
 
 def changed(name: str, *changes: str) -> Row:
-    """Makes a row with changes."""
-    return Row(name, changes)
+    """Makes a row that is trained by cross-entropy alone, with changes."""
+    return Row(name, (*CROSS_ENTROPY, *changes))
+
+
+def decoded(name: str, of: str, *changes: str) -> Row:
+    """Makes a row that decodes the runs of another one with changes."""
+    return Row(name, changes, of=of)
 
 
 # In order of importance, so that a call that ends early has the important rows.
 ROWS = [
-    Row("X"),
+    Row("recipe"),
+    changed("X"),
     changed("none", "model.adapter.targets=none"),
     changed("full", "model.adapter.targets=full", "train.lr_scale.encoder=0.2"),
-    Row("no stage 1", without=("pretrain",)),
-    Row("no stage 2", without=("align",)),
+    Row("no stage 1", CROSS_ENTROPY, without=("pretrain",)),
+    Row("no stage 2", CROSS_ENTROPY, without=("align",)),
     changed("hybrid off", "model.hybrid.every=null", "model.visual_prompt=full"),
     changed("LLM", "model.adapter.targets=[llm]"),  # of a frozen LLM
-    changed("no findings in the prompt", *NO_FINDINGS_PROMPT),
-    changed("further findings", "align.model.findings_set=extended", "model.findings_set=extended"),
     changed("indication", "data.context=[indication]"),
+    changed("no findings in the prompt", *NO_FINDINGS_PROMPT),
+    changed("14 findings", "align.model.findings_set=chexpert", "model.findings_set=chexpert"),
     *(changed(name, f"model.adapter.targets=[{name}]") for name in ("in_proj", "out_proj")),
-    Row("whole chain"),
-    Row("no stage 1 or 2", without=("pretrain", "align")),
+    Row("no stage 1 or 2", CROSS_ENTROPY, without=("pretrain", "align")),
     *(changed(name, f"model.adapter.targets=[{name}]") for name in (*LORA[1:5], *LORA[6:8], "patch_embed")),
     changed("prompt full", "model.visual_prompt=full"),
     changed("views concatenated", "model.views=concat"),
@@ -130,24 +130,24 @@ ROWS = [
     changed("views told", "model.view_tokens=true"),
     changed("views told, concatenated", "model.view_tokens=true", "model.views=concat"),
     changed("balance", "data.balance=2"),
-    # Without contrast it ends with one report for all studies.
-    changed("self-critical", "train.epochs=14", SELF_CRITICAL.format("")),
-    changed("self-critical with findings", "train.epochs=14", SELF_CRITICAL.format(", F1_rules: 0.5")),
+    Row("recipe with indication", ("data.context=[indication]",)),
+    Row("recall", (REWARDS(2, 0.5),)),
+    Row("recall and findings", (REWARDS(2, 1),)),
+    Row("no reward for findings", (REWARDS(1, 0),)),
+    *(Row(f"contrast {value}", (f"train.self_critical.contrast={value}",)) for value in (0, 0.25, 1)),
     changed("no augmentation", *(f"data.augment.{what}=0" for what in AUGMENT)),
     changed("no dropout", "model.llm.scratch.dropout=0"),
     changed("no smoothing", "train.label_smoothing=0"),
     changed("no average", "train.ema=null"),
-    Row("beams", (*BEAMS, "generation.min_new_tokens=30", "generation.length_penalty=2.0"), of="X"),
-    *(Row(f"threshold {value}", (f"model.findings_threshold={value}",), of="X") for value in (0.1, 0.12, 0.2, 0.25)),
-    *(Row(f"consensus of {samples}", (f"generation.consensus={samples}",), of="X") for samples in (24, 48, 192)),
-    *(Row(f"temperature {value}", (f"generation.temperature={value}",), of="X") for value in (0.5, 0.85, 1.0)),
+    *(decoded(f"{row}, beams", row, *BEAMS) for row in ("recipe", "X")),
+    *(decoded(f"threshold {value}", "recipe", f"model.findings_threshold={value}") for value in (0.1, 0.2, 0.25)),
+    *(decoded(f"consensus of {samples}", "recipe", f"generation.consensus={samples}") for samples in (24, 48, 192)),
+    *(decoded(f"temperature {value}", "recipe", f"generation.temperature={value}") for value in (0.5, 0.85, 1.0)),
     *(
-        Row(f"words recalled {value}",
-            (f"generation.consensus_scores={{BLEU_1: 1, ROUGE_1: {value}, F1_rules: 0.3}}",), of="X")
+        decoded(f"words recalled {value}", "recipe",
+                f"generation.consensus_scores={{BLEU_1: 1, ROUGE_1: {value}, F1_rules: 0.3}}")
         for value in (0.25, 1.0)
     ),
-    Row("beams of self-critical", (*BEAMS, "generation.min_new_tokens=30", "generation.length_penalty=2.0"),
-        of="self-critical"),
 ]  # fmt: skip
 
 
@@ -183,7 +183,7 @@ class Chain:
     def _training(self, stage: str, name: str, changes: Sequence[str], needs: Sequence[str], weight: float) -> str:
         toys = TOYS[stage] if self.options.tiny else ()
         recipe = self.options.recipe if stage == "finetune" else f"iu_xray/{stage}"
-        arguments = (stage, recipe, *changes[:1], *toys, *changes[1:])
+        arguments = (stage, recipe, ONCE, *changes[:1], *toys, *changes[1:])
         return self._add(Job(name, arguments, self.work / name, (*self.before, *needs), weight))
 
     def goal(self, row: Row, seed: int, rows: dict[str, Row]) -> str:
@@ -202,8 +202,7 @@ class Chain:
         return 1 / self.options.each
 
     def _run(self, row: Row, seed: int) -> str:
-        seeds = (f"train.seed={seed}",) if row.seeds_all else ()
-        suffix = f"-{seed}" if row.seeds_all else ""
+        seeds = f"train.seed={seed}"
         weights: tuple[str, ...] = ()
         needs: tuple[str, ...] = ()
         if "pretrain" not in row.without:
@@ -211,22 +210,22 @@ class Chain:
                 f"{{root: {root}}}" for root in (self.data, *(Path(films).resolve() for films in self.options.films))
             )
             changes = row.of_stage("pretrain")
-            name = f"pretrain{_digest(changes)}{suffix}"
+            name = f"pretrain{_digest(changes)}-{seed}"
             given = (f"data.sets=[{sets}]", f"data.held_out=[{self.data}]")
             if not self.options.films:
                 given += ("train.epochs=60",)  # nearly as many steps as with other films
-            needs = (self._training("pretrain", name, (*given, *changes, *seeds), (), self._share),)
+            needs = (self._training("pretrain", name, (*given, *changes, seeds), (), min(1.0, 2 * self._share)),)
             weights = (f"model.encoder.weights={self.work / name}",)
         root = f"data.root={self.data}"
         if "align" not in row.without:
             changes = (*weights, *row.of_stage("align"))
             alone = "" if weights else "-alone"
-            name = f"align{_digest((*row.of_stage('pretrain'), *row.of_stage('align')))}{alone}{suffix}"
+            name = f"align{_digest((*row.of_stage('pretrain'), *row.of_stage('align')))}{alone}-{seed}"
             own = any(change.startswith("data.sets=") for change in changes)
             data = () if own else (root,)
-            needs = (self._training("align", name, (*data, *changes, *seeds), needs, self._share),)
+            needs = (self._training("align", name, (*data, *changes, seeds), needs, min(1.0, 2 * self._share)),)
             weights = (f"model.encoder.weights={self.work / name}",)
-        changes = (root, *weights, f"train.seed={seed}", *row.of_stage("finetune"), *self.options.overrides)
+        changes = (root, *weights, seeds, *row.of_stage("finetune"), *self.options.overrides)
         return self._training("finetune", f"{_file(row.name)}-{seed}", changes, needs, self._share)
 
     def when_done(self, job: Job) -> dict[str, Any]:
@@ -335,6 +334,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--recipe", default="iu_xray/finetune-small", help="of stage 3")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--each", type=int, default=2, help="runs of stage 3 on one GPU at a time")
+    parser.add_argument("--mps", action="store_true", help="start NVIDIA MPS on each GPU")
     parser.add_argument("--minutes", type=float, help="of this call; default: until all is done")
     parser.add_argument("--test", action="store_true", help="read the test split; needs --frozen")
     parser.add_argument("--frozen", metavar="COMMIT")
@@ -372,7 +372,7 @@ def main() -> None:
     chain = Chain(options)
     seeds = [int(seed) for seed in options.seeds.split(",")]
     goals = [chain.goal(row, seed, known) for seed in seeds for row in rows]
-    queue = Queue(chain.jobs.values(), chain.work, options.gpus, chain.when_done)
+    queue = Queue(chain.jobs.values(), chain.work, options.gpus, chain.when_done, mps=options.mps)
     done = queue.run(goals, options.minutes)
     text = table(rows, seeds, chain.split, queue.records.entries)
     (chain.work / "table.md").write_text(text)

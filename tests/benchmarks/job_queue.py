@@ -12,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -107,13 +108,20 @@ class Queue:
         work: folder of records and logs.
         gpus: number of GPUs; 0: the CPU counts as one.
         when_done: called with a job that has just finished; its result goes into the record.
+        mps: whether NVIDIA MPS runs on each GPU while the jobs run: several jobs then compute at the same time.
     """
 
     def __init__(
-        self, jobs: Iterable[Job], work: Path, gpus: int, when_done: Callable[[Job], dict[str, Any]] = lambda job: {}
+        self,
+        jobs: Iterable[Job],
+        work: Path,
+        gpus: int,
+        when_done: Callable[[Job], dict[str, Any]] = lambda job: {},
+        *,
+        mps: bool = False,
     ) -> None:
         self.jobs = {job.name: job for job in jobs}
-        self.work, self.gpus, self.when_done = work, gpus, when_done
+        self.work, self.gpus, self.when_done, self.mps = work, gpus, when_done, mps
         (work / "logs").mkdir(parents=True, exist_ok=True)
         self.records = Records.read(work / "records.json")
         self.running: list[Running] = []
@@ -125,6 +133,7 @@ class Queue:
         end = time.monotonic() + length
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
+            self._switch_mps("-d")
             while True:
                 self._collect()
                 waiting = self._waiting(goals)
@@ -139,6 +148,7 @@ class Queue:
                     time.sleep(0.5)
         finally:
             self._stop()
+            self._switch_mps()
             signal.signal(signal.SIGTERM, before)
         return all(self.records.is_done(self.jobs[name]) for name in goals)
 
@@ -178,13 +188,26 @@ class Queue:
         return False
 
     def _start(self, job: Job, gpu: int) -> None:
-        visible = str(gpu) if self.gpus else ""
+        visible = "" if not self.gpus else "0" if self.mps else str(gpu)  # a daemon of MPS shows its GPU alone
         threads = max(1, (os.cpu_count() or 1) // (4 * max(1, self.gpus)))  # as if four ran on each GPU
         environment = {"OMP_NUM_THREADS": str(threads)} | os.environ | {"CUDA_VISIBLE_DEVICES": visible}
+        environment |= self._mps_of(gpu) if self.mps else {}
         with (self.work / "logs" / f"{job.name}.txt").open("ab") as log:
             process = subprocess.Popen(job.command(), stdout=log, stderr=subprocess.STDOUT, env=environment)
         self.running.append(Running(job, gpu, process, time.monotonic()))
         print(f"{job.name}: started{f' on GPU {gpu}' if self.gpus else ''}", flush=True)
+
+    def _mps_of(self, gpu: int) -> dict[str, str]:
+        folder = Path(tempfile.gettempdir()) / f"emrrg-mps-{os.getpid()}-{gpu}"  # sockets need short paths
+        folder.mkdir(exist_ok=True)
+        return {"CUDA_MPS_PIPE_DIRECTORY": str(folder), "CUDA_MPS_LOG_DIRECTORY": str(folder)}
+
+    def _switch_mps(self, *arguments: str) -> None:
+        """Starts MPS on each GPU with `-d`, and ends it without."""
+        for gpu in range(self.gpus if self.mps else 0):
+            environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)} | self._mps_of(gpu)
+            command = ["nvidia-cuda-mps-control", *arguments]
+            subprocess.run(command, input=b"" if arguments else b"quit\n", env=environment, check=bool(arguments))
 
     def _collect(self) -> None:
         for running in [running for running in self.running if running.process.poll() is not None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -67,6 +68,22 @@ def test_jobs_run_after_what_they_need_and_once(tmp_path: Path) -> None:
         Queue([*jobs[:3], Fake("d", ("finetune", "d", "new"), tmp_path / "d")], tmp_path, 2).run(["d"], None)
 
 
+def test_mps_runs_on_each_gpu_while_jobs_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "bin" / "nvidia-cuda-mps-control"
+    tool.parent.mkdir()
+    tool.write_text(
+        f'#!/bin/sh\necho "${{1:-$(cat)}} $CUDA_VISIBLE_DEVICES $CUDA_MPS_PIPE_DIRECTORY" >> {tmp_path}/mps.txt\n'
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+    jobs = [_job(tmp_path, "a"), _job(tmp_path, "b")]
+    assert Queue(jobs, tmp_path, 2, mps=True).run(["a", "b"], None)
+    calls = [line.split() for line in (tmp_path / "mps.txt").read_text().splitlines()]
+    assert [call[:2] for call in calls] == [["-d", "0"], ["-d", "1"], ["quit", "0"], ["quit", "1"]]
+    assert calls[0][2] == calls[2][2] != calls[1][2] == calls[3][2]
+    assert [(tmp_path / f"{name}.gpu").read_text() for name in "ab"] == ["0", "0"]  # each daemon shows one GPU
+
+
 @pytest.mark.slow
 def test_gpus_are_shared_by_weight(tmp_path: Path) -> None:
     jobs = [_job(tmp_path, f"j{i}") for i in range(4)] + [_job(tmp_path, "whole", weight=1.0)]
@@ -128,7 +145,9 @@ def test_rows_share_the_stages_before_their_change(tmp_path: Path) -> None:
     goals = [chain.goal(row, seed, known) for seed in (1, 2) for row in rows]
     assert len(goals) == len(set(goals)) == 10
     needs = {job.name: job.needs for job in chain.jobs.values()}
-    assert needs["X-1"] == needs["slow-1"] == needs["X-2"] == ("align",)
+    assert needs["X-1"] == needs["slow-1"] == ("align-1",)
+    assert needs["X-2"] == ("align-2",)
+    assert needs["align-2"] == ("pretrain-2",)
     assert needs["longer-1-validation"] == needs["X-1-validation"] == ("X-1",)
     assert needs["no-stage-1-1"] == ("align-alone-1",)
     (align,) = needs["no-findings-2"]
