@@ -8,7 +8,7 @@ folder with NLMCXR_reports.tgz, for context and views. --films are further image
 directories; films of IU's validation or test studies are refused).
 
 "recipe" is the whole method. The other rows are trained by cross-entropy alone, which takes half of the time; "X" is
-their base. Rows are in order of importance: first one seed of every row, then the next seed. The seed applies to all
+their base. Rows are in order of importance, each with all seeds before the next one. The seed applies to all
 stages; rows with the same stages 1 and 2 share them. `--add` adds a row: its changes apply to stage 3, or with
 `pretrain.` or `align.` before the key to that stage; `of ROW` decodes the finished runs of that row with other settings
 and trains nothing. `--list` shows the rows.
@@ -194,7 +194,7 @@ class Chain:
             decoding = row.of_stage("finetune")
         place = self.work / run / "evaluation" / f"{self.split}{_digest(decoding)}"
         arguments = ("evaluate", *decoding, "--model", str(self.work / run), "--split", self.split)
-        arguments += ("--output", str(place), "--overwrite")
+        arguments += ("--output", str(place), "--overwrite", *(("--image-controls",) if self.options.test else ()))
         return self._add(Job(f"{_file(row.name)}-{seed}-{self.split}", arguments, place, (run,), self._share))
 
     @property
@@ -371,7 +371,7 @@ def main() -> None:
         check_frozen(options.work, options.frozen)
     chain = Chain(options)
     seeds = [int(seed) for seed in options.seeds.split(",")]
-    goals = [chain.goal(row, seed, known) for seed in seeds for row in rows]
+    goals = [chain.goal(row, seed, known) for row in rows for seed in seeds]
     queue = Queue(chain.jobs.values(), chain.work, options.gpus, chain.when_done, mps=options.mps)
     done = queue.run(goals, options.minutes)
     text = table(rows, seeds, chain.split, queue.records.entries)
