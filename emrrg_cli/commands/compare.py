@@ -54,7 +54,7 @@ def compare(
     if as_json:
         out.print_json(data=result)
     else:
-        out.print(comparison_table(result))
+        out.print(comparison_table(result, out.width))
         for remark in result["remarks"]:
             err.print(remark, markup=False, soft_wrap=True)
         if output is not None:

@@ -22,7 +22,7 @@ from emrrg_cli.scoring.scores import SCORES, Unavailable
 
 # Runs that differ only in these settings count as the same method.
 _SEEDS = {"train.seed", "generation.seed", "output", "data.seed"}
-RULES = ("rules_F1_micro_14", "rules_F1_macro_14")
+RULES = tuple(f"rules_{name}" for name in clinical.HEADLINE)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,8 +15,13 @@ from emrrg_cli.console import printable
 from emrrg_cli.vocabulary import SCORE_LABELS
 
 SIGNIFICANT = 0.05
-NOTE = "Brackets: 95 % interval. *: differs from the first row, p < .05 by paired bootstrap over studies."
-_NAMES = SCORE_LABELS | {"rules_F1_micro_14": "rules F1 micro", "rules_F1_macro_14": "rules F1 macro"}
+_INTERVAL = re.compile(r" \[[^]]*]$")
+NOTE = "Brackets: 95 % interval. *: differs from the first, p < .05 by paired bootstrap over studies."
+_NAMES = SCORE_LABELS | {
+    "rules_F1_micro_14": "rules F1 of 14, micro",
+    "rules_F1_macro_14": "rules F1 of 14, macro",
+    "rules_F1_micro_13": "rules F1 of 13, micro",
+}
 
 
 def comparison_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -38,14 +44,20 @@ def comparison_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str
     return heads, [[printable(cell) for cell in row] for row in rows]
 
 
-def comparison_table(result: Mapping[str, Any]) -> Table:
-    """Returns a table for the terminal."""
+def comparison_table(result: Mapping[str, Any], width: int) -> Table:
+    """Returns a table for a terminal of `width` columns: a row for each score, without intervals if they do not fit."""
     heads, rows = comparison_rows(result)
-    table = Table(caption=Text(NOTE), caption_justify="left")
-    for number, head in enumerate(heads):
-        table.add_column(Text(head), justify="left" if number <= len(result["settings"]) else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
+    lines = [list(line) for line in zip(heads, *rows, strict=True)]
+    note = NOTE
+    if sum(max(map(len, column)) + 3 for column in zip(*lines, strict=True)) + 1 > width:
+        first = 1 + len(result["settings"])  # the lines before have names and settings
+        lines[first:] = [[_INTERVAL.sub("", cell) for cell in line] for line in lines[first:]]
+        note = f"{NOTE.split('. ', 1)[1]} --output writes the intervals."
+    table = Table(caption=Text(note), caption_justify="left")
+    for number, head in enumerate(lines[0]):
+        table.add_column(Text(head), justify="right" if number else "left", overflow="fold")
+    for line in lines[1:]:
+        table.add_row(*map(Text, line))
     return table
 
 

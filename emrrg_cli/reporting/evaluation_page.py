@@ -10,7 +10,7 @@ from typing import Any
 
 from emrrg_cli.datasets.report_text import readable_report
 from emrrg_cli.files.atomic import atomic_write_bytes, atomic_write_text
-from emrrg_cli.reporting.evaluation_tables import CONTROLS, clinical_rows, controls_with, labeler_name
+from emrrg_cli.reporting.evaluation_tables import CONTROLS, clinical_note, clinical_rows, controls_with, labeler_name
 from emrrg_cli.reporting.rendering import render
 from emrrg_cli.vocabulary import SCORE_LABELS
 
@@ -120,9 +120,8 @@ def _grid(name: str, grid: Mapping[str, Any], result: Mapping[str, Any]) -> dict
         for policy, labels, words, values in clinical_rows(name, grid, controls)
     ]
     heads = ["average", "precision", "recall", "F1", *(f"F1, {CONTROLS.get(key, key)}" for key in controls)]
-    undefined = max(figures["14"]["undefined"] for figures in grid.values())
-    note = f"{undefined} of 14 labels occur on neither side; macro counts them as 0." if undefined else ""
-    return {"title": f"Clinical findings by {labeler_name(name)}", "heads": heads, "rows": rows, "note": note}
+    title = f"Clinical findings by {labeler_name(name)}"
+    return {"title": title, "heads": heads, "rows": rows, "note": clinical_note(grid)}
 
 
 def _main_labeler(result: Mapping[str, Any]) -> str:

@@ -76,13 +76,20 @@ def clinical_rows(
     labels are defined.
     """
     for policy, figures in grid.items():
-        for labels in ("14", "5"):
+        for labels in ("14", "13", "5"):
             for average, words in AVERAGES.items():
                 if average == "macro_defined" and not figures[labels]["undefined"]:
                     continue
                 row = figures[labels][average]
                 others = [made["clinical"][name][policy][labels][average]["f1"] for made in controls.values()]
                 yield POLICY[policy], labels, words, [row["precision"], row["recall"], row["f1"], *others]
+
+
+def clinical_note(grid: Mapping[str, Any]) -> str:
+    """Returns the note below the clinical table."""
+    undefined = max(figures["14"]["undefined"] for figures in grid.values())
+    note = '13 labels: without "No Finding", which reports without findings have.'
+    return f"{note} {undefined} of 14 labels occur on neither side; macro counts them as 0." if undefined else note
 
 
 def _clinical(name: str, grid: Mapping[str, Any], controls: Mapping[str, Any]) -> Table:
@@ -93,8 +100,7 @@ def _clinical(name: str, grid: Mapping[str, Any], controls: Mapping[str, Any]) -
     table = _table(f"Clinical findings by {labeler_name(name)}, uncertain as {POLICY[policy]}", heads, digits=5)
     for _, labels, words, values in clinical_rows(name, grid, shown):
         table.add_row(f"{labels}, {words}", *(f"{value:.3f}" for value in values))
-    if undefined := max(figures["14"]["undefined"] for figures in grid.values()):
-        table.caption = f"{undefined} of 14 labels occur on neither side; macro counts them as 0."
+    table.caption = Text(clinical_note(grid))
     return table
 
 

@@ -35,6 +35,7 @@ def test_uncertain_as_positive_by_hand() -> None:
     figures = _figures("uncertain_positive")
     # Hits: heart, effusion, no finding. False: pneumothorax, heart of the second. Missed: edema.
     assert figures["14"]["micro"] == pytest.approx({"precision": 3 / 5, "recall": 3 / 4, "f1": 6 / 9})
+    assert figures["13"]["micro"] == pytest.approx({"precision": 2 / 4, "recall": 2 / 3, "f1": 4 / 7})
     assert figures["5"]["micro"] == pytest.approx({"precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3})
     by_label = {"Cardiomegaly": 2 / 3, "Pleural Effusion": 1.0, "No Finding": 1.0}
     assert figures["14"]["macro"]["f1"] == pytest.approx(sum(by_label.values()) / 14)
@@ -59,13 +60,17 @@ def test_the_headline_score_is_from_the_grid() -> None:
     draw = np.random.default_rng(0)
     truth, found = draw.random((40, 14)) < 0.3, draw.random((40, 14)) < 0.3
     sums = clinical.label_statistics(truth, found).sum(axis=0)
-    figures = clinical.clinical_figures(sums, 40)["14"]
-    assert clinical.headline(sums, 40) == pytest.approx([figures["micro"]["f1"], figures["macro"]["f1"]])
+    figures = clinical.clinical_figures(sums, 40)
+    of_14, of_13 = figures["14"], figures["13"]
+    expected = [of_14["micro"]["f1"], of_14["macro"]["f1"], of_13["micro"]["f1"]]
+    assert clinical.headline(sums, 40) == pytest.approx(expected)
+    assert len({round(value, 6) for value in expected}) == len(clinical.HEADLINE) == 3
 
 
 def test_the_five_are_those_of_chexpert() -> None:
     assert {OBSERVATIONS[label] for label in clinical.SETS["5"]} == set(FIVE)
     assert len(clinical.SETS["14"]) == 14
+    assert {OBSERVATIONS[label] for label in clinical.SETS["13"]} == set(OBSERVATIONS) - {"No Finding"}
 
 
 def test_no_findings_cause_no_division_by_zero() -> None:

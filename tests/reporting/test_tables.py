@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 from typing import Any
 
+import pytest
 from rich.console import Console
 
 from emrrg_cli.console import counted
 from emrrg_cli.reporting import tables
+from emrrg_cli.reporting.comparison_tables import comparison_table
 from emrrg_cli.reporting.evaluation_tables import CONTROLS, evaluation_tables
 
 
@@ -45,7 +47,8 @@ def test_reports_table_shows_the_disclaimer_and_counts_the_rest() -> None:
 def test_tables_with_all_controls_fit_into_80_columns() -> None:
     row = {"precision": 0.5, "recall": 0.25, "f1": 1 / 3}
     labels = {"undefined": 2, "micro": row, "macro": row, "macro_defined": row, "example": row}
-    grid = {policy: {"14": labels, "5": labels} for policy in ("uncertain_positive", "uncertain_negative")}
+    figures = dict.fromkeys(("14", "13", "5"), labels)
+    grid = dict.fromkeys(("uncertain_positive", "uncertain_negative"), figures)
     scores = {"BLEU_1": 0.12345, "METEOR": None, "CIDEr": 1.23456}
     controls = {name: {"clinical": {"rules": grid}, "scores": scores} for name in CONTROLS}
     result = {"controls": controls, "clinical": {"rules": grid}, "scores": scores, "left_out": {}}
@@ -55,9 +58,25 @@ def test_tables_with_all_controls_fit_into_80_columns() -> None:
     for said in ("0.1235", "1.2346", "1.123-1.346", "left out", "uncertain as positive", "uncertain as negative"):
         assert said in text
     words = [word for head in CONTROLS.values() for word in head.split()]
-    for word in (*words, "precision", "recall", "0.333", "macro,", "defined", "2 of 14 labels occur on neither"):
+    for word in (*words, "precision", "recall", "0.333", "macro,", "defined", "No Finding"):
         assert word in text
-    assert text.count("0.333") == 2 * 8 * (1 + len(CONTROLS))
+    assert text.count("0.333") == 2 * 12 * (1 + len(CONTROLS))
+
+
+@pytest.mark.parametrize(("width", "cell"), [(72, "0.123*"), (120, "0.123* [0.100, 0.200]")])
+def test_a_comparison_has_a_line_for_each_score(width: int, cell: str) -> None:
+    names = ["BLEU_1", "CIDEr", "rules_F1_micro_13"]
+    rows = [
+        {"name": name, "settings": {"model.views": views}, "scores": dict.fromkeys(names, 0.1234),
+         "intervals": {key: [0.1, 0.2] for key in names}, "against_first": {"p": dict.fromkeys(names, 0.01)}}
+        for name, views in (("a" * 20, "average"), ("b" * 20, "concat"))
+    ]  # fmt: skip
+    result = {"rows": rows, "groups": [], "settings": ["model.views"], "remarks": []}
+    text = _shown(comparison_table(result, width), width=width)
+    lines = [[part.strip() for part in line.strip("│┃\n").split("│")] for line in text.splitlines() if "│" in line]
+    assert lines == [["views", "average", "concat"],
+                     *([name, cell, cell] for name in ("BLEU-1", "CIDEr", "rules F1 of 13, micro"))]  # fmt: skip
+    assert ("--output writes the intervals" in " ".join(text.split())) is (width == 72)
 
 
 def test_a_count_has_the_right_unit() -> None:
