@@ -15,10 +15,11 @@ from dataclasses import replace
 import numpy as np
 
 from emrrg_cli.decoding.slots import Prompts
-from emrrg_cli.labeling import OBSERVATIONS, positive_labels
+from emrrg_cli.labeling import positive_labels
 from emrrg_cli.scoring.comparison import ORDERS, Corpus, Floats
+from emrrg_cli.scoring.reward import ABNORMAL, FINDING_PRICE
 from emrrg_cli.scoring.scores import Bleu
-from emrrg_cli.vocabulary import BLEU_NAMES, F1_RULES, ROUGE_1
+from emrrg_cli.vocabulary import BLEU_NAMES, FINDINGS, ROUGE_1
 
 
 def several_samples(prompts: Prompts, samples: int) -> Prompts:
@@ -42,9 +43,9 @@ def most_agreed(texts: Sequence[str], scores: Mapping[str, float]) -> int:
     times = Counter(texts)
     different = list(times)
     total = np.zeros((len(different), len(different)))
-    if any(name != F1_RULES for name in scores):
+    if any(name != FINDINGS for name in scores):
         total += _of_words(different, scores)
-    if weight := scores.get(F1_RULES):
+    if weight := scores.get(FINDINGS):
         total += weight * _of_findings(different)
     agreement = total @ np.array([times[text] for text in different], np.float64)
     return texts.index(different[int(agreement.argmax())])
@@ -64,10 +65,7 @@ def _of_words(texts: Sequence[str], scores: Mapping[str, float]) -> Floats:
 
 
 def _of_findings(texts: Sequence[str]) -> Floats:
-    """Returns the F1 of the positive labels of each pair, `[n, n]`; 1 if both have none."""
-    labels = [[name in found for name in OBSERVATIONS] for found in positive_labels(texts)]
-    there = np.array(labels, np.float64).reshape(len(texts), len(OBSERVATIONS))
-    sums = there.sum(axis=1)
-    both = sums[:, None] + sums
-    found: Floats = np.divide(2 * there @ there.T, both, np.ones_like(both), where=both > 0)
-    return found
+    """Returns `findings` of each pair, `[n, n]`: of the text of a row, if that of the column were the reference."""
+    labels = [[name in found for name in ABNORMAL] for found in positive_labels(texts)]
+    there = np.array(labels, np.float64).reshape(len(texts), len(ABNORMAL))
+    return np.asarray(there @ there.T - FINDING_PRICE * there.sum(axis=1, keepdims=True), np.float64)

@@ -56,9 +56,7 @@ NO_FINDINGS_PROMPT = (
     *("model.findings=false", "model.findings_prompt=false", "model.findings_prompt_labels=false"),
     "model.findings_threshold=null",
 )
-REWARDS = (
-    "train.self_critical.rewards={{BLEU_1: 0.5, BLEU_4: 1, ROUGE_L: 1, ROUGE_1: {}, CIDEr: 4, F1_rules: {}}}".format
-)
+REWARDS = "train.self_critical.rewards={{BLEU_1: 0.5, BLEU_4: 1, ROUGE_L: 1, CIDEr: 4, ROUGE_1: {}, {}}}".format
 BEAMS = (
     "generation.consensus=null",
     "generation.do_sample=false",
@@ -133,9 +131,9 @@ ROWS = [
     changed("views told, concatenated", "model.view_tokens=true", "model.views=concat"),
     changed("balance", "data.balance=2"),
     Row("recipe with indication", ("data.context=[indication]",)),
-    Row("recall", (REWARDS(2, 0.5),)),
-    Row("recall and findings", (REWARDS(2, 1),)),
-    Row("no reward for findings", (REWARDS(1, 0),)),
+    Row("recall", (REWARDS(2, "F1_rules: 0.5"),)),
+    Row("findings", (REWARDS(1, "findings: 1"),)),
+    Row("recall and findings", (REWARDS(2, "findings: 1"),)),
     *(Row(f"contrast {value}", (f"train.self_critical.contrast={value}",)) for value in (0, 0.25, 1)),
     changed("no augmentation", *(f"data.augment.{what}=0" for what in AUGMENT)),
     changed("no dropout", "model.llm.scratch.dropout=0"),
@@ -147,7 +145,7 @@ ROWS = [
     *(decoded(f"temperature {value}", "recipe", f"generation.temperature={value}") for value in (0.5, 0.85, 1.0)),
     *(
         decoded(f"words recalled {value}", "recipe",
-                f"generation.consensus_scores={{BLEU_1: 1, ROUGE_1: {value}, F1_rules: 0.3}}")
+                f"generation.consensus_scores={{BLEU_1: 1, ROUGE_1: {value}, findings: 0.8}}")
         for value in (0.25, 1.0)
     ),
 ]  # fmt: skip

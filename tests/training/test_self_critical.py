@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from emrrg_cli.evaluation.language import score
-from emrrg_cli.scoring.reward import Reward
+from emrrg_cli.scoring.reward import FINDING_PRICE, Reward
 from emrrg_cli.training.self_critical import advantages
 
 CORPUS = [
@@ -35,7 +35,7 @@ def test_cider_weighs_words_by_the_training_reports() -> None:
     assert Reward(CORPUS, {"CIDEr": 1.0})(CORPUS[:1], written[:1]) == pytest.approx(rewards[:1])  # not by the batch
 
 
-def test_the_reward_of_findings_is_the_f1_of_positive_labels() -> None:
+def test_findings_are_rewarded_by_their_positive_labels() -> None:
     written = [
         "the heart is enlarged . there is a left pleural effusion .",
         "no acute disease .",
@@ -43,6 +43,9 @@ def test_the_reward_of_findings_is_the_f1_of_positive_labels() -> None:
     ]
     found = Reward(CORPUS, {"F1_rules": 2.0})([CORPUS[0], "normal chest .", CORPUS[2]], written)
     assert found == pytest.approx([2 * 2 / 3, 2.0, 0.0])
+    # One of two findings is right; no finding costs nothing, and "No Finding" gains nothing.
+    found = Reward(CORPUS, {"findings": 2.0})([CORPUS[0], "normal chest .", CORPUS[2]], written)
+    assert found == pytest.approx([2 * (1 - 2 * FINDING_PRICE), 0.0, 0.0])
 
 
 def test_an_advantage_is_over_the_mean_of_the_other_samples() -> None:
