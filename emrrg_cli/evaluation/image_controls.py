@@ -18,7 +18,8 @@ from emrrg_cli.datasets.epochs import evaluation_batches
 from emrrg_cli.datasets.loading import load_batches
 from emrrg_cli.datasets.report_dataset import ReportDataset, collate
 from emrrg_cli.evaluation.controls import derangements
-from emrrg_cli.evaluation.split_reports import OtherFilms, kept_predictions, write_predictions
+from emrrg_cli.evaluation.predictions import Predictions
+from emrrg_cli.evaluation.split_reports import OtherFilms, kept_predictions, save_predictions, write_predictions
 from emrrg_cli.models.report_generator import ReportGenerator
 from emrrg_cli.models.views import average_views
 from emrrg_cli.recipe.finetuning import FinetuneRecipe
@@ -64,6 +65,8 @@ class FilmControls:
         if train is not None and self.accelerator.is_main_process:
             closest = nearest(self.model, self.dataset, train, self.recipe, self.accelerator.device)
             found[NEAREST] = [train.reports[i] for i in closest]
+            made = Predictions(self.dataset.study_ids, self.references, found[NEAREST])
+            save_predictions(folder / f"predictions_{NEAREST}.jsonl", made)
         return found
 
 

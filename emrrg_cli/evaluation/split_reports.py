@@ -131,14 +131,16 @@ def write_predictions(
         )
     if accelerator.is_main_process:
         require_folder()
-        lines = [
-            json.dumps(_row(*row), ensure_ascii=False) + "\n"
-            for row in zip(study_ids, references, hypotheses, strict=True)
-        ]
-        atomic_write_text(folder / name, "".join(lines))
+        save_predictions(folder / name, Predictions(study_ids, references, hypotheses))
         for left in folder.glob(f"{stem}*.jsonl.partial"):
             left.unlink(missing_ok=True)
     return Predictions(study_ids, references, hypotheses)
+
+
+def save_predictions(file: Path, made: Predictions) -> None:
+    """Writes one line for each report."""
+    rows = zip(made.study_ids, made.references, made.hypotheses, strict=True)
+    atomic_write_text(file, "".join(json.dumps(_row(*row), ensure_ascii=False) + "\n" for row in rows))
 
 
 class OtherFilms(Dataset[Example]):

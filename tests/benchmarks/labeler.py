@@ -1,11 +1,14 @@
 """Compares the rule-based labeler with Open-i's manual MeSH annotation of IU X-Ray, and measures reports per second.
 
-python tests/benchmarks/labeler.py IU_TEXT_DIR
+python tests/benchmarks/labeler.py IU_TEXT_DIR [--predictions FILE ...]
 
 IU_TEXT_DIR has `openi_reports.csv` (uid, findings, impression, mesh_major) and R2Gen's `annotation.json`. Findings and
 impression are labelled together, because the annotators read both. Uncertain counts as positive. The labeler was tuned
 on "tuning" (R2Gen's training split and the studies outside its list); "held out" is R2Gen's validation and test splits
 together. Studies without text and studies that were not indexed are skipped.
+
+--predictions compares the labels of generated reports with the annotation instead. Each FILE is a predictions.jsonl of
+`emrrg evaluate` on IU X-Ray, or one of its image controls beside it.
 """
 
 from __future__ import annotations
@@ -95,12 +98,26 @@ def show(title: str, found: dict[str, Agreement]) -> None:
     Console().print(table)
 
 
+def of_predictions(file: Path, portions: dict[str, list[Study]]) -> list[Study]:
+    """Returns the indexed studies of a prediction file, with the generated reports as their texts."""
+    known = {study.uid: study for studies in portions.values() for study in studies}
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    reports = {row["study_id"].split("_")[0].removeprefix("CXR"): row["hypothesis"] for row in rows}
+    return [known[uid]._replace(text=text) for uid, text in reports.items() if uid in known]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", choices=("tuning", "held out"), help="one portion instead of both")
+    parser.add_argument("--predictions", type=Path, nargs="+", default=[])
     options = parser.parse_args()
     portions = read_studies(options.folder)
+    for file in options.predictions:
+        studies = of_predictions(file, portions)
+        show(f"{file}: {len(studies)} studies, uncertain counts as negative", agreement(studies, ("positive",)))
+    if options.predictions:
+        return
     texts = [study.text for study in portions["tuning"]]
     label_report("warm up")  # compiles the patterns
     for run in ("first pass", "sentences known"):

@@ -203,12 +203,13 @@ def test_image_controls_show_other_films(varied_run: Path, tmp_path: Path) -> No
     assert list(result["controls"]) == names
     texts = {
         name: [row["hypothesis"] for row in read_jsonl(tmp_path / "out" / f"predictions{name}.jsonl")]
-        for name in ("", "_blank_films", "_other_films")
+        for name in ("", "_blank_films", "_other_films", "_nearest_training_study")
     }
     assert len(set(texts["_blank_films"])) == 1  # every film is the same
     assert len(set(texts[""])) > 1
     assert sorted(texts["_other_films"]) == sorted(texts[""])
     assert texts["_other_films"] != texts[""]
+    assert len(texts["_nearest_training_study"]) == len(texts[""])
 
 
 def test_study_ids_are_read_once(tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
