@@ -22,6 +22,11 @@ def notes_on(result: Plan, recipe: FinetuneRecipe) -> list[str]:
         notes.append(f"reading images is the bottleneck; data.workers={more} would be fast enough")
     elif loading > result.seconds_computing:
         notes.append("reading images is the bottleneck; preprocess them to a smaller size")
+    if (settings := recipe.train.self_critical) is not None:
+        notes.append(
+            f"the memory is that of self-critical training, but the time is not: after {settings.after_epochs} epochs, "
+            f"each step samples {settings.samples} reports of each study and trains on them"
+        )
     if result.reports_at_a_time:
         samples = recipe.generation.consensus
         each = "a report" if samples is None else f"{samples} reports (generation.consensus)"

@@ -32,6 +32,7 @@ from emrrg_cli.planning.sizes import (
     meta_model,
     report_bytes,
     reports_at_a_time,
+    reports_per_study,
     weight_bytes,
 )
 from emrrg_cli.planning.trial import Step, measure
@@ -185,7 +186,8 @@ def _memory(work: _Work, step: Step, *, program: int, weights: int, llm_weights:
     """Returns the bytes of each part on the device at the peak of a step."""
     train = work.recipe.train
     # fp32 logits and their gradient
-    logits = work.micro * (work.recipe.data.max_report_tokens + 2) * work.config.vocab_size * 4 * 2
+    rows = work.micro * reports_per_study(work.recipe)
+    logits = rows * (work.recipe.data.max_report_tokens + 2) * work.config.vocab_size * 4 * 2
     activations = int(work.holes * ((step.checkpointed if train.gradient_checkpointing else step.saved) + logits))
     accumulates = work.micro < work.share
     return {

@@ -120,6 +120,12 @@ def report_bytes(model: ReportGenerator, recipe: FinetuneRecipe, views: int, pre
     return int(2 * tokens * width * (own if precision == "fp32" else 2))
 
 
+def reports_per_study(recipe: FinetuneRecipe) -> int:
+    """Returns the number of reports of each study in the largest step: the sampled ones and the reference, or one."""
+    settings = recipe.train.self_critical
+    return 1 if settings is None else settings.samples + bool(settings.cross_entropy)
+
+
 def disk_bytes(recipe: FinetuneRecipe, parameters: dict[str, int], trained: int, llm_weights: int) -> dict[str, int]:
     """Returns the bytes of each part of a run directory."""
     frozen_encoder = recipe.model.adapter.targets != "full"

@@ -19,6 +19,7 @@ from emrrg_cli.models.build import assemble, build_encoder
 from emrrg_cli.models.hybrid_decoder import decoder_layers
 from emrrg_cli.models.report_generator import ReportGenerator
 from emrrg_cli.planning.llms import PlanTokenizer, quantize
+from emrrg_cli.planning.sizes import reports_per_study
 from emrrg_cli.recipe.common import EncoderSettings
 from emrrg_cli.recipe.finetuning import FinetuneRecipe
 from emrrg_cli.runtime import llm_dtype
@@ -40,9 +41,9 @@ class Step:
     """Time and memory of a training step with one micro-batch.
 
     Attributes:
-        seconds: Seconds of the forward and backward pass.
+        seconds: Seconds of the forward and backward pass with one report for each study.
         update: Seconds of gradient clipping and the optimizer, once per step for any number of micro-batches.
-        saved: Bytes kept for the backward pass.
+        saved: Bytes kept for the backward pass; of a step of self-critical training, if the recipe has it.
         checkpointed: Bytes kept for the backward pass with gradient checkpointing.
     """
 
@@ -174,7 +175,7 @@ class _Trial:
         settings = self.recipe.model
         width = settings.encoder.width_and_depth[0]
         tokens = (settings.encoder.image_size // 16) ** 2 + 1
-        text = self.recipe.data.max_report_tokens + 40 + tokens
+        text = (self.recipe.data.max_report_tokens + 40 + tokens) * reports_per_study(self.recipe)
         size = self._llm_dtype().itemsize
         study = self.depth * self.views * tokens * width * 4 + self.layers * text * self.config.hidden_size * size
         return float(micro * study)
@@ -214,7 +215,7 @@ class _Trial:
 
         def count(studies: int) -> int:
             counter = _SavedBytes(self.module)
-            batch = self._batch(studies).to(self.device)
+            batch = self._batch(studies, reports_per_study(self.recipe)).to(self.device)
             with torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda tensor: tensor):
                 self.model(batch)
             return counter.total
@@ -225,7 +226,8 @@ class _Trial:
         # Copies of the weights in autocast's dtype do not grow with the number of studies.
         return kept + (micro - size) * (count(size + 1) - kept)
 
-    def _batch(self, micro: int) -> Batch:
+    def _batch(self, micro: int, reports: int = 1) -> Batch:
+        # Self-critical training has several `reports` of each study.
         side, tokens = self.recipe.model.encoder.image_size, self.recipe.data.max_report_tokens
         return Batch(
             indices=list(range(micro)),
@@ -233,7 +235,8 @@ class _Trial:
             pixels=torch.randint(0, 256, (micro * self.views, side, side), dtype=torch.uint8),
             views=torch.full((micro,), self.views),
             reports=[""] * micro,
-            labels=torch.randint(3, self.config.vocab_size, (micro, tokens + 1)),
+            labels=torch.randint(3, self.config.vocab_size, (micro * reports, tokens + 1)),
+            advantages=torch.ones(micro * reports) if reports > 1 else None,
         )
 
     def _synchronize(self) -> None:

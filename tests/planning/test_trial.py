@@ -12,6 +12,7 @@ from transformers import AutoConfig
 from emrrg_cli.models.build import assemble, build_encoder, fresh_llm
 from emrrg_cli.planning import trial
 from emrrg_cli.planning.llms import PlanTokenizer, llm_config
+from emrrg_cli.planning.sizes import reports_per_study
 from emrrg_cli.planning.trial import _SavedBytes, _Trial
 from emrrg_cli.recipe.finetuning import FinetuneRecipe
 from emrrg_cli.recipe.load import load_recipe
@@ -92,6 +93,21 @@ def test_a_trial_may_have_more_layers_than_a_small_llm(kind: str) -> None:
     small = _Trial(recipe_of("model.hybrid.every=4"), config, make_accelerator("fp32", 0), 1, 4)
     assert len(small.hybrid_layers) + len(small.plain_layers) == 6
     assert small._time(1)["seconds"] > 0
+
+
+def test_memory_of_self_critical_training_counts_every_report() -> None:
+    recipe = recipe_of("train.self_critical={samples: 3, cross_entropy: 0.1}")
+    small, alone = trial_of(recipe), trial_of(recipe_of())
+    tokenizer: Any = Tokenizer()
+    llm = fresh_llm(recipe.model, tokenizer, torch.float32)
+    whole = assemble(recipe.model, build_encoder(recipe.model.encoder), llm, tokenizer).train()
+    counter = _SavedBytes(whole)
+    with torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda tensor: tensor):
+        whole(small._batch(2, 4))
+    saved = small.whole(2, 2, lambda text: None).saved
+    assert saved == pytest.approx(counter.total, rel=0.01)
+    assert saved > alone.whole(2, 2, lambda text: None).saved
+    assert reports_per_study(recipe_of("train.self_critical={samples: 3, cross_entropy: 0}")) == 3
 
 
 def test_memory_of_a_large_batch_is_extrapolated() -> None:
