@@ -15,11 +15,11 @@ from dataclasses import replace
 import numpy as np
 
 from emrrg_cli.decoding.slots import Prompts
-from emrrg_cli.labeling import positive_labels
+from emrrg_cli.labeling import OBSERVATIONS, positive_labels
 from emrrg_cli.scoring.comparison import ORDERS, Corpus, Floats
 from emrrg_cli.scoring.reward import ABNORMAL, FINDING_PRICE
 from emrrg_cli.scoring.scores import Bleu
-from emrrg_cli.vocabulary import BLEU_NAMES, FINDINGS, ROUGE_1
+from emrrg_cli.vocabulary import BLEU_NAMES, F1_RULES, FINDINGS, ROUGE_1
 
 
 def several_samples(prompts: Prompts, samples: int) -> Prompts:
@@ -43,10 +43,11 @@ def most_agreed(texts: Sequence[str], scores: Mapping[str, float]) -> int:
     times = Counter(texts)
     different = list(times)
     total = np.zeros((len(different), len(different)))
-    if any(name != FINDINGS for name in scores):
+    of_findings = {F1_RULES, FINDINGS}
+    if set(scores) - of_findings:
         total += _of_words(different, scores)
-    if weight := scores.get(FINDINGS):
-        total += weight * _of_findings(different)
+    if set(scores) & of_findings:
+        total += _of_findings(different, scores)
     agreement = total @ np.array([times[text] for text in different], np.float64)
     return texts.index(different[int(agreement.argmax())])
 
@@ -64,8 +65,13 @@ def _of_words(texts: Sequence[str], scores: Mapping[str, float]) -> Floats:
     return np.asarray(total + scores.get(ROUGE_1, 0.0) * recall, np.float64)
 
 
-def _of_findings(texts: Sequence[str]) -> Floats:
-    """Returns `findings` of each pair, `[n, n]`: of the text of a row, if that of the column were the reference."""
-    labels = [[name in found for name in ABNORMAL] for found in positive_labels(texts)]
-    there = np.array(labels, np.float64).reshape(len(texts), len(ABNORMAL))
-    return np.asarray(there @ there.T - FINDING_PRICE * there.sum(axis=1, keepdims=True), np.float64)
+def _of_findings(texts: Sequence[str], scores: Mapping[str, float]) -> Floats:
+    """Returns the weighted sum of the scores of findings, `[n, n]`, as `scoring.reward` has them."""
+    there = np.array([[name in found for name in OBSERVATIONS] for found in positive_labels(texts)], np.float64)
+    there = there.reshape(len(texts), len(OBSERVATIONS))
+    sums = there.sum(axis=1)
+    both = sums[:, None] + sums
+    f1 = np.divide(2 * there @ there.T, both, np.ones_like(both), where=both > 0)
+    abnormal = there[:, [name in ABNORMAL for name in OBSERVATIONS]]
+    worth = abnormal @ abnormal.T - FINDING_PRICE * abnormal.sum(axis=1, keepdims=True)
+    return np.asarray(scores.get(F1_RULES, 0.0) * f1 + scores.get(FINDINGS, 0.0) * worth, np.float64)

@@ -32,7 +32,13 @@ OPTIONS = ["generation.num_beams=1", "generation.do_sample=true", "generation.te
 
 
 @pytest.mark.parametrize(
-    "weights", [{"BLEU_4": 1.0}, {"BLEU_1": 1.0, "ROUGE_1": 0.5, "findings": 0.8}, {"BLEU_2": 0.3, "BLEU_3": 1.0}]
+    "weights",
+    [
+        {"BLEU_4": 1.0},
+        {"BLEU_1": 1.0, "ROUGE_1": 0.5, "F1_rules": 0.3, "findings": 0.8},
+        {"BLEU_2": 0.3, "BLEU_3": 1.0},
+        {"F1_rules": 1.0, "ROUGE_1": 0.1},
+    ],
 )
 @pytest.mark.parametrize("seed", range(3))
 def test_the_kept_sample_has_the_best_mean_score(weights: dict[str, float], seed: int) -> None:
@@ -60,6 +66,7 @@ def test_labels_can_be_what_the_samples_agree_on() -> None:
     ]
     labels = positive_labels(texts)
     assert labels[1] == labels[3] == {"Pleural Effusion"}
+    assert most_agreed(texts, {"F1_rules": 1.0}) == 1  # the first of those with the label that three have
     assert most_agreed(texts, {"findings": 1.0}) == 2  # an enlarged heart in a quarter of the samples is worth telling
     assert most_agreed([*texts, *texts[:1] * 4], {"findings": 1.0}) == 1  # one in eight is not
 
