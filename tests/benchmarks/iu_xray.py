@@ -19,8 +19,8 @@ together, one alone on 250.
 `--minutes 9` limits the length of a call: training is stopped, and the next call with the same arguments resumes it.
 Finished jobs are not repeated. WORK/records.json lists them: with only this file in WORK, finished rows are not run
 again. Scores are of the validation split; `--test --frozen COMMIT` reads the test split once, and only if COMMIT is
-checked out. WORK/table.md has mean and standard deviation over seeds. `--tiny` makes every model small, to try the
-script on a CPU (`--gpus 0`).
+checked out. WORK/table.md has mean and standard deviation over the seeds that have finished. `--tiny` makes every model
+small, to try the script on a CPU (`--gpus 0`).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from job_queue import Job, Queue, peak_memory
+from job_queue import Job, Queue, Records, peak_memory
 
 F1 = ("F1 of 14", "F1 of 13")  # with and without "No Finding"
 SCORES = ("BLEU_1", "BLEU_4", "ROUGE_L", "METEOR", "CIDEr", "shuffled CIDEr")
@@ -377,11 +377,17 @@ def main() -> None:
     chain = Chain(options)
     seeds = [int(seed) for seed in options.seeds.split(",")]
     goals = [chain.goal(row, seed, known) for row in rows for seed in seeds]
-    queue = Queue(chain.jobs.values(), chain.work, options.gpus, chain.when_done, mps=options.mps)
+
+    def write_table(records: Records) -> None:
+        (chain.work / "table.md").write_text(table(rows, seeds, chain.split, records.entries))
+
+    queue = Queue(
+        chain.jobs.values(), chain.work, options.gpus, chain.when_done, on_change=write_table, mps=options.mps
+    )
     done = queue.run(goals, options.minutes)
-    text = table(rows, seeds, chain.split, queue.records.entries)
-    (chain.work / "table.md").write_text(text)
-    print(f"\n{'all done' if done else 'not all is done: run the same command again'}\n\n{text}")
+    write_table(queue.records)
+    print(f"\n{'all done' if done else 'not all is done: run the same command again'}\n")
+    print((chain.work / "table.md").read_text())
     sys.exit(0 if done or not queue.failed else 1)
 
 

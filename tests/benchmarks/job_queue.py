@@ -108,6 +108,7 @@ class Queue:
         work: folder of records and logs.
         gpus: number of GPUs; 0: the CPU counts as one.
         when_done: called with a job that has just finished; its result goes into the record.
+        on_change: called after each finished job, when its record is written.
         mps: whether NVIDIA MPS runs on each GPU while the jobs run: several jobs then compute at the same time.
     """
 
@@ -118,10 +119,12 @@ class Queue:
         gpus: int,
         when_done: Callable[[Job], dict[str, Any]] = lambda job: {},
         *,
+        on_change: Callable[[Records], None] = lambda records: None,
         mps: bool = False,
     ) -> None:
         self.jobs = {job.name: job for job in jobs}
-        self.work, self.gpus, self.when_done, self.mps = work, gpus, when_done, mps
+        self.work, self.gpus, self.mps = work, gpus, mps
+        self.when_done, self.on_change = when_done, on_change
         (work / "logs").mkdir(parents=True, exist_ok=True)
         self.records = Records.read(work / "records.json")
         self.running: list[Running] = []
@@ -222,6 +225,7 @@ class Queue:
         if code == 0:
             self.records.update(job.name, **entry, done=True, **self.when_done(job))
             print(f"{job.name}: done after {seconds:.0f} s", flush=True)
+            self.on_change(self.records)
         elif code in STOPPED:
             self.records.update(job.name, **entry)
             print(f"{job.name}: stopped after {seconds:.0f} s; the next call continues it", flush=True)

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import iu_xray
 import job_queue
-from job_queue import Job, Queue
+from job_queue import Job, Queue, Records
 
 # Says when it began and on which GPU; a training goes on until it is stopped or has run twice.
 _CODE = """
@@ -50,8 +50,14 @@ def _job(folder: Path, name: str, *needs: str, kind: str = "finetune", how: str 
 @pytest.mark.slow
 def test_jobs_run_after_what_they_need_and_once(tmp_path: Path) -> None:
     jobs = [_job(tmp_path, name, *needs) for name, *needs in (("a",), ("b", "a"), ("c", "a"), ("d", "b"), ("other",))]
-    queue = Queue(jobs, tmp_path, 2, lambda job: {"kept": job.name})
+    seen: list[int] = []
+
+    def count(records: Records) -> None:
+        seen.append(len(records.entries))
+
+    queue = Queue(jobs, tmp_path, 2, lambda job: {"kept": job.name}, on_change=count)
     assert queue.run(["d", "c"], None)
+    assert seen == [1, 2, 3, 4]
     done = {name: (tmp_path / name).stat().st_mtime for name in "abcd"}
     assert done["a"] < done["b"] < done["d"]
     assert not (tmp_path / "other").exists()
