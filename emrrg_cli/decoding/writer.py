@@ -173,7 +173,7 @@ class Writer:
                 for key, row in zip(studies.keys, self.model.findings(tokens, views).sigmoid().tolist(), strict=True):
                     self._findings[key] = dict(zip(FINDINGS, row, strict=False))  # the first ones
         if self.film_distance is not None:
-            found = self.film_distance.of_studies(describe(films, studies.pixels), studies.views)
+            found = self.film_distance.of_studies(describe(films, pixels), studies.views)
             self._distances |= dict(zip(studies.keys, found, strict=True))
         seeds = [(self.settings.seed << 32) + number for number in studies.numbers]
         return Prompts(

@@ -166,25 +166,28 @@ def _read_part(tensors: dict[str, Tensor], name: str) -> _Part:
 
 
 def describe(tokens: Tensor, pixels: Tensor) -> Films:
-    """Describes films, on the CPU: mean and deviation of their tokens `[n, 2 d]`, and their looks `[n, t]`.
+    """Describes films: mean and deviation of their tokens `[n, 2 d]`, and their looks `[n, t]`, both on the CPU.
 
-    The looks are texture, quantiles of brightness, and mean brightness on a grid.
+    The looks are texture, quantiles of brightness, and mean brightness on a grid. They are computed on the device of
+    the tokens.
 
     Args:
         tokens: of the encoder, `[n, l, d]`.
         pixels: uint8 `[n, size, size]`.
     """
-    values = tokens.float().cpu()
-    pixels = pixels.cpu()
+    values, pixels = tokens.float(), pixels.to(tokens.device, non_blocking=True)
     looks = torch.cat([_texture(pixels), _brightness(pixels)], dim=-1)
-    return torch.cat([values.mean(dim=1), values.std(dim=1)], dim=-1), looks
+    return torch.cat([values.mean(dim=1), values.std(dim=1)], dim=-1).cpu(), looks.cpu()
 
 
 def _brightness(pixels: Tensor) -> Tensor:
-    ordered = pixels.flatten(1).sort(dim=1).values
-    places = torch.tensor([round(share * (ordered.shape[1] - 1)) for share in _SHARES])
+    n, count = len(pixels), pixels[0].numel()
+    of_film = 256 * torch.arange(n, device=pixels.device)[:, None] + pixels.flatten(1)  # int64: film and brightness
+    darker = torch.bincount(of_film.flatten(), minlength=256 * n).view(n, 256).cumsum(dim=1)
+    places = torch.tensor([round(share * (count - 1)) for share in _SHARES], device=pixels.device)
+    ordered = torch.searchsorted(darker, places.expand(n, -1).contiguous(), right=True)  # as sorting would have them
     layout = F.adaptive_avg_pool2d(pixels.float()[:, None], _LAYOUT).flatten(1)
-    return torch.cat([ordered[:, places].float(), layout], dim=-1) / 255
+    return torch.cat([ordered.float(), layout], dim=-1) / 255
 
 
 def _texture(pixels: Tensor) -> Tensor:

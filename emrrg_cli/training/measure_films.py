@@ -52,8 +52,9 @@ def measure_film_distance(
             found = []
             for batch in load_batches(dataset, batches, collate, workers=recipe.data.workers):
                 with torch.no_grad():
-                    pixels = batch.pixels.to(device).float()[:, None] / 255
-                    found.append(describe(encoder((pixels - center) / spread), batch.pixels))
+                    pixels = batch.pixels.to(device)
+                    images = pixels.float()[:, None] / 255
+                    found.append(describe(encoder((images - center) / spread), pixels))
                 advance(len(batch.views))
             tokens, looks = zip(*found, strict=True)
             return torch.cat(tokens), torch.cat(looks)

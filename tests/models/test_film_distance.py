@@ -89,6 +89,15 @@ def test_films_are_described_by_tokens_and_looks() -> None:
     assert brightness[9:].view(6, 6).tolist() == [[0, 0, 0, 1, 1, 1]] * 6
 
 
+def test_quantiles_are_those_of_the_sorted_pixels() -> None:
+    generator = torch.Generator().manual_seed(3)
+    pixels = torch.randint(0, 256, (5, 12, 12), generator=generator, dtype=torch.uint8)
+    pixels[0], pixels[1] = 255, pixels[1] // 64 * 64
+    ordered = pixels.flatten(1).sort(dim=1).values
+    places = [round(share * 143) for share in (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)]
+    assert torch.equal(describe(torch.randn(5, 4, 3), pixels)[1][:, -45:-36], ordered[:, places] / 255)
+
+
 def test_one_held_out_film_of_100_is_unlike_by_either_part() -> None:
     held_out = _described(1000, 2)
     fitted = FilmDistance.fit(_described(1000, 1), held_out)
