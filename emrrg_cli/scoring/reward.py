@@ -35,8 +35,13 @@ class Reward:
         self._texts, self._weights = list(corpus), dict(weights)
         self._corpus, self._compared = Corpus(self._texts), 0
 
-    def __call__(self, references: Sequence[str], hypotheses: Sequence[str]) -> list[float]:
-        """Returns one number per pair."""
+    def __call__(self, references: Sequence[str], hypotheses: Sequence[str], *, contrast: bool = False) -> list[float]:
+        """Returns one number per pair.
+
+        Args:
+            contrast: the references are those of other studies; `findings` counts 0, because its price already makes a
+                report that fits every study worthless.
+        """
         if self._compared > _REMEMBERED:  # it remembers every text that it has seen
             self._corpus, self._compared = Corpus(self._texts), 0
         self._compared += len(hypotheses)
@@ -51,7 +56,7 @@ class Reward:
         if weight := self._weights.get(ROUGE_1):
             total += weight * pairs.matches[:, 0] / np.maximum(1, pairs.reference_lengths)
         for name, compared in ((F1_RULES, _f1), (FINDINGS, _findings)):
-            if weight := self._weights.get(name):
+            if (weight := self._weights.get(name)) and not (contrast and name == FINDINGS):
                 different = list({*references, *hypotheses})
                 labels = dict(zip(different, positive_labels(different), strict=True))
                 compared_pairs = zip(references, hypotheses, strict=True)

@@ -94,13 +94,14 @@ class Sampler:
         # References of b studies and `samples` reports for each -> [b, samples]
         n = self.settings.samples
 
-        def rewards(truth: Sequence[str]) -> Tensor:
-            return torch.tensor(self.reward([text for text in truth for _ in range(n)], reports)).view(-1, n)
+        def rewards(truth: Sequence[str], *, contrast: bool = False) -> Tensor:
+            repeated = [text for text in truth for _ in range(n)]
+            return torch.tensor(self.reward(repeated, reports, contrast=contrast)).view(-1, n)
 
         found = rewards(references)
         shifts = range(1, min(_OTHERS, len(references) - 1) + 1)
         if self.settings.contrast and shifts:
-            others = [rewards([*references[shift:], *references[:shift]]) for shift in shifts]
+            others = [rewards([*references[shift:], *references[:shift]], contrast=True) for shift in shifts]
             found = found - self.settings.contrast * torch.stack(others).mean(dim=0)
         return found
 

@@ -46,6 +46,8 @@ def test_findings_are_rewarded_by_their_positive_labels() -> None:
     # One of two findings is right; no finding costs nothing, and "No Finding" gains nothing.
     found = Reward(CORPUS, {"findings": 2.0})([CORPUS[0], "normal chest .", CORPUS[2]], written)
     assert found == pytest.approx([2 * (1 - 2 * FINDING_PRICE), 0.0, 0.0])
+    both = Reward(CORPUS, {"findings": 2.0, "F1_rules": 1.0})
+    assert both(CORPUS[1:2], written[:1], contrast=True) == Reward(CORPUS, {"F1_rules": 1.0})(CORPUS[1:2], written[:1])
 
 
 def test_an_advantage_is_over_the_mean_of_the_other_samples() -> None:
