@@ -131,7 +131,7 @@ ROWS = [
     changed("views told, concatenated", "model.view_tokens=true", "model.views=concat"),
     changed("balance", "data.balance=2"),
     Row("recipe with indication", ("data.context=[indication]",)),
-    Row("recall", (REWARDS(2, "findings: 0.5"),)),
+    *(Row(f"recall {value}", (REWARDS(value, "findings: 0.5"),)) for value in (2, 3)),
     Row("findings by pairs", (REWARDS(1, "F1_rules: 0.5"),)),
     Row("more for findings", (REWARDS(1, "findings: 1"),)),
     *(Row(f"contrast {value}", (f"train.self_critical.contrast={value}",)) for value in (0, 0.25, 1)),
