@@ -15,9 +15,9 @@ from dataclasses import replace
 import numpy as np
 
 from emrrg_cli.decoding.slots import Prompts
-from emrrg_cli.labeling import OBSERVATIONS, positive_labels
+from emrrg_cli.labeling import ABNORMAL, OBSERVATIONS, positive_labels
 from emrrg_cli.scoring.comparison import ORDERS, Corpus, Floats
-from emrrg_cli.scoring.reward import ABNORMAL, FINDING_PRICE
+from emrrg_cli.scoring.reward import FINDING_PRICE
 from emrrg_cli.scoring.scores import Bleu
 from emrrg_cli.vocabulary import BLEU_NAMES, F1_RULES, FINDINGS, ROUGE_1
 

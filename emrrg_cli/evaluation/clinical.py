@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from emrrg_cli.labeling import FIVE, OBSERVATIONS
+from emrrg_cli.labeling import ABNORMAL, FIVE, OBSERVATIONS
 from emrrg_cli.scoring.comparison import Floats
 
 # Name of each policy in the results, and the label values that it counts as positive.
@@ -21,7 +21,7 @@ POLICIES = {"uncertain_positive": ("positive", "uncertain"), "uncertain_negative
 # micro F1 over 14 labels. The 13 are without it.
 SETS: dict[str, list[int]] = {
     "14": list(range(len(OBSERVATIONS))),
-    "13": [label for label, name in enumerate(OBSERVATIONS) if name != "No Finding"],
+    "13": [OBSERVATIONS.index(name) for name in ABNORMAL],
     "5": [OBSERVATIONS.index(name) for name in FIVE],
 }
 _COUNT = len(OBSERVATIONS)

@@ -10,12 +10,11 @@ import numpy as np
 
 from emrrg_cli.evaluation.clinical import POLICIES, Labels
 from emrrg_cli.evaluation.predictions import Predictions
-from emrrg_cli.labeling import OBSERVATIONS
+from emrrg_cli.labeling import ABNORMAL, OBSERVATIONS
 from emrrg_cli.vocabulary import CIDER, ROUGE_L
 
-# Labels that are compared for each study: an uncertain label counts as a finding, "No Finding" does not.
+# An uncertain label counts as a finding in the comparison of each study.
 _COUNTED = POLICIES["uncertain_positive"]
-FINDINGS = tuple(name for name in OBSERVATIONS if name != "No Finding")
 _NOT_MENTIONED = "not mentioned"
 _BIN = 10  # words
 
@@ -64,8 +63,8 @@ def error_figures(
 def compare_findings(truth: Labels, found: Labels) -> dict[str, list[str]]:
     """Returns the findings in both texts (`agreed`), only in the report (`invented`), or only in the reference
     (`missed`)."""
-    here = [name for name in FINDINGS if truth.get(name) in _COUNTED]
-    reported = [name for name in FINDINGS if found.get(name) in _COUNTED]
+    here = [name for name in ABNORMAL if truth.get(name) in _COUNTED]
+    reported = [name for name in ABNORMAL if found.get(name) in _COUNTED]
     return {
         "agreed": [name for name in here if name in reported],
         "invented": [name for name in reported if name not in here],

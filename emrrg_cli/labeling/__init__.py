@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from emrrg_cli.labeling.further import FURTHER_FINDINGS, further_findings
 from emrrg_cli.labeling.labeler import label_report, label_reports, positive_labels
-from emrrg_cli.labeling.policy import FIVE, OBSERVATIONS, Label
+from emrrg_cli.labeling.policy import ABNORMAL, FIVE, OBSERVATIONS, Label
 
 __all__ = [
+    "ABNORMAL",
     "FIVE",
     "FURTHER_FINDINGS",
     "OBSERVATIONS",

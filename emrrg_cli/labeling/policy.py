@@ -81,6 +81,7 @@ OBSERVATIONS: tuple[str, ...] = (
     "Fracture",
     "Support Devices",
 )
+ABNORMAL: tuple[str, ...] = tuple(name for name in OBSERVATIONS if name != "No Finding")
 FIVE: tuple[str, ...] = ("Cardiomegaly", "Edema", "Consolidation", "Atelectasis", "Pleural Effusion")
 
 _STRENGTH: dict[Label | None, int] = {None: 0, "negative": 1, "uncertain": 2, "positive": 3}

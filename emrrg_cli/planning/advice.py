@@ -24,7 +24,7 @@ def notes_on(result: Plan, recipe: FinetuneRecipe) -> list[str]:
         notes.append("reading images is the bottleneck; preprocess them to a smaller size")
     if (settings := recipe.train.self_critical) is not None:
         notes.append(
-            f"the memory is that of self-critical training, but the time is not: after {settings.after_epochs} epochs, "
+            f"the memory includes self-critical training, the time does not: after {settings.after_epochs} epochs, "
             f"each step samples {settings.samples} reports of each study and trains on them"
         )
     if result.reports_at_a_time:

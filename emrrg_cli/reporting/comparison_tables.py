@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,8 +14,8 @@ from emrrg_cli.console import printable
 from emrrg_cli.vocabulary import SCORE_LABELS
 
 SIGNIFICANT = 0.05
-_INTERVAL = re.compile(r" \[[^]]*]$")
-NOTE = "Brackets: 95 % interval. *: differs from the first, p < .05 by paired bootstrap over studies."
+_MARK = "*: differs from the first, p < .05 by paired bootstrap over studies."
+NOTE = f"Brackets: 95 % interval. {_MARK}"
 _NAMES = SCORE_LABELS | {
     "rules_F1_micro_14": "rules F1 of 14, micro",
     "rules_F1_macro_14": "rules F1 of 14, macro",
@@ -24,7 +23,7 @@ _NAMES = SCORE_LABELS | {
 }
 
 
-def comparison_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def comparison_rows(result: Mapping[str, Any], *, intervals: bool = True) -> tuple[list[str], list[list[str]]]:
     """Returns heads and cells: name, differing settings, and each score with its interval and a mark if it differs."""
     settings = result["settings"]
     scores = list(result["rows"][0]["scores"])
@@ -36,7 +35,8 @@ def comparison_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str
         for name in scores:
             low, high = row["intervals"][name]
             mark = "*" if tested["p"].get(name, 1.0) < SIGNIFICANT else ""
-            cells.append(f"{row['scores'][name]:.3f}{mark} [{low:.3f}, {high:.3f}]")
+            interval = f" [{low:.3f}, {high:.3f}]" if intervals else ""
+            cells.append(f"{row['scores'][name]:.3f}{mark}{interval}")
         rows.append([row["name"], *(_setting(row["settings"].get(key)) for key in settings), *cells])
     for group in result["groups"]:
         cells = [f"{group['mean'][name]:.3f} ± {group['deviation'][name]:.3f}" for name in scores]
@@ -47,16 +47,15 @@ def comparison_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str
 def comparison_table(result: Mapping[str, Any], width: int) -> Table:
     """Returns a table for a terminal of `width` columns: a row for each score, without intervals if they do not fit."""
     heads, rows = comparison_rows(result)
-    lines = [list(line) for line in zip(heads, *rows, strict=True)]
     note = NOTE
-    if sum(max(map(len, column)) + 3 for column in zip(*lines, strict=True)) + 1 > width:
-        first = 1 + len(result["settings"])  # the lines before have names and settings
-        lines[first:] = [[_INTERVAL.sub("", cell) for cell in line] for line in lines[first:]]
-        note = f"{NOTE.split('. ', 1)[1]} --output writes the intervals."
+    if sum(max(map(len, column)) + 3 for column in (heads, *rows)) + 1 > width:
+        heads, rows = comparison_rows(result, intervals=False)
+        note = f"{_MARK} --output writes the intervals."
+    first, *lines = zip(heads, *rows, strict=True)
     table = Table(caption=Text(note), caption_justify="left")
-    for number, head in enumerate(lines[0]):
+    for number, head in enumerate(first):
         table.add_column(Text(head), justify="right" if number else "left", overflow="fold")
-    for line in lines[1:]:
+    for line in lines:
         table.add_row(*map(Text, line))
     return table
 

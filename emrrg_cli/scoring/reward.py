@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from emrrg_cli.labeling import OBSERVATIONS, positive_labels
+from emrrg_cli.labeling import ABNORMAL, positive_labels
 from emrrg_cli.scoring.comparison import Corpus
 from emrrg_cli.scoring.scores import SCORES
 from emrrg_cli.vocabulary import CIDER, F1_RULES, FINDINGS, ROUGE_1
@@ -15,7 +15,6 @@ from emrrg_cli.vocabulary import CIDER, F1_RULES, FINDINGS, ROUGE_1
 # probability is above half of this F1 (Lipton et al., ECML 2014), here of about 0.3. The F1 of single reports is not
 # a substitute: most reports have no finding, and a finding of a smaller probability than a half would lower it.
 FINDING_PRICE = 0.15
-ABNORMAL = tuple(name for name in OBSERVATIONS if name != "No Finding")
 _REMEMBERED = 20_000
 
 
@@ -55,12 +54,15 @@ class Reward:
                     total += scale * values[:, score.names.index(name)]
         if weight := self._weights.get(ROUGE_1):
             total += weight * pairs.matches[:, 0] / np.maximum(1, pairs.reference_lengths)
-        for name, compared in ((F1_RULES, _f1), (FINDINGS, _findings)):
-            if (weight := self._weights.get(name)) and not (contrast and name == FINDINGS):
-                different = list({*references, *hypotheses})
-                labels = dict(zip(different, positive_labels(different), strict=True))
-                compared_pairs = zip(references, hypotheses, strict=True)
-                total += weight * np.array([compared(labels[truth], labels[text]) for truth, text in compared_pairs])
+        f1 = self._weights.get(F1_RULES, 0.0)
+        findings = 0.0 if contrast else self._weights.get(FINDINGS, 0.0)
+        if f1 or findings:
+            different = list({*references, *hypotheses})
+            labels = dict(zip(different, positive_labels(different), strict=True))
+            pairs_of_labels = [
+                (labels[truth], labels[text]) for truth, text in zip(references, hypotheses, strict=True)
+            ]
+            total += [f1 * _f1(*pair) + findings * _findings(*pair) for pair in pairs_of_labels]
         return [float(value) for value in total]
 
 

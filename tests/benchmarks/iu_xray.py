@@ -61,7 +61,9 @@ BEAMS = (
     "generation.consensus=null",
     "generation.do_sample=false",
     "generation.temperature=1.0",
-    *("generation.num_beams=3", "generation.min_new_tokens=30", "generation.length_penalty=2.0"),
+    "generation.num_beams=3",
+    "generation.min_new_tokens=30",
+    "generation.length_penalty=2.0",
 )
 ENCODER = "model.encoder.{}=".format
 TOY = (
