@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING, Any
 # Before torch is imported: its threads would keep a core busy while they wait for each other, and with other programs
 # on the machine a step of a small model takes ten times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Also before torch: on recent GPUs it prefers the attention of cuDNN, which compiles for some 30 ms on each new shape.
+# Ours change with every batch. The names are those of torch 2.9 and of 2.10 and newer.
+os.environ.setdefault("TORCH_CUDNN_SDPA_PREFERRED", "0")
+os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
 
 if TYPE_CHECKING:
     from emrrg_cli.datasets.report_text import clean_report

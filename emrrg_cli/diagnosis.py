@@ -51,6 +51,7 @@ def devices() -> dict[str, Any]:
     `bf16` is True if every GPU supports it, which `train.precision: auto` requires; None without a GPU.
     """
     import torch
+    from joblib import cpu_count
 
     gpus = []
     for index in range(torch.cuda.device_count()):
@@ -69,7 +70,7 @@ def devices() -> dict[str, Any]:
         "gpus": gpus,
         "bf16": all(gpu["bf16"] for gpu in gpus) if gpus else None,
         "torch_build": build,
-        "cpu_cores": _usable_cores(),
+        "cpu_cores": cpu_count(),
         "ram_gib": _ram_gib(),
     }
 
@@ -119,12 +120,6 @@ def _checked(check: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return check()
     except Exception as error:  # people run this command to find what is broken
         return {"problem": f"{type(error).__name__}: {error}"}
-
-
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):  # Linux: the cores of this process, which a batch system may limit
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _ram_gib() -> float | None:

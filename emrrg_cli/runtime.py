@@ -87,8 +87,10 @@ def fit_threads(model: torch.nn.Module, *, writing: bool = False) -> int:
     """
     if "OMP_NUM_THREADS" in os.environ or torch.cuda.is_available():
         return torch.get_num_threads()
+    from joblib import cpu_count  # also knows the limits of a container
+
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = cpu_count()
     free = cores - round(psutil.getloadavg()[0])
     useful = min(cores, 4) if parameters < 5_000_000 else cores
     if writing and parameters < 10_000_000:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import joblib
 import psutil
 import pytest
 import torch
@@ -36,7 +37,7 @@ def test_threads_fit_load_and_model(
     monkeypatch: pytest.MonkeyPatch, cores: int, load: float, parameters: int, writing: bool, threads: int
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    monkeypatch.setattr(joblib, "cpu_count", lambda: cores)
     monkeypatch.setattr(psutil, "getloadavg", lambda: (load, load, load))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     chosen: list[int] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -40,6 +41,8 @@ def load_batches(
         num_workers=workers,
         pin_memory=pin_memory,
         worker_init_fn=_leave_signals_to_parent,
+        # Started processes would import torch first, one after another, and this is the default in some processes.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
     # Workers are seeded from a separate generator, so that the training state does not change.
     loader.generator = torch.Generator()

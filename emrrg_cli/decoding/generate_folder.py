@@ -17,7 +17,7 @@ from emrrg_cli.decoding.processes import write_in_processes
 from emrrg_cli.decoding.reports import load_generator
 from emrrg_cli.decoding.shards import Shard
 from emrrg_cli.decoding.studies import StudyFiles
-from emrrg_cli.decoding.study_records import StudyResult, StudyWriter
+from emrrg_cli.decoding.study_records import StudyResult, StudyWriter, reading_processes
 from emrrg_cli.default_model import read_limits
 from emrrg_cli.files.atomic import atomic_write_text
 from emrrg_cli.files.locks import locked
@@ -152,7 +152,8 @@ class _Run:
             return lambda: write_in_processes(left, processes, self.run_dir, self.recipe, machine.device, page)
         generator = load_generator(self.run_dir, device=machine.device, recipe=self.recipe)
         fit_threads(generator.model, writing=True)
-        return lambda: StudyWriter(generator, self.recipe, page).write(left)
+        workers = reading_processes(generator.device)
+        return lambda: StudyWriter(generator, self.recipe, page, workers=workers).write(left)
 
     def _stopped(self) -> str:
         result, place = self.result, self.place

@@ -19,7 +19,7 @@ from emrrg_cli.console import err
 from emrrg_cli.decoding.cards import PageOptions, StudyCard
 from emrrg_cli.decoding.reports import load_generator
 from emrrg_cli.decoding.studies import StudyFiles
-from emrrg_cli.decoding.study_records import StudyResult, StudyWriter
+from emrrg_cli.decoding.study_records import StudyResult, StudyWriter, reading_processes
 from emrrg_cli.errors import EmrrgError, RunError
 from emrrg_cli.recipe.finetuning import FinetuneRecipe
 from emrrg_cli.signals import stop_signals
@@ -48,9 +48,14 @@ def write_in_processes(
         with _environment(processes):
             for index in range(processes):
                 own = f"cuda:{index}" if on_gpus else device
-                part = studies[index::processes]
-                connection, process = _start(index, part, run_dir, recipe, own, share)
+                connection, process = _start(index, processes, run_dir, recipe, own, share)
                 running[connection] = index, process
+        for connection, (index, process) in running.items():
+            try:
+                connection.send(studies[index::processes])  # waits until the process reads: they start together
+            except OSError:
+                process.join()
+                raise _ended(index, processes, process.exitcode) from None
         while running:
             for ready in wait(list(running)):
                 connection = cast("Connection", ready)
@@ -74,12 +79,12 @@ def write_in_processes(
 
 
 def _start(
-    index: int, studies: Sequence[StudyFiles], run_dir: Path, recipe: FinetuneRecipe, device: str, page: PageOptions
+    index: int, processes: int, run_dir: Path, recipe: FinetuneRecipe, device: str, page: PageOptions
 ) -> tuple[Connection, BaseProcess]:
     context = multiprocessing.get_context("spawn")  # a forked process could not use a GPU
-    ours, theirs = context.Pipe(duplex=False)
-    arguments = (theirs, index, studies, run_dir, recipe, device, page)
-    process = context.Process(target=_write, args=arguments, daemon=True)
+    ours, theirs = context.Pipe()
+    arguments = (theirs, index, processes, run_dir, recipe, device, page)
+    process = context.Process(target=_write, args=arguments)  # not a daemon, which could not start processes that read
     process.start()
     theirs.close()  # so that this process notices its end
     return ours, process
@@ -88,7 +93,7 @@ def _start(
 def _write(
     connection: Connection,
     index: int,
-    studies: Sequence[StudyFiles],
+    processes: int,
     run_dir: Path,
     recipe: FinetuneRecipe,
     device: str,
@@ -100,13 +105,15 @@ def _write(
     err.quiet = index > 0  # all processes have the same warnings
     silence_libraries()
     try:
+        studies = connection.recv()
         if device.startswith("cuda"):
             torch.cuda.set_device(device)  # otherwise some memory of the first GPU is also taken
-        writer = StudyWriter(load_generator(run_dir, device=device, recipe=recipe), recipe, page)
+        generator = load_generator(run_dir, device=device, recipe=recipe)
+        writer = StudyWriter(generator, recipe, page, workers=reading_processes(generator.device, processes))
         for results in writer.write(studies):
             connection.send(results)
         connection.send(None)
-    except BrokenPipeError:  # the parent process has ended
+    except (BrokenPipeError, EOFError):  # the parent process has ended
         os._exit(1)
     except EmrrgError as error:
         connection.send(error)
@@ -123,9 +130,10 @@ def _ended(index: int, processes: int, code: int | None) -> RunError:
 @contextmanager
 def _environment(processes: int) -> Iterator[None]:
     # Processes share the cores. Signals are blocked until the processes can ignore them.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    from joblib import cpu_count
+
     chosen = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = chosen or str(max(1, cores // processes))
+    os.environ["OMP_NUM_THREADS"] = chosen or str(max(1, cpu_count() // processes))
     masks = hasattr(signal, "pthread_sigmask")
     before = signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals()) if masks else set()
     try:

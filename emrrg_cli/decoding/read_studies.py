@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import warnings
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
 
+from emrrg_cli.datasets.loading import load_batches
 from emrrg_cli.decoding.cards import small_picture
-from emrrg_cli.decoding.reports import study_pixels
 from emrrg_cli.decoding.studies import Film, StudyFiles, path_name
 from emrrg_cli.imaging.base import ImageError
 from emrrg_cli.imaging.notes import image_notes
+from emrrg_cli.imaging.raster import resize_square
 from emrrg_cli.imaging.read import read_image
 from emrrg_cli.imaging.views import view_token
+
+_AT_ONCE = 8  # studies that a process reads at a time
 
 
 @dataclass
@@ -35,7 +37,7 @@ class ReadStudy:
     """
 
     study: StudyFiles
-    pixels: torch.Tensor | None
+    pixels: NDArray[np.uint8] | None
     used: list[Film]
     notes: list[str]
     skipped: list[tuple[str, str]]
@@ -46,7 +48,7 @@ class ReadStudy:
 def read_study(study: StudyFiles, size: int, most: int | None, *, pictured: bool = False) -> ReadStudy:
     """Reads the first `most` readable images of a study; with `pictured`, also makes small pictures."""
     read = ReadStudy(study, None, [], [], [])
-    views: list[torch.Tensor] = []
+    views: list[NDArray[np.uint8]] = []
     if not study.files:
         read.skipped.append((study.name, "no images"))
     for file, view in zip(study.files, study.views, strict=True):
@@ -56,7 +58,7 @@ def read_study(study: StudyFiles, size: int, most: int | None, *, pictured: bool
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Pillow warns about odd metadata
                 image = read_image(file if isinstance(file, Path) else file.content())
-            pixels = study_pixels(image, size)
+            pixels = resize_square(image, size)
         except ImageError as error:
             read.skipped.append((path_name(file), ": ".join(filter(None, [error.reason, error.detail]))))
             continue
@@ -67,39 +69,34 @@ def read_study(study: StudyFiles, size: int, most: int | None, *, pictured: bool
         read.used.append(file)
         read.projections.append(view_token(view))
     if views:
-        read.pixels = torch.cat(views)
+        read.pixels = np.stack(views)
         if read.skipped:
             read.notes.append(f"{len(read.skipped)} of {len(study.files)} images could not be read")
     return read
 
 
 def read_studies(
-    studies: Iterable[StudyFiles], size: int, most: int | None, threads: int, pictures: int = 0
+    studies: Sequence[StudyFiles], size: int, most: int | None, workers: int, pictures: int = 0
 ) -> Iterator[ReadStudy]:
-    """Yields studies in order; `threads` (0: none) read a few studies ahead.
+    """Yields studies in order; `workers` processes (0: none) read a few studies ahead.
 
     Args:
         size, most: as in `read_study`.
         pictures: number of first studies that get small pictures.
     """
-
-    def read(numbered: tuple[int, StudyFiles]) -> ReadStudy:
-        number, study = numbered
-        return read_study(study, size, most, pictured=number < pictures)
-
-    rest = enumerate(studies)
-    if not threads:
-        yield from map(read, rest)
+    reading = _Reading(studies, size, most, pictures)
+    if not workers:
+        yield from map(reading.__getitem__, range(len(studies)))
         return
-    waiting: deque[Future[ReadStudy]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for study in islice(rest, 4 * threads):
-                waiting.append(pool.submit(read, study))
-            while waiting:
-                done = waiting.popleft().result()
-                waiting.extend(pool.submit(read, study) for study in islice(rest, 1))
-                yield done
-        finally:
-            for future in waiting:
-                future.cancel()
+    starts = range(0, len(studies), _AT_ONCE)
+    batches = [range(start, min(start + _AT_ONCE, len(studies))) for start in starts]
+    for read in load_batches(reading, batches, list, workers=min(workers, len(batches))):
+        yield from read
+
+
+class _Reading(Dataset[ReadStudy]):
+    def __init__(self, studies: Sequence[StudyFiles], size: int, most: int | None, pictures: int) -> None:
+        self.studies, self.size, self.most, self.pictures = studies, size, most, pictures
+
+    def __getitem__(self, index: int) -> ReadStudy:
+        return read_study(self.studies[index], self.size, self.most, pictured=index < self.pictures)

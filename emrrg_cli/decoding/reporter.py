@@ -70,9 +70,9 @@ class Reporter:
         with _lock:
             generator = _load(self.run_dir, self.device, self.overrides)
             # A batch may contain the same image twice.
-            different = {study.name: study for study in with_contexts(studies, {}, generator.recipe.data)}.values()
+            different = {study.name: study for study in with_contexts(studies, {}, generator.recipe.data)}
             writer = StudyWriter(generator, generator.recipe)
-            made = (one for some in writer.write(different) for one in some)
+            made = (one for some in writer.write(list(different.values())) for one in some)
             results = {done.study: done for done in made if isinstance(done, StudyResult)}
         columns = zip(*(_columns(results[study.name]) for study in studies), strict=True) if studies else [()] * 4
         reports, findings, sure, notes = columns

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from emrrg_cli.datasets.epochs import evaluation_batches
@@ -185,7 +186,7 @@ def study_pixels(study: Study, size: int) -> torch.Tensor:
     pictures = study if isinstance(study, Sequence) and not isinstance(study, str) else [study]
     if not pictures:
         raise UsageError("a study has no images")
-    return torch.stack([torch.from_numpy(resize_square(read_image(picture), size)) for picture in pictures])
+    return torch.from_numpy(np.stack([resize_square(read_image(picture), size) for picture in pictures]))
 
 
 def load_generator(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
+import numpy as np
 import torch
 
 from emrrg_cli.decoding.cards import NO_PAGE, PageOptions, StudyCard, pictures_with_maps
@@ -59,19 +59,21 @@ class StudyWriter:
 
     Args:
         page: options of the page, for which the first studies get cards.
+        workers: number of processes that read images ahead; 0: this process reads them.
     """
 
-    def __init__(self, generator: WritesReports, recipe: FinetuneRecipe, page: PageOptions = NO_PAGE) -> None:
+    def __init__(
+        self, generator: WritesReports, recipe: FinetuneRecipe, page: PageOptions = NO_PAGE, *, workers: int = 0
+    ) -> None:
         self.generator = generator
         self.recipe = recipe
         self.page = page
-        # If a GPU decodes, the CPU is free to read images ahead.
-        self.threads = min(8, os.cpu_count() or 1) if is_gpu(generator) else 0
+        self.workers = workers
         self._reading: dict[str, ReadStudy] = {}  # studies in decoding
         self._unreadable: list[StudyResult] = []
         self._pictured: list[tuple[ReadStudy, WrittenReport]] = []  # written, their cards not yet made
 
-    def write(self, studies: Iterable[StudyFiles]) -> Iterator[list[StudyResult | StudyCard]]:
+    def write(self, studies: Sequence[StudyFiles]) -> Iterator[list[StudyResult | StudyCard]]:
         """Yields results as soon as they are finished, not always in the order of the studies; cards follow later."""
         last = time.perf_counter()
         for done in self.generator.write(self._readable(studies)):
@@ -94,7 +96,7 @@ class StudyWriter:
             some = taken[first : first + _CARDS]
             pictures = [Pictures(read.pictures) for read, _ in some]
             if self.page.grounding:
-                pixels = [read.pixels for read, _ in some if read.pixels is not None]
+                pixels = [torch.from_numpy(read.pixels) for read, _ in some if read.pixels is not None]
                 contexts = [read.study.context for read, _ in some]
                 projections = torch.tensor([place for read, _ in some for place in read.projections])
                 maps = self.generator.ground(pixels, [report for _, report in some], contexts, projections)
@@ -108,12 +110,12 @@ class StudyWriter:
             self._pictured.append((read, report))
         return StudyResult(report.key, study_record(read, report, seconds), read.skipped)
 
-    def _readable(self, studies: Iterable[StudyFiles]) -> Iterator[Studies]:
+    def _readable(self, studies: Sequence[StudyFiles]) -> Iterator[Studies]:
         """Yields studies with at least one readable image, a batch at a time."""
         size = self.recipe.generation.batch_size
         image_size, most = self.recipe.model.encoder.image_size, self.recipe.data.max_views
         batch: list[ReadStudy] = []
-        for read in read_studies(studies, image_size, most, self.threads, self.page.studies):
+        for read in read_studies(studies, image_size, most, self.workers, self.page.studies):
             if read.pixels is None:
                 self._unreadable.append(StudyResult(read.study.name, None, read.skipped))
                 continue
@@ -158,9 +160,21 @@ def _joined(batch: list[ReadStudy]) -> Studies:
     studies = [read.study for read in batch]
     names, numbers = [study.name for study in studies], [study.number for study in studies]
     projections = torch.tensor([place for read in batch for place in read.projections])
-    return Studies(names, numbers, torch.cat(pixels), views, [study.context for study in studies], projections)
+    return Studies(
+        names,
+        numbers,
+        torch.from_numpy(np.concatenate(pixels)),
+        views,
+        [study.context for study in studies],
+        projections,
+    )
 
 
-def is_gpu(generator: Any) -> bool:
-    """Whether a generator computes on a GPU."""
-    return getattr(getattr(generator, "device", None), "type", "cpu") == "cuda"
+def reading_processes(device: torch.device, processes: int = 1) -> int:
+    """Returns how many processes should read images for each of `processes` writing ones.
+
+    If a GPU decodes, the CPU is free to read images ahead. On a CPU, reading takes a small part of the time.
+    """
+    from joblib import cpu_count
+
+    return max(1, min(8, cpu_count() // processes)) if device.type == "cuda" else 0

@@ -77,6 +77,7 @@ def launch(arguments: Sequence[str], processes: int) -> None:
         EmrrgError: A process failed. The error has the message and exit code of that process.
         Interrupted: A stop signal arrived. The processes get the same signal and time to save a checkpoint.
     """
+    from joblib import cpu_count
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
@@ -85,7 +86,7 @@ def launch(arguments: Sequence[str], processes: int) -> None:
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, _cores() // processes)))
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cpu_count() // processes)))
     with tempfile.TemporaryDirectory(prefix="emrrg-") as errors:
         variables = {_EXPECTED: str(processes), _ERRORS: errors, "OMP_NUM_THREADS": threads}
         try:
@@ -190,7 +191,3 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

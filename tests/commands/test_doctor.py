@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -88,8 +87,3 @@ def test_java_is_reported_present_absent_or_broken(
 def test_free_disk_is_known_for_a_cache_that_does_not_exist_yet(tmp_path: Path) -> None:
     assert diagnosis._free_gib(tmp_path / "not" / "yet" / "there") > 0
     assert diagnosis._free_gib(Path("neither/this")) > 0
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs CPU affinity")
-def test_cores_are_those_the_process_may_use() -> None:
-    assert diagnosis._usable_cores() == len(os.sched_getaffinity(0))

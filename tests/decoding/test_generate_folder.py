@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image, ImageFile
 
 from emrrg_cli.decoding import generate_folder as folder
-from emrrg_cli.decoding import read_studies as read_studies_module
-from emrrg_cli.decoding import study_records
 from emrrg_cli.decoding.confidence import Confidence, Sentence
 from emrrg_cli.decoding.generate_folder import Written
 from emrrg_cli.decoding.outputs import merge_shards
@@ -36,6 +35,7 @@ class Writer:
     """In place of a model: the mean grey value of each image, and what happens before a batch."""
 
     model = torch.nn.Identity()
+    device = torch.device("cpu")
 
     def __init__(self) -> None:
         self.batches: list[int] = []
@@ -555,33 +555,26 @@ def test_the_views_of_a_study_are_read_together(tmp_path: Path, writer: Writer, 
     assert row["notes"] == []
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("workers", [1, 2])
 def test_images_read_ahead_keep_their_order(
-    threads: int, tmp_path: Path, writer: Writer, recipe: FinetuneRecipe, monkeypatch: pytest.MonkeyPatch
+    workers: int, tmp_path: Path, writer: Writer, recipe: FinetuneRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = [_image(tmp_path / f"{index:02}.png", 10 * index) for index in range(20)]
     files[7].write_text("no image")
     expected = run_generation(files, tmp_path / "run", recipe, tmp_path / "one")
-    monkeypatch.setattr(study_records, "is_gpu", lambda generator: True)
-    monkeypatch.setattr(study_records.os, "cpu_count", lambda: threads)
+    monkeypatch.setattr(folder, "reading_processes", lambda device: workers)
     result = run_generation(files, tmp_path / "run", recipe, tmp_path / "two")
     assert [row["report"] for row in result.rows()] == [row["report"] for row in expected.rows()]
     assert list(result.skipped_rows()) == list(expected.skipped_rows()) != []
 
 
-def test_reading_ahead_ends_with_the_run(
-    tmp_path: Path, recipe: FinetuneRecipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reading_ahead_ends_with_the_run(tmp_path: Path) -> None:
     studies = [StudyFiles.single(_image(tmp_path / f"{index}.png")) for index in range(30)]
-    read: list[str] = []
-    real = read_studies_module.read_study
-
-    def counted(study: StudyFiles, size: int, most: int | None, **options: Any) -> Any:
-        read.append(study.name)
-        return real(study, size, most, **options)
-
-    monkeypatch.setattr(read_studies_module, "read_study", counted)
+    before = set(psutil.Process().children())
     ahead = read_studies(studies, 32, None, 2)
     assert next(ahead).study == studies[0]
+    readers = set(psutil.Process().children()) - before
+    assert len(readers) == 2
     ahead.close()
-    assert len(read) <= 9
+    _, alive = psutil.wait_procs(readers, timeout=20)
+    assert not alive
