@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -106,3 +107,18 @@ def test_the_random_state_of_this_process_is_unchanged() -> None:
     before = torch.get_rng_state()
     list(load_batches(Numbers(), [[0], [1]], list, workers=1))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems start processes anew")
+def test_processes_are_forks_whatever_the_default() -> None:
+    class Unpicklable(Numbers):
+        def __reduce__(self) -> str:
+            raise TypeError("pickled")
+
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        batches = load_batches(Unpicklable(), [[0], [1]], list, workers=1)
+        assert [example[0] for batch in batches for example in batch] == [0, 1]
+    finally:
+        multiprocessing.set_start_method(before, force=True)
