@@ -15,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 
 from emrrg_cli.decoding.slots import Prompts
-from emrrg_cli.labeling import ABNORMAL, OBSERVATIONS, positive_labels
+from emrrg_cli.labeling import ABNORMAL, OBSERVATIONS, contradicted_labels, positive_labels
 from emrrg_cli.scoring.comparison import ORDERS, Corpus, Floats
 from emrrg_cli.scoring.reward import FINDING_PRICE
 from emrrg_cli.scoring.scores import Bleu
@@ -67,11 +67,18 @@ def _of_words(texts: Sequence[str], scores: Mapping[str, float]) -> Floats:
 
 def _of_findings(texts: Sequence[str], scores: Mapping[str, float]) -> Floats:
     """Returns the weighted sum of the scores of findings, `[n, n]`, as `scoring.reward` has them."""
-    there = np.array([[name in found for name in OBSERVATIONS] for found in positive_labels(texts)], np.float64)
-    there = there.reshape(len(texts), len(OBSERVATIONS))
+    there = _table(positive_labels(texts))
+    credible = there - there * _table([contradicted_labels(text) for text in texts])
     sums = there.sum(axis=1)
     both = sums[:, None] + sums
-    f1 = np.divide(2 * there @ there.T, both, np.ones_like(both), where=both > 0)
-    abnormal = there[:, [name in ABNORMAL for name in OBSERVATIONS]]
-    worth = abnormal @ abnormal.T - FINDING_PRICE * abnormal.sum(axis=1, keepdims=True)
+    f1 = np.divide(2 * credible @ there.T, both, np.ones_like(both), where=both > 0)
+    abnormal = [name in ABNORMAL for name in OBSERVATIONS]
+    found = there[:, abnormal]
+    worth = credible[:, abnormal] @ found.T - FINDING_PRICE * found.sum(axis=1, keepdims=True)
     return np.asarray(scores.get(F1_RULES, 0.0) * f1 + scores.get(FINDINGS, 0.0) * worth, np.float64)
+
+
+def _table(labels: Sequence[set[str]]) -> Floats:
+    """Returns `[n, observations]`, 1 for each label of each text."""
+    rows = [[name in found for name in OBSERVATIONS] for found in labels]
+    return np.array(rows, np.float64).reshape(len(labels), len(OBSERVATIONS))

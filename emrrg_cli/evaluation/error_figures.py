@@ -10,7 +10,7 @@ import numpy as np
 
 from emrrg_cli.evaluation.clinical import POLICIES, Labels
 from emrrg_cli.evaluation.predictions import Predictions
-from emrrg_cli.labeling import ABNORMAL, OBSERVATIONS
+from emrrg_cli.labeling import ABNORMAL, OBSERVATIONS, contradicted_labels
 from emrrg_cli.vocabulary import CIDER, ROUGE_L
 
 # An uncertain label counts as a finding in the comparison of each study.
@@ -32,7 +32,8 @@ def error_figures(
 
     Returns:
         `distinct_reports`, `most_common`, `verbatim_reports` and `verbatim_sentences` (shares copied from training
-        reports), `repetition`, `lengths`, `findings` (agreed, invented and missed) and `confusion` for each label.
+        reports), `repetition`, `lengths`, `findings` (agreed, invented and missed), `contradictory_reports` (shares of
+        reports that affirm and deny the same finding) and `confusion` for each label.
     """
     texts = [_spaced(text) for text in predictions.hypotheses]
     record: dict[str, Any] = {
@@ -56,6 +57,10 @@ def error_figures(
     record["findings"] = {
         f"{kind}_per_study": float(np.mean([len(one[kind]) for one in differences])) for kind in ("invented", "missed")
     } | {kind: sum(len(one[kind]) for one in differences) for kind in ("agreed", "invented", "missed")}
+    record["contradictory_reports"] = {
+        name: _share(bool(contradicted_labels(text)) for text in some)
+        for name, some in (("hypotheses", texts), ("references", references))
+    }
     record["confusion"] = {name: _confusion(name, truth, found) for name in OBSERVATIONS}
     return record
 

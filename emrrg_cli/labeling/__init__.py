@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from emrrg_cli.labeling.further import FURTHER_FINDINGS, further_findings
-from emrrg_cli.labeling.labeler import label_report, label_reports, positive_labels
+from emrrg_cli.labeling.labeler import contradicted_labels, label_report, label_reports, positive_labels
 from emrrg_cli.labeling.policy import ABNORMAL, FIVE, OBSERVATIONS, Label
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "FURTHER_FINDINGS",
     "OBSERVATIONS",
     "Label",
+    "contradicted_labels",
     "further_findings",
     "label_report",
     "label_reports",

@@ -163,6 +163,7 @@ def _up_to(histogram: Mapping[str, int], width: int) -> Counter[int]:
 
 def _error_figures(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
     distinct, findings, repetition = figures["distinct_reports"], figures["findings"], figures["repetition"]
+    contradictory = figures["contradictory_reports"]
     rows = [("distinct reports", f"{distinct['number']:,} ({100 * distinct['share']:.0f} %)")]
     if "verbatim_reports" in figures:
         rows.append(("reports that occur verbatim in training", f"{100 * figures['verbatim_reports']:.0f} %"))
@@ -172,6 +173,10 @@ def _error_figures(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("findings invented", f"{findings['invented']:,} ({findings['invented_per_study']:.2f} per study)"),
         ("findings missed", f"{findings['missed']:,} ({findings['missed_per_study']:.2f} per study)"),
         ("reports that repeat a sentence", f"{100 * repetition['reports_with_a_repeated_sentence']:.0f} %"),
+        (
+            "reports that affirm and deny a finding (references)",
+            f"{100 * contradictory['hypotheses']:.0f} % ({100 * contradictory['references']:.0f} %)",
+        ),
         ("empty reports", f"{repetition['empty_reports']:,}"),
     ]
     return rows

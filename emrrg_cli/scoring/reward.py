@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from emrrg_cli.labeling import ABNORMAL, positive_labels
+from emrrg_cli.labeling import ABNORMAL, contradicted_labels, positive_labels
 from emrrg_cli.scoring.comparison import Corpus
 from emrrg_cli.scoring.scores import SCORES
 from emrrg_cli.vocabulary import CIDER, F1_RULES, FINDINGS, ROUGE_1
@@ -23,7 +23,8 @@ class Reward:
 
     CIDEr's n-grams are weighted by how rare they are in the training reports. `ROUGE_1` is recall. `F1_rules` is the F1
     of the positive labels of the pair, including "No Finding". `findings` is the number of correct positive labels
-    without "No Finding", minus `FINDING_PRICE` for each label of the report.
+    without "No Finding", minus `FINDING_PRICE` for each label of the report. A finding that the report also denies is
+    never correct: otherwise "Cardiomegaly. Normal heart." would earn the finding and the words of a normal report.
 
     Args:
         corpus: the training reports.
@@ -59,17 +60,17 @@ class Reward:
         if f1 or findings:
             different = list({*references, *hypotheses})
             labels = dict(zip(different, positive_labels(different), strict=True))
-            pairs_of_labels = [
-                (labels[truth], labels[text]) for truth, text in zip(references, hypotheses, strict=True)
-            ]
-            total += [f1 * _f1(*pair) + findings * _findings(*pair) for pair in pairs_of_labels]
+            for index, (truth, text) in enumerate(zip(references, hypotheses, strict=True)):
+                correct = (labels[truth] & labels[text]) - contradicted_labels(text)
+                total[index] += f1 * _f1(labels[truth], labels[text], correct)
+                total[index] += findings * _findings(labels[text], correct)
         return [float(value) for value in total]
 
 
-def _f1(truth: set[str], found: set[str]) -> float:
-    return 2 * len(truth & found) / (len(truth) + len(found)) if truth or found else 1.0
+def _f1(truth: set[str], found: set[str], correct: set[str]) -> float:
+    return 2 * len(correct) / (len(truth) + len(found)) if truth or found else 1.0
 
 
-def _findings(truth: set[str], found: set[str]) -> float:
-    own = found & set(ABNORMAL)
-    return len(truth & own) - FINDING_PRICE * len(own)
+def _findings(found: set[str], correct: set[str]) -> float:
+    abnormal = set(ABNORMAL)
+    return len(correct & abnormal) - FINDING_PRICE * len(found & abnormal)

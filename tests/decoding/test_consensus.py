@@ -71,6 +71,12 @@ def test_labels_can_be_what_the_samples_agree_on() -> None:
     assert most_agreed([*texts, *texts[:1] * 4], {"findings": 1.0}) == 1  # one in eight is not
 
 
+def test_a_finding_that_the_same_report_denies_does_not_count() -> None:
+    texts = ["there is cardiomegaly . the heart size is normal .", "cardiomegaly .", "the heart is enlarged ."]
+    for name in ("findings", "F1_rules"):
+        assert most_agreed(texts, {name: 1.0}) == 1
+
+
 def test_one_text_for_all_is_kept() -> None:
     assert most_agreed(["the same ."] * 4, {"BLEU_4": 1.0}) == 0
     assert most_agreed(["", "", "a report ."], {"BLEU_4": 1.0}) == 2  # empty ones agree with nothing

@@ -58,6 +58,7 @@ def test_wrong_findings_are_counted(written: Path) -> None:
     assert {key: glance["findings"][key] for key in ("agreed", "invented", "missed")} == {
         "agreed": 1, "invented": 1, "missed": 1,
     }  # fmt: skip
+    assert glance["contradictory_reports"] == {"hypotheses": 0.0, "references": 0.0}
     assert glance["confusion"]["Pneumothorax"] == {
         "negative": {"negative": 1},
         "not mentioned": {"positive": 1, "not mentioned": 1},

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from emrrg_cli.labeling import FIVE, OBSERVATIONS, label_report, label_reports
+from emrrg_cli.labeling import FIVE, OBSERVATIONS, contradicted_labels, label_report, label_reports
 from emrrg_cli.labeling.policy import stronger
 
 
@@ -88,3 +88,19 @@ def test_a_word_repeated_thousands_of_times_is_quick(unit: str) -> None:
     start = time.process_time()
     label_report(unit * 4_000)
     assert time.process_time() - start < 2.0
+
+
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        ("There is cardiomegaly. The heart size is normal.", {"Cardiomegaly"}),
+        ("the heart size is normal . no effusion . there is mild cardiomegaly .", {"Cardiomegaly"}),
+        ("There is no pleural effusion. Small left pleural effusion.", {"Pleural Effusion"}),
+        ("Small left pleural effusion, no right pleural effusion.", set()),  # one sentence tells the sides apart
+        ("Possible cardiomegaly. The heart size is normal.", set()),  # uncertain
+        ("The heart is enlarged. No pleural effusion.", set()),
+        ("", set()),
+    ],
+)
+def test_reports_that_affirm_and_deny_a_finding(text: str, labels: set[str]) -> None:
+    assert contradicted_labels(text) == labels

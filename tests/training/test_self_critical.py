@@ -50,6 +50,14 @@ def test_findings_are_rewarded_by_their_positive_labels() -> None:
     assert both(CORPUS[1:2], written[:1], contrast=True) == Reward(CORPUS, {"F1_rules": 1.0})(CORPUS[1:2], written[:1])
 
 
+def test_a_finding_that_the_report_also_denies_is_not_rewarded() -> None:
+    both = ["there is cardiomegaly . there is a pleural effusion . the heart size is normal ."]
+    truth = ["the heart is enlarged . there is a pleural effusion ."]
+    assert Reward(CORPUS, {"findings": 1.0})(truth, both) == pytest.approx([1 - 2 * FINDING_PRICE])
+    assert Reward(CORPUS, {"F1_rules": 1.0})(truth, both) == pytest.approx([2 / 4])
+    assert Reward(CORPUS, {"F1_rules": 1.0})(both, truth) == pytest.approx([1.0])  # a reference may tell parts apart
+
+
 def test_an_advantage_is_over_the_mean_of_the_other_samples() -> None:
     found = advantages(torch.tensor([[1.0, 2.0, 6.0], [3.0, 3.0, 3.0]]))
     assert torch.allclose(found, torch.tensor([[1 - 4, 2 - 3.5, 6 - 1.5], [0.0, 0.0, 0.0]]))
