@@ -18,9 +18,10 @@ together, one alone on 250.
 
 `--minutes 9` limits the length of a call: training is stopped, and the next call with the same arguments resumes it.
 Finished jobs are not repeated. WORK/records.json lists them: with only this file in WORK, finished rows are not run
-again. Scores are of the validation split; `--test --frozen COMMIT` reads the test split once, and only if COMMIT is
-checked out. WORK/table.md has mean and standard deviation over the seeds that have finished. `--tiny` makes every model
-small, to try the script on a CPU (`--gpus 0`).
+again. Scores are of the validation split. `--test --frozen COMMIT` shows those of the test split, and only if COMMIT is
+checked out; `--predict-test ROWS` already writes the test reports of these rows, so that the choice between them can be
+made later on validation. WORK/table.md has mean and standard deviation over the seeds that have finished. `--tiny`
+makes every model small, to try the script on a CPU (`--gpus 0`).
 """
 
 from __future__ import annotations
@@ -167,7 +168,6 @@ class Chain:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.work = options, options.work.resolve()
-        self.split = "test" if options.test else "validation"
         self.jobs: dict[str, Job] = {}
         data = Path(options.data).resolve()
         self.data, self.before = data, ()
@@ -188,16 +188,16 @@ class Chain:
         arguments = (stage, recipe, ONCE, *changes[:1], *toys, *changes[1:])
         return self._add(Job(name, arguments, self.work / name, (*self.before, *needs), weight))
 
-    def goal(self, row: Row, seed: int, rows: dict[str, Row]) -> str:
+    def goal(self, row: Row, seed: int, rows: dict[str, Row], split: str) -> str:
         """Adds all jobs of a row and a seed; returns the name of its evaluation."""
         decoding: tuple[str, ...] = ()
         run = self._run(row if row.of is None else rows[row.of], seed)
         if row.of is not None:
             decoding = row.of_stage("finetune")
-        place = self.work / run / "evaluation" / f"{self.split}{_digest(decoding)}"
-        arguments = ("evaluate", *decoding, "--model", str(self.work / run), "--split", self.split)
-        arguments += ("--output", str(place), "--overwrite", *(("--image-controls",) if self.options.test else ()))
-        return self._add(Job(f"{_file(row.name)}-{seed}-{self.split}", arguments, place, (run,), self._share))
+        place = self.work / run / "evaluation" / f"{split}{_digest(decoding)}"
+        arguments = ("evaluate", *decoding, "--model", str(self.work / run), "--split", split)
+        arguments += ("--output", str(place), "--overwrite", *(("--image-controls",) if split == "test" else ()))
+        return self._add(Job(f"{_file(row.name)}-{seed}-{split}", arguments, place, (run,), self._share))
 
     @property
     def _share(self) -> float:
@@ -346,6 +346,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="of this call; default: until all is done")
     parser.add_argument("--test", action="store_true", help="read the test split; needs --frozen")
     parser.add_argument("--frozen", metavar="COMMIT")
+    parser.add_argument("--predict-test", metavar="ROWS", help="rows whose test reports are written, but not shown")
     parser.add_argument("--overrides", nargs="*", default=[], help="changes of every stage 3 run")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--list", action="store_true", help="show the rows and end")
@@ -359,12 +360,16 @@ def chosen_rows(options: argparse.Namespace) -> tuple[list[Row], dict[str, Row]]
     if options.rows is None:
         frozen = "small" not in options.recipe
         return [row for row in ROWS if row.of is None and (frozen or row.name != "LLM")] + added, known
-    divider = ";" if ";" in options.rows else ","
-    names = [name.strip() for name in options.rows.split(divider) if name.strip()]
-    wanted = [*names, *(row.of for row in added if row.of is not None)]
+    names = divided(options.rows)
+    wanted = [*names, *divided(options.predict_test or ""), *(row.of for row in added if row.of is not None)]
     if unknown := [name for name in wanted if name not in known]:
         sys.exit(f"unknown rows: {', '.join(unknown)}; --list shows them")
     return [known[name] for name in names] + added, known
+
+
+def divided(names: str) -> list[str]:
+    """Divides names of rows at semicolons, or at commas if there is no semicolon."""
+    return [name.strip() for name in names.split(";" if ";" in names else ",") if name.strip()]
 
 
 def main() -> None:
@@ -379,10 +384,13 @@ def main() -> None:
         check_frozen(options.work, options.frozen)
     chain = Chain(options)
     seeds = [int(seed) for seed in options.seeds.split(",")]
-    goals = [chain.goal(row, seed, known) for row in rows for seed in seeds]
+    shown, hidden, goals = "test" if options.test else "validation", divided(options.predict_test or ""), []
+    for row in rows:
+        splits = [shown, "test"] if row.name in hidden and not options.test else [shown]
+        goals += [chain.goal(row, seed, known, split) for split in splits for seed in seeds]
 
     def write_table(records: Records) -> None:
-        (chain.work / "table.md").write_text(table(rows, seeds, chain.split, records.entries))
+        (chain.work / "table.md").write_text(table(rows, seeds, shown, records.entries))
 
     queue = Queue(
         chain.jobs.values(), chain.work, options.gpus, chain.when_done, on_change=write_table, mps=options.mps

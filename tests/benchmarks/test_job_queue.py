@@ -138,7 +138,7 @@ def test_a_call_ends_in_time_and_the_next_continues(tmp_path: Path, monkeypatch:
 
 def test_rows_share_the_stages_before_their_change(tmp_path: Path) -> None:
     options = iu_xray.argparse.Namespace(
-        data=str(tmp_path / "iu"), work=tmp_path / "w", test=False, tiny=False, each=2, films=[], reports=None,
+        data=str(tmp_path / "iu"), work=tmp_path / "w", tiny=False, each=2, films=[], reports=None,
         recipe="iu_xray/finetune-small", overrides=[],
     )  # fmt: skip
     chain = iu_xray.Chain(options)
@@ -148,7 +148,7 @@ def test_rows_share_the_stages_before_their_change(tmp_path: Path) -> None:
         iu_xray.parse_row("longer of X = generation.length_penalty=2"),
     ]  # fmt: skip
     known = {row.name: row for row in rows}
-    goals = [chain.goal(row, seed, known) for seed in (1, 2) for row in rows]
+    goals = [chain.goal(row, seed, known, "validation") for seed in (1, 2) for row in rows]
     assert len(goals) == len(set(goals)) == 10
     needs = {job.name: job.needs for job in chain.jobs.values()}
     assert needs["X-1"] == needs["slow-1"] == ("align-1",)
@@ -163,3 +163,5 @@ def test_rows_share_the_stages_before_their_change(tmp_path: Path) -> None:
     assert needs[align] == ("pretrain-2",)
     assert "generation.length_penalty=2" in chain.jobs["longer-2-validation"].arguments
     assert "train.lr=1e-5" in chain.jobs["slow-1"].arguments
+    assert "--image-controls" not in chain.jobs["X-1-validation"].arguments
+    assert "--image-controls" in chain.jobs[chain.goal(rows[0], 1, known, "test")].arguments
