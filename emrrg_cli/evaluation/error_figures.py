@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from emrrg_cli.evaluation.clinical import POLICIES, Labels
+from emrrg_cli.evaluation.findings import finding_scores
 from emrrg_cli.evaluation.predictions import Predictions
 from emrrg_cli.labeling import ABNORMAL, OBSERVATIONS, contradicted_labels
 from emrrg_cli.vocabulary import CIDER, ROUGE_L
@@ -33,7 +34,8 @@ def error_figures(
     Returns:
         `distinct_reports`, `most_common`, `verbatim_reports` and `verbatim_sentences` (shares copied from training
         reports), `repetition`, `lengths`, `findings` (agreed, invented and missed), `contradictory_reports` (shares of
-        reports that affirm and deny the same finding) and `confusion` for each label.
+        reports that affirm and deny the same finding, and the micro F1 of 13 findings if these do not count as found)
+        and `confusion` for each label.
     """
     texts = [_spaced(text) for text in predictions.hypotheses]
     record: dict[str, Any] = {
@@ -57,10 +59,7 @@ def error_figures(
     record["findings"] = {
         f"{kind}_per_study": float(np.mean([len(one[kind]) for one in differences])) for kind in ("invented", "missed")
     } | {kind: sum(len(one[kind]) for one in differences) for kind in ("agreed", "invented", "missed")}
-    record["contradictory_reports"] = {
-        name: _share(bool(contradicted_labels(text)) for text in some)
-        for name, some in (("hypotheses", texts), ("references", references))
-    }
+    record["contradictory_reports"] = _contradictions(texts, references, truth, found)
     record["confusion"] = {name: _confusion(name, truth, found) for name in OBSERVATIONS}
     return record
 
@@ -81,6 +80,21 @@ def split_sentences(text: str) -> list[str]:
     """Splits a report with single spaces into sentences; they end in " . " (cleaned text) or ". " (original text)."""
     parts = text.replace(" . ", ". ").removesuffix(" .").removesuffix(".").split(". ")
     return [part.strip() for part in parts if part.strip()]
+
+
+def _contradictions(
+    texts: Sequence[str], references: Sequence[str], truth: Sequence[Labels], found: Sequence[Labels]
+) -> dict[str, float]:
+    contradicted = [contradicted_labels(text) for text in texts]
+    here, told = (
+        [{name for name in ABNORMAL if labels.get(name) == "positive"} for labels in some] for some in (truth, found)
+    )
+    credible = [one - other for one, other in zip(told, contradicted, strict=True)]
+    return {
+        "hypotheses": _share(map(bool, contradicted)),
+        "references": _share(bool(contradicted_labels(text)) for text in references),
+        "micro_f1_without": finding_scores(here, credible)["micro"]["f1"],
+    }
 
 
 def _confusion(name: str, truth: Sequence[Labels], found: Sequence[Labels]) -> dict[str, dict[str, int]]:

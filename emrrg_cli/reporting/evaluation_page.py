@@ -177,6 +177,7 @@ def _error_figures(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
             "reports that affirm and deny a finding (references)",
             f"{100 * contradictory['hypotheses']:.0f} % ({100 * contradictory['references']:.0f} %)",
         ),
+        ("F1 of 13 findings if these do not count as found", f"{contradictory['micro_f1_without']:.3f}"),
         ("empty reports", f"{repetition['empty_reports']:,}"),
     ]
     return rows

@@ -47,7 +47,7 @@ from job_queue import Job, Queue, Records, peak_memory
 
 F1 = ("F1 of 14", "F1 of 13")  # with and without "No Finding"
 SCORES = ("BLEU_1", "BLEU_4", "ROUGE_L", "METEOR", "CIDEr", "shuffled CIDEr")
-SCORES += (*F1, *(f"shuffled {name}" for name in F1), "distinct", "contradictory")
+SCORES += (*F1, *(f"shuffled {name}" for name in F1), "distinct", "contradictory", "F1 without them")
 COSTS = ("trained, millions", "minutes", "peak MiB")
 LORA = ("X", "Z", "dt", "B", "C", "in_proj", "x_proj", "dt_proj", "out_proj", "patch_embed")
 AUGMENT = ("rotate", "shift", "scale", "brightness", "contrast")
@@ -260,7 +260,8 @@ def read_scores(file: Path) -> dict[str, float]:
         found["shuffled CIDEr"] = dealt["scores"]["CIDEr"]
         found |= _f1("shuffled ", dealt)
     found["distinct"] = result["glance"]["distinct_reports"]["number"]
-    found["contradictory"] = result["glance"]["contradictory_reports"]["hypotheses"]
+    contradictory = result["glance"]["contradictory_reports"]
+    found |= {"contradictory": contradictory["hypotheses"], "F1 without them": contradictory["micro_f1_without"]}
     return {name: float(value) for name, value in found.items() if value is not None}
 
 
