@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from emrrg_cli.labeling import ABNORMAL
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -33,6 +35,9 @@ class FindingsPrompt:
     ) -> None:
         texts = (" yes", " no", *(f" {name.lower()}:" for name in names))
         self.words = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        # Support devices do not matter for "No Finding", as in CheXpert's labels.
+        self._others = [name in ABNORMAL and name != "Support Devices" for name in names]
+        self._no_finding = names.index("No Finding") if "No Finding" in names else None
         self.threshold = threshold
         self.labels_in_training = labels_in_training
 
@@ -49,8 +54,19 @@ class FindingsPrompt:
         if labels is not None:
             there = labels.nan_to_num(0.5)
         elif self.threshold is not None:
-            there = (there >= self.threshold).to(there.dtype)
+            there = self.consistent(there >= self.threshold).to(there.dtype)
         yes, no, *names = (embed(torch.tensor(ids).to(there.device)) for ids in self.words)
         states = there[..., None] * yes.mean(dim=0) + (1 - there[..., None]) * no.mean(dim=0)
         parts = [(name.expand(len(there), -1, -1), states[:, k : k + 1]) for k, name in enumerate(names)]
         return torch.cat([part for pair in parts for part in pair], dim=1)
+
+    def consistent(self, present: Tensor) -> Tensor:
+        """Returns `present`, bool `[..., findings]`, but "No Finding" is present exactly if no other finding is.
+
+        So it is in the labels. A prompt with both, which training never shows, leads to contradictory reports.
+        """
+        if self._no_finding is not None:
+            others = torch.tensor(self._others).to(present.device)
+            present = present.clone()
+            present[..., self._no_finding] = ~(present & others).any(dim=-1)
+        return present

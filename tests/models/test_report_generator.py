@@ -708,6 +708,15 @@ def test_with_a_threshold_findings_are_yes_or_no(make_model: MakeModel) -> None:
     assert torch.allclose(states, torch.stack([no, yes]), atol=1e-6)
 
 
+def test_no_finding_is_told_if_there_is_no_other(make_model: MakeModel) -> None:
+    names = ["No Finding", "Edema", "Support Devices", "Granuloma"]
+    prompt = FindingsPrompt(make_model().tokenizer, names, threshold=0.15)
+    present = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1], [1, 0, 0, 0]]).bool()
+    assert prompt.consistent(present).int().tolist() == [[0, 1, 0, 0], [1, 0, 1, 1], [1, 0, 0, 0]]
+    assert present[0, 0]  # the argument is unchanged
+    assert FindingsPrompt(make_model().tokenizer, ["Edema"]).consistent(present[:, :1]).equal(present[:, :1])
+
+
 def test_in_training_the_prompt_has_the_labels(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model()
     model.add_findings_head(2, FindingsPrompt(model.tokenizer, ["Edema", "Fracture"], labels_in_training=True))
