@@ -233,6 +233,7 @@ class _Stub:
     """In place of the model."""
 
     model = torch.nn.Identity()
+    device = torch.device("cpu")
 
     def write(self, studies: Iterable[Studies]) -> Iterator[list[WrittenReport]]:
         for batch in studies:
