@@ -210,7 +210,7 @@ def _show(result: dict[str, Any], what: str, as_json: bool) -> None:
         out.print_json(data=result)
         err.print(DISCLAIMER)
         return
-    for table in evaluation_tables(result, f"{what}, {counted(result['studies'], 'study')}"):
+    for table in evaluation_tables(result, f"{what}, {counted(result['studies'], 'study')}", out.width):
         out.print(table)
     out.print(result["protocol_line"], markup=False, soft_wrap=True)
     style = None if result["image_matters"] else "bold red"

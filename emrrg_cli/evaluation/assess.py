@@ -169,9 +169,10 @@ def _controls(
     if orders:
         made["dealt"], dealt_cider = _dealt(judge, hypotheses, labels, orders)
     others = dict(options.others)
-    usual = controls.most_frequent(options.train_reports) if options.train_reports else None
-    if usual is not None:
-        others = {"most_frequent": [usual] * len(hypotheses), **others}
+    known = options.train_reports or ()
+    makers = {"most_frequent": controls.most_frequent, "most_typical": controls.most_typical}
+    usual = {name: report for name, make in makers.items() if (report := make(known)) is not None}
+    others = {name: [report] * len(hypotheses) for name, report in usual.items()} | others
     for name, reports in others.items():
         _, written = tokenized([], reports, options.tokenizer)
         statistics = judge.statistics(judge.pairs(written))
@@ -180,8 +181,8 @@ def _controls(
         made[name]["clinical"] = {
             labeler: _brief(_clinical(truth, readers[labeler](reports))) for labeler, (truth, _) in labels.items()
         }
-    if usual is not None:
-        made["most_frequent"]["report"] = usual
+    for name, report in usual.items():
+        made[name]["report"] = report
     return made, dealt_cider
 
 

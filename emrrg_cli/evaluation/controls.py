@@ -12,11 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from emrrg_cli.decoding.consensus import most_agreed
 from emrrg_cli.evaluation import bootstrap
+from emrrg_cli.vocabulary import BLEU_NAMES, ROUGE_1
 
 DEALS = 20
 SLOW_DEALS = 2  # number of shuffles for which slow scores are computed
 ALPHA = 0.01
+_TYPICAL_OF = 1000
 
 
 def derangements(studies: int, deals: int = DEALS, seed: int = 0) -> list[NDArray[np.int64]]:
@@ -36,6 +39,19 @@ def most_frequent(reports: Sequence[str]) -> str | None:
     """Returns the most frequent report that is not empty; of equally frequent ones, the first."""
     counts = Counter(text for report in reports if (text := " ".join(report.split())))
     return counts.most_common(1)[0][0] if counts else None
+
+
+def most_typical(reports: Sequence[str]) -> str | None:
+    """Returns the report that agrees best with all others, by BLEU-1 and the recall of words; None without any.
+
+    For long lists, 1,000 reports are drawn. On IU X-Ray this one report, given to all studies, reaches the BLEU scores
+    of published models.
+    """
+    texts = [text for report in reports if (text := " ".join(report.split()))]
+    if len(texts) > _TYPICAL_OF:
+        chosen = np.random.default_rng(0).choice(len(texts), _TYPICAL_OF, replace=False)
+        texts = [texts[index] for index in chosen]
+    return texts[most_agreed(texts, {BLEU_NAMES[0]: 1.0, ROUGE_1: 0.5})] if texts else None
 
 
 def image_sentence(image_matters: bool, p: float, own: float, dealt: float, studies: int) -> str:

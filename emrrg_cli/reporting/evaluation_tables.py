@@ -14,6 +14,7 @@ from emrrg_cli.vocabulary import SCORE_LABELS
 CONTROLS = {
     "dealt": "shuffled reports",
     "most_frequent": "most frequent report",
+    "most_typical": "most typical report",
     "blank_films": "blank films",
     "other_films": "films of others",
     "nearest_training_study": "nearest training study",
@@ -27,8 +28,21 @@ AVERAGES = {
 }
 
 
-def evaluation_tables(result: Mapping[str, Any], title: str) -> list[Table]:
-    """Returns the table of scores with intervals and controls, then a table for each labeler."""
+# Below this width, the weaker of the two reports for everybody is left out of tables with more than five controls.
+_WIDE = 98
+
+
+def evaluation_tables(result: Mapping[str, Any], title: str, width: int) -> list[Table]:
+    """Returns the table of scores with intervals and controls, then a table for each labeler.
+
+    Args:
+        result: Result of an evaluation.
+        title: Title of the first table.
+        width: Width of the terminal in characters, at least 80.
+    """
+    if width < _WIDE and len(result["controls"]) > 5:
+        few = {name: made for name, made in result["controls"].items() if name != "most_frequent"}
+        result = {**result, "controls": few}
     tables = [_scores(result, title)]
     for name, grid in result["clinical"].items():
         tables += [_clinical(name, {policy: grid[policy]}, result["controls"]) for policy in grid]

@@ -114,7 +114,7 @@ def test_a_file_is_scored_with_its_controls(
     assert main([*arguments, "--train", str(tiny_dataset)]) == 0
     result = json.loads(capsys.readouterr().out)
     assert {"scores", "controls", "clinical", "image_matters", "image_p", "protocol"} <= set(result)
-    assert list(result["controls"]) == ["dealt", "most_frequent"]
+    assert list(result["controls"]) == ["dealt", "most_frequent", "most_typical"]
     for made in result["controls"].values():
         assert list(made["scores"]) == list(result["scores"])
     assert result["image_matters"] is True

@@ -76,13 +76,27 @@ def test_one_report_for_all_studies_shows_no_effect() -> None:
     assert record["controls"]["dealt"]["scores"] == pytest.approx(record["scores"])
 
 
+def test_the_most_typical_report_agrees_with_the_others() -> None:
+    reports = [
+        "the lungs are clear .",
+        " the lungs are  clear today .",
+        "the heart and lungs are clear .",
+        "effusion .",
+    ]
+    assert controls.most_typical([*reports, "", "effusion ."]) == "the lungs are clear today ."
+    assert controls.most_typical(["", " "]) is None
+    many = [f"the lungs are clear {number} ." for number in range(1500)]
+    assert controls.most_typical(many) == controls.most_typical(many)  # drawn, with a seed
+
+
 def test_controls_have_the_scores_of_their_own_reports() -> None:
     references, train = _studies(0), _studies(5, 300)
     hypotheses = _studies(3)
     others = {"blank_films": _studies(4)}
     options = Options(meteor=False, resamples=100, train_reports=train, others=others)
     record = assess(_predictions(references, hypotheses), options).record
-    assert list(record["controls"]) == ["dealt", "most_frequent", "blank_films"]
+    assert list(record["controls"]) == ["dealt", "most_frequent", "most_typical", "blank_films"]
+    assert record["controls"]["most_typical"]["report"] == controls.most_typical(train)
     usual, count = Counter(train).most_common(1)[0]
     assert count > 1
     assert record["controls"]["most_frequent"]["report"] == usual
@@ -184,4 +198,4 @@ def test_a_labeler_is_used_in_addition_to_the_rules() -> None:
     assert list(record["clinical"]) == ["rules", "chexbert"]
     assert record["clinical"]["chexbert"]["uncertain_negative"]["14"]["micro"]["f1"] == 1.0
     assert record["controls"]["most_frequent"]["clinical"]["chexbert"]["uncertain_negative"]["5"]["macro"]["f1"] == 1.0
-    assert asked == [80, 80, 80]
+    assert asked == [80, 80, 80, 80]

@@ -199,7 +199,7 @@ def test_image_controls_show_other_films(varied_run: Path, tmp_path: Path) -> No
     options = evaluation.RunOptions(image_controls=True)
     result = run_evaluation(recipe, varied_run, "test", tmp_path / "out", options=options)
     assert result is not None
-    names = ["dealt", "most_frequent", "blank_films", "other_films", "nearest_training_study"]
+    names = ["dealt", "most_frequent", "most_typical", "blank_films", "other_films", "nearest_training_study"]
     assert list(result["controls"]) == names
     texts = {
         name: [row["hypothesis"] for row in read_jsonl(tmp_path / "out" / f"predictions{name}.jsonl")]
