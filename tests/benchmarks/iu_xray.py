@@ -47,7 +47,7 @@ from job_queue import Job, Queue, Records, peak_memory
 
 F1 = ("F1 of 14", "F1 of 13")  # with and without "No Finding"
 SCORES = ("BLEU_1", "BLEU_4", "ROUGE_L", "METEOR", "CIDEr", "shuffled CIDEr")
-SCORES += (*F1, *(f"shuffled {name}" for name in F1), "distinct", "contradictory", "F1 without them")
+SCORES += (*F1, *(f"shuffled {name}" for name in F1), "distinct", "contradictory", "F1 without them", "typical CIDEr")
 COSTS = ("trained, millions", "minutes", "peak MiB")
 LORA = ("X", "Z", "dt", "B", "C", "in_proj", "x_proj", "dt_proj", "out_proj", "patch_embed")
 AUGMENT = ("rotate", "shift", "scale", "brightness", "contrast")
@@ -135,6 +135,8 @@ ROWS = [
     changed("balance", "data.balance=2"),
     Row("recipe with indication", ("data.context=[indication]",)),
     *(Row(f"recall {value}", (REWARDS(value, "findings: 0.5"),)) for value in (2, 3)),
+    Row("longer", ("train.epochs=24",)),
+    Row("longer, recall 2", ("train.epochs=24", REWARDS(2, "findings: 0.5"))),
     Row("findings by pairs", (REWARDS(1, "F1_rules: 0.5"),)),
     Row("more for findings", (REWARDS(1, "findings: 1"),)),
     *(Row(f"contrast {value}", (f"train.self_critical.contrast={value}",)) for value in (0, 0.25, 1)),
@@ -260,6 +262,8 @@ def read_scores(file: Path) -> dict[str, float]:
     if dealt:
         found["shuffled CIDEr"] = dealt["scores"]["CIDEr"]
         found |= _f1("shuffled ", dealt)
+    if typical := result["controls"].get("most_typical"):
+        found["typical CIDEr"] = typical["scores"]["CIDEr"]
     found["distinct"] = result["glance"]["distinct_reports"]["number"]
     contradictory = result["glance"]["contradictory_reports"]
     found |= {"contradictory": contradictory["hypotheses"], "F1 without them": contradictory["micro_f1_without"]}
