@@ -343,7 +343,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--reports")
     parser.add_argument("--films", nargs="*", default=[])
     parser.add_argument("--rows", help="divided by semicolons or commas; default: all but decodings")
-    parser.add_argument("--add", action="append", default=[], help="a row of your own, after --rows")
+    parser.add_argument(
+        "--add", action="append", default=[], help="a row of your own; after --rows, or where --rows names it"
+    )
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--recipe", default="iu_xray/finetune-small", help="of stage 3")
     parser.add_argument("--gpus", type=int, default=1)
@@ -370,7 +372,7 @@ def chosen_rows(options: argparse.Namespace) -> tuple[list[Row], dict[str, Row]]
     wanted = [*names, *divided(options.predict_test or ""), *(row.of for row in added if row.of is not None)]
     if unknown := [name for name in wanted if name not in known]:
         sys.exit(f"unknown rows: {', '.join(unknown)}; --list shows them")
-    return [known[name] for name in names] + added, known
+    return [known[name] for name in names] + [row for row in added if row.name not in names], known
 
 
 def divided(names: str) -> list[str]:
