@@ -13,7 +13,7 @@ from torch import Tensor
 from emrrg_cli.datasets.finding_targets import FINDINGS
 from emrrg_cli.decoding.choice import choose_engine
 from emrrg_cli.decoding.confidence import Confidence, read_confidence
-from emrrg_cli.decoding.consensus import draw_findings, interleaved, most_agreed, several_samples
+from emrrg_cli.decoding.consensus import draw_findings, interleaved, several_samples
 from emrrg_cli.decoding.engine import Engine
 from emrrg_cli.decoding.reference import generate_reports
 from emrrg_cli.decoding.search import Report
@@ -21,6 +21,7 @@ from emrrg_cli.decoding.slots import Prompts
 from emrrg_cli.models.film_distance import FilmDistance, MeasuredDistance, describe
 from emrrg_cli.models.report_generator import ReportGenerator
 from emrrg_cli.recipe.finetuning import GenerationSettings
+from emrrg_cli.scoring.agreement import most_agreed
 from emrrg_cli.vocabulary import ContextField
 
 Autocast = Callable[[], AbstractContextManager[Any]]

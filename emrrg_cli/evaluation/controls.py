@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from emrrg_cli.decoding.consensus import most_agreed
 from emrrg_cli.evaluation import bootstrap
+from emrrg_cli.scoring.agreement import most_agreed
 from emrrg_cli.vocabulary import BLEU_NAMES, ROUGE_1
 
 DEALS = 20

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from emrrg_cli.decoding.consensus import draw_findings, interleaved, most_agreed, several_samples
+from emrrg_cli.decoding.consensus import draw_findings, interleaved, several_samples
 from emrrg_cli.decoding.reports import load_generator
 from emrrg_cli.decoding.slots import Prompts
 from emrrg_cli.decoding.writer import Studies, Writer
 from emrrg_cli.evaluation.language import score
 from emrrg_cli.labeling import positive_labels
 from emrrg_cli.recipe.finetuning import GenerationSettings
+from emrrg_cli.scoring.agreement import most_agreed
 from emrrg_cli.scoring.reward import Reward
 from tests.decoding.test_reports import images, run_dir
 
