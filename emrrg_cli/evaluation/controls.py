@@ -44,8 +44,8 @@ def most_frequent(reports: Sequence[str]) -> str | None:
 def most_typical(reports: Sequence[str]) -> str | None:
     """Returns the report that agrees best with all others, by BLEU-1 and the recall of words; None without any.
 
-    For long lists, 1,000 reports are drawn. On IU X-Ray this one report, given to all studies, reaches the BLEU scores
-    of published models.
+    For long lists, 1,000 reports are drawn. On IU X-Ray this one report, given to all studies, has BLEU scores like
+    those of published models.
     """
     texts = [text for report in reports if (text := " ".join(report.split()))]
     if len(texts) > _TYPICAL_OF:
