@@ -1,11 +1,13 @@
 """Runs all stages on IU X-Ray and the ablation: pretrain, align, finetune and evaluate, for rows and seeds of a table.
 
-    python tests/benchmarks/iu_xray.py DATA WORK [--films DIR ...] [--rows recipe,X,none] [--seeds 1,2,3]
-        [--gpus 4] [--each 3] [--mps] [--minutes 9] [--add 'NAME = KEY=VALUE ...'] [--add 'NAME of ROW = KEY=VALUE ...']
+    python tests/benchmarks/iu_xray.py DATA WORK [--films DIR ...] [--more DIR ...] [--rows recipe,X,none]
+        [--seeds 1,2,3] [--gpus 4] [--each 3] [--mps] [--minutes 9]
+        [--add 'NAME = KEY=VALUE ...'] [--add 'NAME of ROW = KEY=VALUE ...']
 
 DATA is IU X-Ray in R2Gen's layout (`annotation.json` and `images/`) or a dataset directory of it; --reports names the
 folder with NLMCXR_reports.tgz, for context and views. --films are further images for stage 1 (folders or dataset
-directories; films of IU's validation or test studies are refused).
+directories; films of IU's validation or test studies are refused), --more further reports with images for stages 1
+and 2.
 
 "recipe" is the whole method. The other rows are trained by cross-entropy alone, which takes half of the time; "X" is
 their base. Rows are in order of importance, each with all seeds before the next one. The seed applies to all
@@ -36,7 +38,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -207,16 +209,15 @@ class Chain:
         return 1 / self.options.each
 
     def _run(self, row: Row, seed: int) -> str:
+        row = replace(row, changes=(*row.changes, *self.options.overrides))
         seeds = f"train.seed={seed}"
         weights: tuple[str, ...] = ()
         needs: tuple[str, ...] = ()
         if "pretrain" not in row.without:
-            sets = ", ".join(
-                f"{{root: {root}}}" for root in (self.data, *(Path(films).resolve() for films in self.options.films))
-            )
+            sets = _sets(self.data, *self.options.more, *self.options.films)
             changes = row.of_stage("pretrain")
             name = f"pretrain{_digest(changes)}-{seed}"
-            given = (f"data.sets=[{sets}]", f"data.held_out=[{self.data}]")
+            given: tuple[str, ...] = (f"data.sets={sets}", f"data.held_out=[{self.data}]")
             if not self.options.films:
                 given += ("train.epochs=60",)  # nearly as many steps as with other films
             needs = (self._training("pretrain", name, (*given, *changes, seeds), (), min(1.0, 2 * self._share)),)
@@ -227,10 +228,11 @@ class Chain:
             alone = "" if weights else "-alone"
             name = f"align{_digest((*row.of_stage('pretrain'), *row.of_stage('align')))}{alone}-{seed}"
             own = any(change.startswith("data.sets=") for change in changes)
-            data = () if own else (root,)
+            several = f"data.sets={_sets(self.data, *self.options.more)}" if self.options.more else root
+            data = () if own else (several,)
             needs = (self._training("align", name, (*data, *changes, seeds), needs, min(1.0, 2 * self._share)),)
             weights = (f"model.encoder.weights={self.work / name}",)
-        changes = (root, *weights, seeds, *row.of_stage("finetune"), *self.options.overrides)
+        changes = (root, *weights, seeds, *row.of_stage("finetune"))
         return self._training("finetune", f"{_file(row.name)}-{seed}", changes, needs, self._share)
 
     def when_done(self, job: Job) -> dict[str, Any]:
@@ -243,6 +245,10 @@ class Chain:
         costs = {"trained": trained_parameters(checkpoints) / 1e6}
         shutil.rmtree(checkpoints)  # they are large; the model is kept
         return {"costs": costs | {"memory": peak_memory(self.work / "logs" / f"{job.name}.txt")}}
+
+
+def _sets(*roots: str | Path) -> str:
+    return f"[{', '.join(f'{{root: {Path(root).resolve()}}}' for root in roots)}]"
 
 
 def _file(name: str) -> str:
@@ -342,6 +348,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("work", type=Path)
     parser.add_argument("--reports")
     parser.add_argument("--films", nargs="*", default=[])
+    parser.add_argument(
+        "--more", nargs="*", default=[], help="dataset directories of further reports for stages 1 and 2"
+    )
     parser.add_argument("--rows", help="divided by semicolons or commas; default: all but decodings")
     parser.add_argument(
         "--add", action="append", default=[], help="a row of your own; after --rows, or where --rows names it"
@@ -350,12 +359,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--recipe", default="iu_xray/finetune-small", help="of stage 3")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--each", type=int, default=2, help="runs of stage 3 on one GPU at a time")
+    parser.add_argument("--taken", type=float, nargs="*", default=[], help="share of each GPU that other programs use")
     parser.add_argument("--mps", action="store_true", help="start NVIDIA MPS on each GPU")
     parser.add_argument("--minutes", type=float, help="of this call; default: until all is done")
     parser.add_argument("--test", action="store_true", help="read the test split; needs --frozen")
     parser.add_argument("--frozen", metavar="COMMIT")
     parser.add_argument("--predict-test", metavar="ROWS", help="rows whose test reports are written, but not shown")
-    parser.add_argument("--overrides", nargs="*", default=[], help="changes of every stage 3 run")
+    parser.add_argument("--overrides", nargs="*", default=[], help="changes of every row, as in --add")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--list", action="store_true", help="show the rows and end")
     return parser.parse_args()
@@ -401,7 +411,13 @@ def main() -> None:
         (chain.work / "table.md").write_text(table(rows, seeds, shown, records.entries))
 
     queue = Queue(
-        chain.jobs.values(), chain.work, options.gpus, chain.when_done, on_change=write_table, mps=options.mps
+        chain.jobs.values(),
+        chain.work,
+        options.gpus,
+        chain.when_done,
+        on_change=write_table,
+        mps=options.mps,
+        taken=options.taken,
     )
     done = queue.run(goals, options.minutes)
     write_table(queue.records)

@@ -110,6 +110,7 @@ class Queue:
         when_done: called with a job that has just finished; its result goes into the record.
         on_change: called after each finished job, when its record is written.
         mps: whether NVIDIA MPS runs on each GPU while the jobs run: several jobs then compute at the same time.
+        taken: fraction of each GPU that other programs use; missing ones: none.
     """
 
     def __init__(
@@ -121,9 +122,11 @@ class Queue:
         *,
         on_change: Callable[[Records], None] = lambda records: None,
         mps: bool = False,
+        taken: Sequence[float] = (),
     ) -> None:
         self.jobs = {job.name: job for job in jobs}
         self.work, self.gpus, self.mps = work, gpus, mps
+        self.taken = [*taken, *[0.0] * max(1, gpus)][: max(1, gpus)]
         self.when_done, self.on_change = when_done, on_change
         (work / "logs").mkdir(parents=True, exist_ok=True)
         self.records = Records.read(work / "records.json")
@@ -176,7 +179,7 @@ class Queue:
         open_names = {job.name for job in waiting}
         busy = {running.job.name for running in self.running}
         left = end - time.monotonic()
-        free = [1.0 - sum(r.job.weight for r in self.running if r.gpu == gpu) for gpu in range(max(1, self.gpus))]
+        free = [1.0 - used - sum(r.job.weight for r in self.running if r.gpu == i) for i, used in enumerate(self.taken)]
         for job in waiting:
             if job.name in busy or job.name in self.failed or open_names & set(job.needs):
                 continue
