@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import iu_xray
 import job_queue
-from job_queue import Job, Queue, Records
+from job_queue import Job, Queue, Records, Running
 
 # Says when it began and on which GPU; a training goes on until it is stopped or has run twice.
 _CODE = """
@@ -136,10 +136,26 @@ def test_a_call_ends_in_time_and_the_next_continues(tmp_path: Path, monkeypatch:
     assert queue.records.entries["long"]["seconds"] > first
 
 
+def test_jobs_leave_the_share_of_other_programs(tmp_path: Path) -> None:
+    queue = Queue([], tmp_path, 2, taken=[0, 0.5])
+    jobs = [_job(tmp_path, name) for name in "abcd"]
+    started: list[int] = []
+
+    def start(job: Job, gpu: int) -> None:
+        started.append(gpu)
+        queue.running.append(Running(replace(job, weight=0.5), gpu, None, 0.0))  # type: ignore[arg-type]
+
+    queue._start = start  # type: ignore[method-assign]
+    jobs = [replace(job, weight=0.5) for job in jobs]
+    while queue._start_first(jobs, float("inf"), 1.0):
+        pass
+    assert started == [0, 0, 1]
+
+
 def test_rows_share_the_stages_before_their_change(tmp_path: Path) -> None:
     options = iu_xray.argparse.Namespace(
         data=str(tmp_path / "iu"), work=tmp_path / "w", tiny=False, each=2, films=[], reports=None,
-        recipe="iu_xray/finetune-small", overrides=[],
+        recipe="iu_xray/finetune-small", overrides=[], more=[],
     )  # fmt: skip
     chain = iu_xray.Chain(options)
     rows = [
