@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from emrrg_cli.commands.options import Json
+from emrrg_cli.commands.options import HypothesisColumn, IdColumn, Json, ReferenceColumn
+from emrrg_cli.errors import UsageError
 
 
 def compare(
@@ -22,6 +23,10 @@ def compare(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Directory for compare.md, compare.csv and compare.json.")
     ] = None,
+    id_column: IdColumn = None,
+    hypothesis_column: HypothesisColumn = None,
+    reference_column: ReferenceColumn = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier comparison in --output.")] = False,
     meteor: Annotated[bool, typer.Option("--meteor", help="Compute METEOR too; needs Java.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -39,6 +44,7 @@ def compare(
     from emrrg_cli.console import err, out
     from emrrg_cli.evaluation.compare import compare as run
     from emrrg_cli.evaluation.compare import find_contender
+    from emrrg_cli.evaluation.predictions import Columns
     from emrrg_cli.files.atomic import atomic_write_text
     from emrrg_cli.files.output_paths import check_writable
     from emrrg_cli.reporting.comparison_tables import comparison_csv, comparison_markdown, comparison_table
@@ -46,7 +52,10 @@ def compare(
 
     if output is not None:
         check_writable(output)
-    result = run([find_contender(path, split, references) for path in reports], meteor=meteor)
+        if (output / "compare.json").exists() and not overwrite:
+            raise UsageError(f"{output} already holds a comparison", hint="Give --overwrite, or another --output.")
+    columns = Columns(id_column, hypothesis_column, reference_column)
+    result = run([find_contender(path, split, references, columns) for path in reports], meteor=meteor)
     if output is not None:
         atomic_write_text(output / "compare.md", comparison_markdown(result))
         atomic_write_text(output / "compare.csv", comparison_csv(result))

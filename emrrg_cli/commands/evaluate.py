@@ -8,13 +8,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from emrrg_cli.commands.options import Json, NumProcesses, Overrides
+from emrrg_cli.commands.options import (
+    FILES_PANEL,
+    HypothesisColumn,
+    IdColumn,
+    Json,
+    NumProcesses,
+    Overrides,
+    ReferenceColumn,
+    refuse_given,
+)
 from emrrg_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from emrrg_cli.evaluation.assess import Options
 
-_FILES = "Prediction files"
+_OF_RUNS = ("data", "split", "recipe", "image_controls", "reference_labels", "num_processes")
+_OF_FILES = ("references", "id_column", "hypothesis_column", "reference_column")
 
 
 def evaluate(
@@ -33,7 +43,7 @@ def evaluate(
         str | None, typer.Option("--recipe", help="Evaluation recipe whose settings replace those of the run.")
     ] = None,
     train: Annotated[
-        Path | None, typer.Option("--train", help="Dataset directory with the training reports; default: --data.")
+        Path | None, typer.Option("--train", help="Dataset directory with the training reports; of a run: --data.")
     ] = None,
     image_controls: Annotated[
         bool, typer.Option("--image-controls", help="Also write reports for blank films and films of other studies.")
@@ -58,27 +68,22 @@ def evaluate(
     predictions: Annotated[
         Path | None,
         typer.Option(
-            "--predictions", metavar="FILE", help="Score this file (.jsonl, .csv, .json).", rich_help_panel=_FILES
+            "--predictions",
+            metavar="FILE",
+            help="Score this file (.jsonl, .csv, .json).",
+            rich_help_panel=FILES_PANEL,
         ),
     ] = None,
     references: Annotated[
         Path | None,
-        typer.Option("--references", help="File of references, if FILE has none.", rich_help_panel=_FILES),
+        typer.Option("--references", help="File of references, if FILE has none.", rich_help_panel=FILES_PANEL),
     ] = None,
-    id_column: Annotated[
-        str | None, typer.Option("--id-column", help="Column or key with the study ids.", rich_help_panel=_FILES)
-    ] = None,
-    hypothesis_column: Annotated[
-        str | None,
-        typer.Option("--hypothesis-column", help="Column or key with the generated reports.", rich_help_panel=_FILES),
-    ] = None,
-    reference_column: Annotated[
-        str | None,
-        typer.Option("--reference-column", help="Column or key with the references.", rich_help_panel=_FILES),
-    ] = None,
+    id_column: IdColumn = None,
+    hypothesis_column: HypothesisColumn = None,
+    reference_column: ReferenceColumn = None,
     rexrank: Annotated[
         Path | None,
-        typer.Option("--write-rexrank", help="Also write the reports as ReXrank's JSON.", rich_help_panel=_FILES),
+        typer.Option("--write-rexrank", help="Also write the reports as ReXrank's JSON.", rich_help_panel=FILES_PANEL),
     ] = None,
 ) -> None:
     """Write reports for a split and score them, or score a file.
@@ -96,6 +101,9 @@ def evaluate(
             "give either --model or --predictions",
             hint=f"`emrrg evaluate --model {shlex.quote(run)}` or `emrrg evaluate --predictions FILE`.",
         )
+    refuse_given(context, _OF_RUNS if model is None else _OF_FILES, "--predictions" if model is None else "--model")
+    if rexrank is not None and rexrank.exists() and not overwrite:
+        raise UsageError(f"{rexrank} exists already", hint="Give --overwrite, or another --write-rexrank.")
     if predictions is not None:
         from emrrg_cli.evaluation.predictions import Columns
 
@@ -162,7 +170,12 @@ def _options(chexbert: str | None, bertscore: str | None, no_meteor: bool, merge
 
     merged: dict[str, float] = {}
     for file in merge or []:
-        merged |= read_merged(file)
+        found = read_merged(file)
+        if twice := sorted(merged.keys() & found):
+            raise UsageError(
+                f"{file}: the score {twice[0]} is also in another --merge file", hint="Rename one of them."
+            )
+        merged |= found
     labelers = {}
     if chexbert is not None:
         from emrrg_cli.evaluation.chexbert import load_chexbert
@@ -188,7 +201,9 @@ def _evaluate_file(
 
     read = read_predictions(predictions, references, columns)
     if train is not None:
-        options = replace(options, train_reports=training_reports(train, read))
+        reports, form = training_reports(train, read)
+        options = replace(options, train_reports=reports)
+        read = replace(read, remarks=[*read.remarks, form])
     result = evaluate_file(read, output, options, overwrite=overwrite)
     if rexrank is not None:
         write_rexrank(rexrank, read)

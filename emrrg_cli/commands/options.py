@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from emrrg_cli.errors import UsageError
+
+FILES_PANEL = "Prediction files"
 
 Overrides = Annotated[
     list[str] | None,
@@ -30,6 +34,18 @@ Verbose = Annotated[bool, typer.Option("--verbose", help="Show how each tensor o
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Run directory; default: runs/<recipe>.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint of the run.")]
 PrintRecipe = Annotated[bool, typer.Option("--print-recipe", help="Print the resolved recipe and stop.")]
+IdColumn = Annotated[
+    str | None,
+    typer.Option("--id-column", help="Column or key with the study ids.", rich_help_panel=FILES_PANEL),
+]
+HypothesisColumn = Annotated[
+    str | None,
+    typer.Option("--hypothesis-column", help="Column or key with the generated reports.", rich_help_panel=FILES_PANEL),
+]
+ReferenceColumn = Annotated[
+    str | None,
+    typer.Option("--reference-column", help="Column or key with the references.", rich_help_panel=FILES_PANEL),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
@@ -44,6 +60,23 @@ class Invocation:
 
     arguments: tuple[str, ...]
     run: Callable[[Sequence[str]], int]
+
+
+def refuse_given(context: typer.Context, names: Collection[str], beside: str) -> None:
+    """Refuses options that have no effect beside another one.
+
+    Args:
+        context: Context of the command.
+        names: Names of the parameters.
+        beside: The other option.
+
+    Raises:
+        UsageError: One of them is on the command line.
+    """
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name in names and source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP"):
+            raise UsageError(f"{parameter.opts[0]} has no effect with {beside}", hint="Leave it out.")
 
 
 def start_processes(context: typer.Context, requested: int | None, *, batch_size: int | None = None) -> bool:

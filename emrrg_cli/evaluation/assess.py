@@ -212,6 +212,7 @@ def _dealt(
         "scores": means,
         "deviations": deviations,
         "deals": len(orders),
+        "deals_of_slow_scores": min(len(orders), controls.SLOW_DEALS),  # METEOR and BERTScore
         "clinical": controls.mean_of(grids),
     }
     return result, np.mean(cider, axis=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +12,29 @@ import numpy as np
 
 from emrrg_cli.errors import UsageError
 from emrrg_cli.evaluation import bootstrap, clinical
-from emrrg_cli.evaluation.language import score
-from emrrg_cli.evaluation.predictions import Columns, Predictions, read_predictions
+from emrrg_cli.evaluation.language import tokenized
+from emrrg_cli.evaluation.predictions import PREDICTIONS, Columns, Predictions, read_predictions
 from emrrg_cli.files.records import read_record
 from emrrg_cli.labeling import label_reports
 from emrrg_cli.recipe.library import read_layer
 from emrrg_cli.scoring.comparison import Corpus, Floats
 from emrrg_cli.scoring.scores import SCORES, Unavailable
+from emrrg_cli.vocabulary import Tokenizer
 
 # Runs that differ only in these settings count as the same method.
-_SEEDS = {"train.seed", "generation.seed", "output", "data.seed"}
+_RANDOM = {"train.seed", "generation.seed", "data.seed"}
+_SEEDS = {*_RANDOM, "output"}
 RULES = tuple(f"rules_{name}" for name in clinical.HEADLINE)
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One set of reports: its name, its predictions, and the settings of its run (None if they are not known)."""
+    """One set of reports: its name, its predictions, and the settings of its run (None: not known)."""
 
     name: str
     predictions: Predictions
-    settings: Mapping[str, Any] | None
+    settings: Mapping[str, Any] | None = None
+    tokenizer: Tokenizer = "whitespace"
 
 
 def find_contender(path: Path, split: str, references: Path | None, columns: Columns | None = None) -> Contender:
@@ -41,15 +44,16 @@ def find_contender(path: Path, split: str, references: Path | None, columns: Col
         UsageError: There are no reports, or they cannot be read.
     """
     if not path.is_dir():
-        return Contender(path.stem, read_predictions(path, references, columns), None)
+        return Contender(path.stem, read_predictions(path, references, columns))  # raises an error without the file
     folder = path / "evaluation" / split if (path / "evaluation").is_dir() else path
-    file = folder / "predictions.jsonl"
+    file = folder / PREDICTIONS
     if not file.is_file():
         hint = f"Evaluate it first: emrrg evaluate --model {shlex.quote(str(path))} --split {split}"
         raise UsageError(f"{path} has no predictions of the {split} split ({file})", hint=hint)
     record = read_record(folder / "scores.json", "the scores of an evaluation", "Evaluate again.") or {}
-    run = Path(record.get("model", path))
-    return Contender(path.name or str(path.resolve().name), read_predictions(file), _settings(run / "recipe.yaml"))
+    settings = _settings(Path(record.get("model", path)) / "recipe.yaml") | _flat(record.get("settings"))
+    tokenizer = settings.get("evaluation.tokenizer") or record.get("tokenizer", "whitespace")
+    return Contender(path.name or str(path.resolve().name), read_predictions(file), settings or None, tokenizer)
 
 
 def compare(
@@ -68,7 +72,8 @@ def compare(
     """
     if len(contenders) < 2:
         raise UsageError("compare needs at least two sets of reports", hint="emrrg compare RUN_A RUN_B")
-    counted = [_count(one.predictions, meteor) for one in contenders]
+    contenders = [one if one.settings is None else replace(one, settings=_flat(one.settings)) for one in contenders]
+    counted = [_count(one, meteor) for one in contenders]
     varying = _varying([one.settings for one in contenders])
     names = _distinct_names([one.name for one in contenders])
     remarks: list[str] = []
@@ -81,24 +86,25 @@ def compare(
         row: dict[str, Any] = {"name": name, "studies": studies}
         row["scores"] = {key: float(value) for key, value in combined.items()}
         row["intervals"] = {key: list(bootstrap.interval(value)) for key, value in drawn.items()}
-        row["settings"] = {key: _flat(one.settings).get(key) for key in varying} if one.settings is not None else {}
+        row["settings"] = {key: (one.settings or {}).get(key) for key in varying}
         if rows:
-            row["against_first"] = _test(contenders[0], one, counted[0], statistics, resamples, remarks)
+            row["against_first"] = _test((contenders[0], one), (counted[0], statistics), meteor, resamples, remarks)
         rows.append(row)
     shown = [key for key in varying if key not in _SEEDS]
     return {
         "rows": rows,
         "settings": shown,
-        "groups": _groups(rows, contenders),
+        "groups": _groups(rows, contenders, remarks),
         "remarks": list(dict.fromkeys(remarks)),
     }
 
 
-def _count(predictions: Predictions, meteor: bool) -> dict[str, Floats]:
-    score(predictions.references, predictions.hypotheses, meteor=False)  # raises an error for invalid texts
-    references, hypotheses = (
-        [" ".join(text.split()) for text in side] for side in (predictions.references, predictions.hypotheses)
-    )
+def _count(contender: Contender, meteor: bool) -> dict[str, Floats]:
+    """Returns the statistics `[n, k]` of each score; n-grams are as rare as in the references of these studies."""
+    predictions = contender.predictions
+    references, hypotheses = tokenized(predictions.references, predictions.hypotheses, contender.tokenizer)
+    if not any(text.strip() for text in references):
+        raise UsageError(f"{contender.name}: every reference is empty, so there is nothing to compare with")
     pairs = Corpus(references).compare(references, hypotheses)
     statistics: dict[str, Floats] = {}
     for one in SCORES:
@@ -126,13 +132,13 @@ def _combine(statistics: Mapping[str, Floats], sums: Mapping[str, Floats], studi
 
 
 def _test(
-    first: Contender,
-    second: Contender,
-    counted: Mapping[str, Floats],
-    others: Mapping[str, Floats],
+    contenders: tuple[Contender, Contender],
+    counted: tuple[Mapping[str, Floats], Mapping[str, Floats]],
+    meteor: bool,
     resamples: int,
     remarks: list[str],
 ) -> dict[str, Any] | None:
+    first, second = contenders
     places = {study: place for place, study in enumerate(second.predictions.study_ids)}
     common = [(i, places[study]) for i, study in enumerate(first.predictions.study_ids) if study in places]
     if not common:
@@ -140,20 +146,24 @@ def _test(
             f"{first.name} and {second.name} have no study in common, so they are not tested against each other."
         )
         return None
-    own, other = (list(side) for side in zip(*common, strict=True))
+    chosen = [list(side) for side in zip(*common, strict=True)]
+    own, other = (one.predictions.at(places) for one, places in zip(contenders, chosen, strict=True))
     if len(common) < max(len(first.predictions), len(second.predictions)):
-        remarks.append(f"{first.name} and {second.name} have {len(common)} studies in common; only these are tested.")
-    texts = [" ".join(first.predictions.references[i].split()) for i in own]
-    if texts != [" ".join(second.predictions.references[i].split()) for i in other]:
+        studies = f"{len(common)} {'study' if len(common) == 1 else 'studies'}"
+        remarks.append(f"{first.name} and {second.name} have {studies} in common; only these are tested.")
+    if [text.split() for text in own.references] != [text.split() for text in other.references]:
         remarks.append(f"The references of {first.name} and {second.name} differ, so their scores are not comparable.")
-    drawn = []
-    for statistics, chosen in ((counted, own), (others, other)):
-        sums = {key: bootstrap.resampled_sums(value[chosen], resamples) for key, value in statistics.items()}
-        drawn.append(_combine(statistics, sums, len(common)))
-    exact = [
-        _combine(statistics, {key: value[chosen].sum(axis=0) for key, value in statistics.items()}, len(common))
-        for statistics, chosen in ((counted, own), (others, other))
-    ]
+    if first.tokenizer != second.tokenizer:
+        remarks.append(f"The tokenizers of {first.name} and {second.name} differ: their scores are not comparable.")
+    drawn, exact = [], []
+    for one, statistics, reports, places_of in zip(contenders, counted, (own, other), chosen, strict=True):
+        if len(common) < len(one.predictions):  # CIDEr depends on all references
+            rows = _count(replace(one, predictions=reports), meteor)
+        else:
+            rows = {key: value[places_of] for key, value in statistics.items()}
+        sums = {key: bootstrap.resampled_sums(value, resamples) for key, value in rows.items()}
+        drawn.append(_combine(rows, sums, len(common)))
+        exact.append(_combine(rows, {key: value.sum(axis=0) for key, value in rows.items()}, len(common)))
     return {
         "studies": len(common),
         "differences": {name: float(exact[1][name] - exact[0][name]) for name in exact[0]},
@@ -161,16 +171,23 @@ def _test(
     }
 
 
-def _groups(rows: Sequence[Mapping[str, Any]], contenders: Sequence[Contender]) -> list[dict[str, Any]]:
+def _groups(
+    rows: Sequence[Mapping[str, Any]], contenders: Sequence[Contender], remarks: list[str]
+) -> list[dict[str, Any]]:
     """Returns groups of two or more runs that differ only in their seed."""
     members: dict[str, list[int]] = {}
     for number, one in enumerate(contenders):
         if one.settings is not None:
-            same = {key: value for key, value in _flat(one.settings).items() if key not in _SEEDS}
+            same = {key: value for key, value in one.settings.items() if key not in _SEEDS}
             members.setdefault(repr(sorted(same.items(), key=lambda item: item[0])), []).append(number)
     groups = []
     for numbers in members.values():
         if len(numbers) < 2:
+            continue
+        seeds = {repr([(contenders[i].settings or {}).get(key) for key in sorted(_RANDOM)]) for i in numbers}
+        if len(seeds) < len(numbers):
+            named = ", ".join(rows[i]["name"] for i in numbers)
+            remarks.append(f"{named}: runs with the same settings and the same seed, so no mean over seeds is shown.")
             continue
         values = {name: [rows[i]["scores"][name] for i in numbers] for name in rows[numbers[0]]["scores"]}
         groups.append(
@@ -185,16 +202,16 @@ def _groups(rows: Sequence[Mapping[str, Any]], contenders: Sequence[Contender]) 
     return groups
 
 
-def _settings(file: Path) -> Mapping[str, Any] | None:
+def _settings(file: Path) -> dict[str, Any]:
     try:
-        return read_layer(file).values
+        return _flat(read_layer(file).values)
     except UsageError:
-        return None
+        return {}
 
 
-def _flat(settings: Mapping[str, Any] | None, before: str = "") -> dict[str, Any]:
+def _flat(settings: Any, before: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
-    for key, value in (settings or {}).items():
+    for key, value in (settings if isinstance(settings, Mapping) else {}).items():
         name = f"{before}{key}"
         flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value}
     return flat
@@ -202,9 +219,9 @@ def _flat(settings: Mapping[str, Any] | None, before: str = "") -> dict[str, Any
 
 def _varying(settings: Sequence[Mapping[str, Any] | None]) -> list[str]:
     """Returns the keys whose values differ between runs; runs without settings are ignored."""
-    flat = [_flat(one) for one in settings if one is not None]
-    keys = dict.fromkeys(key for one in flat for key in one)
-    return [key for key in keys if len({repr(one.get(key)) for one in flat}) > 1]
+    known = [one for one in settings if one is not None]
+    keys = dict.fromkeys(key for one in known for key in one)
+    return [key for key in keys if len({repr(one.get(key)) for one in known}) > 1]
 
 
 def _distinct_names(names: Sequence[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ from emrrg_cli.errors import UsageError
 from emrrg_cli.evaluation.assess import Options, assess
 from emrrg_cli.evaluation.language import require_java
 from emrrg_cli.evaluation.outputs import DATA, OWN_FILES, write_assessment
-from emrrg_cli.evaluation.predictions import Predictions
+from emrrg_cli.evaluation.predictions import PREDICTIONS, Predictions, save_predictions
 from emrrg_cli.files.locks import locked
 from emrrg_cli.files.output_paths import check_writable, refuse_links
 from emrrg_cli.reporting.tables import DISCLAIMER
+from emrrg_cli.vocabulary import SECTIONS
+
+_TEXTS = ("findings", "impression", "report")
 
 
 def evaluate_file(
@@ -51,23 +55,45 @@ def evaluate_file(
     if output is None:
         return result
     with locked(output):
+        save_predictions(output / PREDICTIONS, predictions)  # `emrrg compare` reads them
         return write_assessment(output, result, predictions, found)
 
 
-def training_reports(root: Path, predictions: Predictions) -> list[str]:
-    """Returns the training reports of a dataset directory.
+def training_reports(root: Path, predictions: Predictions) -> tuple[list[str], str]:
+    """Returns the training reports of a dataset directory in the form of the references, and a sentence on that form.
 
-    They are cleaned if the references contain no capital letters, as in R2Gen's files.
+    If studies of the directory are among the predictions, section and cleaning are those that give their references.
+    Otherwise the reports are whole, and cleaned if the references contain no capital letters, as in R2Gen's files.
 
     Raises:
-        UsageError: The directory has no training split.
+        UsageError: The directory has no training split, or none of its reports has text.
     """
     splits = open_dataset(root)
     if "train" not in splits:
         raise UsageError(f"{root} has no training split", hint=f"The splits are: {', '.join(splits)}.")
+    truth = dict(zip(predictions.study_ids, predictions.references, strict=True))
+    known = [row for split in splits.values() for row in _rows(split, truth)]
     cleaned = not any(any(letter.isupper() for letter in text) for text in predictions.references)
-    reports = []
-    for row in splits["train"].select_columns(["findings", "impression", "report", "source"]):
-        if (text := select_section(row, "report")).strip():
-            reports.append(clean_report(text, cleaning_for(row["source"] or "", "auto") if cleaned else "none"))
-    return reports
+    section, cleaning = "report", "auto" if cleaned else "none"
+    forms = [(one, rule) for one in SECTIONS for rule in ("auto", "none")]
+    equal = {
+        form: sum(_report(row, *form).split() == truth[row["study_id"]].split() for row in known) for form in forms
+    }
+    best = max(forms, key=lambda form: equal[form])
+    if equal[best]:
+        section, cleaning = best
+    reports = [text for row in _rows(splits["train"]) if (text := _report(row, section, cleaning)).strip()]
+    if not reports:
+        raise UsageError(f"{root}: no study of the training split has a {section}")
+    found = f"that of {equal[best]:,} of {len(known):,} references" if equal[best] else "not known from the references"
+    return reports, f"training reports: section {section}, cleaning {cleaning} ({found})"
+
+
+def _rows(split: Any, among: Container[str] | None = None) -> Iterator[dict[str, Any]]:
+    ids = split["study_id"]
+    places = [place for place, study in enumerate(ids) if among is None or study in among]
+    yield from split.select(places).select_columns(["study_id", "source", *_TEXTS])
+
+
+def _report(row: Mapping[str, Any], section: str, cleaning: str) -> str:
+    return clean_report(select_section(row, section), cleaning_for(row["source"] or "", cleaning))

@@ -18,8 +18,8 @@ from emrrg_cli.datasets.epochs import evaluation_batches
 from emrrg_cli.datasets.loading import load_batches
 from emrrg_cli.datasets.report_dataset import ReportDataset, collate
 from emrrg_cli.evaluation.controls import derangements
-from emrrg_cli.evaluation.predictions import Predictions
-from emrrg_cli.evaluation.split_reports import OtherFilms, kept_predictions, save_predictions, write_predictions
+from emrrg_cli.evaluation.predictions import Predictions, save_predictions
+from emrrg_cli.evaluation.split_reports import OtherFilms, kept_predictions, write_predictions
 from emrrg_cli.models.report_generator import ReportGenerator
 from emrrg_cli.models.views import average_views
 from emrrg_cli.recipe.finetuning import FinetuneRecipe

@@ -99,7 +99,7 @@ def score(
 def tokenized(
     references: Sequence[str], hypotheses: Sequence[str], tokenizer: Tokenizer
 ) -> tuple[list[str], list[str]]:
-    """Returns references and hypotheses as `score` compares them: tokens joined by single spaces."""
+    """Returns references and hypotheses as `score` compares them: tokens separated by spaces."""
     truth, written = _tokenized([[text] for text in references], list(hypotheses), tokenizer)
     return [text for (text,) in truth], written
 
@@ -111,8 +111,15 @@ def _tokenized(truth: list[list[str]], written: list[str], tokenizer: Tokenizer)
 
 
 def _spaced(text: str) -> str:
-    """Joins the words by single spaces: ROUGE-L splits at each space, the other scores at any white space."""
-    return " ".join(text.split())
+    """Joins the words by single spaces if they are separated by other white space than spaces.
+
+    pycocoevalcap splits at any white space for BLEU and CIDEr, and at each single space for ROUGE-L. A text with
+    spaces alone is left as it is, also with two in sequence, so that ROUGE-L equals the published one.
+    """
+    words = text.split()
+    if not words:
+        return ""
+    return text if sum(map(len, words)) + text.count(" ") == len(text) else " ".join(words)
 
 
 def _ptb(truth: list[list[str]], written: list[str]) -> tuple[list[list[str]], list[str]]:
@@ -134,7 +141,7 @@ def _without_java(truth: list[list[str]], written: list[str]) -> dict[str, float
     _, rouge = Rouge().compute_score(gts, res)
     cider, _ = Cider().compute_score(gts, res)
     # pycocoevalcap gives two empty strings a perfect ROUGE-L, because both contain the empty word.
-    rouge = [float(value) if text else 0.0 for value, text in zip(rouge, written, strict=True)]
+    rouge = [float(value) if text.strip() else 0.0 for value, text in zip(rouge, written, strict=True)]
     return {
         **dict(zip(BLEU_NAMES, map(float, bleu), strict=True)),
         ROUGE_L: sum(rouge) / len(rouge),

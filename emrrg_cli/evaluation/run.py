@@ -21,7 +21,7 @@ from emrrg_cli.evaluation.language import require_java
 from emrrg_cli.evaluation.outputs import DATA, OWN_FILES, write_assessment
 from emrrg_cli.evaluation.predictions import Predictions
 from emrrg_cli.evaluation.protocol import describe_protocol, reference_reports
-from emrrg_cli.evaluation.split_reports import MADE_WITH, data_settings, kept_predictions, made_with, write_predictions
+from emrrg_cli.evaluation.split_reports import MADE_WITH, kept_predictions, made_with, write_predictions
 from emrrg_cli.files.atomic import atomic_write_text
 from emrrg_cli.files.locks import locked
 from emrrg_cli.files.output_paths import check_writable, refuse_links
@@ -122,6 +122,7 @@ def _evaluate(
     split, precision = record["split"], record["precision"]
     dataset = ReportDataset(splits[split], recipe.data, recipe.model.encoder.image_size)
     train = _train_dataset(splits, recipe, options)
+    labels = reference_labels(dataset) if options.reference_labels else None  # fails before long work
     predictions = kept_predictions(target, record)
     others: dict[str, list[str]] = {}
     reused = predictions is not None
@@ -135,7 +136,6 @@ def _evaluate(
         accelerator.end_training()  # the launcher expects all processes to synchronize
         if not accelerator.is_main_process:
             return None
-    labels = reference_labels(dataset) if options.reference_labels else None
     how = replace(
         options.assess,
         train_reports=None if train is None else train.reports,
@@ -157,7 +157,7 @@ def _evaluate(
         "image": _image_sentence(found.record["image"], recipe),
         "protocol": recipe.protocol,
         "protocol_line": describe_protocol(recipe),
-        "settings": _settings(recipe),
+        "settings": recipe.model_dump(mode="json"),
         "seconds": round(seconds, 3),
         "reports_per_second": round(len(dataset) / seconds, 4) if seconds else None,
         "precision": precision,
@@ -232,15 +232,6 @@ def _train_dataset(splits: Any, recipe: FinetuneRecipe, options: RunOptions) -> 
 
 def _without_limit(recipe: FinetuneRecipe) -> Any:
     return recipe.data.model_copy(update={"limit": None})
-
-
-def _settings(recipe: FinetuneRecipe) -> dict[str, Any]:
-    return {
-        "data": data_settings(recipe),
-        "generation": recipe.generation.model_dump(),
-        "evaluation": recipe.evaluation.model_dump(),
-        "train": {"seed": recipe.train.seed},
-    }
 
 
 def _image_sentence(sentence: str, recipe: FinetuneRecipe) -> str:

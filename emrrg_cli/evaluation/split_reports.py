@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +14,8 @@ from emrrg_cli.console import counted, progress_bar
 from emrrg_cli.datasets.report_dataset import Example, ReportDataset
 from emrrg_cli.datasets.shard_files import find_shards
 from emrrg_cli.decoding.reports import write_split
-from emrrg_cli.evaluation.predictions import Predictions
-from emrrg_cli.files.atomic import atomic_write_text, whole_directory
+from emrrg_cli.evaluation.predictions import PREDICTIONS, Predictions, prediction_row, save_predictions
+from emrrg_cli.files.atomic import whole_directory
 from emrrg_cli.files.output_paths import directory_guard
 from emrrg_cli.files.records import append_jsonl, read_jsonl, read_record
 from emrrg_cli.models.report_generator import ReportGenerator
@@ -25,7 +24,6 @@ from emrrg_cli.signals import interrupted_by
 from emrrg_cli.versions import installed_versions
 
 MADE_WITH = "made_with.json"
-PREDICTIONS = "predictions.jsonl"
 
 
 def data_settings(recipe: FinetuneRecipe) -> dict[str, Any]:
@@ -113,7 +111,7 @@ def write_predictions(
         nonlocal kept
         require_folder()
         for index, report in zip(indices, reports, strict=True):
-            append_jsonl(partial, _row(study_ids[index], references[index], report))
+            append_jsonl(partial, prediction_row(study_ids[index], references[index], report))
         kept += len(reports)
 
     with (
@@ -137,12 +135,6 @@ def write_predictions(
     return Predictions(study_ids, references, hypotheses)
 
 
-def save_predictions(file: Path, made: Predictions) -> None:
-    """Writes one line for each report."""
-    rows = zip(made.study_ids, made.references, made.hypotheses, strict=True)
-    atomic_write_text(file, "".join(json.dumps(_row(*row), ensure_ascii=False) + "\n" for row in rows))
-
-
 class OtherFilms(Dataset[Example]):
     """A dataset whose films are replaced by those of other studies or by blank ones; reports and contexts stay.
 
@@ -164,10 +156,6 @@ class OtherFilms(Dataset[Example]):
         pixels = torch.zeros_like(shown.pixels) if self.order is None else shown.pixels
         report, context = self.dataset.reports[index], self.dataset.contexts[index]
         return replace(shown, index=index, pixels=pixels, report=report, context=context)
-
-
-def _row(study_id: str, reference: str, hypothesis: str) -> dict[str, str]:
-    return {"study_id": study_id, "reference": reference, "hypothesis": hypothesis}
 
 
 def _stamp(file: Path) -> list[int]:

@@ -42,7 +42,9 @@ CUES: tuple[tuple[str, str], ...] = (
     # Absence of the findings before it.
     (
         "absent_before",
-        rf"(?:not|never)(?: been| be)? {_ADVERB}{_SEEN}|no longer(?: {_ADVERB}{_SEEN})?|absent"
+        rf"(?:not|never)(?: been| be)? {_ADVERB}{_SEEN}"
+        rf"|no longer(?: {_ADVERB}{_SEEN}|(?! (?:any|an?|the|evidence|signs?)\b))"
+        r"|absent"
         r"|unlikely(?! to)|excluded|ruled out"
         r"|(?:not|less) (?:felt |thought )?(?:to be )?(?:likely|suspected)|none|(?:is|are|:) negative"
         r"|doubtful",
@@ -71,7 +73,7 @@ CUES: tuple[tuple[str, str], ...] = (
     # Absence of the findings after it.
     (
         "absent",
-        r"no|without|not|negative for|absence of|lack of|free (?:of|from)|clear (?:of|from)|neither|nor"
+        r"no longer|no|without|not|negative for|absence of|lack of|free (?:of|from)|clear (?:of|from)|neither|nor"
         r"|rather than|cannot see|un ?likely to (?:be|represent)|denies|fails? to|non|excludes?|w/o",
     ),
     # Doubt about the findings after it.

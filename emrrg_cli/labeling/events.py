@@ -25,14 +25,18 @@ _SPLIT = re.compile(r"\.(?!\d)|(?<!\d)\.|[;?!\n]|<br>")
 _JOINED = re.compile(
     r"(?<=[a-z]{3})(?=(?:atelecta|airspace|infiltrat|consolidat|effusion|scarring|thicken|defibrill|pneumonia))"
 )
+# "Isn't", also as cleaning leaves it. "Effusion: no" at the end of a sentence.
+_CONTRACTED = re.compile(r"\b(is|are|was|were|do|does|did|has|have|had)n'?t\b")
+_ANSWERED = re.compile(r" ?: ?no$")
 _SPACE = re.compile(r"[^\S\n]+")
 
 
 def split_sentences(text: str) -> list[str]:
     """Splits a raw or cleaned report (" . " between sentences) into lower-case sentences, but not at decimal points."""
     text = _SPACE.sub(" ", text.lower().replace("vs.", "vs").replace("’", "'"))
-    text = _JOINED.sub(" / ", text)
-    return [sentence for part in _SPLIT.split(text) if (sentence := part.strip(" .,"))]
+    text = _CONTRACTED.sub(r"\1 not", _JOINED.sub(" / ", text))
+    sentences = (_ANSWERED.sub(" not seen", part.strip(" .,")) for part in _SPLIT.split(text))
+    return [sentence for sentence in sentences if sentence]
 
 
 Meaning = tuple[str, str, tuple[str, ...]]

@@ -20,6 +20,7 @@ Certainty
 Not current
     * History of X, status post X, prior or previous X, treated X: None, unless the report says that X is still present
       ("previously seen X is unchanged" is positive, "previously seen X has resolved" is negative).
+      No history of X: None.
     * Evaluate for X, rule out X, to exclude X, if X is suspected, evaluation for X is limited: None.
     * Prior, old, remote and healed fractures are still visible: Fracture positive.
     * "Postoperative changes" and "status post sternotomy" give no label; wires, clips and other material left in the

@@ -174,7 +174,8 @@ class SentenceReader:
         if name == "doubt" and self._scope in ("absent", "ignore", "history"):
             self._used = False
             return
-        self._open(name)
+        # "No history of fracture" says nothing about this film.
+        self._open("ignore" if name == "history" and self._scope == "absent" and not self._used else name)
 
     def _open(self, name: str) -> None:
         self._scope, self._used = name, False

@@ -108,8 +108,11 @@ def _scores(result: Mapping[str, Any]) -> dict[str, Any]:
     heads = ["score", "model", "95 % interval", *(CONTROLS.get(name, name) for name in controls)]
     note = ""
     if "dealt" in controls:
-        deals = controls["dealt"]["deals"]
-        note = f"Shuffled reports: the same reports, assigned to other studies at random; mean of {deals} shuffles."
+        deals, few = controls["dealt"]["deals"], controls["dealt"].get("deals_of_slow_scores")
+        slow = "" if few is None else f" (METEOR and BERTScore: of {few})"
+        note = (
+            f"Shuffled reports: the same reports, assigned to other studies at random; mean of {deals} shuffles{slow}."
+        )
     return {"title": "Language scores", "heads": heads, "rows": rows, "note": note}
 
 

@@ -28,7 +28,8 @@ class Pairs:
         matches: `[n, 4]`, n-grams in common, each as often as both have it.
         products: `[n, 4]`, scalar products of CIDEr's vectors, hypothesis clipped to the reference.
         norms, reference_norms: `[n, 4]`, lengths of CIDEr's vectors.
-        subsequences: `[n]`, words of the longest common subsequence.
+        tokens, reference_tokens: `[n]`, parts between single spaces, of which two spaces in sequence have an empty one.
+        subsequences: `[n]`, parts of the longest common subsequence; 0 if one text has no words.
     """
 
     references: Sequence[str]
@@ -39,6 +40,8 @@ class Pairs:
     products: Floats
     norms: Floats
     reference_norms: Floats
+    tokens: Floats
+    reference_tokens: Floats
     subsequences: Floats
 
     def __len__(self) -> int:
@@ -50,7 +53,8 @@ class _Text:
     words: list[int]
     counts: tuple[dict[int, int], ...]  # number of an n-gram -> how often, for n = 1..4
     norms: tuple[float, ...]
-    positions: dict[int, int]  # word -> bits of the places where it stands
+    tokens: list[int]  # parts between single spaces, as ROUGE-L of pycocoevalcap takes them
+    positions: dict[int, int]  # token -> bits of the places where it stands
 
 
 class Corpus:
@@ -83,6 +87,8 @@ class Corpus:
             products=common[:, ORDERS:],
             norms=np.array([text.norms for _, text in pairs], np.float64).reshape(len(pairs), ORDERS),
             reference_norms=np.array([truth.norms for truth, _ in pairs], np.float64).reshape(len(pairs), ORDERS),
+            tokens=np.array([len(text.tokens) for _, text in pairs], np.float64),
+            reference_tokens=np.array([len(truth.tokens) for truth, _ in pairs], np.float64),
             subsequences=np.array([_longest_common(truth, text) for truth, text in pairs], np.float64),
         )
 
@@ -110,10 +116,11 @@ class Corpus:
         self._weights += [self._unseen] * (len(self._ngrams) - len(self._weights))
         weights = self._weights
         norms = tuple(math.sqrt(sum(n * n * weights[gram] for gram, n in grams.items())) for grams in counts)
+        tokens = [self._words.setdefault(token, len(self._words)) for token in text.split(" ")]
         positions: dict[int, int] = {}
-        for place, word in enumerate(words):
-            positions[word] = positions.get(word, 0) | 1 << place
-        made = self._texts[text] = _Text(words, counts, norms, positions)
+        for place, token in enumerate(tokens):
+            positions[token] = positions.get(token, 0) | 1 << place
+        made = self._texts[text] = _Text(words, counts, norms, tokens, positions)
         return made
 
     def _common(self, truth: _Text, text: _Text) -> list[float]:
@@ -150,10 +157,12 @@ def _longest_common(truth: _Text, text: _Text) -> int:
 
     Source: Hyyrö, "Bit-parallel LCS-length computation revisited" (2004).
     """
-    full = (1 << len(truth.words)) - 1
+    if not (truth.words and text.words):
+        return 0
+    full = (1 << len(truth.tokens)) - 1
     row = full
     places = truth.positions
-    for word in text.words:
-        matched = row & places.get(word, 0)
+    for token in text.tokens:
+        matched = row & places.get(token, 0)
         row = ((row + matched) | (row - matched)) & full
-    return len(truth.words) - row.bit_count()
+    return len(truth.tokens) - row.bit_count()

@@ -71,8 +71,8 @@ class RougeL:
     slow = False
 
     def statistics(self, pairs: Pairs) -> Floats:
-        precision = pairs.subsequences / np.maximum(1, pairs.lengths)
-        recall = pairs.subsequences / np.maximum(1, pairs.reference_lengths)
+        precision = pairs.subsequences / pairs.tokens
+        recall = pairs.subsequences / pairs.reference_tokens
         weight = 1.2**2
         divisor = recall + weight * precision
         return np.divide((1 + weight) * precision * recall, divisor, np.zeros_like(divisor), where=divisor > 0)[:, None]

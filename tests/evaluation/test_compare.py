@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from emrrg_cli.app import main
 from emrrg_cli.errors import UsageError
 from emrrg_cli.evaluation.compare import Contender, compare, find_contender
-from emrrg_cli.evaluation.language import score
+from emrrg_cli.evaluation.language import java_path, score
 from emrrg_cli.evaluation.predictions import Predictions
 
 WORDS = "the heart is enlarged no effusion left right pneumothorax . lungs are clear".split()  # noqa: SIM905
@@ -96,6 +96,35 @@ def test_different_studies_and_references_are_reported() -> None:
     assert [said.split(" ")[0] for said in result["remarks"]] == ["a", "The"]
 
 
+def test_studies_in_common_are_scored_by_their_own_references() -> None:
+    whole = _contender("whole", 0.5)
+    part = Contender("part", whole.predictions.at(range(20)))
+    tested = compare([whole, part], resamples=100)["rows"][1]["against_first"]
+    assert tested["studies"] == 20
+    assert set(tested["differences"].values()) == {0.0}
+    assert set(tested["p"].values()) == {1.0}
+
+
+def test_runs_of_one_seed_are_no_mean_over_seeds() -> None:
+    settings = {"train": {"seed": 1}, "generation": {"num_beams": 1}}
+    more = settings | {"generation": {"num_beams": 3}}
+    runs = [_contender("a", 0.5, settings), _contender("b", 0.6, settings), _contender("c", 0.6, more)]
+    result = compare(runs, resamples=20)
+    assert result["settings"] == ["generation.num_beams"]
+    assert not result["groups"]
+    assert "a, b: runs with the same settings and the same seed" in result["remarks"][0]
+
+
+@pytest.mark.skipif(java_path() is None, reason="needs Java")
+def test_each_set_of_reports_has_its_own_tokenizer() -> None:
+    one = _contender("a", 0.5)
+    wanted = score(one.predictions.references, one.predictions.hypotheses, "ptb", meteor=False)
+    result = compare([one, replace(one, name="b", tokenizer="ptb")], resamples=20)
+    assert result["rows"][1]["scores"]["BLEU_1"] == pytest.approx(wanted["BLEU_1"], abs=1e-9)
+    assert result["rows"][0]["scores"]["BLEU_1"] != pytest.approx(wanted["BLEU_1"], abs=1e-6)
+    assert result["remarks"] == ["The tokenizers of a and b differ: their scores are not comparable."]
+
+
 def test_one_set_of_reports_is_refused() -> None:
     with pytest.raises(UsageError, match="at least two"):
         compare([_contender("a", 0.5)])
@@ -111,11 +140,10 @@ def test_runs_and_files_are_found(varied_run: Path, tmp_path: Path, capsys: pyte
     assert main(["evaluate", "-m", str(run), "--no-meteor", "--json"]) == 0
     other = tmp_path / "seed7"
     shutil.copytree(run, other)
-    recipe = yaml.safe_load((other / "recipe.yaml").read_text())
-    recipe["train"]["seed"] = 7
-    (other / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     record = other / "evaluation" / "test" / "scores.json"
-    record.write_text(record.read_text().replace(str(run), str(other)))
+    scores = json.loads(record.read_text())
+    scores["settings"]["train"]["seed"] = 7
+    record.write_text(json.dumps(scores | {"model": "moved"}))  # the settings are those of the evaluation
     file = tmp_path / "theirs.jsonl"
     shutil.copy(run / "evaluation" / "test" / "predictions.jsonl", file)
     capsys.readouterr()
@@ -125,7 +153,9 @@ def test_runs_and_files_are_found(varied_run: Path, tmp_path: Path, capsys: pyte
     assert [row["name"] for row in result["rows"]] == ["run", "seed7", "theirs"]
     assert result["groups"][0]["members"] == ["run", "seed7"]
     assert result["rows"][2]["against_first"]["differences"]["BLEU_1"] == 0.0
-    assert main(arguments) == 0
+    assert main(arguments) == 2  # the first comparison is kept
+    assert "already holds a comparison" in capsys.readouterr().err
+    assert main([*arguments, "--overwrite"]) == 0
     assert "theirs" in capsys.readouterr().out
     markdown = (tmp_path / "out" / "compare.md").read_text()
     assert markdown.startswith("| reports | BLEU-1 |")

@@ -130,7 +130,7 @@ def test_empty_reports_are_kept_and_mentioned(tmp_path: Path) -> None:
     path = _csv(tmp_path / "p.csv", [["id", "hypothesis", "reference"], ["a", "", "x"], ["b", "y", " "]])
     found = read_predictions(path)
     assert list(found.hypotheses) == ["", "y"]
-    assert found.remarks[1:] == [
+    assert found.remarks[2:] == [
         "1 hypothesis is empty and counts as wrong",
         "1 reference is empty and counts as wrong",
     ]
@@ -179,3 +179,67 @@ def test_other_encodings_and_missing_files_are_named(tmp_path: Path) -> None:
         _read(tmp_path / "none.csv")
     with pytest.raises(UsageError, match="is not a file"):
         _read(tmp_path)
+
+
+def test_the_columns_that_were_used_are_named(tmp_path: Path) -> None:
+    path = _csv(tmp_path / "p.csv", [["id", "report", "findings"], ["a", "x", "y"]])
+    assert read_predictions(path).remarks == ["p.csv: CSV, hypotheses from 'report'", "references from 'findings'"]
+    sections = {"a": {"model_prediction": "x", "section_findings": "y"}, "b": {"model_prediction": "z"}}
+    found = read_predictions(_write(tmp_path / "r.json", sections))
+    assert list(found.references) == ["Findings: y Impression: None", ""]
+    assert "joined as ReXrank does" in found.remarks[1]
+    assert found.remarks[2] == "1 reference is empty and counts as wrong"
+
+
+def test_hypotheses_are_not_their_own_references(tmp_path: Path) -> None:
+    path = _write(tmp_path / "p.jsonl", json.dumps({"id": "a", "hypothesis": "x"}))
+    with pytest.raises(UsageError, match="no column with the reference") as caught:
+        read_predictions(path, path)
+    assert "--references" in (caught.value.hint or "")
+    with pytest.raises(UsageError, match="hypotheses and references are the same column, 'hypothesis'"):
+        read_predictions(path, columns=Columns(reference="hypothesis"))
+    both = _write(tmp_path / "b.jsonl", json.dumps({"id": "a", "hypothesis": "x", "reference": "x"}))
+    assert read_predictions(both).remarks[-1] == "each hypothesis equals its reference"
+
+
+def test_the_id_column_may_be_that_of_one_file(tmp_path: Path) -> None:
+    theirs = _csv(tmp_path / "theirs.csv", [["case", "ours"], *([i, TEXTS[i]] for i in TEXTS)])
+    truth = _csv(tmp_path / "gt.csv", [["study_id", "report"], *([i, TRUTH[i]] for i in TRUTH)])
+    assert _read(theirs, truth, Columns("case", "ours")) == (TRUTH, TEXTS)
+
+
+def test_old_line_ends_and_excels_first_line(tmp_path: Path) -> None:
+    path = tmp_path / "p.csv"
+    path.write_bytes(b'id,prediction,reference\ra,one,two\rb,"x\ry",z\r')
+    assert _read(path) == ({"a": "two", "b": "z"}, {"a": "one", "b": "x\ny"})
+    path.write_bytes(b"sep=;\r\nid;prediction;reference\r\na;one;two\r\n")
+    assert _read(path) == ({"a": "two"}, {"a": "one"})
+
+
+def test_a_header_that_pandas_wrote_is_not_a_report(tmp_path: Path) -> None:
+    predictions = _csv(tmp_path / "res.csv", [["0"], *([text] for text in TEXTS.values())])
+    truth = _csv(tmp_path / "gts.csv", [[text] for text in TRUTH.values()])
+    assert [list(side.values()) for side in _read(predictions, truth)] == [[*TRUTH.values()], [*TEXTS.values()]]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("p.csv", 'id,hypothesis,reference\na,"x,y\nb,z,w\n', "a double quote is not closed"),
+        ("p.csv", 'id,hypothesis,reference\na,"x" y,z\n', "is not a CSV file"),
+        ("p.jsonl", '{"id": "a", "id": "b", "hypothesis": "x", "reference": "y"}', "the key 'id' occurs twice"),
+        ("p.jsonl", '{"id": 1.0, "hypothesis": "x", "reference": "y"}', r"not float \(1.0\)"),
+        ("p.jsonl", '{"id": "a", "hypothesis": "x", "reference": "y"}\n{"id": "b", "reference": "z"}',
+         "line 2: 'hypothesis' is missing"),
+        ("p.json", {"a": {"model_prediction": "x"}, "b": "y", "c": {"model_prediction": "z"}}, "entry 'b' is none"),
+        ("p.json", {"a": ["x"], "b": {"model_prediction": "y"}, "c": ["z"]}, "entry 'b' is one"),
+    ],
+)  # fmt: skip
+def test_what_was_read_wrongly_before_gets_a_message(tmp_path: Path, name: str, content: Any, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        read_predictions(_write(tmp_path / name, content))
+
+
+def test_a_file_that_is_not_there_is_called_so(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"cannot read .*nosuch: No such file"):
+        read_predictions(tmp_path / "nosuch")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from emrrg_cli.datasets.report_text import clean_report
+from emrrg_cli.evaluation.language import score
 from emrrg_cli.scoring import scores as registry
 from emrrg_cli.scoring.comparison import Corpus
 
@@ -85,12 +86,31 @@ def test_dealt_reports_equal_pycocoevalcap() -> None:
 def test_the_590_iu_pairs_equal_pycocoevalcap(shared_data: Path) -> None:
     rows = json.loads((shared_data / "iu_text" / "annotation.json").read_text())
     test, train = (
-        # Single spaces: pycocoevalcap's ROUGE-L alone counts the empty words between two spaces.
-        [" ".join(clean_report(row["report"], "r2gen-iu").split()) for row in rows[name]]
+        # R2Gen's cleaning leaves two spaces in sequence in some, of which ROUGE-L counts the empty word.
+        [clean_report(row["report"], "r2gen-iu") for row in rows[name]]
         for name in ("test", "train")
     )
     draw = random.Random(0)
-    _check(test, [draw.choice(train) for _ in test])
+    written = [draw.choice(train) for _ in test]
+    assert any("  " in text for text in (*test, *written))
+    _check(test, written)
+    wanted, found = _pycocoevalcap(test, written), score(test, written, meteor=False)
+    assert found["ROUGE_L"] == pytest.approx(np.mean(wanted["rouge"]), abs=1e-12)
+    assert found["CIDEr"] == pytest.approx(wanted["cider"], abs=1e-12)
+    assert [found[f"BLEU_{n}"] for n in range(1, 5)] == pytest.approx(wanted["bleu"], abs=1e-12)
+
+
+def test_spaces_in_sequence_count_as_in_pycocoevalcap() -> None:
+    references, hypotheses = _texts(3)
+    draw = random.Random(3)
+    more = [[text.replace(" ", draw.choice([" ", "  ", "   "])) for text in side] for side in (references, hypotheses)]
+    more[1][5], more[0][6] = f" {more[1][5]}", f"{more[0][6]} "
+    _check(*more)
+    found, wanted = score(*more, meteor=False), _pycocoevalcap(*more)
+    assert found["ROUGE_L"] == pytest.approx(np.mean(wanted["rouge"]), abs=1e-12)
+    lines = [[text.replace(" ", "\n") for text in side] for side in more]  # other white space: words
+    joined = [[" ".join(text.split()) for text in side] for side in more]
+    assert score(*lines, meteor=False) == score(*joined, meteor=False)
 
 
 def test_matches_of_all_pairs_are_those_of_each_pair() -> None:
