@@ -230,6 +230,8 @@ def _show(result: dict[str, Any], what: str, as_json: bool) -> None:
     out.print(result["protocol_line"], markup=False, soft_wrap=True)
     style = None if result["image_matters"] else "bold red"
     out.print(result["image"], markup=False, soft_wrap=True, style=style)
+    if result["studies"] == 1:
+        err.print("CIDEr is 0 for one study: it weights words by how rare they are among the references.")
     if result["scores"]["METEOR"] is None:
         reason = result["left_out"].get("METEOR", "")
         java = "it needs Java (`emrrg doctor` shows details)"

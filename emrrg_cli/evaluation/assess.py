@@ -12,16 +12,19 @@ from numpy.typing import NDArray
 from rich.markup import escape
 
 from emrrg_cli.console import err
+from emrrg_cli.errors import UsageError
 from emrrg_cli.evaluation import bootstrap, clinical, controls
 from emrrg_cli.evaluation.error_figures import error_figures
-from emrrg_cli.evaluation.language import score, tokenized
+from emrrg_cli.evaluation.language import tokenized
 from emrrg_cli.evaluation.predictions import Predictions
+from emrrg_cli.evaluation.score_inputs import paired_texts
 from emrrg_cli.labeling import label_reports
 from emrrg_cli.scoring.comparison import Corpus, Floats, Pairs
 from emrrg_cli.scoring.scores import SCORES, BertScore, Score, Unavailable
 from emrrg_cli.vocabulary import CIDER, METEOR, Tokenizer
 
 Labels = Sequence[clinical.Labels]
+Present = Mapping[str, NDArray[np.bool_]]  # policy -> which labels each report has, [n, labels]
 Labeler = Callable[[Sequence[str]], Labels]
 
 
@@ -71,17 +74,19 @@ def assess(predictions: Predictions, options: Options | None = None) -> Assessme
         RunError: The tokenizer needs Java, and Java is not installed.
     """
     options = options or Options()
-    values = score(predictions.references, predictions.hypotheses, options.tokenizer, meteor=False)
-    references, hypotheses = tokenized(predictions.references, predictions.hypotheses, options.tokenizer)
+    truth, written = paired_texts(predictions.references, predictions.hypotheses)
+    references, hypotheses = tokenized([text for (text,) in truth], written, options.tokenizer)
+    if not any(references):
+        raise UsageError("every reference is empty, so there is nothing to compare with")
     judge = _Judge(references, options)
     own = judge.pairs(hypotheses)
     statistics = judge.statistics(own)
-    values |= {name: value for name, value in judge.scores(statistics).items() if name not in values or name == METEOR}
     labels = _read_labels(predictions, options)
-    record: dict[str, Any] = {"scores": values}
+    record: dict[str, Any] = {"scores": judge.scores(statistics)}  # equal to those of `score` to 1e-9
     record["intervals"] = judge.intervals(statistics, options.resamples)
-    record["controls"], dealt_cider = _controls(judge, hypotheses, labels, options)
-    record["clinical"] = {name: _clinical(*pair, options.resamples) for name, pair in labels.items()}
+    present = {name: (_present(ours), _present(theirs)) for name, (ours, theirs) in labels.items()}
+    record["controls"], dealt_cider = _controls(judge, hypotheses, present, options)
+    record["clinical"] = {name: _clinical(*pair, options.resamples) for name, pair in present.items()}
     record["left_out"] = judge.left_out
     if options.merged:
         record["merged"] = dict(options.merged)
@@ -147,11 +152,15 @@ def _read_labels(predictions: Predictions, options: Options) -> dict[str, tuple[
     return found
 
 
-def _clinical(truth: Labels, found: Labels, resamples: int = 0) -> dict[str, Any]:
+def _present(labels: Labels) -> Present:
+    return {policy: clinical.present(labels, policy) for policy in clinical.POLICIES}
+
+
+def _clinical(truth: Present, found: Present, resamples: int = 0) -> dict[str, Any]:
     """Returns all clinical figures of one labeler; with `resamples`, also the intervals of micro and macro F1."""
     grid: dict[str, Any] = {}
     for policy in clinical.POLICIES:
-        counted = clinical.label_statistics(clinical.present(truth, policy), clinical.present(found, policy))
+        counted = clinical.label_statistics(truth[policy], found[policy])
         grid[policy] = clinical.clinical_figures(counted.sum(axis=0), len(counted))
         if resamples:
             ends = bootstrap.intervals(counted, clinical.headline, resamples)
@@ -160,14 +169,14 @@ def _clinical(truth: Labels, found: Labels, resamples: int = 0) -> dict[str, Any
 
 
 def _controls(
-    judge: _Judge, hypotheses: Sequence[str], labels: Mapping[str, tuple[Labels, Labels]], options: Options
+    judge: _Judge, hypotheses: Sequence[str], present: Mapping[str, tuple[Present, Present]], options: Options
 ) -> tuple[dict[str, Any], Floats]:
     """Scores the available controls; also returns each study's mean CIDEr `[n]` over the shuffled reports."""
     made: dict[str, Any] = {}
     orders = controls.derangements(len(hypotheses))
     dealt_cider: Floats = np.zeros(0)
     if orders:
-        made["dealt"], dealt_cider = _dealt(judge, hypotheses, labels, orders)
+        made["dealt"], dealt_cider = _dealt(judge, hypotheses, present, orders)
     others = dict(options.others)
     known = options.train_reports or ()
     makers = {"most_frequent": controls.most_frequent, "most_typical": controls.most_typical}
@@ -179,7 +188,8 @@ def _controls(
         made[name] = {"scores": judge.scores(statistics)}
         readers: dict[str, Labeler] = {"rules": label_reports, **options.labelers}
         made[name]["clinical"] = {
-            labeler: _brief(_clinical(truth, readers[labeler](reports))) for labeler, (truth, _) in labels.items()
+            labeler: _brief(_clinical(truth, _present(readers[labeler](reports))))
+            for labeler, (truth, _) in present.items()
         }
     for name, report in usual.items():
         made[name]["report"] = report
@@ -189,7 +199,7 @@ def _controls(
 def _dealt(
     judge: _Judge,
     hypotheses: Sequence[str],
-    labels: Mapping[str, tuple[Labels, Labels]],
+    present: Mapping[str, tuple[Present, Present]],
     orders: Sequence[NDArray[np.int64]],
 ) -> tuple[dict[str, Any], Floats]:
     """Scores the reports in each shuffled order; returns the means and each study's mean CIDEr `[n]`."""
@@ -199,9 +209,8 @@ def _dealt(
         statistics = judge.statistics(pairs, slow=number < controls.SLOW_DEALS)
         rows.append(judge.scores(statistics))
         cider.append(statistics[CIDER][:, 0])
-        grids.append(
-            {name: _brief(_clinical(truth, [found[i] for i in order])) for name, (truth, found) in labels.items()}
-        )
+        dealt = {name: {policy: own[order] for policy, own in found.items()} for name, (_, found) in present.items()}
+        grids.append({name: _brief(_clinical(truth, dealt[name])) for name, (truth, _) in present.items()})
     means: dict[str, float | None] = {}
     deviations: dict[str, float | None] = {}
     for name in rows[0]:

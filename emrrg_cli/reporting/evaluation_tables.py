@@ -61,11 +61,10 @@ def _scores(result: Mapping[str, Any], title: str) -> Table:
     table = _table(title, heads, digits=6)
     table.columns[1].width = None  # as wide as the reason for a missing score
     if result["intervals"]:
-        table.columns[2].width = len("0.435-0.478")
+        table.columns[2].width = max(len(_interval(ends)) for ends in result["intervals"].values())
     for name, value in result["scores"].items():
         ends = result["intervals"].get(name)
-        shown = "" if ends is None else f"{ends[0]:.3f}-{ends[1]:.3f}"
-        cells = [Text(shown), *(_value(scores.get(name), "-") for scores in controls.values())]
+        cells = [Text("" if ends is None else _interval(ends)), *(_value(scores.get(name), "-") for scores in controls.values())]
         table.add_row(
             Text(SCORE_LABELS.get(name, name)),
             _value(value, "needs Java" if "Java" in reasons.get(name, "") else "left out"),
@@ -74,6 +73,10 @@ def _scores(result: Mapping[str, Any], title: str) -> Table:
     for name, value in result.get("merged", {}).items():
         table.add_row(Text(f"{name} (merged)"), Text(f"{value:.4f}"))
     return table
+
+
+def _interval(ends: Sequence[float]) -> str:
+    return f"{ends[0]:.3f}-{ends[1]:.3f}"
 
 
 def controls_with(name: str, controls: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from unittest import mock
 
+import datasets
 import pytest
 
 from emrrg_cli.app import main
+from emrrg_cli.datasets.report_text import clean_report
+from emrrg_cli.evaluation import file_evaluation
+from emrrg_cli.evaluation.predictions import Predictions
 
 
 @pytest.fixture(autouse=True)
@@ -123,6 +128,33 @@ def test_a_file_is_scored_with_its_controls(
     assert list(json.loads(capsys.readouterr().out)["controls"]) == ["dealt"]
 
 
+@pytest.mark.parametrize("section", ["findings", "report"])
+def test_training_reports_have_the_form_of_the_references(tmp_path: Path, section: str) -> None:
+    texts = {"report": "Lungs are clear. Normal.", "findings": "Lungs are clear.", "impression": "Normal."}
+    rows = [texts | {"study_id": f"s{n}", "source": "mimic_cxr"} for n in range(3)]
+    splits = datasets.DatasetDict(train=datasets.Dataset.from_list(rows[:2]), test=datasets.Dataset.from_list(rows[2:]))
+    for cleaning in ("r2gen-mimic", "none"):
+        wanted = clean_report(texts[section], cleaning)
+        with mock.patch.object(file_evaluation, "open_dataset", return_value=splits):
+            reports, said = file_evaluation.training_reports(tmp_path, Predictions(["s2"], [wanted], ["x"]))
+        assert reports == [wanted] * 2
+        assert said.startswith(
+            f"training reports: section {section}, cleaning {'none' if cleaning == 'none' else 'auto'}"
+        )
+        assert "that of 1 of 1 references" in said
+
+
+def test_the_evaluation_of_a_file_can_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = _predictions(tmp_path)
+    out = str(tmp_path / "out")
+    assert main(["evaluate", "--predictions", str(path), "--no-meteor", "--output", out, "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)["scores"]
+    assert main(["compare", out, str(path), "--json"]) == 0
+    first, second = json.loads(capsys.readouterr().out)["rows"]
+    assert first["scores"] == second["scores"]
+    assert first["scores"]["CIDEr"] == pytest.approx(scores["CIDEr"], abs=1e-9)
+
+
 def test_a_file_is_shown_as_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = _predictions(tmp_path)
     assert main(["evaluate", "--predictions", str(path), "--write-rexrank", str(tmp_path / "rexrank.json")]) == 0
@@ -142,6 +174,11 @@ def test_a_file_is_shown_as_tables(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--model", "a", "--predictions", "b"], "give either --model or --predictions"),
         (["--predictions", "none.jsonl"], "cannot read none.jsonl"),
         (["--predictions", "p.jsonl", "data.limit=1"], "data.limit=1 has no effect"),
+        (["--predictions", "p.jsonl", "--data", "none"], "--data has no effect with --predictions"),
+        (["--predictions", "p.jsonl", "--image-controls"], "--image-controls has no effect with --predictions"),
+        (["--predictions", "p.jsonl", "--split", "test"], "--split has no effect with --predictions"),
+        (["--model", "none", "--references", "r.jsonl"], "--references has no effect with --model"),
+        (["--predictions", "p.jsonl", "--write-rexrank", __file__], "exists already"),
     ],
 )
 def test_wrong_usage_is_explained(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -140,7 +140,7 @@ def test_reports_are_kept_if_a_score_fails(
     def fail(*arguments: Any, **options: Any) -> None:
         raise RunError("no score today")
 
-    monkeypatch.setattr(assess, "score", fail)
+    monkeypatch.setattr(assess, "tokenized", fail)
     with pytest.raises(RunError, match="no score today"):
         evaluate(name="out")
     written = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()

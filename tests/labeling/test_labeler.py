@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 
+from emrrg_cli.errors import UsageError
 from emrrg_cli.labeling import FIVE, OBSERVATIONS, contradicted_labels, label_report, label_reports
 from emrrg_cli.labeling.policy import stronger
 
@@ -104,3 +106,28 @@ def test_a_word_repeated_thousands_of_times_is_quick(unit: str) -> None:
 )
 def test_reports_that_affirm_and_deny_a_finding(text: str, labels: set[str]) -> None:
     assert contradicted_labels(text) == labels
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "label"),
+    [
+        ("There is no longer any effusion.", "Pleural Effusion", "negative"),
+        ("No longer evidence of edema.", "Edema", "negative"),
+        ("The effusion is no longer present.", "Pleural Effusion", "negative"),
+        ("The patient has no history of fracture.", "Fracture", None),
+        ("No known history of pneumonia.", "Pneumonia", None),
+        ("No effusion, history of rib fracture.", "Fracture", "positive"),
+        ("Pleural effusion: No. Edema: yes.", "Pleural Effusion", "negative"),
+        ("Pleural effusion : no .", "Pleural Effusion", "negative"),
+        ("There isn't a pneumothorax.", "Pneumothorax", "negative"),
+        ("effusions arent seen .", "Pleural Effusion", "negative"),
+    ],
+)
+def test_words_for_absence(text: str, name: str, label: str | None) -> None:
+    assert label_report(text)[name] == label
+
+
+@pytest.mark.parametrize("text", [None, float("nan"), 3, ["x"]])
+def test_a_report_is_a_text(text: Any) -> None:
+    with pytest.raises(UsageError, match="a report must be a text"):
+        label_report(text)
