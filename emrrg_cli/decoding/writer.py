@@ -13,7 +13,7 @@ from torch import Tensor
 from emrrg_cli.datasets.finding_targets import FINDINGS
 from emrrg_cli.decoding.choice import choose_engine
 from emrrg_cli.decoding.confidence import Confidence, read_confidence
-from emrrg_cli.decoding.consensus import draw_findings, interleaved, several_samples
+from emrrg_cli.decoding.consensus import several_samples
 from emrrg_cli.decoding.engine import Engine
 from emrrg_cli.decoding.reference import generate_reports
 from emrrg_cli.decoding.search import Report
@@ -166,34 +166,20 @@ class Writer:
     @torch.no_grad()
     def _prompts(self, studies: Studies) -> Prompts:
         pixels, views = (tensor.to(self.device, non_blocking=True) for tensor in (studies.pixels, studies.views))
-        seeds = [(self.settings.seed << 32) + number for number in studies.numbers]
         with self.autocast():
             films = self.model.encode_films(pixels)
             tokens = self.model.with_view_embedding(films, studies.projections)
-            findings = self._drawn_findings(tokens, views, seeds)
-            made = [self.model.prompt_of(tokens, views, studies.contexts, one) for one in findings]
+            embeddings, mask, visual = self.model.prompt_of(tokens, views, studies.contexts)
             if self.confident and self.model.findings is not None:
                 for key, row in zip(studies.keys, self.model.findings(tokens, views).sigmoid().tolist(), strict=True):
                     self._findings[key] = dict(zip(FINDINGS, row, strict=False))  # the first ones
         if self.film_distance is not None:
             found = self.film_distance.of_studies(describe(films, pixels), studies.views)
             self._distances |= dict(zip(studies.keys, found, strict=True))
-        keys = list(studies.keys)
-        return interleaved(
-            [
-                Prompts(keys, seeds, embeddings, mask, visual.get("visual_tokens"), visual.get("visual_mask"))
-                for embeddings, mask, visual in made
-            ]
+        seeds = [(self.settings.seed << 32) + number for number in studies.numbers]
+        return Prompts(
+            list(studies.keys), seeds, embeddings, mask, visual.get("visual_tokens"), visual.get("visual_mask")
         )
-
-    def _drawn_findings(self, tokens: Tensor, views: Tensor, seeds: Sequence[int]) -> list[Tensor | None]:
-        # The findings of each prompt of the studies, [b, findings]; None: by the head, with the threshold of the model.
-        draws, prompt = self.settings.findings_draws, self.model.findings_prompt
-        if self.settings.consensus is None or draws is None or prompt is None or self.model.findings is None:
-            return [None]
-        probabilities = self.model.findings(tokens, views).float().sigmoid()
-        present = prompt.consistent(draw_findings(probabilities, seeds, draws))
-        return list(present.to(tokens.dtype).unbind(dim=1))
 
     def _written(self, key: Any, report: Report) -> WrittenReport:
         text, tokens, confidence = self.model.decode(report.tokens), report.tokens, None

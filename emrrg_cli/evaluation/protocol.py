@@ -26,8 +26,6 @@ def describe_protocol(recipe: FinetuneRecipe) -> str:
     if generation.consensus is not None:
         by = " and ".join(generation.consensus_scores)
         decoding += f", consensus of {generation.consensus} samples by {by}"
-        draws = generation.findings_draws
-        decoding += "" if draws is None else f", {draws} prompts with drawn findings"
     targets = recipe.model.adapter.targets
     backbone = {"full": "trained whole", "none": "frozen"}.get(targets) if isinstance(targets, str) else None
     context = f", context {', '.join(recipe.data.context)}" if recipe.data.context else ""

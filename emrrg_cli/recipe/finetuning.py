@@ -283,17 +283,8 @@ class GenerationSettings(Settings):
         "findings keeps findings that fewer samples have",
     )
 
-    findings_draws: int | None = Field(
-        None,
-        ge=2,
-        description="with consensus: number of prompts of a study, with findings drawn from the probabilities of the "
-        "head; each has an equal part of the samples. null: one prompt, with model.findings_threshold",
-    )
-
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.consensus is not None and self.findings_draws is not None and self.consensus % self.findings_draws:
-            raise ValueError(f"consensus: {self.consensus} is not a multiple of findings_draws: {self.findings_draws}")
         if self.consensus is not None and (self.num_beams > 1 or not self.do_sample):
             raise ValueError("consensus needs num_beams: 1 and do_sample: true; for other decoding set consensus: null")
         _require_known("consensus_scores", self.consensus_scores, AGREEMENTS)
@@ -326,9 +317,3 @@ class FinetuneRecipe(Settings):
     train: TrainSettings = Field(default_factory=TrainSettings)
     generation: GenerationSettings = Field(default_factory=GenerationSettings)
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.generation.findings_draws is not None and not self.model.findings_prompt:
-            raise ValueError("generation.findings_draws needs findings in the prompt (model.findings_prompt: true)")
-        return self

@@ -64,7 +64,10 @@ def _scores(result: Mapping[str, Any], title: str) -> Table:
         table.columns[2].width = max(len(_interval(ends)) for ends in result["intervals"].values())
     for name, value in result["scores"].items():
         ends = result["intervals"].get(name)
-        cells = [Text("" if ends is None else _interval(ends)), *(_value(scores.get(name), "-") for scores in controls.values())]
+        cells = [
+            Text("" if ends is None else _interval(ends)),
+            *(_value(scores.get(name), "-") for scores in controls.values()),
+        ]
         table.add_row(
             Text(SCORE_LABELS.get(name, name)),
             _value(value, "needs Java" if "Java" in reasons.get(name, "") else "left out"),

@@ -148,7 +148,6 @@ ROWS = [
     *(decoded(f"{row}, beams", row, *BEAMS) for row in ("recipe", "X")),
     *(decoded(f"threshold {value}", "recipe", f"model.findings_threshold={value}") for value in (0.1, 0.2, 0.25)),
     *(decoded(f"consensus of {samples}", "recipe", f"generation.consensus={samples}") for samples in (24, 48, 192)),
-    *(decoded(f"{draws} draws", "recipe", f"generation.findings_draws={draws}") for draws in (8, 24)),
     *(decoded(f"temperature {value}", "recipe", f"generation.temperature={value}") for value in (0.5, 0.85, 1.0)),
     *(
         decoded(f"words recalled {value}", "recipe",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from emrrg_cli.decoding.consensus import draw_findings, interleaved, several_samples
+from emrrg_cli.decoding.consensus import several_samples
 from emrrg_cli.decoding.reports import load_generator
 from emrrg_cli.decoding.slots import Prompts
 from emrrg_cli.decoding.writer import Studies, Writer
@@ -98,30 +98,6 @@ def test_prompts_are_repeated_with_seeds_of_their_own() -> None:
     assert made.rows(3, 6).keys == made.keys[3:]
     assert len(set(made.seeds)) == 6
     assert {seed >> 32 for seed in made.seeds} == {7}
-
-
-def test_drawn_findings_have_their_probabilities() -> None:
-    probabilities = torch.tensor([[0.0, 0.25, 0.3, 1.0], [0.5, 0.5, 0.1, 0.9]])
-    drawn = draw_findings(probabilities, [3, 4], 8)
-    assert drawn.shape == (2, 8, 4)
-    counts = drawn.sum(dim=1)
-    assert (counts[0, 0], counts[0, 1], counts[0, 3]) == (0, 2, 8)
-    assert counts[0, 2] in (2, 3)
-    assert not torch.equal(drawn[1, :, 0], drawn[1, :, 1])  # independent
-    assert torch.equal(draw_findings(probabilities[1:], [4], 8), drawn[1:])  # of other studies in the batch
-    several = torch.cat([draw_findings(probabilities[:1], [seed], 8) for seed in range(200)])
-    assert several[..., 2].float().mean().item() == pytest.approx(0.3, abs=0.02)
-
-
-def test_a_study_may_have_several_prompts() -> None:
-    parts = [Prompts(["a", "b"], [5, 6], torch.full((2, 3, 4), float(part)), torch.ones(2, 3)) for part in range(2)]
-    parts[1].embeddings[1] += 7
-    made = several_samples(interleaved(parts), 6)
-    assert made.embeddings[:, 0, 0].tolist() == [0, 1, 0, 8]
-    assert (made.copies, made.visual_tokens) == (3, None)
-    assert made.repeated().embeddings[:, 0, 0].tolist() == [0] * 3 + [1] * 3 + [0] * 3 + [8] * 3
-    assert made.keys == [(key, number) for key in "ab" for number in range(6)]
-    assert made.rows(3, 6).embeddings[:, 0, 0].tolist() == [1]
 
 
 def test_the_report_is_one_of_the_samples(run_dir: Any, images: Any) -> None:
