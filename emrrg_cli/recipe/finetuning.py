@@ -36,6 +36,8 @@ Protocol = Literal["published", "ours"]
 def _require_known(key: str, weights: Mapping[str, float], known: Sequence[str]) -> None:
     if unknown := sorted(set(weights) - set(known)):
         raise ValueError(f"{key} names unknown scores {unknown}; known: {sorted(known)}")
+    if not any(weights.values()) or any(weight < 0 for weight in weights.values()):
+        raise ValueError(f"{key} needs a score with a weight above 0, and no weight below 0")
 
 
 class AdapterSettings(Settings):
@@ -222,8 +224,6 @@ class SelfCriticalSettings(Settings):
     @model_validator(mode="after")
     def _check(self) -> Self:
         _require_known("rewards", self.rewards, REWARDS)
-        if not self.rewards:
-            raise ValueError("rewards names no score")
         return self
 
 
@@ -288,8 +288,6 @@ class GenerationSettings(Settings):
         if self.consensus is not None and (self.num_beams > 1 or not self.do_sample):
             raise ValueError("consensus needs num_beams: 1 and do_sample: true; for other decoding set consensus: null")
         _require_known("consensus_scores", self.consensus_scores, AGREEMENTS)
-        if not self.consensus_scores:
-            raise ValueError("consensus_scores names no score")
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
                 f"min_new_tokens {self.min_new_tokens} is larger than max_new_tokens {self.max_new_tokens}"

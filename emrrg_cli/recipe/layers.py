@@ -12,7 +12,7 @@ KeyPath = tuple[str, ...]
 COMMAND_LINE = "command line"
 
 # Settings whose value is a mapping. Sections are merged key by key, but a layer replaces these mappings as a whole.
-MAPPINGS = frozenset({"score_weights"})
+MAPPINGS = frozenset({"score_weights", "rewards", "consensus_scores"})
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,15 @@ def merge(layers: Iterable[Layer]) -> dict[str, Any]:
     """Merges layers, weakest first, into one document: sections are merged key by key, values are replaced."""
     merged: dict[str, Any] = {}
     for layer in layers:
-        _lay_over(merged, layer.values)
+        lay_over(merged, layer.values)
     return merged
 
 
-def _lay_over(below: dict[str, Any], above: dict[str, Any]) -> None:
+def lay_over(below: dict[str, Any], above: dict[str, Any]) -> None:
+    """Changes `below` by the settings of `above`."""
     for key, value in above.items():
         if isinstance(value, dict) and isinstance(below.get(key), dict) and key not in MAPPINGS:
-            _lay_over(below[key], value)
+            lay_over(below[key], value)
         else:
             below[key] = deepcopy(value)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from emrrg_cli.errors import UsageError
-from emrrg_cli.recipe.layers import COMMAND_LINE, Layer
+from emrrg_cli.recipe.layers import COMMAND_LINE, Layer, lay_over
 from emrrg_cli.recipe.limits import MAX_DEPTH
 from emrrg_cli.recipe.yaml12 import parse_value
 
@@ -56,4 +56,7 @@ def _put(values: dict[str, Any], keys: list[str], value: Any) -> None:
         if not isinstance(section, dict):
             above = ".".join(keys[:depth])
             raise UsageError(f"{COMMAND_LINE}: {'.'.join(keys)}: {above} already has a value, so it is not a section")
-    section[keys[-1]] = value
+    if isinstance(value, dict) and isinstance(section.get(keys[-1]), dict):
+        lay_over(section, {keys[-1]: value})
+    else:
+        section[keys[-1]] = value

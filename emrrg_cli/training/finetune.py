@@ -75,7 +75,7 @@ class FinetuneStage:
         if settings is None or epoch < settings.after_epochs:
             return batches
         assert self.sampler is not None
-        return [self.sampler.sampled_batch(batch) for batch in batches]
+        return self.sampler.sampled_batches(batches)
 
     @property
     def collate(self) -> Callable[[Sequence[Example]], Batch]:
@@ -210,6 +210,12 @@ def _train(
 ) -> Summary:
     run_dir, accelerator, resume = session.run_dir, session.accelerator, session.resume
     session.check_batch(training)
+    settings = recipe.train.self_critical
+    if settings is not None and settings.contrast and recipe.train.batch_size < 2 * accelerator.num_processes:
+        raise UsageError(
+            "train.self_critical.contrast compares studies of a step, but each process has only one",
+            hint=f"Use train.batch_size={2 * accelerator.num_processes} or more, or train.self_critical.contrast=0.",
+        )
     tokenizer = _tokenizer(recipe, training, run_dir, accelerator)
     encoder = build_encoder(recipe.model.encoder, session.scan)
     frozen, head = run_dir / "encoder.safetensors", None
@@ -238,7 +244,7 @@ def _train(
     _set_objective(model, recipe, training.reports)
     model.set_gradient_checkpointing(recipe.train.gradient_checkpointing)
     stage = FinetuneStage(model, recipe, validation, run_dir, accelerator)
-    if (settings := recipe.train.self_critical) is not None:
+    if settings is not None:
         stage.sampler = Sampler(model, settings, Reward(training.reports, settings.rewards), accelerator)
     balance = recipe.data.balance
     shown = training if balance == 1 else BalancedStudies(training, balance)

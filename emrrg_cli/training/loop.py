@@ -271,7 +271,7 @@ class _Loop:
             self._log_step(float(loss_sum / total_items), lr, norm)
         self.display.update(
             step=progress.step,
-            epoch=(progress.step - 1) / self.order.steps_per_epoch,
+            epoch=progress.step / self.order.steps_per_epoch,
             loss=self.last_loss,
             lr=lr,
             samples=settings.batch_size,

@@ -90,6 +90,6 @@ class FiniteCheck:
                 else "To find the block and direction where it begins, use --resume with train.detect_non_finite=true."
             )
             raise RunError(
-                f"the training loss or its gradient is not finite at step {step}; the last checkpoint is kept",
+                f"the training loss or its gradient is not finite at step {step}; the last checkpoint, if any, is kept",
                 hint=f"Lower train.lr, or train with train.precision=bf16 or fp32. {where}",
             )

@@ -122,8 +122,10 @@ class TrainingDisplay:
         elif self._enabled:
             self.message(f"{title}{note}")
             table = Table.grid(padding=(0, 2))
-            for start in range(0, len(parts), _FIGURES_A_LINE):
-                table.add_row("", *parts[start : start + _FIGURES_A_LINE])
+            longest = max(map(len, parts)) + 2
+            columns = max(1, min(_FIGURES_A_LINE, (self._console.width - 2) // longest))
+            for start in range(0, len(parts), columns):
+                table.add_row("", *parts[start : start + columns])
             self._console.print(table)
 
     def paused(self) -> contextlib.AbstractContextManager[None]:

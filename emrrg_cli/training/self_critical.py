@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -64,11 +65,21 @@ class Sampler:
         self._engine: Engine | None = None  # kept: its CUDA graphs read the current weights
 
     @torch.no_grad()
-    def sampled_batch(self, batch: Batch) -> Batch:
+    def sampled_batches(self, batches: Sequence[Batch]) -> list[Batch]:
+        """Returns the micro-batches of a step with sampled reports; see `sampled_batch`."""
+        references = [report for batch in batches for report in batch.reports]
+        ends = accumulate(len(batch.reports) for batch in batches)
+        return [
+            self.sampled_batch(batch, [*references[end:], *references[: end - len(batch.reports)]])
+            for batch, end in zip(batches, ends, strict=True)
+        ]
+
+    def sampled_batch(self, batch: Batch, others: Sequence[str] = ()) -> Batch:
         """Returns the batch with sampled reports as its labels, `samples` for each study, and their advantages.
 
         With `cross_entropy`, the reference follows the samples of its study, with `cross_entropy` as its advantage.
-        With `contrast`, the rewards against other references of the batch are subtracted.
+        With `contrast`, the rewards against other references are subtracted: those of the following studies of the
+        batch, then `others`, the references of the other micro-batches of the step.
 
         Dropout, augmentation and stochastic depth are off while the reports are sampled. The random generator of the
         CPU seeds the sampling.
@@ -79,7 +90,7 @@ class Sampler:
         tokens = self._sample(batch)
         self.model.train(training)
         n = self.settings.samples
-        rewards = self._rewards(batch.reports, [self.model.decode(row) for row in tokens])
+        rewards = self._rewards(batch.reports, [self.model.decode(row) for row in tokens], others)
         rows, weights = [torch.tensor(row) for row in tokens], advantages(rewards)
         if self.settings.cross_entropy:  # the reference follows the samples of its study
             assert batch.labels is not None
@@ -90,7 +101,7 @@ class Sampler:
         device = self.accelerator.device
         return replace(batch, labels=labels.to(device), advantages=weights.flatten().to(device))
 
-    def _rewards(self, references: Sequence[str], reports: Sequence[str]) -> Tensor:
+    def _rewards(self, references: Sequence[str], reports: Sequence[str], others: Sequence[str] = ()) -> Tensor:
         # References of b studies and `samples` reports for each -> [b, samples]
         n = self.settings.samples
 
@@ -99,10 +110,12 @@ class Sampler:
             return torch.tensor(self.reward(repeated, reports, contrast=contrast)).view(-1, n)
 
         found = rewards(references)
-        shifts = range(1, min(_OTHERS, len(references) - 1) + 1)
+        every = [*references, *others]
+        shifts = range(1, min(_OTHERS, len(every) - 1) + 1)
         if self.settings.contrast and shifts:
-            others = [rewards([*references[shift:], *references[:shift]], contrast=True) for shift in shifts]
-            found = found - self.settings.contrast * torch.stack(others).mean(dim=0)
+            b = len(references)
+            against = [rewards([*every[shift:], *every[:shift]][:b], contrast=True) for shift in shifts]
+            found = found - self.settings.contrast * torch.stack(against).mean(dim=0)
         return found
 
     def _sample(self, batch: Batch) -> list[list[int]]:

@@ -23,6 +23,18 @@ def test_the_fingerprint_is_from_the_manifest(tiny_dataset: Path, copy: Path) ->
     assert dataset_fingerprint(tiny_dataset) == dataset_fingerprint(str(copy)) == written
 
 
+def test_files_that_the_manifest_does_not_list_change_it(copy: Path) -> None:
+    written = dataset_fingerprint(copy)
+    shard = next((copy / "data").glob("train-*"))
+    table = pq.read_table(shard)
+    index = table.schema.get_field_index("report")
+    pq.write_table(table.set_column(index, table.schema.field(index), [["Other."] * len(table)]), shard)
+    edited = dataset_fingerprint(copy)
+    assert edited != written
+    (copy / "manifest.json").unlink()
+    assert dataset_fingerprint(copy) == edited
+
+
 def test_without_a_manifest_it_changes_with_the_files(copy: Path) -> None:
     written = dataset_fingerprint(copy)
     (copy / "manifest.json").unlink()

@@ -513,6 +513,30 @@ def test_the_published_decoding_is_that_of_the_data_set(tmp_path: Path, cleaning
         assert (generation.repetition_penalty, generation.length_penalty) == (2.0, 2.0)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("train.self_critical.rewards", {"CIDEr": 1.0}), ("generation.consensus_scores", {"BLEU_4": 1.0})],
+)
+def test_weights_of_scores_are_replaced_as_a_whole(key: str, value: dict[str, float]) -> None:
+    recipe = load_recipe("iu_xray/finetune-small", [f"{key}={value}"], stage="finetune").model_dump()
+    for part in key.split("."):
+        recipe = recipe[part]
+    assert recipe == value
+
+
+def test_later_overrides_of_a_section_keep_its_other_keys() -> None:
+    overrides = ["model.adapter.rank=4", "model.adapter={targets: [X], alpha: 8.0}", "model.adapter={alpha: 2.0}"]
+    adapter = load_recipe("iu_xray/finetune", overrides, stage="finetune").model.adapter
+    assert (adapter.rank, adapter.alpha, adapter.targets) == (4, 2.0, ["X"])
+
+
+@pytest.mark.parametrize("weights", ["{}", "{BLEU_4: 0}", "{BLEU_1: -1}", "{BLEU_1: 2, BLEU_4: -1}"])
+@pytest.mark.parametrize("key", ["train.score_weights", "train.self_critical.rewards", "generation.consensus_scores"])
+def test_weights_that_choose_nothing_are_refused(key: str, weights: str) -> None:
+    with pytest.raises(UsageError, match="needs a score with a weight above 0"):
+        load_recipe("iu_xray/finetune-small", [f"{key}={weights}"], stage="finetune")
+
+
 def test_score_weights_are_replaced_as_a_whole() -> None:
     train = load_recipe("iu_xray/finetune", ["train.score_weights={BLEU_1: 1.0}"], stage="finetune").train
     assert train.score_weights == {"BLEU_1": 1.0}

@@ -73,7 +73,7 @@ def test_evaluate_states_the_context_that_was_read(
     assert "Shuffled reports lose their context (indication, age) as well as their films" in read["image"]
     without, bare = evaluate("without", "data.context=[]")
     assert "context" not in without["protocol_line"]
-    assert "context" not in without["settings"]["data"]
+    assert without["settings"]["data"]["context"] == []
     assert reports != bare
 
 

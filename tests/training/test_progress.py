@@ -175,6 +175,8 @@ def test_values_that_do_not_fit_become_a_table() -> None:
     assert output.getvalue() == "step 2: validation loss 1.5000  BLEU_4 0.2500  (best so far)\n"
     output.truncate(0)
     display.figures("step 4: validation", {f"a_long_name_{i}": 0.5 for i in range(9)})
+    display.figures("step 6: validation", {f"image_to_text_recall_R@{i}": 0.5 for i in (1, 5, 10)})
+    assert "image_to_text_recall_R@10 0.5000" in output.getvalue()
     lines = output.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
     assert sum(line.count("a_long_name") for line in lines) == 9

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from emrrg_cli.errors import UsageError
 from emrrg_cli.evaluation.language import score
 from emrrg_cli.scoring.reward import FINDING_PRICE, Reward
 from emrrg_cli.training.self_critical import advantages
@@ -138,6 +140,42 @@ def test_a_report_that_fits_all_studies_gains_nothing() -> None:
         assert found[study, 0] == pytest.approx(1 - sum(others) / 2)
     assert (found[:, 0] > 0.3).all()
     assert found[:, 1].sum() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_micro_batches_are_compared_with_the_studies_of_their_step() -> None:
+    from emrrg_cli.recipe.finetuning import SelfCriticalSettings
+    from emrrg_cli.runtime import make_accelerator
+    from emrrg_cli.training.self_critical import Sampler
+
+    settings = SelfCriticalSettings(samples=2, contrast=0.5, rewards={"ROUGE_L": 1.0})
+    sampler = Sampler(
+        None, settings, Reward(CORPUS, settings.rewards), make_accelerator("fp32", 0)  # type: ignore[arg-type]
+    )  # fmt: skip
+    references = [*CORPUS, "no pneumothorax ."]
+    reports = [text for own in references for text in (own, CORPUS[1])]
+    whole = sampler._rewards(references, reports)
+    given: dict[str, Any] = {}
+
+    def sampled(batch: Any, others: Any) -> Any:
+        place = 2 * references.index(batch.reports[0])
+        count = 2 * len(batch.reports)
+        given[batch.reports[0]] = sampler._rewards(batch.reports, reports[place : place + count], others)
+        return batch
+
+    sampler.sampled_batch = sampled  # type: ignore[method-assign, assignment]
+    for cut in ([1, 1, 1, 1], [3, 1], [4]):
+        given.clear()
+        ends = [sum(cut[: i + 1]) for i in range(len(cut))]
+        sampler.sampled_batches(
+            [SimpleNamespace(reports=references[end - n : end]) for n, end in zip(cut, ends, strict=True)]  # type: ignore[misc]
+        )
+        assert torch.allclose(torch.cat(list(given.values())), whole)
+
+
+def test_contrast_needs_two_studies_in_a_step(finetune: Any) -> None:
+    settings = "train.self_critical={after_epochs: 0, samples: 2, max_new_tokens: 6}"
+    with pytest.raises(UsageError, match="compares studies of a step, but each process has only one"):
+        finetune("one", "train.batch_size=1", settings)
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -123,9 +125,21 @@ def cell_text(value: Any) -> str:
 
 
 def cell_list(value: Any) -> list[str]:
-    """Returns a cell as a list of texts: a JSON list, or text separated by `|` or `;`, without empty items."""
-    parts = value if isinstance(value, list) else cell_text(value).replace(";", "|").split("|")
+    """Returns a cell as a list of texts without empty ones: a list as in JSON or Python, or text between `|` or `;`."""
+    parts = value if isinstance(value, list) else _parts(cell_text(value))
     return [text for part in parts if (text := cell_text(part))]
+
+
+def _parts(text: str) -> list[Any]:
+    if text.startswith("[") and text.endswith("]"):
+        for read in (json.loads, ast.literal_eval):  # pandas writes lists as Python does
+            try:
+                found = read(text)
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                continue
+            if isinstance(found, list) and not any(isinstance(part, list | dict | tuple | set) for part in found):
+                return found
+    return list(text.replace(";", "|").split("|"))
 
 
 class CsvFile:

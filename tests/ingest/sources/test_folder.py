@@ -189,6 +189,10 @@ def test_cells() -> None:
     assert [cell_text(cell) for cell in (7, "None.", " a ", "a\0b", "\ud800")] == ["7", "None.", "a", "ab", "\ufffd"]
     assert cell_list(["a", None, "b "]) == cell_list("a| b;") == ["a", "b"]
     assert cell_list(None) == []
+    assert cell_list('["Cardiomegaly", "Pleural Effusion"]') == ["Cardiomegaly", "Pleural Effusion"]
+    assert cell_list("['No Finding']") == ["No Finding"]  # as pandas writes lists
+    assert cell_list("[]") == cell_list("[null]") == []
+    assert cell_list("[unclear] | [x]") == ["[unclear]", "[x]"]
 
 
 def test_rows_that_cannot_be_used_are_counted(films: Path) -> None:
