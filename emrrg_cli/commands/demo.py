@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
-from emrrg_cli.console import err
+from emrrg_cli.console import err, printable
 from emrrg_cli.errors import EmrrgError, Interrupted, UsageError
 from emrrg_cli.files.atomic import atomic_write_text
+from emrrg_cli.files.output_paths import check_writable
 from emrrg_cli.files.records import read_record
 
 if TYPE_CHECKING:
@@ -161,6 +163,7 @@ class Steps:
         self.commands: list[str] = []
         self._record, self._options, self._run_command = folder / "demo.json", options, run_command
         self._done: list[str] = []
+        check_writable(folder)
         if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
             return
         another = "Choose another folder: emrrg demo FOLDER."
@@ -186,7 +189,7 @@ class Steps:
         self.commands.append(command)
         if command in self._done:
             return
-        err.print(f"\n[bold]$[/] {command}", soft_wrap=True)
+        err.print(f"\n[bold]$[/] {escape(printable(command))}", soft_wrap=True)
         self._save()
         try:
             code = self._run_command([*arguments, *again])

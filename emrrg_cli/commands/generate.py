@@ -115,7 +115,9 @@ def generate(
         from emrrg_cli.decoding.outputs import merge_shards
 
         err.print(
-            f"{counted(merge_shards(merge), 'report')} in {merge / 'reports.jsonl'}", markup=False, soft_wrap=True
+            f"{counted(merge_shards(merge, overwrite=overwrite), 'report')} in {merge / 'reports.jsonl'}",
+            markup=False,
+            soft_wrap=True,
         )
         return
 
@@ -142,7 +144,7 @@ def generate(
     if table is not None:
         studies = _table_studies(table, images, split, image_column, study_column)
     else:
-        studies = _find_studies(images, study_by, split)
+        studies = _find_studies(images, study_by, split, output)
     given = parse_context(context or [])
 
     from emrrg_cli.decoding.cards import PageOptions
@@ -151,12 +153,13 @@ def generate(
 
     studies = with_contexts(studies, given, settings.data)
     machine = _machine(device, num_processes)
-    shown = PageOptions(page, grounding, shlex.join(["emrrg", *invocation.obj.arguments]))
+    shown = PageOptions(page, grounding, printable(shlex.join(["emrrg", *invocation.obj.arguments])))
     result = run_generation(
         studies, model, settings, output, machine=machine, overwrite=overwrite, shard=part, page=shown
     )
     _print(result, output, limits, as_json=as_json)
-    if not result.reports:
+    nothing_to_do = part is not None and not studies[part.index :: part.count]  # more shards than studies
+    if not result.reports and not nothing_to_do:
         raise typer.Exit(1)
 
 
@@ -212,7 +215,7 @@ def _machine(device: str, requested: int | None) -> Machine:
     return Machine(device, processes)
 
 
-def _find_studies(paths: list[str], study_by: str, split: str | None) -> list[StudyFiles]:
+def _find_studies(paths: list[str], study_by: str, split: str | None, output: Path) -> list[StudyFiles]:
     from emrrg_cli.datasets.directory import is_dataset_dir
     from emrrg_cli.decoding.studies import find_studies
     from emrrg_cli.errors import UsageError
@@ -223,7 +226,7 @@ def _find_studies(paths: list[str], study_by: str, split: str | None) -> list[St
     others = [path for path in paths if path not in stored]
     if split is not None and not stored:
         raise UsageError("--split needs a dataset directory, but none was given")
-    found = find_studies(others, study_by) if others else []  # type: ignore[arg-type]
+    found = find_studies(others, study_by, output) if others else []  # type: ignore[arg-type]
     if stored:
         from emrrg_cli.decoding.stored_studies import stored_studies  # imports torch
 
@@ -322,6 +325,10 @@ def split_arguments(arguments: list[str], *, needed: bool = True) -> tuple[list[
     for argument in arguments:
         is_override = re.match(r"[a-z_]+(\.[a-zA-Z_]+)*=", argument) and not Path(argument).exists()
         (overrides if is_override else paths).append(argument)
+    if "" in arguments:
+        from emrrg_cli.errors import UsageError
+
+        raise UsageError("one of the arguments is empty", hint="A shell variable in the command may not be set.")
     if needed and not paths:
         from emrrg_cli.errors import UsageError
 

@@ -115,6 +115,7 @@ class _Run:
         self.studies, self.run_dir, self.recipe, self.place = studies, run_dir, recipe, place
         self.gallery = gallery
         self.limits = read_limits(run_dir)
+        self.done = self.left = 0  # studies of this call
         if not overwrite:
             place.find_earlier({study.name: study.context for study in studies})
             gallery.find_earlier()
@@ -124,6 +125,7 @@ class _Run:
     def run(self, machine: Machine) -> Written:
         result, place = self.result, self.place
         left = [study for study in self.studies if study.name not in place.records]
+        self.left = len(left)
         silence_libraries()
         whole, began = False, time.perf_counter()
         try:
@@ -159,9 +161,9 @@ class _Run:
         result, place = self.result, self.place
         written = result.reports - result.earlier
         where = f"{place.partial}; earlier reports are unchanged" if self.replaces else place.folder
-        done = written + result.skipped
-        saved = f"{counted(written, 'report')} saved in {where}"
-        return f"stopped after {done} of {len(self.studies) - result.earlier} files; {saved}"
+        return (
+            f"stopped after {self.done} of {counted(self.left, 'study')}; {counted(written, 'report')} saved in {where}"
+        )
 
     def _save(self, results: Iterator[list[StudyResult | StudyCard]], advance: Callable[[int], None]) -> None:
         for done in results:
@@ -170,6 +172,7 @@ class _Run:
                     self.gallery.append(made)
                 else:
                     self._save_one(made)
+                    self.done += 1
                     advance(1)
 
     def _save_one(self, study: StudyResult) -> None:

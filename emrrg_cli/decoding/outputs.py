@@ -25,6 +25,7 @@ Row = dict[str, Any]
 _COLUMNS = ["path", "report", "seconds", "notes", "study", "files"]
 _SAMPLE_BYTES = 1 << 16
 _RESTORE = "Restore it from a copy of the run."
+_REPLACED = ("reports.csv", "page.html")
 _MOST_FILES = 1 << 20  # shards of a run
 _MOST_OPEN = 100  # of these files open at a time
 
@@ -72,8 +73,15 @@ class Output:
             contexts: context of each study of this run.
 
         Raises:
-            UsageError: there are reports of another model, other options or another context.
+            UsageError: there are reports of another model, other options or another context, or files of the user that
+                this run would replace.
         """
+        foreign = [name for name in _REPLACED if (self.folder / name).exists()]
+        if foreign and self.shard is None and not any(self.folder.glob("reports*.jsonl*")):
+            raise UsageError(
+                f"{self.folder / foreign[0]} exists and was not written by `emrrg generate`",
+                hint="Give another --output, or --overwrite to replace it.",
+            )
         for file in (self.reports, self.partial):
             if not file.exists():
                 continue
@@ -228,8 +236,12 @@ def fingerprint_of(run_dir: Path, recipe: FinetuneRecipe) -> str:
     # Without defaults, so that a new setting of a later version does not change the hash.
     named = {"model", "generation", "protocol"}
     options = recipe.model_dump(mode="json", include=named, exclude_defaults=True)
-    for name in ("batch_size", "engine"):  # reports do not depend on these
-        options.get("generation", {}).pop(name, None)
+    if recipe.data.max_views is not None:
+        options["data"] = {"max_views": recipe.data.max_views}
+    if recipe.generation.engine != "transformers" or not recipe.generation.do_sample:
+        # Reports do not depend on these, except that transformers draws all samples of a batch with one generator.
+        for name in ("batch_size", "engine"):
+            options.get("generation", {}).pop(name, None)
     digest.update(json.dumps(options, sort_keys=True).encode())
     for file in sorted(run_dir.rglob("*.safetensors")):
         if "checkpoints" in file.relative_to(run_dir).parts:
@@ -248,11 +260,15 @@ def fingerprint_of(run_dir: Path, recipe: FinetuneRecipe) -> str:
     return digest.hexdigest()[:16]
 
 
-def merge_shards(folder: Path) -> int:
+def merge_shards(folder: Path, *, overwrite: bool = False) -> int:
     """Writes `reports.jsonl` and `reports.csv` from the shards of a folder; returns the number of records.
 
+    Args:
+        overwrite: also replace a `reports.jsonl` with studies that the shards do not have.
+
     Raises:
-        UsageError: there are no shards, some are missing or unfinished, or they have different models or options.
+        UsageError: there are no shards, some are missing, unfinished or not whole, they have different models or
+            options, or `reports.jsonl` has other studies.
     """
     shards: dict[int, Path] = {}
     counts: set[int] = set()
@@ -264,15 +280,32 @@ def merge_shards(folder: Path) -> int:
         raise UsageError(f"{folder}: there are no finished shards", hint="Run `emrrg generate ... --shard i/N` first.")
     if len(counts) > 1:
         raise UsageError(f"{folder}: there are shards of {' and '.join(map(str, sorted(counts)))}")
-    if missing := [index for index in range(counts.pop()) if index not in shards]:
+    [count] = counts
+    if missing := [index for index in range(count) if index not in shards]:
         raise UsageError(f"{folder}: shard {missing[0]} is not finished ({len(missing)} missing)")
+    if max(shards) >= count:
+        raise UsageError(f"{folder}: there is a shard {max(shards)} of {count}", hint="Shards count from 0.")
     records, fingerprints = RecordIndex(), set()
     for index in sorted(shards):
-        if not shards[index].exists():  # a shard without readable images
-            continue
-        for begin, row in iterate_jsonl(shards[index]):
+        before = len(records)
+        # A shard without readable images has no file.
+        for begin, row in iterate_jsonl(shards[index]) if shards[index].exists() else ():
             records.add(str(row["study"]), shards[index], begin)
             fingerprints.add(row.get("fingerprint"))
+        told = re.match(r"([\d,]+) report", shards[index].with_suffix(".done").read_text())
+        if told and int(told[1].replace(",", "")) != len(records) - before:
+            raise UsageError(
+                f"{shards[index]} has {len(records) - before} reports, but the shard wrote {told[1]}",
+                hint=f"Run this shard again: --shard {index}/{count}.",
+            )
     if len(fingerprints) > 1:
         raise UsageError(f"{folder}: the shards have different models or options")
-    return write_reports(folder / "reports.jsonl", records.rows(()), with_table=True)
+    whole = folder / "reports.jsonl"
+    if whole.exists() and not overwrite:
+        for _, row in iterate_jsonl(whole):
+            if str(row.get("study")) not in records:
+                raise UsageError(
+                    f"{whole} has reports of studies that the shards do not have, such as {row.get('study')}",
+                    hint="Give --overwrite to replace it.",
+                )
+    return write_reports(whole, records.rows(()), with_table=True)

@@ -69,12 +69,24 @@ class Reporter:
         studies = _studies(batch)
         with _lock:
             generator = _load(self.run_dir, self.device, self.overrides)
-            # A batch may contain the same image twice.
-            different = {study.name: study for study in with_contexts(studies, {}, generator.recipe.data)}
             writer = StudyWriter(generator, generator.recipe)
-            made = (one for some in writer.write(list(different.values())) for one in some)
-            results = {done.study: done for done in made if isinstance(done, StudyResult)}
-        columns = zip(*(_columns(results[study.name]) for study in studies), strict=True) if studies else [()] * 4
+            # A batch may contain the same image twice, also with different contexts.
+            different: list[dict[str, StudyFiles]] = []
+            places: list[tuple[int, str]] = []
+            for study in with_contexts(studies, {}, generator.recipe.data):
+                same = (n for n, group in enumerate(different) if group.get(study.name, study).context == study.context)
+                if (number := next(same, len(different))) == len(different):
+                    different.append({})
+                different[number].setdefault(study.name, study)
+                places.append((number, study.name))
+            results = {
+                (number, done.study): done
+                for number, group in enumerate(different)
+                for some in writer.write(list(group.values()))
+                for done in some
+                if isinstance(done, StudyResult)
+            }
+        columns = zip(*(_columns(results[place]) for place in places), strict=True) if places else [()] * 4
         reports, findings, sure, notes = columns
         added = {"report": reports, "findings": findings, "notes": notes}
         return {
@@ -119,17 +131,20 @@ def _studies(batch: Mapping[str, Any]) -> list[StudyFiles]:
             raise UsageError(f"study {twice} occurs twice in the batch", hint="Give its views as a list in one row.")
     else:
         names = [_name(views) for views in images]
+    told = {
+        field: list(batch[field]) for field in CONTEXT_FIELDS if field in batch
+    }  # a list: by position, not by label
+    if wrong := next((field for field, column in told.items() if len(column) != len(images)), None):
+        raise UsageError(f"the batch has {len(images)} images and {len(told[wrong])} values of {wrong}")
     studies = []
     for row, (name, views) in enumerate(zip(names, images, strict=True)):
         films = tuple(_Given(view, f"{name}/{place}") for place, view in enumerate(views))
-        context = {field: str(batch[field][row]) for field in CONTEXT_FIELDS if _says(batch.get(field), row)}
+        # None, and NaN, into which tables turn None, count as missing.
+        context = {
+            field: str(text) for field, column in told.items() if (text := column[row]) is not None and text == text
+        }
         studies.append(StudyFiles(name, films, ("",) * len(views), context))
     return studies
-
-
-def _says(column: Any, row: int) -> bool:
-    # None, and NaN, into which tables turn None, count as missing.
-    return column is not None and column[row] is not None and column[row] == column[row]
 
 
 def _views(given: Any) -> list[Any]:
@@ -156,7 +171,8 @@ def _name(views: list[Any]) -> str:
     digest = hashlib.sha256()
     for view in views:
         content = view if isinstance(view, bytes) else str(view) if isinstance(view, str | Path) else np.asarray(view)
-        digest.update(content.encode() if isinstance(content, str) else bytes(content))
+        data = content.encode() if isinstance(content, str) else bytes(content)
+        digest.update(f"{np.shape(content)} {len(data)} ".encode() + data)
     return digest.hexdigest()
 
 

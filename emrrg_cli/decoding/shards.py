@@ -28,14 +28,26 @@ class Shard:
         if text == "auto":
             for index, count in _SHARD_VARIABLES:
                 if index in os.environ and count in os.environ:
-                    first = int(os.environ.get("SLURM_ARRAY_TASK_MIN", 0)) if index.startswith("SLURM") else 0
-                    return cls.parse(f"{int(os.environ[index]) - first}/{os.environ[count]}")
+                    return cls._of_job(index, count)
             names = " nor ".join("+".join(pair) for pair in _SHARD_VARIABLES)
             raise UsageError(f"--shard auto: neither {names} is set", hint="Give the shard as i/N, such as 0/4.")
-        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text, re.ASCII)
         if match is None or int(match[1]) >= int(match[2]):
             raise UsageError(f"--shard {text!r} is not i/N with i from 0 to N - 1", hint="The first of four is 0/4.")
         return cls(int(match[1]), int(match[2]))
+
+    @classmethod
+    def _of_job(cls, index: str, count: str) -> Shard:
+        first, step = ("SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_STEP") if index.startswith("SLURM") else ("", "")
+        try:
+            number = (int(os.environ[index]) - int(os.environ.get(first, 0))) // int(os.environ.get(step, 1))
+            shard = cls(number, int(os.environ[count]))
+        except (ValueError, ZeroDivisionError):
+            shard = cls(-1, 0)
+        if not 0 <= shard.index < shard.count:
+            told = ", ".join(f"{name}={os.environ[name]}" for name in (index, count, first, step) if name in os.environ)
+            raise UsageError(f"--shard auto: no shard follows from {told}", hint="Give the shard as i/N, such as 0/4.")
+        return shard
 
     @property
     def suffix(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Literal, Protocol
 
 from PIL.Image import Image
 
-from emrrg_cli.console import printable
+from emrrg_cli.console import counted, err, printable
 from emrrg_cli.errors import UsageError
 from emrrg_cli.imaging.base import DICOM_SUFFIXES, ImageError, is_dicom, open_stream
 from emrrg_cli.imaging.dicom.facts import DicomFacts, read_dicom_facts
@@ -20,6 +21,7 @@ from emrrg_cli.imaging.views import view_of_path
 from emrrg_cli.vocabulary import CONTEXT_FIELDS, ContextField
 
 StudyBy = Literal["auto", "folder", "file"]
+_OWN_FILE = re.compile(r"(?:reports|skipped|page)[\w-]*\.(?:jsonl|csv|html|done)(?:\.partial)?$")
 MOST_FILES = 8  # a folder with more of them is a collection, not a study
 
 
@@ -81,7 +83,7 @@ class StudyFiles:
         return int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:4], "big")
 
 
-def find_studies(paths: Sequence[str], by: StudyBy = "auto") -> list[StudyFiles]:
+def find_studies(paths: Sequence[str], by: StudyBy = "auto", output: Path | None = None) -> list[StudyFiles]:
     """Finds studies in files, folders and glob patterns, in the order of their first files.
 
     Args:
@@ -89,15 +91,18 @@ def find_studies(paths: Sequence[str], by: StudyBy = "auto") -> list[StudyFiles]
         by: `file`: each file is a study. `folder`: the files directly in a folder are one study. `auto`: DICOM files
             are grouped by Study Instance UID; other files in a subfolder of a named folder are one study if there are
             at most 8; any other file is a study.
+        output: folder of the reports; if it is in a folder that is searched, it is left out, or its files are.
 
     Raises:
         UsageError: for a path that does not exist, or if there is no file.
     """
     named = [name for path in paths for name in _expanded(path)]
     files = find_images(named)
+    roots = {Path(name) for name in named if Path(name).is_dir()}
+    if output is not None and output.is_dir():
+        files = _without_output(files, roots, output.absolute())
     if by == "file":
         return [StudyFiles.single(file) for file in files]
-    roots = {Path(name) for name in named if Path(name).is_dir()}
     groups: dict[str, list[tuple[Path, DicomFacts | None]]] = {}
     of_folder: dict[Path, list[Path]] = {}
     for file in files:
@@ -128,7 +133,7 @@ def table_studies(table: Path, image_column: str = "image", study_column: str | 
     Args:
         table: CSV, TSV or JSON lines.
         image_column: column with a path, several paths separated by `|`, or a JSON list.
-        study_column: column by which rows are grouped into studies; None: each row is a study.
+        study_column: column by which rows are grouped into studies; None: each row is a study, and equal rows are one.
 
     Raises:
         UsageError: if the table or a column does not exist, or no row names an image.
@@ -141,16 +146,30 @@ def table_studies(table: Path, image_column: str = "image", study_column: str | 
     rows.check_columns(wanted)
     groups: dict[str, list[Path]] = {}
     contexts: dict[str, dict[ContextField, str]] = {}
-    for _, row in rows.rows():
-        files = [table.parent / path for path in cell_list((row or {}).get(image_column))]
-        name = cell_text((row or {}).get(study_column)) if study_column else None
+    ragged: list[int] = []
+    for line, row in rows.rows():
+        if row is None:
+            ragged.append(line)
+            continue
+        files = [table.parent / path for path in cell_list(row.get(image_column))]
         if not files:
             continue
-        name = printable(name) if name else path_name(files[0])
+        stated = {field_name: cell_text(row.get(field_name)) for field_name in CONTEXT_FIELDS}
+        context = {field_name: text for field_name, text in stated.items() if text}
+        name = printable(cell_text(row.get(study_column))) if study_column else ""
+        if not name:
+            name = path_name(files[0])
+            if name in groups and (groups[name], contexts[name]) == (files, context):
+                continue
+            name = f"{name} (row {line})" if name in groups else name
         groups.setdefault(name, []).extend(files)
-        context = {field_name: cell_text((row or {}).get(field_name)) for field_name in CONTEXT_FIELDS}
-        known = contexts.setdefault(name, {})
-        known |= {field_name: text for field_name, text in context.items() if text and field_name not in known}
+        contexts[name] = context | contexts.get(name, {})
+    if ragged:
+        lines = ", ".join(map(str, ragged[:5])) + (", ..." if len(ragged) > 5 else "")
+        err.print(
+            f"{table}: {counted(len(ragged), 'row')} skipped, because row and header differ in length (line {lines})",
+            markup=False, soft_wrap=True,
+        )  # fmt: skip
     if not groups:
         raise UsageError(f"{table} names no images in its column {image_column!r}")
     return [
@@ -172,6 +191,19 @@ def _expanded(name: str) -> Iterable[str]:
     found = sorted(glob.glob(name, recursive=True))  # noqa: PTH207
     if not found:
         raise UsageError(f"{printable(name)}: no file matches this pattern")
+    return found
+
+
+def _without_output(files: Sequence[Path], roots: set[Path], output: Path) -> list[Path]:
+    searched = {root.absolute() for root in roots}
+    if searched & set(output.parents):
+        found = [file for file in files if output not in file.absolute().parents]
+    elif output in searched:
+        found = [file for file in files if not (_OWN_FILE.match(file.name) and file.absolute().parent == output)]
+    else:
+        return list(files)
+    if not found:
+        raise UsageError(f"there are no images outside of the output {output}")
     return found
 
 

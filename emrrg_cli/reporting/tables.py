@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from emrrg_cli.console import printable
 from emrrg_cli.datasets.report_text import readable_report
 from emrrg_cli.vocabulary import METEOR, SCORE_LABELS
 
@@ -49,7 +50,10 @@ def reports_table(rows: Iterable[Mapping[str, Any]], limit: int = 10) -> Table:
         table.add_column("seconds", justify="right", no_wrap=True)
     for row in shown:
         seconds = row.get("seconds")
-        cells = [Text(str(row.get("path", row.get("study_id", "")))), Text(readable_report(row["report"]) or "(empty)")]
+        cells = [
+            Text(printable(str(row.get("path", row.get("study_id", ""))))),
+            Text(readable_report(row["report"]) or "(empty)"),
+        ]
         table.add_row(*cells, *([Text("" if seconds is None else f"{seconds:.2f}")] if timed else []))
     return table
 

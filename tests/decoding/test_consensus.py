@@ -141,7 +141,7 @@ def test_transformers_engine_keeps_one_report_per_study(run_dir: Any, images: An
         ({"consensus": 8}, "consensus needs num_beams: 1 and do_sample: true; for other decoding set consensus: null"),
         ({"consensus": 8, "do_sample": True}, "consensus needs num_beams: 1"),
         ({"consensus_scores": {"CIDEr": 1.0}}, r"unknown scores \['CIDEr'\]; known: \['BLEU_1'"),
-        ({"consensus_scores": {}}, "consensus_scores names no score"),
+        ({"consensus_scores": {}}, "consensus_scores needs a score with a weight above 0"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -265,7 +265,7 @@ def test_an_interruption_keeps_what_was_written(
     (tmp_path / "0.txt").write_text("text")
     handlers = [signal.getsignal(watched) for watched in (signal.SIGINT, signal.SIGTERM)]
     writer.before = lambda: os.kill(os.getpid(), number) if writer.batches else None  # type: ignore[method-assign]
-    with pytest.raises(Interrupted, match="stopped after 3 of 6 files; 2 reports saved in") as caught:
+    with pytest.raises(Interrupted, match="stopped after 3 of 6 studies; 2 reports saved in") as caught:
         run_generation([tmp_path / "0.txt", *files], tmp_path / "run", recipe, tmp_path / "out")
     assert caught.value.exit_code == code
     assert [row["path"] for row in _rows(tmp_path / "out" / "reports.jsonl")] == [str(file) for file in files[:2]]
@@ -287,7 +287,7 @@ def test_an_interrupted_image_is_not_reported_as_broken(
         return load(image)
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", interrupted)
-    with pytest.raises(Interrupted, match="stopped after 2 of 5 files"):
+    with pytest.raises(Interrupted, match="stopped after 2 of 5 studies"):
         run_generation(files, tmp_path / "run", recipe, tmp_path / "out")
     assert not (tmp_path / "out" / "skipped.jsonl").exists()
 
@@ -431,6 +431,54 @@ def test_a_second_process_is_refused(tmp_path: Path, writer: Writer, recipe: Fin
         run_generation([_image(tmp_path / "1.png")], tmp_path / "run", recipe, tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", ["reports.csv", "page.html"])
+def test_files_of_the_user_are_not_replaced(tmp_path: Path, writer: Writer, recipe: FinetuneRecipe, name: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("mine")
+    files = [_image(tmp_path / "1.png")]
+    with pytest.raises(UsageError, match=f"{name} exists and was not written by"):
+        run_generation(files, tmp_path / "run", recipe, out)
+    assert (out / name).read_text() == "mine"
+    assert run_generation(files, tmp_path / "run", recipe, out, overwrite=True).reports == 1
+    assert run_generation(files, tmp_path / "run", recipe, out).earlier == 1
+
+
+def test_the_output_is_not_searched_for_films(tmp_path: Path) -> None:
+    _image(tmp_path / "1.png")
+    for place in (tmp_path / "reports", tmp_path / "reports" / "pictures", tmp_path / "s"):
+        place.mkdir()
+        _image(place / "2.png")
+    (tmp_path / "page.html").write_text("x")
+    (tmp_path / "reports-0-of-2.jsonl.partial").write_text("x")
+
+    def names(output: Path) -> list[str]:
+        found = find_studies([str(tmp_path)], "file", output)
+        return sorted(str(study.files[0].relative_to(tmp_path)) for study in found)  # type: ignore[union-attr]
+
+    assert names(tmp_path / "reports") == ["1.png", "page.html", "reports-0-of-2.jsonl.partial", "s/2.png"]
+    assert names(tmp_path) == ["1.png", "reports/2.png", "reports/pictures/2.png", "s/2.png"]
+    assert len(names(tmp_path / "elsewhere")) == 6
+    only = tmp_path / "only"
+    only.mkdir()
+    (only / "reports.jsonl").write_text("x")
+    with pytest.raises(UsageError, match="no images outside of the output"):
+        find_studies([str(only)], "file", only)
+
+
+def test_each_row_of_a_table_is_a_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in "abc":
+        _image(tmp_path / f"{name}.png")
+    table = tmp_path / "t.csv"
+    table.write_text("image,age\na.png|b.png,40\na.png|c.png,41\na.png|b.png,40\nb.png\nc.png,5,x\nc.png,50\n")
+    found = {study.name.removeprefix(f"{tmp_path}/"): study for study in table_studies(table)}
+    assert list(found) == ["a.png", "a.png (row 3)", "c.png"]
+    assert [len(study.files) for study in found.values()] == [2, 2, 1]
+    assert [study.context["age"] for study in found.values()] == ["40", "41", "50"]
+    said = " ".join(capsys.readouterr().err.split())
+    assert "2 rows skipped, because row and header differ in length (line 5, 6)" in said
+
+
 # -- shards ------------------------------------------------------------------------------------------------------
 
 
@@ -454,6 +502,26 @@ def test_shards_together_are_one_run(tmp_path: Path, writer: Writer, recipe: Fin
         return {(row["path"], row["report"]) for row in rows}
 
     assert merged == 7
+    done = out / "reports-1-of-3.done"
+    kept, told = done.with_suffix(".jsonl").read_text(), done.read_text()
+    for left in (kept.splitlines()[0] + "\n", ""):
+        done.with_suffix(".jsonl").write_text(left)
+        with pytest.raises(UsageError, match=r"reports-1-of-3\.jsonl has . reports, but the shard wrote 2"):
+            merge_shards(out)
+    done.with_suffix(".jsonl").unlink()
+    with pytest.raises(UsageError, match="has 0 reports, but the shard wrote 2"):
+        merge_shards(out)
+    done.with_suffix(".jsonl").write_text(kept)
+    (out / "reports-9-of-3.done").write_text(told)
+    with pytest.raises(UsageError, match="there is a shard 9 of 3"):
+        merge_shards(out)
+    (out / "reports-9-of-3.done").unlink()
+    whole = (out / "reports.jsonl").read_text()
+    (out / "reports.jsonl").write_text(whole + '{"study": "other"}\n')
+    with pytest.raises(UsageError, match="studies that the shards do not have, such as other"):
+        merge_shards(out)
+    assert merge_shards(out, overwrite=True) == 7
+    assert (out / "reports.jsonl").read_text() == whole
     assert texts(one.rows()) == texts(_rows(out / "reports.jsonl"))
     assert run_generation(files, tmp_path / "run", recipe, out, shard=Shard(1, 3)).earlier == 2
 
@@ -474,6 +542,12 @@ def test_shards_of_slurm_and_kubernetes(monkeypatch: pytest.MonkeyPatch) -> None
     for name, value in (("ID", "7"), ("MIN", "5"), ("COUNT", "3")):
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
     assert Shard.parse("auto") == Shard(2, 3)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_STEP", "2")
+    assert Shard.parse("auto") == Shard(1, 3)
+    for wrong in ("x", "4", "99"):
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", wrong)
+        with pytest.raises(UsageError, match=f"no shard follows from SLURM_ARRAY_TASK_ID={wrong}"):
+            Shard.parse("auto")
 
 
 # -- studies -----------------------------------------------------------------------------------------------------

@@ -54,6 +54,9 @@ def test_options_that_change_reports_change_the_fingerprint(tiny_run: Path) -> N
     plain = _fingerprint(tiny_run)
     assert _fingerprint(tiny_run, "generation.batch_size=2", "generation.engine=transformers") == plain
     assert _fingerprint(tiny_run, "generation.length_penalty=1.5") != plain
+    assert _fingerprint(tiny_run, "data.max_views=1") != _fingerprint(tiny_run, "data.max_views=null")
+    sampled = ["generation.do_sample=true", "generation.num_beams=1", "generation.engine=transformers"]
+    assert _fingerprint(tiny_run, *sampled) != _fingerprint(tiny_run, *sampled[:2])
     recipe = load_run_recipe(tiny_run, None, [], "generate")
     told = recipe.model_copy(update={"model": recipe.model.model_copy(update={"findings_threshold": 0.2})})
     assert fingerprint_of(tiny_run, told) != plain

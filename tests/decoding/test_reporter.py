@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
 from emrrg_cli import Reporter
 from emrrg_cli.app import main
 from emrrg_cli.decoding import reporter as module
+from emrrg_cli.decoding.study_records import StudyResult
 from emrrg_cli.errors import UsageError
 
 
@@ -61,6 +63,40 @@ def test_a_batch_gets_the_reports_of_generate(varied_run: Path, films: Path, wri
     _check(found, written)
     assert (found["year"] == np.arange(7)).all()
     assert len(pickle.dumps(reporter)) < 1000  # after the model was loaded, too
+
+
+def test_contexts_are_those_of_their_rows() -> None:
+    image = np.zeros((4, 8), np.uint8)
+    frame = pd.DataFrame({"image": [image, image.reshape(8, 4)], "indication": ["cough", "pain"]}, index=[1, 0])
+    first, second = module._studies(frame)  # type: ignore[arg-type]
+    assert (first.context["indication"], second.context["indication"]) == ("cough", "pain")
+    assert first.name != second.name  # the same bytes in another shape
+    with pytest.raises(UsageError, match="2 images and 1 values of age"):
+        module._studies({"image": [image, image], "age": ["3"]})
+
+
+def test_one_image_with_two_contexts_has_two_reports(
+    varied_run: Path, films: Path, written: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(sorted(films.iterdir())[0])
+    seen: list[list[Any]] = []
+    monkeypatch.setattr(module, "with_contexts", lambda studies, given, data: studies)
+    monkeypatch.setattr(module, "StudyWriter", lambda *arguments: _Writer(seen))
+    found = Reporter(varied_run, device="cpu")({"image": [path] * 4, "indication": ["a", "b", None, "b"]})
+    assert list(found["report"]) == ["a", "b", "", "b"]
+    assert [len(studies) for studies in seen] == [1, 1, 1]
+
+
+class _Writer:
+    """A writer whose report is the indication."""
+
+    def __init__(self, seen: list[list[Any]]) -> None:
+        self.seen = seen
+
+    def write(self, studies: list[Any]) -> Any:
+        self.seen.append(studies)
+        rows = [{"report": one.context.get("indication", ""), "findings": {}, "notes": []} for one in studies]
+        yield [StudyResult(one.name, row) for one, row in zip(studies, rows, strict=True)]
 
 
 @pytest.mark.parametrize("kind", ["bytes", "arrays", "one array", "pictures"])

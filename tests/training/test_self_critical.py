@@ -142,7 +142,7 @@ def test_a_report_that_fits_all_studies_gains_nothing() -> None:
     assert found[:, 1].sum() == pytest.approx(0.0, abs=1e-6)
 
 
-def test_micro_batches_are_compared_with_the_studies_of_their_step() -> None:
+def test_micro_batches_are_compared_with_their_whole_step() -> None:
     from emrrg_cli.recipe.finetuning import SelfCriticalSettings
     from emrrg_cli.runtime import make_accelerator
     from emrrg_cli.training.self_critical import Sampler
