@@ -158,7 +158,7 @@ def generate(
         studies, model, settings, output, machine=machine, overwrite=overwrite, shard=part, page=shown
     )
     _print(result, output, limits, as_json=as_json)
-    nothing_to_do = part is not None and not studies[part.index :: part.count]  # more shards than studies
+    nothing_to_do = part is not None and not part.part(studies)  # more shards than studies
     if not result.reports and not nothing_to_do:
         raise typer.Exit(1)
 

@@ -97,7 +97,7 @@ def run_generation(
     place = Output(output, shard, fingerprint_of(run_dir, recipe))
     with locked(output if shard is None else place.reports):
         place.open()
-        own = list(studies) if shard is None else list(studies[shard.index :: shard.count])
+        own = list(studies) if shard is None else shard.part(studies)
         shown = page if shard is None else NO_PAGE
         return _Run(own, run_dir, recipe, place, Gallery(place, run_dir, recipe, shown), overwrite).run(machine)
 

@@ -79,7 +79,7 @@ class Output:
         foreign = [name for name in _REPLACED if (self.folder / name).exists()]
         if foreign and self.shard is None and not any(self.folder.glob("reports*.jsonl*")):
             raise UsageError(
-                f"{self.folder / foreign[0]} exists and was not written by `emrrg generate`",
+                f"{self.folder / foreign[0]} exists without reports beside it, so it may be a file of your own",
                 hint="Give another --output, or --overwrite to replace it.",
             )
         for file in (self.reports, self.partial):

@@ -131,9 +131,8 @@ def _studies(batch: Mapping[str, Any]) -> list[StudyFiles]:
             raise UsageError(f"study {twice} occurs twice in the batch", hint="Give its views as a list in one row.")
     else:
         names = [_name(views) for views in images]
-    told = {
-        field: list(batch[field]) for field in CONTEXT_FIELDS if field in batch
-    }  # a list: by position, not by label
+    # Lists, because a pandas column would be read by label.
+    told = {field: list(batch[field]) for field in CONTEXT_FIELDS if field in batch}
     if wrong := next((field for field, column in told.items() if len(column) != len(images)), None):
         raise UsageError(f"the batch has {len(images)} images and {len(told[wrong])} values of {wrong}")
     studies = []

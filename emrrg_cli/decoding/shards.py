@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from emrrg_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from emrrg_cli.decoding.studies import StudyFiles
 
 _SHARD_VARIABLES = (("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"), ("JOB_COMPLETION_INDEX", "JOB_COMPLETIONS"))
 
@@ -48,6 +53,10 @@ class Shard:
             told = ", ".join(f"{name}={os.environ[name]}" for name in (index, count, first, step) if name in os.environ)
             raise UsageError(f"--shard auto: no shard follows from {told}", hint="Give the shard as i/N, such as 0/4.")
         return shard
+
+    def part(self, studies: Sequence[StudyFiles]) -> list[StudyFiles]:
+        """Returns the studies of this shard."""
+        return list(studies[self.index :: self.count])
 
     @property
     def suffix(self) -> str:

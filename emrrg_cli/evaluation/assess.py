@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from rich.markup import escape
 
 from emrrg_cli.console import err
-from emrrg_cli.errors import UsageError
 from emrrg_cli.evaluation import bootstrap, clinical, controls
 from emrrg_cli.evaluation.error_figures import error_figures
 from emrrg_cli.evaluation.language import tokenized
@@ -76,8 +75,6 @@ def assess(predictions: Predictions, options: Options | None = None) -> Assessme
     options = options or Options()
     truth, written = paired_texts(predictions.references, predictions.hypotheses)
     references, hypotheses = tokenized([text for (text,) in truth], written, options.tokenizer)
-    if not any(references):
-        raise UsageError("every reference is empty, so there is nothing to compare with")
     judge = _Judge(references, options)
     own = judge.pairs(hypotheses)
     statistics = judge.statistics(own)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from emrrg_cli.console import counted
 from emrrg_cli.errors import UsageError
 from emrrg_cli.evaluation import bootstrap, clinical
 from emrrg_cli.evaluation.language import tokenized
@@ -44,7 +45,7 @@ def find_contender(path: Path, split: str, references: Path | None, columns: Col
         UsageError: There are no reports, or they cannot be read.
     """
     if not path.is_dir():
-        return Contender(path.stem, read_predictions(path, references, columns))  # raises an error without the file
+        return Contender(path.stem, read_predictions(path, references, columns))
     folder = path / "evaluation" / split if (path / "evaluation").is_dir() else path
     file = folder / PREDICTIONS
     if not file.is_file():
@@ -73,12 +74,12 @@ def compare(
     if len(contenders) < 2:
         raise UsageError("compare needs at least two sets of reports", hint="emrrg compare RUN_A RUN_B")
     contenders = [one if one.settings is None else replace(one, settings=_flat(one.settings)) for one in contenders]
-    counted = [_count(one, meteor) for one in contenders]
+    counts = [_count(one, meteor) for one in contenders]
     varying = _varying([one.settings for one in contenders])
     names = _distinct_names([one.name for one in contenders])
     remarks: list[str] = []
     rows: list[dict[str, Any]] = []
-    for name, one, statistics in zip(names, contenders, counted, strict=True):
+    for name, one, statistics in zip(names, contenders, counts, strict=True):
         studies = len(one.predictions)
         combined = _combine(statistics, {key: value.sum(axis=0) for key, value in statistics.items()}, studies)
         sums = {key: bootstrap.resampled_sums(value, resamples) for key, value in statistics.items()}
@@ -88,7 +89,7 @@ def compare(
         row["intervals"] = {key: list(bootstrap.interval(value)) for key, value in drawn.items()}
         row["settings"] = {key: (one.settings or {}).get(key) for key in varying}
         if rows:
-            row["against_first"] = _test((contenders[0], one), (counted[0], statistics), meteor, resamples, remarks)
+            row["against_first"] = _test((contenders[0], one), (counts[0], statistics), meteor, resamples, remarks)
         rows.append(row)
     shown = [key for key in varying if key not in _SEEDS]
     return {
@@ -103,8 +104,6 @@ def _count(contender: Contender, meteor: bool) -> dict[str, Floats]:
     """Returns the statistics `[n, k]` of each score; n-grams are as rare as in the references of these studies."""
     predictions = contender.predictions
     references, hypotheses = tokenized(predictions.references, predictions.hypotheses, contender.tokenizer)
-    if not any(text.strip() for text in references):
-        raise UsageError(f"{contender.name}: every reference is empty, so there is nothing to compare with")
     pairs = Corpus(references).compare(references, hypotheses)
     statistics: dict[str, Floats] = {}
     for one in SCORES:
@@ -133,7 +132,7 @@ def _combine(statistics: Mapping[str, Floats], sums: Mapping[str, Floats], studi
 
 def _test(
     contenders: tuple[Contender, Contender],
-    counted: tuple[Mapping[str, Floats], Mapping[str, Floats]],
+    counts: tuple[Mapping[str, Floats], Mapping[str, Floats]],
     meteor: bool,
     resamples: int,
     remarks: list[str],
@@ -149,14 +148,14 @@ def _test(
     chosen = [list(side) for side in zip(*common, strict=True)]
     own, other = (one.predictions.at(places) for one, places in zip(contenders, chosen, strict=True))
     if len(common) < max(len(first.predictions), len(second.predictions)):
-        studies = f"{len(common)} {'study' if len(common) == 1 else 'studies'}"
-        remarks.append(f"{first.name} and {second.name} have {studies} in common; only these are tested.")
+        shared = counted(len(common), "study")
+        remarks.append(f"{first.name} and {second.name} have {shared} in common; only these are tested.")
     if [text.split() for text in own.references] != [text.split() for text in other.references]:
         remarks.append(f"The references of {first.name} and {second.name} differ, so their scores are not comparable.")
     if first.tokenizer != second.tokenizer:
         remarks.append(f"The tokenizers of {first.name} and {second.name} differ: their scores are not comparable.")
     drawn, exact = [], []
-    for one, statistics, reports, places_of in zip(contenders, counted, (own, other), chosen, strict=True):
+    for one, statistics, reports, places_of in zip(contenders, counts, (own, other), chosen, strict=True):
         if len(common) < len(one.predictions):  # CIDEr depends on all references
             rows = _count(replace(one, predictions=reports), meteor)
         else:

@@ -87,8 +87,6 @@ def score(
         raise UsageError(f"unknown tokenizer {tokenizer!r}", hint="Choose whitespace or ptb.")
     truth, written = paired_texts(references, hypotheses)
     truth, written = _tokenized(truth, written, tokenizer)
-    if not any(text for texts in truth for text in texts):
-        raise UsageError("every reference is empty, so there is nothing to compare with")
     scores: dict[str, float | None] = dict.fromkeys(METRICS)
     scores |= _without_java(truth, written)
     if meteor:
@@ -99,15 +97,24 @@ def score(
 def tokenized(
     references: Sequence[str], hypotheses: Sequence[str], tokenizer: Tokenizer
 ) -> tuple[list[str], list[str]]:
-    """Returns references and hypotheses as `score` compares them: tokens separated by spaces."""
+    """Returns references and hypotheses as `score` compares them: tokens separated by spaces.
+
+    Raises:
+        UsageError: There are references, and all are empty.
+        RunError: The tokenizer is `ptb`, and Java is missing or fails.
+    """
     truth, written = _tokenized([[text] for text in references], list(hypotheses), tokenizer)
     return [text for (text,) in truth], written
 
 
 def _tokenized(truth: list[list[str]], written: list[str], tokenizer: Tokenizer) -> tuple[list[list[str]], list[str]]:
     if tokenizer == "ptb":
-        return _ptb(truth, written)
-    return [[_spaced(text) for text in texts] for texts in truth], [_spaced(text) for text in written]
+        truth, written = _ptb(truth, written)
+    else:
+        truth, written = [[_spaced(text) for text in texts] for texts in truth], [_spaced(text) for text in written]
+    if truth and not any(text for texts in truth for text in texts):
+        raise UsageError("every reference is empty, so there is nothing to compare with")
+    return truth, written
 
 
 def _spaced(text: str) -> str:

@@ -31,7 +31,6 @@ _MAX_BYTES = 2 * 2**30
 _CELL = 2**24  # characters
 _DELIMITERS = ",;\t"
 
-
 KEY = "\0id"  # the id of a record that is the value of a JSON object
 REXRANK = "ReXrank's JSON"
 

@@ -76,17 +76,14 @@ def read_predictions(path: Path, references: Path | None = None, columns: Column
     """
     columns = columns or Columns()
     table = read_table(path, columns.given())
-    same = references is not None and references.exists() and path.samefile(references)
-    apart = references is not None and not same
     used = _name(table, "hypothesis", columns.hypothesis, HYPOTHESIS_NAMES)
     hypotheses = _texts(table, "hypothesis", used, columns.study_id)
     remarks = [f"{path.name}: {table.layout}, hypotheses from {_called(used)}"]
-    if apart:
-        assert references is not None
+    if references is not None and not (references.exists() and path.samefile(references)):
         other = read_table(references, columns.given())
-        names: tuple[str, ...] = (*REFERENCE_NAMES, *HYPOTHESIS_NAMES)
+        layout, names = f"{references.name}: {other.layout}, ", [*REFERENCE_NAMES, *HYPOTHESIS_NAMES]
     else:
-        other, names = table, tuple(name for name in REFERENCE_NAMES if name != used.lower())
+        other, layout, names = table, "", [name for name in REFERENCE_NAMES if name != used.lower()]
         if columns.reference is not None and columns.reference == used:
             raise UsageError(
                 f"{path}: hypotheses and references are the same column, {used!r}",
@@ -95,8 +92,8 @@ def read_predictions(path: Path, references: Path | None = None, columns: Column
     # With two files, the name of the id column may be that of only one.
     named = columns.study_id if other is table or not other.records or columns.study_id in other.records[0] else None
     truth, source = _references(other, columns, names, named)
-    remarks.append(f"{f'{references.name}: {other.layout}, ' if apart and references else ''}references from {source}")
-    if apart:
+    remarks.append(f"{layout}references from {source}")
+    if other is not table:
         check_ids(truth, hypotheses)
     for what, texts in (("hypothesis", hypotheses), ("reference", truth)):
         if empty := sum(not text.strip() for text in texts.values()):

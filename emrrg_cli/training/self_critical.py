@@ -64,7 +64,6 @@ class Sampler:
         self._autocast = autocast_without_cache(accelerator)
         self._engine: Engine | None = None  # kept: its CUDA graphs read the current weights
 
-    @torch.no_grad()
     def sampled_batches(self, batches: Sequence[Batch]) -> list[Batch]:
         """Returns the micro-batches of a step with sampled reports; see `sampled_batch`."""
         references = [report for batch in batches for report in batch.reports]
@@ -74,6 +73,7 @@ class Sampler:
             for batch, end in zip(batches, ends, strict=True)
         ]
 
+    @torch.no_grad()
     def sampled_batch(self, batch: Batch, others: Sequence[str] = ()) -> Batch:
         """Returns the batch with sampled reports as its labels, `samples` for each study, and their advantages.
 

@@ -437,7 +437,7 @@ def test_files_of_the_user_are_not_replaced(tmp_path: Path, writer: Writer, reci
     out.mkdir()
     (out / name).write_text("mine")
     files = [_image(tmp_path / "1.png")]
-    with pytest.raises(UsageError, match=f"{name} exists and was not written by"):
+    with pytest.raises(UsageError, match=f"{name} exists without reports beside it"):
         run_generation(files, tmp_path / "run", recipe, out)
     assert (out / name).read_text() == "mine"
     assert run_generation(files, tmp_path / "run", recipe, out, overwrite=True).reports == 1

@@ -130,7 +130,7 @@ def cell_list(value: Any) -> list[str]:
     return [text for part in parts if (text := cell_text(part))]
 
 
-def _parts(text: str) -> list[Any]:
+def _parts(text: str) -> Sequence[Any]:
     if text.startswith("[") and text.endswith("]"):
         for read in (json.loads, ast.literal_eval):  # pandas writes lists as Python does
             try:
@@ -139,7 +139,7 @@ def _parts(text: str) -> list[Any]:
                 continue
             if isinstance(found, list) and not any(isinstance(part, list | dict | tuple | set) for part in found):
                 return found
-    return list(text.replace(";", "|").split("|"))
+    return text.replace(";", "|").split("|")
 
 
 class CsvFile:
