@@ -128,6 +128,7 @@ ROWS = [
     changed("14 findings", "align.model.findings_set=chexpert", "model.findings_set=chexpert"),
     *(changed(name, f"model.adapter.targets=[{name}]") for name in ("in_proj", "out_proj")),
     Row("no stage 1 or 2", CROSS_ENTROPY, without=("pretrain", "align")),
+    Row("random encoder", (*CROSS_ENTROPY, "model.adapter.targets=none"), without=("pretrain", "align")),
     *(changed(name, f"model.adapter.targets=[{name}]") for name in (*LORA[1:5], *LORA[6:8], "patch_embed")),
     changed("prompt full", "model.visual_prompt=full"),
     changed("views concatenated", "model.views=concat"),
@@ -136,7 +137,10 @@ ROWS = [
     changed("views told, concatenated", "model.view_tokens=true", "model.views=concat"),
     changed("balance", "data.balance=2"),
     Row("recipe with indication", ("data.context=[indication]",)),
-    *(Row(f"recall {recall}", (REWARDS(recall, cider, "findings: 0.5"),)) for recall, cider in ((1, 4), (3, 8))),
+    *(
+        Row(f"recall {recall}", (REWARDS(recall, cider, f"findings: {findings}"),))
+        for recall, cider, findings in ((1, 4, 0.5), (3, 8, 0.5), (4, 10, 0.75))
+    ),
     Row("shorter", ("train.epochs=16",)),
     Row("findings by pairs", (REWARDS(2, 6, "F1_rules: 0.5"),)),
     Row("more for findings", (REWARDS(2, 6, "findings: 1"),)),
