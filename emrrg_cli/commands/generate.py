@@ -100,7 +100,7 @@ def generate(
     """Write a report for every study in files and folders.
 
     The reports are research output and are not for diagnosis. A stopped command continues when it is run again:
-    studies that already have a report from the same model and options are skipped.
+    studies that already have a report from the same model and options are skipped, unless their files have changed.
 
     Without --model, the small model that comes with emrrg writes the reports. It was trained only on synthetic films.
 
@@ -276,6 +276,9 @@ def _print(result: Written, output: Path, limits: str, *, as_json: bool) -> None
         err.print(unlike + advice, markup=False, soft_wrap=True)
     if result.earlier:
         err.print(f"{counted(result.earlier, 'report')} from an earlier run kept", markup=False)
+    if result.changed:
+        again = f"{counted(result.changed, 'study')} with an earlier report written again: the files are other ones now"
+        err.print(again, markup=False, soft_wrap=True)
     written = result.reports - result.earlier
     rate = written / result.seconds if result.seconds else 0.0
     err.print(

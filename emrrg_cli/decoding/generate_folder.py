@@ -40,6 +40,7 @@ class Written:
     skipped_file: Path  # list of all skipped files
     reports: int = 0  # number of records, including earlier ones
     earlier: int = 0  # number of records of earlier runs
+    changed: int = 0  # number of records of earlier runs that are not kept, because their studies have other files now
     skipped: int = 0  # number of skipped files
     first_skipped: list[tuple[str, str]] = field(default_factory=list)  # path and reason
     noted: int = 0  # number of new records with notes
@@ -78,8 +79,8 @@ def run_generation(
     """Writes a report for each study with a readable image into `reports.jsonl` (and `reports.csv`, `page.html`).
 
     Each record is saved at once in `reports.jsonl.partial`, which becomes `reports.jsonl` at the end, also after an
-    interruption. Studies that an earlier run with the same model and options has written are skipped. With `overwrite`,
-    earlier reports are replaced only after the new run completes.
+    interruption. Studies that an earlier run with the same model and options has written are skipped, unless their
+    files are other ones now. With `overwrite`, earlier reports are replaced only after the new run completes.
 
     Args:
         studies: studies with contexts for the prompt (`with_contexts`).
@@ -87,8 +88,8 @@ def run_generation(
         page: options of the page.
 
     Raises:
-        UsageError: if `output` has reports of another model, other options or another context and `overwrite` is
-            false, or if it cannot be written.
+        UsageError: if `output` has reports of another model, other options, another context or another grouping of
+            the files and `overwrite` is false, or if it cannot be written.
         RunError: if another process writes there, the model cannot be loaded, a process was ended, or the output was
             removed or contains a link to another place.
         Interrupted: after SIGINT or SIGTERM; reports written so far are kept.
@@ -116,10 +117,12 @@ class _Run:
         self.gallery = gallery
         self.limits = read_limits(run_dir)
         self.done = self.left = 0  # studies of this call
+        changed = 0
         if not overwrite:
-            place.find_earlier({study.name: study.context for study in studies})
+            changed = place.find_earlier(studies)
             gallery.find_earlier()
-        self.result = Written(place.reports, place.skipped, earlier=len(place.records), reports=len(place.records))
+        earlier = len(place.records)
+        self.result = Written(place.reports, place.skipped, reports=earlier, earlier=earlier, changed=changed)
         self.replaces = overwrite and place.reports.exists()
 
     def run(self, machine: Machine) -> Written:

@@ -8,18 +8,18 @@ import io
 import json
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from emrrg_cli.decoding.shards import Shard
+from emrrg_cli.decoding.studies import StudyFiles, path_name
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.files.atomic import atomic_file
 from emrrg_cli.files.output_paths import directory_guard, refuse_links
 from emrrg_cli.files.records import append_jsonl, iterate_jsonl, jsonl_line
 from emrrg_cli.recipe.finetuning import FinetuneRecipe
-from emrrg_cli.vocabulary import ContextField
 
 Row = dict[str, Any]
 _COLUMNS = ["path", "report", "seconds", "notes", "study", "files"]
@@ -53,6 +53,7 @@ class Output:
         self.skipped_partial = folder / f"skipped{suffix}.jsonl.partial"
         self.done_marker = folder / f"reports{suffix}.done"
         self.records = RecordIndex()
+        self._owners: dict[str, str] | None = None  # study of each file of this run
         self._written = False
         self._require_folder: Callable[[], None] | None = None
 
@@ -66,16 +67,20 @@ class Output:
         refuse_links(self.folder, ("reports*", "skipped*", "page*"))  # a folder such as "." may have other files
         self._require_folder = directory_guard(self.folder)
 
-    def find_earlier(self, contexts: Mapping[str, Mapping[ContextField, str]]) -> None:
+    def find_earlier(self, studies: Sequence[StudyFiles]) -> int:
         """Finds the records of earlier runs with the same model and options, including killed runs.
 
         Args:
-            contexts: context of each study of this run.
+            studies: the studies of this run.
+
+        Returns:
+            Number of records that are left out, because their studies have other files now.
 
         Raises:
-            UsageError: there are reports of another model, other options or another context, or files of the user that
-                this run would replace.
+            UsageError: there are reports of another model, other options, another context or another grouping of the
+                files, or files of the user that this run would replace.
         """
+        current, changed = {study.name: study for study in studies}, set()
         foreign = [name for name in _REPLACED if (self.folder / name).exists()]
         if foreign and self.shard is None and not any(self.folder.glob("reports*.jsonl*")):
             raise UsageError(
@@ -93,12 +98,30 @@ class Output:
                         hint="Give --overwrite, or another --output.",
                     )
                 name = str(row["study"])
-                if name in contexts and row.get("context", {}) != contexts[name]:
+                files = [*row.get("files", ()), *row.get("unused_files", ())]
+                if (study := current.get(name)) is None:
+                    self._refuse_regrouped(name, files, studies)
+                elif sorted(files) != sorted(map(path_name, study.files)):
+                    changed.add(name)
+                    continue
+                elif row.get("context", {}) != study.context:
                     raise UsageError(
                         f"{self.folder} already holds a report of {name} that was written with another context",
                         hint="Give --overwrite, or another --output.",
                     )
                 self.records.add(name, file, begin)
+        return sum(name not in self.records for name in changed)
+
+    def _refuse_regrouped(self, name: str, files: Iterable[str], studies: Sequence[StudyFiles]) -> None:
+        # Both reports would be kept, the one of the old study and that of the new one with the same images.
+        if self._owners is None:
+            self._owners = {path_name(file): study.name for study in studies for file in study.files}
+        if file := next((file for file in files if file in self._owners), None):
+            raise UsageError(
+                f"{self.folder} already holds a report of study {name}, but its image {file} is now in study "
+                f"{self._owners[file]}",
+                hint="Group the images as before (--study-by, --table), or give --overwrite or another --output.",
+            )
 
     def begin(self) -> None:
         """Removes unfinished files of earlier runs that this run does not continue."""

@@ -21,6 +21,7 @@ from emrrg_cli.imaging.read import read_image
 from emrrg_cli.imaging.views import view_token
 
 _AT_ONCE = 8  # studies that a process reads at a time
+_MOST_VIEWS = 16  # of a study; a folder of 150 films that is taken for one study would need 10 GB
 
 
 @dataclass
@@ -46,13 +47,17 @@ class ReadStudy:
 
 
 def read_study(study: StudyFiles, size: int, most: int | None, *, pictured: bool = False) -> ReadStudy:
-    """Reads the first `most` readable images of a study; with `pictured`, also makes small pictures."""
+    """Reads the first `most` (None: 16) readable images of a study; with `pictured`, also makes small pictures."""
     read = ReadStudy(study, None, [], [], [])
+    limit = _MOST_VIEWS if most is None else most
     views: list[NDArray[np.uint8]] = []
     if not study.files:
         read.skipped.append((study.name, "no images"))
     for file, view in zip(study.files, study.views, strict=True):
-        if len(views) == most:
+        if len(views) == limit:
+            if most is None:
+                used = f"only {limit} of {len(study.files)} images of study {study.name} are used"
+                read.notes.append(f"{used}; data.max_views=N allows more")
             break
         try:
             with warnings.catch_warnings():

@@ -131,12 +131,14 @@ class StudyWriter:
 def study_record(read: ReadStudy, report: WrittenReport, seconds: float) -> Row:
     """Makes the record of a study, without the fingerprint of the run."""
     study, files = read.study, read.used
+    unused = [path_name(file) for file in study.files if file not in files]
     labels, distance = label_report(report.text), report.film_distance
     note = None if distance is None else distance.note
     return {
         "study": study.name,
         "path": path_name(files[0]),
         "files": [path_name(file) for file in files],
+        **({"unused_files": unused} if unused else {}),
         "views": [view or None for file, view in zip(study.files, study.views, strict=True) if file in files],
         **({"context": dict(study.context)} if study.context else {}),
         "report": report.text,
