@@ -159,7 +159,7 @@ def generate(
     )
     _print(result, output, limits, as_json=as_json)
     nothing_to_do = part is not None and not part.part(studies)  # more shards than studies
-    if not result.reports and not nothing_to_do:
+    if not result.of_call and not nothing_to_do:
         raise typer.Exit(1)
 
 
@@ -279,14 +279,9 @@ def _print(result: Written, output: Path, limits: str, *, as_json: bool) -> None
     if result.changed:
         again = f"{counted(result.changed, 'study')} with an earlier report written again: the files are other ones now"
         err.print(again, markup=False, soft_wrap=True)
-    written = result.reports - result.earlier
-    rate = written / result.seconds if result.seconds else 0.0
-    err.print(
-        f"{counted(written, 'report')}, {counted(result.skipped, 'file')} skipped, {rate:.2f} reports per second, "
-        f"in {output}",
-        markup=False,
-        soft_wrap=True,
-    )
+    rate = result.written / result.seconds if result.seconds else 0.0
+    written, skipped = counted(result.written, "report"), counted(result.skipped, "file")
+    err.print(f"{written}, {skipped} skipped, {rate:.2f} reports per second, in {output}", markup=False, soft_wrap=True)
 
 
 def _print_json(result: Written) -> None:

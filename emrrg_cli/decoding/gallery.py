@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -13,7 +13,7 @@ from emrrg_cli.decoding.studies import path_name
 from emrrg_cli.default_model import read_limits
 from emrrg_cli.files.records import iterate_jsonl
 from emrrg_cli.recipe.finetuning import FinetuneRecipe
-from emrrg_cli.reporting.gallery import About, write_gallery
+from emrrg_cli.reporting.gallery import About, page_names, write_gallery
 from emrrg_cli.versions import installed_versions
 
 _LISTED = 200  # skipped files on the page
@@ -43,6 +43,25 @@ class Gallery:
     def find_earlier(self) -> None:
         """Finds the cards of earlier runs with the same model and options."""
         self.cards.find_earlier()
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether the run has reports to show, but not all of its pages exist."""
+        shown = min(self.options.studies, len(self.place.records))
+        return shown > 0 and not all((self.place.folder / name).exists() for name in page_names(shown))
+
+    def lacking(self, studies: Sequence[str]) -> set[str]:
+        """Returns the studies that belong on the page and have a report without a card, as after `kill -9`.
+
+        They are written again, because the maps are made with the report.
+
+        Args:
+            studies: names of the studies of the run, in order.
+        """
+        written = [name for name in studies if name in self.place.records]
+        others = len(self.place.records) - len(written)  # they come first on the page
+        shown = written[: max(0, self.options.studies - others)]
+        return {name for name in shown if name not in self.cards.index}
 
     def begin(self) -> None:
         """Removes unfinished files of earlier runs that this run does not continue."""

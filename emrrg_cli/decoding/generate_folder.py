@@ -11,8 +11,9 @@ from typing import Any
 
 from emrrg_cli.console import counted, progress_bar
 from emrrg_cli.decoding.cards import NO_PAGE, PAGE, PageOptions, StudyCard
+from emrrg_cli.decoding.fingerprint import fingerprint_of
 from emrrg_cli.decoding.gallery import Gallery
-from emrrg_cli.decoding.outputs import Output, Row, fingerprint_of
+from emrrg_cli.decoding.outputs import Output, Row
 from emrrg_cli.decoding.processes import write_in_processes
 from emrrg_cli.decoding.reports import load_generator
 from emrrg_cli.decoding.shards import Shard
@@ -39,7 +40,8 @@ class Written:
     records: Path  # file with the records, including those of earlier runs
     skipped_file: Path  # list of all skipped files
     reports: int = 0  # number of records, including earlier ones
-    earlier: int = 0  # number of records of earlier runs
+    of_call: int = 0  # number of records of the studies of this call
+    written: int = 0  # number of records that this call wrote
     changed: int = 0  # number of records of earlier runs that are not kept, because their studies have other files now
     skipped: int = 0  # number of skipped files
     first_skipped: list[tuple[str, str]] = field(default_factory=list)  # path and reason
@@ -47,6 +49,11 @@ class Written:
     unlike: int = 0  # number of new records with films unlike the training films
     first_noted: list[tuple[str, str]] = field(default_factory=list)  # path and notes
     seconds: float = 0.0
+
+    @property
+    def earlier(self) -> int:
+        """Number of records of earlier runs."""
+        return self.reports - self.written
 
     def rows(self) -> Iterator[Row]:
         """Yields the records, one at a time."""
@@ -117,17 +124,16 @@ class _Run:
         self.gallery = gallery
         self.limits = read_limits(run_dir)
         self.done = self.left = 0  # studies of this call
-        changed = 0
-        if not overwrite:
-            changed = place.find_earlier(studies)
+        changed = place.find_earlier(studies, overwrite=overwrite)
+        if len(place.records):
             gallery.find_earlier()
-        earlier = len(place.records)
-        self.result = Written(place.reports, place.skipped, reports=earlier, earlier=earlier, changed=changed)
-        self.replaces = overwrite and place.reports.exists()
+        self.result = Written(place.reports, place.skipped, reports=len(place.records), changed=changed)
+        self.again = "run it again without --overwrite" if overwrite and not place.replaces else "run it again"
 
     def run(self, machine: Machine) -> Written:
         result, place = self.result, self.place
-        left = [study for study in self.studies if study.name not in place.records]
+        lacking = self.gallery.lacking([study.name for study in self.studies])
+        left = [study for study in self.studies if study.name not in place.records or study.name in lacking]
         self.left = len(left)
         silence_libraries()
         whole, began = False, time.perf_counter()
@@ -145,7 +151,8 @@ class _Run:
             whole = True
         finally:
             result.seconds = time.perf_counter() - began
-            if left or place.partial.exists():
+            result.of_call = sum(study.name in place.records for study in self.studies)
+            if left or not place.is_whole or self.gallery.is_missing:
                 self._finish(whole)
         if whole and place.shard is not None:
             atomic_write_text(place.done_marker, f"{counted(result.reports, 'report')}, {result.skipped} skipped\n")
@@ -162,11 +169,9 @@ class _Run:
 
     def _stopped(self) -> str:
         result, place = self.result, self.place
-        written = result.reports - result.earlier
-        where = f"{place.partial}; earlier reports are unchanged" if self.replaces else place.folder
-        return (
-            f"stopped after {self.done} of {counted(self.left, 'study')}; {counted(written, 'report')} saved in {where}"
-        )
+        where = f"{place.partial}; earlier reports are unchanged" if place.replaces else place.folder
+        done = f"stopped after {self.done} of {counted(self.left, 'study')}"
+        return f"{done}; {counted(result.written, 'report')} saved in {where}; {self.again} to continue"
 
     def _save(self, results: Iterator[list[StudyResult | StudyCard]], advance: Callable[[int], None]) -> None:
         for done in results:
@@ -188,7 +193,8 @@ class _Run:
             return
         limits = {"limits": self.limits} if self.limits else {}
         self.place.append(study.row | limits | {"fingerprint": self.place.fingerprint})
-        result.reports += 1
+        result.written += 1
+        result.reports = len(self.place.records)
         path = study.row["path"]
         if study.row["notes"]:
             result.noted += 1
@@ -197,7 +203,7 @@ class _Run:
 
     def _finish(self, whole: bool) -> None:
         result, place = self.result, self.place
-        keep_partial = self.replaces and not (whole and result.reports)
+        keep_partial = place.replaces and not (whole and result.reports)
         place.finish((study.name for study in self.studies), keep_partial=keep_partial)
         if keep_partial:
             result.records, result.skipped_file = place.partial, place.skipped_partial

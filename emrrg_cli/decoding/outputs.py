@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import re
-import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,12 +17,9 @@ from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.files.atomic import atomic_file
 from emrrg_cli.files.output_paths import directory_guard, refuse_links
 from emrrg_cli.files.records import append_jsonl, iterate_jsonl, jsonl_line
-from emrrg_cli.recipe.finetuning import FinetuneRecipe
 
 Row = dict[str, Any]
 _COLUMNS = ["path", "report", "seconds", "notes", "study", "files"]
-_SAMPLE_BYTES = 1 << 16
-_RESTORE = "Restore it from a copy of the run."
 _REPLACED = ("reports.csv", "page.html")
 _MOST_FILES = 1 << 20  # shards of a run
 _MOST_OPEN = 100  # of these files open at a time
@@ -33,8 +28,8 @@ _MOST_OPEN = 100  # of these files open at a time
 class Output:
     """The files of a run or of a shard in a folder.
 
-    `reports.jsonl.partial` grows study by study; at the end its rows go into `reports.jsonl`. Only the positions of
-    records in these files are kept in memory.
+    `reports.jsonl.partial` (`reports-new.jsonl.partial` if earlier reports are replaced) grows study by study; at the
+    end its rows go into `reports.jsonl`. Only the positions of records in these files are kept in memory.
 
     Args:
         folder: folder of the files.
@@ -49,12 +44,15 @@ class Output:
         self.fingerprint = fingerprint
         self.reports = folder / f"reports{suffix}.jsonl"
         self.partial = folder / f"reports{suffix}.jsonl.partial"
+        self.replacement = folder / f"reports-new{suffix}.jsonl.partial"
+        self._partials = (self.partial, self.replacement)
+        self.replaces = False  # whether this run replaces earlier reports
         self.skipped = folder / f"skipped{suffix}.jsonl"
         self.skipped_partial = folder / f"skipped{suffix}.jsonl.partial"
         self.done_marker = folder / f"reports{suffix}.done"
         self.records = RecordIndex()
         self._owners: dict[str, str] | None = None  # study of each file of this run
-        self._written = False
+        self._written = self._begun = False
         self._require_folder: Callable[[], None] | None = None
 
     def open(self) -> None:
@@ -67,11 +65,15 @@ class Output:
         refuse_links(self.folder, ("reports*", "skipped*", "page*"))  # a folder such as "." may have other files
         self._require_folder = directory_guard(self.folder)
 
-    def find_earlier(self, studies: Sequence[StudyFiles]) -> int:
+    def find_earlier(self, studies: Sequence[StudyFiles], *, overwrite: bool = False) -> int:
         """Finds the records of earlier runs with the same model and options, including killed runs.
+
+        A run with `overwrite` that was stopped is continued, also without the option, if its studies are in this run.
+        Otherwise `overwrite` finds none.
 
         Args:
             studies: the studies of this run.
+            overwrite: whether earlier reports are replaced.
 
         Returns:
             Number of records that are left out, because their studies have other files now.
@@ -81,13 +83,18 @@ class Output:
                 files, or files of the user that this run would replace.
         """
         current, changed = {study.name: study for study in studies}, set()
+        continues = self._continues_replacement(current)
+        self.replaces = continues or (overwrite and self.reports.exists())
+        earlier = (self.replacement,) if continues else () if overwrite else (self.reports, self.partial)
+        if self.replaces:
+            self.partial = self.replacement
         foreign = [name for name in _REPLACED if (self.folder / name).exists()]
-        if foreign and self.shard is None and not any(self.folder.glob("reports*.jsonl*")):
+        if foreign and self.shard is None and not overwrite and not any(self.folder.glob("reports*.jsonl*")):
             raise UsageError(
                 f"{self.folder / foreign[0]} exists without reports beside it, so it may be a file of your own",
                 hint="Give another --output, or --overwrite to replace it.",
             )
-        for file in (self.reports, self.partial):
+        for file in earlier:
             if not file.exists():
                 continue
             for begin, row in iterate_jsonl(file):
@@ -112,6 +119,11 @@ class Output:
                 self.records.add(name, file, begin)
         return sum(name not in self.records for name in changed)
 
+    def _continues_replacement(self, current: Collection[str]) -> bool:
+        rows = iterate_jsonl(self.replacement) if self.replacement.exists() else iter(())
+        own = [row.get("fingerprint") == self.fingerprint and row.get("study") in current for _, row in rows]
+        return bool(own) and all(own)
+
     def _refuse_regrouped(self, name: str, files: Iterable[str], studies: Sequence[StudyFiles]) -> None:
         # Both reports would be kept, the one of the old study and that of the new one with the same images.
         if self._owners is None:
@@ -123,10 +135,19 @@ class Output:
                 hint="Group the images as before (--study-by, --table), or give --overwrite or another --output.",
             )
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is left to write from the records that were found."""
+        lacking = self.shard is None and len(self.records) > 0 and not (self.folder / "reports.csv").exists()
+        return not (self.partial.exists() or lacking)
+
     def begin(self) -> None:
         """Removes unfinished files of earlier runs that this run does not continue."""
         if not len(self.records):
             self.partial.unlink(missing_ok=True)
+        if not self.replaces:
+            self.replacement.unlink(missing_ok=True)
+        self._begun = True
         self.skipped_partial.unlink(missing_ok=True)
         self.done_marker.unlink(missing_ok=True)
 
@@ -172,11 +193,12 @@ class Output:
             return
         if self.skipped_partial.exists():
             self.skipped_partial.replace(self.skipped)
-        else:
+        elif self._begun:
             self.skipped.unlink(missing_ok=True)
         if len(self.records):
             write_reports(self.reports, self.records.rows(order), with_table=self.shard is None)
-            self.partial.unlink(missing_ok=True)
+            for file in self._partials:
+                file.unlink(missing_ok=True)
 
 
 class RecordIndex:
@@ -245,42 +267,6 @@ def _text(file: BinaryIO) -> Iterator[io.TextIOWrapper]:
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
     yield text
     text.detach()
-
-
-def fingerprint_of(run_dir: Path, recipe: FinetuneRecipe) -> str:
-    """Returns a hash of a run's weights and of the options that a report depends on.
-
-    Only the size and 16 samples of each weight file are read: this is fast and detects other weights of the same shape.
-
-    Raises:
-        RunError: A weight file cannot be read, or is not a regular file.
-    """
-    digest = hashlib.sha256()
-    # Without defaults, so that a new setting of a later version does not change the hash.
-    named = {"model", "generation", "protocol"}
-    options = recipe.model_dump(mode="json", include=named, exclude_defaults=True)
-    if recipe.data.max_views is not None:
-        options["data"] = {"max_views": recipe.data.max_views}
-    if recipe.generation.engine != "transformers" or not recipe.generation.do_sample:
-        # Reports do not depend on these, except that transformers draws all samples of a batch with one generator.
-        for name in ("batch_size", "engine"):
-            options.get("generation", {}).pop(name, None)
-    digest.update(json.dumps(options, sort_keys=True).encode())
-    for file in sorted(run_dir.rglob("*.safetensors")):
-        if "checkpoints" in file.relative_to(run_dir).parts:
-            continue
-        try:
-            status = file.stat()
-            if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait forever
-                raise RunError(f"{file} is not a regular file", hint=_RESTORE)
-            digest.update(f"{file.relative_to(run_dir)} {status.st_size}\n".encode())
-            with file.open("rb") as stream:
-                for sample in range(16):
-                    stream.seek(max(0, status.st_size - _SAMPLE_BYTES) * sample // 15)
-                    digest.update(stream.read(_SAMPLE_BYTES))
-        except OSError as error:
-            raise RunError(f"{file} cannot be read: {error.strerror or error}", hint=_RESTORE) from error
-    return digest.hexdigest()[:16]
 
 
 def merge_shards(folder: Path, *, overwrite: bool = False) -> int:

@@ -12,7 +12,7 @@ import torch
 
 from emrrg_cli.decoding.cards import NO_PAGE, PageOptions, StudyCard, pictures_with_maps
 from emrrg_cli.decoding.outputs import Row
-from emrrg_cli.decoding.read_studies import ReadStudy, read_studies
+from emrrg_cli.decoding.read_studies import ReadStudy, read_studies, read_study
 from emrrg_cli.decoding.studies import StudyFiles, path_name
 from emrrg_cli.decoding.writer import Studies, WrittenReport
 from emrrg_cli.labeling.labeler import label_report
@@ -58,7 +58,7 @@ class StudyWriter:
     """Writes the records of studies with a model. Only studies in progress are kept in memory.
 
     Args:
-        page: options of the page, for which the first studies get cards.
+        page: options of the page, for which the first readable studies get cards.
         workers: number of processes that read images ahead; 0: this process reads them.
     """
 
@@ -115,10 +115,14 @@ class StudyWriter:
         size = self.recipe.generation.batch_size
         image_size, most = self.recipe.model.encoder.image_size, self.recipe.data.max_views
         batch: list[ReadStudy] = []
+        pictured = 0
         for read in read_studies(studies, image_size, most, self.workers, self.page.studies):
+            if read.used and not read.pictures and pictured < self.page.studies:  # in place of an unreadable study
+                read = read_study(read.study, image_size, most, pictured=True)
             if read.pixels is None:
                 self._unreadable.append(StudyResult(read.study.name, None, read.skipped))
                 continue
+            pictured += 1
             self._reading[read.study.name] = read
             batch.append(read)
             if len(batch) == size:

@@ -112,7 +112,7 @@ def write_gallery(
         RunError: a file cannot be written; it is unchanged then.
     """
     rest = iter(studies)
-    names = [_page_name(number) for number in range(1, max(1, -(-count // STUDIES_A_PAGE)) + 1)]
+    names = page_names(count)
     for number, name in enumerate(names):
         first = number * STUDIES_A_PAGE
         cards = (_card(row, pictures) for row, pictures in islice(rest, STUDIES_A_PAGE))
@@ -138,8 +138,9 @@ def write_gallery(
     return [folder / name for name in names]
 
 
-def _page_name(number: int) -> str:
-    return "page.html" if number == 1 else f"page-{number}.html"
+def page_names(count: int) -> list[str]:
+    """Returns the names of the pages for `count` studies."""
+    return ["page.html", *(f"page-{number}.html" for number in range(2, -(-count // STUDIES_A_PAGE) + 1))]
 
 
 def _card(row: Mapping[str, Any], pictures: Pictures) -> _Card:

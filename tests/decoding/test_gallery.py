@@ -18,6 +18,7 @@ from emrrg_cli.decoding.cards import PageOptions, pictures_with_maps, small_pict
 from emrrg_cli.decoding.shards import Shard
 from emrrg_cli.decoding.studies import StudyFiles
 from emrrg_cli.recipe.finetuning import FinetuneRecipe
+from emrrg_cli.reporting import gallery
 from tests.decoding.test_generate_folder import Writer, recipe, run_generation, writer
 
 __all__ = ["recipe", "writer"]  # fixtures
@@ -121,7 +122,7 @@ def test_the_cards_of_a_killed_run_are_kept(
     assert not (tmp_path / "out" / "page.jsonl.partial").exists()
 
 
-def test_a_record_without_its_card_is_shown_as_text(
+def test_a_study_without_its_card_is_written_again(
     tmp_path: Path, files: list[Path], writer: Writer, recipe: FinetuneRecipe
 ) -> None:
     arguments = (tmp_path / "run", recipe, tmp_path / "out")
@@ -131,9 +132,11 @@ def test_a_record_without_its_card_is_shown_as_text(
     broken = json.dumps(json.loads(kept[3]) | {"images": [5]}) + "\n"
     (tmp_path / "out" / "page.jsonl").write_text(kept[0] + foreign + broken)
     run_generation(files, *arguments)
+    assert page(tmp_path / "out").count("data-map=") == len(cards(tmp_path / "out")) == 5
+    (tmp_path / "out" / "page.jsonl").unlink()
+    assert run_generation(files[3:], *arguments).written == 2
     text = page(tmp_path / "out")
     assert (text.count("<article"), text.count("data-map="), text.count("No picture was saved")) == (5, 2, 3)
-    assert [Path(card["study"]).name for card in cards(tmp_path / "out")] == ["0.png", "4.png"]
 
 
 def test_overwriting_replaces_the_cards(
@@ -167,3 +170,37 @@ def test_without_grounding_there_are_only_pictures(
     text = page(tmp_path / "out")
     assert (text.count("data:image/webp"), text.count("data-map="), writer.grounded) == (5, 0, [])
     assert "see where the model looked" not in text
+
+
+def test_a_missing_page_or_table_is_made_again(
+    tmp_path: Path, files: list[Path], writer: Writer, recipe: FinetuneRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gallery, "STUDIES_A_PAGE", 3)
+    (tmp_path / "s.png").write_text("no image")
+    study = StudyFiles("s", (files[0], tmp_path / "s.png"), ("", ""))
+    arguments = ([study, *files[1:]], tmp_path / "run", recipe, tmp_path / "out")
+    run_generation(*arguments)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    assert {"page-2.html", "skipped.jsonl"} < before.keys()
+    for name in ("page.html", "page-2.html", "reports.csv"):
+        (tmp_path / "out" / name).unlink()
+        assert run_generation(*arguments).written == 0
+        assert {file.name for file in (tmp_path / "out").iterdir()} == before.keys()
+    assert (tmp_path / "out" / "reports.csv").read_bytes() == before["reports.csv"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_files_take_no_place_on_the_page(
+    workers: int,
+    tmp_path: Path,
+    files: list[Path],
+    writer: Writer,
+    recipe: FinetuneRecipe,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(folder, "reading_processes", lambda device: workers)
+    for file in files[:2]:
+        file.write_text("no image")
+    run_generation(files, tmp_path / "run", recipe, tmp_path / "out", page=PageOptions(2))
+    assert page(tmp_path / "out").count("data-map=") == 2
+    assert [Path(card["study"]).name for card in cards(tmp_path / "out")] == ["2.png", "3.png"]

@@ -220,7 +220,7 @@ def test_only_a_complete_run_replaces_earlier_reports(tmp_path: Path, writer: Wr
     writer.before = lambda: os.kill(os.getpid(), signal.SIGINT) if writer.batches else None  # type: ignore[method-assign]
     with pytest.raises(Interrupted, match=r"2 reports saved in .*jsonl\.partial; earlier reports are unchanged"):
         run_generation(files[2:], tmp_path / "run", recipe, out, overwrite=True)
-    partial = out / "reports.jsonl.partial"
+    partial = out / "reports-new.jsonl.partial"
     assert [row["path"] for row in _rows(partial)] == [str(file) for file in files[2:4]]
     assert {path.name: path.read_bytes() for path in out.iterdir() if path.suffix != ".partial"} == before
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from emrrg_cli.decoding import outputs
-from emrrg_cli.decoding.outputs import RecordIndex, fingerprint_of, write_reports
+from emrrg_cli.decoding.fingerprint import fingerprint_of
+from emrrg_cli.decoding.outputs import RecordIndex, write_reports
 from emrrg_cli.errors import RunError
 from emrrg_cli.files.records import append_jsonl
 from emrrg_cli.recipe.load import load_run_recipe

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from PIL import Image
 
 from emrrg_cli.decoding import read_studies
 from emrrg_cli.decoding.studies import StudyFiles, find_studies
-from emrrg_cli.errors import UsageError
+from emrrg_cli.errors import Interrupted, UsageError
 from emrrg_cli.recipe.finetuning import FinetuneRecipe
 from tests.decoding.test_generate_folder import Writer, recipe, run_generation, writer
 
@@ -88,3 +90,54 @@ def test_a_study_of_very_many_images_is_bounded(
     more = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_views": 4})})
     run_generation(studies[:1], tmp_path / "run", more, tmp_path / "more")
     assert len(_records(tmp_path / "more")["many"]["files"]) == 4
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_stopped_replacement_is_continued(
+    overwrite: bool, tmp_path: Path, films: Path, writer: Writer, recipe: FinetuneRecipe
+) -> None:
+    out, run_dir = tmp_path / "out", tmp_path / "run"
+    for number in range(4):
+        Image.new("L", (20, 30), 40 * number).save(films / f"{number}.png")
+    files = list(find_studies([str(films)], "file"))
+    run_generation(files, run_dir, recipe, out)
+    before, asked = (out / "reports.jsonl").read_text(), recipe.generation.model_copy(update={"num_beams": 7})
+    beams = recipe.model_copy(update={"generation": asked})
+    writer.batches.clear()
+    writer.before = lambda: os.kill(os.getpid(), signal.SIGINT) if writer.batches else None  # type: ignore[method-assign]
+    with pytest.raises(Interrupted, match=r"earlier reports are unchanged; run it again to continue"):
+        run_generation(files, run_dir, beams, out, overwrite=True)
+    assert (out / "reports.jsonl").read_text() == before
+    writer.before = lambda: None  # type: ignore[method-assign]
+    result = run_generation(files, run_dir, beams, out, overwrite=overwrite)
+    assert (result.earlier, result.reports) == (2, 7)
+    assert len({row["fingerprint"] for row in _records(out).values()}) == 1
+    assert not list(out.glob("*.partial"))
+
+
+def test_a_stopped_replacement_of_other_studies_is_not_kept(
+    tmp_path: Path, films: Path, writer: Writer, recipe: FinetuneRecipe
+) -> None:
+    arguments, files = (tmp_path / "run", recipe, tmp_path / "out"), list(find_studies([str(films)], "file"))
+    run_generation(files, *arguments)
+    writer.batches.clear()
+    writer.before = lambda: os.kill(os.getpid(), signal.SIGINT) if writer.batches else None  # type: ignore[method-assign]
+    with pytest.raises(Interrupted):
+        run_generation(files, *arguments, overwrite=True)
+    writer.before = lambda: None  # type: ignore[method-assign]
+    other = tmp_path / "other.png"
+    other.write_bytes((films / "x.png").read_bytes())
+    assert run_generation([other], *arguments).reports == 4
+    assert not list((tmp_path / "out").glob("*.partial"))
+
+
+def test_reports_of_other_studies_do_not_hide_a_failure(
+    tmp_path: Path, films: Path, writer: Writer, recipe: FinetuneRecipe
+) -> None:
+    arguments, files = (tmp_path / "run", recipe, tmp_path / "out"), list(find_studies([str(films)], "file"))
+    run_generation(files, *arguments)
+    broken = tmp_path / "broken.png"
+    broken.write_text("no image")
+    result = run_generation([broken], *arguments)
+    assert (result.reports, result.of_call) == (3, 0)
+    assert run_generation([broken, *files], *arguments).of_call == 3
