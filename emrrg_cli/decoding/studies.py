@@ -14,9 +14,10 @@ from PIL.Image import Image
 
 from emrrg_cli.console import counted, err, printable
 from emrrg_cli.errors import UsageError
-from emrrg_cli.imaging.base import DICOM_SUFFIXES, ImageError, is_dicom, open_stream
+from emrrg_cli.imaging.base import DICOM_SUFFIXES, NOT_AN_IMAGE, RASTER_SUFFIXES, ImageError, is_dicom, open_stream
 from emrrg_cli.imaging.dicom.facts import DicomFacts, read_dicom_facts
 from emrrg_cli.imaging.image_paths import find_images
+from emrrg_cli.imaging.raster import open_header
 from emrrg_cli.imaging.views import view_of_path
 from emrrg_cli.vocabulary import CONTEXT_FIELDS, ContextField
 
@@ -89,8 +90,8 @@ def find_studies(paths: Sequence[str], by: StudyBy = "auto", output: Path | None
     Args:
         paths: paths and patterns of the user.
         by: `file`: each file is a study. `folder`: the files directly in a folder are one study. `auto`: DICOM files
-            are grouped by Study Instance UID; other files in a subfolder of a named folder are one study if there are
-            at most 8; any other file is a study.
+            are grouped by Study Instance UID; other images in a subfolder of a named folder are one study if there are
+            at most 8; any other file is a study. A file that is not an image is never part of a study of several.
         output: folder of the reports; if it is in a folder that is searched, it is left out, or its files are.
 
     Raises:
@@ -110,7 +111,7 @@ def find_studies(paths: Sequence[str], by: StudyBy = "auto", output: Path | None
         uid = printable(facts.study_uid) if facts and by == "auto" else ""
         if uid:
             groups.setdefault(uid, []).append((file, facts))
-        elif by == "folder" or _is_below(file, roots):
+        elif (by == "folder" or _is_below(file, roots)) and (facts or _may_be_image(file)):
             of_folder.setdefault(file.parent, []).append(file)
             groups.setdefault(path_name(file.parent), []).append((file, facts))
         else:
@@ -209,6 +210,18 @@ def _without_output(files: Sequence[Path], roots: set[Path], output: Path) -> li
 
 def _is_below(file: Path, roots: set[Path]) -> bool:
     return file.parent not in roots and any(root in file.parents for root in roots)
+
+
+def _may_be_image(file: Path) -> bool:
+    # Whether a file is an image by its name, even if it is broken, or by its first bytes.
+    if file.suffix.lower() in (*RASTER_SUFFIXES, *DICOM_SUFFIXES):
+        return True
+    try:
+        with open_stream(file, str(file)) as (stream, _):
+            open_header(stream, str(file))
+    except ImageError as error:
+        return error.reason != NOT_AN_IMAGE
+    return True
 
 
 def _facts(file: Path) -> DicomFacts | None:

@@ -18,6 +18,7 @@ MAX_PIXELS = 100_000_000
 
 
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
+RASTER_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif")  # never DICOM
 
 
 NOT_AN_IMAGE = "not an image"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 from emrrg_cli.console import printable
@@ -13,14 +14,26 @@ from emrrg_cli.errors import UsageError
 def find_images(paths: Iterable[str]) -> list[Path]:
     """Files that may be images: files as named, and all files below folders, hidden ones left out, sorted.
 
+    A file that is given twice, also by another spelling or a link, is taken once. Two files of a folder that are links
+    to the same file are two, because stores of large files keep equal images of different studies that way.
+
     What a file holds is not looked at here: one that is no image is reported when it is read. So is a folder below
     the named ones that cannot be read.
 
     Raises:
         UsageError: for a path that does not exist, or when there is no file at all.
     """
-    found: dict[Path, None] = {}
+    real_folder = cache(os.path.realpath)
+    found: list[Path] = []
+    seen: set[str] = set()
     unreadable: list[Path] = []  # the reader reports them
+
+    def add(file: Path, *others: str) -> None:
+        places = {os.path.join(real_folder(file.parent), file.name), *others}  # noqa: PTH118
+        if seen.isdisjoint(places):
+            found.append(file)
+        seen.update(places)
+
     for name in paths:
         path = Path(name)
         try:
@@ -28,15 +41,15 @@ def find_images(paths: Iterable[str]) -> list[Path]:
         except OSError as error:  # such as a name that is too long
             raise UsageError(f"{printable(name)}: {error.strerror or error}") from None
         if is_folder:
-            found |= dict.fromkeys(files_below(path, lambda error: unreadable.append(Path(error.filename))))
-            found |= dict.fromkeys(unreadable)
+            for file in (*files_below(path, lambda error: unreadable.append(Path(error.filename))), *unreadable):
+                add(file)
         elif exists:
-            found[path] = None
+            add(path, os.path.realpath(path))
         else:
             raise UsageError(f"{printable(name)}: no such file or folder")
     if not found:
         raise UsageError(f"no files in {printable(', '.join(paths))}")
-    return list(found)
+    return found
 
 
 def files_below(folder: Path, unreadable: Callable[[OSError], None]) -> Iterator[Path]:

@@ -116,6 +116,20 @@ def test_named_files_are_taken_once(tmp_path: Path) -> None:
     assert find_images(named) == [hidden, one, tmp_path / "gone.png"]
 
 
+def test_other_spellings_of_a_file_are_taken_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/x.png", "b/y.png"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    (tmp_path / "folder").symlink_to("a")
+    for link in ("1.png", "2.png"):
+        (tmp_path / link).symlink_to("a/x.png")
+        (tmp_path / "b" / link).symlink_to("../a/x.png")
+    for same in (["a/x.png", "a/../a/x.png"], ["a", str(tmp_path / "a")], ["folder", "a"], ["1.png", "2.png", "a"]):
+        assert len(find_images(same)) == len(find_images(same[::-1])) == 1
+    assert len(find_images(["b"])) == 3  # links of a store of files with equal images
+
+
 def test_missing_paths_and_empty_folders_are_errors(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="none: no such file or folder"):
         find_images([str(tmp_path / "none")])
@@ -576,6 +590,20 @@ def test_a_subfolder_is_a_study_unless_it_is_a_collection(tmp_path: Path) -> Non
     assert find_studies([str(tmp_path / "s1")])[0].files == (
         tmp_path / "s1" / "1.png",
     )  # named itself: a folder of films
+
+
+@pytest.mark.parametrize("by", ["auto", "folder"])
+def test_files_that_are_no_images_do_not_join_a_study(tmp_path: Path, by: Any) -> None:
+    for index in range(8):
+        _image(tmp_path / "s" / f"{index}.png")
+    (tmp_path / "s" / "7.png").write_text("broken")
+    _image(tmp_path / "s" / "without-suffix")
+    (tmp_path / "s" / "0.png").unlink()
+    for name in ("notes.txt", "notes.xml", "Thumbs.db"):
+        (tmp_path / "s" / name).write_text("text")
+    found = dict(_names(find_studies([str(tmp_path)], by), tmp_path))
+    assert found.pop("s") == [*(f"s/{index}.png" for index in range(1, 8)), "s/without-suffix"]
+    assert list(found.values()) == [["s/Thumbs.db"], ["s/notes.txt"], ["s/notes.xml"]]
 
 
 def test_dicom_files_of_a_study_belong_together(tmp_path: Path, make_dicom: Any) -> None:

@@ -12,7 +12,7 @@ from emrrg_cli.console import printable
 from emrrg_cli.datasets.directory import Column
 from emrrg_cli.datasets.splits import drawn_remark
 from emrrg_cli.errors import UsageError
-from emrrg_cli.imaging.base import DICOM_SUFFIXES, ImageError, is_dicom, open_stream
+from emrrg_cli.imaging.base import DICOM_SUFFIXES, RASTER_SUFFIXES, ImageError, is_dicom, open_stream
 from emrrg_cli.imaging.dicom.facts import DicomFacts, read_dicom_facts
 from emrrg_cli.imaging.image_paths import files_below
 from emrrg_cli.imaging.views import view_name
@@ -22,7 +22,6 @@ from emrrg_cli.ingest.sources.table import Table, cell_list, cell_text, read_tab
 from emrrg_cli.ingest.study import ImageProblem, ImportLog, Study
 from emrrg_cli.vocabulary import CONTEXT_FIELDS, SPLIT_NAMES, Split
 
-_OTHER_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif")  # never DICOM
 _LABELS = "labels, unchanged from the table"
 
 
@@ -222,7 +221,7 @@ class FolderSource:
                 draft.problems.append(found)
                 continue
             # A DICOM file may have any suffix or none, except those of other image formats: such a file is not opened.
-            facts = None if found.suffix.lower() in _OTHER_SUFFIXES else _dicom_facts(found)
+            facts = None if found.suffix.lower() in RASTER_SUFFIXES else _dicom_facts(found)
             draft.images[str(found)] = view_name(cell(columns.view) or (facts.view if facts else ""))
             draft.patient_id = draft.patient_id or (None if columns.patient else _patient(facts))
         return draft
