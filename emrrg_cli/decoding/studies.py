@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -133,14 +134,15 @@ def table_studies(table: Path, image_column: str = "image", study_column: str | 
 
     Args:
         table: CSV, TSV or JSON lines.
-        image_column: column with a path, several paths separated by `|`, or a JSON list.
+        image_column: column with paths, as `listed_images` reads them.
         study_column: column by which rows are grouped into studies; None: each row is a study, and equal rows are one.
 
     Raises:
         UsageError: if the table or a column does not exist, or no row names an image.
         RunError: if the table cannot be read.
     """
-    from emrrg_cli.ingest.sources.table import cell_list, cell_text, read_table
+    from emrrg_cli.ingest.sources.image_paths import listed_images, with_slashes
+    from emrrg_cli.ingest.sources.table import cell_text, read_table
 
     rows = read_table(table)
     wanted = {"--image-column": image_column} | ({"--study-column": study_column} if study_column else {})
@@ -148,11 +150,13 @@ def table_studies(table: Path, image_column: str = "image", study_column: str | 
     groups: dict[str, list[Path]] = {}
     contexts: dict[str, dict[ContextField, str]] = {}
     ragged: list[int] = []
+    folders = (table.parent,)
     for line, row in rows.rows():
         if row is None:
             ragged.append(line)
             continue
-        files = [table.parent / path for path in cell_list(row.get(image_column))]
+        paths = listed_images(row.get(image_column), folders)
+        files = [table.parent / with_slashes(path, folders) for path in paths]
         if not files:
             continue
         stated = {field_name: cell_text(row.get(field_name)) for field_name in CONTEXT_FIELDS}
@@ -173,9 +177,13 @@ def table_studies(table: Path, image_column: str = "image", study_column: str | 
         )  # fmt: skip
     if not groups:
         raise UsageError(f"{table} names no images in its column {image_column!r}")
-    return [
-        StudyFiles.of(name, ((file, _facts(file)) for file in files), contexts[name]) for name, files in groups.items()
-    ]
+    found = []
+    for name, files in groups.items():
+        once: dict[str, Path] = {}  # a file may be listed in several spellings
+        for file in files:
+            once.setdefault(os.path.realpath(file), file)
+        found.append(StudyFiles.of(name, [(file, _facts(file)) for file in once.values()], contexts[name]))
+    return found
 
 
 def path_name(path: Film) -> str:

@@ -632,7 +632,8 @@ def test_a_table_lists_studies(tmp_path: Path) -> None:
     for name in ("1.png", "2.png", "3.png"):
         _image(tmp_path / name)
     table = tmp_path / "studies.csv"
-    table.write_text("study,image\ns1,1.png\ns1,2.png\ns2,3.png|1.png\n")
+    again = f"../{tmp_path.name}/1.png"
+    table.write_text(f"study,image\ns1,1.png\ns1,2.png|{again}\ns2,3.png|1.png\n")
     found = table_studies(table, "image", "study")
     assert _names(found, tmp_path) == [("s1", ["1.png", "2.png"]), ("s2", ["3.png", "1.png"])]
     assert len(table_studies(table)) == 3  # each row is one

@@ -17,7 +17,7 @@ from emrrg_cli.imaging.dicom.facts import DicomFacts, read_dicom_facts
 from emrrg_cli.imaging.image_paths import files_below
 from emrrg_cli.imaging.views import view_name
 from emrrg_cli.ingest.sources.drafts import Draft, Drafts
-from emrrg_cli.ingest.sources.image_paths import locate, require_folder
+from emrrg_cli.ingest.sources.image_paths import listed_images, locate, require_folder
 from emrrg_cli.ingest.sources.table import Table, cell_list, cell_text, read_table
 from emrrg_cli.ingest.study import ImageProblem, ImportLog, Study
 from emrrg_cli.vocabulary import CONTEXT_FIELDS, SPLIT_NAMES, Split
@@ -58,9 +58,9 @@ class FolderSource:
     """Images and DICOM files below a folder, as studies.
 
     Without a table, every file whose name does not begin with a dot is tried. DICOM files are grouped by Study Instance
-    UID; any other file is a study, named by its path. There are no reports. With a table, the rows list the images, and
-    rows with the same `study` form one study. If no column gives the patient or the view of a DICOM file, they come
-    from its header.
+    UID; any other file is a study, named by its path. There are no reports. With a table, the rows list the images
+    (`listed_images`), and rows with the same `study` form one study. If no column gives the patient or the view of a
+    DICOM file, they come from its header.
 
     `report` is the report column, or else findings followed by impression. Labels go to the column `labels` of the
     dataset, and each context field (indication and others) to a column with its name.
@@ -200,9 +200,9 @@ class FolderSource:
         def cell(column: str | None) -> str:
             return cell_text(row.get(column)) if column else ""
 
-        image = row.get(columns.image)
-        paths = [cell_text(path) for path in (image if isinstance(image, list) else [image])]
-        paths = [path for path in paths if path]
+        paths = listed_images(row.get(columns.image), self.image_folders)
+        views = cell_list(row.get(columns.view)) if columns.view else []
+        views = views if len(views) == len(paths) else [cell(columns.view)] * len(paths)
         study_id = cell(columns.study) if columns.study else (paths[0] if paths else "")
         if not study_id:
             self._skip("no study id" if columns.study else "no image listed", where)
@@ -215,14 +215,14 @@ class FolderSource:
         draft.texts = {kind: cell(name) for kind, name in texts.items()}
         draft.context = {field: cell(name) for field, name in columns.context.items()}
         draft.labels = cell_list(row.get(columns.labels)) if columns.labels else []
-        for path in paths:
+        for path, view in zip(paths, views, strict=True):
             found = locate(path, self.root, self.image_folders)
             if isinstance(found, ImageProblem):
                 draft.problems.append(found)
                 continue
             # A DICOM file may have any suffix or none, except those of other image formats: such a file is not opened.
             facts = None if found.suffix.lower() in RASTER_SUFFIXES else _dicom_facts(found)
-            draft.images[str(found)] = view_name(cell(columns.view) or (facts.view if facts else ""))
+            draft.images[str(found)] = view_name(view or (facts.view if facts else ""))
             draft.patient_id = draft.patient_id or (None if columns.patient else _patient(facts))
         return draft
 

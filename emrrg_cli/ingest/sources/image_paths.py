@@ -7,8 +7,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from emrrg_cli.errors import UsageError
+from emrrg_cli.ingest.sources.table import cell_list, cell_text
 from emrrg_cli.ingest.study import ImageProblem
 
 OUTSIDE = "path outside the data folder"
@@ -27,24 +29,39 @@ def require_folder(root: Path) -> None:
         raise UsageError(f"{root} is not a folder" if root.exists() else f"no such folder: {root}")
 
 
-def locate(path: str, root: Path, folders: tuple[Path, ...]) -> Path | ImageProblem:
-    """Returns the file that `path` names, resolved and inside `root`, or why there is no such file.
+def listed_images(cell: Any, folders: Sequence[Path]) -> list[str]:
+    """Returns the paths that a cell of a table lists, as `cell_list`; a cell that names a file is one path.
 
-    A file whose name contains a backslash is found first. Otherwise backslashes separate the parts of a path, as on
-    Windows.
+    Args:
+        cell: The cell.
+        folders: Folders in which paths are looked up.
+    """
+    paths, whole = cell_list(cell), "" if isinstance(cell, list) else cell_text(cell)
+    return [whole] if len(paths) > 1 and whole and _is_there(whole, folders) else paths
+
+
+def with_slashes(path: str, folders: Sequence[Path]) -> str:
+    """Returns a path with `/` for each backslash, as Windows writes paths, unless the name of a file contains them."""
+    return path if "\\" not in path or _is_there(path, folders) else path.replace("\\", "/")
+
+
+def _is_there(path: str, folders: Sequence[Path]) -> bool:
+    return any(os.path.lexists(os.path.join(folder, path)) for folder in folders)  # noqa: PTH118
+
+
+def locate(path: str, root: Path, folders: tuple[Path, ...]) -> Path | ImageProblem:
+    """Returns the file that `path` names (`with_slashes`), resolved and inside `root`, or why there is no such file.
 
     Args:
         path: The path in the data set; every `..` and symbolic link in it is resolved.
         root: Resolved folder of the data set.
         folders: Folders in which `path` is looked up, in order.
     """
-    found = _locate(path, root, folders)
-    if isinstance(found, Path) or "\\" not in path:
-        return found
-    if _DRIVE.match(path):
+    plain = with_slashes(path, folders)
+    if plain != path and _DRIVE.match(path):
         return ImageProblem(path, OUTSIDE)
-    other = _locate(path.replace("\\", "/"), root, folders)
-    return replace(other, path=path) if isinstance(other, ImageProblem) else other
+    found = _locate(plain, root, folders)
+    return replace(found, path=path) if isinstance(found, ImageProblem) else found
 
 
 def _locate(path: str, root: Path, folders: tuple[Path, ...]) -> Path | ImageProblem:

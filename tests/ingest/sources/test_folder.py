@@ -14,6 +14,7 @@ from PIL import Image
 
 from emrrg_cli.datasets.directory import open_dataset
 from emrrg_cli.datasets.splits import draw_splits, parse_fractions
+from emrrg_cli.decoding.studies import table_studies
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.imaging.image_paths import find_images
 from emrrg_cli.ingest.preprocess import preprocess
@@ -193,6 +194,22 @@ def test_cells() -> None:
     assert cell_list("['No Finding']") == ["No Finding"]  # as pandas writes lists
     assert cell_list("[]") == cell_list("[null]") == []
     assert cell_list("[unclear] | [x]") == ["[unclear]", "[x]"]
+
+
+def test_generate_reads_the_paths_of_a_table_alike(films: Path) -> None:
+    for name in ("x;y.png", "back\\slash.png"):
+        (films / name).write_bytes((films / "a.png").read_bytes())
+    rows = ["a.png;b.png,PA;LL", "c.png|images\\e.png,PA", "x;y.png,PA", "back\\slash.png,PA", "\"['d.png']\",PA"]
+    table = films / "table.csv"
+    table.write_text("\n".join(["image,view", *rows]) + "\n")
+    expected = [["a.png", "b.png"], ["c.png", "images/e.png"], ["x;y.png"], ["back\\slash.png"], ["d.png"]]
+    studies, log = _read(films, table=table, columns=Columns(view="view", split=None))
+    by_first = {study.image_paths[0].name: study for study in studies}
+    assert not log.skipped
+    assert [[str(path.relative_to(films)) for path in by_first[names[0]].image_paths] for names in expected] == expected
+    assert (by_first["a.png"].views, by_first["c.png"].views) == (("PA", "LATERAL"), ("PA", "PA"))
+    found = [[str(Path(str(file)).relative_to(films)) for file in study.files] for study in table_studies(table)]
+    assert found == expected
 
 
 def test_rows_that_cannot_be_used_are_counted(films: Path) -> None:
