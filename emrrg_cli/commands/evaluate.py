@@ -101,7 +101,9 @@ def evaluate(
             "give either --model or --predictions",
             hint=f"`emrrg evaluate --model {shlex.quote(run)}` or `emrrg evaluate --predictions FILE`.",
         )
-    refuse_given(context, _OF_RUNS if model is None else _OF_FILES, "--predictions" if model is None else "--model")
+    refuse_given(
+        context, _OF_RUNS if model is None else _OF_FILES, "with --predictions" if model is None else "with --model"
+    )
     if rexrank is not None and rexrank.exists() and not overwrite:
         raise UsageError(f"{rexrank} exists already", hint="Give --overwrite, or another --write-rexrank.")
     if predictions is not None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections import Counter
+from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from emrrg_cli.commands.options import Json, NumProcesses
+from emrrg_cli.commands.options import Json, NumProcesses, refuse_given
 
 if TYPE_CHECKING:
     from emrrg_cli.decoding.generate_folder import Machine, Written
@@ -111,6 +114,8 @@ def generate(
     """
     from emrrg_cli.console import counted, err, printable
 
+    for beside, names in _without_effect(merge, table, shard):
+        refuse_given(invocation, names, beside)
     if merge is not None:
         from emrrg_cli.decoding.outputs import merge_shards
 
@@ -142,7 +147,7 @@ def generate(
     require_trained(model)
     check_writable(output)
     if table is not None:
-        studies = _table_studies(table, images, split, image_column, study_column)
+        studies = _table_studies(table, images, image_column, study_column)
     else:
         studies = _find_studies(images, study_by, split, output)
     given = parse_context(context or [])
@@ -161,6 +166,17 @@ def generate(
     nothing_to_do = part is not None and not part.part(studies)  # more shards than studies
     if not result.of_call and not nothing_to_do:
         raise typer.Exit(1)
+
+
+def _without_effect(merge: Path | None, table: Path | None, shard: str | None) -> Iterator[tuple[str, set[str]]]:
+    if merge is not None:
+        yield "with --merge", set(signature(generate).parameters) - {"merge", "overwrite"}
+    if table is None:
+        yield "without --table", {"image_column", "study_column"}
+    else:
+        yield "with --table", {"study_by", "split"}
+    if shard is not None:
+        yield "with --shard, which makes no page", {"page", "grounding"}
 
 
 def parse_context(options: list[str]) -> dict[str, str]:
@@ -222,15 +238,17 @@ def _find_studies(paths: list[str], study_by: str, split: str | None, output: Pa
 
     if study_by not in ("auto", "folder", "file"):
         raise UsageError(f"unknown --study-by {study_by!r}", hint="Known: auto, folder, file.")
-    stored = [path for path in paths if is_dataset_dir(path)]
-    others = [path for path in paths if path not in stored]
+    stored = {os.path.realpath(path): path for path in paths if is_dataset_dir(path)}  # each once
+    others = [path for path in paths if os.path.realpath(path) not in stored]
     if split is not None and not stored:
         raise UsageError("--split needs a dataset directory, but none was given")
+    if study_by != "auto" and not others:
+        raise UsageError("--study-by has no effect on dataset directories, which define their studies")
     found = find_studies(others, study_by, output) if others else []  # type: ignore[arg-type]
     if stored:
         from emrrg_cli.decoding.stored_studies import stored_studies  # imports torch
 
-        for root in stored:
+        for root in stored.values():
             found += stored_studies(root, split)
     counts = Counter(study.name for study in found)
     if twice := next((name for name, count in counts.items() if count > 1), None):
@@ -240,15 +258,12 @@ def _find_studies(paths: list[str], study_by: str, split: str | None, output: Pa
     return found
 
 
-def _table_studies(
-    table: Path, paths: list[str], split: str | None, image_column: str, study_column: str | None
-) -> list[StudyFiles]:
+def _table_studies(table: Path, paths: list[str], image_column: str, study_column: str | None) -> list[StudyFiles]:
     from emrrg_cli.decoding.studies import table_studies
     from emrrg_cli.errors import UsageError
 
-    if paths or split:
-        other = paths[0] if paths else "--split"
-        raise UsageError(f"--table and {other} cannot be used together", hint="Use only one of them.")
+    if paths:
+        raise UsageError(f"--table and {paths[0]} cannot be used together", hint="Use only one of them.")
     return table_studies(table, image_column, study_column)
 
 

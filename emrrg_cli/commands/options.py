@@ -63,12 +63,12 @@ class Invocation:
 
 
 def refuse_given(context: typer.Context, names: Collection[str], beside: str) -> None:
-    """Refuses options that have no effect beside another one.
+    """Refuses arguments and options that have no effect beside another option, or without it.
 
     Args:
         context: Context of the command.
         names: Names of the parameters.
-        beside: The other option.
+        beside: `with` or `without` and the other option.
 
     Raises:
         UsageError: One of them is on the command line.
@@ -76,7 +76,9 @@ def refuse_given(context: typer.Context, names: Collection[str], beside: str) ->
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name or "")
         if parameter.name in names and source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP"):
-            raise UsageError(f"{parameter.opts[0]} has no effect with {beside}", hint="Leave it out.")
+            name = parameter.opts[0]
+            name = name if name.startswith("-") else str(parameter.metavar)  # an argument
+            raise UsageError(f"{name} has no effect {beside}", hint="Leave it out.")
 
 
 def start_processes(context: typer.Context, requested: int | None, *, batch_size: int | None = None) -> bool:

@@ -82,6 +82,11 @@ def test_many_skipped_files_are_counted(tiny_run: Path, tmp_path: Path, capsys: 
         (["a.png", "--device", "abacus"], "unknown device 'abacus'"),
         (["a.png", "--recipe", "default/evaluate"], "for `evaluate`, not `generate`"),
         (["a.png", "--output", "a.png"], "a.png is a file"),
+        (["a.png", "--image-column", "scan"], "--image-column has no effect without --table"),
+        (["--table", "t.csv", "--study-by", "auto"], "--study-by has no effect with --table"),
+        (["--table", "t.csv", "--split", "test"], "--split has no effect with --table"),
+        (["a.png", "--merge", "out"], "PATH|KEY=VALUE has no effect with --merge"),
+        (["a.png", "--shard", "0/2", "--page", "3"], "--page has no effect with --shard"),
     ],
 )
 def test_wrong_usage_is_exit_code_2(
@@ -169,6 +174,8 @@ def test_shards_and_their_merge(
         assert main(["generate", str(images), "-m", str(tiny_run), "-o", str(out), "--shard", shard]) in (0, 1)
     assert not (out / "reports.jsonl").exists()
     capsys.readouterr()
+    assert main(["generate", "--merge", str(out), "--json"]) == 2
+    assert "--json has no effect with --merge" in capsys.readouterr().err
     assert main(["generate", "--merge", str(out)]) == 0
     assert "2 reports in" in capsys.readouterr().err
     assert len((out / "reports.jsonl").read_text().splitlines()) == 2
