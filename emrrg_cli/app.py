@@ -6,6 +6,8 @@ Nothing here imports torch, transformers or pydantic, and the commands do so ins
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import select
 import sys
@@ -101,6 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: What follows `emrrg`; None takes the arguments of the process.
     """
+    _open_closed_streams()
     given = list(sys.argv[1:] if arguments is None else arguments)
     if "--debug" in given[: given.index("--") if "--" in given else None]:
         given.remove("--debug")
@@ -127,6 +130,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             return 141
         _show_traceback()
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            return _fail(f"the name {str(error.filename)[:50]}... is longer than this system allows", None, 2)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:  # files have names
+            _drop_stdout()
+            return _fail(f"the results cannot be written to stdout: {error.strerror}", None, 1)
         first_line = next(iter(str(error).strip().splitlines()), "")
         what = f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
         hint = None if _debugging() else "run again with --debug for the traceback"
@@ -178,6 +186,19 @@ def _show_traceback() -> None:
         traceback.print_exc()
 
 
+def _open_closed_streams() -> None:
+    """Opens streams that a shell has closed (`>&-`): libraries write to them, and no file must take their place."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "r" if name == "stdin" else "w"))
+
+
+def _drop_stdout() -> None:
+    """Otherwise the interpreter prints a second error when it closes stdout."""
+    with contextlib.suppress(OSError, ValueError):  # no descriptor where stdout is replaced
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _reader_is_gone() -> bool:
     """Whether stdout is a closed pipe; the broken pipe may also be one to another process."""
     try:
@@ -185,8 +206,8 @@ def _reader_is_gone() -> bool:
         watch = select.poll()
         watch.register(output, select.POLLOUT)
         gone = any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(0))
-        if gone:  # otherwise the interpreter prints a second error when it closes stdout
-            os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+        if gone:
+            _drop_stdout()
         return gone
     except (AttributeError, OSError, ValueError):  # no poll on Windows, no descriptor where stdout is replaced
         return False

@@ -76,6 +76,7 @@ def demo(
         raise UsageError(f"--train needs at least 100 films, but --count is {count}")
     if epochs is not None and not train:
         raise UsageError("--epochs can only be used with --train")
+    output = output.absolute() if str(output).startswith("-") else output  # not an option of the next commands
     count = count or (2400 if train else 60)
     start = None if train else _default_model()
     steps = Steps(output, {"count": count, "seed": seed, "epochs": epochs, "train": train}, context.obj.run)

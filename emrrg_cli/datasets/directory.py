@@ -94,9 +94,11 @@ def open_dataset(root: str | Path) -> datasets.DatasetDict:
     except Exception as error:
         # `datasets` wraps the error in its own exception; the cause has the useful message.
         cause = error.__cause__ or error
+        hint = "If a file is broken, write the directory again with `emrrg preprocess`."
+        if isinstance(cause, OSError) and cause.filename and folder.resolve() not in Path(cause.filename).parents:
+            hint = "This is in the cache of `datasets`. Set HF_HOME to a folder that can be written."
         raise RunError(
-            f"cannot open the dataset {folder}: {str(cause).strip() or type(cause).__name__}",
-            hint="If a file is broken, write the directory again with `emrrg preprocess`.",
+            f"cannot open the dataset {folder}: {str(cause).strip() or type(cause).__name__}", hint=hint
         ) from error
     finally:
         if not quiet:

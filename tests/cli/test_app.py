@@ -282,6 +282,48 @@ def test_a_closed_stdout_ends_quietly(arguments: list[str]) -> None:
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("arguments", [["recipe", "show", "tiny/finetune"], ["doctor"], ["--help"]])
+def test_a_full_stdout_is_one_message(arguments: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "emrrg_cli", *arguments]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    said = "error: the results cannot be written to stdout: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, said)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a POSIX shell")
+def test_streams_that_are_closed_are_left_out() -> None:
+    command = f"{sys.executable} -m emrrg_cli --help <&- >&- 2>&-"
+    assert subprocess.run(["sh", "-c", command], timeout=120).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "y/" * 3000])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "a.png", "--output", "NAME"],
+        ["generate", "a.png", "--model", "NAME"],
+        ["generate", "--table", "NAME"],
+        ["generate", "--merge", "NAME"],
+        ["demo", "NAME"],
+        ["preprocess", "folder", "NAME", "out"],
+        ["finetune", "NAME"],
+    ],
+)
+def test_a_name_that_is_too_long_is_wrong_usage(
+    arguments: list[str],
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.png").touch()
+    assert main([name if argument == "NAME" else argument for argument in arguments]) == 2
+    assert "unexpected" not in capsys.readouterr().err
+
+
 def test_every_command_is_in_the_help() -> None:
     group: Any = app_module.get_command(app_module.app)
     assert set(group.commands) == set(COMMANDS)

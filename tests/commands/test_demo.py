@@ -187,3 +187,15 @@ def test_a_failed_step_ends_the_demo_with_its_code(tmp_path: Path) -> None:
     with pytest.raises(EmrrgError) as raised:
         Steps(tmp_path / "demo", {}, main).run("recipe", "show", "nowhere/nothing")
     assert raised.value.exit_code == 2
+
+
+def test_a_folder_that_begins_with_a_dash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(steps: Steps, *arguments: str) -> None:
+        raise UsageError(" ".join(arguments))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Steps, "run", refuse)
+    assert main(["demo", "--", "-x"]) == 2
+    assert f"preprocess phantom {tmp_path / '-x' / 'data'}" in capsys.readouterr().err

@@ -310,6 +310,15 @@ def test_the_copy_is_announced_once(tmp_path: Path, capfd: pytest.CaptureFixture
     assert capfd.readouterr().err == ""
 
 
+def test_a_cache_that_cannot_be_written_is_named(
+    tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    with pytest.raises(RunError, match=r"cannot open the dataset .*file.*\n.*Set HF_HOME to a folder"):
+        open_dataset(tiny_dataset)
+
+
 def test_invalid_directories_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such dataset directory"):
         open_dataset(tmp_path / "none")
