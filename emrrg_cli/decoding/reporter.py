@@ -20,6 +20,8 @@ from emrrg_cli.decoding.reports import load_generator
 from emrrg_cli.decoding.studies import StudyFiles, path_name
 from emrrg_cli.decoding.study_records import StudyResult, StudyWriter
 from emrrg_cli.errors import UsageError
+from emrrg_cli.imaging.dicom.facts import DicomFacts, find_dicom_facts
+from emrrg_cli.ingest.sources.table import cell_text
 from emrrg_cli.silence_libraries import silence_libraries
 from emrrg_cli.vocabulary import CONTEXT_FIELDS
 
@@ -55,7 +57,7 @@ class Reporter:
             batch: columns of `b` studies. `image`: for each study a path, an encoded image as bytes, a uint8 array
                 `[h, w]` or `[h, w, 3]`, a PIL image, or a list of these (the views of the study). `study` (optional):
                 names, which also seed sampling. `indication`, `comparison`, `technique`, `age` and `sex`, if the model
-                reads them (`data.context`).
+                reads them (`data.context`); otherwise they come from the DICOM headers, as the views do.
 
         Returns:
             The batch with additional arrays `[b]`: `report`; `findings`, a JSON object of labels by finding;
@@ -103,10 +105,11 @@ def _load(run_dir: str, device: str, overrides: tuple[str, ...]) -> Generator:
 
 
 class _Given:
-    """An image of a batch."""
+    """An image of a batch; its name is its path if it has one."""
 
     def __init__(self, image: Any, name: str) -> None:
-        self.image, self.name = image, name
+        self.image = Path(image) if isinstance(image, str) else image
+        self.name = path_name(self.image) if isinstance(self.image, Path) else name
 
     def __str__(self) -> str:
         return self.name
@@ -115,7 +118,11 @@ class _Given:
         """Returns the input of `read_image`."""
         if isinstance(self.image, np.ndarray):
             return Image.fromarray(self.image)
-        return Path(self.image) if isinstance(self.image, str) else self.image
+        return self.image
+
+    def facts(self) -> DicomFacts | None:
+        """Returns the facts of a DICOM file."""
+        return find_dicom_facts(self.image) if isinstance(self.image, bytes | Path) else None
 
 
 def _studies(batch: Mapping[str, Any]) -> list[StudyFiles]:
@@ -137,12 +144,10 @@ def _studies(batch: Mapping[str, Any]) -> list[StudyFiles]:
         raise UsageError(f"the batch has {len(images)} images and {len(told[wrong])} values of {wrong}")
     studies = []
     for row, (name, views) in enumerate(zip(names, images, strict=True)):
-        films = tuple(_Given(view, f"{name}/{place}") for place, view in enumerate(views))
+        films = [_Given(view, f"{name}/{place}") for place, view in enumerate(views)]
         # None, and NaN, into which tables turn None, count as missing.
-        context = {
-            field: str(text) for field, column in told.items() if (text := column[row]) is not None and text == text
-        }
-        studies.append(StudyFiles(name, films, ("",) * len(views), context))
+        context = {field: text for field, column in told.items() if (text := cell_text(column[row]))}
+        studies.append(StudyFiles.of(name, [(film, film.facts()) for film in films], context))
     return studies
 
 

@@ -15,8 +15,8 @@ from PIL.Image import Image
 
 from emrrg_cli.console import counted, err, printable
 from emrrg_cli.errors import UsageError
-from emrrg_cli.imaging.base import DICOM_SUFFIXES, NOT_AN_IMAGE, RASTER_SUFFIXES, ImageError, is_dicom, open_stream
-from emrrg_cli.imaging.dicom.facts import DicomFacts, read_dicom_facts
+from emrrg_cli.imaging.base import DICOM_SUFFIXES, NOT_AN_IMAGE, RASTER_SUFFIXES, ImageError, open_stream
+from emrrg_cli.imaging.dicom.facts import DicomFacts, find_dicom_facts
 from emrrg_cli.imaging.image_paths import find_images
 from emrrg_cli.imaging.raster import open_header
 from emrrg_cli.imaging.views import view_of_path
@@ -56,13 +56,13 @@ class StudyFiles:
     @classmethod
     def single(cls, file: Path) -> StudyFiles:
         """Makes a study of one image, named by its path."""
-        return cls.of(path_name(file), [(file, _facts(file))])
+        return cls.of(path_name(file), [(file, find_dicom_facts(file))])
 
     @classmethod
     def of(
         cls,
         name: str,
-        members: Iterable[tuple[Path, DicomFacts | None]],
+        members: Iterable[tuple[Film, DicomFacts | None]],
         context: Mapping[ContextField, str] | None = None,
     ) -> StudyFiles:
         """Makes a study of files with their DICOM facts; values of a table take precedence over headers.
@@ -108,7 +108,7 @@ def find_studies(paths: Sequence[str], by: StudyBy = "auto", output: Path | None
     groups: dict[str, list[tuple[Path, DicomFacts | None]]] = {}
     of_folder: dict[Path, list[Path]] = {}
     for file in files:
-        facts = _facts(file)
+        facts = find_dicom_facts(file)
         uid = printable(facts.study_uid) if facts and by == "auto" else ""
         if uid:
             groups.setdefault(uid, []).append((file, facts))
@@ -182,7 +182,7 @@ def table_studies(table: Path, image_column: str = "image", study_column: str | 
         once: dict[str, Path] = {}  # a file may be listed in several spellings
         for file in files:
             once.setdefault(os.path.realpath(file), file)
-        found.append(StudyFiles.of(name, [(file, _facts(file)) for file in once.values()], contexts[name]))
+        found.append(StudyFiles.of(name, [(file, find_dicom_facts(file)) for file in once.values()], contexts[name]))
     return found
 
 
@@ -230,13 +230,3 @@ def _may_be_image(file: Path) -> bool:
     except ImageError as error:
         return error.reason != NOT_AN_IMAGE
     return True
-
-
-def _facts(file: Path) -> DicomFacts | None:
-    # The facts of a DICOM header; for an unreadable file, decoding reports the error later.
-    try:
-        with open_stream(file, str(file)) as (stream, _):
-            candidate = is_dicom(stream) or file.suffix.lower() in DICOM_SUFFIXES
-        return read_dicom_facts(file) if candidate else None
-    except ImageError:
-        return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,11 @@ from PIL import Image
 from emrrg_cli import Reporter
 from emrrg_cli.app import main
 from emrrg_cli.decoding import reporter as module
+from emrrg_cli.decoding.contexts import with_contexts
+from emrrg_cli.decoding.studies import find_studies
 from emrrg_cli.decoding.study_records import StudyResult
 from emrrg_cli.errors import UsageError
+from emrrg_cli.recipe.load import load_recipe
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +77,31 @@ def test_contexts_are_those_of_their_rows() -> None:
     assert first.name != second.name  # the same bytes in another shape
     with pytest.raises(UsageError, match="2 images and 1 values of age"):
         module._studies({"image": [image, image], "age": ["3"]})
+
+
+@pytest.mark.parametrize("kind", ["paths", "bytes"])
+def test_facts_of_dicom_headers_are_those_of_generate(
+    kind: str, tmp_path: Path, make_dicom: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels, facts = (
+        np.zeros((8, 8), np.uint8),
+        {"PatientAge": "045Y", "ReasonForStudy": "Cough", "StudyInstanceUID": "1.2"},
+    )
+    for name, view in (("1.dcm", "LL"), ("2.dcm", "PA")):
+        (tmp_path / name).write_bytes(make_dicom(pixels, ViewPosition=view, **facts))
+    paths = sorted(tmp_path.glob("*.dcm"))
+    recipe = load_recipe("tiny/finetune", ["data.context=[indication,age]"], stage="finetune")
+    seen: list[list[Any]] = []
+    monkeypatch.setattr(module, "_load", lambda *arguments: SimpleNamespace(recipe=recipe))
+    monkeypatch.setattr(module, "StudyWriter", lambda *arguments: _Writer(seen))
+    images = [path.read_bytes() if kind == "bytes" else str(path) for path in paths]
+    Reporter("run")({"image": [images, images], "study": ["a", "b"], "indication": [None, "Pain"]})
+    (theirs,) = with_contexts(find_studies([str(tmp_path)]), {}, recipe.data)
+    first, second = [study for studies in seen for study in studies]
+    assert (first.views, first.context) == (theirs.views, theirs.context)
+    assert theirs.context == {"indication": "cough", "age": "45 years"}
+    assert theirs.views == ("LATERAL", "PA")
+    assert second.context == {"indication": "pain", "age": "45 years"}
 
 
 def test_one_image_with_two_contexts_has_two_reports(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from pydicom.dataset import Dataset
 
 from emrrg_cli.console import printable
-from emrrg_cli.imaging.base import ImageError, open_stream
+from emrrg_cli.imaging.base import DICOM_SUFFIXES, ImageError, is_dicom, open_stream
 from emrrg_cli.imaging.dicom.file import MAX_HEADER, first_value, inflated, read_header, text
 from emrrg_cli.imaging.views import view_name
 from emrrg_cli.vocabulary import LATERAL_VIEW
@@ -78,14 +80,30 @@ class DicomFacts:
         return tuple(printable(note) for note in notes)
 
 
-def read_dicom_facts(path: Path) -> DicomFacts:
+def find_dicom_facts(source: Path | bytes) -> DicomFacts | None:
+    """The facts of a file or its bytes; None for what is no DICOM or not readable, which decoding reports later."""
+    try:
+        with _opened(source) as (stream, _):
+            found = is_dicom(stream) or (isinstance(source, Path) and source.suffix.lower() in DICOM_SUFFIXES)
+        return read_dicom_facts(source) if found else None
+    except (ImageError, OSError):
+        return None
+
+
+def _opened(source: Path | bytes) -> contextlib.AbstractContextManager[tuple[IO[bytes], int]]:
+    if isinstance(source, bytes):
+        return contextlib.nullcontext((io.BytesIO(source), len(source)))
+    return open_stream(source, str(source))
+
+
+def read_dicom_facts(source: Path | bytes) -> DicomFacts:
     """Reads the header alone.
 
     Raises:
         ImageError: The file cannot be opened, is no DICOM, or its header is broken.
     """
-    where = str(path)
-    with open_stream(path, where) as (stream, size), no_warnings():
+    where = "<bytes>" if isinstance(source, bytes) else str(source)
+    with _opened(source) as (stream, size), no_warnings():
         try:
             stream, size = inflated(stream, where, size, MAX_HEADER)
         except ImageError as error:

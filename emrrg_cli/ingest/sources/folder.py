@@ -12,8 +12,8 @@ from emrrg_cli.console import printable
 from emrrg_cli.datasets.directory import Column
 from emrrg_cli.datasets.splits import drawn_remark
 from emrrg_cli.errors import UsageError
-from emrrg_cli.imaging.base import DICOM_SUFFIXES, RASTER_SUFFIXES, ImageError, is_dicom, open_stream
-from emrrg_cli.imaging.dicom.facts import DicomFacts, read_dicom_facts
+from emrrg_cli.imaging.base import RASTER_SUFFIXES
+from emrrg_cli.imaging.dicom.facts import DicomFacts, find_dicom_facts
 from emrrg_cli.imaging.image_paths import files_below
 from emrrg_cli.imaging.views import view_name
 from emrrg_cli.ingest.sources.drafts import Draft, Drafts
@@ -158,7 +158,7 @@ class FolderSource:
             if isinstance(found, ImageProblem):
                 self._drafts.add(Draft(name, problems=[replace(found, path=name)]))
                 continue
-            facts = _dicom_facts(found)
+            facts = find_dicom_facts(found)
             study_id = printable(facts.study_uid) if facts and facts.study_uid else name
             draft = self._drafts.get(study_id) or Draft(study_id, patient_id=_patient(facts))
             draft.images[str(found)] = view_name(facts.view if facts else "")
@@ -221,7 +221,7 @@ class FolderSource:
                 draft.problems.append(found)
                 continue
             # A DICOM file may have any suffix or none, except those of other image formats: such a file is not opened.
-            facts = None if found.suffix.lower() in RASTER_SUFFIXES else _dicom_facts(found)
+            facts = None if found.suffix.lower() in RASTER_SUFFIXES else find_dicom_facts(found)
             draft.images[str(found)] = view_name(view or (facts.view if facts else ""))
             draft.patient_id = draft.patient_id or (None if columns.patient else _patient(facts))
         return draft
@@ -250,16 +250,6 @@ class FolderSource:
 
     def _skip(self, reason: str, study_id: str, detail: str = "") -> None:
         self._drafts.skip(reason, study_id, detail)
-
-
-def _dicom_facts(path: Path) -> DicomFacts | None:
-    """Reads the facts of a DICOM file; None for other files and for unreadable ones, which decoding reports later."""
-    try:
-        with open_stream(path, str(path)) as (stream, _):
-            candidate = is_dicom(stream) or path.suffix.lower() in DICOM_SUFFIXES
-        return read_dicom_facts(path) if candidate else None
-    except (ImageError, OSError):
-        return None
 
 
 def _patient(facts: DicomFacts | None) -> str | None:
