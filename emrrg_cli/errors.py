@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class EmrrgError(Exception):
     """A failure with one clear message. The command line prints it without a traceback (`--debug` shows one).
@@ -44,3 +46,17 @@ class Interrupted(BaseException):
         self.message = message
         self.hint = hint
         self.exit_code = exit_code
+
+
+def require_path(value: object, what: str) -> Path:
+    """Returns a path that was given in Python.
+
+    Args:
+        what: What it names, such as `the run directory`.
+
+    Raises:
+        UsageError: It is neither a text nor a path.
+    """
+    if not isinstance(value, str | Path):
+        raise UsageError(f"{what} must be a path, not {type(value).__name__}", hint="Give a text or a pathlib.Path.")
+    return Path(value)

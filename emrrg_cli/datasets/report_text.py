@@ -61,13 +61,15 @@ def clean_report(text: str, style: CleaningRule | str) -> str:
         Lower-case sentences joined by " . " and ended by " .". An empty report becomes " .".
 
     Raises:
-        UsageError: `style` is unknown.
+        UsageError: `text` is not a text, or `style` is unknown.
 
     Source: R2Gen (Chen et al., EMNLP 2020); published scores are computed on its cleaned reports.
     """
+    if not isinstance(text, str):
+        raise UsageError(f"a report must be a text, not {type(text).__name__}", hint='An empty report is "".')
     if style == "none":
         return text.strip()
-    if style not in _REPLACEMENTS:
+    if not isinstance(style, str) or style not in _REPLACEMENTS:
         raise UsageError(f"unknown cleaning style {style!r}", hint=f"Choose one of: {', '.join(CLEANING_RULES)}.")
     for old, new, times in _REPLACEMENTS[style]:
         for _ in range(times):

@@ -19,15 +19,17 @@ from emrrg_cli.decoding.contexts import with_contexts
 from emrrg_cli.decoding.reports import load_generator
 from emrrg_cli.decoding.studies import StudyFiles, path_name
 from emrrg_cli.decoding.study_records import StudyResult, StudyWriter
-from emrrg_cli.errors import UsageError
+from emrrg_cli.errors import UsageError, require_path
 from emrrg_cli.imaging.dicom.facts import DicomFacts, find_dicom_facts
 from emrrg_cli.ingest.sources.table import cell_text
+from emrrg_cli.recipe.overrides import require_texts
 from emrrg_cli.silence_libraries import silence_libraries
 from emrrg_cli.vocabulary import CONTEXT_FIELDS
 
 if TYPE_CHECKING:
     from emrrg_cli.decoding.reports import Generator
 
+_BATCH = 'Give one value for each study: {"image": ["a.png", "b.png"]}.'
 _lock = threading.Lock()  # a model writes one batch at a time; Dask calls from several threads
 
 
@@ -46,9 +48,9 @@ class Reporter:
     """
 
     def __init__(self, run_dir: Path | str, *, device: str = "auto", overrides: Sequence[str] = ()) -> None:
-        self.run_dir = str(Path(run_dir).absolute())
+        self.run_dir = str(require_path(run_dir, "the run directory").absolute())
         self.device = device
-        self.overrides = tuple(overrides)
+        self.overrides = require_texts(overrides)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Writes a report for each study of a batch, with the same text as `emrrg generate`.
@@ -65,7 +67,8 @@ class Reporter:
             report, a note with the reason, and NaN. Research output: not for diagnosis.
 
         Raises:
-            UsageError: There is no column `image`, its values have the wrong type, or two studies have the same name.
+            UsageError: There is no column `image`, a column or its values have the wrong type, or two studies have the
+                same name.
             RunError: The model cannot be loaded.
         """
         studies = _studies(batch)
@@ -126,11 +129,13 @@ class _Given:
 
 
 def _studies(batch: Mapping[str, Any]) -> list[StudyFiles]:
+    if not hasattr(batch, "keys"):
+        raise UsageError(f"a batch is a dictionary of columns, not {type(batch).__name__}", hint=_BATCH)
     if "image" not in batch:
-        raise UsageError(f"the batch has no column image; it has {', '.join(batch) or 'none'}")
-    images = [_views(given) for given in batch["image"]]
+        raise UsageError(f"the batch has no column image; it has {', '.join(map(str, batch)) or 'none'}", hint=_BATCH)
+    images = [_views(given) for given in _column(batch, "image")]
     if "study" in batch:
-        names = [printable(str(name)) for name in batch["study"]]
+        names = [printable(str(name)) for name in _column(batch, "study")]
         if len(names) != len(images):
             raise UsageError(f"the batch has {len(images)} images and {len(names)} studies")
         if len(set(names)) < len(names):
@@ -138,8 +143,7 @@ def _studies(batch: Mapping[str, Any]) -> list[StudyFiles]:
             raise UsageError(f"study {twice} occurs twice in the batch", hint="Give its views as a list in one row.")
     else:
         names = [_name(views) for views in images]
-    # Lists, because a pandas column would be read by label.
-    told = {field: list(batch[field]) for field in CONTEXT_FIELDS if field in batch}
+    told = {field: _column(batch, field) for field in CONTEXT_FIELDS if field in batch}
     if wrong := next((field for field, column in told.items() if len(column) != len(images)), None):
         raise UsageError(f"the batch has {len(images)} images and {len(told[wrong])} values of {wrong}")
     studies = []
@@ -149,6 +153,14 @@ def _studies(batch: Mapping[str, Any]) -> list[StudyFiles]:
         context = {field: text for field, column in told.items() if (text := cell_text(column[row]))}
         studies.append(StudyFiles.of(name, [(film, film.facts()) for film in films], context))
     return studies
+
+
+def _column(batch: Mapping[str, Any], name: str) -> list[Any]:
+    # A list, because a pandas column would be read by label.
+    column = batch[name]
+    if isinstance(column, str | bytes | Mapping) or not hasattr(column, "__len__") or getattr(column, "ndim", 1) == 0:
+        raise UsageError(f"the column {name} must be a list or an array, not {type(column).__name__}", hint=_BATCH)
+    return list(column)
 
 
 def _views(given: Any) -> list[Any]:

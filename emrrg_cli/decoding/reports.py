@@ -16,7 +16,7 @@ from emrrg_cli.decoding.contexts import read_context
 from emrrg_cli.decoding.grounding import ground_reports
 from emrrg_cli.decoding.writer import Studies, Writer, WrittenReport, autocast_of, autocast_without_cache
 from emrrg_cli.default_model import find_default_model
-from emrrg_cli.errors import UsageError
+from emrrg_cli.errors import UsageError, require_path
 from emrrg_cli.imaging.raster import resize_square
 from emrrg_cli.imaging.read import read_image
 from emrrg_cli.models.film_distance import FilmDistance
@@ -113,9 +113,11 @@ class Generator:
             UsageError: for a study without images, a single study instead of a list, or a context that the model does
                 not read.
         """
-        if isinstance(studies, str) or not isinstance(studies, Sequence):
+        if isinstance(studies, str | bytes) or not isinstance(studies, Sequence):
             raise UsageError("generate takes a list of studies", hint="For one image: generate([image]).")
         size = self.recipe.model.encoder.image_size
+        if not isinstance(context, Sequence | None) or not all(isinstance(one, Mapping) for one in context or ()):
+            raise UsageError("context must be a list of dictionaries", hint='For one study: [{"age": 45}].')
         contexts = None if context is None else [read_context(one, self.recipe.data) for one in context]
         if contexts is not None and len(contexts) != len(studies):
             raise UsageError(
@@ -183,7 +185,7 @@ def study_pixels(study: Study, size: int) -> torch.Tensor:
         ImageError: for an image that cannot be read.
         UsageError: for a study without images.
     """
-    pictures = study if isinstance(study, Sequence) and not isinstance(study, str) else [study]
+    pictures = study if isinstance(study, Sequence) and not isinstance(study, str | bytes) else [study]
     if not pictures:
         raise UsageError("a study has no images")
     return torch.from_numpy(np.stack([resize_square(read_image(picture), size) for picture in pictures]))
@@ -212,7 +214,9 @@ def load_generator(
     from emrrg_cli.recipe.load import load_run_recipe
     from emrrg_cli.runtime import inference_precision, llm_dtype
 
-    run = find_default_model("Name the run directory: load_generator(RUN).") if run_dir is None else Path(run_dir)
+    if run_dir is None:
+        run_dir = find_default_model("Name the run directory: load_generator(RUN).")
+    run = require_path(run_dir, "the run directory")
     if recipe is None:
         recipe = load_run_recipe(run, None, overrides, "generate")
     chosen = choose_device(device)

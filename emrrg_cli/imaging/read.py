@@ -8,6 +8,7 @@ from typing import IO
 
 from PIL import Image
 
+from emrrg_cli.errors import require_path
 from emrrg_cli.imaging.base import (
     DICOM_SUFFIXES,
     MAX_PIXELS,
@@ -54,6 +55,7 @@ def read_image(source: Path | str | bytes | Image.Image, max_pixels: int = MAX_P
         A new image of mode `L`, `[h, w]`, 0 black to 255 white. `image_notes` returns the notes about it.
 
     Raises:
+        UsageError: `source` is none of these.
         ImageError: With a short reason: missing image, image path is a folder, not a regular file, no permission to
             read, cannot be opened, empty file, not an image, image format not supported, too many pixels, truncated
             image, broken image; of DICOM also file too large, no pixel data, multi-frame DICOM, DICOM compression not
@@ -81,7 +83,7 @@ def load_image(
     if isinstance(source, bytes):
         return _load(io.BytesIO(source), "<bytes>", len(source), max_pixels, enough)
     where = str(source)
-    with open_stream(Path(source), where) as (stream, size):
+    with open_stream(require_path(source, "an image that is neither bytes nor a PIL image"), where) as (stream, size):
         return _load(stream, where, size, max_pixels, enough, named_dicom=where.lower().endswith(DICOM_SUFFIXES))
 
 

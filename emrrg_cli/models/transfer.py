@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from emrrg_cli.console import counted
-from emrrg_cli.errors import RunError, UsageError
+from emrrg_cli.errors import RunError, UsageError, require_path
 from emrrg_cli.models.arm.encoder import ArmEncoder
 from emrrg_cli.models.encoder_files import EncoderConfig, EncoderSource, encoder_source
 
@@ -209,7 +209,7 @@ def load_encoder(path: Path | str, scan: str = "auto") -> ArmEncoder:
         UsageError: The path has no encoder.
         RunError: A file cannot be read, or a tensor is missing, unknown or has a wrong shape. The message names it.
     """
-    source = encoder_source(path)
+    source = encoder_source(require_path(path, "the source of the encoder"))
     config = source.config
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -17,11 +17,11 @@ def parse_overrides(overrides: Sequence[str]) -> Layer:
     """Parses overrides to the layer of the command line. Later overrides win.
 
     Raises:
-        UsageError: An override has no `=`, an empty key or value, bad YAML, a key below a value that is not a section,
-            or the key `stage`, which cannot change.
+        UsageError: As `require_texts`, or an override has no `=`, an empty key or value, bad YAML, a key below a value
+            that is not a section, or the key `stage`, which cannot change.
     """
     values: dict[str, Any] = {}
-    for override in overrides:
+    for override in require_texts(overrides):
         key, equals, text = override.partition("=")
         keys = key.split(".")
         if not equals:
@@ -36,6 +36,17 @@ def parse_overrides(overrides: Sequence[str]) -> Layer:
             raise UsageError(f"{COMMAND_LINE}: stage: cannot be overridden", hint="Name a recipe of that stage.")
         _put(values, keys, _value(key, text))
     return Layer(COMMAND_LINE, values)
+
+
+def require_texts(overrides: Sequence[str]) -> tuple[str, ...]:
+    """Returns overrides that were given in Python.
+
+    Raises:
+        UsageError: They are not a list of texts.
+    """
+    if not isinstance(overrides, list | tuple) or not all(isinstance(one, str) for one in overrides):
+        raise UsageError(f"overrides must be a list of texts, not {overrides!r}", hint='Give ["train.lr=5e-5"].')
+    return tuple(overrides)
 
 
 def _value(key: str, text: str) -> Any:

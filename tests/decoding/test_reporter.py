@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+import emrrg_cli
 from emrrg_cli import Reporter
 from emrrg_cli.app import main
 from emrrg_cli.decoding import reporter as module
@@ -83,19 +84,18 @@ def test_contexts_are_those_of_their_rows() -> None:
 def test_facts_of_dicom_headers_are_those_of_generate(
     kind: str, tmp_path: Path, make_dicom: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pixels, facts = (
-        np.zeros((8, 8), np.uint8),
-        {"PatientAge": "045Y", "ReasonForStudy": "Cough", "StudyInstanceUID": "1.2"},
-    )
+    facts = {"PatientAge": "045Y", "ReasonForStudy": "Cough", "StudyInstanceUID": "1.2"}
     for name, view in (("1.dcm", "LL"), ("2.dcm", "PA")):
-        (tmp_path / name).write_bytes(make_dicom(pixels, ViewPosition=view, **facts))
+        (tmp_path / name).write_bytes(make_dicom(np.zeros((8, 8), np.uint8), ViewPosition=view, **facts))
     paths = sorted(tmp_path.glob("*.dcm"))
     recipe = load_recipe("tiny/finetune", ["data.context=[indication,age]"], stage="finetune")
     seen: list[list[Any]] = []
     monkeypatch.setattr(module, "_load", lambda *arguments: SimpleNamespace(recipe=recipe))
     monkeypatch.setattr(module, "StudyWriter", lambda *arguments: _Writer(seen))
     images = [path.read_bytes() if kind == "bytes" else str(path) for path in paths]
-    Reporter("run")({"image": [images, images], "study": ["a", "b"], "indication": [None, "Pain"]})
+    Reporter("run")(
+        {"image": [images, images], "study": ["a", "b"], "indication": [np.nan, "Pain"], "age": ["", pd.NA]}
+    )
     (theirs,) = with_contexts(find_studies([str(tmp_path)]), {}, recipe.data)
     first, second = [study for studies in seen for study in studies]
     assert (first.views, first.context) == (theirs.views, theirs.context)
@@ -178,13 +178,38 @@ def test_the_model_is_loaded_once(varied_run: Path, films: Path, monkeypatch: py
         ({"image": [np.zeros((8, 8))]}, r"an array \[8, 8\] of float64, not"),
         ({"image": [np.zeros((2, 8, 8), np.uint8)]}, r"an array \[2, 8, 8\] of uint8, not"),
         ({"image": [7]}, "an image is int, not a path"),
+        (["a.png"], "a batch is a dictionary of columns, not list"),
+        ({"image": "a.png"}, "the column image must be a list or an array, not str"),
+        ({"image": np.array("a.png")}, "the column image must be a list or an array, not ndarray"),
+        ({"image": ["a.png"], "age": 45}, "the column age must be a list or an array, not int"),
+        ({5: ["a.png"]}, "no column image; it has 5"),
         ({"image": ["a", "b"], "study": ["s"]}, "2 images and 1 studies"),
         ({"image": ["a", "b"], "study": ["s", "s"]}, "study s occurs twice in the batch"),
     ],
 )
-def test_a_wrong_batch_is_refused(batch: dict[str, Any], message: str, tiny_run: Path) -> None:
+def test_a_wrong_batch_is_refused(batch: Any, message: str, tiny_run: Path) -> None:
     with pytest.raises(UsageError, match=message):
         Reporter(tiny_run)(batch)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda run: Reporter(None), "the run directory must be a path, not NoneType"),
+        (lambda run: Reporter(run, overrides="generation.num_beams=1"), "overrides must be a list of texts, not 'gen"),
+        (lambda run: emrrg_cli.load_generator(run, overrides=[5]), r"overrides must be a list of texts, not \[5\]"),
+        (lambda run: emrrg_cli.load_generator(5), "the run directory must be a path, not int"),
+        (lambda run: emrrg_cli.load_generator(run, device="cpu").generate([None]), "must be a path, not NoneType"),
+        (lambda run: emrrg_cli.load_generator(run, device="cpu").generate(["a"], {"age": 5}), "a list of dictionaries"),
+        (lambda run: emrrg_cli.load_encoder(None), "the source of the encoder must be a path, not NoneType"),
+        (lambda run: emrrg_cli.load_pretrainer(None), "the model must be a path, not NoneType"),
+        (lambda run: emrrg_cli.clean_report(None, "none"), "a report must be a text, not NoneType"),
+        (lambda run: emrrg_cli.clean_report("x", ["none"]), "unknown cleaning style"),
+    ],
+)
+def test_wrong_types_are_told_in_words(call: Any, message: str, tiny_run: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        call(tiny_run)
 
 
 @pytest.mark.slow

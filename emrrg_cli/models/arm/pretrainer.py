@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from emrrg_cli.checksums import write_checksums
-from emrrg_cli.errors import RunError, UsageError
+from emrrg_cli.errors import RunError, UsageError, require_path
 from emrrg_cli.files.atomic import atomic_directory, read_directory, whole_directory
 from emrrg_cli.files.records import read_bounded
 from emrrg_cli.models.arm.encoder import CLUSTER, PATCH_SIZE, ArmEncoder, cluster_order, sincos_position_embedding
@@ -296,7 +296,7 @@ def load_pretrainer(path: str | Path, scan: str = "auto") -> ArmPretrainer:
         UsageError: There is no such model at `path`.
         RunError: Its files are broken or do not fit together.
     """
-    return read_directory(find_pretrainer(Path(path)), lambda directory: _read(directory, scan))
+    return read_directory(find_pretrainer(require_path(path, "the model")), lambda directory: _read(directory, scan))
 
 
 def _read(directory: Path, scan: str) -> ArmPretrainer:
