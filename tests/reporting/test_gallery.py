@@ -257,6 +257,14 @@ def test_sentences_show_their_maps_in_a_browser(page: Path, tmp_path: Path) -> N
 
 
 @needs_browser
+@pytest.mark.parametrize("width", [500, 800, 1200])
+def test_the_page_does_not_scroll_to_the_side(page: Path, tmp_path: Path, width: int) -> None:
+    script = "found.widths = [document.documentElement.scrollWidth, document.documentElement.clientWidth];"
+    found = find_on_page(page.read_text(), tmp_path, script, f"--window-size={width},700")
+    assert found["widths"][0] == found["widths"][1]
+
+
+@needs_browser
 def test_search_filters_and_order_in_a_browser(page: Path, tmp_path: Path) -> None:
     script = (
         _TOOLS
