@@ -95,7 +95,8 @@ def open_dataset(root: str | Path) -> datasets.DatasetDict:
         # `datasets` wraps the error in its own exception; the cause has the useful message.
         cause = error.__cause__ or error
         hint = "If a file is broken, write the directory again with `emrrg preprocess`."
-        if isinstance(cause, OSError) and cause.filename and folder.resolve() not in Path(cause.filename).parents:
+        copies, place = Path(datasets.config.HF_DATASETS_CACHE), Path(str(getattr(cause, "filename", None)))
+        if place in (copies, *copies.parents) or copies in place.parents:
             hint = "This is in the cache of `datasets`. Set HF_HOME to a folder that can be written."
         raise RunError(
             f"cannot open the dataset {folder}: {str(cause).strip() or type(cause).__name__}", hint=hint

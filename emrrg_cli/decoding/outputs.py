@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -68,8 +68,8 @@ class Output:
     def find_earlier(self, studies: Sequence[StudyFiles], *, overwrite: bool = False) -> int:
         """Finds the records of earlier runs with the same model and options, including killed runs.
 
-        A run with `overwrite` that was stopped is continued, also without the option, if its studies are in this run.
-        Otherwise `overwrite` finds none.
+        A run with `overwrite` that was stopped is continued, also without the option, if its studies are in this run
+        with the same context. Otherwise `overwrite` finds none.
 
         Args:
             studies: the studies of this run.
@@ -119,9 +119,14 @@ class Output:
                 self.records.add(name, file, begin)
         return sum(name not in self.records for name in changed)
 
-    def _continues_replacement(self, current: Collection[str]) -> bool:
+    def _continues_replacement(self, current: Mapping[str, StudyFiles]) -> bool:
         rows = iterate_jsonl(self.replacement) if self.replacement.exists() else iter(())
-        own = [row.get("fingerprint") == self.fingerprint and row.get("study") in current for _, row in rows]
+        own = [
+            row.get("fingerprint") == self.fingerprint
+            and (study := current.get(str(row.get("study")))) is not None
+            and row.get("context", {}) == study.context
+            for _, row in rows
+        ]
         return bool(own) and all(own)
 
     def _refuse_regrouped(self, name: str, files: Iterable[str], studies: Sequence[StudyFiles]) -> None:

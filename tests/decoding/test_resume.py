@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 from PIL import Image
 
 from emrrg_cli.decoding import read_studies
+from emrrg_cli.decoding.fingerprint import fingerprint_of
+from emrrg_cli.decoding.outputs import Output
 from emrrg_cli.decoding.studies import StudyFiles, find_studies
 from emrrg_cli.errors import Interrupted, UsageError
 from emrrg_cli.recipe.finetuning import FinetuneRecipe
@@ -109,6 +112,10 @@ def test_a_stopped_replacement_is_continued(
         run_generation(files, run_dir, beams, out, overwrite=True)
     assert (out / "reports.jsonl").read_text() == before
     writer.before = lambda: None  # type: ignore[method-assign]
+    other = [replace(file, context={"age": "45 years"}) for file in files]
+    place = Output(out, None, fingerprint_of(run_dir, beams))
+    place.find_earlier(other, overwrite=True)
+    assert len(place.records) == 0
     result = run_generation(files, run_dir, beams, out, overwrite=overwrite)
     assert (result.earlier, result.reports) == (2, 7)
     assert len({row["fingerprint"] for row in _records(out).values()}) == 1
