@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from emrrg_cli.commands.options import Json, NumProcesses, refuse_given
+from emrrg_cli.commands.options import Json, NumProcesses, check_device, refuse_given
 
 if TYPE_CHECKING:
     from emrrg_cli.decoding.generate_folder import Machine, Written
@@ -198,24 +198,6 @@ def parse_context(options: list[str]) -> dict[str, str]:
     return found
 
 
-def check_device(name: str) -> None:
-    """Checks the name of a device, and on Linux whether a GPU driver exists, before torch is imported.
-
-    Raises:
-        UsageError: The name is unknown, or it is a GPU and no driver was found.
-    """
-    import re
-    import sys
-
-    from emrrg_cli.errors import UsageError
-
-    if re.fullmatch(r"auto|(cpu|cuda|mps)(:\d+)?", name) is None:
-        raise UsageError(f"unknown device {name!r}", hint="Use auto, cpu, cuda, cuda:1 or mps.")
-    drivers = ("nvidia*", "kfd", "dxg", "nvhost*", "nvmap")  # NVIDIA, AMD, WSL, Jetson
-    if name.startswith("cuda") and sys.platform == "linux" and not any(any(Path("/dev").glob(d)) for d in drivers):
-        raise UsageError(f"there is no device {name!r} here")
-
-
 def _machine(device: str, requested: int | None) -> Machine:
     from emrrg_cli.decoding.generate_folder import Machine
     from emrrg_cli.errors import UsageError
@@ -238,7 +220,9 @@ def _find_studies(paths: list[str], study_by: str, split: str | None, output: Pa
 
     if study_by not in ("auto", "folder", "file"):
         raise UsageError(f"unknown --study-by {study_by!r}", hint="Known: auto, folder, file.")
-    stored = {os.path.realpath(path): path for path in paths if is_dataset_dir(path)}  # each once
+    stored: dict[str, str] = {}  # each once, in its first spelling
+    for path in filter(is_dataset_dir, paths):
+        stored.setdefault(os.path.realpath(path), path)
     others = [path for path in paths if os.path.realpath(path) not in stored]
     if split is not None and not stored:
         raise UsageError("--split needs a dataset directory, but none was given")

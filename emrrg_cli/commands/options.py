@@ -1,4 +1,4 @@
-"""Arguments that several commands share."""
+"""Arguments that several commands share, and checks of what was given."""
 
 from __future__ import annotations
 
@@ -79,6 +79,22 @@ def refuse_given(context: typer.Context, names: Collection[str], beside: str) ->
             name = parameter.opts[0]
             name = name if name.startswith("-") else str(parameter.metavar)  # an argument
             raise UsageError(f"{name} has no effect {beside}", hint="Leave it out.")
+
+
+def check_device(name: str) -> None:
+    """Checks the name of a device, and on Linux whether a GPU driver exists, before torch is imported.
+
+    Raises:
+        UsageError: The name is unknown, or it is a GPU and no driver was found.
+    """
+    import re
+    import sys
+
+    if re.fullmatch(r"auto|(cpu|cuda|mps)(:\d+)?", name) is None:
+        raise UsageError(f"unknown device {name!r}", hint="Use auto, cpu, cuda, cuda:1 or mps.")
+    drivers = ("nvidia*", "kfd", "dxg", "nvhost*", "nvmap")  # NVIDIA, AMD, WSL, Jetson
+    if name.startswith("cuda") and sys.platform == "linux" and not any(any(Path("/dev").glob(d)) for d in drivers):
+        raise UsageError(f"there is no device {name!r} here")
 
 
 def start_processes(context: typer.Context, requested: int | None, *, batch_size: int | None = None) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,16 @@ def test_wrong_usage_of_split_is_refused(
     options = ["--model", str(varied_run), "--output", str(tmp_path / "out")]
     assert main(["generate", str(tmp_path / "film.png"), "--split", "test", *options]) == 2
     assert "--split needs a dataset directory" in capsys.readouterr().err
-    copy = tmp_path / "link"
-    copy.symlink_to(tiny_dataset)
-    assert main(["generate", str(tiny_dataset), str(copy), *options]) == 2
+    shutil.copytree(tiny_dataset, tmp_path / "copy")
+    assert main(["generate", str(tiny_dataset), str(tmp_path / "copy"), *options]) == 2
     assert "two studies are called" in capsys.readouterr().err
+    assert main(["generate", str(tiny_dataset), "--study-by", "file", *options]) == 2
+    assert "--study-by has no effect on dataset directories" in capsys.readouterr().err
+
+
+def test_a_dataset_directory_is_taken_once(tiny_dataset: Path, tmp_path: Path, varied_run: Path) -> None:
+    (tmp_path / "link").symlink_to(tiny_dataset)
+    options = ["--model", str(varied_run), "--output", str(tmp_path / "out")]
+    assert main(["generate", str(tiny_dataset), str(tmp_path / "link"), *options]) == 0
+    rows = (tmp_path / "out" / "reports.jsonl").read_text().splitlines()
+    assert all(str(tiny_dataset) in row and str(tmp_path / "link") not in row for row in rows)
