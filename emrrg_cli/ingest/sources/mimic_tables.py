@@ -19,8 +19,6 @@ from emrrg_cli.vocabulary import SPLIT_NAMES, SPLITS, UNKNOWN_VIEW, Split
 
 Labeler = Literal["chexpert", "negbio"]
 
-_SPLITS: dict[str, Split] = {name: SPLIT_NAMES[name] for name in ("train", "validate", "test")}
-
 
 @dataclass(slots=True)
 class _Listed:
@@ -127,14 +125,14 @@ class MimicTables:
             dicom, study, subject, split = cells[0], number(cells[1]), number(cells[2]), cells[3].lower()
             if not dicom or study is None or subject is None:
                 self._skipped.append(("no study id", where, "dicom_id, study_id or subject_id is not an id"))
-            elif split not in _SPLITS:
+            elif split not in SPLIT_NAMES:
                 self._skipped.append(("unknown split", str(study), f"{where}: {printable(split) or 'empty'}"))
             elif dicom in seen:
                 twice.setdefault(study, []).append((dicom, line))
             else:
                 seen.add(dicom)
-                _same(path, f"patient {subject} is in two splits", splits.setdefault(subject, _SPLITS[split]),
-                      _SPLITS[split])  # fmt: skip
+                named = SPLIT_NAMES[split]
+                _same(path, f"patient {subject} is in two splits", splits.setdefault(subject, named), named)
                 listed = self._studies.setdefault(study, _Listed(splits[subject], subject))
                 _same(path, f"study {study} has two patients", listed.subject, subject)
                 listed.images.append(dicom)
@@ -173,8 +171,8 @@ def _same(path: Path, message: str, first: object, second: object) -> None:
 
 
 def number(text: str) -> int | None:
-    """Parses an id, also with the `.0` that data frames add if a column has gaps; None: not a whole number."""
-    digits = text.removesuffix(".0")
+    """Parses an id, also as in `s50414267`, or with the `.0` of data frames with gaps; None: not a whole number."""
+    digits = text.removesuffix(".0").lstrip("ps")
     return int(digits) if digits.isascii() and digits.isdecimal() and len(digits) < 16 else None
 
 
