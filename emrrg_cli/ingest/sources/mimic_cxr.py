@@ -15,8 +15,9 @@ from emrrg_cli.ingest.sources.chexpert_labels import COLUMNS, label_columns
 from emrrg_cli.ingest.sources.image_paths import find_image, require_folder
 from emrrg_cli.ingest.sources.mimic_note import Note
 from emrrg_cli.ingest.sources.mimic_reports import MimicReports, ReportError, open_reports
-from emrrg_cli.ingest.sources.mimic_tables import Labeler, MimicTables, number
+from emrrg_cli.ingest.sources.mimic_tables import Labeler, MimicTables
 from emrrg_cli.ingest.sources.seen_ids import SeenIds
+from emrrg_cli.ingest.sources.table import whole_number
 from emrrg_cli.ingest.sources.texts import lacks_text
 from emrrg_cli.ingest.study import ImageProblem, ImportLog, Study
 from emrrg_cli.vocabulary import Section
@@ -148,8 +149,8 @@ class MimicCxrSource:
         matches = [_IMAGE.fullmatch(path.replace("\\", "/")) for path in row.image_paths]
         views = [self._tables.view(match[3] if match else row.study_id) for match in matches]
         first = next(filter(None, matches), None)
-        study = number(row.other.get("study_id", "")) or (int(first[2]) if first else None)
-        subject = number(row.patient_id or "") or (int(first[1]) if first else None)
+        study = whole_number(row.other.get("study_id", "")) or (int(first[2]) if first else None)
+        subject = whole_number(row.patient_id or "") or (int(first[1]) if first else None)
         note = None
         if study is not None and subject is not None and self._reports is not None:
             try:

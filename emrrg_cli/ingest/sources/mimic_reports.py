@@ -11,8 +11,7 @@ from typing import Protocol
 from emrrg_cli.datasets.report_text import unix_line_ends
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.ingest.sources.mimic_note import Note, joined, read_note
-from emrrg_cli.ingest.sources.mimic_tables import number
-from emrrg_cli.ingest.sources.table import CsvFile
+from emrrg_cli.ingest.sources.table import CsvFile, whole_number
 from emrrg_cli.ingest.sources.text_files import open_regular
 
 _MAX_BYTES = 2**20  # of one note; notes of the release have at most about 10 KB
@@ -58,7 +57,7 @@ class _SectionTable:
     def __init__(self, path: Path) -> None:
         self._notes: dict[int, Note] = {}
         for _, cells in CsvFile(path, ("study", "findings"), _SECTIONS):
-            if cells is not None and (study := number(cells[0])) is not None:
+            if cells is not None and (study := whole_number(cells[0])) is not None:
                 texts = dict(zip(("findings", *_SECTIONS), map(joined, cells[1:]), strict=True))
                 self._notes.setdefault(study, Note(**texts))
 

@@ -13,7 +13,7 @@ from emrrg_cli.console import printable
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.imaging.views import view_name
 from emrrg_cli.ingest.sources.chexpert_labels import LABELS, NOT_MENTIONED, encode_labels
-from emrrg_cli.ingest.sources.table import CsvFile
+from emrrg_cli.ingest.sources.table import CsvFile, whole_number
 from emrrg_cli.ingest.study import ImportLog
 from emrrg_cli.vocabulary import SPLIT_NAMES, SPLITS, UNKNOWN_VIEW, Split
 
@@ -122,7 +122,7 @@ class MimicTables:
             if cells is None:
                 self._skipped.append(("row and header differ in length", where, ""))
                 continue
-            dicom, study, subject, split = cells[0], number(cells[1]), number(cells[2]), cells[3].lower()
+            dicom, study, subject, split = cells[0], whole_number(cells[1]), whole_number(cells[2]), cells[3].lower()
             if not dicom or study is None or subject is None:
                 self._skipped.append(("no study id", where, "dicom_id, study_id or subject_id is not an id"))
             elif split not in SPLIT_NAMES:
@@ -170,15 +170,9 @@ def _same(path: Path, message: str, first: object, second: object) -> None:
         raise RunError(f"{path}: {message}, {first} and {second}")
 
 
-def number(text: str) -> int | None:
-    """Parses an id, also as in `s50414267`, or with the `.0` of data frames with gaps; None: not a whole number."""
-    digits = text.removesuffix(".0").lstrip("ps")
-    return int(digits) if digits.isascii() and digits.isdecimal() and len(digits) < 16 else None
-
-
 def _label_rows(path: Path) -> Iterator[tuple[int, str]]:
     for line, cells in CsvFile(path, ("study_id", *LABELS)):
-        study = None if cells is None else number(cells[0])
+        study = None if cells is None else whole_number(cells[0])
         if cells is None or study is None:
             continue
         try:

@@ -142,6 +142,12 @@ def _parts(text: str) -> Sequence[Any]:
     return text.replace(";", "|").split("|")
 
 
+def whole_number(text: str) -> int | None:
+    """Parses an id, also as in `s50414267`, or with the `.0` of data frames with gaps; None: not a whole number."""
+    digits = text.removesuffix(".0").lstrip("ps")
+    return int(digits) if digits.isascii() and digits.isdecimal() and len(digits) < 16 else None
+
+
 class CsvFile:
     """A CSV file of a published data set, plain or gzipped (`.gz`). Each iteration reads it again, row by row.
 
