@@ -126,11 +126,25 @@ def cell_text(value: Any) -> str:
 
 def cell_list(value: Any) -> list[str]:
     """Returns a cell as a list of texts without empty ones: a list as in JSON or Python, or text between `|` or `;`."""
-    parts = value if isinstance(value, list) else _parts(cell_text(value))
+    found = _listed(value)
+    return _texts(cell_text(value).replace(";", "|").split("|") if found is None else found)
+
+
+def cell_paths(value: Any) -> list[str]:
+    """Returns a cell as a list of paths without empty ones: one path, or a list as in JSON or Python."""
+    found = _listed(value)
+    return _texts([value] if found is None else found)
+
+
+def _texts(parts: Sequence[Any]) -> list[str]:
     return [text for part in parts if (text := cell_text(part))]
 
 
-def _parts(text: str) -> Sequence[Any]:
+def _listed(value: Any) -> list[Any] | None:
+    """Returns the items of a list, also of one that is written as text."""
+    if isinstance(value, list):
+        return value
+    text = cell_text(value)
     if text.startswith("[") and text.endswith("]"):
         for read in (json.loads, ast.literal_eval):  # pandas writes lists as Python does
             try:
@@ -139,7 +153,7 @@ def _parts(text: str) -> Sequence[Any]:
                 continue
             if isinstance(found, list) and not any(isinstance(part, list | dict | tuple | set) for part in found):
                 return found
-    return text.replace(";", "|").split("|")
+    return None
 
 
 def whole_number(text: str) -> int | None:
