@@ -156,8 +156,8 @@ def _parse_row(row: Any, split: Split, where: str) -> AnnotationRow:
 
 def _whole(value: Any) -> Any:
     """Returns a number such as 10000032.0, as data frames write the numbers of a column with gaps, as an `int`."""
-    is_whole = isinstance(value, float | Decimal) and abs(value) < 10**16 and value % 1 == 0
-    return int(value) if is_whole else value
+    # The limit keeps 1E999999 from becoming a number of a million digits.
+    return int(value) if isinstance(value, Decimal) and abs(value) < 10**16 and value % 1 == 0 else value
 
 
 def _text_or_number(value: Any, where: str) -> str:
