@@ -291,7 +291,7 @@ def _check_outputs(source: StudySource, out: Path, options: Options) -> None:
     from emrrg_cli.ingest.dataset_writer import is_finishing
     from emrrg_cli.reporting.summary_page import check_summary
 
-    check_writable(out.absolute().parent)  # the work directory is beside the dataset directory
+    check_writable(out.resolve().parent)  # the work directory is beside the dataset directory, where a link leads
     if options.export_annotation is not None:
         replace = options.overwrite or is_finishing(out)  # the file may come from an unfinished run
         check_annotation(options.export_annotation, out=out, raw=source.root, overwrite=replace)
