@@ -25,7 +25,7 @@ from emrrg_cli.vocabulary import Section
 NAME = "mimic_cxr"
 _REPORTS = ("mimic-cxr-reports", "mimic-cxr-reports.zip", "mimic_cxr_sectioned.csv", "mimic_cxr_sectioned.csv.gz")
 _SUFFIXES = (".jpg", ".png", ".dcm")  # MIMIC-CXR-JPG, copies of a smaller size, MIMIC-CXR
-_IMAGE = re.compile(r"(?:.*/)?p\d+/p(\d+)/s(\d+)/([^/]+)\.\w+")
+_IMAGE = re.compile(r"(?:.*/)?(p\d+/p(\d+)/s(\d+)/([^/]+))\.\w+")
 
 _COLUMNS = COLUMNS | {
     "indication": Column("text", "section of the note: indication or history"),
@@ -116,10 +116,7 @@ class MimicCxrSource:
             if note is None:
                 log.skip_study("report missing", study_id, path=f"{folder}.txt")
                 continue
-            found = [
-                (self._find(*(f"{folder}/{dicom}{suffix}" for suffix in _SUFFIXES)), view)
-                for dicom, view in listed.images
-            ]
+            found = [(self._find(*_names(f"{folder}/{dicom}")), view) for dicom, view in listed.images]
             yield Study(
                 study_id=study_id,
                 patient_id=str(listed.subject),
@@ -145,12 +142,14 @@ class MimicCxrSource:
                 yield self._annotated_study(row)
 
     def _annotated_study(self, row: AnnotationRow) -> Study:
-        found = [self._find(path) for path in row.image_paths]
         matches = [_IMAGE.fullmatch(path.replace("\\", "/")) for path in row.image_paths]
-        views = [self._tables.view(match[3] if match else row.study_id) for match in matches]
+        # The path as it is; then, from a file of another machine or with images of another format, as in the release.
+        named = [_names(match[1]) if match else () for match in matches]
+        found = [self._find(path, *names) for path, names in zip(row.image_paths, named, strict=True)]
+        views = [self._tables.view(match[4] if match else row.study_id) for match in matches]
         first = next(filter(None, matches), None)
-        study = whole_number(row.other.get("study_id", "")) or (int(first[2]) if first else None)
-        subject = whole_number(row.patient_id or "") or (int(first[1]) if first else None)
+        study = whole_number(row.other.get("study_id", "")) or (int(first[3]) if first else None)
+        subject = whole_number(row.patient_id or "") or (int(first[2]) if first else None)
         note = None
         if study is not None and subject is not None and self._reports is not None:
             try:
@@ -160,7 +159,7 @@ class MimicCxrSource:
         report = row.report.strip() and row.report
         return Study(
             study_id=row.study_id,
-            patient_id=row.patient_id or (first[1] if first else None),
+            patient_id=row.patient_id or (first[2] if first else None),
             split=row.split,
             image_paths=tuple(image for image in found if isinstance(image, Path)),
             views=tuple(view for image, view in zip(found, views, strict=True) if isinstance(image, Path)),
@@ -183,6 +182,10 @@ class MimicCxrSource:
             "comparison": note.comparison or None,
             "technique": note.technique or None,
         }
+
+
+def _names(stem: str) -> tuple[str, ...]:
+    return tuple(f"{stem}{suffix}" for suffix in _SUFFIXES)
 
 
 def _find_reports(root: Path, reports: Path | None, *, needed: bool) -> MimicReports | None:

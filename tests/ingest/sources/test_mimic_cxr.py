@@ -282,6 +282,24 @@ def test_rows_of_the_annotation_are_the_studies(mimic: Any, annotation: Path, re
     assert _reasons(log) == {"no findings": ["again"]}
 
 
+@pytest.mark.parametrize(("prefix", "suffix"), [("/data/mimic/files/", ".jpg"), ("", ".png"), ("C:\\mimic\\", ".dcm")])
+def test_an_annotation_of_another_machine_or_format(
+    mimic: Any, annotation: Path, read: Read, prefix: str, suffix: str
+) -> None:
+    expected, _ = read(MimicCxrSource(mimic.root, annotation=annotation))
+    content = json.loads(annotation.read_text())
+    for row in (row for rows in content.values() for row in rows):
+        row["image_path"] = [prefix + path.removeprefix("files/") for path in row["image_path"]]
+    annotation.write_text(json.dumps(content))
+    for file in list(mimic.root.rglob("*.jpg")):
+        file.rename(file.with_suffix(suffix))
+    found, _ = read(MimicCxrSource(mimic.root, annotation=annotation))
+    paths = [[path.with_suffix(suffix) for path in study.image_paths] for study in expected]
+    assert [list(study.image_paths) for study in found] == paths
+    assert all(paths)
+    assert [(s.patient_id, s.views, s.extra) for s in found] == [(s.patient_id, s.views, s.extra) for s in expected]
+
+
 def test_the_annotation_alone(mimic: Any, annotation: Path, tmp_path: Path, read: Read) -> None:
     for kind in ("split", "metadata", "chexpert"):
         mimic.table(kind).unlink()
