@@ -49,6 +49,7 @@ def convert(
     """
     from emrrg_cli.console import err
     from emrrg_cli.errors import UsageError
+    from emrrg_cli.files.output_paths import check_writable
     from emrrg_cli.silence_libraries import silence_libraries
 
     if to is Layout.PUBLISHED:
@@ -63,6 +64,7 @@ def convert(
     if out.exists() and not overwrite and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
         what = "already exists" if out.is_file() else "already exists and is not empty"
         raise UsageError(f"{out} {what}", hint="Use --overwrite, or choose another name.")
+    check_writable(out.absolute().parent)
     silence_libraries()
     from emrrg_cli.models.published.convert import convert_to_ours, convert_to_published
 

@@ -104,9 +104,9 @@ def _memory(result: Plan) -> Table:
 def _time(result: Plan) -> str:
     from emrrg_cli.console import counted
 
-    text = f"time    {result.seconds_per_step:.3g} s per step"
+    text = f"time    {_seconds(result.seconds_per_step)} per step"
     if result.seconds_loading is not None:
-        text += f" (computing {result.seconds_computing:.3g} s, reading images {result.seconds_loading:.3g} s)"
+        text += f" (computing {_seconds(result.seconds_computing)}, reading images {_seconds(result.seconds_loading)})"
     if result.steps_per_epoch is None or result.total_steps is None:
         return text + " (give --studies N or data.root=DIR to get the time per epoch)"
     epoch, whole = (result.seconds_per_step * steps for steps in (result.steps_per_epoch, result.total_steps))
@@ -116,6 +116,10 @@ def _time(result: Plan) -> str:
         f"{text}, {_hours(epoch)} per epoch of {counted(result.steps_per_epoch, 'step')}, "
         f"{_hours(whole)} for all {counted(result.total_steps, 'step')} ({until})"
     )
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds < 1000 else f"{seconds:,.0f} s"
 
 
 def _hours(seconds: float) -> str:

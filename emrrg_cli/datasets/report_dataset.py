@@ -124,7 +124,8 @@ class ReportDataset(Dataset[Example]):
         self.without_text = 0 if settings.limit is not None else len(split) - len(self.rows)
         if not self.rows:
             raise RunError(
-                f"no study of the {split.split} split has text for data.section={settings.section}",
+                f"{settings.root or 'the data set'}: no study of the {split.split} split has text for "
+                f"data.section={settings.section}",
                 hint="Check the columns of the dataset directory, or choose another section.",
             )
 

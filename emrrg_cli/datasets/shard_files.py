@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,14 @@ def shard_digest(file: Path) -> str:
     Raises:
         RunError: The file cannot be read.
     """
-    return hashlib.blake2b(f"{file.stat().st_size} ".encode() + read_footer(file), digest_size=16).hexdigest()
+    status = file.stat()
+    return _digest(file, status.st_size, (status.st_ino, status.st_mtime_ns))
+
+
+@lru_cache(maxsize=10_000)
+def _digest(file: Path, size: int, version: tuple[int, int]) -> str:
+    # A command opens a directory several times, and asks for its fingerprint; `version` changes with the file.
+    return hashlib.blake2b(f"{size} ".encode() + read_footer(file), digest_size=16).hexdigest()
 
 
 def read_footer(file: Path) -> bytes:

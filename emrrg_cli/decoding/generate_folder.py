@@ -96,9 +96,9 @@ def run_generation(
 
     Raises:
         UsageError: if `output` has reports of another model, other options, another context or another grouping of
-            the files and `overwrite` is false, or if it cannot be written.
-        RunError: if another process writes there, the model cannot be loaded, a process was ended, or the output was
-            removed or contains a link to another place.
+            the files and `overwrite` is false, or if it is a file.
+        RunError: if the output is read-only, another process writes there, the model cannot be loaded, a process was
+            ended, or the output was removed or contains a link to another place.
         Interrupted: after SIGINT or SIGTERM; reports written so far are kept.
     """
     check_writable(output)

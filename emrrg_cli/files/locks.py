@@ -27,7 +27,7 @@ def locked(output: Path) -> Iterator[None]:
 
     Raises:
         RunError: Another process holds the lock, or the lock file cannot be written.
-        UsageError: The place cannot be written to.
+        UsageError: A directory above the output is a file.
     """
     from filelock import FileLock, Timeout
 

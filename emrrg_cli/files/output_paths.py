@@ -38,13 +38,14 @@ def check_writable(directory: Path) -> None:
     """Check, before hours of work, that a directory can be created (if needed) and written to. Creates nothing.
 
     Raises:
-        UsageError: It, or a directory above it, is a file or is not writable.
+        UsageError: It, or a directory above it, is a file.
+        RunError: It, or the directory to create it in, is read-only.
     """
     nearest = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     if not nearest.is_dir():
-        raise UsageError(f"{directory} cannot be written: {nearest} is a file", hint="Give another --output.")
+        raise UsageError(f"{directory} cannot be written: {nearest} is a file", hint="Choose another output.")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UsageError(f"{directory} cannot be written: no permission in {nearest}", hint="Give another --output.")
+        raise RunError(f"cannot write {directory}: {nearest} is read-only for you", hint="Choose another output.")
 
 
 def refuse_links(directory: Path, patterns: Sequence[str] | None = None) -> None:

@@ -43,7 +43,7 @@ def writing(place: Path, needed: int | None = None) -> Iterator[None]:
         needed: Expected size in bytes, if known. A disk without that much space is refused before the block runs.
 
     Raises:
-        RunError: The write failed. The message names the place, the space it needs and the space that is left.
+        RunError: The write failed. The message names the place, and the space unless the error has another cause.
     """
     from safetensors import SafetensorError
 
@@ -51,8 +51,9 @@ def writing(place: Path, needed: int | None = None) -> Iterator[None]:
     if needed is not None and needed > shutil.disk_usage(nearest).free:
         raise RunError(f"cannot write {place}: the disk is full", hint=_free_space(nearest, needed))
     try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
+        with name_write_errors(place, needed):
+            yield
+    except (RuntimeError, SafetensorError) as error:
         words = next(iter(str(error).splitlines()), type(error).__name__)
         if "inline_container" in words:  # torch.save only notices that its file is too short
             words = "the file is cut off, most often because the disk is full"

@@ -14,6 +14,7 @@ from urllib.parse import quote
 import pyarrow.parquet as pq
 
 from emrrg_cli.errors import RunError, UsageError
+from emrrg_cli.files.output_paths import check_writable
 from emrrg_cli.files.write_errors import reason, space_hint
 from emrrg_cli.vocabulary import SPLITS, Split
 
@@ -34,6 +35,7 @@ def check_annotation(path: Path, *, out: Path, raw: Path | None, overwrite: bool
     Raises:
         UsageError: `path` is a directory or inside `out`; it exists, and `overwrite` is false or it is in the folder of
             the raw data; or there is already an `images` folder beside it.
+        RunError: Its folder is read-only.
     """
     hint = "Name a file in a folder of its own, such as r2gen/annotation.json."
     if path.is_dir():
@@ -51,6 +53,7 @@ def check_annotation(path: Path, *, out: Path, raw: Path | None, overwrite: bool
             f"{images} exists: the images of {path.name} would be mixed with others",
             hint=hint,
         )
+    check_writable(path.parent)
 
 
 def export_annotation(dataset: Path, path: Path) -> None:

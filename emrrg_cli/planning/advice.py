@@ -8,6 +8,7 @@ import os
 from emrrg_cli.models.llm import can_quantize
 from emrrg_cli.planning.result import Plan
 from emrrg_cli.recipe.finetuning import FinetuneRecipe
+from emrrg_cli.training.schedule import warmup_note
 
 
 def notes_on(result: Plan, recipe: FinetuneRecipe) -> list[str]:
@@ -34,6 +35,8 @@ def notes_on(result: Plan, recipe: FinetuneRecipe) -> list[str]:
             f"the time does not include validation, which writes {each} for each study: {result.reports_at_a_time:,} "
             f"reports at a time, {result.reports_bytes / 2**30:.2f} GiB for their keys and values"
         )
+    if result.steps_per_epoch is not None and (warmup := warmup_note(result.steps_per_epoch, recipe.train)):
+        notes.append(warmup)
     if recipe.model.llm.quantization != "none" and not can_quantize():
         notes.append(
             f"bitsandbytes is not installed, so the time was measured without {recipe.model.llm.quantization} weights"

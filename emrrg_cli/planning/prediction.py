@@ -39,6 +39,7 @@ from emrrg_cli.planning.trial import Step, measure
 from emrrg_cli.recipe.finetuning import FinetuneRecipe
 from emrrg_cli.runtime import choose_precision, make_accelerator
 from emrrg_cli.training.progress import resident_bytes
+from emrrg_cli.training.schedule import schedule_length
 
 # Ratio of a process's memory to the size of its tensors, because of heap fragmentation; measured in CPU training.
 HOLES = 1.15
@@ -213,8 +214,7 @@ def _steps(recipe: FinetuneRecipe, studies: int | None) -> tuple[int | None, int
     if studies is None:
         return None, None
     steps = studies // recipe.train.batch_size
-    total = steps * recipe.train.epochs
-    return steps, total if recipe.train.max_steps is None else min(total, recipe.train.max_steps)
+    return steps, schedule_length(steps, recipe.train)
 
 
 def _together(computing: float, loading: float, workers: int, device_type: str) -> float:

@@ -138,7 +138,7 @@ class _Trial:
         """Estimates the whole model's step with `micro` studies from steps with `size` studies."""
         variants = [None, *self.further]
         report("counting the memory for the backward pass")
-        saved = {part: self._saved(part, micro, size) for part in variants}
+        saved = {part: self._saved(part, micro) for part in variants}
         self.module.set_gradient_checkpointing(self.recipe.train.gradient_checkpointing)
         rounds: list[dict[str | None, dict[str, float]]] = []
         began = time.perf_counter()
@@ -208,8 +208,11 @@ class _Trial:
         self._synchronize()
         return {"seconds": between - began, "update": time.perf_counter() - between}
 
-    def _saved(self, part: str | None, micro: int, size: int) -> float:
-        """Returns the bytes kept for the backward pass of `micro` studies, counted in forward passes of `size`."""
+    def _saved(self, part: str | None, micro: int) -> float:
+        """Returns the bytes kept for the backward pass of `micro` studies, counted in forward passes of a few.
+
+        Those of all would need the memory of a training step, which this machine may not have.
+        """
         self._keep(part)
         self.module.train()
 
@@ -220,11 +223,12 @@ class _Trial:
                 self.model(batch)
             return counter.total
 
-        kept = count(size)
-        if size == micro:
+        few = min(micro, 2)
+        kept = count(few)
+        if few == micro:
             return kept
         # Copies of the weights in autocast's dtype do not grow with the number of studies.
-        return kept + (micro - size) * (count(size + 1) - kept)
+        return kept + (micro - few) * (count(few + 1) - kept)
 
     def _batch(self, micro: int, reports: int = 1) -> Batch:
         # Self-critical training has several `reports` of each study.

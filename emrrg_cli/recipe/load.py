@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar, cast, overload
 
 from pydantic import ValidationError
 
+from emrrg_cli.console import err, printable
 from emrrg_cli.errors import UsageError
 from emrrg_cli.recipe.common import Settings
 from emrrg_cli.recipe.finetuning import FinetuneRecipe
@@ -59,7 +60,20 @@ def load_recipe(ref: str, overrides: Sequence[str] = (), *, stage: type[Settings
         UsageError: The recipe does not exist or is for another stage, an override is malformed, or settings are
             unknown, of the wrong type or in conflict; all such settings are listed together with their places.
     """
-    layers = _read(ref, overrides)
+    return _checked(ref, _read(ref, overrides), stage)
+
+
+def load_saved_recipe(run_dir: Path, stage: str | None = None) -> Settings:
+    """Loads the recipe that a run has saved. Settings of another version that were off (null or false) are ignored.
+
+    Raises:
+        UsageError: As `load_recipe`.
+    """
+    file = run_dir / RUN_RECIPE
+    return _checked(str(file), [_without_removed(layer, str(file)) for layer in read_layers(file)], stage)
+
+
+def _checked(ref: str, layers: Sequence[Layer], stage: type[Settings] | str | None) -> Settings:
     found = _stage_of(ref, layers)
     if isinstance(stage, type):
         stage = next(name for name, recipe in RECIPES.items() if recipe is stage)
@@ -91,7 +105,7 @@ def load_run_recipe(
     if not file.is_file():
         hint = "Name the directory that `emrrg finetune` wrote."
         raise UsageError(f"{run_dir} is not a run directory: it has no {RUN_RECIPE}", hint=hint)
-    run = read_layer(file)
+    run = _without_removed(read_layer(file), str(file))
     run_stage = _stage_of(str(file), [run])
     if run_stage != "finetune":
         raise UsageError(f"{run_dir} holds a `{run_stage}` run; `{stage}` needs a `finetune` run")
@@ -130,6 +144,35 @@ def dump_recipe(recipe: Settings) -> str:
 def _read(ref: str, overrides: Sequence[str]) -> list[Layer]:
     layers = read_layers(find_recipe(ref))
     return [*layers, parse_overrides(overrides)] if overrides else layers
+
+
+def _without_removed(layer: Layer, file: str) -> Layer:
+    """Removes settings that this version no longer has and that were off, with a line in the terminal.
+
+    A run saves all settings of its version. Without a setting that was off, it is the same run.
+    """
+    schema = RECIPES.get(str(layer.values.get("stage")))
+    removed: list[str] = []
+
+    def kept(values: Mapping[str, Any], section: KeyPath = ()) -> dict[str, Any]:
+        found = {}
+        for key, value in values.items():
+            path = (*section, key)
+            if schema is not None and annotation_at(schema, path) is None and _is_off(value):
+                removed.append(".".join(path))
+            else:
+                found[key] = kept(value, path) if isinstance(value, dict) else value
+        return found
+
+    values = kept(layer.values)
+    if removed:
+        text = f"{file} is of another version; settings that were off there are ignored: {', '.join(removed)}"
+        err.print(printable(text), markup=False, soft_wrap=True)
+    return Layer(layer.name, values, layer.lines)
+
+
+def _is_off(value: Any) -> bool:
+    return all(map(_is_off, value.values())) if isinstance(value, dict) else value is None or value is False
 
 
 def _stage_of(ref: str, layers: Sequence[Layer]) -> str:

@@ -106,10 +106,17 @@ def clinical_rows(
 
 
 def clinical_note(grid: Mapping[str, Any]) -> str:
-    """Returns the note below the clinical table."""
+    """Returns the note below the clinical table, with the intervals, which few of its rows have."""
     undefined = max(figures["14"]["undefined"] for figures in grid.values())
-    note = '13 labels: without "No Finding", which reports without findings have.'
-    return f"{note} {undefined} of 14 labels occur on neither side; macro counts them as 0." if undefined else note
+    notes = ['13 labels: without "No Finding", which reports without findings have.']
+    if undefined:
+        notes.append(f"{undefined} of 14 labels occur on neither side; macro counts them as 0.")
+    for policy, figures in grid.items():
+        if intervals := figures.get("intervals"):
+            named = ((*name.split("_"), _interval(ends)) for name, ends in intervals.items())  # F1_micro_14
+            shown = "; ".join(f"{labels}, {average}: {ends}" for _, average, labels, ends in named)
+            notes.append(f"95 % intervals of F1, uncertain as {POLICY[policy]}: {shown}.")
+    return " ".join(notes)
 
 
 def _clinical(name: str, grid: Mapping[str, Any], controls: Mapping[str, Any]) -> Table:

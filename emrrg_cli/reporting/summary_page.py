@@ -31,7 +31,8 @@ def check_summary(output: Path) -> None:
     """Checks that a summary can be written to `output`.
 
     Raises:
-        UsageError: `output` has other content, is a file, or is not writable.
+        UsageError: `output` has other content or is a file.
+        RunError: `output` is read-only.
     """
     check_writable(output)
     if output.is_dir() and any(output.iterdir()) and not (output / DATA).is_file():

@@ -195,10 +195,7 @@ def open_pairs(
             if required:
                 raise RunError(f"{one.root}: this dataset directory has no split named {split}")
             continue
-        try:
-            parts.append((LabelledFilms if labelled else ReportDataset)(splits[split], one, image_size))
-        except RunError as error:
-            raise RunError(f"{one.root}: {error.message}", hint=error.hint) from error
+        parts.append((LabelledFilms if labelled else ReportDataset)(splits[split], one, image_size))
         weights.append(weight if weighted else 1.0)
         if parts[-1].without_text and is_first_process():
             lacking = "no labels" if labelled else f"no text for data.section={one.section}"

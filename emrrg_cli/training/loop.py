@@ -29,7 +29,7 @@ from emrrg_cli.training.optimizer_step import FiniteCheck, accumulate_gradients,
 from emrrg_cli.training.progress import TrainingDisplay
 from emrrg_cli.training.run_checkpoints import RunCheckpoints
 from emrrg_cli.training.run_dir import first_checkpoint_interval
-from emrrg_cli.training.schedule import build_optimizer, learning_rate
+from emrrg_cli.training.schedule import build_optimizer, learning_rate, schedule_length, warmup_note
 from emrrg_cli.training.selection import better_value
 from emrrg_cli.training.stage import PreparesStep, ShowsExamples, Stage
 from emrrg_cli.training.stop_request import SharedStop, StopRequest, catch_stop_signals
@@ -108,9 +108,7 @@ class _Loop:
             settings.seed,
             None if draws is None else draws.draw_epoch,
         )
-        self.total_steps = self.order.steps_per_epoch * settings.epochs
-        if settings.max_steps is not None:
-            self.total_steps = min(self.total_steps, settings.max_steps)
+        self.total_steps = schedule_length(self.order.steps_per_epoch, settings)
         optimizer = build_optimizer(stage.model, settings)
         self.module = stage.model  # not wrapped by DistributedDataParallel
         self.model, self.optimizer = accelerator.prepare(stage.model, optimizer)
@@ -136,6 +134,8 @@ class _Loop:
             after_batch=self._stop_validation_if_asked,
         ) as display:
             self.display = display
+            if note := warmup_note(self.order.steps_per_epoch, self.settings):
+                display.message(note)
             if progress.validation_due:
                 self._validate()
             elif progress.step and (reason := self._reason_to_end()):

@@ -11,7 +11,7 @@ from emrrg_cli.files.output_paths import check_writable
 from emrrg_cli.files.temporary import is_leftover
 from emrrg_cli.recipe.common import LoopSettings, Settings
 from emrrg_cli.recipe.layers import MAPPINGS
-from emrrg_cli.recipe.load import RUN_RECIPE, load_recipe
+from emrrg_cli.recipe.load import RUN_RECIPE, load_saved_recipe
 from emrrg_cli.recipe.paths import with_absolute_paths
 
 R = TypeVar("R", bound=Settings)
@@ -50,7 +50,7 @@ def first_checkpoint_interval(run_dir: Path, settings: LoopSettings) -> int | No
     saved = run_dir / RUN_RECIPE
     if not saved.is_file():
         return settings.checkpoint_every_steps
-    train: LoopSettings = load_recipe(str(saved), []).train  # type: ignore[attr-defined]
+    train: LoopSettings = load_saved_recipe(run_dir).train  # type: ignore[attr-defined]
     return train.checkpoint_every_steps
 
 
@@ -74,7 +74,7 @@ def check_run_dir(run_dir: Path, settings: Settings, *, resume: bool) -> None:
     if not saved.is_file():
         raise UsageError(f"{run_dir}: there is no run to resume here", hint="Start it without --resume.")
     check_writable(run_dir)
-    before = with_absolute_paths(load_recipe(str(saved), [], stage=getattr(settings, "stage", None))).model_dump()
+    before = with_absolute_paths(load_saved_recipe(run_dir, getattr(settings, "stage", None))).model_dump()
     now = with_absolute_paths(settings)
     changed = [key for key in _differences(before, now.model_dump()) if key not in _FREE]
     if changed:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import torch
 from torch import nn
 
+from emrrg_cli.console import counted
 from emrrg_cli.recipe.common import LoopSettings
 
 
@@ -42,6 +44,23 @@ def part_of(name: str) -> str:
     if name.startswith(("llm.", "text_encoder.")) and ".cross." not in name:
         return "llm"
     return "new"
+
+
+def schedule_length(steps_per_epoch: int, settings: LoopSettings) -> int:
+    """Returns the optimizer steps of all epochs, at most `max_steps`."""
+    return min(steps_per_epoch * settings.epochs, settings.max_steps or sys.maxsize)
+
+
+def warmup_note(steps_per_epoch: int, settings: LoopSettings) -> str | None:
+    """Returns a note if training ends before its warm-up does, so that it never has the learning rate of the recipe."""
+    total, warmup = schedule_length(steps_per_epoch, settings), math.ceil(settings.warmup_epochs * steps_per_epoch)
+    if warmup <= total:
+        return None
+    last = learning_rate(total - 1, steps_per_epoch, total, settings)
+    return (
+        f"train.warmup_epochs={settings.warmup_epochs:g} is {counted(warmup, 'step')}, but training has {total:,}: "
+        f"the learning rate ends at {last:.2g} and does not reach {settings.peak_lr:.2g}"
+    )
 
 
 def learning_rate(step: int, steps_per_epoch: int, total_steps: int, settings: LoopSettings) -> float:

@@ -90,7 +90,14 @@ def test_a_refused_file_is_one_message(published: Path, tmp_path: Path, capsys: 
     assert not (tmp_path / "witness").exists()
 
 
-def test_a_full_disk_is_reported(published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_place_that_cannot_be_written_is_named(
+    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").touch()
-    assert main(["convert", str(published), str(tmp_path / "file/out")]) == 1
-    assert "cannot write" in capsys.readouterr().err
+    assert main(["convert", str(published), str(tmp_path / "file/out")]) == 2
+    assert f"{tmp_path / 'file'} is a file" in capsys.readouterr().err
+    monkeypatch.setattr(os, "access", lambda path, mode: mode == os.R_OK)  # root may write everywhere
+    for arguments in ([str(published), "out"], [str(tmp_path / "ours"), "out.pth", "--to", "published"]):
+        monkeypatch.chdir(tmp_path)
+        assert main(["convert", *arguments]) == 1
+        assert f"{tmp_path} is read-only for you" in capsys.readouterr().err

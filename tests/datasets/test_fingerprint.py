@@ -9,6 +9,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from emrrg_cli.datasets import shard_files
+from emrrg_cli.datasets.directory import open_dataset
 from emrrg_cli.datasets.fingerprint import dataset_fingerprint
 from emrrg_cli.errors import RunError, UsageError
 
@@ -21,6 +23,15 @@ def copy(tiny_dataset: Path, tmp_path: Path) -> Path:
 def test_the_fingerprint_is_from_the_manifest(tiny_dataset: Path, copy: Path) -> None:
     written = json.loads((tiny_dataset / "manifest.json").read_text())["fingerprint"]
     assert dataset_fingerprint(tiny_dataset) == dataset_fingerprint(str(copy)) == written
+
+
+def test_each_footer_is_read_once(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    footer = shard_files.read_footer
+    monkeypatch.setattr(shard_files, "read_footer", lambda file: read.append(file.name) or footer(file))
+    open_dataset(copy)
+    assert dataset_fingerprint(copy) == dataset_fingerprint(copy)
+    assert sorted(read) == sorted(file.name for file in (copy / "data").iterdir())
 
 
 def test_files_that_the_manifest_does_not_list_change_it(copy: Path) -> None:

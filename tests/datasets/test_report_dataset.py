@@ -66,7 +66,7 @@ def test_studies_without_the_text_are_skipped() -> None:
     assert dataset.without_text == 3
     assert (dataset[1].study_id, dataset[1].report) == ("s4", "b .")
     assert int(dataset[1].pixels[0, 0, 0]) == 4  # its own image
-    with pytest.raises(RunError, match=r"no study of the \w+ split has text for data\.section=findings"):
+    with pytest.raises(RunError, match=r"the data set: no study of the \w+ split has text for data\.section=findings"):
         ReportDataset(split, DataSettings(section="findings"), 16)
 
 

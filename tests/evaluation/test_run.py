@@ -120,7 +120,7 @@ def test_no_data_and_wrong_data_are_refused(varied_run: Path, tmp_path: Path) ->
 
 
 def test_a_split_without_the_requested_text_is_an_error(evaluate: Any) -> None:
-    with pytest.raises(RunError, match=r"no study of the test split has text for data\.section=findings"):
+    with pytest.raises(RunError, match=r"/.*: no study of the test split has text for data\.section=findings"):
         evaluate("data.section=findings")
 
 

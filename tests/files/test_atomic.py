@@ -20,6 +20,7 @@ from emrrg_cli.files.atomic import (
     whole_directory,
 )
 from emrrg_cli.files.temporary import host_name
+from emrrg_cli.files.write_errors import writing
 
 # Replaces `final` in a process that dies, without any clean-up, just before its n-th rename (0: inside the block).
 DYING = """
@@ -284,3 +285,14 @@ def test_a_full_disk_is_reported_with_the_space(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(RunError, match=r"cannot write .*curve.png: No space left on device") as caught:
         atomic_write_bytes(tmp_path / "curve.png", bytes(2**20))
     assert str(caught.value.hint).startswith("It needs about 1.0 MiB; ")
+
+
+def test_a_failed_write_names_the_space_only_if_it_is_full(tmp_path: Path) -> None:
+    for error, told, hinted in (
+        (OSError(30, "Read-only file system", "x"), "model: Read-only file system", False),
+        (OSError(28, "No space left on device", "x"), "model: No space left on device", True),
+        (RuntimeError("[enforce fail at inline_container.cc:603]"), "model: the file is cut off", True),
+    ):
+        with pytest.raises(RunError, match=told) as caught, writing(tmp_path / "model", 10):
+            raise error
+        assert ("are free there" in str(caught.value.hint)) is hinted

@@ -315,6 +315,23 @@ def test_an_exported_annotation_is_read_back(tiny_r2gen: Path, tmp_path: Path) -
     assert not (tmp_path / "third").exists()
 
 
+@pytest.mark.parametrize("place", ["dataset", "annotation", "page"])
+def test_a_read_only_place_is_found_before_the_work(
+    tiny_r2gen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    closed, opened = tmp_path / "closed", tmp_path / "open"
+    closed.mkdir()
+    out = (closed if place == "dataset" else opened) / "out"
+    options = {"annotation": ["--export-annotation", str(closed / "a.json")], "page": ["--summary"]}.get(place, [])
+    (opened / "out-summary").mkdir(parents=True)
+    shut = opened / "out-summary" if place == "page" else closed
+    # Root may write everywhere.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != shut)
+    assert main(["preprocess", "r2gen", str(tiny_r2gen), str(out), *options]) == 1
+    assert f"{shut} is read-only for you" in " ".join(capsys.readouterr().err.split())
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["closed", "open", "out-summary"]
+
+
 def test_an_export_replaces_only_an_exported_annotation(
     tiny_r2gen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -169,6 +169,7 @@ def test_the_time_of_all_steps_ends_where_the_schedule_does(capsys: pytest.Captu
     ):
         assert main([*arguments, "--studies", "80", f"train.max_steps={steps}"]) == 0
         assert f"10 s per epoch of 10 steps, {told}\n" in capsys.readouterr().out
+    assert any("does not reach" in note for note in planned("--studies", "80", "train.warmup_epochs=4")["notes"])
 
 
 def test_the_views_of_a_study_are_those_that_are_used(tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:

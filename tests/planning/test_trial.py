@@ -114,9 +114,21 @@ def test_memory_of_a_large_batch_is_extrapolated() -> None:
     """Under autocast the copies of the weights are counted once, whatever the studies."""
     recipe = recipe_of("train.precision=bf16", "model.encoder.depth=2")
     small = trial_of(recipe, "bf16")
-    direct = small._saved(None, 6, 6)
-    assert small._saved(None, 6, 2) == pytest.approx(direct, rel=0.01)
-    assert 3 * small._saved(None, 2, 2) > 1.05 * direct
+    small._keep(None)
+    counter = _SavedBytes(small.module)
+    with torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda tensor: tensor):
+        small.model(small._batch(6))
+    assert small._saved(None, 6) == pytest.approx(counter.total, rel=0.01)
+    assert 3 * small._saved(None, 2) > 1.05 * counter.total
+
+
+def test_a_trial_counts_the_memory_of_few_studies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan must fit on a machine on which the training does not."""
+    small, sizes = trial_of(recipe_of("model.encoder.depth=1")), []
+    batch = small._batch
+    monkeypatch.setattr(small, "_batch", lambda micro, reports=1: sizes.append(micro) or batch(micro, reports))
+    assert small._saved(None, 64) > 20 * small._saved(None, 2)
+    assert max(sizes) == 3
 
 
 def test_checkpointing_is_timed_as_it_is_trained() -> None:

@@ -9,7 +9,15 @@ import yaml
 from emrrg_cli.errors import UsageError
 from emrrg_cli.recipe.layers import Layer
 from emrrg_cli.recipe.library import recipe_names
-from emrrg_cli.recipe.load import OVERLAYS, RECIPES, dump_recipe, load_recipe, load_run_recipe, resolve_recipe
+from emrrg_cli.recipe.load import (
+    OVERLAYS,
+    RECIPES,
+    dump_recipe,
+    load_recipe,
+    load_run_recipe,
+    load_saved_recipe,
+    resolve_recipe,
+)
 from emrrg_cli.recipe.overrides import parse_overrides
 from emrrg_cli.recipe.protocols import PROTOCOLS
 from emrrg_cli.recipe.yaml12 import dump, parse_layer
@@ -423,6 +431,26 @@ def test_a_run_without_a_prompt_has_the_published_one(run_dir: Path) -> None:
     file.write_text(dump(document))
     assert "ImageHere" not in file.read_text()
     assert load_run_recipe(run_dir, None, [], "evaluate").model.prompt == PUBLISHED_PROMPT
+
+
+def test_a_run_of_another_version_is_read(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = run_dir / "recipe.yaml"
+    expected, document = load_saved_recipe(run_dir), resolve_recipe(str(file))
+    document["generation"] |= {"findings_draws": None, "gone": {"a": None, "b": {"c": False}}}
+    file.write_text(dump(document))
+    for read in (load_saved_recipe, lambda run: load_run_recipe(run, None, [], "generate")):
+        capsys.readouterr()
+        assert read(run_dir) == expected
+        assert capsys.readouterr().err == (
+            f"{file} is of another version; settings that were off there are ignored: "
+            "generation.findings_draws, generation.gone\n"
+        )
+    assert problems(str(file))[0].endswith("generation.findings_draws: unknown key")  # as a recipe of a user
+    document["generation"]["findings_draws"] = 4
+    file.write_text(dump(document))
+    for read in (load_saved_recipe, lambda run: load_run_recipe(run, None, [], "generate")):
+        with pytest.raises(UsageError, match=r"generation\.findings_draws: unknown key"):
+            read(run_dir)
 
 
 def test_an_overlay_changes_only_its_own_settings(run_dir: Path) -> None:

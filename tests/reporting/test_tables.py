@@ -48,7 +48,8 @@ def test_reports_table_shows_the_disclaimer_and_counts_the_rest() -> None:
 def test_tables_with_all_controls_fit_into_the_width(width: int) -> None:
     row = {"precision": 0.5, "recall": 0.25, "f1": 1 / 3}
     labels = {"undefined": 2, "micro": row, "macro": row, "macro_defined": row, "example": row}
-    figures = dict.fromkeys(("14", "13", "5"), labels)
+    ends = {"F1_micro_14": [0.3, 0.4], "F1_macro_14": [0.2, 0.31], "F1_micro_13": [0.25, 0.5]}
+    figures = dict.fromkeys(("14", "13", "5"), labels) | {"intervals": ends}
     grid = dict.fromkeys(("uncertain_positive", "uncertain_negative"), figures)
     scores = {"BLEU_1": 0.12345, "METEOR": None, "CIDEr": 1.23456}
     controls = {name: {"clinical": {"rules": grid}, "scores": scores} for name in CONTROLS}
@@ -56,6 +57,8 @@ def test_tables_with_all_controls_fit_into_the_width(width: int) -> None:
     made = evaluation_tables(result | {"intervals": {"CIDEr": [1.1234, 1.3456]}}, "test split", width)
     text = "".join(_shown(table, width=width) for table in made)
     assert "\u2026" not in text
+    told = "uncertain as negative: 14, micro: 0.300-0.400; 14, macro: 0.200-0.310; 13, micro: 0.250-0.500."
+    assert told in " ".join(text.split())
     for said in ("0.1235", "1.2346", "1.123-1.346", "left out", "uncertain as positive", "uncertain as negative"):
         assert said in text
     shown = [head for name, head in CONTROLS.items() if width > 80 or name != "most_frequent"]

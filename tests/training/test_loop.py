@@ -262,6 +262,13 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_over(fit: Any, tmp_pat
     ]
 
 
+def test_a_warm_up_longer_than_the_run_is_told(fit: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(Stage(), epochs=1, warmup_epochs=1)
+    assert "warmup" not in capsys.readouterr().err
+    fit(Stage(), epochs=1, warmup_epochs=4)
+    assert "train.warmup_epochs=4 is 8 steps, but training has 2" in capsys.readouterr().err
+
+
 def test_rows_after_the_checkpoint_are_written_once(fit: Any, tmp_path: Path) -> None:
     from emrrg_cli.files.records import append_jsonl, read_jsonl
 

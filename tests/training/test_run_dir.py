@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from emrrg_cli.errors import UsageError
+from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.files.output_paths import check_writable
 from emrrg_cli.recipe.finetuning import FinetuneRecipe
 from emrrg_cli.recipe.load import dump_recipe, load_recipe
@@ -175,7 +175,7 @@ def test_an_unwritable_place_is_refused_before_the_work(
     assert not (tmp_path / "a").exists()
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
     for resume, directory in ((False, tmp_path / "new"), (True, started)):
-        with pytest.raises(UsageError, match="no permission in"):
+        with pytest.raises(RunError, match="is read-only for you"):
             check_run_dir(directory, _recipe("data.root=a"), resume=resume)
 
 

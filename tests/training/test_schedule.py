@@ -11,7 +11,7 @@ from torch import nn
 
 from emrrg_cli.recipe.common import LoopSettings, LrScaleSettings
 from emrrg_cli.recipe.finetuning import TrainSettings
-from emrrg_cli.training.schedule import build_optimizer, learning_rate, part_of
+from emrrg_cli.training.schedule import build_optimizer, learning_rate, part_of, warmup_note
 
 
 def _rates(steps: int, per_epoch: int, total: int | None = None, **settings: Any) -> list[float]:
@@ -76,6 +76,16 @@ def test_the_schedule_ends_with_max_steps() -> None:
 def test_a_warm_up_may_be_longer_than_the_run() -> None:
     assert _rates(3, 1, lr=1.0, warmup_epochs=10.0) == pytest.approx([0.1, 0.2, 0.3])
     assert learning_rate(2, 1, 2, TrainSettings(lr=1.0, warmup_epochs=2.0)) == pytest.approx(1.0)
+
+
+def test_a_warm_up_longer_than_the_run_has_a_note() -> None:
+    settings = LoopSettings(lr=1e-4, warmup_epochs=2.0, epochs=2)
+    assert warmup_note(10, settings) is None
+    assert warmup_note(10, settings.model_copy(update={"max_steps": 20})) is None
+    told = "train.warmup_epochs=2 is 20 steps, but training has {}: the learning rate ends at {} and does not reach "
+    for changed, steps, last in (({"max_steps": 5}, 5, "2.5e-05"), ({"epochs": 1}, 10, "5e-05")):
+        note = warmup_note(10, settings.model_copy(update=changed))
+        assert note == told.format(steps, last) + "0.0001"
 
 
 def test_vectors_have_no_decay_frozen_parameters_are_left_out() -> None:

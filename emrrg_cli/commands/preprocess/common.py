@@ -278,17 +278,20 @@ def run_source(
 
 
 def _check_outputs(source: StudySource, out: Path, options: Options) -> None:
-    """Checks before the work begins that the annotation file and the summary page can be written.
+    """Checks before the work begins that the dataset directory, the annotation file and the page can be written.
 
     Raises:
-        UsageError: One of them cannot be written.
+        UsageError: Something else is in the place of one of them.
+        RunError: The place of one of them is read-only.
     """
     from emrrg_cli.commands.data import summary_folder
     from emrrg_cli.errors import UsageError
+    from emrrg_cli.files.output_paths import check_writable
     from emrrg_cli.ingest.annotation_file import check_annotation
     from emrrg_cli.ingest.dataset_writer import is_finishing
     from emrrg_cli.reporting.summary_page import check_summary
 
+    check_writable(out.resolve().parent)  # the work directory is beside the dataset directory, where a link leads
     if options.export_annotation is not None:
         replace = options.overwrite or is_finishing(out)  # the file may come from an unfinished run
         check_annotation(options.export_annotation, out=out, raw=source.root, overwrite=replace)

@@ -19,7 +19,7 @@ def mimic_cxr(
         typer.Option(
             "--reports",
             metavar="PATH",
-            help="Folder or zip file with the reports; default: mimic-cxr-reports or its zip file in ROOT.",
+            help="Folder or zip file with the reports, or mimic_cxr_sectioned.csv; default: found in ROOT.",
             show_default=False,
         ),
     ] = None,
@@ -36,7 +36,7 @@ def mimic_cxr(
         Literal["chexpert", "negbio"], typer.Option("--labels", help="Labeler whose labels are used.")
     ] = "chexpert",
 ) -> None:
-    """MIMIC-CXR: MIMIC-CXR-JPG in ROOT, reports in mimic-cxr-reports (folder or zip file).
+    """MIMIC-CXR: MIMIC-CXR-JPG in ROOT, reports in mimic-cxr-reports (folder or zip) or mimic_cxr_sectioned.csv.
 
     Uses the official split, views from the metadata, and labels. The report is the findings section, or the last
     paragraph of a text without headings, unless --section selects another section.

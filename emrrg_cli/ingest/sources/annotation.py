@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,7 @@ def _parse_row(row: Any, split: Split, where: str) -> AnnotationRow:
     """Checks one row; `where` names it in errors."""
     if not isinstance(row, Mapping):
         raise RunError(f"{where} is {_kind(row)}, not an object")
+    row = {key: _whole(value) for key, value in row.items()}
     if missing := [key for key in ("id", "report", "image_path") if key not in row]:
         raise RunError(f"{where} has no {missing[0]!r}", hint="A row has id, report and image_path.")
     study_id = _text_or_number(row["id"], f"{where}: id")
@@ -150,6 +152,12 @@ def _parse_row(row: Any, split: Split, where: str) -> AnnotationRow:
         image_paths=tuple(path for path in paths if path is not None),
         other={key: str(value) for key, value in plain.items() if key not in known},
     )
+
+
+def _whole(value: Any) -> Any:
+    """Returns a number such as 10000032.0, as data frames write the numbers of a column with gaps, as an `int`."""
+    # The limit keeps 1E999999 from becoming a number of a million digits.
+    return int(value) if isinstance(value, Decimal) and abs(value) < 10**16 and value % 1 == 0 else value
 
 
 def _text_or_number(value: Any, where: str) -> str:

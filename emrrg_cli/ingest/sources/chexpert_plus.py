@@ -22,7 +22,7 @@ NAME = "chexpert_plus"
 # The parts of the published split (CXPMRG-Bench): 40,463, 5,780 and 11,562 of 57,805 studies.
 FRACTIONS = (0.7, 0.1, 0.2)
 
-_IMAGES = ("PNGs", "PNG", "PNG/PNG", "DICOMs", "DICOM")
+_IMAGES = ("PNGs", "PNG", "PNG/PNG", "DICOMs", "DICOM", "CheXpert-v1.0", "CheXpert-v1.0-small")
 
 _COLUMNS = COLUMNS | {
     "indication": Column("text", "section of the report: clinical history"),
@@ -47,7 +47,7 @@ class ChexpertPlusSource:
     `report` is the findings section, as in CXPMRG-Bench. Labels are CheXbert's labels of `section`.
 
     Args:
-        root: Folder with the table, `PNGs/` (or `PNG/`, `DICOM/`) and `chexbert_labels/`.
+        root: Folder with the table, `PNGs/` (or another of `_IMAGES`) and `chexbert_labels/`.
         section: Section that becomes the report; labels are read for the same section.
         annotation: A file in R2Gen's format. Its rows then define the studies: texts, images and splits. The table
             adds views, sections and labels if it exists.

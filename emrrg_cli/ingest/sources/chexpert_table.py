@@ -23,7 +23,7 @@ from emrrg_cli.vocabulary import SPLITS, Section, Split
 
 TABLE = "df_chexpert_plus_240401.csv"
 
-_TABLES = "df_chexpert_plus*.csv"
+_TABLES = ("df_chexpert_plus*.csv", "df_chexpert_plus*.csv.gz")
 _LABEL_FOLDERS = ("chexbert_labels", "CheXpert_Labels", ".")
 _LABEL_FILES: dict[str, str] = {"impression": "impression_fixed.json", "both": "report_fixed.json"}
 
@@ -101,7 +101,7 @@ class ChexpertTable:
         self._views: dict[str, str] = {}
         self._splits: dict[str, Split] = {}
         self._skipped: list[tuple[str, str, str]] = []
-        table = next(iter(sorted(root.glob(_TABLES))), None)
+        table = next((path for pattern in _TABLES for path in sorted(root.glob(pattern))), None)
         if table is None and needed:
             raise UsageError(f"no {TABLE} in {root}", hint="ROOT is the folder that holds the table and PNGs/.")
         if table is not None:

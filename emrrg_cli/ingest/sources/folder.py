@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 from emrrg_cli.console import printable
 from emrrg_cli.datasets.directory import Column
+from emrrg_cli.datasets.manifest import MANIFEST
 from emrrg_cli.datasets.splits import drawn_remark
 from emrrg_cli.errors import UsageError
 from emrrg_cli.imaging.base import RASTER_SUFFIXES
@@ -17,9 +19,10 @@ from emrrg_cli.imaging.dicom.facts import DicomFacts, find_dicom_facts
 from emrrg_cli.imaging.image_paths import files_below
 from emrrg_cli.imaging.views import view_name
 from emrrg_cli.ingest.sources.drafts import Draft, Drafts
-from emrrg_cli.ingest.sources.image_paths import listed_images, locate, require_folder
+from emrrg_cli.ingest.sources.image_paths import MISSING, listed_images, locate, require_folder
 from emrrg_cli.ingest.sources.table import Table, cell_list, cell_text, read_table
 from emrrg_cli.ingest.study import ImageProblem, ImportLog, Study
+from emrrg_cli.reporting.summary_page import DATA, PAGE
 from emrrg_cli.vocabulary import CONTEXT_FIELDS, SPLIT_NAMES, Split
 
 _LABELS = "labels, unchanged from the table"
@@ -67,7 +70,8 @@ class FolderSource:
 
     Args:
         root: The folder. Every image must be inside it after symbolic links are resolved.
-        table: CSV, TSV or JSON lines; image paths are relative to `root` or to its `images/`.
+        table: CSV, TSV or JSON lines; image paths are relative to `root` or to its `images/`. A name without folders
+            may be that of a file at any depth.
         columns: Columns of the table.
         fractions: Fractions of train, validation and test in a random split by patient; not used with a split column.
         seed: Random seed of the split.
@@ -168,13 +172,35 @@ class FolderSource:
         self.remarks.append("Without a table there are no reports: use this dataset only for stages that need no text.")
 
     def _walk(self) -> Iterator[Path]:
-        """Yields all files except hidden ones, sorted, and counts folders that cannot be read."""
+        """Yields all files except hidden ones and our own, sorted, and counts folders that cannot be read."""
 
         def unreadable(error: OSError) -> None:
             path = printable(os.path.relpath(error.filename or self.root, self.root))
             self._skip("folder cannot be read", path, detail=error.strerror or "")
 
-        yield from files_below(self.root, unreadable)
+        is_output = cache(_is_output)
+        for path in files_below(self.root, unreadable):
+            depth = len(path.relative_to(self.root).parents) - 1  # folders between the root and the file
+            if not any(is_output(folder) for folder in path.parents[:depth]):
+                yield path
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[Path]]:
+        """The files by name, for tables that have no folders, such as that of ChestX-ray14."""
+        found: dict[str, list[Path]] = {}
+        for path in files_below(self.root, lambda error: None):
+            found.setdefault(path.name, []).append(path)
+        return found
+
+    def _locate(self, path: str) -> Path | ImageProblem:
+        found = locate(path, self.root, self.image_folders)
+        if isinstance(found, Path) or found.reason != MISSING:
+            return found
+        files = self._by_name.get(path, [])  # a path with folders is no name
+        if len(files) > 1:
+            places = (file.relative_to(self.root).as_posix() for file in files[:2])
+            return ImageProblem(path, "several files of this name", " and ".join(places))
+        return locate(str(files[0]), self.root, (self.root,)) if files else found
 
     # With a table.
 
@@ -216,7 +242,7 @@ class FolderSource:
         draft.context = {field: cell(name) for field, name in columns.context.items()}
         draft.labels = cell_list(row.get(columns.labels)) if columns.labels else []
         for path, view in zip(paths, views, strict=True):
-            found = locate(path, self.root, self.image_folders)
+            found = self._locate(path)
             if isinstance(found, ImageProblem):
                 draft.problems.append(found)
                 continue
@@ -250,6 +276,11 @@ class FolderSource:
 
     def _skip(self, reason: str, study_id: str, detail: str = "") -> None:
         self._drafts.skip(reason, study_id, detail)
+
+
+def _is_output(folder: Path) -> bool:
+    """Whether we wrote this folder: a dataset directory, or a page about one, whose contact sheet is no film."""
+    return any((folder / one).exists() and (folder / two).exists() for one, two in ((MANIFEST, "data"), (DATA, PAGE)))
 
 
 def _patient(facts: DicomFacts | None) -> str | None:

@@ -65,7 +65,7 @@ def locate(path: str, root: Path, folders: tuple[Path, ...]) -> Path | ImageProb
 
 
 def _locate(path: str, root: Path, folders: tuple[Path, ...]) -> Path | ImageProblem:
-    outside = False
+    outside: ImageProblem | None = None
     present: Path | None = None
     # A plain path that does not exist needs no resolving; this check is much faster.
     plain = not os.path.isabs(path) and ".." not in path  # noqa: PTH117
@@ -75,7 +75,8 @@ def _locate(path: str, root: Path, folders: tuple[Path, ...]) -> Path | ImagePro
         try:
             resolved = (folder / path).resolve()
             if not resolved.is_relative_to(root):
-                outside = True
+                by_link = Path(os.path.normpath(folder / path)).is_relative_to(root)
+                outside = ImageProblem(path, OUTSIDE, f"a link leads to {resolved}" if by_link else "")
             elif resolved.is_file():
                 return resolved
             elif resolved.exists():  # a folder: the decoder reports it, unless a later place has a file
@@ -84,7 +85,7 @@ def _locate(path: str, root: Path, folders: tuple[Path, ...]) -> Path | ImagePro
             return ImageProblem(path, "cannot be opened", str(error))
     if present is not None:
         return present
-    return ImageProblem(path, OUTSIDE) if outside else ImageProblem(path, MISSING)
+    return outside or ImageProblem(path, MISSING)
 
 
 def find_image(names: Sequence[str], root: Path, folders: tuple[Path, ...]) -> Path | ImageProblem:

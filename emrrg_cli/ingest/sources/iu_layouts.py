@@ -14,7 +14,7 @@ from emrrg_cli.imaging.image_paths import files_below
 from emrrg_cli.imaging.views import view_name
 from emrrg_cli.ingest.sources.image_paths import require_folder
 from emrrg_cli.ingest.sources.openi import BadReport, OpeniReport, read_openi
-from emrrg_cli.ingest.sources.table import CsvFile
+from emrrg_cli.ingest.sources.table import CsvFile, whole_number
 
 Layout = Literal["openi", "flat", "r2gen"]
 
@@ -115,18 +115,19 @@ def read_flat_layout(root: Path) -> Collection:
     images: defaultdict[str, dict[str, str]] = defaultdict(dict)
     views = CsvFile(root / VIEW_TABLE, ("uid", "filename", "projection"))
     for line, cells in views:
-        if cells is None or not cells[0].isdecimal() or not cells[1]:
+        if cells is None or (study := whole_number(cells[0])) is None or not cells[1]:
             read.skip("row of a table cannot be used", f"{VIEW_TABLE}:{line}", _row_problem(cells))
             continue
-        images[cells[0]].setdefault(cells[1], cells[2])
+        images[str(study)].setdefault(cells[1], cells[2])
     sections = ("findings", "impression", "indication", "comparison", "MeSH")
     reports = CsvFile(root / REPORT_TABLE, ("uid", *sections))
     for line, cells in reports:
         where = f"{REPORT_TABLE}:{line}"
-        if cells is None or not cells[0].isdecimal():
+        if cells is None or (study := whole_number(cells[0])) is None:
             read.skip("row of a table cannot be used", where, _row_problem(cells))
             continue
-        uid, findings, impression, indication, comparison, mesh = ("" if cell == _DAMAGED else cell for cell in cells)
+        uid = str(study)
+        findings, impression, indication, comparison, mesh = ("" if cell == _DAMAGED else cell for cell in cells[1:])
         terms = tuple(term for part in mesh.split(";") if (term := part.strip()))
         known = images.pop(uid, {})
         report = OpeniReport(uid, findings, impression, indication, comparison, terms, (), tuple(known))
@@ -150,7 +151,7 @@ def detect_layout(root: Path) -> Layout:
     if not root.exists():
         raise UsageError(f"no such folder: {root}")
     if root.is_file() and root.suffix.lower() != ".json":
-        raise UsageError(f"{root} is a file", hint="ROOT is the folder that holds it.")
+        raise UsageError(f"{root} is a file", hint="ROOT is the folder that holds it. Unpack a zip file first.")
     if _reports(root) is not None:
         return "openi"
     if (root / REPORT_TABLE).is_file():
@@ -201,7 +202,7 @@ def _names(image: str) -> tuple[str, ...]:
     if match := _OPENI_IMAGE.fullmatch(image):
         return (f"{image}.png", f"{match[1]}_{match[2]}.dcm.png", f"{image}.jpg")
     stem = image.removesuffix(".png").removesuffix(".dcm")
-    return (image, f"CXR{stem}.png")
+    return (image, f"CXR{stem}.png", f"{stem}.png")
 
 
 def _row_problem(cells: Iterable[str] | None) -> str:

@@ -12,18 +12,20 @@ from emrrg_cli.datasets.directory import Column
 from emrrg_cli.errors import UsageError
 from emrrg_cli.ingest.sources.annotation import Annotation, AnnotationRow
 from emrrg_cli.ingest.sources.chexpert_labels import COLUMNS, label_columns
-from emrrg_cli.ingest.sources.image_paths import locate, require_folder
-from emrrg_cli.ingest.sources.mimic_note import Note, read_note
-from emrrg_cli.ingest.sources.mimic_reports import MimicReports, ReportError
-from emrrg_cli.ingest.sources.mimic_tables import Labeler, MimicTables, number
+from emrrg_cli.ingest.sources.image_paths import find_image, require_folder
+from emrrg_cli.ingest.sources.mimic_note import Note
+from emrrg_cli.ingest.sources.mimic_reports import MimicReports, ReportError, open_reports
+from emrrg_cli.ingest.sources.mimic_tables import Labeler, MimicTables
 from emrrg_cli.ingest.sources.seen_ids import SeenIds
+from emrrg_cli.ingest.sources.table import whole_number
 from emrrg_cli.ingest.sources.texts import lacks_text
 from emrrg_cli.ingest.study import ImageProblem, ImportLog, Study
 from emrrg_cli.vocabulary import Section
 
 NAME = "mimic_cxr"
-_REPORTS = ("mimic-cxr-reports", "mimic-cxr-reports.zip")
-_IMAGE = re.compile(r"(?:.*/)?p\d+/p(\d+)/s(\d+)/([^/]+)\.\w+")
+_REPORTS = ("mimic-cxr-reports", "mimic-cxr-reports.zip", "mimic_cxr_sectioned.csv", "mimic_cxr_sectioned.csv.gz")
+_SUFFIXES = (".jpg", ".png", ".dcm")  # MIMIC-CXR-JPG, copies of a smaller size, MIMIC-CXR
+_IMAGE = re.compile(r"(?:.*/)?(p\d+/p(\d+)/s(\d+)/([^/]+))\.\w+")
 
 _COLUMNS = COLUMNS | {
     "indication": Column("text", "section of the note: indication or history"),
@@ -40,8 +42,8 @@ class MimicCxrSource:
     """MIMIC-CXR-JPG as PhysioNet distributes it, with the notes of `mimic-cxr-reports`.
 
     Studies, their images and the official split come from `mimic-cxr-2.0.0-split.csv.gz`, views from `-metadata`,
-    labels from `-chexpert` or `-negbio`; each gzipped or plain. Images are `files/p10/p10000032/s50414267/*.jpg`. Ids
-    are the numbers in the tables.
+    labels from `-chexpert` or `-negbio`; each gzipped or plain. Images are `files/p10/p10000032/s50414267/*.jpg` (or
+    `.png`, `.dcm`). Ids are the numbers in the tables.
 
     `report` is the findings section. If a note has neither findings nor impression, it is the text after the first
     paragraph of the last section; see `read_note`.
@@ -49,7 +51,8 @@ class MimicCxrSource:
     Args:
         root: Folder of MIMIC-CXR-JPG.
         section: Section that becomes the report; `report`: as above, and studies without it are skipped.
-        reports: Folder or zip of the notes; None: `mimic-cxr-reports` or its zip in `root`, or notes beside the images.
+        reports: Folder or zip of the notes, or a table of their sections (`open_reports`); None: one of `_REPORTS` in
+            `root`, or notes beside the images.
         annotation: R2Gen's file. Its rows then define the studies: texts, images and splits. It has one row for each
             image, so its ids are image ids. Tables and notes add views, labels and sections if they exist.
         labeler: Labeler whose labels are read.
@@ -106,14 +109,14 @@ class MimicCxrSource:
             study_id = str(listed.study)
             folder = f"p{str(listed.subject)[:2]}/p{listed.subject}/s{listed.study}"
             try:
-                note = self._note(listed.subject, listed.study)
+                note = self._reports.note(listed.subject, listed.study) if self._reports else None
             except ReportError as error:
                 log.skip_study("report cannot be read", study_id, detail=str(error))
                 continue
             if note is None:
                 log.skip_study("report missing", study_id, path=f"{folder}.txt")
                 continue
-            found = [(self._locate(f"{folder}/{dicom}.jpg"), view) for dicom, view in listed.images]
+            found = [(self._find(*_names(f"{folder}/{dicom}")), view) for dicom, view in listed.images]
             yield Study(
                 study_id=study_id,
                 patient_id=str(listed.subject),
@@ -139,22 +142,24 @@ class MimicCxrSource:
                 yield self._annotated_study(row)
 
     def _annotated_study(self, row: AnnotationRow) -> Study:
-        found = [self._locate(path) for path in row.image_paths]
         matches = [_IMAGE.fullmatch(path.replace("\\", "/")) for path in row.image_paths]
-        views = [self._tables.view(match[3] if match else row.study_id) for match in matches]
+        # The path as it is; then, from a file of another machine or with images of another format, as in the release.
+        named = [_names(match[1]) if match else () for match in matches]
+        found = [self._find(path, *names) for path, names in zip(row.image_paths, named, strict=True)]
+        views = [self._tables.view(match[4] if match else row.study_id) for match in matches]
         first = next(filter(None, matches), None)
-        study = number(row.other.get("study_id", "")) or (int(first[2]) if first else None)
-        subject = number(row.patient_id or "") or (int(first[1]) if first else None)
+        study = whole_number(row.other.get("study_id", "")) or (int(first[3]) if first else None)
+        subject = whole_number(row.patient_id or "") or (int(first[2]) if first else None)
         note = None
         if study is not None and subject is not None and self._reports is not None:
             try:
-                note = self._note(subject, study)
+                note = self._reports.note(subject, study)
             except ReportError:
                 note = None  # the annotation has the text
         report = row.report.strip() and row.report
         return Study(
             study_id=row.study_id,
-            patient_id=row.patient_id or (first[1] if first else None),
+            patient_id=row.patient_id or (first[2] if first else None),
             split=row.split,
             image_paths=tuple(image for image in found if isinstance(image, Path)),
             views=tuple(view for image, view in zip(found, views, strict=True) if isinstance(image, Path)),
@@ -167,12 +172,8 @@ class MimicCxrSource:
             extra=self._extra(study, note or Note()),
         )
 
-    def _note(self, subject: int, study: int) -> Note | None:
-        text = self._reports.read(subject, study) if self._reports else None
-        return None if text is None else read_note(text, study)
-
-    def _locate(self, path: str) -> Path | ImageProblem:
-        return locate(path.replace("\\", "/"), self.root, self.image_folders)
+    def _find(self, *paths: str) -> Path | ImageProblem:
+        return find_image(paths, self.root, self.image_folders)
 
     def _extra(self, study: int | None, note: Note) -> dict[str, Any]:
         return {
@@ -183,18 +184,23 @@ class MimicCxrSource:
         }
 
 
+def _names(stem: str) -> tuple[str, ...]:
+    return tuple(f"{stem}{suffix}" for suffix in _SUFFIXES)
+
+
 def _find_reports(root: Path, reports: Path | None, *, needed: bool) -> MimicReports | None:
     if reports is not None:
-        return MimicReports(reports)
+        return open_reports(reports)
     for name in _REPORTS:
         if (root / name).exists():
-            return MimicReports(root / name)
+            return open_reports(root / name)
     # There are 65,000 patients, so only a few are checked.
     if any(next(patient.glob("s*.txt"), None) for patient in islice(root.glob("files/p*/p*"), 20)):
-        return MimicReports(root)
+        return open_reports(root)
     if needed:
         raise UsageError(
             f"no notes in {root}: neither {_REPORTS[0]} nor {_REPORTS[1]}",
-            hint="The notes are part of MIMIC-CXR, not of MIMIC-CXR-JPG. Name their folder or zip with --reports.",
+            hint="The notes are part of MIMIC-CXR, not of MIMIC-CXR-JPG. Name their folder, zip or table of sections "
+            "with --reports.",
         )
     return None

@@ -101,7 +101,7 @@ def read_note(text: str, study_id: int) -> Note:
     """
     if study_id in _PLACES:
         start, end = _PLACES[study_id]
-        return Note(impression=_joined(text[start:end]))
+        return Note(impression=joined(text[start:end]))
     # The name of the examination as a title, with a colon and nothing after it, is not a findings section.
     sections = [(name, body) for name, body in split_note(text) if name not in _CONCLUSIONS or body.strip()]
     rest = ""
@@ -111,15 +111,15 @@ def read_note(text: str, study_id: int) -> Note:
         sections[-1], rest = (name, first), "\n\n".join(others)
     last = dict(sections)
     note = Note(
-        findings=_joined(last.get("findings", "")),
-        impression=_joined(last.get("impression", "")),
-        last_paragraph=_joined(rest),
-        indication=_joined(last.get("indication") or last.get("history", "")),
-        comparison=_joined(last.get("comparison", "")),
-        technique=_joined(last.get("technique", "")),
+        findings=joined(last.get("findings", "")),
+        impression=joined(last.get("impression", "")),
+        last_paragraph=joined(rest),
+        indication=joined(last.get("indication") or last.get("history", "")),
+        comparison=joined(last.get("comparison", "")),
+        technique=joined(last.get("technique", "")),
     )
     place = _MISPLACED.get(study_id, "")
-    if elsewhere := _joined(last.get(place, "")):
+    if elsewhere := joined(last.get(place, "")):
         # This section is the conclusion, so it is not context too.
         taken = {name: "" for name in ("indication", "technique") if getattr(note, name) == elsewhere}
         return replace(note, impression=elsewhere, last_paragraph="", **taken)
@@ -151,7 +151,7 @@ def _meaning(heading: str) -> str:
     return "findings" if _EXAMINATION.search(name) else name
 
 
-def _joined(text: str) -> str:
+def joined(text: str) -> str:
     """Joins the lines of a paragraph by a space, and paragraphs by a line break."""
     paragraphs = (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text))
     return "\n".join(filter(None, paragraphs))

@@ -13,13 +13,11 @@ from emrrg_cli.console import printable
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.imaging.views import view_name
 from emrrg_cli.ingest.sources.chexpert_labels import LABELS, NOT_MENTIONED, encode_labels
-from emrrg_cli.ingest.sources.table import CsvFile
+from emrrg_cli.ingest.sources.table import CsvFile, whole_number
 from emrrg_cli.ingest.study import ImportLog
 from emrrg_cli.vocabulary import SPLIT_NAMES, SPLITS, UNKNOWN_VIEW, Split
 
 Labeler = Literal["chexpert", "negbio"]
-
-_SPLITS: dict[str, Split] = {name: SPLIT_NAMES[name] for name in ("train", "validate", "test")}
 
 
 @dataclass(slots=True)
@@ -124,17 +122,17 @@ class MimicTables:
             if cells is None:
                 self._skipped.append(("row and header differ in length", where, ""))
                 continue
-            dicom, study, subject, split = cells[0], number(cells[1]), number(cells[2]), cells[3].lower()
+            dicom, study, subject, split = cells[0], whole_number(cells[1]), whole_number(cells[2]), cells[3].lower()
             if not dicom or study is None or subject is None:
                 self._skipped.append(("no study id", where, "dicom_id, study_id or subject_id is not an id"))
-            elif split not in _SPLITS:
+            elif split not in SPLIT_NAMES:
                 self._skipped.append(("unknown split", str(study), f"{where}: {printable(split) or 'empty'}"))
             elif dicom in seen:
                 twice.setdefault(study, []).append((dicom, line))
             else:
                 seen.add(dicom)
-                _same(path, f"patient {subject} is in two splits", splits.setdefault(subject, _SPLITS[split]),
-                      _SPLITS[split])  # fmt: skip
+                named = SPLIT_NAMES[split]
+                _same(path, f"patient {subject} is in two splits", splits.setdefault(subject, named), named)
                 listed = self._studies.setdefault(study, _Listed(splits[subject], subject))
                 _same(path, f"study {study} has two patients", listed.subject, subject)
                 listed.images.append(dicom)
@@ -172,15 +170,9 @@ def _same(path: Path, message: str, first: object, second: object) -> None:
         raise RunError(f"{path}: {message}, {first} and {second}")
 
 
-def number(text: str) -> int | None:
-    """Parses an id, also with the `.0` that data frames add if a column has gaps; None: not a whole number."""
-    digits = text.removesuffix(".0")
-    return int(digits) if digits.isascii() and digits.isdecimal() and len(digits) < 16 else None
-
-
 def _label_rows(path: Path) -> Iterator[tuple[int, str]]:
     for line, cells in CsvFile(path, ("study_id", *LABELS)):
-        study = None if cells is None else number(cells[0])
+        study = None if cells is None else whole_number(cells[0])
         if cells is None or study is None:
             continue
         try:

@@ -126,11 +126,16 @@ def cell_text(value: Any) -> str:
 
 def cell_list(value: Any) -> list[str]:
     """Returns a cell as a list of texts without empty ones: a list as in JSON or Python, or text between `|` or `;`."""
-    parts = value if isinstance(value, list) else _parts(cell_text(value))
+    found = _listed(value)
+    parts = cell_text(value).replace(";", "|").split("|") if found is None else found
     return [text for part in parts if (text := cell_text(part))]
 
 
-def _parts(text: str) -> Sequence[Any]:
+def _listed(value: Any) -> list[Any] | None:
+    """Returns the items of a list, also of one that is written as text."""
+    if isinstance(value, list):
+        return value
+    text = cell_text(value)
     if text.startswith("[") and text.endswith("]"):
         for read in (json.loads, ast.literal_eval):  # pandas writes lists as Python does
             try:
@@ -139,7 +144,13 @@ def _parts(text: str) -> Sequence[Any]:
                 continue
             if isinstance(found, list) and not any(isinstance(part, list | dict | tuple | set) for part in found):
                 return found
-    return text.replace(";", "|").split("|")
+    return None
+
+
+def whole_number(text: str) -> int | None:
+    """Parses an id, also as in `s50414267`, or with the `.0` of data frames with gaps; None: not a whole number."""
+    digits = text.removesuffix(".0").lstrip("ps")
+    return int(digits) if digits.isascii() and digits.isdecimal() and len(digits) < 16 else None
 
 
 class CsvFile:

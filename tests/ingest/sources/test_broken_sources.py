@@ -123,7 +123,7 @@ _MIMIC = [
           "has no column 'ViewPosition'"),
     _Case("NaN ids", lambda m: _packed(m.table("split"), lambda d: d + b"x,nan,nan,train\n"), 0, "no study id"),
     _Case("an image twice", lambda m: _packed(m.table("split"), lambda d: d + d.splitlines()[1]), 0, "listed twice"),
-    _Case("a split of another name", lambda m: _packed(m.table("split"), lambda d: d + b"x,5,1,dev\n"), 0,
+    _Case("a split of another name", lambda m: _packed(m.table("split"), lambda d: d + b"x,5,1,mine\n"), 0,
           "unknown split"),
     _Case("a row cut short", lambda m: _packed(m.table("split"), lambda d: d + b"x,5"), 0,
           "row and header"),  # and so on, in the next line
@@ -138,7 +138,7 @@ _MIMIC = [
     _Case("a zip of notes that is none", lambda m: (m.root / "r.zip").write_bytes(b"PK" * 99), 1,
           "is not a whole zip file", ("--reports", "{root}/r.zip")),
     _Case("a zip of other files", lambda m: m.zip_notes(m.root / "r.zip") and _change(
-        m.root / "r.zip", lambda d: d.replace(b"files/p1", b"filez/p1")), 1, "report missing: 4 studies",
+        m.root / "r.zip", lambda d: d.replace(b"files/p1", b"files/q1")), 2, "r.zip has no notes such as",
         ("--reports", "{root}/r.zip")),
     _Case("no split", lambda m: m.table("split").unlink(), 2, "no mimic-cxr-2.0.0-split.csv.gz in"),
     _Case("a study without its images", lambda m: m.image(*m.images[2][:3]).unlink(), 0, "missing image"),

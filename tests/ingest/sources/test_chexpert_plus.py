@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -87,6 +88,22 @@ def test_images_by_other_names(chexpert: Any, read: Read) -> None:
                      4: []}  # fmt: skip
     problem = by_id["patient00004_study1"].problems[0]
     assert (problem.path, problem.reason) == ("train/patient00004/study1/view1_frontal.png", "missing image")
+
+
+def test_a_packed_table_and_the_images_of_chexpert(chexpert: Any, read: Read) -> None:
+    expected, _ = read(ChexpertPlusSource(chexpert.root))
+    Path(f"{chexpert.table}.gz").write_bytes(gzip.compress(chexpert.table.read_bytes()))
+    chexpert.table.unlink()
+    images = chexpert.root / "CheXpert-v1.0"
+    (chexpert.root / "PNG").rename(images)
+    for file in list(images.rglob("*.png")):
+        file.rename(file.with_suffix(".jpg"))
+    found, _ = read(ChexpertPlusSource(chexpert.root))
+    moved = [[images / path.relative_to(chexpert.root / "PNG") for path in study.image_paths] for study in expected]
+    assert [list(study.image_paths) for study in found] == [[path.with_suffix(".jpg") for path in one] for one in moved]
+    assert [(s.study_id, s.split, s.views, s.report, s.extra) for s in found] == [
+        (s.study_id, s.split, s.views, s.report, s.extra) for s in expected
+    ]
 
 
 def test_views(chexpert: Any, read: Read) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from emrrg_cli.app import main
 from emrrg_cli.datasets.directory import open_dataset
 from emrrg_cli.datasets.splits import draw_splits, parse_fractions
 from emrrg_cli.decoding.studies import table_studies
@@ -84,6 +86,32 @@ def test_dicom_files_are_grouped_into_studies(films: Path, make_dicom: MakeDicom
     assert (by_id["4.dcm"].views, by_id["4.dcm"].patient_id) == (("PA",), None)
 
 
+def test_what_preprocess_wrote_there_is_no_film(films: Path) -> None:
+    arguments = ["preprocess", "folder", str(films), str(films / "data"), "--size", "32", "--workers", "1"]
+    assert main(arguments) == 0
+    assert (films / "data-summary" / "sheet.png").is_file()
+    names = ("a", "b", "c", "d", "images/e", "images/f")
+    assert sorted(study.study_id for study in _read(films)[0]) == [f"{name}.png" for name in names]
+    assert main([*arguments, "--overwrite"]) == 0
+    assert sum(map(len, open_dataset(films / "data").values())) == 6
+
+
+def test_a_table_may_have_names_without_folders(films: Path) -> None:
+    (films / "x" / "images").mkdir(parents=True)
+    (films / "b.png").rename(films / "x" / "images" / "b.png")
+    (films / "c.png").rename(films / "x" / "c.png")
+    shutil.copy(films / "x" / "c.png", films / "x" / "images" / "c.png")
+    rows = "image,text\na.png,A.\nb.png,B.\nc.png,C.\nx/b.png,D.\n\"['e.png', 'f.png']\",E.\n"
+    studies, _ = _read(films, table=_table(films, rows), columns=Columns(report="text"))
+    by_id = {study.study_id: study for study in studies}
+    assert by_id["b.png"].image_paths == (films / "x" / "images" / "b.png",)
+    assert [path.name for path in by_id["e.png"].image_paths] == ["e.png", "f.png"]
+    assert [(p.reason, p.detail) for p in by_id["c.png"].problems] == [
+        ("several files of this name", "x/c.png and x/images/c.png")
+    ]
+    assert [p.reason for p in by_id["x/b.png"].problems] == ["missing image"]
+
+
 def test_links_out_of_the_folder_are_problems(films: Path) -> None:
     outside = films.parent / "secret.png"
     Image.new("L", (8, 8)).save(outside)
@@ -110,7 +138,9 @@ def test_links_to_folders_are_followed(films: Path) -> None:
     (elsewhere / "up").symlink_to(films)
     by_id = {study.study_id: study for study in _read(films)[0]}
     assert by_id.keys() - before == {"link/deeper/z.png"}
-    assert by_id["link/deeper/z.png"].problems[0].reason == "path outside the data folder"
+    problem = by_id["link/deeper/z.png"].problems[0]
+    assert problem.reason == "path outside the data folder"
+    assert problem.detail.startswith("a link leads to /")
     found = find_images([str(films)])
     assert [path for path in found if "link" in path.parts] == [films / "link" / "deeper" / "z.png"]
     assert len({path.resolve() for path in found}) == len(found)

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import re
 import tarfile
 import tracemalloc
 from collections import Counter
@@ -340,6 +341,19 @@ def test_rows_of_the_flat_tables(openi: Any, read: Read) -> None:
         "row of a table cannot be used": 4, "id seen before": 1, "report missing": 1, "no findings": 1,
     }  # fmt: skip
     assert "indiana_reports.csv is not UTF-8: it was read as Windows-1252." in log.remarks
+
+
+def test_flat_tables_of_a_data_frame_and_shorter_names(openi: Any, read: Read) -> None:
+    expected, _ = read(iu_xray_source(openi.flat))
+    for table in (openi.flat / "indiana_reports.csv", openi.flat / "indiana_projections.csv"):
+        table.write_text(re.sub(r"^(\d),", r"\1.0,", table.read_text(), flags=re.MULTILINE))
+    for file in (openi.flat / "images_normalized").iterdir():
+        file.rename(file.with_name(file.name.replace(".dcm", "")))
+    found, _ = read(iu_xray_source(openi.flat))
+    assert [(s.study_id, s.split, s.views, s.report, s.extra) for s in found] == [
+        (s.study_id, s.split, s.views, s.report, s.extra) for s in expected
+    ]
+    assert {image.suffixes[-1] for study in found for image in study.image_paths} == {".png"}
 
 
 def test_missing_images_are_problems_of_their_study(openi: Any, read: Read) -> None:

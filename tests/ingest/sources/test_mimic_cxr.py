@@ -16,6 +16,7 @@ from PIL import Image
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.ingest.sources.mimic_cxr import MimicCxrSource
 from emrrg_cli.ingest.study import ImportLog, Study
+from tests.ingest.sources.conftest import csv_text
 
 Read = Callable[[Any], tuple[list[Study], ImportLog]]
 _SPLIT = "dicom_id,study_id,subject_id,split"
@@ -62,7 +63,7 @@ def test_notes_in_a_zip_beside_the_images_or_elsewhere(mimic: Any, tmp_path: Pat
     # A zip of the folder with its own name.
     with zipfile.ZipFile(tmp_path / "named.zip", "w") as archive:
         for file in mimic.root.glob("files/p*/p*/s*.txt"):
-            archive.write(file, f"mimic-cxr-reports/{file.relative_to(mimic.root).as_posix()}")
+            archive.write(file, f"mimic-cxr/2.0.0/mimic-cxr-reports/{file.relative_to(mimic.root).as_posix()}")
     assert read(MimicCxrSource(mimic.root, reports=tmp_path / "named.zip"))[0] == expected
 
 
@@ -96,8 +97,8 @@ def test_missing_pieces(mimic: Any, read: Read) -> None:
 
 def test_rows_that_cannot_be_used(mimic: Any, read: Read) -> None:
     rows = [(d, study, subject, split) for d, subject, study, split, _ in mimic.images]
-    bad = [("", 50000009, 10000032, "train"), ("x", "nan", 10000032, "train"), ("y", 50000009, "p1", "train"),
-           ("z", 50000009, 10000032, "training"), ("w", 50000009, 10000032), (rows[0][0], 50000009, 10000032, "train"),
+    bad = [("", 50000009, 10000032, "train"), ("x", "nan", 10000032, "train"), ("y", 50000009, "1p", "train"),
+           ("z", 50000009, 10000032, "mine"), ("w", 50000009, 10000032), (rows[0][0], 50000009, 10000032, "train"),
            rows[1]]  # fmt: skip
     floats = [(d, f"{study}.0", f"{subject}.0", split) for d, study, subject, split in rows]
     mimic.write_table("split", _SPLIT, floats + bad)
@@ -209,8 +210,46 @@ def test_plain_tables_and_a_missing_reports_folder(mimic: Any, tmp_path: Path, r
         path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
         path.unlink()
     assert read(MimicCxrSource(mimic.root))[0] == expected
-    with pytest.raises(UsageError, match="no such folder or zip of reports"):
+    with pytest.raises(UsageError, match="no such folder, zip or table of reports"):
         MimicCxrSource(mimic.root, reports=tmp_path / "none")
+    with pytest.raises(UsageError, match=f"{tmp_path} has no notes such as files/p10"):
+        MimicCxrSource(mimic.root, reports=tmp_path)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("named", [False, True])
+def test_a_table_of_sections(mimic: Any, tmp_path: Path, read: Read, packed: bool, named: bool) -> None:
+    (mimic.root / "mimic-cxr-reports").rename(tmp_path / "notes")
+    header = "study,impression,findings,last_paragraph,comparison"
+    rows = [("s50000001", "No\n acute  disease.\n\nNo change.", "The lungs\n are clear.", "", "None."),
+            ("s50000002", "", "", "Clear.", ""), ("s50000003", "", "nan", "", ""), ("s50000001", "", "Twice.", "", ""),
+            ("x", "", "", "", "")]  # fmt: skip
+    table = csv_text(header.split(","), rows).encode()
+    path = (tmp_path if named else mimic.root) / ("mimic_cxr_sectioned.csv" + ".gz" * packed)
+    path.write_bytes(gzip.compress(table) if packed else table)
+    studies, log = read(MimicCxrSource(mimic.root, reports=path if named else None))
+    assert [(s.study_id, s.report, s.findings, s.impression) for s in studies] == [
+        ("50000001", "The lungs are clear.", "The lungs are clear.", "No acute disease.\nNo change."),
+        ("50000002", "Clear.", None, None),
+    ]
+    assert (studies[0].extra["comparison"], studies[0].extra["technique"]) == ("None.", None)
+    assert _reasons(log) == {"empty report": ["50000003"], "report missing": ["50000004"]}
+
+
+@pytest.mark.parametrize("suffix", [".png", ".dcm"])
+def test_images_of_other_formats(mimic: Any, read: Read, suffix: str) -> None:
+    expected = [[path.with_suffix(suffix) for path in s.image_paths] for s in read(MimicCxrSource(mimic.root))[0]]
+    for file in list(mimic.root.rglob("*.jpg")):
+        file.rename(file.with_suffix(suffix))
+    assert [list(s.image_paths) for s in read(MimicCxrSource(mimic.root))[0]] == expected
+
+
+def test_ids_and_splits_by_other_names(mimic: Any, read: Read) -> None:
+    expected = read(MimicCxrSource(mimic.root))[0]
+    names = {"validate": "val", "train": "training", "test": "test"}
+    mimic.write_table("split", _SPLIT, [(d, f"s{study}", f"p{subject}", names[split])
+                                        for d, subject, study, split, _ in mimic.images[::-1]])  # fmt: skip
+    assert read(MimicCxrSource(mimic.root))[0] == expected
 
 
 # With R2Gen's annotation.
@@ -241,6 +280,24 @@ def test_rows_of_the_annotation_are_the_studies(mimic: Any, annotation: Path, re
     assert first.impression == "No acute disease."
     assert first.extra["labels"] == ["Cardiomegaly"]
     assert _reasons(log) == {"no findings": ["again"]}
+
+
+@pytest.mark.parametrize(("prefix", "suffix"), [("/data/mimic/files/", ".jpg"), ("", ".png"), ("C:\\mimic\\", ".dcm")])
+def test_an_annotation_of_another_machine_or_format(
+    mimic: Any, annotation: Path, read: Read, prefix: str, suffix: str
+) -> None:
+    expected, _ = read(MimicCxrSource(mimic.root, annotation=annotation))
+    content = json.loads(annotation.read_text())
+    for row in (row for rows in content.values() for row in rows):
+        row["image_path"] = [prefix + path.removeprefix("files/") for path in row["image_path"]]
+    annotation.write_text(json.dumps(content))
+    for file in list(mimic.root.rglob("*.jpg")):
+        file.rename(file.with_suffix(suffix))
+    found, _ = read(MimicCxrSource(mimic.root, annotation=annotation))
+    paths = [[path.with_suffix(suffix) for path in study.image_paths] for study in expected]
+    assert [list(study.image_paths) for study in found] == paths
+    assert all(paths)
+    assert [(s.patient_id, s.views, s.extra) for s in found] == [(s.patient_id, s.views, s.extra) for s in expected]
 
 
 def test_the_annotation_alone(mimic: Any, annotation: Path, tmp_path: Path, read: Read) -> None:

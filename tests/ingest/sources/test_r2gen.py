@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from emrrg_cli.errors import EmrrgError, RunError, UsageError
+from emrrg_cli.ingest.sources.annotation import Annotation
 from emrrg_cli.ingest.sources.r2gen import R2GenSource
 from emrrg_cli.ingest.study import ImportLog, Study
 
@@ -186,6 +187,13 @@ def test_null_and_nan_are_missing_values(tmp_path: Path, missing: object) -> Non
     assert [(study.study_id, len(study.image_paths)) for study in studies] == [("a", 1), ("c", 0), ("d", 1), ("e", 1)]
     assert {reason: entry.count for reason, entry in log.skipped.items()} == {"empty report": 1}
     assert studies[3].patient_id is None
+
+
+def test_whole_numbers_of_data_frames(tmp_path: Path) -> None:
+    rows = [{"id": 7.0, "report": "x", "image_path": [], "subject_id": 10000032.0, "study_id": 5.0}]
+    (tmp_path / "annotation.json").write_text(json.dumps({"train": rows, "val": [], "test": []}))
+    [row] = Annotation(tmp_path / "annotation.json")
+    assert (row.study_id, row.patient_id, row.other) == ("7", "10000032", {"study_id": "5"})
 
 
 def test_infinity_is_a_number(tmp_path: Path) -> None:
