@@ -66,9 +66,10 @@ F1_RULES = "F1_rules"
 SCORE_LABELS = {name: name.replace("_", "-") for name in (*BLEU_NAMES, ROUGE_L)}
 # What may reward a sampled report, and what may choose the best model.
 ROUGE_1 = "ROUGE_1"  # recall: the share of the reference's words that the report has
+WORD_RECALL = "word_recall"  # the same of its different words: a second "there is" earns nothing
 FINDINGS = "findings"  # correct findings, minus a small part for each one; see `scoring.reward`
-REWARDS = (*BLEU_NAMES, ROUGE_1, ROUGE_L, CIDER, F1_RULES, FINDINGS)
-AGREEMENTS = (*BLEU_NAMES, ROUGE_1, F1_RULES, FINDINGS)  # between sampled reports
+REWARDS = (*BLEU_NAMES, ROUGE_1, WORD_RECALL, ROUGE_L, CIDER, F1_RULES, FINDINGS)
+AGREEMENTS = (*BLEU_NAMES, ROUGE_1, WORD_RECALL, F1_RULES, FINDINGS)  # between sampled reports
 SELECTION_SCORES = (*BLEU_NAMES, ROUGE_L, METEOR, CIDER, F1_RULES)
 
 # Where the visual tokens and the context stand in a prompt, and the published prompt (EMRRG, arXiv 2510.16776).

@@ -279,7 +279,8 @@ class GenerationSettings(Settings):
     )
     consensus_scores: dict[str, float] = Field(
         default_factory=lambda: {"BLEU_1": 1.0, "ROUGE_1": 0.5, "F1_rules": 0.3, "findings": 0.8},
-        description="scores of the agreement, and their weights; more of ROUGE_1 makes reports longer, and more of "
+        description="scores of the agreement, and their weights; more of ROUGE_1 or "
+        "word_recall (of different words) makes reports longer, and more of "
         "findings keeps findings that fewer samples have",
     )
 

@@ -17,7 +17,7 @@ from emrrg_cli.labeling import ABNORMAL, OBSERVATIONS, contradicted_labels, posi
 from emrrg_cli.scoring.comparison import ORDERS, Corpus, Floats
 from emrrg_cli.scoring.reward import FINDING_PRICE
 from emrrg_cli.scoring.scores import Bleu
-from emrrg_cli.vocabulary import BLEU_NAMES, F1_RULES, FINDINGS, ROUGE_1
+from emrrg_cli.vocabulary import BLEU_NAMES, F1_RULES, FINDINGS, ROUGE_1, WORD_RECALL
 
 
 def most_agreed(texts: Sequence[str], scores: Mapping[str, float]) -> int:
@@ -39,7 +39,7 @@ def most_agreed(texts: Sequence[str], scores: Mapping[str, float]) -> int:
 
 
 def _of_words(texts: Sequence[str], scores: Mapping[str, float]) -> Floats:
-    """Returns the weighted sum of BLEU and ROUGE-1, `[n, n]`: of the text of a row, against that of a column."""
+    """Returns the weighted sum of BLEU and recall, `[n, n]`: of the text of a row, against that of a column."""
     matches = Corpus(()).matches(texts)
     lengths = np.array([len(text.split()) for text in texts], np.float64)
     possible = np.maximum(0, lengths[:, None] - np.arange(ORDERS))  # [n, 4]
@@ -48,7 +48,18 @@ def _of_words(texts: Sequence[str], scores: Mapping[str, float]) -> Floats:
     bleu = Bleu().combine(np.concatenate([matches, own, others], axis=-1), 1)
     total = bleu @ np.array([scores.get(name, 0.0) for name in BLEU_NAMES])
     recall = matches[..., 0] / np.maximum(1, lengths)
-    return np.asarray(total + scores.get(ROUGE_1, 0.0) * recall, np.float64)
+    total += scores.get(ROUGE_1, 0.0) * recall
+    if weight := scores.get(WORD_RECALL):
+        total += weight * _word_recall(texts)
+    return np.asarray(total, np.float64)
+
+
+def _word_recall(texts: Sequence[str]) -> Floats:
+    words = {word: number for number, word in enumerate(sorted({word for text in texts for word in text.split()}))}
+    there = np.zeros((len(texts), len(words)))
+    for row, text in zip(there, texts, strict=True):
+        row[[words[word] for word in text.split()]] = 1
+    return np.asarray(there @ there.T / np.maximum(1, there.sum(axis=1)), np.float64)
 
 
 def _of_findings(texts: Sequence[str], scores: Mapping[str, float]) -> Floats:

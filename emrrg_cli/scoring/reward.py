@@ -9,7 +9,7 @@ import numpy as np
 from emrrg_cli.labeling import ABNORMAL, contradicted_labels, positive_labels
 from emrrg_cli.scoring.comparison import Corpus
 from emrrg_cli.scoring.scores import SCORES
-from emrrg_cli.vocabulary import CIDER, F1_RULES, FINDINGS, ROUGE_1
+from emrrg_cli.vocabulary import CIDER, F1_RULES, FINDINGS, ROUGE_1, WORD_RECALL
 
 # The price of a finding in `findings`. The micro F1 over all studies is highest if a report has the findings whose
 # probability is above half of this F1 (Lipton et al., ECML 2014), here of about 0.3. The F1 of single reports is not
@@ -21,7 +21,8 @@ _REMEMBERED = 20_000
 class Reward:
     """The weighted sum of scores of each report against its reference; CIDEr counts as a part of 10.
 
-    CIDEr's n-grams are weighted by how rare they are in the training reports. `ROUGE_1` is recall. `F1_rules` is the F1
+    CIDEr's n-grams are weighted by how rare they are in the training reports. `ROUGE_1` is recall of words,
+    `word_recall` that of different words, which pays nothing for a sentence that is written twice. `F1_rules` is the F1
     of the positive labels of the pair, including "No Finding". `findings` is the number of correct positive labels
     without "No Finding", minus `FINDING_PRICE` for each label of the report. A finding that the report also denies is
     never correct: otherwise "Cardiomegaly. Normal heart." would earn the finding and the words of a normal report.
@@ -55,6 +56,8 @@ class Reward:
                     total += scale * values[:, score.names.index(name)]
         if weight := self._weights.get(ROUGE_1):
             total += weight * pairs.matches[:, 0] / np.maximum(1, pairs.reference_lengths)
+        if weight := self._weights.get(WORD_RECALL):
+            total += weight * np.array([_word_recall(*pair) for pair in zip(references, hypotheses, strict=True)])
         f1 = self._weights.get(F1_RULES, 0.0)
         findings = 0.0 if contrast else self._weights.get(FINDINGS, 0.0)
         if f1 or findings:
@@ -65,6 +68,11 @@ class Reward:
                 total[index] += f1 * _f1(labels[truth], labels[text], correct)
                 total[index] += findings * _findings(labels[text], correct)
         return [float(value) for value in total]
+
+
+def _word_recall(reference: str, hypothesis: str) -> float:
+    words = set(reference.split())
+    return len(words & set(hypothesis.split())) / max(1, len(words))
 
 
 def _f1(truth: set[str], found: set[str], correct: set[str]) -> float:

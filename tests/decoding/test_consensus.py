@@ -39,6 +39,7 @@ OPTIONS = ["generation.num_beams=1", "generation.do_sample=true", "generation.te
         {"BLEU_1": 1.0, "ROUGE_1": 0.5, "F1_rules": 0.3, "findings": 0.8},
         {"BLEU_2": 0.3, "BLEU_3": 1.0},
         {"F1_rules": 1.0, "ROUGE_1": 0.1},
+        {"word_recall": 1.0, "BLEU_1": 0.2},
     ],
 )
 @pytest.mark.parametrize("seed", range(3))

@@ -212,3 +212,12 @@ def test_a_run_begins_self_critical_training_and_resumes_exactly(finetune: Any) 
     finetune("part", *options, f"train.stop_after_steps={steps + 1}")
     resumed = finetune("part", *options, resume=True)
     assert all(torch.equal(resumed.weights[name], tensor) for name, tensor in whole.weights.items())
+
+
+def test_word_recall_pays_nothing_for_repeated_words() -> None:
+    truth, once = ["there is an opacity . there is an effusion ."], ["there is an opacity ."]
+    twice = ["there is an opacity . there is an opacity ."]
+    recall, words = Reward(CORPUS, {"ROUGE_1": 1.0}), Reward(CORPUS, {"word_recall": 1.0})
+    assert words(truth, once) == words(truth, twice) == pytest.approx([5 / 6])
+    assert recall(truth, once) == pytest.approx([5 / 10]) and recall(truth, twice) == pytest.approx([9 / 10])
+    assert words([""], once) == [0.0]
