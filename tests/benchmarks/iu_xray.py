@@ -59,7 +59,8 @@ NO_FINDINGS_PROMPT = (
     *("model.findings=false", "model.findings_prompt=false", "model.findings_prompt_labels=false"),
     "model.findings_threshold=null",
 )
-REWARDS = "train.self_critical.rewards={{BLEU_1: 0.5, BLEU_4: 1, ROUGE_L: 1, ROUGE_1: {}, CIDEr: {}, {}}}".format
+REWARDS = "train.self_critical.rewards={{BLEU_1: 0.5, BLEU_4: 1, ROUGE_L: 1, {}, CIDEr: {}, {}}}".format
+WORD_AGREEMENT = "generation.consensus_scores={BLEU_1: 1, BLEU_4: 1, word_recall: 0.5, findings: 0.8}"
 BEAMS = (
     "generation.consensus=null",
     "generation.do_sample=false",
@@ -138,12 +139,16 @@ ROWS = [
     changed("balance", "data.balance=2"),
     Row("recipe with indication", ("data.context=[indication]",)),
     *(
-        Row(f"recall {recall}", (REWARDS(recall, cider, "findings: 0.5"),))
+        Row(f"recall {recall}", (REWARDS(f"ROUGE_1: {recall}", cider, "findings: 0.5"),))
         for recall, cider in ((1, 4), (2, 6), (3, 8))
     ),
+    *(
+        Row(f"word recall {recall}", (REWARDS(f"word_recall: {recall}", cider, "findings: 0.75"), WORD_AGREEMENT))
+        for recall, cider in ((3, 8), (4, 10))
+    ),
     Row("shorter", ("train.epochs=16",)),
-    Row("findings by pairs", (REWARDS(4, 10, "F1_rules: 0.75"),)),
-    Row("more for findings", (REWARDS(4, 10, "findings: 1.5"),)),
+    Row("findings by pairs", (REWARDS("ROUGE_1: 4", 10, "F1_rules: 0.75"),)),
+    Row("more for findings", (REWARDS("ROUGE_1: 4", 10, "findings: 1.5"),)),
     *(Row(f"contrast {value}", (f"train.self_critical.contrast={value}",)) for value in (0, 0.25, 1)),
     changed("no augmentation", *(f"data.augment.{what}=0" for what in AUGMENT)),
     changed("no dropout", "model.llm.scratch.dropout=0"),

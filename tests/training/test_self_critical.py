@@ -219,5 +219,6 @@ def test_word_recall_pays_nothing_for_repeated_words() -> None:
     twice = ["there is an opacity . there is an opacity ."]
     recall, words = Reward(CORPUS, {"ROUGE_1": 1.0}), Reward(CORPUS, {"word_recall": 1.0})
     assert words(truth, once) == words(truth, twice) == pytest.approx([5 / 6])
-    assert recall(truth, once) == pytest.approx([5 / 10]) and recall(truth, twice) == pytest.approx([9 / 10])
+    assert recall(truth, once) == pytest.approx([5 / 10])
+    assert recall(truth, twice) == pytest.approx([9 / 10])
     assert words([""], once) == [0.0]
