@@ -99,6 +99,9 @@ def test_a_word_repeated_thousands_of_times_is_quick(unit: str) -> None:
         ("the heart size is normal . no effusion . there is mild cardiomegaly .", {"Cardiomegaly"}),
         ("There is no pleural effusion. Small left pleural effusion.", {"Pleural Effusion"}),
         ("Small left pleural effusion, no right pleural effusion.", set()),  # one sentence tells the sides apart
+        ("there is mild cardiomegaly with normal heart size and contour .", {"Cardiomegaly"}),
+        ("Cardiomegaly with a left effusion, normal heart size.", {"Cardiomegaly"}),  # the heart has no sides
+        ("There is a pleural effusion with no pleural effusion.", {"Pleural Effusion"}),
         ("Possible cardiomegaly. The heart size is normal.", set()),  # uncertain
         ("The heart is enlarged. No pleural effusion.", set()),
         ("", set()),
