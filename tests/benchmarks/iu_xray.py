@@ -146,6 +146,7 @@ ROWS = [
         Row(f"word recall {recall}", (REWARDS(f"word_recall: {recall}", cider, "findings: 0.75"), WORD_AGREEMENT))
         for recall, cider in ((3, 8), (4, 10))
     ),
+    Row("more cross-entropy", ("train.self_critical.cross_entropy=0.3",)),
     Row("shorter", ("train.epochs=16",)),
     Row("findings by pairs", (REWARDS("ROUGE_1: 4", 10, "F1_rules: 0.75"),)),
     Row("more for findings", (REWARDS("ROUGE_1: 4", 10, "findings: 1.5"),)),
