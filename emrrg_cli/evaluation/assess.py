@@ -24,6 +24,7 @@ from emrrg_cli.vocabulary import CIDER, METEOR, Tokenizer
 
 Labels = Sequence[clinical.Labels]
 Present = Mapping[str, NDArray[np.bool_]]  # policy -> which labels each report has, [n, labels]
+Counted = Mapping[str, Floats]  # policy -> `clinical.label_statistics` of each study, [n, 51]
 Labeler = Callable[[Sequence[str]], Labels]
 
 
@@ -82,8 +83,11 @@ def assess(predictions: Predictions, options: Options | None = None) -> Assessme
     record: dict[str, Any] = {"scores": judge.scores(statistics)}  # equal to those of `score` to 1e-9
     record["intervals"] = judge.intervals(statistics, options.resamples)
     present = {name: (_present(ours), _present(theirs)) for name, (ours, theirs) in labels.items()}
-    record["controls"], dealt_cider = _controls(judge, hypotheses, present, options)
-    record["clinical"] = {name: _clinical(*pair, options.resamples) for name, pair in present.items()}
+    counted = {name: _count(*pair) for name, pair in present.items()}
+    record["controls"], dealt_cider, dealt_counted = _controls(judge, hypotheses, present, options)
+    record["clinical"] = {name: _clinical(counts) for name, counts in counted.items()}
+    for name, grid in record["clinical"].items():
+        _add_intervals(grid, counted[name], dealt_counted.get(name, {}), options.resamples)
     record["left_out"] = judge.left_out
     if options.merged:
         record["merged"] = dict(options.merged)
@@ -153,27 +157,38 @@ def _present(labels: Labels) -> Present:
     return {policy: clinical.present(labels, policy) for policy in clinical.POLICIES}
 
 
-def _clinical(truth: Present, found: Present, resamples: int = 0) -> dict[str, Any]:
-    """Returns all clinical figures of one labeler; with `resamples`, also the intervals of micro and macro F1."""
-    grid: dict[str, Any] = {}
-    for policy in clinical.POLICIES:
-        counted = clinical.label_statistics(truth[policy], found[policy])
-        grid[policy] = clinical.clinical_figures(counted.sum(axis=0), len(counted))
-        if resamples:
-            ends = bootstrap.intervals(counted, clinical.headline, resamples)
-            grid[policy]["intervals"] = dict(zip(clinical.HEADLINE, ends.tolist(), strict=True))
-    return grid
+def _count(truth: Present, found: Present) -> Counted:
+    return {policy: clinical.label_statistics(truth[policy], found[policy]) for policy in clinical.POLICIES}
+
+
+def _clinical(counted: Counted) -> dict[str, Any]:
+    """Returns all clinical figures of one labeler."""
+    return {policy: clinical.clinical_figures(rows.sum(axis=0), len(rows)) for policy, rows in counted.items()}
+
+
+def _add_intervals(grid: dict[str, Any], counted: Counted, dealt: Counted, resamples: int) -> None:
+    """Adds the intervals of micro and macro F1, and the p values that they are above those of the shuffled reports."""
+    for policy, rows in counted.items():
+        ends = bootstrap.intervals(rows, clinical.headline, resamples)
+        grid[policy]["intervals"] = dict(zip(clinical.HEADLINE, ends.tolist(), strict=True))
+        if policy in dealt:
+            p = bootstrap.p_scores_greater(rows, dealt[policy], clinical.headline)
+            grid[policy]["p_above_dealt"] = dict(zip(clinical.HEADLINE, p.tolist(), strict=True))
 
 
 def _controls(
     judge: _Judge, hypotheses: Sequence[str], present: Mapping[str, tuple[Present, Present]], options: Options
-) -> tuple[dict[str, Any], Floats]:
-    """Scores the available controls; also returns each study's mean CIDEr `[n]` over the shuffled reports."""
+) -> tuple[dict[str, Any], Floats, dict[str, Counted]]:
+    """Scores the available controls.
+
+    Also returns each study's mean over the shuffled reports: CIDEr `[n]`, and by labeler `clinical.label_statistics`.
+    """
     made: dict[str, Any] = {}
     orders = controls.derangements(len(hypotheses))
     dealt_cider: Floats = np.zeros(0)
+    dealt_counted: dict[str, Counted] = {}
     if orders:
-        made["dealt"], dealt_cider = _dealt(judge, hypotheses, present, orders)
+        made["dealt"], dealt_cider, dealt_counted = _dealt(judge, hypotheses, present, orders)
     others = dict(options.others)
     known = options.train_reports or ()
     makers = {"most_frequent": controls.most_frequent, "most_typical": controls.most_typical}
@@ -185,12 +200,12 @@ def _controls(
         made[name] = {"scores": judge.scores(statistics)}
         readers: dict[str, Labeler] = {"rules": label_reports, **options.labelers}
         made[name]["clinical"] = {
-            labeler: _brief(_clinical(truth, _present(readers[labeler](reports))))
+            labeler: _brief(_clinical(_count(truth, _present(readers[labeler](reports)))))
             for labeler, (truth, _) in present.items()
         }
     for name, report in usual.items():
         made[name]["report"] = report
-    return made, dealt_cider
+    return made, dealt_cider, dealt_counted
 
 
 def _dealt(
@@ -198,16 +213,17 @@ def _dealt(
     hypotheses: Sequence[str],
     present: Mapping[str, tuple[Present, Present]],
     orders: Sequence[NDArray[np.int64]],
-) -> tuple[dict[str, Any], Floats]:
-    """Scores the reports in each shuffled order; returns the means and each study's mean CIDEr `[n]`."""
-    rows, cider, grids = [], [], []
+) -> tuple[dict[str, Any], Floats, dict[str, Counted]]:
+    """Scores the reports in each shuffled order; returns the means, and those of each study as `_controls` does."""
+    rows, cider, grids, counted = [], [], [], []
     for number, order in enumerate(orders):
         pairs = judge.pairs([hypotheses[i] for i in order])
         statistics = judge.statistics(pairs, slow=number < controls.SLOW_DEALS)
         rows.append(judge.scores(statistics))
         cider.append(statistics[CIDER][:, 0])
         dealt = {name: {policy: own[order] for policy, own in found.items()} for name, (_, found) in present.items()}
-        grids.append({name: _brief(_clinical(truth, dealt[name])) for name, (truth, _) in present.items()})
+        counted.append({name: _count(truth, dealt[name]) for name, (truth, _) in present.items()})
+        grids.append({name: _brief(_clinical(counts)) for name, counts in counted[-1].items()})
     means: dict[str, float | None] = {}
     deviations: dict[str, float | None] = {}
     for name in rows[0]:
@@ -221,7 +237,11 @@ def _dealt(
         "deals_of_slow_scores": min(len(orders), controls.SLOW_DEALS),  # METEOR and BERTScore
         "clinical": controls.mean_of(grids),
     }
-    return result, np.mean(cider, axis=0)
+    mean_counted: dict[str, Counted] = {
+        name: {policy: np.mean([one[name][policy] for one in counted], axis=0) for policy in counts}
+        for name, counts in counted[0].items()
+    }
+    return result, np.mean(cider, axis=0), mean_counted
 
 
 def _brief(grid: Mapping[str, Any]) -> dict[str, Any]:

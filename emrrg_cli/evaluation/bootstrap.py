@@ -54,6 +54,17 @@ def p_greater(differences: Floats, resamples: int = TEST_RESAMPLES, seed: int = 
     return max(float((1 + np.sum(means <= 1e-12)) / (resamples + 1)), least_p(len(differences)))
 
 
+def p_scores_greater(
+    first: Floats, second: Floats, combine: Combine, resamples: int = TEST_RESAMPLES, seed: int = SEED
+) -> Floats:
+    """Returns the one-sided p value `[names]` of each score of `combine`: that of `first` `[n, k]` above `second`'s."""
+    studies, columns = first.shape
+    drawn = resampled_sums(np.concatenate([first, second], axis=1), resamples, seed)
+    gained = combine(drawn[:, :columns], studies) - combine(drawn[:, columns:], studies)
+    p = (1 + (gained <= 1e-12).sum(axis=0)) / (resamples + 1)
+    return np.asarray(np.maximum(p, least_p(studies)), np.float64)
+
+
 def least_p(studies: int) -> float:
     """Returns the smallest possible p value of `n` paired differences: all signs agree by chance, `2^-n`."""
     return float(0.5**studies)

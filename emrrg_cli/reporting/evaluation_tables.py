@@ -113,9 +113,11 @@ def clinical_note(grid: Mapping[str, Any]) -> str:
         notes.append(f"{undefined} of 14 labels occur on neither side; macro counts them as 0.")
     for policy, figures in grid.items():
         if intervals := figures.get("intervals"):
-            named = ((*name.split("_"), _interval(ends)) for name, ends in intervals.items())  # F1_micro_14
-            shown = "; ".join(f"{labels}, {average}: {ends}" for _, average, labels, ends in named)
-            notes.append(f"95 % intervals of F1, uncertain as {POLICY[policy]}: {shown}.")
+            above = {name: f", p = {p:.4f}" for name, p in figures.get("p_above_dealt", {}).items()}
+            named = ((*name.split("_"), _interval(ends) + above.get(name, "")) for name, ends in intervals.items())
+            shown = "; ".join(f"{labels}, {average}: {told}" for _, average, labels, told in named)  # F1_micro_14
+            of = "95 % intervals of F1" + (", and p that it is above that of the shuffled reports" if above else "")
+            notes.append(f"{of}, uncertain as {POLICY[policy]}: {shown}.")
     return " ".join(notes)
 
 

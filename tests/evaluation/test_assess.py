@@ -124,6 +124,17 @@ def test_scores_are_inside_their_intervals() -> None:
     assert record["left_out"] == {"METEOR": "not requested"}
 
 
+def test_p_values_of_f1_are_small_only_for_reports_of_their_studies() -> None:
+    references = _studies(0)
+    own = assess(_predictions(references, references), OPTIONS).record["clinical"]["rules"]
+    one = assess(_predictions(references, [references[0]] * len(references)), OPTIONS).record["clinical"]["rules"]
+    for policy in ("uncertain_positive", "uncertain_negative"):
+        assert own[policy]["p_above_dealt"]["F1_micro_13"] == pytest.approx(1 / 10_001)
+        assert one[policy]["p_above_dealt"]["F1_micro_13"] == 1.0
+    alone = assess(_predictions(references[:1], references[:1]), OPTIONS).record["clinical"]["rules"]
+    assert "p_above_dealt" not in alone["uncertain_positive"]
+
+
 def test_clinical_figures_are_those_of_the_rules() -> None:
     references, hypotheses = _studies(0), _studies(3)
     figures = assess(_predictions(references, hypotheses), OPTIONS).record["clinical"]

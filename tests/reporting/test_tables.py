@@ -49,7 +49,8 @@ def test_tables_with_all_controls_fit_into_the_width(width: int) -> None:
     row = {"precision": 0.5, "recall": 0.25, "f1": 1 / 3}
     labels = {"undefined": 2, "micro": row, "macro": row, "macro_defined": row, "example": row}
     ends = {"F1_micro_14": [0.3, 0.4], "F1_macro_14": [0.2, 0.31], "F1_micro_13": [0.25, 0.5]}
-    figures = dict.fromkeys(("14", "13", "5"), labels) | {"intervals": ends}
+    p = {"F1_micro_14": 0.0001, "F1_macro_14": 0.02, "F1_micro_13": 0.3}
+    figures = dict.fromkeys(("14", "13", "5"), labels) | {"intervals": ends, "p_above_dealt": p}
     grid = dict.fromkeys(("uncertain_positive", "uncertain_negative"), figures)
     scores = {"BLEU_1": 0.12345, "METEOR": None, "CIDEr": 1.23456}
     controls = {name: {"clinical": {"rules": grid}, "scores": scores} for name in CONTROLS}
@@ -57,7 +58,7 @@ def test_tables_with_all_controls_fit_into_the_width(width: int) -> None:
     made = evaluation_tables(result | {"intervals": {"CIDEr": [1.1234, 1.3456]}}, "test split", width)
     text = "".join(_shown(table, width=width) for table in made)
     assert "\u2026" not in text
-    told = "uncertain as negative: 14, micro: 0.300-0.400; 14, macro: 0.200-0.310; 13, micro: 0.250-0.500."
+    told = "14, micro: 0.300-0.400, p = 0.0001; 14, macro: 0.200-0.310, p = 0.0200; 13, micro: 0.250-0.500, p = 0.3000."
     assert told in " ".join(text.split())
     for said in ("0.1235", "1.2346", "1.123-1.346", "left out", "uncertain as positive", "uncertain as negative"):
         assert said in text
