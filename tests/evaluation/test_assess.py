@@ -124,7 +124,7 @@ def test_scores_are_inside_their_intervals() -> None:
     assert record["left_out"] == {"METEOR": "not requested"}
 
 
-def test_p_values_of_f1_are_small_only_for_reports_of_their_studies() -> None:
+def test_p_values_of_f1_need_reports_of_their_studies() -> None:
     references = _studies(0)
     own = assess(_predictions(references, references), OPTIONS).record["clinical"]["rules"]
     one = assess(_predictions(references, [references[0]] * len(references)), OPTIONS).record["clinical"]["rules"]
