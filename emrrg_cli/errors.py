@@ -48,6 +48,17 @@ class Interrupted(BaseException):
         self.exit_code = exit_code
 
 
+def require_report(text: object) -> str:
+    """Returns a report that was given in Python.
+
+    Raises:
+        UsageError: It is not a text.
+    """
+    if not isinstance(text, str):
+        raise UsageError(f"a report must be a text, not {type(text).__name__}", hint='An empty report is "".')
+    return text
+
+
 def require_path(value: object, what: str) -> Path:
     """Returns a path that was given in Python.
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from emrrg_cli.errors import UsageError
+from emrrg_cli.errors import UsageError, require_report
 from emrrg_cli.vocabulary import CLEANING_RULES, SECTIONS, Cleaning, CleaningRule, Section
 
 # (old, new, times): one replacement over the whole text, repeated `times` times.
@@ -65,8 +65,7 @@ def clean_report(text: str, style: CleaningRule | str) -> str:
 
     Source: R2Gen (Chen et al., EMNLP 2020); published scores are computed on its cleaned reports.
     """
-    if not isinstance(text, str):
-        raise UsageError(f"a report must be a text, not {type(text).__name__}", hint='An empty report is "".')
+    require_report(text)
     if style == "none":
         return text.strip()
     if not isinstance(style, str) or style not in _REPLACEMENTS:

@@ -50,8 +50,7 @@ def p_greater(differences: Floats, resamples: int = TEST_RESAMPLES, seed: int = 
     It is at least `least_p(n)`, because the bootstrap of two or three studies gives p values that are too small.
     """
     means = resampled_sums(differences[:, None], resamples, seed)[:, 0] / max(1, len(differences))
-    # Differences between equal reports are rounding errors and count as zero.
-    return max(float((1 + np.sum(means <= 1e-12)) / (resamples + 1)), least_p(len(differences)))
+    return max(float(_p_above_zero(means)), least_p(len(differences)))
 
 
 def p_scores_greater(
@@ -61,8 +60,7 @@ def p_scores_greater(
     studies, columns = first.shape
     drawn = resampled_sums(np.concatenate([first, second], axis=1), resamples, seed)
     gained = combine(drawn[:, :columns], studies) - combine(drawn[:, columns:], studies)
-    p = (1 + (gained <= 1e-12).sum(axis=0)) / (resamples + 1)
-    return np.asarray(np.maximum(p, least_p(studies)), np.float64)
+    return np.asarray(np.maximum(_p_above_zero(gained), least_p(studies)), np.float64)
 
 
 def least_p(studies: int) -> float:
@@ -73,10 +71,13 @@ def least_p(studies: int) -> float:
 def p_two_sided(first: Floats, second: Floats, studies: int) -> float:
     """Returns the two-sided p value for a difference between two runs, given scores `[resamples]` of the same draws."""
     difference = second - first
-    rest = len(difference) + 1
-    below = (1 + np.sum(difference <= 1e-12)) / rest
-    above = (1 + np.sum(difference >= -1e-12)) / rest
-    return min(1.0, 2 * max(float(min(below, above)), least_p(studies)))
+    one_sided = min(float(_p_above_zero(difference)), float(_p_above_zero(-difference)))
+    return min(1.0, 2 * max(one_sided, least_p(studies)))
+
+
+def _p_above_zero(gains: Floats) -> Floats:
+    # p values `[...]` of resampled gains `[resamples, ...]`. Those between equal reports are rounding errors, and zero.
+    return np.asarray((1 + (gains <= 1e-12).sum(axis=0)) / (len(gains) + 1), np.float64)
 
 
 def _draws(studies: int, resamples: int, seed: int) -> Iterator[Floats]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from functools import lru_cache
 
-from emrrg_cli.errors import UsageError
+from emrrg_cli.errors import require_report
 from emrrg_cli.labeling.cues import NORMAL_REPORT
 from emrrg_cli.labeling.events import split_sentences
 from emrrg_cli.labeling.policy import OBSERVATIONS, Label, no_finding, stronger
@@ -35,8 +35,7 @@ def label_report(text: str) -> dict[str, Label | None]:
     Raises:
         UsageError: `text` is not a text.
     """
-    if not isinstance(text, str):
-        raise UsageError(f"a report must be a text, not {type(text).__name__}", hint='An empty report is "".')
+    require_report(text)
     labels: dict[str, Label | None] = dict.fromkeys(OBSERVATIONS)
     normal = False
     for sentence in split_sentences(text):

@@ -188,7 +188,7 @@ class FolderSource:
     def _by_name(self) -> dict[str, list[Path]]:
         """The files by name, for tables that have no folders, such as that of ChestX-ray14."""
         found: dict[str, list[Path]] = {}
-        for path in files_below(self.root, lambda error: None):
+        for path in self._walk():
             found.setdefault(path.name, []).append(path)
         return found
 
