@@ -276,7 +276,7 @@ def _print(result: Written, output: Path, limits: str, *, as_json: bool) -> None
     if result.earlier:
         err.print(f"{counted(result.earlier, 'report')} from an earlier run kept", markup=False)
     if result.changed:
-        again = f"{counted(result.changed, 'study')} with an earlier report written again: the files are other ones now"
+        again = f"{counted(result.changed, 'report')} of an earlier run left out: the files of the studies have changed"
         err.print(again, markup=False, soft_wrap=True)
     rate = result.written / result.seconds if result.seconds else 0.0
     written, skipped = counted(result.written, "report"), counted(result.skipped, "file")
