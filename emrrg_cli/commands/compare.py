@@ -34,8 +34,9 @@ def compare(
 
     Scores have 95 % intervals, and each entry is tested against the first.
 
-    Runs that differ only in their seed are also shown as mean and standard deviation. Settings that differ between
-    runs become columns, as in an ablation table.
+    Runs that differ only in their seed, also in that of their earlier stages (align-1, align-2), are shown by their
+    mean and standard deviation, and tested over studies and seeds. Settings that differ between runs become columns,
+    as in an ablation table.
 
     Example: emrrg compare runs/lora_x runs/lora_z theirs.jsonl
     """

@@ -8,13 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from emrrg_cli.console import counted
 from emrrg_cli.errors import UsageError
 from emrrg_cli.evaluation import bootstrap, clinical
 from emrrg_cli.evaluation.language import tokenized
 from emrrg_cli.evaluation.predictions import PREDICTIONS, Columns, Predictions, read_predictions
+from emrrg_cli.evaluation.seed_groups import method_of, seed_groups
 from emrrg_cli.files.records import read_record
 from emrrg_cli.labeling import label_reports
 from emrrg_cli.recipe.library import read_layer
@@ -22,9 +21,6 @@ from emrrg_cli.scoring.comparison import Corpus, Floats
 from emrrg_cli.scoring.scores import SCORES, Unavailable
 from emrrg_cli.vocabulary import Tokenizer
 
-# Runs that differ only in these settings count as the same method.
-_RANDOM = {"train.seed", "generation.seed", "data.seed"}
-_SEEDS = {*_RANDOM, "output"}
 RULES = tuple(f"rules_{name}" for name in clinical.HEADLINE)
 
 
@@ -54,7 +50,11 @@ def find_contender(path: Path, split: str, references: Path | None, columns: Col
     record = read_record(folder / "scores.json", "the scores of an evaluation", "Evaluate again.") or {}
     settings = _settings(Path(record.get("model", path)) / "recipe.yaml") | _flat(record.get("settings"))
     tokenizer = settings.get("evaluation.tokenizer") or record.get("tokenizer", "whitespace")
-    return Contender(path.name or str(path.resolve().name), read_predictions(file), settings or None, tokenizer)
+    name = path.resolve().name
+    if folder == path and "model" in record:  # an evaluation directory
+        run = Path(record["model"]).name
+        name = run if name == record.get("split") else f"{run}/{name}"
+    return Contender(name, read_predictions(file), settings or None, tokenizer)
 
 
 def compare(
@@ -63,10 +63,11 @@ def compare(
     """Scores each contender, and tests it against the first one on the studies that both have.
 
     Returns:
-        `rows`: for each contender its `name`, `studies`, `scores`, `intervals`, and `against_first` (differences and
-        two-sided p values by paired bootstrap; absent for the first, None without common studies). `settings`: names
-        of the settings that differ between runs. `groups`: means and standard deviations of runs that differ only in
-        their seed. `remarks`: warnings for the user.
+        `rows`: for each contender its `name`, `studies`, `scores`, `intervals`, and `against_first` (differences, their
+        95 % intervals and two-sided p values by paired bootstrap; absent for the first, None without common studies).
+        `settings`: names of the settings that differ between runs. `groups`: means and standard deviations of runs that
+        differ only in their seed, tested against the group of the first run (`emrrg_cli.evaluation.seed_groups`).
+        `remarks`: warnings for the user.
 
     Raises:
         UsageError: Fewer than two contenders.
@@ -74,11 +75,14 @@ def compare(
     if len(contenders) < 2:
         raise UsageError("compare needs at least two sets of reports", hint="emrrg compare RUN_A RUN_B")
     contenders = [one if one.settings is None else replace(one, settings=_flat(one.settings)) for one in contenders]
+    contenders = [contenders[0], *(_in_order(one, contenders[0]) for one in contenders[1:])]
     counts = [_count(one, meteor) for one in contenders]
-    varying = _varying([one.settings for one in contenders])
+    settings = [one.settings for one in contenders]
+    varying = _varying([one if one is None else method_of(one) for one in settings])
     names = _distinct_names([one.name for one in contenders])
     remarks: list[str] = []
     rows: list[dict[str, Any]] = []
+    resampled: list[dict[str, Floats] | None] = []
     for name, one, statistics in zip(names, contenders, counts, strict=True):
         studies = len(one.predictions)
         combined = _combine(statistics, {key: value.sum(axis=0) for key, value in statistics.items()}, studies)
@@ -88,14 +92,15 @@ def compare(
         row["scores"] = {key: float(value) for key, value in combined.items()}
         row["intervals"] = {key: list(bootstrap.interval(value)) for key, value in drawn.items()}
         row["settings"] = {key: (one.settings or {}).get(key) for key in varying}
+        same = list(one.predictions.study_ids) == list(contenders[0].predictions.study_ids)
+        resampled.append(drawn if same else None)
         if rows:
             row["against_first"] = _test((contenders[0], one), (counts[0], statistics), meteor, resamples, remarks)
         rows.append(row)
-    shown = [key for key in varying if key not in _SEEDS]
     return {
         "rows": rows,
-        "settings": shown,
-        "groups": _groups(rows, contenders, remarks),
+        "settings": varying,
+        "groups": seed_groups(rows, settings, resampled, remarks),
         "remarks": list(dict.fromkeys(remarks)),
     }
 
@@ -166,39 +171,18 @@ def _test(
     return {
         "studies": len(common),
         "differences": {name: float(exact[1][name] - exact[0][name]) for name in exact[0]},
+        "intervals": {name: list(bootstrap.interval(drawn[1][name] - drawn[0][name])) for name in drawn[0]},
         "p": {name: bootstrap.p_two_sided(drawn[0][name], drawn[1][name], len(common)) for name in drawn[0]},
     }
 
 
-def _groups(
-    rows: Sequence[Mapping[str, Any]], contenders: Sequence[Contender], remarks: list[str]
-) -> list[dict[str, Any]]:
-    """Returns groups of two or more runs that differ only in their seed."""
-    members: dict[str, list[int]] = {}
-    for number, one in enumerate(contenders):
-        if one.settings is not None:
-            same = {key: value for key, value in one.settings.items() if key not in _SEEDS}
-            members.setdefault(repr(sorted(same.items(), key=lambda item: item[0])), []).append(number)
-    groups = []
-    for numbers in members.values():
-        if len(numbers) < 2:
-            continue
-        seeds = {repr([(contenders[i].settings or {}).get(key) for key in sorted(_RANDOM)]) for i in numbers}
-        if len(seeds) < len(numbers):
-            named = ", ".join(rows[i]["name"] for i in numbers)
-            remarks.append(f"{named}: runs with the same settings and the same seed, so no mean over seeds is shown.")
-            continue
-        values = {name: [rows[i]["scores"][name] for i in numbers] for name in rows[numbers[0]]["scores"]}
-        groups.append(
-            {
-                "name": f"mean of {len(numbers)} seeds: " + ", ".join(rows[i]["name"] for i in numbers),
-                "members": [rows[i]["name"] for i in numbers],
-                "settings": {key: value for key, value in rows[numbers[0]]["settings"].items() if key not in _SEEDS},
-                "mean": {name: float(np.mean(one)) for name, one in values.items()},
-                "deviation": {name: float(np.std(one, ddof=1)) for name, one in values.items()},
-            }
-        )
-    return groups
+def _in_order(contender: Contender, first: Contender) -> Contender:
+    """Returns the contender with its studies in the order of the first one, if they are the same studies."""
+    ids, wanted = contender.predictions.study_ids, first.predictions.study_ids
+    if set(ids) != set(wanted):
+        return contender
+    places = {study: place for place, study in enumerate(ids)}
+    return replace(contender, predictions=contender.predictions.at([places[study] for study in wanted]))
 
 
 def _settings(file: Path) -> dict[str, Any]:

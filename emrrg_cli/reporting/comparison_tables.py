@@ -16,6 +16,9 @@ from emrrg_cli.vocabulary import SCORE_LABELS
 SIGNIFICANT = 0.05
 _MARK = "*: differs from the first, p < .05 by paired bootstrap over studies."
 NOTE = f"Brackets: 95 % interval. {_MARK}"
+_SEEDS_NOTE = (
+    "±: standard deviation over seeds; *: differs from the first, p < .05 by bootstrap over studies and seeds."
+)
 _NAMES = SCORE_LABELS | {
     "rules_F1_micro_14": "rules F1 of 14, micro",
     "rules_F1_macro_14": "rules F1 of 14, macro",
@@ -23,34 +26,56 @@ _NAMES = SCORE_LABELS | {
 }
 
 
-def comparison_rows(result: Mapping[str, Any], *, intervals: bool = True) -> tuple[list[str], list[list[str]]]:
-    """Returns heads and cells: name, differing settings, and each score with its interval and a mark if it differs."""
-    settings = result["settings"]
-    scores = list(result["rows"][0]["scores"])
-    heads = ["reports", *(key.removeprefix("model.") for key in settings), *(_NAMES.get(name, name) for name in scores)]
+def comparison_rows(result: Mapping[str, Any], *, intervals: bool = True) -> list[list[str]]:
+    """Returns cells of each run: name, differing settings, and each score with interval, and a mark if it differs."""
     rows = []
     for row in result["rows"]:
-        tested = row.get("against_first") or {"p": {}}
         cells = []
-        for name in scores:
+        for name, value in row["scores"].items():
             low, high = row["intervals"][name]
-            mark = "*" if tested["p"].get(name, 1.0) < SIGNIFICANT else ""
             interval = f" [{low:.3f}, {high:.3f}]" if intervals else ""
-            cells.append(f"{row['scores'][name]:.3f}{mark}{interval}")
-        rows.append([row["name"], *(_setting(row["settings"].get(key)) for key in settings), *cells])
+            cells.append(f"{value:.3f}{_mark(row, name)}{interval}")
+        rows.append(_line(result, row, cells))
+    return rows
+
+
+def seed_rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """Returns cells of each group of seeds: name, differing settings, mean and standard deviation of each score."""
+    rows = []
     for group in result["groups"]:
-        cells = [f"{group['mean'][name]:.3f} ± {group['deviation'][name]:.3f}" for name in scores]
-        rows.append([group["name"], *(_setting(group["settings"].get(key)) for key in settings), *cells])
-    return heads, [[printable(cell) for cell in row] for row in rows]
+        deviations = {name: "" if one is None else f" ± {one:.3f}" for name, one in group["deviation"].items()}
+        cells = [f"{mean:.3f}{_mark(group, name)}{deviations[name]}" for name, mean in group["mean"].items()]
+        rows.append(_line(result, group, cells))
+    return rows
+
+
+def _heads(result: Mapping[str, Any]) -> list[str]:
+    settings = (key.removeprefix("model.") for key in result["settings"])
+    return ["reports", *settings, *(_NAMES.get(name, name) for name in result["rows"][0]["scores"])]
+
+
+def _line(result: Mapping[str, Any], entry: Mapping[str, Any], cells: Sequence[str]) -> list[str]:
+    settings = (_setting(entry["settings"].get(key)) for key in result["settings"])
+    return [printable(cell) for cell in (entry["name"], *settings, *cells)]
+
+
+def _mark(entry: Mapping[str, Any], score: str) -> str:
+    tested = entry.get("against_first") or {"p": {}}
+    return "*" if tested["p"].get(score, 1.0) < SIGNIFICANT else ""
 
 
 def comparison_table(result: Mapping[str, Any], width: int) -> Table:
-    """Returns a table for a terminal of `width` columns: a row for each score, without intervals if they do not fit."""
-    heads, rows = comparison_rows(result)
-    note = NOTE
-    if sum(max(map(len, column)) + 3 for column in (heads, *rows)) + 1 > width:
-        heads, rows = comparison_rows(result, intervals=False)
-        note = f"{_MARK} --output writes the intervals."
+    """Returns a table for a terminal of `width` columns: a row for each score, without intervals if they do not fit.
+
+    If there are runs with several seeds, it shows their means, and not each run.
+    """
+    heads = _heads(result)
+    if result["groups"]:
+        rows, note = seed_rows(result), f"{_SEEDS_NOTE} --output writes each run and the intervals."
+    else:
+        rows, note = comparison_rows(result), NOTE
+        if sum(max(map(len, column)) + 3 for column in (heads, *rows)) + 1 > width:
+            rows, note = comparison_rows(result, intervals=False), f"{_MARK} --output writes the intervals."
     first, *lines = zip(heads, *rows, strict=True)
     table = Table(caption=Text(note), caption_justify="left")
     for number, head in enumerate(first):
@@ -61,25 +86,36 @@ def comparison_table(result: Mapping[str, Any], width: int) -> Table:
 
 
 def comparison_markdown(result: Mapping[str, Any]) -> str:
-    """Returns a Markdown table."""
-    heads, rows = comparison_rows(result)
-    lines = [heads, ["---"] * len(heads), *rows]
-    body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-    return "\n".join([body, "", NOTE, *result["remarks"]]) + "\n"
+    """Returns a Markdown table of all runs, and one of the means over seeds."""
+    tables = [(comparison_rows(result), NOTE)]
+    if result["groups"]:
+        tables.insert(0, (seed_rows(result), _SEEDS_NOTE))
+    heads = _heads(result)
+    parts = []
+    for rows, note in tables:
+        lines = [heads, ["---"] * len(heads), *rows]
+        parts += [
+            "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines),
+            note,
+        ]
+    return "\n\n".join([*parts, *result["remarks"]]) + "\n"
 
 
 def comparison_csv(result: Mapping[str, Any]) -> str:
-    """Returns CSV with one line per set of reports and score: interval, difference and p value."""
+    """Returns CSV with one line per run, or group of seeds, and score: interval, difference and p value."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     settings: Sequence[str] = result["settings"]
-    writer.writerow(["reports", *settings, "studies", "score", "value", "low", "high", "difference", "p"])
-    for row in result["rows"]:
-        tested = row.get("against_first") or {"differences": {}, "p": {}}
-        for name, value in row["scores"].items():
-            shown = [_setting(row["settings"].get(key)) for key in settings]
-            more = [tested["differences"].get(name, ""), tested["p"].get(name, "")]
-            writer.writerow([row["name"], *shown, row["studies"], name, value, *row["intervals"][name], *more])
+    values = ["value", "low", "high", "deviation", "difference", "difference_low", "difference_high", "p"]
+    writer.writerow(["reports", *settings, "studies", "score", *values])
+    for entry in (*result["rows"], *result["groups"]):
+        tested = entry.get("against_first") or {"differences": {}, "intervals": {}, "p": {}}
+        for name, value in (entry.get("scores") or entry["mean"]).items():
+            interval = entry.get("intervals", {}).get(name, ["", ""])
+            gain = [tested["differences"].get(name, ""), *tested["intervals"].get(name, ["", ""])]
+            numbers = [value, *interval, entry.get("deviation", {}).get(name, ""), *gain, tested["p"].get(name, "")]
+            shown = [_setting(entry["settings"].get(key)) for key in settings]
+            writer.writerow([entry["name"], *shown, entry.get("studies", ""), name, *numbers])
     return stream.getvalue()
 
 

@@ -77,11 +77,67 @@ def test_seeds_are_averaged_and_settings_shown() -> None:
     ]
     result = compare(runs, resamples=50)
     assert result["settings"] == ["model.adapter.targets"]
-    (group,) = result["groups"]
-    assert group["members"] == ["x1", "x2"]
+    group, alone = result["groups"]
+    assert (group["name"], group["members"]) == ("x, mean of 2 seeds", ["x1", "x2"])
+    assert (alone["name"], alone["members"], alone["deviation"]["CIDEr"]) == ("z", ["z"], None)
     values = [row["scores"]["CIDEr"] for row in result["rows"][:2]]
     assert group["mean"]["CIDEr"] == pytest.approx(sum(values) / 2)
     assert group["deviation"]["CIDEr"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+
+
+def _chain(targets: str, seed: int, stage: str = "align") -> dict[str, Any]:
+    encoder = {"weights": f"/data1/runs/{stage}-{seed}", "depth": 2}
+    return {"train": {"seed": seed}, "model": {"encoder": encoder, "adapter": {"targets": targets}}}
+
+
+def test_runs_of_a_chain_with_one_seed_are_a_group() -> None:
+    names = [(targets, seed) for targets in ("X", "full") for seed in (1, 2, 3)]
+    runs = [_contender(f"{targets}-{seed}", 0.5, _chain(targets, seed)) for targets, seed in names]
+    others = [_contender(f"alone-{seed}", 0.5, _chain("X", seed, "pretrain")) for seed in (1, 2)]
+    result = compare([*runs, *others], resamples=50)
+    assert result["settings"] == ["model.encoder.weights", "model.adapter.targets"]
+    wanted = [f"{name}, mean of {seeds} seeds" for name, seeds in (("X", 3), ("full", 3), ("alone", 2))]
+    assert [group["name"] for group in result["groups"]] == wanted
+    assert result["groups"][1]["settings"]["model.encoder.weights"] == "/data1/runs/align-{seed}"
+    assert result["rows"][1]["settings"]["model.encoder.weights"] == "/data1/runs/align-2"
+
+
+def test_groups_of_seeds_are_tested_over_studies_and_seeds() -> None:
+    def runs(targets: str, rights: list[float]) -> list[Contender]:
+        return [_contender(f"{targets}-{i}", right, _chain(targets, i)) for i, right in enumerate(rights)]
+
+    first = runs("X", [0.3, 0.35])
+    result = compare([*first, *runs("better", [0.9, 0.95]), *runs("unsure", [0.2, 0.95])], resamples=500)
+    groups = result["groups"]
+    assert "against_first" not in groups[0]
+    better, unsure = groups[1]["against_first"], groups[2]["against_first"]
+    assert better["p"]["CIDEr"] < 0.01 < better["intervals"]["CIDEr"][0] < better["differences"]["CIDEr"]
+    assert unsure["p"]["CIDEr"] > 0.05  # one of its seeds is worse
+    spread = [result["rows"][i]["scores"]["CIDEr"] - result["rows"][i - 4]["scores"]["CIDEr"] for i in (4, 5)]
+    assert unsure["differences"]["CIDEr"] == pytest.approx(sum(spread) / 2)
+    assert unsure["intervals"]["CIDEr"][1] - unsure["intervals"]["CIDEr"][0] > spread[1] - spread[0]
+    same = compare([*first, *(replace(one, name=f"again-{one.name}", settings=_chain("Z", i)) for i, one in
+                              enumerate(first))], resamples=100)["groups"][1]["against_first"]  # fmt: skip
+    assert set(same["p"].values()) == {1.0}
+
+
+def test_a_group_with_other_studies_is_not_tested() -> None:
+    first = [_contender(f"X-{seed}", 0.5, _chain("X", seed)) for seed in (1, 2)]
+    part = [replace(_contender(f"Z-{seed}", 0.5, _chain("Z", seed)), predictions=first[0].predictions.at(range(30)))
+            for seed in (1, 2)]  # fmt: skip
+    result = compare([*first, *part], resamples=20)
+    assert "against_first" not in result["groups"][1]
+    assert "Z, mean of 2 seeds: not tested against X, mean of 2 seeds, since the studies differ." in result["remarks"]
+
+
+def test_an_evaluation_directory_has_the_name_of_its_run(tmp_path: Path) -> None:
+    folder = tmp_path / "run-1" / "evaluation" / "validation"
+    folder.mkdir(parents=True)
+    (folder / "predictions.jsonl").write_text('{"study_id": "a", "reference": "x", "hypothesis": "x"}\n')
+    (folder / "scores.json").write_text(json.dumps({"model": "/elsewhere/run-1", "split": "validation"}))
+    assert find_contender(folder, "test", None).name == "run-1"
+    beams = folder.rename(folder.with_name("beams"))
+    assert find_contender(beams, "test", None).name == "run-1/beams"
 
 
 def test_different_studies_and_references_are_reported() -> None:
@@ -159,5 +215,5 @@ def test_runs_and_files_are_found(varied_run: Path, tmp_path: Path, capsys: pyte
     assert "theirs" in capsys.readouterr().out
     markdown = (tmp_path / "out" / "compare.md").read_text()
     assert markdown.startswith("| reports | BLEU-1 |")
-    assert "mean of 2 seeds: run, seed7" in markdown
-    assert (tmp_path / "out" / "compare.csv").read_text().count("\n") == 1 + 3 * len(result["rows"][0]["scores"])
+    assert "| run, seed7, mean of 2 seeds |" in markdown
+    assert (tmp_path / "out" / "compare.csv").read_text().count("\n") == 1 + 5 * len(result["rows"][0]["scores"])

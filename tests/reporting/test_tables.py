@@ -10,7 +10,7 @@ from rich.console import Console
 
 from emrrg_cli.console import counted
 from emrrg_cli.reporting import tables
-from emrrg_cli.reporting.comparison_tables import comparison_table
+from emrrg_cli.reporting.comparison_tables import comparison_csv, comparison_table
 from emrrg_cli.reporting.evaluation_tables import CONTROLS, evaluation_tables
 
 
@@ -83,6 +83,24 @@ def test_a_comparison_has_a_line_for_each_score(width: int, cell: str) -> None:
     assert lines == [["views", "average", "concat"],
                      *([name, cell, cell] for name in ("BLEU-1", "CIDEr", "rules F1 of 13, micro"))]  # fmt: skip
     assert ("--output writes the intervals" in " ".join(text.split())) is (width == 72)
+
+
+def test_a_comparison_of_seeds_shows_their_means() -> None:
+    row = {"name": "x-1", "settings": {}, "scores": {"CIDEr": 0.5}, "intervals": {"CIDEr": [0.4, 0.6]}}
+    groups = [
+        {"name": "x, mean of 2 seeds", "settings": {}, "mean": {"CIDEr": 0.51}, "deviation": {"CIDEr": 0.02}},
+        {"name": "theirs", "settings": {}, "mean": {"CIDEr": 0.3}, "deviation": {"CIDEr": None},
+         "against_first": {"p": {"CIDEr": 0.01}, "differences": {"CIDEr": -0.21},
+                           "intervals": {"CIDEr": [-0.3, -0.1]}}},
+    ]  # fmt: skip
+    result = {"rows": [row], "groups": groups, "settings": [], "remarks": []}
+    text = _shown(comparison_table(result, 120), width=120)
+    assert "0.510 ± 0.020" in text
+    assert "0.300*" in text
+    assert "x-1" not in text
+    csv = comparison_csv(result).splitlines()
+    assert csv[1] == "x-1,,CIDEr,0.5,0.4,0.6,,,,,"
+    assert csv[3] == "theirs,,CIDEr,0.3,,,,-0.21,-0.3,-0.1,0.01"
 
 
 def test_a_count_has_the_right_unit() -> None:
