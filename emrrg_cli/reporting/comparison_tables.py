@@ -7,6 +7,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -19,6 +20,7 @@ NOTE = f"Brackets: 95 % interval. {_MARK}"
 _SEEDS_NOTE = (
     "±: standard deviation over seeds; *: differs from the first, p < .05 by bootstrap over studies and seeds."
 )
+_HEAD, _CELL = 22, 15  # characters of the first and the other columns in the terminal; longer settings are folded
 _NAMES = SCORE_LABELS | {
     "rules_F1_micro_14": "rules F1 of 14, micro",
     "rules_F1_macro_14": "rules F1 of 14, macro",
@@ -64,20 +66,39 @@ def _mark(entry: Mapping[str, Any], score: str) -> str:
     return "*" if tested["p"].get(score, 1.0) < SIGNIFICANT else ""
 
 
-def comparison_table(result: Mapping[str, Any], width: int) -> Table:
-    """Returns a table for a terminal of `width` columns: a row for each score, without intervals if they do not fit.
+def comparison_table(result: Mapping[str, Any], width: int) -> Group:
+    """Returns tables for a terminal of `width` columns: a row for each score, without intervals if they do not fit.
 
-    If there are runs with several seeds, it shows their means, and not each run.
+    If there are runs with several seeds, they show their means, and not each run. Columns that do not fit into one
+    table go into further ones below it.
     """
     heads = _heads(result)
     if result["groups"]:
         rows, note = seed_rows(result), f"{_SEEDS_NOTE} --output writes each run and the intervals."
     else:
         rows, note = comparison_rows(result), NOTE
-        if sum(max(map(len, column)) + 3 for column in (heads, *rows)) + 1 > width:
+        if _needed(heads) + sum(map(_needed, rows)) + 1 > width:
             rows, note = comparison_rows(result, intervals=False), f"{_MARK} --output writes the intervals."
+    parts: list[list[list[str]]] = [[]]
+    left = room = width - 1 - _needed(heads, _HEAD)
+    for row in rows:
+        left -= _needed(row, _CELL)
+        if left < 0 and parts[-1]:
+            parts.append([])
+            left = room - _needed(row, _CELL)
+        parts[-1].append(row)
+    return Group(*(_table(heads, part) for part in parts), Text(note, style="italic"))
+
+
+def _needed(cells: Sequence[str], most: int | None = None) -> int:
+    """Returns the columns of a terminal that the cells of one column need, each folded to at most `most`."""
+    widest = max(map(len, cells))
+    return 3 + (widest if most is None else min(widest, most))
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     first, *lines = zip(heads, *rows, strict=True)
-    table = Table(caption=Text(note), caption_justify="left")
+    table = Table()
     for number, head in enumerate(first):
         table.add_column(Text(head), justify="right" if number else "left", overflow="fold")
     for line in lines:

@@ -103,6 +103,22 @@ def test_a_comparison_of_seeds_shows_their_means() -> None:
     assert csv[3] == "theirs,,CIDEr,0.3,,,,-0.21,-0.3,-0.1,0.01"
 
 
+def test_many_runs_go_into_several_tables() -> None:
+    rows = [
+        {"name": f"run-{i}", "settings": {"model.encoder.weights": "/a/long/path/" * 5}, "scores": {"CIDEr": i / 10},
+         "intervals": {"CIDEr": [0, 1]}}
+        for i in range(10)
+    ]  # fmt: skip
+    result = {"rows": rows, "groups": [], "settings": ["model.encoder.weights"], "remarks": []}
+    text = _shown(comparison_table(result, 80), width=80)
+    heads = [line for line in text.splitlines() if "reports" in line]
+    assert [line.count("run-") for line in heads] == [3, 3, 3, 1]
+    for row in rows:
+        assert row["name"] in text
+        assert f"{row['scores']['CIDEr']:.3f}" in text
+    assert text.count("paired bootstrap") == 1
+
+
 def test_a_count_has_the_right_unit() -> None:
     assert [counted(n, "study") for n in (0, 1, 2955)] == ["0 studies", "1 study", "2,955 studies"]
     assert [counted(n, "image") for n in (1, 2)] == ["1 image", "2 images"]
