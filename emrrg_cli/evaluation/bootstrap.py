@@ -17,6 +17,7 @@ SEED = 0
 LEVEL = 0.95
 
 _ROWS = 500  # resamples in memory at a time
+_CELLS = 10_000_000  # counts in memory at a time: 500 resamples of 100,000 studies would need 1.2 GB
 
 Floats = NDArray[np.float64]
 Combine = Callable[[Floats, int], Floats]  # (sums [..., k], number of studies) -> scores [..., names]
@@ -83,8 +84,9 @@ def _p_above_zero(gains: Floats) -> Floats:
 def _draws(studies: int, resamples: int, seed: int) -> Iterator[Floats]:
     """Yields blocks `[rows, studies]` that count how often each resample draws each study."""
     generator = np.random.default_rng(seed)
-    for start in range(0, resamples, _ROWS):
-        rows = min(_ROWS, resamples - start)
+    most = max(1, min(_ROWS, _CELLS // max(1, studies)))
+    for start in range(0, resamples, most):
+        rows = min(most, resamples - start)
         drawn = generator.integers(0, studies, size=(rows, studies)) + studies * np.arange(rows)[:, None]
         counts = np.bincount(drawn.ravel(), minlength=rows * studies)
         yield counts.reshape(rows, studies).astype(np.float64)

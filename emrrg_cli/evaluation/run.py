@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,26 +106,28 @@ def run_evaluation(
     check_writable(output or run_dir / "evaluation")
     precision = inference_precision(recipe.train.precision, "cuda" if torch.cuda.is_available() else "cpu")
     record = made_with(recipe, run_dir, split, precision)
-    target = _target(run_dir, split, output, overwrite or options.overwrite, record)
+    dataset = ReportDataset(splits[split], recipe.data, recipe.model.encoder.image_size)
+    kept = partial(kept_predictions, record=record, study_ids=dataset.study_ids)
+    target = _target(run_dir, split, output, overwrite or options.overwrite, kept)
     # With several processes, only the main one locks the output.
     with locked(target) if _is_main() else nullcontext():
-        return _evaluate(recipe, run_dir, splits, record, target, expected_processes, options)
+        return _evaluate(recipe, run_dir, splits, dataset, record, target, expected_processes, options)
 
 
 def _evaluate(
     recipe: FinetuneRecipe,
     run_dir: Path,
     splits: Any,
+    dataset: ReportDataset,
     record: dict[str, Any],
     target: Path,
     expected_processes: int,
     options: RunOptions,
 ) -> dict[str, Any] | None:
     split, precision = record["split"], record["precision"]
-    dataset = ReportDataset(splits[split], recipe.data, recipe.model.encoder.image_size)
     train = _train_dataset(splits, recipe, options)
     labels = reference_labels(dataset) if options.reference_labels else None  # fails before long work
-    predictions = kept_predictions(target, record)
+    predictions = kept_predictions(target, record, dataset.study_ids)
     others: dict[str, list[str]] = {}
     reused = predictions is not None
     if predictions is None or options.image_controls:
@@ -183,7 +187,7 @@ def _write(
     model.to(accelerator.device)
     fit_threads(model, writing=True)
     references = reference_reports(model, dataset.reports, recipe)
-    predictions = kept_predictions(target, record)
+    predictions = kept_predictions(target, record, dataset.study_ids)
     if predictions is None:
         if accelerator.is_main_process:
             for stale in (target / DATA, target / MADE_WITH, *target.glob("predictions_*.jsonl")):
@@ -247,20 +251,20 @@ def _is_main() -> bool:
 
 
 def _target(
-    run_dir: Path, split: str, output: Path | None, overwrite: bool, record: dict[str, Any] | None = None
+    run_dir: Path,
+    split: str,
+    output: Path | None,
+    overwrite: bool,
+    kept: Callable[[Path], Predictions | None] = lambda folder: None,
 ) -> Path:
     """Returns the output directory: one that is free, or one whose reports can be reused."""
-
-    def usable(folder: Path) -> bool:
-        return record is not None and kept_predictions(folder, record) is not None
-
     if output is not None:
-        if not overwrite and ((output / DATA).exists() or (_taken(output) and not usable(output))):
+        if not overwrite and ((output / DATA).exists() or (_taken(output) and kept(output) is None)):
             raise UsageError(f"{output} already holds an evaluation", hint="Give --overwrite, or another --output.")
         return output
     base = run_dir / "evaluation" / split
     target, number = base, 2
-    while _taken(target) and not usable(target):
+    while _taken(target) and kept(target) is None:
         target, number = base.with_name(f"{split}-{number}"), number + 1
     return target
 

@@ -31,9 +31,9 @@ def no_java(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def evaluate(varied_run: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """Evaluates `varied_run` with changes; the result with the predictions beside it."""
 
-    def run(*overrides: str, split: str = "test", name: str = "out") -> dict[str, Any]:
+    def run(*overrides: str, split: str = "test", name: str = "out", overwrite: bool = False) -> dict[str, Any]:
         recipe = load_run_recipe(varied_run, None, overrides, "evaluate")
-        result = run_evaluation(recipe, varied_run, split, tmp_path / name)
+        result = run_evaluation(recipe, varied_run, split, tmp_path / name, overwrite=overwrite)
         assert result is not None
         lines = (tmp_path / name / "predictions.jsonl").read_text().splitlines()
         assert json.loads((tmp_path / name / "scores.json").read_text()) == result
@@ -176,6 +176,22 @@ def test_a_second_evaluation_reuses_the_reports(
     other = run_evaluation(recipe, run, "test", None)
     assert other is not None
     assert (Path(other["output"]).name, other["predictions_reused"]) == ("test-3", False)
+
+
+def test_reports_of_other_studies_are_not_reused(evaluate: Any, tmp_path: Path) -> None:
+    evaluate()
+    file = tmp_path / "out" / "predictions.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    wrong = [lines[1:], [*lines[1:], lines[0]], [lines[0].replace("hypothesis", "text"), *lines[1:]], ["{\n", *lines]]
+    for changed in wrong:
+        file.write_text("".join(changed))
+        (tmp_path / "out" / "scores.json").unlink(missing_ok=True)
+        with pytest.raises(UsageError, match="already holds an evaluation"):
+            evaluate()
+    assert evaluate(overwrite=True)["predictions_reused"] is False
+    assert file.read_text() == "".join(lines)
+    (tmp_path / "out" / "made_with.json").write_text("{")
+    assert evaluate(overwrite=True)["predictions_reused"] is False
 
 
 def test_reports_of_an_earlier_version_are_reused(evaluate: Any, tmp_path: Path) -> None:
