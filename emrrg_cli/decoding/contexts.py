@@ -22,7 +22,7 @@ def read_context(given: Mapping[str, Any], settings: DataSettings) -> dict[Conte
     Raises:
         UsageError: for a field that the model does not read.
     """
-    if unknown := sorted(set(given) - set(settings.context)):
+    if unknown := sorted(map(str, set(given) - set(settings.context))):
         known = f"it reads {', '.join(settings.context)}" if settings.context else "it was trained without any context"
         raise UsageError(f"this model does not read {', '.join(unknown)}: {known} (data.context)")
     texts = {

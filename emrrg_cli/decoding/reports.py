@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from emrrg_cli.datasets.loading import load_batches
 from emrrg_cli.datasets.report_dataset import ReportDataset, collate
 from emrrg_cli.decoding.contexts import read_context
 from emrrg_cli.decoding.grounding import ground_reports
+from emrrg_cli.decoding.read_studies import unused_note, view_limit
 from emrrg_cli.decoding.writer import Studies, Writer, WrittenReport, autocast_of, autocast_without_cache
 from emrrg_cli.default_model import find_default_model
 from emrrg_cli.errors import UsageError, require_path
@@ -101,7 +103,8 @@ class Generator:
         """Writes a report for each study.
 
         Args:
-            studies: an image or a list of images (the views of one study) for each study, as paths or PIL images.
+            studies: an image or a list of images (the views of one study) for each study, as paths, bytes or PIL
+                images. As in `emrrg generate`, the first `data.max_views` are used, or 16 with a warning.
             context: context of each study, such as `{"indication": "cough", "age": 45}`, with fields of the run's
                 `data.context`; None: no context.
 
@@ -123,7 +126,8 @@ class Generator:
             raise UsageError(
                 f"there are {len(studies)} studies and {len(contexts)} contexts", hint="Give one for each."
             )
-        return self.generate_pixels([study_pixels(study, size) for study in studies], contexts=contexts)
+        most = self.recipe.data.max_views
+        return self.generate_pixels([study_pixels(study, size, most) for study in studies], contexts=contexts)
 
     def write(self, studies: Iterable[Studies]) -> Iterator[list[WrittenReport]]:
         """Yields reports as soon as they are finished; see `Writer.write`."""
@@ -178,8 +182,8 @@ class Generator:
         return [found[number] for number in numbers]
 
 
-def study_pixels(study: Study, size: int) -> torch.Tensor:
-    """Reads the views of a study for the model: uint8 `[views, size, size]`.
+def study_pixels(study: Study, size: int, most: int | None = None) -> torch.Tensor:
+    """Reads the first `most` (None: 16, with a warning) views of a study for the model: uint8 `[views, size, size]`.
 
     Raises:
         ImageError: for an image that cannot be read.
@@ -188,7 +192,11 @@ def study_pixels(study: Study, size: int) -> torch.Tensor:
     pictures = study if isinstance(study, Sequence) and not isinstance(study, str | bytes) else [study]
     if not pictures:
         raise UsageError("a study has no images")
-    return torch.from_numpy(np.stack([resize_square(read_image(picture), size) for picture in pictures]))
+    used = pictures[: view_limit(most)]
+    if most is None and len(used) < len(pictures):
+        first = str(used[0]) if isinstance(used[0], str | Path) else "<image>"
+        warnings.warn(unused_note(len(pictures), first), stacklevel=2)
+    return torch.from_numpy(np.stack([resize_square(read_image(picture), size) for picture in used]))
 
 
 def load_generator(

@@ -81,7 +81,8 @@ def kept_predictions(
         rows = read_jsonl(folder / name)
     except EmrrgError:  # missing or damaged
         return None
-    ids, references, hypotheses = ([row.get(key) for row in rows] for key in prediction_row("", "", ""))
+    columns: list[list[Any]] = [[row.get(key) for row in rows] for key in prediction_row("", "", "")]
+    ids, references, hypotheses = columns
     if ids != list(study_ids) or not all(isinstance(text, str) for text in [*references, *hypotheses]):
         return None  # changed or cut off after it was written
     return Predictions(ids, references, hypotheses)

@@ -158,6 +158,17 @@ def test_pixels_of_a_study(images: list[Path]) -> None:
     assert torch.equal(study_pixels(images[1], 48)[0], torch.from_numpy(np.asarray(Image.open(images[1])).copy()))
 
 
+def test_many_images_of_a_study_are_bounded_as_in_generate(
+    run_dir: Path, generator: Generator, images: list[Path]
+) -> None:
+    many = [images[0]] * 16 + [images[1]] * 3
+    with pytest.warns(UserWarning, match=r"only 16 of 19 images of study .*png are used; data.max_views=N allows more"):
+        assert generator.generate([many]) == generator.generate([many[:16]])
+    one = load_generator(run_dir, device="cpu", overrides=["data.max_views=1"])
+    assert one.generate([many[15:17]]) == generator.generate([images[0]])
+    assert study_pixels(many, 32, 18).shape == (18, 32, 32)
+
+
 def test_directories_that_are_not_runs_are_refused(run_dir: Path, tmp_path: Path) -> None:
     for directory in (tmp_path, tmp_path / "absent"):
         with pytest.raises(UsageError, match=r"is not a run directory: it has no recipe\.yaml"):
