@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from emrrg_cli.datasets.directory import open_dataset
+from emrrg_cli.datasets.directory import find_split, open_dataset
 from emrrg_cli.datasets.report_dataset import ReportDataset
 from emrrg_cli.errors import UsageError
 from emrrg_cli.evaluation.assess import Options, assess
@@ -97,8 +97,7 @@ def run_evaluation(
     require_java(recipe.evaluation.tokenizer)
     silence_libraries()
     splits = open_dataset(recipe.data.root)
-    if split not in splits:
-        raise UsageError(f"{recipe.data.root}: no split {split!r}", hint=f"The splits are: {', '.join(splits)}.")
+    split = find_split(splits, split, recipe.data.root)
     if output is None:
         refuse_links(run_dir)
     else:

@@ -103,9 +103,10 @@ def test_sampling_is_reproducible(evaluate: Any) -> None:
 
 
 def test_a_missing_split_is_refused_with_a_list_of_splits(evaluate: Any, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no split 'dev'") as caught:
-        evaluate(split="dev")
-    assert caught.value.hint == "The splits are: train, validation, test."
+    with pytest.raises(UsageError, match="no split named traning") as caught:
+        evaluate(split="traning")
+    assert evaluate(split="val", name="other")["split"] == "validation"
+    assert caught.value.hint == "Its splits are: train, validation, test."
     assert not (tmp_path / "out").exists()
 
 
