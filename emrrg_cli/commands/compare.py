@@ -55,7 +55,8 @@ def compare(
         if (output / "compare.json").exists() and not overwrite:
             raise UsageError(f"{output} already holds a comparison", hint="Give --overwrite, or another --output.")
     columns = Columns(id_column, hypothesis_column, reference_column)
-    result = run([find_contender(path, split, references, columns) for path in reports], meteor=meteor)
+    found = [find_contender(path, split, references, columns) for path in reports]
+    result = {"note": DISCLAIMER, **run(found, meteor=meteor)}
     if output is not None:
         atomic_write_text(output / "compare.md", comparison_markdown(result))
         atomic_write_text(output / "compare.csv", comparison_csv(result))

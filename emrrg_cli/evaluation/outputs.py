@@ -15,6 +15,7 @@ from emrrg_cli.evaluation.assess import Assessment
 from emrrg_cli.evaluation.error_figures import study_rows
 from emrrg_cli.evaluation.predictions import Predictions
 from emrrg_cli.files.atomic import atomic_write_text
+from emrrg_cli.files.output_paths import directory_guard
 from emrrg_cli.reporting.evaluation_page import draw_plots, write_evaluation_page
 
 if TYPE_CHECKING:
@@ -44,8 +45,10 @@ def write_assessment(
         films: Dataset with the films of the studies; None shows no films.
 
     Raises:
-        RunError: A file cannot be written.
+        RunError: A file cannot be written, or the folder was removed meanwhile.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    require_folder = directory_guard(folder)
     labels = found.labels["chexbert" if "chexbert" in found.labels else "rules"]
     rows = study_rows(predictions, found.statistics, labels, found.train_reports)
     atomic_write_text(folder / "studies.json", json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
@@ -61,6 +64,7 @@ def write_assessment(
         row["pictures"] = shown
     write_evaluation_page(folder / PAGE, f"Evaluation: {printable(what)}", intro, result, rows)
     draw_plots(folder, result)
+    require_folder()
     atomic_write_text(folder / DATA, json.dumps(result, indent=2) + "\n")
     return result
 

@@ -151,6 +151,7 @@ def test_runs_and_files_are_found(varied_run: Path, tmp_path: Path, capsys: pyte
     assert main([*arguments, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in result["rows"]] == ["run", "seed7", "theirs"]
+    assert result["note"] == "Research output: not for diagnosis."
     assert result["groups"][0]["members"] == ["run", "seed7"]
     assert result["rows"][2]["against_first"]["differences"]["BLEU_1"] == 0.0
     assert main(arguments) == 2  # the first comparison is kept

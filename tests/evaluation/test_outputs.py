@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from emrrg_cli.errors import RunError
+from emrrg_cli.evaluation import outputs
 from emrrg_cli.evaluation.assess import Options
 from emrrg_cli.evaluation.file_evaluation import evaluate_file
 from emrrg_cli.evaluation.predictions import Predictions
@@ -83,6 +86,14 @@ def test_the_page_runs_no_code_and_loads_nothing(written: Path) -> None:
     assert "default-src &#39;none&#39;" in text or "default-src 'none'" in text
     assert "The heart is enlarged. No pneumothorax." in text
     assert "Research output: not for diagnosis." in text
+
+
+def test_an_output_removed_while_it_is_written_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outputs, "draw_plots", lambda folder, result: shutil.rmtree(folder))
+    predictions = Predictions(["a", "b"], ["x y", "z"], ["x", "z"])
+    with pytest.raises(RunError, match="out was removed while the program wrote to it"):
+        evaluate_file(predictions, tmp_path / "out", Options(meteor=False, resamples=5))
+    assert not (tmp_path / "out" / "scores.json").exists()
 
 
 def test_one_long_report_does_not_stretch_the_plots(tmp_path: Path) -> None:
