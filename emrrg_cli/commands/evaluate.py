@@ -10,6 +10,7 @@ import typer
 
 from emrrg_cli.commands.options import (
     FILES_PANEL,
+    OF_FILES,
     HypothesisColumn,
     IdColumn,
     Json,
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from emrrg_cli.evaluation.assess import Options
 
 _OF_RUNS = ("data", "split", "recipe", "image_controls", "reference_labels", "num_processes")
-_OF_FILES = ("references", "id_column", "hypothesis_column", "reference_column")
 
 
 def evaluate(
@@ -102,7 +102,7 @@ def evaluate(
             hint=f"`emrrg evaluate --model {shlex.quote(run)}` or `emrrg evaluate --predictions FILE`.",
         )
     refuse_given(
-        context, _OF_RUNS if model is None else _OF_FILES, "with --predictions" if model is None else "with --model"
+        context, _OF_RUNS if model is None else OF_FILES, "with --predictions" if model is None else "with --model"
     )
     if rexrank is not None and rexrank.exists() and not overwrite:
         raise UsageError(f"{rexrank} exists already", hint="Give --overwrite, or another --write-rexrank.")

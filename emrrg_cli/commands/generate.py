@@ -191,7 +191,7 @@ def parse_context(options: list[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for option in options:
         name, sign, text = option.partition("=")
-        if not sign or not text.strip():
+        if not sign or not name or not text.strip():
             raise UsageError(f"--context {option!r} is not FIELD=TEXT", hint='Example: --context indication="cough".')
         if name in found:
             raise UsageError(f"--context {name} is given twice")

@@ -162,3 +162,13 @@ def test_runs_and_files_are_found(varied_run: Path, tmp_path: Path, capsys: pyte
     assert markdown.startswith("| reports | BLEU-1 |")
     assert "mean of 2 seeds: run, seed7" in markdown
     assert (tmp_path / "out" / "compare.csv").read_text().count("\n") == 1 + 3 * len(result["rows"][0]["scores"])
+
+
+def test_options_without_effect_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text("id,hypothesis,reference\n1,x,y\n")
+    assert main(["compare", str(file), str(file), "--split", "test"]) == 2
+    assert "--split has no effect without a run directory" in capsys.readouterr().err
+    assert main(["compare", str(tmp_path), str(tmp_path), "--id-column", "id"]) == 2
+    assert "--id-column has no effect without a prediction file" in capsys.readouterr().err
+    assert main(["compare", str(file), str(file), "--id-column", "id", "--json"]) == 0

@@ -122,6 +122,7 @@ def test_generate_reads_options_tables_and_headers(
     [
         (["--context", "sex=F"], "does not read sex: it was trained without any context"),
         (["--context", "cough"], "--context 'cough' is not FIELD=TEXT"),
+        (["--context", "=45"], "--context '=45' is not FIELD=TEXT"),
         (["--context", "age= "], "--context 'age= ' is not FIELD=TEXT"),
         (["--context", "age=1", "--context", "age=2"], "--context age is given twice"),
     ],
