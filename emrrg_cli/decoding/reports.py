@@ -160,16 +160,14 @@ class Generator:
     def generate_pixels(
         self,
         studies: Sequence[torch.Tensor],
-        first: int = 0,
         contexts: Sequence[Mapping[ContextField, str]] | None = None,
     ) -> list[str]:
         """Writes a report for each study; each is uint8 `[views, size, size]`.
 
         Args:
-            first: index of the first of these studies among all studies, which seeds sampling.
             contexts: context of each study from `read_context`; None: no context.
         """
-        numbers = range(first, first + len(studies))
+        numbers = range(len(studies))  # they seed sampling
         size = self.recipe.generation.batch_size
 
         def batch(part: slice) -> Studies:

@@ -13,14 +13,8 @@ from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.evaluation.score_inputs import paired_texts
 from emrrg_cli.scoring import meteor as java
 from emrrg_cli.scoring.comparison import Corpus
-from emrrg_cli.scoring.meteor import java_path
 from emrrg_cli.scoring.scores import NAMES, RougeL
 from emrrg_cli.vocabulary import BLEU_NAMES, CIDER, METEOR, ROUGE_L, Tokenizer
-
-__all__ = ["METRICS", "Tokenizer", "java_path", "require_java", "score"]
-
-
-METRICS = NAMES
 
 Texts = Iterable[str] | Iterable[Sequence[str]]
 
@@ -41,7 +35,7 @@ def require_java(tokenizer: Tokenizer, *, meteor: bool = False) -> None:
     Raises:
         RunError: Java is not found, and `ptb` or METEOR needs it.
     """
-    if java_path() is not None:
+    if java.java_path() is not None:
         return
     if tokenizer == "ptb":
         raise RunError(f"{_NO_PTB}: {java.MISSING}", hint=_NO_PTB_HINT)
@@ -89,7 +83,7 @@ def score(
         raise UsageError(f"unknown tokenizer {tokenizer!r}", hint="Choose whitespace or ptb.")
     truth, written = paired_texts(references, hypotheses)
     truth, written = _tokenized(truth, written, tokenizer)
-    scores: dict[str, float | None] = dict.fromkeys(METRICS)
+    scores: dict[str, float | None] = dict.fromkeys(NAMES)
     scores |= _without_java(truth, written)
     if meteor:
         scores[METEOR] = _meteor(truth, written)

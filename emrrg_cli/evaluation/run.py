@@ -35,8 +35,6 @@ from emrrg_cli.reporting.tables import DISCLAIMER
 from emrrg_cli.runtime import fit_threads, inference_precision, llm_dtype, make_accelerator
 from emrrg_cli.silence_libraries import silence_libraries
 
-__all__ = ["RunOptions", "describe_protocol", "run_evaluation"]
-
 
 @dataclass(frozen=True)
 class RunOptions:
@@ -64,7 +62,6 @@ def run_evaluation(
     split: str,
     output: Path | None,
     *,
-    overwrite: bool = False,
     expected_processes: int = 0,
     options: RunOptions | None = None,
 ) -> dict[str, Any] | None:
@@ -79,7 +76,6 @@ def run_evaluation(
         split: Name of the split.
         output: Directory for `scores.json` and `predictions.jsonl`; None uses `run_dir/evaluation/<split>`, with a
             number appended if that directory holds another evaluation.
-        overwrite: Replace an earlier evaluation in `output`.
         expected_processes: Number of processes that the launcher should have started; 0 skips the check.
         options: Further options.
 
@@ -91,7 +87,7 @@ def run_evaluation(
         RunError: The run or the data cannot be read, or the tokenizer needs Java and Java is not installed.
         Interrupted: After SIGINT or SIGTERM; the reports written so far are kept.
     """
-    options = options or RunOptions(overwrite=overwrite)
+    options = options or RunOptions()
     if recipe.data.root is None:
         raise UsageError("no data: give --data DIR", hint="DIR is a dataset directory written by `emrrg preprocess`.")
     require_java(recipe.evaluation.tokenizer)
@@ -107,7 +103,7 @@ def run_evaluation(
     record = made_with(recipe, run_dir, split, precision)
     dataset = ReportDataset(splits[split], recipe.data, recipe.model.encoder.image_size)
     kept = partial(kept_predictions, record=record, study_ids=dataset.study_ids)
-    target = _target(run_dir, split, output, overwrite or options.overwrite, kept)
+    target = _target(run_dir, split, output, options.overwrite, kept)
     # With several processes, only the main one locks the output.
     with locked(target) if _is_main() else nullcontext():
         return _evaluate(recipe, run_dir, splits, dataset, record, target, expected_processes, options)

@@ -14,8 +14,9 @@ import pytest
 from emrrg_cli.app import main
 from emrrg_cli.errors import UsageError
 from emrrg_cli.evaluation.compare import Contender, compare, find_contender
-from emrrg_cli.evaluation.language import java_path, score
+from emrrg_cli.evaluation.language import score
 from emrrg_cli.evaluation.predictions import Predictions
+from emrrg_cli.scoring.meteor import java_path
 
 WORDS = "the heart is enlarged no effusion left right pneumothorax . lungs are clear".split()  # noqa: SIM905
 

@@ -11,8 +11,9 @@ import pytest
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.evaluation import language as nlg
 from emrrg_cli.scoring import meteor as java
+from emrrg_cli.scoring.scores import NAMES
 
-needs_java = pytest.mark.skipif(nlg.java_path() is None, reason="needs Java")
+needs_java = pytest.mark.skipif(java.java_path() is None, reason="needs Java")
 
 REFERENCES = [
     "the heart is normal in size . the lungs are clear .",
@@ -142,7 +143,7 @@ def test_an_empty_hypothesis_is_no_match_for_an_empty_reference() -> None:
 
 def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
     got = nlg.score(REFERENCES, HYPOTHESES, meteor=False)
-    assert tuple(got) == nlg.METRICS
+    assert tuple(got) == NAMES
     assert got["METEOR"] is None
     assert capfd.readouterr() == ("", "")
 
@@ -166,7 +167,7 @@ def test_wrong_input_is_named(references: list[str], hypotheses: list[str], says
 
 @pytest.mark.usefixtures("no_java")
 def test_without_java_meteor_is_none_and_warns_once(capfd: pytest.CaptureFixture[str]) -> None:
-    assert nlg.java_path() is None
+    assert java.java_path() is None
     assert nlg.score(REFERENCES, HYPOTHESES)["METEOR"] is None
     assert nlg.score(REFERENCES, HYPOTHESES)["METEOR"] is None
     captured = capfd.readouterr()

@@ -15,7 +15,8 @@ import pytest
 from emrrg_cli.errors import Interrupted, RunError, UsageError
 from emrrg_cli.evaluation import assess, split_reports
 from emrrg_cli.evaluation import run as evaluation
-from emrrg_cli.evaluation.run import describe_protocol, run_evaluation
+from emrrg_cli.evaluation.protocol import describe_protocol
+from emrrg_cli.evaluation.run import RunOptions, run_evaluation
 from emrrg_cli.files.records import read_jsonl
 from emrrg_cli.recipe.load import load_run_recipe
 
@@ -33,7 +34,7 @@ def evaluate(varied_run: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
 
     def run(*overrides: str, split: str = "test", name: str = "out", overwrite: bool = False) -> dict[str, Any]:
         recipe = load_run_recipe(varied_run, None, overrides, "evaluate")
-        result = run_evaluation(recipe, varied_run, split, tmp_path / name, overwrite=overwrite)
+        result = run_evaluation(recipe, varied_run, split, tmp_path / name, options=RunOptions(overwrite))
         assert result is not None
         lines = (tmp_path / name / "predictions.jsonl").read_text().splitlines()
         assert json.loads((tmp_path / name / "scores.json").read_text()) == result
@@ -166,7 +167,8 @@ def test_a_second_evaluation_reuses_the_reports(
         patched.setattr(evaluation, "load_model", load)
         second = run_evaluation(recipe, run, "test", None)
         assert second == first | {"predictions_reused": True}
-        assert run_evaluation(recipe, run, "test", tmp_path / "run" / "evaluation" / "test", overwrite=True) == second
+        again = RunOptions(overwrite=True)
+        assert run_evaluation(recipe, run, "test", run / "evaluation" / "test", options=again) == second
     assert first["predictions_reused"] is False
     # Other settings, or another model, are another evaluation.
     changed = load_run_recipe(run, None, ("generation.max_new_tokens=2",), "evaluate")
