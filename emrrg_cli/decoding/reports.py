@@ -99,12 +99,13 @@ class Generator:
             self.model, recipe.generation, device, autocast, confident=True, film_distance=film_distance
         )
 
-    def generate(self, studies: Sequence[Study], context: Sequence[Mapping[str, Any]] | None = None) -> list[str]:
+    def generate(self, studies: Iterable[Study], context: Sequence[Mapping[str, Any]] | None = None) -> list[str]:
         """Writes a report for each study.
 
         Args:
-            studies: an image or a list of images (the views of one study) for each study, as paths, bytes or PIL
-                images. As in `emrrg generate`, the first `data.max_views` are used, or 16 with a warning.
+            studies: a list, column or generator with an image or a list of images (the views of one study) for each
+                study, as paths, bytes or PIL images. As in `emrrg generate`, the first `data.max_views` images of a
+                study are used, or 16 with a warning.
             context: context of each study, such as `{"indication": "cough", "age": 45}`, with fields of the run's
                 `data.context`; None: no context.
 
@@ -116,8 +117,13 @@ class Generator:
             UsageError: for a study without images, a single study instead of a list, or a context that the model does
                 not read.
         """
-        if isinstance(studies, str | bytes) or not isinstance(studies, Sequence):
+        if (
+            isinstance(studies, str | bytes | Mapping)
+            or not isinstance(studies, Iterable)
+            or hasattr(studies, "columns")
+        ):
             raise UsageError("generate takes a list of studies", hint="For one image: generate([image]).")
+        studies = list(studies)
         size = self.recipe.model.encoder.image_size
         if not isinstance(context, Sequence | None) or not all(isinstance(one, Mapping) for one in context or ()):
             raise UsageError("context must be a list of dictionaries", hint='For one study: [{"age": 45}].')

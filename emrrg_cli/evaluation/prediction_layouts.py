@@ -46,8 +46,9 @@ class Table:
     layout: str
 
     def named(self, names: Iterable[str]) -> str | None:
-        """Returns the first of `names` that the first record has, ignoring case."""
-        there = {key.lower(): key for key in (self.records[0] if self.records else {})}
+        """Returns the first of `names` that the first record has, ignoring case and objects (findings by name)."""
+        first = self.records[0] if self.records else {}
+        there = {key.lower(): key for key, value in first.items() if not isinstance(value, Mapping)}
         return next((there[name] for name in names if name in there), None)
 
     def heads(self) -> str:

@@ -208,7 +208,10 @@ def reference_labels(dataset: ReportDataset) -> list[dict[str, str | None]]:
     """
     names = {"labels": "positive", "labels_uncertain": "uncertain", "labels_absent": "negative"}
     if missing := [name for name in names if name not in dataset.split.column_names]:
-        raise UsageError(f"the data set has no column {missing[0]}: --reference-labels cannot be used")
+        raise UsageError(
+            f"the data set has no column {missing[0]}: --reference-labels cannot be used",
+            hint="`emrrg preprocess chexpert_plus` writes these columns.",
+        )
     rows: list[dict[str, str | None]] = []
     table = dataset.split.select_columns(list(names)).select(dataset.rows)
     for record in table:

@@ -146,9 +146,15 @@ def test_other_inputs_than_a_list_of_studies_are_refused(generator: Generator, i
     with pytest.raises(UsageError, match="a study has no images"):
         generator.generate([images[0], []])
     one: Any
-    for one in (str(images[0]), images[0], Image.open(images[0])):
+    for one in (str(images[0]), images[0], Image.open(images[0]), {"a": images[0]}, None):
         with pytest.raises(UsageError, match="takes a list of studies"):
             generator.generate(one)
+
+
+def test_studies_may_be_a_column_or_a_generator(generator: Generator, images: list[Path]) -> None:
+    wanted = generator.generate(images[:2])
+    assert generator.generate(np.array([str(image) for image in images[:2]])) == wanted
+    assert generator.generate(image for image in images[:2]) == wanted
 
 
 def test_pixels_of_a_study(images: list[Path]) -> None:

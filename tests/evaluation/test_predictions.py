@@ -171,6 +171,7 @@ def test_different_ids_are_explained(tmp_path: Path) -> None:
         ("p.csv", "id,hypothesis\na,b,c\n", "row 2: 3 cells, but the header has 2"),
         ("p.csv", "id,id\na,b\n", "two columns have the same name"),
         ("p.csv", "id,hypothesis\na,b\n", "no column with the reference"),
+        ("p.jsonl", '{"study": "a", "report": "x", "findings": {"Edema": "positive"}}', "no column with the reference"),
         ("p.txt", "x", "unknown file type"),
     ],
 )
