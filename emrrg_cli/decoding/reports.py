@@ -118,7 +118,7 @@ class Generator:
                 not read.
         """
         if (
-            isinstance(studies, str | bytes | Mapping)
+            isinstance(studies, str | bytes | Mapping | set)
             or not isinstance(studies, Iterable)
             or hasattr(studies, "columns")
         ):

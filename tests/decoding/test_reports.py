@@ -146,7 +146,7 @@ def test_other_inputs_than_a_list_of_studies_are_refused(generator: Generator, i
     with pytest.raises(UsageError, match="a study has no images"):
         generator.generate([images[0], []])
     one: Any
-    for one in (str(images[0]), images[0], Image.open(images[0]), {"a": images[0]}, None):
+    for one in (str(images[0]), images[0], Image.open(images[0]), {"a": images[0]}, {images[0]}, None):
         with pytest.raises(UsageError, match="takes a list of studies"):
             generator.generate(one)
 
@@ -333,6 +333,8 @@ def test_a_context_that_the_model_does_not_read(run_dir: Path, generator: Genera
     reads = load_generator(run_dir, device="cpu", overrides=["data.context=[age]"])
     with pytest.raises(UsageError, match="does not read indication, sex: it reads age"):
         reads.generate(images[:1], [{"sex": "F", "indication": "cough"}])
+    with pytest.raises(UsageError, match="the context age must be a text or a number, not list"):
+        reads.generate(images[:1], [{"age": [4]}])
     with pytest.raises(UsageError, match="there are 2 studies and 1 contexts"):
         reads.generate(images[:2], [{"age": 4}])
 
