@@ -26,6 +26,7 @@ PAGE = "page.html"
 OWN_FILES = ("*.json", "*.jsonl*", "*.csv", "*.png", PAGE)  # glob patterns of all files that an evaluation writes
 # Maximum number of studies with films on the page, side in pixels, JPEG quality: about 10 kB per film.
 _FILMS, _SIDE, _QUALITY = 600, 320, 75
+_STUDIES = 10_000  # on the page: with 100,000 it has 42 MB, and browsers stop to answer
 
 
 def write_assessment(
@@ -60,9 +61,10 @@ def write_assessment(
         f"{maker}{counted(len(predictions), 'study')}. studies.csv and studies.json contain one row per study; "
         f"{DATA} contains all figures."
     )
-    for row, shown in zip(rows, pictures, strict=True):
-        row["pictures"] = shown
-    write_evaluation_page(folder / PAGE, f"Evaluation: {printable(what)}", intro, result, rows)
+    if len(rows) > _STUDIES:
+        intro += f" This page shows the first {_STUDIES:,} studies."
+    shown = [row | {"pictures": views} for row, views in zip(rows, pictures, strict=True)][:_STUDIES]
+    write_evaluation_page(folder / PAGE, f"Evaluation: {printable(what)}", intro, result, shown)
     draw_plots(folder, result)
     require_folder()
     atomic_write_text(folder / DATA, json.dumps(result, indent=2) + "\n")

@@ -88,6 +88,15 @@ def test_the_page_runs_no_code_and_loads_nothing(written: Path) -> None:
     assert "Research output: not for diagnosis." in text
 
 
+def test_the_page_of_very_many_studies_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outputs, "_STUDIES", 2)
+    evaluate_file(Predictions(["s1", "s2", "s3"], ["x"] * 3, ["x y"] * 3), tmp_path, Options(meteor=False, resamples=5))
+    page = (tmp_path / "page.html").read_text()
+    assert "This page shows the first 2 studies." in page
+    assert ("s2" in page, "s3" in page) == (True, False)
+    assert len(json.loads((tmp_path / "studies.json").read_text())) == 3
+
+
 def test_an_output_removed_while_it_is_written_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outputs, "draw_plots", lambda folder, result: shutil.rmtree(folder))
     predictions = Predictions(["a", "b"], ["x y", "z"], ["x", "z"])
