@@ -158,7 +158,10 @@ def _run(arguments: Sequence[str]) -> int:
         if type(error).__name__ == "NoArgsIsHelpError":
             typer.echo(error.format_message(), err=True)
             return 2
-        command_path = error.ctx.command_path if isinstance(error, _WrongCall) and error.ctx else "emrrg"
+        named = arguments[0] if arguments and arguments[0] in COMMANDS else ""  # an option without its value has no ctx
+        command_path = (
+            error.ctx.command_path if isinstance(error, _WrongCall) and error.ctx else f"emrrg {named}".strip()
+        )
         message, advice = what_to_type(error, arguments, list(COMMANDS))
         return _fail(message, " ".join(filter(None, (advice, f"`{command_path} --help` shows how to use it."))), 2)
     return 0

@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
-from emrrg_cli.commands.options import HypothesisColumn, IdColumn, Json, ReferenceColumn
+from emrrg_cli.commands.options import OF_FILES, HypothesisColumn, IdColumn, Json, ReferenceColumn, refuse_given
 from emrrg_cli.errors import UsageError
 
 
 def compare(
+    context: typer.Context,
     reports: Annotated[
         list[Path],
         typer.Argument(metavar="A B ...", help="Run directories, evaluation directories or prediction files."),
@@ -55,8 +56,14 @@ def compare(
         check_writable(output)
         if (output / "compare.json").exists() and not overwrite:
             raise UsageError(f"{output} already holds a comparison", hint="Give --overwrite, or another --output.")
+    folders = [path.is_dir() for path in reports]
+    if not any(folders):
+        refuse_given(context, ("split",), "without a run directory")
+    if all(folders):
+        refuse_given(context, OF_FILES, "without a prediction file")
     columns = Columns(id_column, hypothesis_column, reference_column)
-    result = run([find_contender(path, split, references, columns) for path in reports], meteor=meteor)
+    found = [find_contender(path, split, references, columns) for path in reports]
+    result = {"note": DISCLAIMER, **run(found, meteor=meteor)}
     if output is not None:
         atomic_write_text(output / "compare.md", comparison_markdown(result))
         atomic_write_text(output / "compare.csv", comparison_csv(result))

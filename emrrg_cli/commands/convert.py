@@ -18,8 +18,10 @@ class Layout(StrEnum):
 
 
 def convert(
-    file: Annotated[Path, typer.Argument(help="Published checkpoint (.pth, .safetensors), or our directory.")],
-    out: Annotated[Path, typer.Argument(help="Directory to write; with --to published, a file.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Published checkpoint (.pth, .safetensors), or our directory.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write; with --to published, a file.")],
     to: Annotated[Layout, typer.Option("--to", help="Format to write.")] = Layout.OURS,
     base: Annotated[
         Path | None, typer.Option("--base", help="Stage 2 file with the encoder, for a stage 3 file without one.")

@@ -10,6 +10,7 @@ import typer
 
 from emrrg_cli.commands.options import (
     FILES_PANEL,
+    OF_FILES,
     HypothesisColumn,
     IdColumn,
     Json,
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from emrrg_cli.evaluation.assess import Options
 
 _OF_RUNS = ("data", "split", "recipe", "image_controls", "reference_labels", "num_processes")
-_OF_FILES = ("references", "id_column", "hypothesis_column", "reference_column")
 
 
 def evaluate(
@@ -102,7 +102,7 @@ def evaluate(
             hint=f"`emrrg evaluate --model {shlex.quote(run)}` or `emrrg evaluate --predictions FILE`.",
         )
     refuse_given(
-        context, _OF_RUNS if model is None else _OF_FILES, "with --predictions" if model is None else "with --model"
+        context, _OF_RUNS if model is None else OF_FILES, "with --predictions" if model is None else "with --model"
     )
     if rexrank is not None and rexrank.exists() and not overwrite:
         raise UsageError(f"{rexrank} exists already", hint="Give --overwrite, or another --write-rexrank.")
@@ -111,7 +111,7 @@ def evaluate(
 
         if overrides:
             raise UsageError(f"settings cannot be changed with --predictions: {overrides[0]} has no effect")
-        _check_files(chexbert, merge, output)
+        _check_files(chexbert, merge, output, rexrank)
         columns = Columns(id_column, hypothesis_column, reference_column)
         options = _options(chexbert, bertscore, no_meteor, merge)
         _show(
@@ -131,7 +131,7 @@ def evaluate(
         settings.data.root = str(data)
     require_trained(model)
     check_roots_exist(settings, required=False)
-    _check_files(chexbert, merge, output)
+    _check_files(chexbert, merge, output, rexrank)
     if not inside_launcher() and start_processes(context, num_processes):
         return
     from emrrg_cli.evaluation.run import RunOptions, run_evaluation
@@ -149,10 +149,10 @@ def evaluate(
         return
     if rexrank is not None:
         _write_rexrank(Path(found["output"]) / "predictions.jsonl", rexrank)
-    _show(found, f"{split} split of {settings.data.root}", as_json)
+    _show(found, f"{found['split']} split of {settings.data.root}", as_json)
 
 
-def _check_files(chexbert: str | None, merge: list[Path] | None, output: Path | None) -> None:
+def _check_files(chexbert: str | None, merge: list[Path] | None, output: Path | None, rexrank: Path | None) -> None:
     """Checks before torch is imported that the input files exist and the output can be written."""
     from emrrg_cli.files.output_paths import check_writable
 
@@ -164,6 +164,12 @@ def _check_files(chexbert: str | None, merge: list[Path] | None, output: Path | 
         raise UsageError(f"no CheXbert checkpoint at {chexbert}", hint="--chexbert takes chexbert.pth or its folder.")
     if output is not None:
         check_writable(output)
+    if rexrank is not None:
+        if rexrank.is_dir():
+            raise UsageError(
+                f"{rexrank} is a folder", hint="--write-rexrank takes the name of a file, such as ours.json."
+            )
+        check_writable(rexrank.parent)
 
 
 def _options(chexbert: str | None, bertscore: str | None, no_meteor: bool, merge: list[Path] | None) -> Options:

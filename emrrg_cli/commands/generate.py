@@ -44,11 +44,12 @@ def generate(
     recipe: Annotated[
         str | None, typer.Option("--recipe", help="Generation recipe whose settings replace those of the run.")
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
+    device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
     study_by: Annotated[
         str,
         typer.Option(
             "--study-by",
+            metavar="auto|folder|file",
             help="How images are grouped into studies: auto (by DICOM study, or by subfolder of at most 8 images), "
             "folder (by subfolder), or file (each image is a study).",
         ),
@@ -190,7 +191,7 @@ def parse_context(options: list[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for option in options:
         name, sign, text = option.partition("=")
-        if not sign or not text.strip():
+        if not sign or not name or not text.strip():
             raise UsageError(f"--context {option!r} is not FIELD=TEXT", hint='Example: --context indication="cough".')
         if name in found:
             raise UsageError(f"--context {name} is given twice")

@@ -12,6 +12,7 @@ import typer
 from emrrg_cli.errors import UsageError
 
 FILES_PANEL = "Prediction files"
+OF_FILES = ("references", "id_column", "hypothesis_column", "reference_column")  # parameters that only these have
 
 Overrides = Annotated[
     list[str] | None,

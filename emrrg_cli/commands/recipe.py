@@ -26,7 +26,8 @@ def recipe() -> None:
 @app.command("ls")
 def ls(
     pattern: Annotated[
-        str | None, typer.Argument(help="Part of a name, or wildcards: 'iu_xray/*'.", show_default=False)
+        str | None,
+        typer.Argument(metavar="PATTERN", help="Part of a name, or wildcards: 'iu_xray/*'.", show_default=False),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -79,12 +80,12 @@ def show(
 
 @app.command("cp", no_args_is_help=True)
 def cp(
-    name: Annotated[str, typer.Argument(help="Name of a shipped recipe.", show_default=False)],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a shipped recipe.", show_default=False)],
     destination: Annotated[
         Path,
         typer.Argument(metavar="DEST", help="The .yaml file to write, or an existing directory.", show_default=False),
     ],
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", "--force", help="Replace the file.")] = False,
 ) -> None:
     """Copy a shipped recipe to a file that you can edit.
 
@@ -99,8 +100,8 @@ def cp(
     target = destination / source.name if destination.is_dir() else destination
     if not is_path(target.name):
         raise UsageError(f"{target} must end in .yaml, or be an existing directory")
-    if target.exists() and not force:
-        raise UsageError(f"{target} already exists", hint="Choose another name, or overwrite it with --force.")
+    if target.exists() and not overwrite:
+        raise UsageError(f"{target} already exists", hint="Choose another name, or replace it with --overwrite.")
     atomic_write_text(target, read_text(source))
     typer.echo(f"{target}: a copy of {name}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import shlex
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -13,6 +14,9 @@ from typer.core import TyperCommand
 
 # Heading of the options without a group; groups with their own heading come after them.
 _UNGROUPED = "Options"
+
+# Click's names of types, as the help shows them.
+_VALUES = {"path": "PATH", "list[Path]": "PATH", "str": "NAME", "int": "N", "int range": "N", "float": "N"}
 
 # Words that people type instead of a command's name.
 _MEANT = {
@@ -58,11 +62,15 @@ class HelpfulCommand(TyperCommand):
                 groups["Arguments"].append((record[0].partition(" <")[0], record[1]))
             else:
                 heading = getattr(parameter, "rich_help_panel", None) or _UNGROUPED
-                groups.setdefault(heading, []).append(record)
+                groups.setdefault(heading, []).append((re.sub(r"<(.+)>", _value, record[0]), record[1]))
         for heading, records in groups.items():
             if records:
                 with formatter.section(heading):
                     formatter.write_dl(records)
+
+
+def _value(found: re.Match[str]) -> str:
+    return _VALUES.get(found[1], found[1])
 
 
 def use_plain_help(app: typer.Typer) -> None:

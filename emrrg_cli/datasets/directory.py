@@ -18,12 +18,13 @@ import datasets
 from datasets import Features, List, Value
 from datasets import Image as ImageFeature
 
-from emrrg_cli.console import err
+from emrrg_cli.console import err, printable
 from emrrg_cli.datasets.manifest import MANIFEST
 from emrrg_cli.datasets.shard_files import find_shards
 from emrrg_cli.datasets.stored_images import remember_folder
-from emrrg_cli.errors import RunError
+from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.files.atomic import whole_directory
+from emrrg_cli.vocabulary import SPLIT_NAMES
 
 FEATURES = Features(
     {
@@ -108,6 +109,21 @@ def open_dataset(root: str | Path) -> datasets.DatasetDict:
         _check_columns(folder, split, rows.features)
         remember_folder(rows, folder)
     return opened.cast_column("images", List(ImageFeature(decode=False)))
+
+
+def find_split(splits: Mapping[str, Any], name: str, root: str | Path) -> str:
+    """Returns the name of a split of a dataset directory; `val` is also a name of `validation`.
+
+    Raises:
+        UsageError: There is no such split.
+    """
+    found = name if name in splits else SPLIT_NAMES.get(name.lower(), name)
+    if found not in splits:
+        raise UsageError(
+            f"{printable(str(root))}: this dataset directory has no split named {printable(name)}",
+            hint=f"Its splits are: {', '.join(splits)}.",
+        )
+    return found
 
 
 def _check_columns(folder: Path, split: str, found: Features) -> None:

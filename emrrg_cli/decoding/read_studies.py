@@ -46,18 +46,26 @@ class ReadStudy:
     pictures: list[str] = field(default_factory=list)
 
 
+def view_limit(most: int | None) -> int:
+    """Returns how many images of a study are used: `data.max_views`, or 16 if it is null."""
+    return _MOST_VIEWS if most is None else most
+
+
+def unused_note(images: int, study: str) -> str:
+    """Returns the note on a study with more images than `view_limit(None)`."""
+    return f"only {view_limit(None)} of {images} images of study {study} are used; data.max_views=N allows more"
+
+
 def read_study(study: StudyFiles, size: int, most: int | None, *, pictured: bool = False) -> ReadStudy:
     """Reads the first `most` (None: 16) readable images of a study; with `pictured`, also makes small pictures."""
     read = ReadStudy(study, None, [], [], [])
-    limit = _MOST_VIEWS if most is None else most
     views: list[NDArray[np.uint8]] = []
     if not study.files:
         read.skipped.append((study.name, "no images"))
     for file, view in zip(study.files, study.views, strict=True):
-        if len(views) == limit:
+        if len(views) == view_limit(most):
             if most is None:
-                used = f"only {limit} of {len(study.files)} images of study {study.name} are used"
-                read.notes.append(f"{used}; data.max_views=N allows more")
+                read.notes.append(unused_note(len(study.files), study.name))
             break
         try:
             with warnings.catch_warnings():

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -37,6 +38,7 @@ class Reporter:
     """Writes reports for batches of studies. Each process loads the model once, at the first call.
 
     The object is small and can be pickled. It has only the path of the run, which each machine must be able to read.
+    Without a path, the default model of the package writes the reports; it knows synthetic films only.
 
         ray.data.read_images("films", include_paths=True).map_batches(
             emrrg_cli.Reporter, fn_constructor_args=("runs/iu",), batch_size=16, concurrency=2)
@@ -47,8 +49,10 @@ class Reporter:
         overrides: `key=value` changes to the run's recipe, such as `generation.num_beams=1`.
     """
 
-    def __init__(self, run_dir: Path | str, *, device: str = "auto", overrides: Sequence[str] = ()) -> None:
-        self.run_dir = str(require_path(run_dir, "the run directory").absolute())
+    def __init__(
+        self, run_dir: Path | str | None = None, *, device: str = "auto", overrides: Sequence[str] = ()
+    ) -> None:
+        self.run_dir = None if run_dir is None else str(require_path(run_dir, "the run directory").absolute())
         self.device = device
         self.overrides = require_texts(overrides)
 
@@ -57,9 +61,10 @@ class Reporter:
 
         Args:
             batch: columns of `b` studies. `image`: for each study a path, an encoded image as bytes, a uint8 array
-                `[h, w]` or `[h, w, 3]`, a PIL image, or a list of these (the views of the study). `study` (optional):
-                names, which also seed sampling. `indication`, `comparison`, `technique`, `age` and `sex`, if the model
-                reads them (`data.context`); otherwise they come from the DICOM headers, as the views do.
+                `[h, w]` or `[h, w, 3]`, a PIL image, a list of these (the views of the study), or None. `study`
+                (optional): names, which also seed sampling; None: that of the image. `indication`, `comparison`,
+                `technique`, `age` and `sex`, if the model reads them (`data.context`); otherwise they come from the
+                DICOM headers, as the views do.
 
         Returns:
             The batch with additional arrays `[b]`: `report`; `findings`, a JSON object of labels by finding;
@@ -102,7 +107,7 @@ class Reporter:
 
 
 @cache
-def _load(run_dir: str, device: str, overrides: tuple[str, ...]) -> Generator:
+def _load(run_dir: str | None, device: str, overrides: tuple[str, ...]) -> Generator:
     silence_libraries()
     return load_generator(run_dir, device=device, overrides=overrides)
 
@@ -134,15 +139,13 @@ def _studies(batch: Mapping[str, Any]) -> list[StudyFiles]:
     if "image" not in batch:
         raise UsageError(f"the batch has no column image; it has {', '.join(map(str, batch)) or 'none'}", hint=_BATCH)
     images = [_views(given) for given in _column(batch, "image")]
-    if "study" in batch:
-        names = [printable(str(name)) for name in _column(batch, "study")]
-        if len(names) != len(images):
-            raise UsageError(f"the batch has {len(images)} images and {len(names)} studies")
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise UsageError(f"study {twice} occurs twice in the batch", hint="Give its views as a list in one row.")
-    else:
-        names = [_name(views) for views in images]
+    given = [printable(cell_text(name)) for name in _column(batch, "study")] if "study" in batch else [""] * len(images)
+    if len(given) != len(images):
+        raise UsageError(f"the batch has {len(images)} images and {len(given)} studies")
+    twice, count = Counter(filter(None, given)).most_common(1)[0] if any(given) else ("", 0)
+    if count > 1:
+        raise UsageError(f"study {twice} occurs twice in the batch", hint="Give its views as a list in one row.")
+    names = [name or _name(views) for name, views in zip(given, images, strict=True)]
     told = {field: _column(batch, field) for field in CONTEXT_FIELDS if field in batch}
     if wrong := next((field for field, column in told.items() if len(column) != len(images)), None):
         raise UsageError(f"the batch has {len(images)} images and {len(told[wrong])} values of {wrong}")
@@ -166,7 +169,8 @@ def _column(batch: Mapping[str, Any], name: str) -> list[Any]:
 def _views(given: Any) -> list[Any]:
     if isinstance(given, list | tuple) or (isinstance(given, np.ndarray) and given.dtype == object):
         return [_checked(view) for view in given]
-    return [_checked(given)]
+    missing = given is None or (isinstance(given, float) and math.isnan(given))  # an empty cell of a table
+    return [] if missing else [_checked(given)]
 
 
 def _checked(view: Any) -> Any:

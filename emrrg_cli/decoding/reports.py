@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from emrrg_cli.datasets.loading import load_batches
 from emrrg_cli.datasets.report_dataset import ReportDataset, collate
 from emrrg_cli.decoding.contexts import read_context
 from emrrg_cli.decoding.grounding import ground_reports
+from emrrg_cli.decoding.read_studies import unused_note, view_limit
 from emrrg_cli.decoding.writer import Studies, Writer, WrittenReport, autocast_of, autocast_without_cache
 from emrrg_cli.default_model import find_default_model
 from emrrg_cli.errors import UsageError, require_path
@@ -97,11 +99,13 @@ class Generator:
             self.model, recipe.generation, device, autocast, confident=True, film_distance=film_distance
         )
 
-    def generate(self, studies: Sequence[Study], context: Sequence[Mapping[str, Any]] | None = None) -> list[str]:
+    def generate(self, studies: Iterable[Study], context: Sequence[Mapping[str, Any]] | None = None) -> list[str]:
         """Writes a report for each study.
 
         Args:
-            studies: an image or a list of images (the views of one study) for each study, as paths or PIL images.
+            studies: a list, column or generator with an image or a list of images (the views of one study) for each
+                study, as paths, bytes or PIL images. As in `emrrg generate`, the first `data.max_views` images of a
+                study are used, or 16 with a warning.
             context: context of each study, such as `{"indication": "cough", "age": 45}`, with fields of the run's
                 `data.context`; None: no context.
 
@@ -113,8 +117,13 @@ class Generator:
             UsageError: for a study without images, a single study instead of a list, or a context that the model does
                 not read.
         """
-        if isinstance(studies, str | bytes) or not isinstance(studies, Sequence):
+        if (
+            isinstance(studies, str | bytes | Mapping | set)
+            or not isinstance(studies, Iterable)
+            or hasattr(studies, "columns")
+        ):
             raise UsageError("generate takes a list of studies", hint="For one image: generate([image]).")
+        studies = list(studies)
         size = self.recipe.model.encoder.image_size
         if not isinstance(context, Sequence | None) or not all(isinstance(one, Mapping) for one in context or ()):
             raise UsageError("context must be a list of dictionaries", hint='For one study: [{"age": 45}].')
@@ -123,7 +132,8 @@ class Generator:
             raise UsageError(
                 f"there are {len(studies)} studies and {len(contexts)} contexts", hint="Give one for each."
             )
-        return self.generate_pixels([study_pixels(study, size) for study in studies], contexts=contexts)
+        most = self.recipe.data.max_views
+        return self.generate_pixels([study_pixels(study, size, most) for study in studies], contexts=contexts)
 
     def write(self, studies: Iterable[Studies]) -> Iterator[list[WrittenReport]]:
         """Yields reports as soon as they are finished; see `Writer.write`."""
@@ -156,16 +166,14 @@ class Generator:
     def generate_pixels(
         self,
         studies: Sequence[torch.Tensor],
-        first: int = 0,
         contexts: Sequence[Mapping[ContextField, str]] | None = None,
     ) -> list[str]:
         """Writes a report for each study; each is uint8 `[views, size, size]`.
 
         Args:
-            first: index of the first of these studies among all studies, which seeds sampling.
             contexts: context of each study from `read_context`; None: no context.
         """
-        numbers = range(first, first + len(studies))
+        numbers = range(len(studies))  # they seed sampling
         size = self.recipe.generation.batch_size
 
         def batch(part: slice) -> Studies:
@@ -178,8 +186,8 @@ class Generator:
         return [found[number] for number in numbers]
 
 
-def study_pixels(study: Study, size: int) -> torch.Tensor:
-    """Reads the views of a study for the model: uint8 `[views, size, size]`.
+def study_pixels(study: Study, size: int, most: int | None = None) -> torch.Tensor:
+    """Reads the first `most` (None: 16, with a warning) views of a study for the model: uint8 `[views, size, size]`.
 
     Raises:
         ImageError: for an image that cannot be read.
@@ -188,7 +196,11 @@ def study_pixels(study: Study, size: int) -> torch.Tensor:
     pictures = study if isinstance(study, Sequence) and not isinstance(study, str | bytes) else [study]
     if not pictures:
         raise UsageError("a study has no images")
-    return torch.from_numpy(np.stack([resize_square(read_image(picture), size) for picture in pictures]))
+    used = pictures[: view_limit(most)]
+    if most is None and len(used) < len(pictures):
+        first = str(used[0]) if isinstance(used[0], str | Path) else "<image>"
+        warnings.warn(unused_note(len(pictures), first), stacklevel=2)
+    return torch.from_numpy(np.stack([resize_square(read_image(picture), size) for picture in used]))
 
 
 def load_generator(

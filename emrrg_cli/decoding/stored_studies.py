@@ -9,7 +9,7 @@ from pyarrow.compute import list_value_length
 
 from emrrg_cli.console import printable
 from emrrg_cli.datasets.context import without_report
-from emrrg_cli.datasets.directory import open_dataset
+from emrrg_cli.datasets.directory import find_split, open_dataset
 from emrrg_cli.datasets.stored_images import stored_image
 from emrrg_cli.decoding.studies import StudyFiles, path_name
 from emrrg_cli.errors import RunError, UsageError
@@ -58,12 +58,8 @@ def stored_studies(root: str, split: str | None = None) -> list[StudyFiles]:
         RunError: the directory is broken.
     """
     splits = open_dataset(root)
-    chosen = split or ("test" if "test" in splits or len(splits) > 1 else next(iter(splits)))
-    if chosen not in splits:
-        raise UsageError(
-            f"{printable(root)}: this dataset directory has no split named {printable(chosen)}",
-            hint=f"Give --split; it has {', '.join(splits)}.",
-        )
+    only = next(iter(splits)) if len(splits) == 1 else "test"
+    chosen = find_split(splits, split or only, root)
     rows = splits[chosen]
     studies: dict[str, StudyFiles] = {}
     counts = list_value_length(rows.data.column("images")).to_pylist()  # reads no image

@@ -215,15 +215,20 @@ def _dealt(
     orders: Sequence[NDArray[np.int64]],
 ) -> tuple[dict[str, Any], Floats, dict[str, Counted]]:
     """Scores the reports in each shuffled order; returns the means, and those of each study as `_controls` does."""
-    rows, cider, grids, counted = [], [], [], []
+    rows, cider, grids = [], [], []
+    sums: dict[str, dict[str, Floats]] = {}  # of all orders; kept for each order, they would need gigabytes
     for number, order in enumerate(orders):
         pairs = judge.pairs([hypotheses[i] for i in order])
         statistics = judge.statistics(pairs, slow=number < controls.SLOW_DEALS)
         rows.append(judge.scores(statistics))
         cider.append(statistics[CIDER][:, 0])
         dealt = {name: {policy: own[order] for policy, own in found.items()} for name, (_, found) in present.items()}
-        counted.append({name: _count(truth, dealt[name]) for name, (truth, _) in present.items()})
-        grids.append({name: _brief(_clinical(counts)) for name, counts in counted[-1].items()})
+        counted = {name: _count(truth, dealt[name]) for name, (truth, _) in present.items()}
+        grids.append({name: _brief(_clinical(counts)) for name, counts in counted.items()})
+        for name, counts in counted.items():
+            totals = sums.setdefault(name, {})
+            for policy, own in counts.items():
+                totals[policy] = totals[policy] + own if policy in totals else own
     means: dict[str, float | None] = {}
     deviations: dict[str, float | None] = {}
     for name in rows[0]:
@@ -238,8 +243,7 @@ def _dealt(
         "clinical": controls.mean_of(grids),
     }
     mean_counted: dict[str, Counted] = {
-        name: {policy: np.mean([one[name][policy] for one in counted], axis=0) for policy in counts}
-        for name, counts in counted[0].items()
+        name: {policy: total / len(orders) for policy, total in totals.items()} for name, totals in sums.items()
     }
     return result, np.mean(cider, axis=0), mean_counted
 

@@ -17,6 +17,7 @@ SEED = 0
 LEVEL = 0.95
 
 _ROWS = 500  # resamples in memory at a time
+_CELLS = 10_000_000  # counts in memory at a time: 500 resamples of 100,000 studies would need 1.2 GB
 
 Floats = NDArray[np.float64]
 Combine = Callable[[Floats, int], Floats]  # (sums [..., k], number of studies) -> scores [..., names]
@@ -37,9 +38,9 @@ def interval(scores: Floats) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def intervals(statistics: Floats, combine: Combine, resamples: int = RESAMPLES, seed: int = SEED) -> Floats:
+def intervals(statistics: Floats, combine: Combine, resamples: int = RESAMPLES) -> Floats:
     """Returns lower and upper ends `[names, 2]` of the 95 % intervals; `combine` computes the scores from sums."""
-    scores = combine(resampled_sums(statistics, resamples, seed), len(statistics))
+    scores = combine(resampled_sums(statistics, resamples), len(statistics))
     tail = (1 - LEVEL) / 2
     return np.asarray(np.quantile(scores, [tail, 1 - tail], axis=0).T, np.float64)
 
@@ -53,12 +54,10 @@ def p_greater(differences: Floats, resamples: int = TEST_RESAMPLES, seed: int = 
     return max(float(_p_above_zero(means)), least_p(len(differences)))
 
 
-def p_scores_greater(
-    first: Floats, second: Floats, combine: Combine, resamples: int = TEST_RESAMPLES, seed: int = SEED
-) -> Floats:
+def p_scores_greater(first: Floats, second: Floats, combine: Combine) -> Floats:
     """Returns the one-sided p value `[names]` of each score of `combine`: that of `first` `[n, k]` above `second`'s."""
     studies, columns = first.shape
-    drawn = resampled_sums(np.concatenate([first, second], axis=1), resamples, seed)
+    drawn = resampled_sums(np.concatenate([first, second], axis=1), TEST_RESAMPLES)
     gained = combine(drawn[:, :columns], studies) - combine(drawn[:, columns:], studies)
     return np.asarray(np.maximum(_p_above_zero(gained), least_p(studies)), np.float64)
 
@@ -83,8 +82,9 @@ def _p_above_zero(gains: Floats) -> Floats:
 def _draws(studies: int, resamples: int, seed: int) -> Iterator[Floats]:
     """Yields blocks `[rows, studies]` that count how often each resample draws each study."""
     generator = np.random.default_rng(seed)
-    for start in range(0, resamples, _ROWS):
-        rows = min(_ROWS, resamples - start)
+    most = max(1, min(_ROWS, _CELLS // max(1, studies)))
+    for start in range(0, resamples, most):
+        rows = min(most, resamples - start)
         drawn = generator.integers(0, studies, size=(rows, studies)) + studies * np.arange(rows)[:, None]
         counts = np.bincount(drawn.ravel(), minlength=rows * studies)
         yield counts.reshape(rows, studies).astype(np.float64)

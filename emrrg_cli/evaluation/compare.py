@@ -19,7 +19,7 @@ from emrrg_cli.labeling import label_reports
 from emrrg_cli.recipe.library import read_layer
 from emrrg_cli.scoring.comparison import Corpus, Floats
 from emrrg_cli.scoring.scores import SCORES, Unavailable
-from emrrg_cli.vocabulary import Tokenizer
+from emrrg_cli.vocabulary import SPLIT_NAMES, Tokenizer
 
 RULES = tuple(f"rules_{name}" for name in clinical.HEADLINE)
 
@@ -42,7 +42,9 @@ def find_contender(path: Path, split: str, references: Path | None, columns: Col
     """
     if not path.is_dir():
         return Contender(path.stem, read_predictions(path, references, columns))
-    folder = path / "evaluation" / split if (path / "evaluation").is_dir() else path
+    made = path / "evaluation"
+    folders = [made / split, made / SPLIT_NAMES.get(split, split)] if made.is_dir() else [path]
+    folder = next((one for one in folders if one.is_dir()), folders[0])
     file = folder / PREDICTIONS
     if not file.is_file():
         hint = f"Evaluate it first: emrrg evaluate --model {shlex.quote(str(path))} --split {split}"

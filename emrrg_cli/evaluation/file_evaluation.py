@@ -6,7 +6,7 @@ from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from emrrg_cli.datasets.directory import open_dataset
+from emrrg_cli.datasets.directory import find_split, open_dataset
 from emrrg_cli.datasets.report_text import clean_report, cleaning_for, select_section
 from emrrg_cli.errors import UsageError
 from emrrg_cli.evaluation.assess import Options, assess
@@ -69,8 +69,7 @@ def training_reports(root: Path, predictions: Predictions) -> tuple[list[str], s
         UsageError: The directory has no training split, or none of its reports has text.
     """
     splits = open_dataset(root)
-    if "train" not in splits:
-        raise UsageError(f"{root} has no training split", hint=f"The splits are: {', '.join(splits)}.")
+    find_split(splits, "train", root)
     truth = dict(zip(predictions.study_ids, predictions.references, strict=True))
     known = [row for split in splits.values() for row in _rows(split, truth)]
     cleaned = not any(any(letter.isupper() for letter in text) for text in predictions.references)

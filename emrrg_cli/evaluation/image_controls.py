@@ -51,7 +51,7 @@ class FilmControls:
         found = {}
         for name, order in orders.items():
             file = f"predictions_{name}.jsonl"
-            written = kept_predictions(folder, record, file) or write_predictions(
+            written = kept_predictions(folder, record, self.dataset.study_ids, file) or write_predictions(
                 self.model,
                 self.dataset,
                 self.references,

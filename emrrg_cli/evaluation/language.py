@@ -5,20 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from rich.markup import escape
 
 from emrrg_cli.console import err
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.evaluation.score_inputs import paired_texts
 from emrrg_cli.scoring import meteor as java
-from emrrg_cli.scoring.meteor import java_path
-from emrrg_cli.scoring.scores import NAMES
+from emrrg_cli.scoring.comparison import Corpus
+from emrrg_cli.scoring.scores import NAMES, RougeL
 from emrrg_cli.vocabulary import BLEU_NAMES, CIDER, METEOR, ROUGE_L, Tokenizer
-
-__all__ = ["METRICS", "Tokenizer", "java_path", "require_java", "score"]
-
-
-METRICS = NAMES
 
 Texts = Iterable[str] | Iterable[Sequence[str]]
 
@@ -39,7 +35,7 @@ def require_java(tokenizer: Tokenizer, *, meteor: bool = False) -> None:
     Raises:
         RunError: Java is not found, and `ptb` or METEOR needs it.
     """
-    if java_path() is not None:
+    if java.java_path() is not None:
         return
     if tokenizer == "ptb":
         raise RunError(f"{_NO_PTB}: {java.MISSING}", hint=_NO_PTB_HINT)
@@ -87,7 +83,7 @@ def score(
         raise UsageError(f"unknown tokenizer {tokenizer!r}", hint="Choose whitespace or ptb.")
     truth, written = paired_texts(references, hypotheses)
     truth, written = _tokenized(truth, written, tokenizer)
-    scores: dict[str, float | None] = dict.fromkeys(METRICS)
+    scores: dict[str, float | None] = dict.fromkeys(NAMES)
     scores |= _without_java(truth, written)
     if meteor:
         scores[METEOR] = _meteor(truth, written)
@@ -140,20 +136,28 @@ def _ptb(truth: list[list[str]], written: list[str]) -> tuple[list[list[str]], l
 def _without_java(truth: list[list[str]], written: list[str]) -> dict[str, float]:
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
-    from pycocoevalcap.rouge.rouge import Rouge
 
     gts = dict(enumerate(truth))
     res = {index: [text] for index, text in enumerate(written)}
     bleu, _ = Bleu(4).compute_score(gts, res, verbose=0)
-    _, rouge = Rouge().compute_score(gts, res)
     cider, _ = Cider().compute_score(gts, res)
-    # pycocoevalcap gives two empty strings a perfect ROUGE-L, because both contain the empty word.
-    rouge = [float(value) if text.strip() else 0.0 for value, text in zip(rouge, written, strict=True)]
     return {
         **dict(zip(BLEU_NAMES, map(float, bleu), strict=True)),
-        ROUGE_L: sum(rouge) / len(rouge),
+        ROUGE_L: _rouge_l(truth, written),
         CIDER: float(cider),
     }
+
+
+def _rouge_l(truth: list[list[str]], written: list[str]) -> float:
+    """Returns pycocoevalcap's ROUGE-L, whose table of two texts of a million characters needs a terabyte.
+
+    Two empty texts have 0, not 1. The best precision and the best recall may be those of different references.
+    """
+    texts = [(reference, text) for references, text in zip(truth, written, strict=True) for reference in references]
+    pairs = Corpus(()).compare(*zip(*texts, strict=True))
+    starts = np.cumsum([0, *map(len, truth[:-1])])
+    best = (np.maximum.reduceat(ratio, starts) for ratio in RougeL().ratios(pairs))
+    return float(RougeL().values(*best).mean())
 
 
 def _meteor(truth: list[list[str]], written: list[str]) -> float | None:

@@ -15,6 +15,7 @@ from emrrg_cli.evaluation.assess import Assessment
 from emrrg_cli.evaluation.error_figures import study_rows
 from emrrg_cli.evaluation.predictions import Predictions
 from emrrg_cli.files.atomic import atomic_write_text
+from emrrg_cli.files.output_paths import directory_guard
 from emrrg_cli.reporting.evaluation_page import draw_plots, write_evaluation_page
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ PAGE = "page.html"
 OWN_FILES = ("*.json", "*.jsonl*", "*.csv", "*.png", PAGE)  # glob patterns of all files that an evaluation writes
 # Maximum number of studies with films on the page, side in pixels, JPEG quality: about 10 kB per film.
 _FILMS, _SIDE, _QUALITY = 600, 320, 75
+_STUDIES = 10_000  # on the page: with 100,000 it has 42 MB, and browsers stop to answer
 
 
 def write_assessment(
@@ -44,8 +46,10 @@ def write_assessment(
         films: Dataset with the films of the studies; None shows no films.
 
     Raises:
-        RunError: A file cannot be written.
+        RunError: A file cannot be written, or the folder was removed meanwhile.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    require_folder = directory_guard(folder)
     labels = found.labels["chexbert" if "chexbert" in found.labels else "rules"]
     rows = study_rows(predictions, found.statistics, labels, found.train_reports)
     atomic_write_text(folder / "studies.json", json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
@@ -57,10 +61,12 @@ def write_assessment(
         f"{maker}{counted(len(predictions), 'study')}. studies.csv and studies.json contain one row per study; "
         f"{DATA} contains all figures."
     )
-    for row, shown in zip(rows, pictures, strict=True):
-        row["pictures"] = shown
-    write_evaluation_page(folder / PAGE, f"Evaluation: {printable(what)}", intro, result, rows)
+    if len(rows) > _STUDIES:
+        intro += f" This page shows the first {_STUDIES:,} studies."
+    shown = [row | {"pictures": views} for row, views in zip(rows, pictures, strict=True)][:_STUDIES]
+    write_evaluation_page(folder / PAGE, f"Evaluation: {printable(what)}", intro, result, shown)
     draw_plots(folder, result)
+    require_folder()
     atomic_write_text(folder / DATA, json.dumps(result, indent=2) + "\n")
     return result
 

@@ -14,6 +14,7 @@ from typing import Any
 from emrrg_cli.console import printable
 from emrrg_cli.datasets.report_text import unix_line_ends
 from emrrg_cli.errors import UsageError
+from emrrg_cli.files.records import json_kind
 from emrrg_cli.ingest.sources.text_files import find_encoding
 
 # Names of columns and keys in published files. The first name that the file contains is used.
@@ -45,8 +46,9 @@ class Table:
     layout: str
 
     def named(self, names: Iterable[str]) -> str | None:
-        """Returns the first of `names` that the first record has, ignoring case."""
-        there = {key.lower(): key for key in (self.records[0] if self.records else {})}
+        """Returns the first of `names` that the first record has, ignoring case and objects (findings by name)."""
+        first = self.records[0] if self.records else {}
+        there = {key.lower(): key for key, value in first.items() if not isinstance(value, Mapping)}
         return next((there[name] for name in names if name in there), None)
 
     def heads(self) -> str:
@@ -67,6 +69,8 @@ def read_table(path: Path, columns: Sequence[str] = ()) -> Table:
     if kind not in (".csv", ".tsv", ".jsonl", ".json") and path.is_file():
         raise UsageError(f"{path} has an unknown file type", hint="Use a .jsonl, .csv, .tsv or .json file.")
     text = _text(path)
+    if not text.strip():
+        raise UsageError(f"{path} is empty")
     if kind == ".jsonl":
         return _read_lines(path, text)
     if kind == ".json":
@@ -196,5 +200,5 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise UsageError(f"{where}: expected an object, found {type(value).__name__}")
+        raise UsageError(f"{where}: expected an object, found {json_kind(value)}")
     return value

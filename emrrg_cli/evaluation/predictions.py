@@ -22,6 +22,7 @@ from emrrg_cli.evaluation.prediction_layouts import (
 )
 from emrrg_cli.evaluation.score_inputs import check_ids
 from emrrg_cli.files.atomic import atomic_write_text
+from emrrg_cli.files.records import json_kind
 
 PREDICTIONS = "predictions.jsonl"
 _SECTIONS = ("section_findings", "section_impression", "findings", "impression")
@@ -96,6 +97,8 @@ def read_predictions(path: Path, references: Path | None = None, columns: Column
     if other is not table:
         check_ids(truth, hypotheses)
     for what, texts in (("hypothesis", hypotheses), ("reference", truth)):
+        if not any(text.strip() for text in texts.values()) and what == "reference":
+            raise UsageError(f"{other.path}: every reference is empty, so there is nothing to compare with")
         if empty := sum(not text.strip() for text in texts.values()):
             verb, they = ("is", "counts") if empty == 1 else ("are", "count")
             remarks.append(f"{counted(empty, what)} {verb} empty and {they} as wrong")
@@ -188,10 +191,12 @@ def _texts(table: Table, what: str, name: str, id_column: str | None) -> dict[st
         if name not in row:
             raise UsageError(f"{table.path}, {place}: {name!r} is missing", hint='Write an empty report as "".')
         if not isinstance(value, str) or value.strip().lower() == "nan":
-            raise UsageError(
-                f"{table.path}, {place}: the {what} is not a text but {_shown(value)}",
-                hint='Write an empty report as an empty text ("").',
+            hint = (
+                "Join them into one text."
+                if isinstance(value, list)
+                else 'Write an empty report as an empty text ("").'
             )
+            raise UsageError(f"{table.path}, {place}: the {what} is not a text but {_shown(value)}", hint=hint)
         texts[study] = whole_characters(value)
     return texts
 
@@ -201,7 +206,7 @@ def _shown(value: Any) -> str:
         return "null"
     if isinstance(value, str) or (isinstance(value, float) and value != value):
         return "NaN (an empty cell)"
-    return f"{type(value).__name__} ({printable(str(value))[:40]})"
+    return f"{json_kind(value)} ({printable(json.dumps(value))[:40]})"
 
 
 def _references(

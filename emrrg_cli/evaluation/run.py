@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from emrrg_cli.datasets.directory import open_dataset
+from emrrg_cli.datasets.directory import find_split, open_dataset
 from emrrg_cli.datasets.report_dataset import ReportDataset
 from emrrg_cli.errors import UsageError
 from emrrg_cli.evaluation.assess import Options, assess
@@ -32,8 +34,6 @@ from emrrg_cli.recipe.finetuning import FinetuneRecipe
 from emrrg_cli.reporting.tables import DISCLAIMER
 from emrrg_cli.runtime import fit_threads, inference_precision, llm_dtype, make_accelerator
 from emrrg_cli.silence_libraries import silence_libraries
-
-__all__ = ["RunOptions", "describe_protocol", "run_evaluation"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,6 @@ def run_evaluation(
     split: str,
     output: Path | None,
     *,
-    overwrite: bool = False,
     expected_processes: int = 0,
     options: RunOptions | None = None,
 ) -> dict[str, Any] | None:
@@ -77,7 +76,6 @@ def run_evaluation(
         split: Name of the split.
         output: Directory for `scores.json` and `predictions.jsonl`; None uses `run_dir/evaluation/<split>`, with a
             number appended if that directory holds another evaluation.
-        overwrite: Replace an earlier evaluation in `output`.
         expected_processes: Number of processes that the launcher should have started; 0 skips the check.
         options: Further options.
 
@@ -89,14 +87,13 @@ def run_evaluation(
         RunError: The run or the data cannot be read, or the tokenizer needs Java and Java is not installed.
         Interrupted: After SIGINT or SIGTERM; the reports written so far are kept.
     """
-    options = options or RunOptions(overwrite=overwrite)
+    options = options or RunOptions()
     if recipe.data.root is None:
         raise UsageError("no data: give --data DIR", hint="DIR is a dataset directory written by `emrrg preprocess`.")
     require_java(recipe.evaluation.tokenizer)
     silence_libraries()
     splits = open_dataset(recipe.data.root)
-    if split not in splits:
-        raise UsageError(f"{recipe.data.root}: no split {split!r}", hint=f"The splits are: {', '.join(splits)}.")
+    split = find_split(splits, split, recipe.data.root)
     if output is None:
         refuse_links(run_dir)
     else:
@@ -104,26 +101,28 @@ def run_evaluation(
     check_writable(output or run_dir / "evaluation")
     precision = inference_precision(recipe.train.precision, "cuda" if torch.cuda.is_available() else "cpu")
     record = made_with(recipe, run_dir, split, precision)
-    target = _target(run_dir, split, output, overwrite or options.overwrite, record)
+    dataset = ReportDataset(splits[split], recipe.data, recipe.model.encoder.image_size)
+    kept = partial(kept_predictions, record=record, study_ids=dataset.study_ids)
+    target = _target(run_dir, split, output, options.overwrite, kept)
     # With several processes, only the main one locks the output.
     with locked(target) if _is_main() else nullcontext():
-        return _evaluate(recipe, run_dir, splits, record, target, expected_processes, options)
+        return _evaluate(recipe, run_dir, splits, dataset, record, target, expected_processes, options)
 
 
 def _evaluate(
     recipe: FinetuneRecipe,
     run_dir: Path,
     splits: Any,
+    dataset: ReportDataset,
     record: dict[str, Any],
     target: Path,
     expected_processes: int,
     options: RunOptions,
 ) -> dict[str, Any] | None:
     split, precision = record["split"], record["precision"]
-    dataset = ReportDataset(splits[split], recipe.data, recipe.model.encoder.image_size)
     train = _train_dataset(splits, recipe, options)
     labels = reference_labels(dataset) if options.reference_labels else None  # fails before long work
-    predictions = kept_predictions(target, record)
+    predictions = kept_predictions(target, record, dataset.study_ids)
     others: dict[str, list[str]] = {}
     reused = predictions is not None
     if predictions is None or options.image_controls:
@@ -183,7 +182,7 @@ def _write(
     model.to(accelerator.device)
     fit_threads(model, writing=True)
     references = reference_reports(model, dataset.reports, recipe)
-    predictions = kept_predictions(target, record)
+    predictions = kept_predictions(target, record, dataset.study_ids)
     if predictions is None:
         if accelerator.is_main_process:
             for stale in (target / DATA, target / MADE_WITH, *target.glob("predictions_*.jsonl")):
@@ -209,7 +208,10 @@ def reference_labels(dataset: ReportDataset) -> list[dict[str, str | None]]:
     """
     names = {"labels": "positive", "labels_uncertain": "uncertain", "labels_absent": "negative"}
     if missing := [name for name in names if name not in dataset.split.column_names]:
-        raise UsageError(f"the data set has no column {missing[0]}: --reference-labels cannot be used")
+        raise UsageError(
+            f"the data set has no column {missing[0]}: --reference-labels cannot be used",
+            hint="`emrrg preprocess chexpert_plus` writes these columns.",
+        )
     rows: list[dict[str, str | None]] = []
     table = dataset.split.select_columns(list(names)).select(dataset.rows)
     for record in table:
@@ -247,20 +249,20 @@ def _is_main() -> bool:
 
 
 def _target(
-    run_dir: Path, split: str, output: Path | None, overwrite: bool, record: dict[str, Any] | None = None
+    run_dir: Path,
+    split: str,
+    output: Path | None,
+    overwrite: bool,
+    kept: Callable[[Path], Predictions | None] = lambda folder: None,
 ) -> Path:
     """Returns the output directory: one that is free, or one whose reports can be reused."""
-
-    def usable(folder: Path) -> bool:
-        return record is not None and kept_predictions(folder, record) is not None
-
     if output is not None:
-        if not overwrite and ((output / DATA).exists() or (_taken(output) and not usable(output))):
+        if not overwrite and ((output / DATA).exists() or (_taken(output) and kept(output) is None)):
             raise UsageError(f"{output} already holds an evaluation", hint="Give --overwrite, or another --output.")
         return output
     base = run_dir / "evaluation" / split
     target, number = base, 2
-    while _taken(target) and not usable(target):
+    while _taken(target) and kept(target) is None:
         target, number = base.with_name(f"{split}-{number}"), number + 1
     return target
 

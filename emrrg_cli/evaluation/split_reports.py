@@ -14,6 +14,7 @@ from emrrg_cli.console import counted, progress_bar
 from emrrg_cli.datasets.report_dataset import Example, ReportDataset
 from emrrg_cli.datasets.shard_files import find_shards
 from emrrg_cli.decoding.reports import write_split
+from emrrg_cli.errors import EmrrgError
 from emrrg_cli.evaluation.predictions import PREDICTIONS, Predictions, prediction_row, save_predictions
 from emrrg_cli.files.atomic import whole_directory
 from emrrg_cli.files.output_paths import directory_guard
@@ -66,16 +67,25 @@ def _with_defaults(record: Any) -> Any:
         return None
 
 
-def kept_predictions(folder: Path, record: dict[str, Any], name: str = PREDICTIONS) -> Predictions | None:
-    """Returns the reports that an earlier evaluation saved in `folder`, or None if its record is different."""
-    kept = read_record(folder / MADE_WITH, "the record of an evaluation", "Give --overwrite.")
-    if kept is None or _with_defaults(kept.get("made_with")) != record:
+def kept_predictions(
+    folder: Path, record: dict[str, Any], study_ids: Sequence[str], name: str = PREDICTIONS
+) -> Predictions | None:
+    """Returns the reports that an earlier evaluation saved in `folder`.
+
+    Returns None if its record is different, or the file has not one report for each of these studies, in their order.
+    """
+    try:
+        kept = read_record(folder / MADE_WITH, "the record of an evaluation", "Give --overwrite.")
+        if kept is None or _with_defaults(kept.get("made_with")) != record:
+            return None
+        rows = read_jsonl(folder / name)
+    except EmrrgError:  # missing or damaged
         return None
-    if not (folder / name).is_file():
-        return None
-    rows = read_jsonl(folder / name)
-    columns = [[row[key] for row in rows] for key in ("study_id", "reference", "hypothesis")]
-    return Predictions(columns[0], columns[1], columns[2])
+    columns: list[list[Any]] = [[row.get(key) for row in rows] for key in prediction_row("", "", "")]
+    ids, references, hypotheses = columns
+    if ids != list(study_ids) or not all(isinstance(text, str) for text in [*references, *hypotheses]):
+        return None  # changed or cut off after it was written
+    return Predictions(ids, references, hypotheses)
 
 
 def write_predictions(

@@ -94,8 +94,21 @@ def _row(path: Path, number: int, line: bytes, is_last: bool) -> dict[str, Any] 
             return None
         raise UsageError(f"{path}:{number}: not JSON: {error}") from error
     if not isinstance(row, dict):
-        raise UsageError(f"{path}:{number}: expected an object, found {type(row).__name__}")
+        raise UsageError(f"{path}:{number}: expected an object, found {json_kind(row)}")
     return row
+
+
+def json_kind(value: object) -> str:
+    """What a value of a JSON file is, in words."""
+    kinds = {
+        dict: "an object",
+        list: "a list",
+        str: "a text",
+        bool: "true or false",
+        type(None): "null",
+        float: "a decimal number",
+    }
+    return kinds.get(type(value), "a number")
 
 
 def read_record(file: Path, what: str, hint: str) -> dict[str, Any] | None:

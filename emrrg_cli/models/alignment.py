@@ -125,15 +125,6 @@ class Alignment(nn.Module):
 
     # -- embeddings ---------------------------------------------------------------------------------------------
 
-    def embed_images(self, pixels: Tensor, views: Tensor) -> Tensor:
-        """Returns the embeddings of studies, fp32 `[b, dim]`, with norm 1.
-
-        Args:
-            pixels: uint8 `[n, size, size]`, the views of all studies one after the other.
-            views: int64 `[b]`, number of views of each study, summing to `n`.
-        """
-        return self._image_embeddings(self.encode(pixels), views)
-
     def encode(self, pixels: Tensor) -> Tensor:
         """Returns the encoder's tokens `[n, l + 1, d]` of images, uint8 `[n, size, size]`; augmented in training."""
         grey = augmented(pixels, self.augment) if self.training and self.augment else pixels.float()

@@ -59,7 +59,9 @@ class DataSettings(Settings):
     context_dropout: float = Field(
         0.3, ge=0, le=1, description="probability that training drops a context field, so that reports do not need it"
     )
-    max_views: int | None = Field(None, ge=1, description="number of views per study, from the first; null: all")
+    max_views: int | None = Field(
+        None, ge=1, description="number of views per study, from the first; null: all, or 16 in `emrrg generate`"
+    )
     limit: int | None = Field(None, ge=1, description="number of studies of each split, from the first; null: all")
     augment: AugmentSettings = Field(default_factory=AugmentSettings)
     balance: float = Field(

@@ -71,11 +71,17 @@ class RougeL:
     slow = False
 
     def statistics(self, pairs: Pairs) -> Floats:
-        precision = pairs.subsequences / pairs.tokens
-        recall = pairs.subsequences / pairs.reference_tokens
+        return self.values(*self.ratios(pairs))[:, None]
+
+    def ratios(self, pairs: Pairs) -> tuple[Floats, Floats]:
+        """Precision and recall of each pair, `[n]`."""
+        return pairs.subsequences / pairs.tokens, pairs.subsequences / pairs.reference_tokens
+
+    def values(self, precision: Floats, recall: Floats) -> Floats:
+        """The F value of each precision and recall, `[n]`."""
         weight = 1.2**2
         divisor = recall + weight * precision
-        return np.divide((1 + weight) * precision * recall, divisor, np.zeros_like(divisor), where=divisor > 0)[:, None]
+        return np.divide((1 + weight) * precision * recall, divisor, np.zeros_like(divisor), where=divisor > 0)
 
     def combine(self, sums: Floats, studies: int) -> Floats:
         return sums / max(1, studies)

@@ -20,11 +20,11 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from mesh import MESH_OBSERVATIONS, NOT_INDEXED, observations_from_mesh
 from rich.console import Console
 from rich.table import Table
 
 from emrrg_cli.labeling import label_report, label_reports
-from emrrg_cli.labeling.mesh import MESH_OBSERVATIONS, NOT_INDEXED, observations_from_mesh
 
 
 class Study(NamedTuple):

@@ -71,7 +71,7 @@ def test_data_may_be_elsewhere(
 @pytest.mark.parametrize(
     ("extra", "code", "told"),
     [
-        (["--split", "dev"], 2, "no split 'dev'\nThe splits are: train, validation, test."),
+        (["--split", "tset"], 2, "no split named tset\nIts splits are: train, validation, test."),
         (["--data", "nowhere"], 2, "no such dataset directory: nowhere"),
         (["test"], 2, "test: not of the form key=value"),
         (["train.lr=1"], 2, "was settled when the run was trained"),
@@ -179,6 +179,9 @@ def test_a_file_is_shown_as_tables(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--predictions", "p.jsonl", "--split", "test"], "--split has no effect with --predictions"),
         (["--model", "none", "--references", "r.jsonl"], "--references has no effect with --model"),
         (["--predictions", "p.jsonl", "--write-rexrank", __file__], "exists already"),
+        (["--predictions", "p.jsonl", "--write-rexrank", f"{__file__}/x"], "is a file"),
+        (["--predictions", "p.jsonl", "--write-rexrank", ".", "--overwrite"], ". is a folder"),
+        (["--predictions"], "`emrrg evaluate --help` shows"),
     ],
 )
 def test_wrong_usage_is_explained(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:

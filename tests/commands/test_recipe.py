@@ -83,12 +83,13 @@ def test_cp_copies_and_the_copy_still_finds_its_parent(capsys: pytest.CaptureFix
     assert Path("sub/finetune.yaml").is_file()
 
 
-def test_cp_overwrites_only_when_forced(capsys: pytest.CaptureFixture[str]) -> None:
+def test_cp_overwrites_only_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
     Path("mine.yaml").write_text("mine\n")
     assert main(["recipe", "cp", "tiny/finetune", "mine.yaml"]) == 2
     assert "mine.yaml already exists" in capsys.readouterr().err
     assert Path("mine.yaml").read_text() == "mine\n"
-    assert main(["recipe", "cp", "tiny/finetune", "mine.yaml", "--force"]) == 0
+    assert main(["recipe", "cp", "tiny/finetune", "mine.yaml", "--overwrite"]) == 0
+    assert main(["recipe", "cp", "tiny/finetune", "mine.yaml", "--force"]) == 0  # the earlier name
     assert Path("mine.yaml").read_text() == (recipes_dir() / "tiny" / "finetune.yaml").read_text()
 
 

@@ -41,6 +41,8 @@ def test_help_is_complete_at_80_columns(
     for name in names:
         assert re.search(rf"{name}\b", shown), name
     assert "bool" not in shown
+    assert re.search(r"<[^>]*>", shown.replace("runs/<recipe>", "")) is None  # values have names: PATH, N, NAME
+    assert re.search(r"{[a-z]", shown) is None  # arguments are in capitals
     example = shown.partition("Example")[2]
     assert f"emrrg {' '.join(path)}" in example.replace("emrrg preprocess combined clip", "emrrg preprocess combined ")
 

@@ -171,6 +171,20 @@ def test_the_model_is_loaded_once(varied_run: Path, films: Path, monkeypatch: py
     assert loaded == [str(varied_run)]
 
 
+def test_empty_cells_are_missing_names_and_images(varied_run: Path, films: Path) -> None:
+    image = str(films / "0.png")
+    for empty in (None, float("nan")):
+        batch = {"image": [image, image, empty], "study": [empty, empty, "s"]}
+        found = Reporter(varied_run, device="cpu")(batch)
+        assert found["report"].tolist() == [found["report"][0]] * 2 + [""]
+        assert found["notes"].tolist()[2] == "no report: no images"
+
+
+def test_without_a_path_the_default_model_writes(default_model: Path, films: Path) -> None:
+    batch = {"image": [str(films / "0.png")]}
+    assert Reporter(device="cpu")(batch)["report"] == Reporter(default_model, device="cpu")(batch)["report"]
+
+
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
@@ -195,7 +209,9 @@ def test_a_wrong_batch_is_refused(batch: Any, message: str, tiny_run: Path) -> N
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda run: Reporter(None), "the run directory must be a path, not NoneType"),
+        (lambda run: Reporter(5), "the run directory must be a path, not int"),
+        (lambda run: emrrg_cli.load_generator(run, device=None), "unknown device None"),
+        (lambda run: emrrg_cli.load_generator(run, device="cpu").generate(["a"], [{5: 1, "age": 2}]), "read 5, age"),
         (lambda run: Reporter(run, overrides="generation.num_beams=1"), "overrides must be a list of texts, not 'gen"),
         (lambda run: emrrg_cli.load_generator(run, overrides=[5]), r"overrides must be a list of texts, not \[5\]"),
         (lambda run: emrrg_cli.load_generator(5), "the run directory must be a path, not int"),

@@ -146,9 +146,15 @@ def test_other_inputs_than_a_list_of_studies_are_refused(generator: Generator, i
     with pytest.raises(UsageError, match="a study has no images"):
         generator.generate([images[0], []])
     one: Any
-    for one in (str(images[0]), images[0], Image.open(images[0])):
+    for one in (str(images[0]), images[0], Image.open(images[0]), {"a": images[0]}, {images[0]}, None):
         with pytest.raises(UsageError, match="takes a list of studies"):
             generator.generate(one)
+
+
+def test_studies_may_be_a_column_or_a_generator(generator: Generator, images: list[Path]) -> None:
+    wanted = generator.generate(images[:2])
+    assert generator.generate(np.array([str(image) for image in images[:2]])) == wanted
+    assert generator.generate(image for image in images[:2]) == wanted
 
 
 def test_pixels_of_a_study(images: list[Path]) -> None:
@@ -156,6 +162,17 @@ def test_pixels_of_a_study(images: list[Path]) -> None:
     assert pixels.shape == (2, 32, 32)
     assert pixels.dtype == torch.uint8
     assert torch.equal(study_pixels(images[1], 48)[0], torch.from_numpy(np.asarray(Image.open(images[1])).copy()))
+
+
+def test_many_images_of_a_study_are_bounded_as_in_generate(
+    run_dir: Path, generator: Generator, images: list[Path]
+) -> None:
+    many = [images[0]] * 16 + [images[1]] * 3
+    with pytest.warns(UserWarning, match=r"only 16 of 19 images of study .*png are used; data.max_views=N allows more"):
+        assert generator.generate([many]) == generator.generate([many[:16]])
+    one = load_generator(run_dir, device="cpu", overrides=["data.max_views=1"])
+    assert one.generate([many[15:17]]) == generator.generate([images[0]])
+    assert study_pixels(many, 32, 18).shape == (18, 32, 32)
 
 
 def test_directories_that_are_not_runs_are_refused(run_dir: Path, tmp_path: Path) -> None:
@@ -316,6 +333,8 @@ def test_a_context_that_the_model_does_not_read(run_dir: Path, generator: Genera
     reads = load_generator(run_dir, device="cpu", overrides=["data.context=[age]"])
     with pytest.raises(UsageError, match="does not read indication, sex: it reads age"):
         reads.generate(images[:1], [{"sex": "F", "indication": "cough"}])
+    with pytest.raises(UsageError, match="the context age must be a text or a number, not list"):
+        reads.generate(images[:1], [{"age": [4]}])
     with pytest.raises(UsageError, match="there are 2 studies and 1 contexts"):
         reads.generate(images[:2], [{"age": 4}])
 

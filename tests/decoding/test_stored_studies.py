@@ -39,6 +39,9 @@ def test_the_test_split_is_the_default(tiny_dataset: Path) -> None:
     with pytest.raises(UsageError, match="no split named tset") as caught:
         stored_studies(str(tiny_dataset), "tset")
     assert "train, validation, test" in str(caught.value)
+    assert {study.name for study in stored_studies(str(tiny_dataset), "val")} == set(
+        open_dataset(tiny_dataset)["validation"]["study_id"]
+    )
 
 
 def test_stored_studies_travel_to_other_processes(tiny_dataset: Path) -> None:

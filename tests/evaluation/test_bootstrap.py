@@ -30,6 +30,15 @@ def test_equal_seeds_draw_the_same_studies() -> None:
     assert wider[:, :3] == pytest.approx(first)
 
 
+def test_draws_of_many_studies_need_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = np.concatenate(list(bootstrap._draws(40, 700, 3)))
+    monkeypatch.setattr(bootstrap, "_CELLS", 1_000)
+    blocks = list(bootstrap._draws(40, 700, 3))
+    assert max(block.size for block in blocks) == 1_000
+    assert np.array_equal(np.concatenate(blocks), whole)
+    assert [block.shape for block in bootstrap._draws(2_000, 2, 3)] == [(1, 2_000)] * 2
+
+
 def test_each_resample_has_as_many_studies() -> None:
     sums = bootstrap.resampled_sums(np.ones((17, 1)), 1200)
     assert sums.shape == (1200, 1)

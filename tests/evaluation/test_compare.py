@@ -14,8 +14,9 @@ import pytest
 from emrrg_cli.app import main
 from emrrg_cli.errors import UsageError
 from emrrg_cli.evaluation.compare import Contender, compare, find_contender
-from emrrg_cli.evaluation.language import java_path, score
+from emrrg_cli.evaluation.language import score
 from emrrg_cli.evaluation.predictions import Predictions
+from emrrg_cli.scoring.meteor import java_path
 
 WORDS = "the heart is enlarged no effusion left right pneumothorax . lungs are clear".split()  # noqa: SIM905
 
@@ -207,6 +208,7 @@ def test_runs_and_files_are_found(varied_run: Path, tmp_path: Path, capsys: pyte
     assert main([*arguments, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in result["rows"]] == ["run", "seed7", "theirs"]
+    assert result["note"] == "Research output: not for diagnosis."
     assert result["groups"][0]["members"] == ["run", "seed7"]
     assert result["rows"][2]["against_first"]["differences"]["BLEU_1"] == 0.0
     assert main(arguments) == 2  # the first comparison is kept
@@ -217,3 +219,13 @@ def test_runs_and_files_are_found(varied_run: Path, tmp_path: Path, capsys: pyte
     assert markdown.startswith("| reports | BLEU-1 |")
     assert "| run, seed7, mean of 2 seeds |" in markdown
     assert (tmp_path / "out" / "compare.csv").read_text().count("\n") == 1 + 5 * len(result["rows"][0]["scores"])
+
+
+def test_options_without_effect_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text("id,hypothesis,reference\n1,x,y\n")
+    assert main(["compare", str(file), str(file), "--split", "test"]) == 2
+    assert "--split has no effect without a run directory" in capsys.readouterr().err
+    assert main(["compare", str(tmp_path), str(tmp_path), "--id-column", "id"]) == 2
+    assert "--id-column has no effect without a prediction file" in capsys.readouterr().err
+    assert main(["compare", str(file), str(file), "--id-column", "id", "--json"]) == 0

@@ -11,8 +11,9 @@ import pytest
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.evaluation import language as nlg
 from emrrg_cli.scoring import meteor as java
+from emrrg_cli.scoring.scores import NAMES
 
-needs_java = pytest.mark.skipif(nlg.java_path() is None, reason="needs Java")
+needs_java = pytest.mark.skipif(java.java_path() is None, reason="needs Java")
 
 REFERENCES = [
     "the heart is normal in size . the lungs are clear .",
@@ -100,6 +101,25 @@ def test_the_best_of_several_references_counts() -> None:
     assert got["BLEU_4"] == pytest.approx(1.0, abs=1e-6)
 
 
+def test_rouge_l_of_several_references_is_pycocoevalcaps() -> None:
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    truth = [[*REFERENCES[:place], "a  b", f"{text} again"] for place, text in enumerate(REFERENCES)]
+    wanted, _ = Rouge().compute_score(dict(enumerate(truth)), {n: [text] for n, text in enumerate(HYPOTHESES)})
+    assert nlg.score(truth, HYPOTHESES, meteor=False)["ROUGE_L"] == pytest.approx(wanted, abs=1e-12)
+
+
+def test_a_very_long_report_needs_no_table_of_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pycocoevalcap.rouge import rouge
+
+    def table(*texts: list[str]) -> int:
+        raise AssertionError("a table of all pairs of words needs a terabyte for a million characters")
+
+    monkeypatch.setattr(rouge, "my_lcs", table)
+    long = "the lungs are clear . " * 4_000
+    assert nlg.score([long, "a"], [long, "b"], meteor=False)["ROUGE_L"] == pytest.approx(0.5)
+
+
 def test_only_white_space_is_normalised() -> None:
     plain = nlg.score(REFERENCES, HYPOTHESES, meteor=False)
     assert nlg.score([f" {t.replace(' ', chr(10) * 2)}" for t in REFERENCES], HYPOTHESES, meteor=False) == plain
@@ -123,7 +143,7 @@ def test_an_empty_hypothesis_is_no_match_for_an_empty_reference() -> None:
 
 def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
     got = nlg.score(REFERENCES, HYPOTHESES, meteor=False)
-    assert tuple(got) == nlg.METRICS
+    assert tuple(got) == NAMES
     assert got["METEOR"] is None
     assert capfd.readouterr() == ("", "")
 
@@ -147,7 +167,7 @@ def test_wrong_input_is_named(references: list[str], hypotheses: list[str], says
 
 @pytest.mark.usefixtures("no_java")
 def test_without_java_meteor_is_none_and_warns_once(capfd: pytest.CaptureFixture[str]) -> None:
-    assert nlg.java_path() is None
+    assert java.java_path() is None
     assert nlg.score(REFERENCES, HYPOTHESES)["METEOR"] is None
     assert nlg.score(REFERENCES, HYPOTHESES)["METEOR"] is None
     captured = capfd.readouterr()

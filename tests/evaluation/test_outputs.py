@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from emrrg_cli.errors import RunError
+from emrrg_cli.evaluation import outputs
 from emrrg_cli.evaluation.assess import Options
 from emrrg_cli.evaluation.file_evaluation import evaluate_file
 from emrrg_cli.evaluation.predictions import Predictions
@@ -83,6 +86,23 @@ def test_the_page_runs_no_code_and_loads_nothing(written: Path) -> None:
     assert "default-src &#39;none&#39;" in text or "default-src 'none'" in text
     assert "The heart is enlarged. No pneumothorax." in text
     assert "Research output: not for diagnosis." in text
+
+
+def test_the_page_of_very_many_studies_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outputs, "_STUDIES", 2)
+    evaluate_file(Predictions(["s1", "s2", "s3"], ["x"] * 3, ["x y"] * 3), tmp_path, Options(meteor=False, resamples=5))
+    page = (tmp_path / "page.html").read_text()
+    assert "This page shows the first 2 studies." in page
+    assert ("s2" in page, "s3" in page) == (True, False)
+    assert len(json.loads((tmp_path / "studies.json").read_text())) == 3
+
+
+def test_an_output_removed_while_it_is_written_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outputs, "draw_plots", lambda folder, result: shutil.rmtree(folder))
+    predictions = Predictions(["a", "b"], ["x y", "z"], ["x", "z"])
+    with pytest.raises(RunError, match="out was removed while the program wrote to it"):
+        evaluate_file(predictions, tmp_path / "out", Options(meteor=False, resamples=5))
+    assert not (tmp_path / "out" / "scores.json").exists()
 
 
 def test_one_long_report_does_not_stretch_the_plots(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ import pytest
 from emrrg_cli.errors import Interrupted, RunError, UsageError
 from emrrg_cli.evaluation import assess, split_reports
 from emrrg_cli.evaluation import run as evaluation
-from emrrg_cli.evaluation.run import describe_protocol, run_evaluation
+from emrrg_cli.evaluation.protocol import describe_protocol
+from emrrg_cli.evaluation.run import RunOptions, run_evaluation
 from emrrg_cli.files.records import read_jsonl
 from emrrg_cli.recipe.load import load_run_recipe
 
@@ -31,9 +32,9 @@ def no_java(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def evaluate(varied_run: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """Evaluates `varied_run` with changes; the result with the predictions beside it."""
 
-    def run(*overrides: str, split: str = "test", name: str = "out") -> dict[str, Any]:
+    def run(*overrides: str, split: str = "test", name: str = "out", overwrite: bool = False) -> dict[str, Any]:
         recipe = load_run_recipe(varied_run, None, overrides, "evaluate")
-        result = run_evaluation(recipe, varied_run, split, tmp_path / name)
+        result = run_evaluation(recipe, varied_run, split, tmp_path / name, options=RunOptions(overwrite))
         assert result is not None
         lines = (tmp_path / name / "predictions.jsonl").read_text().splitlines()
         assert json.loads((tmp_path / name / "scores.json").read_text()) == result
@@ -103,9 +104,10 @@ def test_sampling_is_reproducible(evaluate: Any) -> None:
 
 
 def test_a_missing_split_is_refused_with_a_list_of_splits(evaluate: Any, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no split 'dev'") as caught:
-        evaluate(split="dev")
-    assert caught.value.hint == "The splits are: train, validation, test."
+    with pytest.raises(UsageError, match="no split named traning") as caught:
+        evaluate(split="traning")
+    assert evaluate(split="val", name="other")["split"] == "validation"
+    assert caught.value.hint == "Its splits are: train, validation, test."
     assert not (tmp_path / "out").exists()
 
 
@@ -165,7 +167,8 @@ def test_a_second_evaluation_reuses_the_reports(
         patched.setattr(evaluation, "load_model", load)
         second = run_evaluation(recipe, run, "test", None)
         assert second == first | {"predictions_reused": True}
-        assert run_evaluation(recipe, run, "test", tmp_path / "run" / "evaluation" / "test", overwrite=True) == second
+        again = RunOptions(overwrite=True)
+        assert run_evaluation(recipe, run, "test", run / "evaluation" / "test", options=again) == second
     assert first["predictions_reused"] is False
     # Other settings, or another model, are another evaluation.
     changed = load_run_recipe(run, None, ("generation.max_new_tokens=2",), "evaluate")
@@ -176,6 +179,22 @@ def test_a_second_evaluation_reuses_the_reports(
     other = run_evaluation(recipe, run, "test", None)
     assert other is not None
     assert (Path(other["output"]).name, other["predictions_reused"]) == ("test-3", False)
+
+
+def test_reports_of_other_studies_are_not_reused(evaluate: Any, tmp_path: Path) -> None:
+    evaluate()
+    file = tmp_path / "out" / "predictions.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    wrong = [lines[1:], [*lines[1:], lines[0]], [lines[0].replace("hypothesis", "text"), *lines[1:]], ["{\n", *lines]]
+    for changed in wrong:
+        file.write_text("".join(changed))
+        (tmp_path / "out" / "scores.json").unlink(missing_ok=True)
+        with pytest.raises(UsageError, match="already holds an evaluation"):
+            evaluate()
+    assert evaluate(overwrite=True)["predictions_reused"] is False
+    assert file.read_text() == "".join(lines)
+    (tmp_path / "out" / "made_with.json").write_text("{")
+    assert evaluate(overwrite=True)["predictions_reused"] is False
 
 
 def test_reports_of_an_earlier_version_are_reused(evaluate: Any, tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ import re
 import pytest
 
 from emrrg_cli.labeling.events import find_events
-from emrrg_cli.labeling.mesh import observations_from_mesh
 from emrrg_cli.labeling.patterns import alternatives, first_characters
+from tests.benchmarks.mesh import observations_from_mesh
 
 
 @pytest.mark.parametrize(

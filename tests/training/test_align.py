@@ -136,7 +136,7 @@ def test_a_trained_model_loads_and_starts_the_next_stage(align: Any, tiny_datase
     assert pairs is not None
     images, texts = embed_pairs(model, pairs, range(4), 3, make_accelerator("fp32", 0))
     batch = collate_pairs([pairs[i] for i in range(4)], model.tokenizer, 24)
-    assert torch.allclose(images, model.embed_images(batch.pixels, batch.views), atol=1e-6)
+    assert torch.allclose(images, model._image_embeddings(model.encode(batch.pixels), batch.views), atol=1e-6)
     logits = model.logit_scale.exp() * images @ texts.T
     loss = -(logits.log_softmax(0).diag() + logits.log_softmax(1).diag()).mean() / 2
     assert run.history[-1]["validation/loss"] == pytest.approx(float(loss), rel=1e-4)

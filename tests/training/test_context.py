@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 
 from emrrg_cli.app import main
+from emrrg_cli.decoding.contexts import read_context
+from emrrg_cli.recipe.common import DataSettings
 
 READ = "data.context=[indication, age]"
 
@@ -115,6 +117,11 @@ def test_generate_reads_options_tables_and_headers(
     assert main([*again, "--context", "age=4"]) == 2
     assert "b.png that was written with another context" in capsys.readouterr().err
     assert main([*again, "--context", "age=4", "--overwrite"]) == 0
+    assert main([*again, "--context", "age=old"]) == 2
+    assert "the context age=old is not understood\nWrite 45, 45Y" in capsys.readouterr().err
+    # An empty cell of a data frame is no text.
+    data = DataSettings(context=["indication", "age"])
+    assert read_context({"indication": float("nan"), "age": None}, data) == {}
 
 
 @pytest.mark.parametrize(
@@ -122,6 +129,7 @@ def test_generate_reads_options_tables_and_headers(
     [
         (["--context", "sex=F"], "does not read sex: it was trained without any context"),
         (["--context", "cough"], "--context 'cough' is not FIELD=TEXT"),
+        (["--context", "=45"], "--context '=45' is not FIELD=TEXT"),
         (["--context", "age= "], "--context 'age= ' is not FIELD=TEXT"),
         (["--context", "age=1", "--context", "age=2"], "--context age is given twice"),
     ],
