@@ -103,9 +103,10 @@ def test_paths_must_stay_inside(tmp_path: Path) -> None:
     (root / "link.png").symlink_to(outside / "b.png")
     (root / "folder").symlink_to(outside)
     (root / "images" / "inner.png").symlink_to(root / "a.png")
+    (root / "images" / "out").symlink_to(outside)
     (root / "loop").symlink_to(root / "loop")
-    escapes = ["../outside/b.png", str(outside / "b.png"), "link.png", "folder/b.png", "images/../../outside/b.png",
-               "../outside/none.png"]  # fmt: skip
+    escapes = ["../outside/b.png", str(outside / "b.png"), "folder/../outside/b.png", "images/../../outside/b.png",
+               "../outside/none.png", "images/../link.png"]  # fmt: skip
     inside = ["a.png", "images/../a.png", "./a.png", str(root / "a.png"), "inner.png"]
     _write(root, [_row(f"bad{i}", images=[path]) for i, path in enumerate(escapes)])
     studies, _ = _read(root)
@@ -114,6 +115,11 @@ def test_paths_must_stay_inside(tmp_path: Path) -> None:
 
     _write(root, [_row("good", images=inside)])
     assert _read(root)[0][0].image_paths == ((root / "a.png").resolve(),) * len(inside)
+
+    links = ["link.png", "folder/b.png", "out/b.png", str(root / "link.png")]  # the user's own
+    _write(root, [_row("links", images=links)])
+    places = ("link.png", "folder/b.png", "images/out/b.png", "link.png")
+    assert _read(root)[0][0].image_paths == tuple(root.resolve() / place for place in places)
 
     _write(root, [_row("odd", images=["none.png", "a\0.png", "x" * 5000, "loop", "\ud800.png"])])
     problems = _read(root)[0][0].problems
