@@ -37,11 +37,12 @@ def plan(
     from emrrg_cli.console import err, out
     from emrrg_cli.recipe.finetuning import FinetuneRecipe
     from emrrg_cli.recipe.load import load_recipe
-    from emrrg_cli.recipe.paths import check_roots_exist, check_weights_exist
+    from emrrg_cli.recipe.paths import check_data, check_roots_exist, check_weights_exist
 
     settings = load_recipe(recipe, overrides or [], stage=FinetuneRecipe)
     check_roots_exist(settings, required=False)
     check_weights_exist(settings)
+    check_data(settings.model_dump()["data"])
 
     from emrrg_cli.planning import plan as predict
     from emrrg_cli.silence_libraries import silence_libraries
