@@ -113,9 +113,10 @@ def _time(result: Plan) -> str:
     epoch, whole = (result.seconds_per_step * steps for steps in (result.steps_per_epoch, result.total_steps))
     capped = result.total_steps < result.epochs * result.steps_per_epoch
     until = "train.max_steps" if capped else counted(result.epochs, "epoch")
+    at_least, without = ("at least ", f", without {', '.join(result.not_in_time)}") if result.not_in_time else ("", "")
     return (
         f"{text}, {_hours(epoch)} per epoch of {counted(result.steps_per_epoch, 'step')}, "
-        f"{_hours(whole)} for all {counted(result.total_steps, 'step')} ({until})"
+        f"{at_least}{_hours(whole)} for all {counted(result.total_steps, 'step')} ({until}){without}"
     )
 
 
