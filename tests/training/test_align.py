@@ -218,6 +218,10 @@ def test_equal_reports_in_validation_choose_no_model(align: Any, capsys: Any) ->
     assert not run.series("validation/score")
     last, exported = run.weights, run.exported
     assert torch.equal(exported["alignment.safetensors:logit_scale"], last["logit_scale"])
+    align("run", "data.max_text_tokens=2", resume=True)
+    told = capsys.readouterr().err
+    assert "this run is already finished" in told
+    assert "is not used" not in told
 
 
 # -- mixing, continuation ----------------------------------------------------------------------------------------
