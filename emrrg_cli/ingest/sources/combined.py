@@ -75,7 +75,7 @@ class CombinedSource:
         inside a root are listed in `Study.problems`.
         """
         seen = SeenIds()
-        for row in self._annotation.first(self._limit):
+        for row in self._annotation.first(self._limit, log):
             log.read += 1
             study = self._study(row)
             if seen.add(f"{study.source}/{row.study_id}", row.split):

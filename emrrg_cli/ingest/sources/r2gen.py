@@ -59,7 +59,7 @@ class R2GenSource:
         counted in `log`. Images that are missing or outside the root are listed in `Study.problems`.
         """
         seen = SeenIds()
-        for row in self._rows.first(self._limit):
+        for row in self._rows.first(self._limit, log):
             log.read += 1
             if seen.skip(row.study_id, row.split, log):
                 continue
