@@ -33,7 +33,7 @@ from emrrg_cli.commands.preprocess import app as preprocess_app
 from emrrg_cli.commands.recipe import app as recipe_app
 from emrrg_cli.commands.training import align, finetune, pretrain
 from emrrg_cli.commands.usage import use_plain_help, what_to_type
-from emrrg_cli.console import err, printable
+from emrrg_cli.console import err, lossy_stderr, printable
 from emrrg_cli.errors import EmrrgError, Interrupted
 from emrrg_cli.training.launch import leave_processes, tell_launcher
 from emrrg_cli.versions import installed_versions
@@ -104,6 +104,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What follows `emrrg`; None takes the arguments of the process.
     """
     _open_closed_streams()
+    with lossy_stderr():
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if "--debug" in given[: given.index("--") if "--" in given else None]:
         given.remove("--debug")

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from emrrg_cli.console import printable
 from emrrg_cli.errors import UsageError
 
 FILES_PANEL = "Prediction files"
@@ -78,7 +79,9 @@ def refuse_given(context: typer.Context, names: Collection[str], beside: str) ->
         source = context.get_parameter_source(parameter.name or "")
         if parameter.name in names and source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP"):
             name = parameter.opts[0]
-            name = name if name.startswith("-") else str(parameter.metavar)  # an argument
+            if not name.startswith("-"):  # an argument: what was typed
+                given = context.params[name]
+                name = printable(str(given[0] if isinstance(given, list) else given))
             raise UsageError(f"{name} has no effect {beside}", hint="Leave it out.")
 
 

@@ -37,11 +37,12 @@ def plan(
     from emrrg_cli.console import err, out
     from emrrg_cli.recipe.finetuning import FinetuneRecipe
     from emrrg_cli.recipe.load import load_recipe
-    from emrrg_cli.recipe.paths import check_roots_exist, check_weights_exist
+    from emrrg_cli.recipe.paths import check_data, check_roots_exist, check_weights_exist
 
     settings = load_recipe(recipe, overrides or [], stage=FinetuneRecipe)
     check_roots_exist(settings, required=False)
     check_weights_exist(settings)
+    check_data(settings.model_dump()["data"])
 
     from emrrg_cli.planning import plan as predict
     from emrrg_cli.silence_libraries import silence_libraries
@@ -112,9 +113,10 @@ def _time(result: Plan) -> str:
     epoch, whole = (result.seconds_per_step * steps for steps in (result.steps_per_epoch, result.total_steps))
     capped = result.total_steps < result.epochs * result.steps_per_epoch
     until = "train.max_steps" if capped else counted(result.epochs, "epoch")
+    at_least, without = ("at least ", f", without {', '.join(result.not_in_time)}") if result.not_in_time else ("", "")
     return (
         f"{text}, {_hours(epoch)} per epoch of {counted(result.steps_per_epoch, 'step')}, "
-        f"{_hours(whole)} for all {counted(result.total_steps, 'step')} ({until})"
+        f"{at_least}{_hours(whole)} for all {counted(result.total_steps, 'step')} ({until}){without}"
     )
 
 

@@ -115,8 +115,10 @@ def validate(name: Name, overrides: TrainingOverrides = None) -> None:
     Example: emrrg recipe validate mine.yaml train.lr=5e-5
     """
     from emrrg_cli.recipe.load import resolve_recipe
+    from emrrg_cli.recipe.paths import check_data
 
     document = resolve_recipe(name, overrides or [])
+    check_data(document.get("data", {}))
     protocol = f", protocol {document['protocol']}" if "protocol" in document else ""
     typer.echo(f"{name}: ok (stage {document['stage']}{protocol})")
 

@@ -96,7 +96,7 @@ def _train(
     from emrrg_cli.console import err, out
     from emrrg_cli.files.locks import locked
     from emrrg_cli.recipe.load import dump_recipe, load_recipe
-    from emrrg_cli.recipe.paths import check_roots_exist, check_trackers_installed, check_weights_exist
+    from emrrg_cli.recipe.paths import check_data, check_roots_exist, check_trackers_installed, check_weights_exist
     from emrrg_cli.training.launch import inside_launcher, is_first_process, processes_expected
     from emrrg_cli.training.run_dir import check_run_dir, default_run_dir
 
@@ -108,6 +108,7 @@ def _train(
         return
     if not resume:  # a resumed run loads its own weights
         check_weights_exist(settings)
+        check_data(settings.model_dump()["data"])
     check_roots_exist(settings, folders=stage_name == "pretrain")
     check_trackers_installed(settings.train.trackers)
     run_dir = output or (Path(settings.output) if settings.output else default_run_dir(recipe, resume=resume))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +148,8 @@ class _Run:
                     progress_bar("writing reports", len(left)) as advance,
                 ):
                     self._save(write(), advance)
+                    if machine.processes > 1:
+                        self._complete_page(machine)
             whole = True
         finally:
             result.seconds = time.perf_counter() - began
@@ -182,6 +184,15 @@ class _Run:
                     self._save_one(made)
                     self.done += 1
                     advance(1)
+
+    def _complete_page(self, machine: Machine) -> None:
+        # Each process made its share of the cards. If more files of one cannot be read, some are still lacking.
+        lacking = self.gallery.lacking([study.name for study in self.studies])
+        if studies := [study for study in self.studies if study.name in lacking]:
+            for done in self._start(studies, replace(machine, processes=1))():
+                for made in done:
+                    if isinstance(made, StudyCard):
+                        self.gallery.append(made)
 
     def _save_one(self, study: StudyResult) -> None:
         result = self.result

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from emrrg_cli.decoding.shards import Shard
+from emrrg_cli.decoding.stamps import any_changed
 from emrrg_cli.decoding.studies import StudyFiles, path_name
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.files.atomic import atomic_file
@@ -108,7 +109,9 @@ class Output:
                 files = [*row.get("files", ()), *row.get("unused_files", ())]
                 if (study := current.get(name)) is None:
                     self._refuse_regrouped(name, files, studies)
-                elif sorted(files) != sorted(map(path_name, study.files)):
+                elif sorted(files) != sorted(map(path_name, study.files)) or any_changed(
+                    study.files, dict(zip(files, row.get("stamps", ()), strict=False))
+                ):
                     changed.add(name)
                     continue
                 elif row.get("context", {}) != study.context:

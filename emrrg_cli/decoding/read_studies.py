@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from emrrg_cli.datasets.loading import load_batches
 from emrrg_cli.decoding.cards import small_picture
+from emrrg_cli.decoding.stamps import Stamp, stamp_of
 from emrrg_cli.decoding.studies import Film, StudyFiles, path_name
 from emrrg_cli.imaging.base import ImageError
 from emrrg_cli.imaging.notes import image_notes
@@ -34,6 +35,7 @@ class ReadStudy:
         projections: their indices into `VIEW_TOKENS`.
         notes: notes about the images for the reader.
         skipped: files that could not be read, with the reasons.
+        stamps: stamps of the used files, then of the others.
         pictures: data URLs of small pictures of the files that were read; empty unless requested.
     """
 
@@ -44,6 +46,7 @@ class ReadStudy:
     skipped: list[tuple[str, str]]
     projections: list[int] = field(default_factory=list)
     pictures: list[str] = field(default_factory=list)
+    stamps: list[Stamp | None] = field(default_factory=list)
 
 
 def view_limit(most: int | None) -> int:
@@ -83,6 +86,8 @@ def read_study(study: StudyFiles, size: int, most: int | None, *, pictured: bool
         read.projections.append(view_token(view))
     if views:
         read.pixels = np.stack(views)
+        read.stamps = [stamp_of(file, content=True) for file in read.used]
+        read.stamps += [stamp_of(file, content=False) for file in study.files if file not in read.used]
         if read.skipped:
             read.notes.append(f"{len(read.skipped)} of {len(study.files)} images could not be read")
     return read

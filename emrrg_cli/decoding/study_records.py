@@ -143,6 +143,7 @@ def study_record(read: ReadStudy, report: WrittenReport, seconds: float) -> Row:
         "path": path_name(files[0]),
         "files": [path_name(file) for file in files],
         **({"unused_files": unused} if unused else {}),
+        **({"stamps": read.stamps} if any(read.stamps) else {}),
         "views": [view or None for file, view in zip(study.files, study.views, strict=True) if file in files],
         **({"context": dict(study.context)} if study.context else {}),
         "report": report.text,

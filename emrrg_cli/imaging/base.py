@@ -75,12 +75,13 @@ def open_stream(path: Path, where: str) -> Iterator[tuple[IO[bytes], int]]:
         ImageError: missing image, image path is a folder, not a regular file, no permission to read, cannot be opened.
     """
     try:
-        # Looked at first: opening a pipe would never return.
-        mode = path.stat().st_mode
+        # Looked at first: opening a pipe, or reading some files of the system, would never return.
+        status = path.stat()
+        mode = status.st_mode
         if stat.S_ISDIR(mode):
             readable = os.access(path, os.R_OK | os.X_OK)
             raise ImageError(where, "image path is a folder" if readable else "no permission to read")
-        if not stat.S_ISREG(mode):
+        if not stat.S_ISREG(mode) or (not status.st_size and path.resolve().is_relative_to("/proc")):
             raise ImageError(where, "not a regular file")
         stream = path.open("rb")
     except (FileNotFoundError, NotADirectoryError):

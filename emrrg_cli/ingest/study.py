@@ -51,7 +51,7 @@ class Study:
     """One examination as its source describes it; nothing is decoded yet.
 
     Attributes:
-        image_paths: Files of the views, resolved, inside the source's root.
+        image_paths: Files of the views, inside the source's root; only links that lead out of it are not resolved.
         views: Projection of each image (`PA`, `AP`, `LATERAL`, ..., or `unknown`): files first, then `rendered`.
         report: The text by the source's own rule; `findings` and `impression` if the source separates them. Lines of
             all texts end in LF.

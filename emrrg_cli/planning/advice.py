@@ -6,6 +6,7 @@ import math
 import os
 
 from emrrg_cli.models.llm import can_quantize
+from emrrg_cli.planning.loading import validates
 from emrrg_cli.planning.result import Plan
 from emrrg_cli.recipe.finetuning import FinetuneRecipe
 from emrrg_cli.training.schedule import warmup_note
@@ -26,7 +27,7 @@ def notes_on(result: Plan, recipe: FinetuneRecipe) -> list[str]:
     if (settings := recipe.train.self_critical) is not None:
         notes.append(
             f"the memory includes self-critical training, the time does not: after {settings.after_epochs} epochs, "
-            f"each step samples {settings.samples} reports of each study and trains on them"
+            f"each step samples {settings.samples} reports of each study and trains on them, which takes longer"
         )
     if result.reports_at_a_time:
         samples = recipe.generation.consensus
@@ -42,6 +43,17 @@ def notes_on(result: Plan, recipe: FinetuneRecipe) -> list[str]:
             f"bitsandbytes is not installed, so the time was measured without {recipe.model.llm.quantization} weights"
         )
     return notes
+
+
+def not_in_time(result: Plan, recipe: FinetuneRecipe) -> list[str]:
+    """Returns what a run of the recipe does in addition to the steps whose time is predicted."""
+    scores = recipe.train.self_critical
+    further = {
+        "reading images": result.seconds_loading is None,
+        "validation": validates(recipe),
+        "self-critical training": scores is not None and scores.after_epochs < recipe.train.epochs,
+    }
+    return [name for name, missing in further.items() if missing]
 
 
 def proposals_for(result: Plan, recipe: FinetuneRecipe, checkpointed: int, share: int) -> list[str]:

@@ -40,10 +40,14 @@ def count_studies(recipe: FinetuneRecipe) -> tuple[int, float]:
     return len(dataset), sum(min(images[row], most) for row in dataset.rows) / len(dataset)
 
 
+def validates(recipe: FinetuneRecipe) -> bool:
+    """Whether there is validation. A data set that is not known counts as one with a validation split."""
+    return recipe.data.root is None or "validation" in open_dataset(recipe.data.root)
+
+
 def writes_reports(recipe: FinetuneRecipe) -> bool:
-    """Whether validation writes reports. A data set that is not known counts as one with a validation split."""
-    root = recipe.data.root
-    return recipe.train.select == "score" and (root is None or "validation" in open_dataset(root))
+    """Whether validation writes reports."""
+    return recipe.train.select == "score" and validates(recipe)
 
 
 def seconds_per_study(recipe: FinetuneRecipe, micro: int) -> float:

@@ -17,7 +17,7 @@ import torch
 
 from emrrg_cli.datasets.epochs import check_batch
 from emrrg_cli.errors import RunError
-from emrrg_cli.planning.advice import notes_on, proposals_for
+from emrrg_cli.planning.advice import not_in_time, notes_on, proposals_for
 from emrrg_cli.planning.llms import llm_config
 from emrrg_cli.planning.loading import count_studies, seconds_per_study, writes_reports
 from emrrg_cli.planning.result import Plan
@@ -102,7 +102,7 @@ def plan(
         reports_at_a_time=reports,
         reports_bytes=reports_bytes,
     )
-    result.notes = notes_on(result, recipe)
+    result.not_in_time, result.notes = not_in_time(result, recipe), notes_on(result, recipe)
     result.proposals = proposals_for(result, recipe, int(work.holes * step.checkpointed), work.share)
     return result
 

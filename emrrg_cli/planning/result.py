@@ -12,7 +12,8 @@ class Plan:
 
     `seconds_loading` is the time to load the studies of a step, None without a data set. `total_steps` counts the
     steps of all epochs, at most `train.max_steps`; it is None if the number of studies is not known. Validation writes
-    `reports_at_a_time` reports together, whose keys and values have `reports_bytes`; 0 if it writes none.
+    `reports_at_a_time` reports together, whose keys and values have `reports_bytes`; 0 if it writes none. The times are
+    those of cross-entropy without what `not_in_time` names.
     """
 
     parameters: dict[str, int]
@@ -32,6 +33,7 @@ class Plan:
     disk_free: int
     reports_at_a_time: int
     reports_bytes: int
+    not_in_time: list[str] = field(default_factory=list)
     proposals: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from emrrg_cli.errors import RunError, UsageError
-from emrrg_cli.recipe.common import Settings
+from emrrg_cli.recipe.common import DataSettings, Settings
 from emrrg_cli.versions import installed_versions
 
 R = TypeVar("R", bound=Settings)
@@ -42,6 +43,29 @@ def check_roots_exist(recipe: Settings, *, folders: bool = False, required: bool
             raise UsageError(
                 f"{root} is not a dataset directory: it has no data/*.parquet", hint="Make one with `emrrg preprocess`."
             )
+
+
+def check_data(data: Mapping[str, Any]) -> None:
+    """Checks what the schema does not, so that runs of earlier versions can still be read.
+
+    Args:
+        data: The section `data` of a recipe.
+
+    Raises:
+        UsageError: `data.sets` names a directory twice, or a setting of the context has no effect.
+    """
+    names: dict[str, str] = {}
+    for root in (one["root"] for one in data.get("sets") or []):
+        real = os.path.realpath(root)
+        if (first := names.get(real)) is not None:
+            both = f"{root} twice" if first == root else f"one directory twice, as {first} and {root}"
+            raise UsageError(f"data.sets names {both}", hint="Name each directory once.")
+        names[real] = root
+    for name in ("context_dropout", "context_words"):
+        value = data.get(name)
+        # A dropout of 0 asks for nothing.
+        if value and not data.get("context") and value != DataSettings.model_fields[name].default:
+            raise UsageError(f"data.{name}={value} has no effect without data.context", hint="Leave it out.")
 
 
 def check_weights_exist(recipe: Settings) -> None:

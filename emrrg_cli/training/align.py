@@ -45,7 +45,7 @@ class AlignStage:
     validation: PairDataset | None
     run_dir: Path
     accelerator: Any
-    validation_explained: bool = False  # whether the message on recall was printed
+    validation_explained: bool = False  # whether the message on validation was printed
 
     def items(self, batch: PairBatch) -> int:
         """Returns the number of pairs in a batch."""
@@ -81,10 +81,15 @@ class AlignStage:
         """Returns the loss over validation batches of the training batch size, and strict recall over the whole split.
 
         The loss depends on the number of negatives, so it leaves out the last studies if they do not fill a batch.
+        Reports that are all equal give no figures: their recall is 1 for any model, so the first would stay the best.
         """
         if self.validation is None:
             return {}
         settings = self.recipe.train
+        reports = truncated_tokens(self.model, [self.validation.reports[i] for i in self.validated])
+        if len(set(reports)) < 2:
+            self._explain(display, "the validation split has only one different report, so it is not used")
+            return {}
         with display.phase("validation", len(self.validated)) as advance:
             images, texts = embed_pairs(
                 self.model,
@@ -100,20 +105,22 @@ class AlignStage:
         starts = range(0, len(images) - size + 1, size)
         losses = [contrastive_losses(images[i : i + size], texts[i : i + size], scale.exp()).mean() for i in starts]
         figures = {"validation/loss": float(torch.stack(losses).mean()), "validation/logit_scale": float(scale)}
-        found = retrieval(
-            images, texts, truncated_tokens(self.model, [self.validation.reports[i] for i in self.validated])
+        found = retrieval(images, texts, reports)
+        self._explain(
+            display,
+            f"validation on {found.studies:,} pairs with {found.distinct:,} different reports: recall@1 (R@1) is "
+            f"{found.chance[1]:.4f} by chance and {found.ceiling[1]:.4f} at most",
         )
-        if not self.validation_explained:
-            self.validation_explained = True
-            display.message(
-                f"validation on {found.studies:,} pairs with {found.distinct:,} different reports: recall@1 (R@1) is "
-                f"{found.chance[1]:.4f} by chance and {found.ceiling[1]:.4f} at most"
-            )
         for way, by_k in found.recall.items():
             figures |= {f"validation/{way}_R@{k}": value for k, value in by_k.items()}
         if settings.select == "score":
             figures["validation/score"] = found.mean_recall
         return figures
+
+    def _explain(self, display: TrainingDisplay, message: str) -> None:
+        if not self.validation_explained:
+            self.validation_explained = True
+            display.message(message)
 
     def export(self) -> None:
         """Replaces `model/` of the run directory."""

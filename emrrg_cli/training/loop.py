@@ -305,16 +305,16 @@ class _Loop:
             if isinstance(self.stage, ShowsExamples) and self.accelerator.is_main_process:
                 self.stage.show_examples(math.ceil(progress.step / self.order.steps_per_epoch))
         progress.validation_due = False
-        if not figures:
-            return
         if better:
             progress.best_step, progress.validations_without_gain = progress.step, 0
-        else:
+        elif figures:
             progress.validations_without_gain += 1
-        self.history.add(progress.step, figures)
+        if figures:
+            self.history.add(progress.step, figures)
         self.checkpoints.save_progress(progress)
         named = {key.removeprefix("validation/"): number for key, number in figures.items()}
-        self.display.figures(f"step {progress.step}: validation", named, "  (best so far)" if better else "")
+        if figures:
+            self.display.figures(f"step {progress.step}: validation", named, "  (best so far)" if better else "")
 
     def _averaged(self) -> AbstractContextManager[None]:
         return nullcontext() if self.average is None else self.average.in_place()

@@ -77,6 +77,8 @@ def check_run_dir(run_dir: Path, settings: Settings, *, resume: bool) -> None:
     before = with_absolute_paths(load_saved_recipe(run_dir, getattr(settings, "stage", None))).model_dump()
     now = with_absolute_paths(settings)
     changed = [key for key in _differences(before, now.model_dump()) if key not in _FREE]
+    if changed and {*changed} <= {("data", "root"), ("data", "sets")} and _has_moved(run_dir, before, now):
+        return
     if changed:
         shown = ", ".join(".".join(key) for key in changed[:5])
         raise UsageError(
@@ -98,6 +100,19 @@ def _check_data(run_dir: Path, recipe: Settings) -> None:
                 f"the data in {root} has changed since {run_dir} was started",
                 hint="Restore the dataset directory, or start a new run with another --output.",
             )
+
+
+def _has_moved(run_dir: Path, before: dict[str, Any], now: Settings) -> bool:
+    """Whether the data sets are those of the run in other directories, as on clusters that copy them for each job."""
+    from emrrg_cli.training.environment import first_environment  # imports torch
+
+    recorded = (first_environment(run_dir) or {}).get("data") or {}
+
+    def by_content(recipe: dict[str, Any], fingerprints: dict[str, str]) -> list[dict[str, Any]]:
+        data = recipe["data"]
+        return [{**one, "root": fingerprints.get(one["root"], one["root"])} for one in (data, *data.pop("sets", []))]
+
+    return bool(recorded) and by_content(before, recorded) == by_content(now.model_dump(), data_fingerprints(now))
 
 
 def data_fingerprints(recipe: Settings) -> dict[str, str]:

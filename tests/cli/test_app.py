@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+from PIL import Image
 
 from emrrg_cli import app as app_module
 from emrrg_cli.app import COMMANDS, main
@@ -290,6 +291,19 @@ def test_a_full_stdout_is_one_message(arguments: list[str]) -> None:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
     said = "error: the results cannot be written to stdout: No space left on device\n"
     assert (done.returncode, done.stderr) == (1, said)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("stderr", ["2>/dev/full", "2>&-"])
+@pytest.mark.parametrize(("image", "code"), [("a.png", 0), ("none.png", 2)])
+@pytest.mark.slow
+def test_messages_that_stderr_does_not_take(stderr: str, image: str, code: int, tmp_path: Path) -> None:
+    Image.new("L", (30, 20)).save(tmp_path / "a.png")
+    options = "--output out --device cpu generation.num_beams=1 generation.max_new_tokens=3"
+    command = f"{sys.executable} -m emrrg_cli generate {image} {options} {stderr}"
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, timeout=120)
+    assert done.returncode == code
+    assert (tmp_path / "out" / "reports.jsonl").exists() == (code == 0)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a POSIX shell")

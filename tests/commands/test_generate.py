@@ -85,7 +85,8 @@ def test_many_skipped_files_are_counted(tiny_run: Path, tmp_path: Path, capsys: 
         (["a.png", "--image-column", "scan"], "--image-column has no effect without --table"),
         (["--table", "t.csv", "--study-by", "auto"], "--study-by has no effect with --table"),
         (["--table", "t.csv", "--split", "test"], "--split has no effect with --table"),
-        (["a.png", "--merge", "out"], "PATH|KEY=VALUE has no effect with --merge"),
+        (["a.png", "--merge", "out"], "a.png has no effect with --merge"),
+        (["generation.num_beams=2", "--merge", "out"], "generation.num_beams=2 has no effect with --merge"),
         (["a.png", "--shard", "0/2", "--page", "3"], "--page has no effect with --shard"),
     ],
 )

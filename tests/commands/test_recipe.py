@@ -139,3 +139,33 @@ def test_validate_lists_all_problems_of_a_file(capsys: pytest.CaptureFixture[str
         "  mine.yaml:3: train.lr: expected a number, got a list",
         "  mine.yaml:4: train.epohcs: unknown key; did you mean train.epochs?",
     ]
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "align"])
+@pytest.mark.parametrize("roots", [("a", "a"), ("a", "./a/"), ("a", "b/../a"), ("a", "link"), ("b", "a", "b")])
+def test_a_data_set_that_is_named_twice_is_refused(
+    stage: str, roots: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name / "data").mkdir(parents=True)
+        (tmp_path / name / "manifest.json").write_text("{}")
+    (tmp_path / "link").symlink_to("a")
+    sets = f"data.sets=[{', '.join(f'{{root: {root}}}' for root in roots)}]"
+    assert main([stage, f"phantom/{stage}", sets]) == 2
+    told = capsys.readouterr().err
+    assert main(["recipe", "validate", f"phantom/{stage}", sets]) == 2
+    assert capsys.readouterr().err == told
+    first, last = roots[0], roots[-1]
+    both = f"{first} twice" if first == last else f"one directory twice, as {first} and {last}"
+    assert f"data.sets names {both}" in told
+    assert main(["recipe", "validate", f"phantom/{stage}", "data.sets=[{root: a}, {root: b}]"]) == 0
+
+
+@pytest.mark.parametrize("setting", ["context_dropout=0.5", "context_words=9"])
+def test_settings_of_a_context_that_is_not_used(setting: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["phantom/finetune", f"data.{setting}"]
+    for before in (["finetune"], ["plan"], ["recipe", "validate"]):
+        assert main([*before, *command]) == 2
+        assert f"data.{setting} has no effect without data.context" in capsys.readouterr().err
+    assert main(["recipe", "validate", *command, "data.context=[age]"]) == 0
+    assert main(["recipe", "validate", "phantom/finetune", "data.context_dropout=0"]) == 0

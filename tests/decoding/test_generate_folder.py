@@ -396,7 +396,7 @@ def test_records_of_other_weights_are_not_mixed(tmp_path: Path, writer: Writer, 
 def test_a_record_has_everything(tmp_path: Path, writer: Writer, recipe: FinetuneRecipe) -> None:
     run_generation([_image(tmp_path / "1.png")], tmp_path / "run", recipe, tmp_path / "out")
     (row,) = _rows(tmp_path / "out" / "reports.jsonl")
-    keys = "study path files views report findings log_probability mean_token_logprob sentences word_confidence"
+    keys = "study path files stamps views report findings log_probability mean_token_logprob sentences word_confidence"
     assert list(row) == [*keys.split(), "seconds", "notes", "fingerprint"]
     assert (row["mean_token_logprob"], row["word_confidence"]) == (-0.25, [0.8, 1.0])
     assert row["sentences"] == [{"start": 0, "end": 4, "confidence": 0.9}]

@@ -106,6 +106,19 @@ def test_two_processes_write_what_one_writes_after_a_crash(
 
 
 @pytest.mark.slow
+def test_the_page_is_whole_with_unreadable_files(varied_run: Path, films: Path, tmp_path: Path, forked: Any) -> None:
+    for index in (0, 2, 4):  # all of them are of the first process
+        (films / f"{index}.png").write_text("no image")
+    command = ["generate", str(films), *_options(varied_run, tmp_path / "out"), "--num-processes", "2", "--page", "4"]
+    (done,) = forked(*command, code=_FORKED.format(killed=False))
+    assert done.returncode == 0, done.stderr
+    assert "6 reports, 4 files skipped" in done.stderr
+    cards = [json.loads(line) for line in (tmp_path / "out" / "page.jsonl").open()]
+    assert [Path(card["study"]).stem for card in cards] == ["1", "3", "5", "6"]
+    assert all(card["images"] and card["maps"] for card in cards)
+
+
+@pytest.mark.slow
 def test_a_signal_stops_all_and_keeps_what_is_written(varied_run: Path, films: Path, tmp_path: Path) -> None:
     for index in range(9, 400):
         os.link(films / f"{index % 9}.png", films / f"{index}.png")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -59,6 +60,37 @@ def test_a_study_with_other_files_is_written_again(
         (films / "s" / name).unlink()
     assert run().changed == 1
     assert _records(out)[study]["files"] == [str(films / "s" / "1.png")]
+
+
+def test_a_file_that_was_replaced_is_noticed(
+    tmp_path: Path, films: Path, writer: Writer, recipe: FinetuneRecipe
+) -> None:
+    out, broken = tmp_path / "out", films / "s" / "broken.png"
+    broken.write_text("not yet")
+
+    def changed() -> int:
+        result = run_generation(list(find_studies([str(films)])), tmp_path / "run", recipe, out)
+        assert result.reports == 2
+        return result.changed
+
+    assert (changed(), changed()) == (0, 0)
+    shutil.copy(films / "x.png", films / "y.png")  # a copy of the folder: other times, the same content
+    (films / "y.png").replace(films / "x.png")
+    os.utime(films / "x.png", ns=(1, 1))
+    assert changed() == 0
+    Image.new("L", (20, 30), 99).save(films / "x.png")
+    assert (changed(), changed()) == (1, 0)
+    content = bytearray((films / "s" / "2.png").read_bytes())
+    content[-5] ^= 1  # of the same size
+    (films / "s" / "2.png").write_bytes(content)
+    assert (changed(), changed()) == (1, 0)
+    shutil.copy(films / "x.png", broken)  # mended
+    assert (changed(), changed()) == (1, 0)
+    # Records of earlier versions have no stamps.
+    rows = [{name: value for name, value in row.items() if name != "stamps"} for row in _records(out).values()]
+    (out / "reports.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Image.new("L", (20, 30), 7).save(films / "x.png")
+    assert changed() == 0
 
 
 def test_another_grouping_of_the_files_is_refused(

@@ -174,6 +174,7 @@ def _plain_files() -> dict[str, tuple[str | None, Content]]:
         "circle.png": ("cannot be opened", lambda path: path.symlink_to(path)),
         "link to a folder.png": (None, lambda path: path.symlink_to(path.parent)),
         "pipe.png": ("not a regular file", lambda path: os.mkfifo(path)),
+        "system.png": ("not a regular file", lambda path: path.symlink_to("/proc/self/stat")),
     }
 
 

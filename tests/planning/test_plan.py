@@ -147,6 +147,32 @@ def test_a_batch_that_the_training_would_refuse_is_not_planned() -> None:
 
 
 @pytest.mark.usefixtures("no_trial")
+def test_what_the_time_does_not_include_is_named(
+    tiny_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "copy"
+    shutil.copytree(tiny_dataset, root, ignore=shutil.ignore_patterns("manifest.json"))
+    command = ["plan", "tiny/finetune", *TINY, "train={epochs: 3, batch_size: 2, select: loss}"]
+
+    def planned(*more: str) -> list[str]:
+        assert main([*command, *more]) == 0
+        told = capsys.readouterr().out
+        assert main([*command, *more, "--json"]) == 0
+        missing: list[str] = json.loads(capsys.readouterr().out)["not_in_time"]
+        time = next(line for line in told.splitlines() if line.startswith("time"))
+        assert time.endswith(f"(3 epochs), without {', '.join(missing)}" if missing else "(3 epochs)")
+        assert ("at least" in time) == bool(missing)
+        return missing
+
+    scores, given = "train.self_critical={after_epochs: 2}", f"data.root={root}"
+    assert planned("--studies", "80", scores) == ["reading images", "validation", "self-critical training"]
+    assert planned(given, scores) == ["validation", "self-critical training"]
+    for file in root.glob("data/validation-*"):
+        file.unlink()
+    assert planned(given, "train.self_critical={after_epochs: 3}") == []
+
+
+@pytest.mark.usefixtures("no_trial")
 def test_the_time_of_all_steps_ends_where_the_schedule_does(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["plan", "tiny/finetune", *TINY, "train.epochs=3"]  # 1 s per step of 8
 
@@ -164,11 +190,11 @@ def test_the_time_of_all_steps_ends_where_the_schedule_does(capsys: pytest.Captu
     unknown = planned("train.max_steps=12")
     assert (unknown["total_steps"], unknown["seconds_total"], unknown["seconds_per_epoch"]) == (None, None, None)
     for steps, told in (
-        ("null", "30 s for all 30 steps (3 epochs)"),
-        ("12", "12 s for all 12 steps (train.max_steps)"),
+        ("null", "at least 30 s for all 30 steps (3 epochs)"),
+        ("12", "at least 12 s for all 12 steps (train.max_steps)"),
     ):
         assert main([*arguments, "--studies", "80", f"train.max_steps={steps}"]) == 0
-        assert f"10 s per epoch of 10 steps, {told}\n" in capsys.readouterr().out
+        assert f"10 s per epoch of 10 steps, {told}, without " in capsys.readouterr().out
     assert any("does not reach" in note for note in planned("--studies", "80", "train.warmup_epochs=4")["notes"])
 
 

@@ -211,6 +211,19 @@ def test_chunks_have_the_gradient_of_the_whole_batch(align: Any) -> None:
         assert chunks.series("train/loss") == pytest.approx(expected.series("train/loss"), rel=1e-5)
 
 
+def test_equal_reports_in_validation_choose_no_model(align: Any, capsys: Any) -> None:
+    run = align("run", "data.max_text_tokens=2")  # nothing is left of the reports but the first and the last token
+    told = capsys.readouterr().err
+    assert told.count("the validation split has only one different report, so it is not used") == 1
+    assert not run.series("validation/score")
+    last, exported = run.weights, run.exported
+    assert torch.equal(exported["alignment.safetensors:logit_scale"], last["logit_scale"])
+    align("run", "data.max_text_tokens=2", resume=True)
+    told = capsys.readouterr().err
+    assert "this run is already finished" in told
+    assert "is not used" not in told
+
+
 # -- mixing, continuation ----------------------------------------------------------------------------------------
 
 

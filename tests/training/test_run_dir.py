@@ -153,6 +153,25 @@ def test_a_run_is_not_resumed_with_other_data_in_the_same_place(tiny_dataset: Pa
         check_run_dir(run, recipe, resume=True)
 
 
+def test_a_run_goes_on_with_its_data_in_another_place(tiny_dataset: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tiny_dataset, tmp_path / "a")
+    shutil.copytree(tiny_dataset, tmp_path / "moved")
+    recipe, moved = _recipe(f"data.root={tmp_path / 'a'}"), _recipe(f"data.root={tmp_path / 'moved'}")
+    run.mkdir()
+    (run / "recipe.yaml").write_text(dump_recipe(recipe))
+    (run / "environment.json").write_text(json.dumps({"data": data_fingerprints(recipe)}))
+    shutil.rmtree(tmp_path / "a")
+    check_run_dir(run, moved, resume=True)
+    for other in (_recipe(f"data.root={tmp_path / 'moved'}", "train.lr=1e-5"), _recipe()):
+        with pytest.raises(UsageError, match=r"data\.root"):
+            check_run_dir(run, other, resume=True)
+    manifest = json.loads((tmp_path / "moved" / "manifest.json").read_text())
+    (tmp_path / "moved" / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": "another"}))
+    with pytest.raises(UsageError, match=r"data\.root differs"):
+        check_run_dir(run, moved, resume=True)
+
+
 def test_datasets_have_a_fingerprint_and_image_folders_none(tiny_dataset: Path, tmp_path: Path) -> None:
     fingerprint = json.loads((tiny_dataset / "manifest.json").read_text())["fingerprint"]
     (tmp_path / "films").mkdir()

@@ -14,10 +14,13 @@ from typing import Any
 
 from emrrg_cli.console import printable
 from emrrg_cli.errors import RunError
-from emrrg_cli.ingest.sources.json_stream import open_json, start_value
+from emrrg_cli.ingest.sources.json_stream import JsonDocument, open_json, start_value
+from emrrg_cli.ingest.study import ImportLog
 from emrrg_cli.vocabulary import SPLIT_NAMES, SPLITS, Split
 
 SPLIT_KEYS: dict[str, Split] = {key: SPLIT_NAMES[key] for key in ("train", "val", "test")}
+
+UNREADABLE = "row cannot be read"
 
 _LAYOUT = 'An annotation file has the form {"train": [...], "val": [...], "test": [...]}.'
 
@@ -38,17 +41,19 @@ class Annotation:
     """An annotation file. The constructor checks the whole file; each iteration reads it again.
 
     A row has `id` (text or number), `report` (text), `image_path` (a path or a list of paths), and may have
-    `subject_id`, the patient. A missing text or path is null, or NaN as data frames write it.
+    `subject_id`, the patient. A missing text or path is null, or NaN as data frames write it. Rows of another form are
+    left out, unless no row of a split has this one.
 
     Args:
         path: The JSON file.
 
     Attributes:
         counts: Number of rows in each split.
+        skipped: Place, such as `train[5]`, and problem of each row that is left out.
 
     Raises:
         UsageError: The file does not exist.
-        RunError: The file does not have this format; the message names the line or the row.
+        RunError: The file, or no row of a split, has this format; the message names the line or the row.
 
     Source: R2Gen (Chen et al., EMNLP 2020).
     """
@@ -56,6 +61,7 @@ class Annotation:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.counts: dict[Split, int] = dict.fromkeys(SPLITS, 0)
+        self.skipped: list[tuple[str, str]] = []
         keys = [key for key, _ in self._rows(count=True)]
         self._in_order = keys == sorted(keys, key=list(SPLIT_KEYS).index)
         if not any(self.counts.values()):
@@ -68,8 +74,11 @@ class Annotation:
                 if row is not None and only in (None, key):
                     yield row
 
-    def first(self, limit: int | None) -> Iterator[AnnotationRow]:
-        """Yields the first `limit` rows of each split; None: all rows."""
+    def first(self, limit: int | None, log: ImportLog) -> Iterator[AnnotationRow]:
+        """Counts the rows that are left out in `log`, and yields the first `limit` rows of each split; None: all."""
+        for place, problem in self.skipped:
+            log.read += 1
+            log.skip_study(UNREADABLE, place, detail=problem)
         read = dict.fromkeys(SPLITS, 0)
         for row in self:
             read[row.split] += 1
@@ -77,8 +86,8 @@ class Annotation:
                 yield row
 
     def count(self, limit: int | None = None) -> int:
-        """Returns the number of rows that `first` yields."""
-        return sum(rows if limit is None else min(rows, limit) for rows in self.counts.values())
+        """Returns the number of rows that `first` counts or yields."""
+        return len(self.skipped) + sum(rows if limit is None else min(rows, limit) for rows in self.counts.values())
 
     def _rows(self, *, count: bool = False) -> Iterator[tuple[str, AnnotationRow | None]]:
         """Yields each split's key without a row, then the key with each row; with `count`, only counts the rows."""
@@ -103,12 +112,8 @@ class Annotation:
                 if start[0] != "start_array":
                     raise RunError(f"{self.path}: {key} is {_kind(start_value(start))}, not a list", hint=_LAYOUT)
                 yield key, None
-                for index, row in enumerate(document.items()):
-                    parsed = _parse_row(row, SPLIT_KEYS[key], f"{self.path}: {key}[{index}]")
-                    if count:
-                        self.counts[SPLIT_KEYS[key]] += 1
-                    else:
-                        yield key, parsed
+                for row in self._rows_of(key, document, count=count):
+                    yield key, row
             document.end()
         if missing := [key for key in SPLIT_KEYS if key not in keys]:
             present = ", ".join(printable(key) for key in keys[:10]) or "none"
@@ -118,6 +123,26 @@ class Annotation:
             )
         if unknown is not None:  # its studies would be lost silently
             raise RunError(f"{self.path}: unknown split {printable(unknown)!r}", hint=_LAYOUT)
+
+    def _rows_of(self, key: str, document: JsonDocument, *, count: bool) -> Iterator[AnnotationRow]:
+        """Yields the rows of a split; with `count`, only counts them and those that are left out."""
+        split = SPLIT_KEYS[key]
+        bad: list[tuple[str, RunError]] = []
+        for index, row in enumerate(document.items()):
+            place = f"{key}[{index}]"
+            try:
+                parsed = _parse_row(row, split, place)
+            except RunError as error:
+                bad.append((place, error))
+                continue
+            if count:
+                self.counts[split] += 1
+            else:
+                yield parsed
+        if count:
+            if bad and not self.counts[split]:
+                raise RunError(f"{self.path}: {bad[0][1].message}", hint=bad[0][1].hint)
+            self.skipped += [(place, error.message.removeprefix(place).lstrip(": ")) for place, error in bad]
 
 
 def _parse_row(row: Any, split: Split, where: str) -> AnnotationRow:

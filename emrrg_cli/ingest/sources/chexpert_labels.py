@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Hashable, Iterable
 
+from emrrg_cli.console import printable
 from emrrg_cli.datasets.directory import Column
+from emrrg_cli.errors import RunError
 
 # Irvin et al., CheXpert (AAAI 2019); in the order of MIMIC-CXR-JPG's tables.
 LABELS = (
@@ -19,6 +22,44 @@ COLUMNS = {
 }
 
 NOT_MENTIONED = "." * len(LABELS)
+
+
+class LabelRows:
+    """The labels of a file by study or image. Rows that cannot be read are counted; their studies have no labels."""
+
+    def __init__(self) -> None:
+        self._codes: dict[Hashable, str] = {}
+        self._bad = 0
+        self._first = ""
+
+    def add(self, key: Hashable, values: Iterable[object], where: str) -> None:
+        """Adds the labels of a row, unless the key has labels already."""
+        try:
+            code = encode_labels(values)
+        except ValueError as error:
+            self.skip(where, str(error))
+        else:
+            self._codes.setdefault(key, sys.intern(code))
+
+    def skip(self, where: str, problem: str) -> None:
+        """Counts a row that cannot be read."""
+        self._bad += 1
+        self._first = self._first or f"{where}: {printable(problem)}"
+
+    def get(self, key: Hashable) -> str | None:
+        """Returns the encoded labels of a study or image."""
+        return self._codes.get(key)
+
+    def remarks(self, name: str) -> list[str]:
+        """Returns sentences about the file.
+
+        Raises:
+            RunError: No row of the file can be read.
+        """
+        if self._bad and not self._codes:
+            raise RunError(f"no labels can be read; first: {self._first}")
+        bad = f"Rows of {name} whose labels cannot be read: {self._bad:,}, first: {self._first}."
+        return [f"Labels: {name}.", *([bad] if self._bad else [])]
 
 
 def encode_labels(values: Iterable[object]) -> str:
@@ -45,7 +86,7 @@ def label_columns(code: str) -> dict[str, list[str]]:
 def _letter(value: object) -> str:
     if value is None or value == "" or value != value:
         return "."
-    number = float(value) if isinstance(value, str | int | float) else 2.0
-    if number not in (1.0, 0.0, -1.0):
-        raise ValueError(f"{value!r} is not a label; labels are 1, 0, -1 or empty")
-    return {1.0: "p", 0.0: "a", -1.0: "u"}[number]
+    try:
+        return {1.0: "p", 0.0: "a", -1.0: "u"}[float(value)]  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError, KeyError):
+        raise ValueError(f"{value!r:.60} is not a label; labels are 1, 0, -1 or empty") from None

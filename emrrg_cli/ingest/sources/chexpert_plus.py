@@ -129,7 +129,7 @@ class ChexpertPlusSource:
 
     def _annotated(self, annotation: Annotation, log: ImportLog) -> Iterator[Study]:
         seen = SeenIds()
-        for row in annotation.first(self._limit):
+        for row in annotation.first(self._limit, log):
             log.read += 1
             if not seen.skip(row.study_id, row.split, log):
                 yield self._annotated_study(row)

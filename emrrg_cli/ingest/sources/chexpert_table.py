@@ -15,7 +15,7 @@ from emrrg_cli.console import printable
 from emrrg_cli.datasets.splits import draw_splits
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.imaging.views import view_name
-from emrrg_cli.ingest.sources.chexpert_labels import LABELS, NOT_MENTIONED, encode_labels
+from emrrg_cli.ingest.sources.chexpert_labels import LABELS, NOT_MENTIONED, LabelRows
 from emrrg_cli.ingest.sources.table import CsvFile
 from emrrg_cli.ingest.sources.text_files import read_lines, reading
 from emrrg_cli.ingest.study import ImportLog
@@ -182,32 +182,32 @@ class ChexpertTable:
         if file is None:
             self.remarks.append(f"No {_LABEL_FOLDERS[0]}/{name}: the studies have no labels.")
             return
-        labels: dict[str, str] = {}
-        for stem, code in _label_lines(file):
-            labels.setdefault(stem, sys.intern(code))
+        labels = LabelRows()
+        try:
+            with reading(file):
+                for number, line in enumerate(read_lines(file, "utf-8-sig", errors="strict"), start=1):
+                    if line.strip():
+                        _add_labels(labels, line, f"{file}:{number}")
+        except UnicodeDecodeError:
+            raise RunError(f"{file}: not UTF-8 text") from None
+        self.remarks += labels.remarks(name)
         for study in self._studies.values():
-            study.labels = next((labels[stem] for stem, *_ in study.images if stem in labels), NOT_MENTIONED)
-        self.remarks.append(f"Labels: {name}.")
+            study.labels = next(filter(None, (labels.get(stem) for stem, *_ in study.images)), NOT_MENTIONED)
 
 
-def _label_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Yields the path of each image, without its extension, and its labels."""
-    try:
-        with reading(path):
-            for number, line in enumerate(read_lines(path, "utf-8-sig", errors="strict"), start=1):
-                if line.strip() and (labels := _label_line(f"{path}:{number}", line)):
-                    yield labels
-    except UnicodeDecodeError:
-        raise RunError(f"{path}: not UTF-8 text") from None
-
-
-def _label_line(where: str, line: str) -> tuple[str, str] | None:
+def _add_labels(labels: LabelRows, line: str, where: str) -> None:
+    """Adds the labels of a line, by the path of its image without the extension."""
     try:
         row = json.loads(line)
         image = parse_path(row["path_to_image"])
-        code = encode_labels(row.get(label) for label in LABELS)
     except (ValueError, RecursionError) as error:
-        raise RunError(f"{where}: the labels cannot be read: {error}") from None
+        if not line.endswith("\n"):
+            raise RunError(f"{where}: the last line is cut short: {error}", hint="Download the file again.") from None
+        labels.skip(where, f"not JSON: {error}")
     except (TypeError, KeyError, AttributeError):
-        raise RunError(f"{where}: not an object with path_to_image", hint="Each line is one JSON object.") from None
-    return None if image is None else (image.stem, code)
+        labels.skip(where, "not an object with path_to_image")
+    else:
+        if image is None:
+            labels.skip(where, f"path_to_image: {row['path_to_image']}")
+        else:
+            labels.add(image.stem, [row.get(label) for label in LABELS], where)

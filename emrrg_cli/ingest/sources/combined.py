@@ -25,7 +25,7 @@ class CombinedSource:
     """An annotation file of several data sets in R2Gen's format, such as the one published for stage 2 of MambaXray-VL.
 
     The longest prefix in `moved` that matches an image path is replaced. The path must then name a file inside one of
-    the roots, after symbolic links are resolved. A relative path is looked up in each root and its `images/`, in order.
+    the roots (`locate`). A relative path is looked up in each root and its `images/`, in order.
     The name of the root becomes the `source` of the study, which decides how its report is cleaned, such as `iu_xray`.
 
     Args:
@@ -75,7 +75,7 @@ class CombinedSource:
         inside a root are listed in `Study.problems`.
         """
         seen = SeenIds()
-        for row in self._annotation.first(self._limit):
+        for row in self._annotation.first(self._limit, log):
             log.read += 1
             study = self._study(row)
             if seen.add(f"{study.source}/{row.study_id}", row.split):

@@ -69,7 +69,7 @@ class FolderSource:
     dataset, and each context field (indication and others) to a column with its name.
 
     Args:
-        root: The folder. Every image must be inside it after symbolic links are resolved.
+        root: The folder. Every image must be inside it; see `locate`.
         table: CSV, TSV or JSON lines; image paths are relative to `root` or to its `images/`. A name without folders
             may be that of a file at any depth.
         columns: Columns of the table.

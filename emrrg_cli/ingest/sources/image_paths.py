@@ -1,4 +1,8 @@
-"""Finds the images of a raw data set; paths must stay inside its folder."""
+"""Finds the images of a raw data set; paths must stay inside its folder.
+
+A table or an annotation may come from anywhere, so its paths cannot name files elsewhere. Links in the folder are the
+user's own and are followed: data are often links to another disk. Images are read only from folders, not from archives.
+"""
 
 from __future__ import annotations
 
@@ -50,10 +54,12 @@ def _is_there(path: str, folders: Sequence[Path]) -> bool:
 
 
 def locate(path: str, root: Path, folders: tuple[Path, ...]) -> Path | ImageProblem:
-    """Returns the file that `path` names (`with_slashes`), resolved and inside `root`, or why there is no such file.
+    """Returns the file that `path` names (`with_slashes`), inside `root`, or why there is no such file.
+
+    The returned path is resolved, except that of a link that leads out of `root`.
 
     Args:
-        path: The path in the data set; every `..` and symbolic link in it is resolved.
+        path: The path in the data set; with `..`, it must stay inside `root` after links are resolved.
         root: Resolved folder of the data set.
         folders: Folders in which `path` is looked up, in order.
     """
@@ -73,14 +79,17 @@ def _locate(path: str, root: Path, folders: tuple[Path, ...]) -> Path | ImagePro
         if plain and not os.path.lexists(os.path.join(folder, path)):  # noqa: PTH118
             continue
         try:
-            resolved = (folder / path).resolve()
-            if not resolved.is_relative_to(root):
-                by_link = Path(os.path.normpath(folder / path)).is_relative_to(root)
-                outside = ImageProblem(path, OUTSIDE, f"a link leads to {resolved}" if by_link else "")
-            elif resolved.is_file():
-                return resolved
-            elif resolved.exists():  # a folder: the decoder reports it, unless a later place has a file
-                present = present or resolved
+            place = folder / path
+            resolved = place.resolve()
+            inside = resolved.is_relative_to(root)
+            if not inside and (".." in place.parts or not place.is_relative_to(root)):
+                outside = ImageProblem(path, OUTSIDE)
+                continue
+            found = resolved if inside else place
+            if resolved.is_file():
+                return found
+            if resolved.exists():  # a folder: the decoder reports it, unless a later place has a file
+                present = present or found
         except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL inside, a loop of links
             return ImageProblem(path, "cannot be opened", str(error))
     if present is not None:

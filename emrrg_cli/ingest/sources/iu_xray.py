@@ -10,7 +10,7 @@ from typing import Any
 from emrrg_cli.datasets.directory import Column
 from emrrg_cli.datasets.splits import draw_splits, drawn_remark
 from emrrg_cli.errors import RunError, UsageError
-from emrrg_cli.ingest.sources.annotation import Annotation
+from emrrg_cli.ingest.sources.annotation import UNREADABLE, Annotation
 from emrrg_cli.ingest.sources.image_paths import find_image
 from emrrg_cli.ingest.sources.iu_layouts import (
     Collection,
@@ -145,7 +145,10 @@ class IuXraySource:
 
     def _published(self, annotation: Path, read: Collection) -> dict[str, Split]:
         splits: dict[str, Split] = {}
-        for row in Annotation(annotation):
+        rows = Annotation(annotation)
+        for place, problem in rows.skipped:
+            read.skip(UNREADABLE, place, f"{annotation.name}: {problem}")
+        for row in rows:
             match = IU_ID.fullmatch(row.study_id)
             if match is None:
                 raise RunError(

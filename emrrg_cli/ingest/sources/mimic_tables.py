@@ -12,7 +12,7 @@ from typing import Literal
 from emrrg_cli.console import printable
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.imaging.views import view_name
-from emrrg_cli.ingest.sources.chexpert_labels import LABELS, NOT_MENTIONED, encode_labels
+from emrrg_cli.ingest.sources.chexpert_labels import LABELS, NOT_MENTIONED, LabelRows
 from emrrg_cli.ingest.sources.table import CsvFile, whole_number
 from emrrg_cli.ingest.study import ImportLog
 from emrrg_cli.vocabulary import SPLIT_NAMES, SPLITS, UNKNOWN_VIEW, Split
@@ -99,7 +99,7 @@ class MimicTables:
 
     def labels(self, study: int | None) -> str:
         """Returns the encoded labels of a study."""
-        return NOT_MENTIONED if study is None else self._labels.get(study, NOT_MENTIONED)
+        return self._labels.get(study) or NOT_MENTIONED
 
     # Reading.
 
@@ -153,29 +153,25 @@ class MimicTables:
                 views.setdefault(cells[0], sys.intern(view_name(cells[1])))
         return views
 
-    def _read_labels(self, labeler: Labeler) -> dict[int, str]:
+    def _read_labels(self, labeler: Labeler) -> LabelRows:
+        labels = LabelRows()
         path = self._table(labeler)
         if path is None:
             self.remarks.append(f"No mimic-cxr-2.0.0-{labeler}.csv.gz: the studies have no labels.")
-            return {}
-        self.remarks.append(f"Labels: {path.name}.")
-        labels: dict[int, str] = {}
-        for study, code in _label_rows(path):
-            labels.setdefault(study, sys.intern(code))
+            return labels
+        for line, cells in CsvFile(path, ("study_id", *LABELS)):
+            where = f"{path}:{line}"
+            study = None if cells is None else whole_number(cells[0])
+            if cells is None:
+                labels.skip(where, "row and header differ in length")
+            elif study is None:
+                labels.skip(where, f"{cells[0] or 'empty'} is not a study id")
+            else:
+                labels.add(study, cells[1:], where)
+        self.remarks += labels.remarks(path.name)
         return labels
 
 
 def _same(path: Path, message: str, first: object, second: object) -> None:
     if first != second:
         raise RunError(f"{path}: {message}, {first} and {second}")
-
-
-def _label_rows(path: Path) -> Iterator[tuple[int, str]]:
-    for line, cells in CsvFile(path, ("study_id", *LABELS)):
-        study = None if cells is None else whole_number(cells[0])
-        if cells is None or study is None:
-            continue
-        try:
-            yield study, encode_labels(cells[1:])
-        except ValueError as error:
-            raise RunError(f"{path}:{line}: {error}") from None

@@ -22,7 +22,7 @@ class R2GenSource:
 
     Each row of `annotation.json` is a study: `id` (text or number), `report` (text or null), `image_path` (a path or a
     list of paths, relative to the folder of the file or to its `images/`), and, in MIMIC-CXR's file, `subject_id`.
-    Paths must stay inside that folder after every `..` and symbolic link is resolved.
+    Paths must stay inside that folder; see `locate`.
 
     Args:
         root: The folder, or the JSON file itself.
@@ -59,7 +59,7 @@ class R2GenSource:
         counted in `log`. Images that are missing or outside the root are listed in `Study.problems`.
         """
         seen = SeenIds()
-        for row in self._rows.first(self._limit):
+        for row in self._rows.first(self._limit, log):
             log.read += 1
             if seen.skip(row.study_id, row.split, log):
                 continue

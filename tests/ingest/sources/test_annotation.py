@@ -41,7 +41,7 @@ def test_blocks_may_end_anywhere(
     assert (last.split, last.patient_id, last.report, last.image_paths, dict(last.other)) == (
         "test", "p8", 'A "quoted" \\ text, 8.', ("8.png",), {"study_id": "8"},
     )  # fmt: skip
-    assert [row.study_id for row in annotation.first(1)] == ["ä0", "ä5", "ä7"]
+    assert [row.study_id for row in annotation.first(1, ImportLog())] == ["ä0", "ä5", "ä7"]
     assert (annotation.count(), annotation.count(1), annotation.count(3)) == (9, 3, 7)
 
 

@@ -160,10 +160,10 @@ def test_no_labels(chexpert: Any, read: Read) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"path_to_image": "a"}\n{"path', r"findings_fixed\.json:2: the labels cannot be read"),
+        ('{"path_to_image": "a"}\n{"path', r"findings_fixed\.json:2: the last line is cut short"),
         ("[]\n", r"findings_fixed\.json:1: not an object with path_to_image"),
         ('{"Edema": 1}\n', "not an object with path_to_image"),
-        ('{"path_to_image": "a", "Edema": 3}\n', "3 is not a label"),
+        ('{"path_to_image": "x/patient1/study1/view1_frontal.jpg", "Edema": 3}\n', "3 is not a label"),
         ("\udcff", "not UTF-8 text"),
     ],
 )
@@ -171,6 +171,20 @@ def test_invalid_labels_are_refused(chexpert: Any, text: str, message: str) -> N
     (chexpert.root / "chexbert_labels" / "findings_fixed.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(RunError, match=message):
         ChexpertPlusSource(chexpert.root)
+
+
+def test_label_lines_that_cannot_be_read_are_counted(chexpert: Any, read: Read) -> None:
+    file = chexpert.root / "chexbert_labels" / "findings_fixed.json"
+    before, _ = read(ChexpertPlusSource(chexpert.root))
+    lines = file.read_text().splitlines()
+    odd = ["{,", "[]", '{"path_to_image": 3}', '{"path_to_image": "a"}']
+    values = ["[]", '"x"', "1e999", "1" * 400, "{}"]
+    odd += [f'{{"path_to_image": "x/patient00099/study1/view1_frontal.jpg", "Edema": {value}}}' for value in values]
+    file.write_text("\n".join([lines[0], *odd, *lines[1:], ""]))
+    studies, log = read(ChexpertPlusSource(chexpert.root))
+    assert studies == before
+    [remark] = [remark for remark in log.remarks if remark.startswith("Rows of findings_fixed.json")]
+    assert f"whose labels cannot be read: {len(odd)}, first: {file}:2: not JSON" in remark
 
 
 def test_encoded_labels() -> None:
@@ -190,7 +204,7 @@ def test_missing_files_are_refused(chexpert: Any, tmp_path: Path) -> None:
         ChexpertPlusSource(tmp_path / "none")
 
 
-def test_paths_stay_inside(chexpert: Any, tmp_path: Path, read: Read) -> None:
+def test_links_to_another_disk_are_followed(chexpert: Any, tmp_path: Path, read: Read) -> None:
     (tmp_path / "train/patient00001/study1").mkdir(parents=True)
     Image.new("L", (8, 8)).save(tmp_path / "train/patient00001/study1/view1_frontal.png")
     chexpert.rows = [chexpert.row("train/patient00001/study1/view1_frontal", section_findings="Clear.")]
@@ -199,7 +213,7 @@ def test_paths_stay_inside(chexpert: Any, tmp_path: Path, read: Read) -> None:
     frontal.unlink()
     frontal.symlink_to(tmp_path / "train/patient00001/study1/view1_frontal.png")
     studies, _ = read(ChexpertPlusSource(chexpert.root))
-    assert [p.reason for p in studies[0].problems] == ["path outside the data folder"]
+    assert (studies[0].image_paths, studies[0].problems) == ((frontal,), ())
 
 
 # With an annotation.

@@ -178,15 +178,20 @@ def test_negbio_labels(mimic: Any, read: Read) -> None:
     assert studies[3].extra["labels"] == ["No Finding"]
 
 
-def test_labels_of_other_values(mimic: Any) -> None:
+def test_labels_of_other_values(mimic: Any, read: Read) -> None:
     header = "study_id,Atelectasis,Cardiomegaly,Consolidation,Edema,Enlarged Cardiomediastinum,Fracture,Lung Lesion,"
     header += "Lung Opacity,No Finding,Pleural Effusion,Pleural Other,Pneumonia,Pneumothorax,Support Devices"
     mimic.write_table("chexpert", header, [(50000001, *[""] * 13, "maybe")])
-    with pytest.raises(RunError, match=r"chexpert\.csv\.gz:2: could not convert string to float: 'maybe'"):
+    with pytest.raises(RunError, match=r"chexpert\.csv\.gz:2: 'maybe' is not a label"):
         MimicCxrSource(mimic.root)
-    mimic.write_table("chexpert", header, [("nan", *["7"] * 14), (50000001, *[""] * 13, "7")])
-    with pytest.raises(RunError, match=r"chexpert\.csv\.gz:3: '7' is not a label"):
-        MimicCxrSource(mimic.root)
+    rows = [("nan", *["7"] * 14), (50000001, *[""] * 13, "7"), (50000003, "1"), (50000003, "1.0", *[""] * 13)]
+    mimic.write_table("chexpert", header, rows)
+    studies, log = read(MimicCxrSource(mimic.root))
+    assert {study.study_id: study.extra["labels"] for study in studies if study.extra["labels"]} == {
+        "50000003": ["Atelectasis"]
+    }
+    assert "Rows of mimic-cxr-2.0.0-chexpert.csv.gz whose labels cannot be read: 3, first: " in log.remarks[-1]
+    assert log.remarks[-1].endswith("chexpert.csv.gz:2: empty is not a study id.")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +104,10 @@ def test_paths_must_stay_inside(tmp_path: Path) -> None:
     (root / "link.png").symlink_to(outside / "b.png")
     (root / "folder").symlink_to(outside)
     (root / "images" / "inner.png").symlink_to(root / "a.png")
+    (root / "images" / "out").symlink_to(outside)
     (root / "loop").symlink_to(root / "loop")
-    escapes = ["../outside/b.png", str(outside / "b.png"), "link.png", "folder/b.png", "images/../../outside/b.png",
-               "../outside/none.png"]  # fmt: skip
+    escapes = ["../outside/b.png", str(outside / "b.png"), "folder/../outside/b.png", "images/../../outside/b.png",
+               "../outside/none.png", "images/../link.png"]  # fmt: skip
     inside = ["a.png", "images/../a.png", "./a.png", str(root / "a.png"), "inner.png"]
     _write(root, [_row(f"bad{i}", images=[path]) for i, path in enumerate(escapes)])
     studies, _ = _read(root)
@@ -114,6 +116,11 @@ def test_paths_must_stay_inside(tmp_path: Path) -> None:
 
     _write(root, [_row("good", images=inside)])
     assert _read(root)[0][0].image_paths == ((root / "a.png").resolve(),) * len(inside)
+
+    links = ["link.png", "folder/b.png", "out/b.png", str(root / "link.png")]  # the user's own
+    _write(root, [_row("links", images=links)])
+    places = ("link.png", "folder/b.png", "images/out/b.png", "link.png")
+    assert _read(root)[0][0].image_paths == tuple(root.resolve() / place for place in places)
 
     _write(root, [_row("odd", images=["none.png", "a\0.png", "x" * 5000, "loop", "\ud800.png"])])
     problems = _read(root)[0][0].problems
@@ -164,19 +171,26 @@ def test_malformed_files_name_the_place(tmp_path: Path, text: str, message: str)
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (_row(None), r"train\[1\]: id is null, not text or a whole number"),
-        (_row(True), r"train\[1\]: id is true or false"),
-        (_row(1.5), r"train\[1\]: id is a number, not text or a whole number"),
-        (_row(""), r"train\[1\]: id is empty"),
-        (_row("y", 3), r"train\[1\]: report is a number, not text"),
-        (_row("y", images=3), r"train\[1\]: image_path is a number, not a path or a list of paths"),
-        (_row("y", images=["a.png", 2]), r"train\[1\]: image_path\[1\] is a number, not text"),
-        (_row("y", subject_id=[]), r"train\[1\]: subject_id is a list"),
+        (_row(None), "id is null, not text or a whole number"),
+        (_row(True), "id is true or false"),
+        (_row(1.5), "id is a number, not text or a whole number"),
+        (_row(""), "id is empty"),
+        (_row("y", 3), "report is a number, not text"),
+        (_row("y", images=3), "image_path is a number, not a path or a list of paths"),
+        (_row("y", images=["a.png", 2]), "image_path[1] is a number, not text"),
+        (_row("y", subject_id=[]), "subject_id is a list"),
     ],
 )
-def test_wrong_types_name_the_row(tmp_path: Path, row: dict[str, object], message: str) -> None:
-    with pytest.raises(RunError, match=message):
-        R2GenSource(_write(tmp_path, [_row("x"), row]))
+def test_rows_of_wrong_types_are_counted(tmp_path: Path, row: dict[str, object], message: str) -> None:
+    source = R2GenSource(_write(tmp_path, [_row("x"), row, _row("y")]))
+    log = ImportLog()
+    assert [study.study_id for study in source.studies(log)] == ["x", "y"]
+    assert (len(source), log.read) == (3, 3)
+    [example] = log.skipped["row cannot be read"].examples
+    assert (example["id"], example["detail"][: len(message)]) == ("train[1]", message)
+    # A split without a row that can be read has another layout.
+    with pytest.raises(RunError, match=re.escape(f"test[0]: {message}")):
+        R2GenSource(_write(tmp_path, [_row("x")], test=[row, row]))
 
 
 @pytest.mark.parametrize("missing", [None, float("nan")])
