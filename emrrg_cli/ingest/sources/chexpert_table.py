@@ -17,7 +17,7 @@ from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.imaging.views import view_name
 from emrrg_cli.ingest.sources.chexpert_labels import LABELS, NOT_MENTIONED, LabelRows
 from emrrg_cli.ingest.sources.table import CsvFile
-from emrrg_cli.ingest.sources.text_files import read_lines, reading
+from emrrg_cli.ingest.sources.text_files import encoding_remarks, read_lines, reading
 from emrrg_cli.ingest.study import ImportLog
 from emrrg_cli.vocabulary import SPLITS, Section, Split
 
@@ -141,8 +141,7 @@ class ChexpertTable:
 
     def _read_table(self, path: Path) -> None:
         table = CsvFile(path, _REQUIRED, _OPTIONAL)
-        if table.encoding == "cp1252":
-            self.remarks.append(f"{path.name} is not UTF-8: it was read as Windows-1252.")
+        self.remarks += encoding_remarks(path, table.encoding)
         several: set[str] = set()
         for line, cells in table:
             where = f"{path.name}:{line}"

@@ -21,6 +21,7 @@ from emrrg_cli.imaging.views import view_name
 from emrrg_cli.ingest.sources.drafts import Draft, Drafts
 from emrrg_cli.ingest.sources.image_paths import MISSING, listed_images, locate, require_folder
 from emrrg_cli.ingest.sources.table import Table, cell_list, cell_text, read_table
+from emrrg_cli.ingest.sources.text_files import encoding_remarks
 from emrrg_cli.ingest.study import ImageProblem, ImportLog, Study
 from emrrg_cli.reporting.summary_page import DATA, PAGE
 from emrrg_cli.vocabulary import CONTEXT_FIELDS, SPLIT_NAMES, Split
@@ -206,8 +207,7 @@ class FolderSource:
 
     def _from_table(self, table: Table, columns: Columns) -> None:
         table.check_columns(columns.named())
-        if table.encoding == "cp1252":
-            self.remarks.append(f"{table.path.name} is not UTF-8: it was read as Windows-1252.")
+        self.remarks += encoding_remarks(table.path, table.encoding)
         texts = {kind: name for kind in ("report", "findings", "impression") if (name := getattr(columns, kind))}
         if not texts:
             self.remarks.append("No column with text was named: use this dataset only for stages that need no text.")

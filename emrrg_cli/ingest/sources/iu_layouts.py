@@ -15,6 +15,7 @@ from emrrg_cli.imaging.views import view_name
 from emrrg_cli.ingest.sources.image_paths import require_folder
 from emrrg_cli.ingest.sources.openi import BadReport, OpeniReport, read_openi
 from emrrg_cli.ingest.sources.table import CsvFile, whole_number
+from emrrg_cli.ingest.sources.text_files import encoding_remarks
 
 Layout = Literal["openi", "flat", "r2gen"]
 
@@ -137,8 +138,7 @@ def read_flat_layout(root: Path) -> Collection:
         if uid not in read.entries:
             read.skip("report missing", f"CXR{uid}", f"{len(names_left)} images in {VIEW_TABLE}")
     for table_file in (views, reports):
-        if table_file.encoding == "cp1252":
-            read.remarks.append(f"{table_file.path.name} is not UTF-8: it was read as Windows-1252.")
+        read.remarks += encoding_remarks(table_file.path, table_file.encoding)
     return read
 
 

@@ -12,7 +12,7 @@ from emrrg_cli.datasets.report_text import unix_line_ends
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.ingest.sources.mimic_note import Note, joined, read_note
 from emrrg_cli.ingest.sources.table import CsvFile, whole_number
-from emrrg_cli.ingest.sources.text_files import open_regular
+from emrrg_cli.ingest.sources.text_files import decoded, open_regular
 
 _MAX_BYTES = 2**20  # of one note; notes of the release have at most about 10 KB
 _FOLDERS = ("", "files/", "mimic-cxr-reports/files/")
@@ -99,10 +99,7 @@ class _NoteFiles:
             raise ReportError(f"more than {_MAX_BYTES:,} bytes")
         if b"\0" in data:
             raise ReportError("not text")
-        try:
-            return unix_line_ends(data.decode("utf-8-sig"))
-        except UnicodeDecodeError:
-            return unix_line_ends(data.decode("cp1252", "replace"))
+        return unix_line_ends(decoded(data))
 
     def _from_folder(self, name: str) -> bytes | None:
         for folder in _FOLDERS:

@@ -29,6 +29,8 @@ _MAX_LINE = 20_000_000  # characters
 _MAX_CELL = 10_000_000
 _MAX_HEADER_LINES = 100
 
+_MIXED = "cp1252"
+
 # A first line by which Excel names the delimiter.
 _SEPARATOR = re.compile(r'"?sep=(.|\\t)"?', re.IGNORECASE)
 
@@ -69,12 +71,33 @@ def _open_bytes(path: Path) -> IO[bytes]:
     return cast(IO[bytes], gzip.open(file)) if path.suffix.lower() == ".gz" else file
 
 
+def _from_windows(error: UnicodeError) -> tuple[str, int]:
+    """Reads the bytes that are not UTF-8 as Windows-1252; an editor may have changed one line of a file of UTF-8."""
+    assert isinstance(error, UnicodeDecodeError)
+    return error.object[error.start : error.end].decode("cp1252", "replace"), error.end
+
+
+codecs.register_error(_MIXED, _from_windows)
+
+
+def decoded(data: bytes) -> str:
+    """Decodes UTF-8; bytes that are not UTF-8 are read as Windows-1252."""
+    return data.decode("utf-8-sig", _MIXED)
+
+
+def encoding_remarks(path: Path, encoding: str) -> list[str]:
+    """Returns a remark if some bytes of a file of this encoding (`find_encoding`) were not UTF-8."""
+    return [f"{path.name} is not all UTF-8: the other bytes were read as Windows-1252."] if encoding == _MIXED else []
+
+
 def read_lines(path: Path, encoding: str, errors: str = "replace") -> Iterator[str]:
     """Yields the lines of a text file, plain or gzipped (`.gz`), with their line ends.
 
     Raises:
         RunError: A line has more than `_MAX_LINE` characters.
     """
+    if encoding == _MIXED:
+        encoding, errors = "utf-8", _MIXED
     with _open_bytes(path) as file, io.TextIOWrapper(file, encoding, errors=errors, newline="") as lines:
         number = 0
         while line := lines.readline(_MAX_LINE):
@@ -88,7 +111,7 @@ def find_encoding(path: Path) -> str:
     """Finds the encoding of a text file, plain or gzipped (`.gz`).
 
     A byte order mark decides between UTF-8, UTF-16 and UTF-32; without one, zero bytes mean UTF-16. A file that is
-    valid UTF-8 as a whole is UTF-8; any other file is Windows-1252.
+    valid UTF-8 as a whole is UTF-8; in any other file, the bytes that are not UTF-8 are Windows-1252.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     with _open_bytes(path) as file:
@@ -106,7 +129,7 @@ def find_encoding(path: Path) -> str:
                 decoder.decode(block)
             decoder.decode(b"", final=True)
         except UnicodeDecodeError:
-            return "cp1252"
+            return _MIXED
     return "utf-8"
 
 

@@ -106,7 +106,7 @@ _FLAT = [
     _Case("no table of views", lambda o: (o.flat / "indiana_projections.csv").unlink(), 2,
           "no indiana_projections.csv in"),
     _Case("another encoding", lambda o: _change(_table(o), lambda d: d.replace(b"clear", b"cl\xe9r")),
-          0, "it was read as Windows-1252"),
+          0, "the other bytes were read as Windows-1252"),
     _Case("an open quote", lambda o: _change(_table(o), lambda d: d + b'9,"a'), 1,
           "indiana_reports.csv:8: not valid CSV"),
     _Case("an id that is no number", lambda o: _change(_table(o), lambda d: d + b"NaN,,,,,,x,\n"), 0,
@@ -158,7 +158,7 @@ _CHEXPERT = [
     _Case("a study without its image", lambda c: _set(
         c, 2, path_to_image="train/patient00099/study1/view1_frontal.jpg"), 0, "missing image"),
     _Case("another encoding", lambda c: _change(c.table, lambda d: d.replace(b"clear", b"cl\xe9ar")), 0,
-          "it was read as Windows-1252"),
+          "the other bytes were read as Windows-1252"),
     _Case("labels cut short", lambda c: _change(_labels(c), lambda d: d[:-9]), 1,
           "findings_fixed.json:11: the last line is cut short"),
     _Case("no images at all", lambda c: (c.root / "PNG").rename(c.root / "x"), 1, "Images were searched in"),

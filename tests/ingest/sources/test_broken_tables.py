@@ -125,6 +125,7 @@ def test_rows(case: str, films: Path, capfd: pytest.CaptureFixture[str]) -> None
         (lambda text: text.encode("utf-8-sig"), "Größe"),
         (lambda text: text.encode("utf-16"), "Größe"),
         (lambda text: text.encode("cp1252"), "Größe"),
+        (lambda text: text.encode() + "b.png,Größe\n".encode("cp1252"), "Größe"),  # another editor added a row
         (lambda text: text.replace(",", ";").encode(), "Größe"),
         (lambda text: text.replace("\n", "\r\n").encode(), "Größe"),
         (lambda text: text.replace(",", "\t").encode(), "Größe"),

@@ -340,7 +340,7 @@ def test_rows_of_the_flat_tables(openi: Any, read: Read) -> None:
     assert {reason: entry.count for reason, entry in log.skipped.items()} == {
         "row of a table cannot be used": 4, "id seen before": 1, "report missing": 1, "no findings": 1,
     }  # fmt: skip
-    assert "indiana_reports.csv is not UTF-8: it was read as Windows-1252." in log.remarks
+    assert "indiana_reports.csv is not all UTF-8: the other bytes were read as Windows-1252." in log.remarks
 
 
 def test_flat_tables_of_a_data_frame_and_shorter_names(openi: Any, read: Read) -> None:
