@@ -17,7 +17,7 @@ SEED = 0
 LEVEL = 0.95
 
 _ROWS = 500  # resamples in memory at a time
-_CELLS = 10_000_000  # counts in memory at a time: 500 resamples of 100,000 studies would need 1.2 GB
+_CELLS = 20_000_000  # counts in memory at a time: 500 resamples of 100,000 studies would need 1.2 GB
 
 Floats = NDArray[np.float64]
 Combine = Callable[[Floats, int], Floats]  # (sums [..., k], number of studies) -> scores [..., names]
