@@ -45,14 +45,14 @@ def write_split(
     limit: int | None = None,
     workers: int = 0,
     advance: Callable[[int], None] = lambda n: None,
-    keep: Callable[[Sequence[int], Sequence[str]], None] = lambda indices, reports: None,
+    keep: Callable[[Sequence[WrittenReport]], None] = lambda reports: None,
 ) -> list[str]:
     """Writes a report for each study of a dataset, divided among all processes.
 
     Args:
         limit: number of studies to use from the start.
         advance: called with the number of newly finished studies.
-        keep: called with newly finished studies of this process and their reports.
+        keep: called with new reports of this process; their keys are indices of studies.
 
     Returns:
         The reports of all studies in the order of the dataset, on every process.
@@ -67,10 +67,9 @@ def write_split(
 
     written: list[tuple[int, str]] = []
     for done in writer.write(studies()):
-        reports = [(study.key, study.text) for study in done]
-        written += reports
-        keep(*zip(*reports, strict=True))
-        advance(len(reports) * accelerator.num_processes)
+        written += [(study.key, study.text) for study in done]
+        keep(done)
+        advance(len(done) * accelerator.num_processes)
     if accelerator.num_processes > 1:
         from accelerate.utils import gather_object
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -61,6 +62,7 @@ class WrittenReport:
         confidence: confidence of the model; None if not requested.
         film_distance: distance of its films from the training films; None: unknown.
         findings: probability of each finding by the findings head; empty: no head, or not requested.
+        samples: how often each text was sampled, if it was chosen among samples.
     """
 
     key: Any
@@ -70,6 +72,7 @@ class WrittenReport:
     confidence: Confidence | None = None
     film_distance: MeasuredDistance | None = None
     findings: Mapping[str, float] = field(default_factory=dict)
+    samples: Mapping[str, int] = field(default_factory=dict)
 
 
 class Writer:
@@ -97,6 +100,7 @@ class Writer:
         self.film_distance = film_distance
         self._distances: dict[Any, MeasuredDistance] = {}  # of studies in decoding
         self._findings: dict[Any, Mapping[str, float]] = {}
+        self._samples: dict[Any, Mapping[str, int]] = {}
         self.confident = confident
         self.settings = settings
         self.device = device
@@ -144,13 +148,14 @@ class Writer:
                 found = waiting.setdefault(key, {})
                 found[number] = report
                 if len(found) == samples:
-                    complete.append((key, self._most_agreed(waiting.pop(key))))
+                    complete.append((key, self._most_agreed(key, waiting.pop(key))))
             if complete:
                 yield complete
 
-    def _most_agreed(self, found: Mapping[int, Report]) -> Report:
+    def _most_agreed(self, key: Any, found: Mapping[int, Report]) -> Report:
         reports = [found[number] for number in sorted(found)]
         texts = [self.model.decode(report.tokens) for report in reports]
+        self._samples[key] = Counter(texts)
         return reports[most_agreed(texts, self.settings.consensus_scores)]
 
     @property
@@ -186,7 +191,8 @@ class Writer:
         if self.confident:
             confidence = read_confidence(text, tokens, report.token_log_probabilities, self.model.decode)
         distance, findings = self._distances.pop(key, None), self._findings.pop(key, {})
-        return WrittenReport(key, text, report.log_probability, tokens, confidence, distance, findings)
+        samples = self._samples.pop(key, {})
+        return WrittenReport(key, text, report.log_probability, tokens, confidence, distance, findings, samples)
 
 
 def _chain(first: Prompts, following: Iterator[Prompts]) -> Iterator[Prompts]:

@@ -23,7 +23,7 @@ from emrrg_cli.evaluation.language import require_java
 from emrrg_cli.evaluation.outputs import DATA, OWN_FILES, write_assessment
 from emrrg_cli.evaluation.predictions import Predictions
 from emrrg_cli.evaluation.protocol import describe_protocol, reference_reports
-from emrrg_cli.evaluation.split_reports import MADE_WITH, kept_predictions, made_with, write_predictions
+from emrrg_cli.evaluation.split_reports import MADE_WITH, SAMPLES, kept_predictions, made_with, write_predictions
 from emrrg_cli.files.atomic import atomic_write_text
 from emrrg_cli.files.locks import locked
 from emrrg_cli.files.output_paths import check_writable, refuse_links
@@ -90,6 +90,9 @@ def run_evaluation(
     options = options or RunOptions()
     if recipe.data.root is None:
         raise UsageError("no data: give --data DIR", hint="DIR is a dataset directory written by `emrrg preprocess`.")
+    if recipe.evaluation.samples and recipe.generation.consensus is None:
+        hint = "Give generation.consensus=48 generation.num_beams=1 generation.do_sample=true."
+        raise UsageError("evaluation.samples needs generation.consensus: without it no reports are sampled", hint=hint)
     require_java(recipe.evaluation.tokenizer)
     silence_libraries()
     splits = open_dataset(recipe.data.root)
@@ -185,7 +188,7 @@ def _write(
     predictions = kept_predictions(target, record, dataset.study_ids)
     if predictions is None:
         if accelerator.is_main_process:
-            for stale in (target / DATA, target / MADE_WITH, *target.glob("predictions_*.jsonl")):
+            for stale in (target / DATA, target / MADE_WITH, target / SAMPLES, *target.glob("predictions_*.jsonl")):
                 stale.unlink(missing_ok=True)  # these files belong to earlier predictions
         began = time.perf_counter()
         predictions = write_predictions(model, dataset, references, recipe, accelerator, folder=target)

@@ -14,17 +14,19 @@ from emrrg_cli.console import counted, progress_bar
 from emrrg_cli.datasets.report_dataset import Example, ReportDataset
 from emrrg_cli.datasets.shard_files import find_shards
 from emrrg_cli.decoding.reports import write_split
+from emrrg_cli.decoding.writer import WrittenReport
 from emrrg_cli.errors import EmrrgError
 from emrrg_cli.evaluation.predictions import PREDICTIONS, Predictions, prediction_row, save_predictions
-from emrrg_cli.files.atomic import whole_directory
+from emrrg_cli.files.atomic import atomic_write_bytes, whole_directory
 from emrrg_cli.files.output_paths import directory_guard
-from emrrg_cli.files.records import append_jsonl, read_jsonl, read_record
+from emrrg_cli.files.records import append_jsonl, jsonl_line, read_jsonl, read_record
 from emrrg_cli.models.report_generator import ReportGenerator
 from emrrg_cli.recipe.finetuning import FinetuneRecipe
 from emrrg_cli.signals import interrupted_by
 from emrrg_cli.versions import installed_versions
 
 MADE_WITH = "made_with.json"
+SAMPLES = "samples.jsonl"
 
 
 def data_settings(recipe: FinetuneRecipe) -> dict[str, Any]:
@@ -53,6 +55,7 @@ def _report_settings(recipe: FinetuneRecipe) -> dict[str, Any]:
         "data": data_settings(recipe),
         "generation": recipe.generation.model_dump(mode="json", exclude={"batch_size"}),
         "references": recipe.evaluation.references,
+        "samples": recipe.evaluation.samples,
         "findings_threshold": recipe.model.findings_threshold,
     }
 
@@ -114,14 +117,17 @@ def write_predictions(
     partial = folder / f"{stem}{rank}.jsonl.partial"
     partial.unlink(missing_ok=True)  # left by an earlier evaluation
     folder.mkdir(parents=True, exist_ok=True)
-    require_folder = directory_guard(folder)
-    kept = 0
+    require_folder, kept = directory_guard(folder), 0
+    sampled: dict[int, dict[str, Any]] | None = {} if recipe.evaluation.samples and name == PREDICTIONS else None
 
-    def keep(indices: Sequence[int], reports: Sequence[str]) -> None:
+    def keep(reports: Sequence[WrittenReport]) -> None:
         nonlocal kept
         require_folder()
-        for index, report in zip(indices, reports, strict=True):
-            append_jsonl(partial, prediction_row(study_ids[index], references[index], report))
+        for one in reports:
+            row = prediction_row(study_ids[one.key], references[one.key], one.text)
+            append_jsonl(partial, row)
+            if sampled is not None:
+                sampled[one.key] = row | {"samples": one.samples}
         kept += len(reports)
 
     with (
@@ -137,12 +143,24 @@ def write_predictions(
             advance=advance,
             keep=keep,
         )
+    require_folder()
+    if sampled is not None:
+        _save_samples(folder / SAMPLES, sampled, accelerator)
     if accelerator.is_main_process:
-        require_folder()
         save_predictions(folder / name, Predictions(study_ids, references, hypotheses))
         for left in folder.glob(f"{stem}*.jsonl.partial"):
             left.unlink(missing_ok=True)
     return Predictions(study_ids, references, hypotheses)
+
+
+def _save_samples(file: Path, sampled: dict[int, dict[str, Any]], accelerator: Any) -> None:
+    # One line for each study, with how often each text was sampled.
+    if accelerator.num_processes > 1:
+        from accelerate.utils import gather_object
+
+        sampled = dict(gather_object(list(sampled.items())))
+    if accelerator.is_main_process:
+        atomic_write_bytes(file, b"".join(jsonl_line(sampled[index]) for index in sorted(sampled)))
 
 
 class OtherFilms(Dataset[Example]):

@@ -303,6 +303,7 @@ class EvaluationSettings(Settings):
         "whole", description="clipped: references are cut to data.max_report_tokens, as in the released code"
     )
     tokenizer: Tokenizer = Field("whitespace", description="ptb needs Java")
+    samples: bool = Field(False, description="also write the samples of generation.consensus, to samples.jsonl")
 
 
 class FinetuneRecipe(Settings):

@@ -19,6 +19,7 @@ from emrrg_cli.evaluation.protocol import describe_protocol
 from emrrg_cli.evaluation.run import RunOptions, run_evaluation
 from emrrg_cli.files.records import read_jsonl
 from emrrg_cli.recipe.load import load_run_recipe
+from tests.benchmarks.agreement import chosen
 
 
 @pytest.fixture(autouse=True)
@@ -195,6 +196,24 @@ def test_reports_of_other_studies_are_not_reused(evaluate: Any, tmp_path: Path) 
     assert file.read_text() == "".join(lines)
     (tmp_path / "out" / "made_with.json").write_text("{")
     assert evaluate(overwrite=True)["predictions_reused"] is False
+
+
+def test_samples_are_written_on_request(evaluate: Any, tmp_path: Path) -> None:
+    sampling = ("generation.num_beams=1", "generation.do_sample=true", "generation.temperature=3.0")
+    scores = {"BLEU_1": 1.0, "word_recall": 0.5}
+    agreement = (f"generation.consensus_scores={json.dumps(scores)}", "generation.consensus=8")
+    result = evaluate(*sampling, *agreement, "evaluation.samples=true")
+    rows = read_jsonl(tmp_path / "out" / "samples.jsonl")
+    for row, written in zip(rows, result["predictions"], strict=True):
+        assert (row["study_id"], row["reference"]) == (written["study_id"], written["reference"])
+        assert sum(row["samples"].values()) == 8
+        assert chosen(row["samples"], scores) == written["hypothesis"]
+    assert len(rows[0]["samples"]) > 1
+    plain = evaluate(*sampling, *agreement, name="plain")
+    assert plain["predictions"] == result["predictions"]
+    assert not (tmp_path / "plain" / "samples.jsonl").exists()
+    with pytest.raises(UsageError, match="needs generation"):
+        evaluate("evaluation.samples=true", name="other")
 
 
 def test_reports_of_an_earlier_version_are_reused(evaluate: Any, tmp_path: Path) -> None:
