@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,15 @@ def chosen(samples: Mapping[str, int], scores: Mapping[str, float]) -> str:
     """Returns the sample that agrees best with all samples of a study."""
     texts = [text for text, times in samples.items() for _ in range(times)]
     return texts[most_agreed(texts, scores)]
+
+
+def together(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Returns the studies with the samples of all runs."""
+    pooled: dict[str, dict[str, Any]] = {}
+    for row in chain.from_iterable(runs):
+        study = pooled.setdefault(row["study_id"], {"reference": row["reference"], "samples": Counter()})
+        study["samples"].update(row["samples"])
+    return list(pooled.values())
 
 
 def measured(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, float]:
@@ -66,6 +77,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("evaluations", nargs="+", type=Path, help="evaluation directories with samples.jsonl")
     parser.add_argument("--scores", nargs="+", default=[], metavar="{NAME: WEIGHT}")
+    parser.add_argument(
+        "--together", action="store_true", help="choose among the samples of all evaluations: an ensemble"
+    )
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     agreements = [yaml.safe_load(text) for text in options.scores]
@@ -77,6 +91,8 @@ def main() -> None:
     runs = [measured([row["reference"] for row in rows], [row["hypothesis"] for row in rows]) for rows in own]
     print(line("own", runs), flush=True)
     sampled = [read(folder, "samples.jsonl") for folder in options.evaluations]
+    if options.together:
+        sampled = [together(sampled)]
     with ProcessPoolExecutor(options.processes) as pool:
         for scores in agreements:
             runs = []
