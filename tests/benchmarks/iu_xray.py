@@ -211,6 +211,8 @@ class Chain:
         if row.of is not None:
             decoding = row.of_stage("finetune")
         place = self.work / run / "evaluation" / f"{split}{_digest(decoding)}"
+        if self.options.samples and BEAMS[0] not in decoding:
+            decoding = (*decoding, "evaluation.samples=true")
         arguments = ("evaluate", *decoding, "--model", str(self.work / run), "--split", split)
         arguments += ("--output", str(place), "--overwrite", *(("--image-controls",) if split == "test" else ()))
         return self._add(Job(f"{_file(row.name)}-{seed}-{split}", arguments, place, (run,), self._share))
@@ -376,6 +378,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--test", action="store_true", help="read the test split; needs --frozen")
     parser.add_argument("--frozen", metavar="COMMIT")
     parser.add_argument("--predict-test", metavar="ROWS", help="rows whose test reports are written, but not shown")
+    parser.add_argument("--samples", action="store_true", help="evaluations keep their samples, for agreement.py")
     parser.add_argument("--overrides", nargs="*", default=[], help="changes of every row, as in --add")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--list", action="store_true", help="show the rows and end")
