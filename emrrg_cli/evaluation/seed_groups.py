@@ -75,8 +75,8 @@ def seed_groups(
         if means[0] is None or mean is None:
             remarks.append(f"{group['name']}: not tested against {groups[0]['name']}, since the studies differ.")
             continue
-        gains = {name: mean[name] - means[0][name] for name in mean}
         studies = rows[0]["studies"]
+        gains = {name: bootstrap.widened(mean[name] - means[0][name], studies) for name in mean}
         group["against_first"] = {
             "differences": {name: group["mean"][name] - groups[0]["mean"][name] for name in gains},
             "intervals": {name: list(bootstrap.interval(gain)) for name, gain in gains.items()},
