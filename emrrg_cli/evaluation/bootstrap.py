@@ -6,7 +6,9 @@ scored again. CIDEr's document frequencies always come from all references.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,18 +33,26 @@ def resampled_sums(statistics: Floats, resamples: int, seed: int = SEED) -> Floa
     return np.concatenate([weights @ statistics for weights in _draws(len(statistics), resamples, seed)])
 
 
-def interval(scores: Floats) -> tuple[float, float]:
-    """Returns the ends of the interval that holds the middle 95 % of the resampled scores `[resamples]`."""
-    tail = (1 - LEVEL) / 2
-    low, high = np.quantile(scores, [tail, 1 - tail])
+def interval(scores: Floats, studies: int | None = None) -> tuple[float, float]:
+    """Returns the ends of the interval that holds the middle 95 % of the resampled scores `[resamples]`.
+
+    Args:
+        studies: Their number. For few, the interval holds more of the scores (see `widened`): with 10 studies, it holds
+            the mean in 95 % of experiments, and the middle 95 % do in 90 %. None: the scores are `widened`.
+    """
+    low, high = np.quantile(scores, _ends(studies))
     return float(low), float(high)
 
 
 def intervals(statistics: Floats, combine: Combine, resamples: int = RESAMPLES) -> Floats:
     """Returns lower and upper ends `[names, 2]` of the 95 % intervals; `combine` computes the scores from sums."""
     scores = combine(resampled_sums(statistics, resamples), len(statistics))
-    tail = (1 - LEVEL) / 2
-    return np.asarray(np.quantile(scores, [tail, 1 - tail], axis=0).T, np.float64)
+    return np.asarray(np.quantile(scores, _ends(len(statistics)), axis=0).T, np.float64)
+
+
+def _ends(studies: int | None) -> list[float]:
+    tail = NormalDist().cdf(NormalDist().inv_cdf((1 - LEVEL) / 2) * (1.0 if studies is None else _growth(studies)))
+    return [tail, 1 - tail]
 
 
 def p_greater(differences: Floats, resamples: int = TEST_RESAMPLES, seed: int = SEED) -> float:
@@ -72,11 +82,15 @@ def widened(gains: Floats, studies: int) -> Floats:
 
     Source: Hesterberg, What Teachers Should Know About the Bootstrap, The American Statistician 69 (2015).
     """
-    freedom = max(1, studies - 1)
-    z = 1.96**2
-    ratio = 1 + (z + 1) / (4 * freedom) + (5 * z**2 + 16 * z + 3) / (96 * freedom**2)  # Cornish and Fisher
     mean = gains.mean(axis=0)
-    return np.asarray(mean + ratio * np.sqrt(1 + 1 / freedom) * (gains - mean), np.float64)
+    return np.asarray(mean + _growth(studies) * (gains - mean), np.float64)
+
+
+def _growth(studies: int) -> float:
+    freedom = max(1, studies - 1)
+    z = NormalDist().inv_cdf((1 + LEVEL) / 2) ** 2
+    ratio = 1 + (z + 1) / (4 * freedom) + (5 * z**2 + 16 * z + 3) / (96 * freedom**2)  # Cornish and Fisher
+    return float(ratio * math.sqrt(1 + 1 / freedom))
 
 
 def least_p(studies: int) -> float:

@@ -92,7 +92,7 @@ def compare(
         drawn = _combine(statistics, sums, studies)
         row: dict[str, Any] = {"name": name, "studies": studies}
         row["scores"] = {key: float(value) for key, value in combined.items()}
-        row["intervals"] = {key: list(bootstrap.interval(value)) for key, value in drawn.items()}
+        row["intervals"] = {key: list(bootstrap.interval(value, studies)) for key, value in drawn.items()}
         row["settings"] = {key: (one.settings or {}).get(key) for key in varying}
         same = list(one.predictions.study_ids) == list(contenders[0].predictions.study_ids)
         resampled.append(drawn if same else None)

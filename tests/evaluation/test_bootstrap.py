@@ -71,6 +71,14 @@ def test_the_rate_of_false_positives_is_as_stated() -> None:
     assert 0.01 <= np.mean(alarms) <= 0.09
 
 
+def test_intervals_of_few_studies_hold_the_mean() -> None:
+    draw = np.random.default_rng(0)
+    ends = [bootstrap.intervals(draw.normal(0, 1, (10, 1)), _mean)[0] for _ in range(1000)]
+    assert 0.925 <= np.mean([low <= 0 <= high for low, high in ends]) <= 0.97
+    scores = np.random.default_rng(0).random(1000)
+    assert bootstrap.interval(scores, 10_000) == pytest.approx(bootstrap.interval(scores), abs=1e-3)
+
+
 @pytest.mark.parametrize("studies", [6, 10, 20])
 def test_few_studies_give_no_more_false_positives(studies: int) -> None:
     draw = np.random.default_rng(studies)
