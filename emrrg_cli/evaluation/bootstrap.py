@@ -2,6 +2,9 @@
 
 Every score is a function of sums over studies. A resample is therefore one row of a matrix product, and no text is
 scored again. CIDEr's document frequencies always come from all references.
+
+Studies count as independent. Several studies of one patient, as in MIMIC-CXR, are not: if the differences of 13 studies
+a patient have a correlation of .1, p is below .05 in 18 percent of tests without a difference.
 """
 
 from __future__ import annotations
