@@ -19,8 +19,10 @@ from emrrg_cli.decoding.read_studies import unused_note, view_limit
 from emrrg_cli.decoding.writer import Studies, Writer, WrittenReport, autocast_of, autocast_without_cache
 from emrrg_cli.default_model import find_default_model
 from emrrg_cli.errors import UsageError, require_path
+from emrrg_cli.imaging.dicom.facts import find_dicom_facts
 from emrrg_cli.imaging.raster import resize_square
 from emrrg_cli.imaging.read import read_image
+from emrrg_cli.imaging.views import view_of_path, view_token
 from emrrg_cli.models.film_distance import FilmDistance
 from emrrg_cli.models.report_generator import ReportGenerator
 from emrrg_cli.recipe.finetuning import FinetuneRecipe, GenerationSettings
@@ -104,7 +106,8 @@ class Generator:
         Args:
             studies: a list, column or generator with an image or a list of images (the views of one study) for each
                 study, as paths, bytes or PIL images. As in `emrrg generate`, the first `data.max_views` images of a
-                study are used, or 16 with a warning.
+                study are used, or 16 with a warning, and a model with `model.view_tokens` gets the projections that
+                DICOM headers and names such as `view1_frontal.jpg` tell.
             context: context of each study, such as `{"indication": "cough", "age": 45}`, with fields of the run's
                 `data.context`; None: no context.
 
@@ -132,7 +135,9 @@ class Generator:
                 f"there are {len(studies)} studies and {len(contexts)} contexts", hint="Give one for each."
             )
         most = self.recipe.data.max_views
-        return self.generate_pixels([study_pixels(study, size, most) for study in studies], contexts=contexts)
+        pixels = [study_pixels(study, size, most) for study in studies]
+        told = None if self.model.view_embedding is None else [study_projections(study, most) for study in studies]
+        return self.generate_pixels(pixels, contexts=contexts, projections=told)
 
     def write(self, studies: Iterable[Studies]) -> Iterator[list[WrittenReport]]:
         """Yields reports as soon as they are finished; see `Writer.write`."""
@@ -166,11 +171,13 @@ class Generator:
         self,
         studies: Sequence[torch.Tensor],
         contexts: Sequence[Mapping[ContextField, str]] | None = None,
+        projections: Sequence[Sequence[int]] | None = None,
     ) -> list[str]:
         """Writes a report for each study; each is uint8 `[views, size, size]`.
 
         Args:
             contexts: context of each study from `read_context`; None: no context.
+            projections: index into `VIEW_TOKENS` of each view of each study; None: all unknown.
         """
         numbers = range(len(studies))  # they seed sampling
         size = self.recipe.generation.batch_size
@@ -178,7 +185,8 @@ class Generator:
         def batch(part: slice) -> Studies:
             views = torch.tensor([len(study) for study in studies[part]])
             pixels = torch.cat(list(studies[part]))
-            return Studies(numbers[part], numbers[part], pixels, views, contexts[part] if contexts else ())
+            told = None if projections is None else torch.tensor([place for own in projections[part] for place in own])
+            return Studies(numbers[part], numbers[part], pixels, views, contexts[part] if contexts else (), told)
 
         batches = (batch(slice(start, start + size)) for start in range(0, len(studies), size))
         found = {study.key: study.text for done in self.writer.write(batches) for study in done}
@@ -192,7 +200,7 @@ def study_pixels(study: Study, size: int, most: int | None = None) -> torch.Tens
         ImageError: for an image that cannot be read.
         UsageError: for a study without images.
     """
-    pictures = study if isinstance(study, Sequence) and not isinstance(study, str | bytes) else [study]
+    pictures = _pictures(study)
     if not pictures:
         raise UsageError("a study has no images")
     used = pictures[: view_limit(most)]
@@ -200,6 +208,21 @@ def study_pixels(study: Study, size: int, most: int | None = None) -> torch.Tens
         first = str(used[0]) if isinstance(used[0], str | Path) else "<image>"
         warnings.warn(unused_note(len(pictures), first), stacklevel=2)
     return torch.from_numpy(np.stack([resize_square(read_image(picture), size) for picture in used]))
+
+
+def study_projections(study: Study, most: int | None = None) -> list[int]:
+    """Returns an index into `VIEW_TOKENS` for each view of `study_pixels`, from DICOM headers or the names of files."""
+    found = []
+    for picture in _pictures(study)[: view_limit(most)]:
+        source = Path(picture) if isinstance(picture, str) else picture
+        facts = find_dicom_facts(source) if isinstance(source, Path | bytes) else None
+        name = view_of_path(str(source)) if isinstance(source, Path) else ""
+        found.append(view_token((facts.view if facts else "") or name))
+    return found
+
+
+def _pictures(study: Study) -> Sequence[Picture]:
+    return study if isinstance(study, Sequence) and not isinstance(study, str | bytes) else [study]
 
 
 def load_generator(

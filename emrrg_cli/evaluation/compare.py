@@ -92,7 +92,7 @@ def compare(
         drawn = _combine(statistics, sums, studies)
         row: dict[str, Any] = {"name": name, "studies": studies}
         row["scores"] = {key: float(value) for key, value in combined.items()}
-        row["intervals"] = {key: list(bootstrap.interval(value)) for key, value in drawn.items()}
+        row["intervals"] = {key: list(bootstrap.interval(value, studies)) for key, value in drawn.items()}
         row["settings"] = {key: (one.settings or {}).get(key) for key in varying}
         same = list(one.predictions.study_ids) == list(contenders[0].predictions.study_ids)
         resampled.append(drawn if same else None)
@@ -170,10 +170,11 @@ def _test(
         sums = {key: bootstrap.resampled_sums(value, resamples) for key, value in rows.items()}
         drawn.append(_combine(rows, sums, len(common)))
         exact.append(_combine(rows, {key: value.sum(axis=0) for key, value in rows.items()}, len(common)))
+    gains = {name: bootstrap.widened(drawn[1][name] - drawn[0][name], len(common)) for name in drawn[0]}
     return {
         "studies": len(common),
         "differences": {name: float(exact[1][name] - exact[0][name]) for name in exact[0]},
-        "intervals": {name: list(bootstrap.interval(drawn[1][name] - drawn[0][name])) for name in drawn[0]},
+        "intervals": {name: list(bootstrap.interval(gain)) for name, gain in gains.items()},
         "p": {name: bootstrap.p_two_sided(drawn[0][name], drawn[1][name], len(common)) for name in drawn[0]},
     }
 

@@ -46,5 +46,6 @@ def _moved(images: Tensor, draws: Tensor, settings: AugmentSettings) -> Tensor:
     across, down = 2 * settings.shift * draws[2], 2 * settings.shift * draws[3]
     cos, sin = angle.cos() / size, angle.sin() / size
     matrix = torch.stack([torch.stack([cos, -sin, across], dim=-1), torch.stack([sin, cos, down], dim=-1)], dim=-2)
-    grid = F.affine_grid(matrix, [len(images), 1, *images.shape[1:]], align_corners=False)
-    return F.grid_sample(images[:, None], grid, mode="bilinear", padding_mode="zeros", align_corners=False)[:, 0]
+    with torch.autocast(images.device.type, enabled=False):  # bf16 would round positions by up to a pixel
+        grid = F.affine_grid(matrix, [len(images), 1, *images.shape[1:]], align_corners=False)
+        return F.grid_sample(images[:, None], grid, mode="bilinear", padding_mode="zeros", align_corners=False)[:, 0]

@@ -13,7 +13,7 @@ from emrrg_cli.recipe.common import LoopSettings
 
 
 def build_optimizer(model: nn.Module, settings: LoopSettings) -> torch.optim.AdamW:
-    """Builds AdamW for the trainable parameters; vectors (biases, norms, gates, tokens) and `A_log` have no decay.
+    """Builds AdamW for the trainable parameters; vectors (biases, norms, tokens) and `A_log` have no decay.
 
     The learning rate of a step is multiplied by `lr_scale` of each group.
 

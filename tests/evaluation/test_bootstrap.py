@@ -71,6 +71,22 @@ def test_the_rate_of_false_positives_is_as_stated() -> None:
     assert 0.01 <= np.mean(alarms) <= 0.09
 
 
+def test_intervals_of_few_studies_hold_the_mean() -> None:
+    draw = np.random.default_rng(0)
+    ends = [bootstrap.intervals(draw.normal(0, 1, (10, 1)), _mean)[0] for _ in range(1000)]
+    assert 0.925 <= np.mean([low <= 0 <= high for low, high in ends]) <= 0.97
+    scores = np.random.default_rng(0).random(1000)
+    assert bootstrap.interval(scores, 10_000) == pytest.approx(bootstrap.interval(scores), abs=1e-3)
+
+
+@pytest.mark.parametrize("studies", [6, 10, 20])
+def test_few_studies_give_no_more_false_positives(studies: int) -> None:
+    draw = np.random.default_rng(studies)
+    drawn = [bootstrap.resampled_sums(draw.normal(0, 1, (studies, 1)), 1000)[:, 0] for _ in range(1000)]
+    alarms = [bootstrap.p_two_sided(np.zeros(1000), sums, studies) < 0.05 for sums in drawn]
+    assert 0.03 <= np.mean(alarms) <= 0.07
+
+
 def test_a_corpus_score_is_resampled_as_a_whole() -> None:
     # BLEU is no mean over studies: the interval of two kinds of studies lies around the score of the corpus.
     statistics = np.array([[5, 4, 3, 2, 10, 9, 8, 7, 10, 10], [9, 8, 7, 6, 10, 9, 8, 7, 10, 10]] * 100, float)

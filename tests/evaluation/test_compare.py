@@ -107,16 +107,17 @@ def test_groups_of_seeds_are_tested_over_studies_and_seeds() -> None:
     def runs(targets: str, rights: list[float]) -> list[Contender]:
         return [_contender(f"{targets}-{i}", right, _chain(targets, i)) for i, right in enumerate(rights)]
 
-    first = runs("X", [0.3, 0.35])
-    result = compare([*first, *runs("better", [0.9, 0.95]), *runs("unsure", [0.2, 0.95])], resamples=500)
+    first = runs("X", [0.3, 0.32, 0.35])
+    others = [*runs("better", [0.9, 0.92, 0.95]), *runs("unsure", [0.2, 0.6, 0.95])]
+    result = compare([*first, *others], resamples=500)
     groups = result["groups"]
     assert "against_first" not in groups[0]
     better, unsure = groups[1]["against_first"], groups[2]["against_first"]
     assert better["p"]["CIDEr"] < 0.01 < better["intervals"]["CIDEr"][0] < better["differences"]["CIDEr"]
     assert unsure["p"]["CIDEr"] > 0.05  # one of its seeds is worse
-    spread = [result["rows"][i]["scores"]["CIDEr"] - result["rows"][i - 4]["scores"]["CIDEr"] for i in (4, 5)]
-    assert unsure["differences"]["CIDEr"] == pytest.approx(sum(spread) / 2)
-    assert unsure["intervals"]["CIDEr"][1] - unsure["intervals"]["CIDEr"][0] > spread[1] - spread[0]
+    spread = [result["rows"][i]["scores"]["CIDEr"] - result["rows"][i - 6]["scores"]["CIDEr"] for i in (6, 7, 8)]
+    assert unsure["differences"]["CIDEr"] == pytest.approx(sum(spread) / 3)
+    assert unsure["intervals"]["CIDEr"][1] - unsure["intervals"]["CIDEr"][0] > max(spread) - min(spread)
     same = compare([*first, *(replace(one, name=f"again-{one.name}", settings=_chain("Z", i)) for i, one in
                               enumerate(first))], resamples=100)["groups"][1]["against_first"]  # fmt: skip
     assert set(same["p"].values()) == {1.0}

@@ -77,3 +77,13 @@ def test_each_image_gets_its_own_changes() -> None:
     assert 0 <= float(first.min()) <= float(first.max()) <= 255
     torch.manual_seed(3)
     assert torch.equal(augmented(_square(4), settings), first)
+
+
+def test_bf16_autocast_changes_no_position() -> None:
+    images = torch.randint(0, 256, (2, 96, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    settings = AugmentSettings(rotate=5, shift=0.05, scale=0.1)
+    torch.manual_seed(3)
+    expected = augmented(images, settings)
+    torch.manual_seed(3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(augmented(images, settings), expected)

@@ -80,6 +80,12 @@ def test_generate_and_evaluate_use_known_views(
     reports = {name: row["report"] for name, row in found.items()}
     assert reports["view1_frontal"] == reports["pa"] != reports["view2_lateral"] == reports["ll"]
     assert reports["plain"] not in (reports["pa"], reports["ll"])
+    from emrrg_cli.decoding.reports import load_generator
+
+    given = [films / "plain.png", str(films / "view1_frontal.png"), [films / "view2_lateral.png"],
+             (films / "pa.dcm").read_bytes(), films / "ll.dcm"]  # fmt: skip
+    wanted = [reports[name] for name in ("plain", "view1_frontal", "view2_lateral", "pa", "ll")]
+    assert load_generator(told_run, device="cpu").generate(given) == wanted
 
 
 @pytest.mark.slow
