@@ -35,6 +35,7 @@ from emrrg_cli.commands.training import align, finetune, pretrain
 from emrrg_cli.commands.usage import use_plain_help, what_to_type
 from emrrg_cli.console import err, lossy_stderr, printable
 from emrrg_cli.errors import EmrrgError, Interrupted
+from emrrg_cli.signals import interrupted_in_imports
 from emrrg_cli.training.launch import leave_processes, tell_launcher
 from emrrg_cli.versions import installed_versions
 
@@ -104,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What follows `emrrg`; None takes the arguments of the process.
     """
     _open_closed_streams()
-    with lossy_stderr():
+    with lossy_stderr(), interrupted_in_imports():
         return _main(arguments)
 
 
