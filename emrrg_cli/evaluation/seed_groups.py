@@ -73,7 +73,7 @@ def seed_groups(
         studies = rows[0]["studies"]
         group["against_first"] = {
             "differences": {name: group["mean"][name] - groups[0]["mean"][name] for name in gains},
-            "intervals": {name: list(bootstrap.interval(gain)) for name, gain in gains.items()},
+            "intervals": bootstrap.intervals_of(gains, studies),
             "p": {name: bootstrap.p_two_sided(means[0][name], mean[name], studies) for name in gains},
         }
     return groups

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+from numbers import Real
 from pathlib import Path
 from typing import IO
 
 from PIL import Image
 
-from emrrg_cli.errors import require_path
+from emrrg_cli.errors import UsageError, require_path
 from emrrg_cli.imaging.base import (
     DICOM_SUFFIXES,
     MAX_PIXELS,
@@ -55,12 +56,16 @@ def read_image(source: Path | str | bytes | Image.Image, max_pixels: int = MAX_P
         A new image of mode `L`, `[h, w]`, 0 black to 255 white. `image_notes` returns the notes about it.
 
     Raises:
-        UsageError: `source` is none of these.
+        UsageError: `source` is none of these, or `max_pixels` is not a number above 0.
         ImageError: With a short reason: missing image, image path is a folder, not a regular file, no permission to
             read, cannot be opened, empty file, not an image, image format not supported, too many pixels, truncated
             image, broken image; of DICOM also file too large, no pixel data, multi-frame DICOM, DICOM compression not
             supported.
     """
+    if not isinstance(max_pixels, Real) or not max_pixels > 0:
+        raise UsageError(
+            f"max_pixels must be a number above 0, not {max_pixels!r}", hint="Leave it out for the default."
+        )
     return to_grey(load_image(source, max_pixels))
 
 

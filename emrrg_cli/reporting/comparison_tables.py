@@ -34,9 +34,8 @@ def comparison_rows(result: Mapping[str, Any], *, intervals: bool = True) -> lis
     for row in result["rows"]:
         cells = []
         for name, value in row["scores"].items():
-            low, high = row["intervals"][name]
-            interval = f" [{low:.3f}, {high:.3f}]" if intervals else ""
-            cells.append(f"{value:.3f}{_mark(row, name)}{interval}")
+            ends = row["intervals"].get(name) if intervals else None
+            cells.append(f"{value:.3f}{_mark(row, name)}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else ""))
         rows.append(_line(result, row, cells))
     return rows
 

@@ -16,6 +16,7 @@ from emrrg_cli.errors import UsageError
 from emrrg_cli.evaluation.compare import Contender, compare, find_contender
 from emrrg_cli.evaluation.language import score
 from emrrg_cli.evaluation.predictions import Predictions
+from emrrg_cli.reporting.comparison_tables import comparison_csv, comparison_markdown
 from emrrg_cli.scoring.meteor import java_path
 
 WORDS = "the heart is enlarged no effusion left right pneumothorax . lungs are clear".split()  # noqa: SIM905
@@ -52,6 +53,16 @@ def test_a_real_difference_is_found_and_a_random_one_is_not() -> None:
     assert better["p"]["CIDEr"] < 0.01 < better["differences"]["CIDEr"]
     assert (same["p"]["CIDEr"], same["differences"]["CIDEr"]) == (1.0, 0.0)
     assert [row["name"] for row in result["rows"]] == ["a (1)", "b", "a (3)"]
+
+
+def test_a_few_studies_have_no_intervals() -> None:
+    few = [replace(one, predictions=one.predictions.at(range(2))) for one in (_contender("a", 0.3), _contender("b", 1))]
+    result = compare(few, resamples=100)
+    assert all(row["intervals"] == {} for row in result["rows"])
+    assert result["rows"][1]["against_first"]["intervals"] == {}
+    assert result["remarks"] == [f"{name} has 2 studies; intervals need 6." for name in "ab"]
+    assert "[" not in comparison_markdown(result)
+    assert "a,2,BLEU_1," in comparison_csv(result)
 
 
 def test_the_order_of_studies_does_not_matter() -> None:
