@@ -132,7 +132,10 @@ def _main(arguments: Sequence[str] | None) -> int:
         if isinstance(error.__context__, BrokenPipeError):
             return 141
         raise
-    except Exception as error:
+    except BaseException as error:
+        # Libraries in Rust panic with an exception of their own, which is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             return 141
         _show_traceback()

@@ -225,6 +225,15 @@ def test_an_error_is_one_message_and_an_exit_code(
     assert captured.out == ""
 
 
+def test_a_panic_of_a_library_is_one_message(raises: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    raises(type("PanicException", (BaseException,), {})("too many retries"))
+    assert main(["doctor"]) == 1
+    assert capsys.readouterr().err.startswith("unexpected error: PanicException: too many retries\n")
+    raises(GeneratorExit())
+    with pytest.raises(GeneratorExit):
+        main(["doctor"])
+
+
 def test_long_messages_keep_their_paths_whole(raises: Any, capsys: pytest.CaptureFixture[str]) -> None:
     path = "/".join(["directory"] * 40)
     raises(RunError(f"{path} is missing"))
