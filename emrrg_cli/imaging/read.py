@@ -20,7 +20,7 @@ from emrrg_cli.imaging.base import (
     open_stream,
     too_many_pixels,
 )
-from emrrg_cli.imaging.jpeg import MAX_MENDED, mend
+from emrrg_cli.imaging.jpeg import MAX_MENDED, mend, too_many_scans
 from emrrg_cli.imaging.notes import add_notes
 from emrrg_cli.imaging.rare import rare_codec, read_rare, read_unidentified, unread_jpeg
 from emrrg_cli.imaging.raster import decode_image, open_header, to_grey
@@ -111,6 +111,8 @@ def _load(
         if (rare := read_unidentified(stream, where, size, max_pixels, error)) is not None:
             return rare
         raise refusal(error, head, size) from None
+    if image.format in ("JPEG", "MPO") and (scans := too_many_scans(stream)):
+        raise ImageError(where, "broken image", scans)
     if codec := rare_codec(image, head):
         if (pixels := image.width * image.height) > max_pixels:
             raise too_many_pixels(where, image.width, image.height, max_pixels)
