@@ -33,7 +33,7 @@ from emrrg_cli.commands.preprocess import app as preprocess_app
 from emrrg_cli.commands.recipe import app as recipe_app
 from emrrg_cli.commands.training import align, finetune, pretrain
 from emrrg_cli.commands.usage import use_plain_help, what_to_type
-from emrrg_cli.console import err, lossy_stderr, printable
+from emrrg_cli.console import err, lossy_stderr, printable_lines
 from emrrg_cli.errors import EmrrgError, Interrupted
 from emrrg_cli.signals import interrupted_in_imports
 from emrrg_cli.training.launch import leave_processes, tell_launcher
@@ -179,14 +179,10 @@ def _run(arguments: Sequence[str]) -> int:
 def _fail(message: str, hint: str | None, code: int, *, label: str = "error: ") -> int:
     # As Text, since messages hold brackets that rich would read as markup; unwrapped, so that paths stay whole.
     # File names and texts of others may hold control characters, which a terminal would obey.
-    err.print(Text.assemble((label, "bold red"), _printable_lines(message)), soft_wrap=True)
+    err.print(Text.assemble((label, "bold red"), printable_lines(message)), soft_wrap=True)
     if hint:
-        err.print(Text(_printable_lines(hint)), soft_wrap=True)
+        err.print(Text(printable_lines(hint)), soft_wrap=True)
     return code
-
-
-def _printable_lines(text: str) -> str:
-    return "\n".join(printable(line) for line in text.split("\n"))
 
 
 def _debugging() -> bool:

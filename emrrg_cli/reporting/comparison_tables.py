@@ -115,10 +115,15 @@ def comparison_markdown(result: Mapping[str, Any]) -> str:
     for rows, note in tables:
         lines = [heads, ["---"] * len(heads), *rows]
         parts += [
-            "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines),
+            "\n".join("| " + " | ".join(map(_markdown, line)) + " |" for line in lines),
             note,
         ]
-    return "\n\n".join([*parts, *result["remarks"]]) + "\n"
+    return "\n\n".join([*parts, *(_markdown(printable(remark)) for remark in result["remarks"])]) + "\n"
+
+
+def _markdown(text: str) -> str:
+    # Names of files are of others: Markdown passes HTML on.
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
 
 
 def comparison_csv(result: Mapping[str, Any]) -> str:

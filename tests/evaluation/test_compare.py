@@ -65,6 +65,18 @@ def test_a_few_studies_have_no_intervals() -> None:
     assert "a,2,BLEU_1," in comparison_csv(result)
 
 
+def test_names_of_files_are_neither_html_nor_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [tmp_path / "<img src=x onerror=alert(1)>.jsonl", tmp_path / "a\x1b[31m|b.jsonl"]
+    for file in files:
+        file.write_text('{"id": "s", "hypothesis": "clear", "reference": "clear"}\n')
+    assert main(["compare", *map(str, files), "--output", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr()
+    written = (tmp_path / "out" / "compare.md").read_text()
+    assert "\x1b" not in shown.out + shown.err + written
+    assert "<img" not in written
+    assert "&lt;img src=x onerror=alert(1)> has 1 study; intervals need 6." in written
+
+
 def test_the_order_of_studies_does_not_matter() -> None:
     first = _contender("a", 0.5)
     order = list(reversed(range(len(TRUTH))))
