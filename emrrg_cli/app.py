@@ -33,8 +33,9 @@ from emrrg_cli.commands.preprocess import app as preprocess_app
 from emrrg_cli.commands.recipe import app as recipe_app
 from emrrg_cli.commands.training import align, finetune, pretrain
 from emrrg_cli.commands.usage import use_plain_help, what_to_type
-from emrrg_cli.console import err, lossy_stderr, printable
+from emrrg_cli.console import err, lossy_stderr, printable_lines
 from emrrg_cli.errors import EmrrgError, Interrupted
+from emrrg_cli.signals import interrupted_in_imports
 from emrrg_cli.training.launch import leave_processes, tell_launcher
 from emrrg_cli.versions import installed_versions
 
@@ -104,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What follows `emrrg`; None takes the arguments of the process.
     """
     _open_closed_streams()
-    with lossy_stderr():
+    with lossy_stderr(), interrupted_in_imports():
         return _main(arguments)
 
 
@@ -131,7 +132,10 @@ def _main(arguments: Sequence[str] | None) -> int:
         if isinstance(error.__context__, BrokenPipeError):
             return 141
         raise
-    except Exception as error:
+    except BaseException as error:
+        # Libraries in Rust panic with an exception of their own, which is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             return 141
         _show_traceback()
@@ -175,14 +179,10 @@ def _run(arguments: Sequence[str]) -> int:
 def _fail(message: str, hint: str | None, code: int, *, label: str = "error: ") -> int:
     # As Text, since messages hold brackets that rich would read as markup; unwrapped, so that paths stay whole.
     # File names and texts of others may hold control characters, which a terminal would obey.
-    err.print(Text.assemble((label, "bold red"), _printable_lines(message)), soft_wrap=True)
+    err.print(Text.assemble((label, "bold red"), printable_lines(message)), soft_wrap=True)
     if hint:
-        err.print(Text(_printable_lines(hint)), soft_wrap=True)
+        err.print(Text(printable_lines(hint)), soft_wrap=True)
     return code
-
-
-def _printable_lines(text: str) -> str:
-    return "\n".join(printable(line) for line in text.split("\n"))
 
 
 def _debugging() -> bool:

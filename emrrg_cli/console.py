@@ -10,8 +10,16 @@ from typing import Any, TextIO, cast
 
 from rich.console import Console
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+
+class _PlainConsole(Console):
+    """Shows control characters in texts as escapes: names of files may hold codes that a terminal would obey."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*(printable_lines(one) if isinstance(one, str) else one for one in objects), **options)
+
+
+out = _PlainConsole(highlight=False)
+err = _PlainConsole(stderr=True, highlight=False)
 
 
 @contextmanager
@@ -81,6 +89,11 @@ def counted(count: int, unit: str) -> str:
     """A count with its unit: `1 study`, `2,955 studies`."""
     plural = {"study": "studies", "hypothesis": "hypotheses"}.get(unit, f"{unit}s")
     return f"{count:,} {unit if count == 1 else plural}"
+
+
+def printable_lines(text: str) -> str:
+    """`printable` of each line."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def printable(text: str) -> str:

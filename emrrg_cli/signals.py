@@ -6,10 +6,11 @@ SIGINT (Ctrl-C, exit code 130), SIGTERM (143), and where the system has them SIG
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from emrrg_cli.errors import Interrupted
@@ -45,3 +46,31 @@ def interrupted_by(*signals: signal.Signals, message: Callable[[], str]) -> Iter
     finally:
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
+
+
+@contextmanager
+def interrupted_in_imports() -> Iterator[None]:
+    """In the block, Ctrl-C while a module is imported ends the process at once, with exit code 130.
+
+    Elsewhere it raises `KeyboardInterrupt`, as always. C extensions that import Python modules turn that exception into
+    others, which have nothing to do with it, or abort. Commands that have work to save replace this handler.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        while frame is not None:
+            if frame.f_globals.get("__name__") == "importlib._bootstrap":
+                with suppress(OSError):  # a closed stderr
+                    os.write(2, b"interrupted\n")
+                os._exit(128 + number)
+            frame = frame.f_back
+        raise KeyboardInterrupt
+
+    own = threading.current_thread() is threading.main_thread()
+    if not own or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # that of a caller stays
+        yield
+        return
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

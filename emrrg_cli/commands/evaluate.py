@@ -225,7 +225,7 @@ def _write_rexrank(file: Path, target: Path) -> None:
 
 
 def _show(result: dict[str, Any], what: str, as_json: bool) -> None:
-    from emrrg_cli.console import counted, err, out
+    from emrrg_cli.console import counted, err, out, printable
     from emrrg_cli.reporting.evaluation_tables import evaluation_tables
     from emrrg_cli.reporting.tables import DISCLAIMER
 
@@ -233,7 +233,7 @@ def _show(result: dict[str, Any], what: str, as_json: bool) -> None:
         out.print_json(data=result)
         err.print(DISCLAIMER)
         return
-    for table in evaluation_tables(result, f"{what}, {counted(result['studies'], 'study')}", out.width):
+    for table in evaluation_tables(result, f"{printable(what)}, {counted(result['studies'], 'study')}", out.width):
         out.print(table)
     out.print(result["protocol_line"], markup=False, soft_wrap=True)
     style = None if result["image_matters"] else "bold red"

@@ -133,12 +133,9 @@ def generate(
 
     check_device(device)
     images, overrides = split_arguments(paths or [], needed=table is None)
-    if model is None:
-        hint = f"Name the run directory: `emrrg generate {shlex.join(images) or 'IMAGES'} --model RUN`."
-        model = find_default_model(hint)
-        err.print("No --model is given: the model that comes with emrrg writes the reports.")
-    if limits := read_limits(model):
-        err.print(f"Note: {printable(limits)}.", markup=False, soft_wrap=True)
+    unnamed = model is None
+    hint = f"Name the run directory: `emrrg generate {shlex.join(images) or 'IMAGES'} --model RUN`."
+    model = model or find_default_model(hint)
     settings = load_run_recipe(model, recipe, overrides, "generate")
 
     from emrrg_cli.decoding.shards import Shard
@@ -159,6 +156,10 @@ def generate(
 
     studies = with_contexts(studies, given, settings.data)
     machine = _machine(device, num_processes)
+    if unnamed:
+        err.print("No --model is given: the model that comes with emrrg writes the reports.")
+    if limits := read_limits(model):
+        err.print(f"Note: {printable(limits)}.", markup=False, soft_wrap=True)
     shown = PageOptions(page, grounding, printable(shlex.join(["emrrg", *invocation.obj.arguments])))
     result = run_generation(
         studies, model, settings, output, machine=machine, overwrite=overwrite, shard=part, page=shown

@@ -29,7 +29,10 @@ RecipeName = Annotated[
 NumProcesses = Annotated[
     int | None,
     typer.Option(
-        "--num-processes", help="Number of processes; default: one per GPU, one without a GPU.", show_default=False
+        "--num-processes",
+        min=1,
+        help="Number of processes; default: one per GPU, one without a GPU.",
+        show_default=False,
     ),
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show how each tensor of the earlier stage is used.")]

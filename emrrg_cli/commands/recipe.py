@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from emrrg_cli.commands.options import Json, TrainingOverrides
+from emrrg_cli.console import printable
 from emrrg_cli.errors import UsageError
 
 app = typer.Typer(help="List, show, copy and check recipes.", no_args_is_help=True)
@@ -103,7 +104,7 @@ def cp(
     if target.exists() and not overwrite:
         raise UsageError(f"{target} already exists", hint="Choose another name, or replace it with --overwrite.")
     atomic_write_text(target, read_text(source))
-    typer.echo(f"{target}: a copy of {name}")
+    typer.echo(printable(f"{target}: a copy of {name}"))
 
 
 @app.command("validate", no_args_is_help=True)
@@ -120,7 +121,7 @@ def validate(name: Name, overrides: TrainingOverrides = None) -> None:
     document = resolve_recipe(name, overrides or [])
     check_data(document.get("data", {}))
     protocol = f", protocol {document['protocol']}" if "protocol" in document else ""
-    typer.echo(f"{name}: ok (stage {document['stage']}{protocol})")
+    typer.echo(printable(f"{name}: ok (stage {document['stage']}{protocol})"))
 
 
 def _comments(path: Path) -> tuple[str, str]:

@@ -93,8 +93,10 @@ def what_to_type(error: Any, arguments: Sequence[str], commands: Sequence[str]) 
         commands: Names of the program's commands.
     """
     kind = type(error).__name__
+    if kind == "BadParameter" and (message := _wrong_number(error, arguments)):
+        return message, None
     # Click adds its own guesses to the message of an unknown option.
-    message: str = error.message if kind == "NoSuchOption" else error.format_message()
+    message = error.message if kind == "NoSuchOption" else error.format_message()
     path = error.ctx.command_path if getattr(error, "ctx", None) else "emrrg"
     command = path.removeprefix("emrrg").strip().partition(" ")[0]
     if message.startswith("No such command"):
@@ -116,6 +118,23 @@ def what_to_type(error: Any, arguments: Sequence[str], commands: Sequence[str]) 
         value = arguments[place].partition("=")[2] or next(iter(arguments[place + 1 :]), "VALUE")
         return message, f"Change recipe settings with key=value, without dashes: {key}={shlex.quote(value)}"
     return message, None
+
+
+def _wrong_number(error: Any, arguments: Sequence[str]) -> str | None:
+    """Says what the option takes if it takes a number, else None. Typer's own words depend on its version."""
+    option = error.param
+    if option is None or not re.search("Input should be|is not a valid integer|is not in the range", error.message):
+        return None
+    places = (option, getattr(option, "type", None))  # newer and older versions
+    least, most = (
+        next((n for one in places if (n := getattr(one, name, None)) is not None), None) for name in ("min", "max")
+    )
+    allowed = "" if least is None else f", {least} or more" if most is None else f" from {least} to {most}"
+    given = ""
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, sign, value = argument.partition("=")
+        given = (value if sign else following) if name in option.opts else given
+    return f"{option.opts[0]} must be a whole number{allowed}, got {given or 'nothing'}"
 
 
 def _close(word: str, names: Sequence[str]) -> list[str]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL.Image import Image
 
 from emrrg_cli.datasets.epochs import evaluation_batches
 from emrrg_cli.datasets.loading import load_batches
@@ -19,6 +22,7 @@ from emrrg_cli.decoding.read_studies import unused_note, view_limit
 from emrrg_cli.decoding.writer import Studies, Writer, WrittenReport, autocast_of, autocast_without_cache
 from emrrg_cli.default_model import find_default_model
 from emrrg_cli.errors import UsageError, require_path
+from emrrg_cli.imaging.base import ImageError
 from emrrg_cli.imaging.dicom.facts import find_dicom_facts
 from emrrg_cli.imaging.raster import resize_square
 from emrrg_cli.imaging.read import read_image
@@ -30,11 +34,7 @@ from emrrg_cli.runtime import choose_device
 from emrrg_cli.vocabulary import ContextField
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from PIL.Image import Image
-
-    Picture = Image | Path | str
+    Picture = Image | Path | str | bytes
     Study = Picture | Sequence[Picture]
 
 
@@ -112,12 +112,14 @@ class Generator:
                 `data.context`; None: no context.
 
         Returns:
-            One report per study, in order. Research output: not for diagnosis.
+            One report per study, in order; empty for a study without a readable image. A warning names each image that
+            cannot be read; the other images of its study are used. Research output: not for diagnosis.
 
         Raises:
-            ImageError: for an image that cannot be read; the message names it.
+            ImageError: if no image of any study can be read; the message names the first.
             UsageError: for a study without images, a single study instead of a list, or a context that the model does
-                not read.
+                not read. All studies are checked first, except those of a generator without `context`: they are
+                requested one batch at a time, so that they need little memory.
         """
         if (
             isinstance(studies, str | bytes | Mapping | set)
@@ -125,19 +127,32 @@ class Generator:
             or hasattr(studies, "columns")
         ):
             raise UsageError("generate takes a list of studies", hint="For one image: generate([image]).")
-        studies = list(studies)
-        size = self.recipe.model.encoder.image_size
         if not isinstance(context, Sequence | None) or not all(isinstance(one, Mapping) for one in context or ()):
             raise UsageError("context must be a list of dictionaries", hint='For one study: [{"age": 45}].')
         contexts = None if context is None else [read_context(one, self.recipe.data) for one in context]
-        if contexts is not None and len(contexts) != len(studies):
-            raise UsageError(
-                f"there are {len(studies)} studies and {len(contexts)} contexts", hint="Give one for each."
-            )
-        most = self.recipe.data.max_views
-        pixels = [study_pixels(study, size, most) for study in studies]
-        told = None if self.model.view_embedding is None else [study_projections(study, most) for study in studies]
-        return self.generate_pixels(pixels, contexts=contexts, projections=told)
+        if contexts is not None or not isinstance(studies, Iterator):
+            studies = list(studies)
+            for study in studies:
+                _pictures(study)
+            if contexts is not None and len(contexts) != len(studies):
+                raise UsageError(
+                    f"there are {len(studies)} studies and {len(contexts)} contexts", hint="Give one for each."
+                )
+        unread: list[ImageError] = []
+        reports = self._write(self._read(studies, unread), contexts)
+        if unread and not any(reports):
+            raise unread[0]
+        return reports
+
+    def _read(self, studies: Iterable[Study], unread: list[ImageError]) -> Iterator[tuple[torch.Tensor, list[int]]]:
+        size, most = self.recipe.model.encoder.image_size, self.recipe.data.max_views
+        for number, study in enumerate(studies):
+
+            def skip(error: ImageError, number: int = number) -> None:
+                warnings.warn(f"study {number}: {error.message}", stacklevel=2)
+                unread[:] = unread or [error]  # only the first: each holds the frames in which it was raised
+
+            yield _read_views(study, size, most, skip)
 
     def write(self, studies: Iterable[Studies]) -> Iterator[list[WrittenReport]]:
         """Yields reports as soon as they are finished; see `Writer.write`."""
@@ -168,29 +183,40 @@ class Generator:
             return ground_reports(self.model, all_pixels, views, tokens, sentences, contexts, projections)
 
     def generate_pixels(
-        self,
-        studies: Sequence[torch.Tensor],
-        contexts: Sequence[Mapping[ContextField, str]] | None = None,
-        projections: Sequence[Sequence[int]] | None = None,
+        self, studies: Iterable[torch.Tensor], contexts: Sequence[Mapping[ContextField, str]] | None = None
     ) -> list[str]:
-        """Writes a report for each study; each is uint8 `[views, size, size]`.
+        """Writes a report for each study; each is uint8 `[views, size, size]`. Without views it is empty.
 
         Args:
+            studies: requested one batch at a time.
             contexts: context of each study from `read_context`; None: no context.
-            projections: index into `VIEW_TOKENS` of each view of each study; None: all unknown.
         """
-        numbers = range(len(studies))  # they seed sampling
-        size = self.recipe.generation.batch_size
+        return self._write(((pixels, [view_token("")] * len(pixels)) for pixels in studies), contexts)
 
-        def batch(part: slice) -> Studies:
-            views = torch.tensor([len(study) for study in studies[part]])
-            pixels = torch.cat(list(studies[part]))
-            told = None if projections is None else torch.tensor([place for own in projections[part] for place in own])
-            return Studies(numbers[part], numbers[part], pixels, views, contexts[part] if contexts else (), told)
+    def _write(
+        self,
+        studies: Iterable[tuple[torch.Tensor, list[int]]],
+        contexts: Sequence[Mapping[ContextField, str]] | None,
+    ) -> list[str]:
+        # Each study: its views, and their indices into `VIEW_TOKENS`.
+        reports: list[str] = []
 
-        batches = (batch(slice(start, start + size)) for start in range(0, len(studies), size))
-        found = {study.key: study.text for done in self.writer.write(batches) for study in done}
-        return [found[number] for number in numbers]
+        def batches() -> Iterator[Studies]:
+            numbered = enumerate(studies)  # the numbers seed sampling
+            while some := list(islice(numbered, self.recipe.generation.batch_size)):
+                reports.extend("" for _ in some)
+                read = {number: study for number, study in some if len(study[0])}
+                if read:
+                    views = torch.tensor([len(pixels) for pixels, _ in read.values()])
+                    told = torch.tensor([place for _, places in read.values() for place in places])
+                    known = [contexts[number] for number in read] if contexts else ()
+                    pixels = torch.cat([pixels for pixels, _ in read.values()])
+                    yield Studies([*read], [*read], pixels, views, known, told)
+
+        for done in self.writer.write(batches()):
+            for study in done:
+                reports[study.key] = study.text
+        return reports
 
 
 def study_pixels(study: Study, size: int, most: int | None = None) -> torch.Tensor:
@@ -198,31 +224,51 @@ def study_pixels(study: Study, size: int, most: int | None = None) -> torch.Tens
 
     Raises:
         ImageError: for an image that cannot be read.
-        UsageError: for a study without images.
+        UsageError: for a study without images, or an image that is none.
     """
+    return _read_views(study, size, most, None)[0]
+
+
+def _read_views(
+    study: Study, size: int, most: int | None, skip: Callable[[ImageError], None] | None
+) -> tuple[torch.Tensor, list[int]]:
+    # Views and their indices into `VIEW_TOKENS`. `skip` is called for each image that cannot be read and is left out.
     pictures = _pictures(study)
-    if not pictures:
-        raise UsageError("a study has no images")
-    used = pictures[: view_limit(most)]
-    if most is None and len(used) < len(pictures):
-        first = str(used[0]) if isinstance(used[0], str | Path) else "<image>"
-        warnings.warn(unused_note(len(pictures), first), stacklevel=2)
-    return torch.from_numpy(np.stack([resize_square(read_image(picture), size) for picture in used]))
+    read: list[NDArray[np.uint8]] = []
+    told: list[int] = []
+    for picture in pictures:
+        if len(read) == view_limit(most):
+            if most is None:
+                first = str(pictures[0]) if isinstance(pictures[0], str | Path) else "<image>"
+                warnings.warn(unused_note(len(pictures), first), stacklevel=2)
+            break
+        try:
+            read.append(resize_square(read_image(picture), size))
+        except ImageError as error:
+            if skip is None:
+                raise
+            skip(error)
+        else:
+            told.append(_projection(picture))
+    return torch.from_numpy(np.stack(read) if read else np.zeros((0, size, size), np.uint8)), told
 
 
-def study_projections(study: Study, most: int | None = None) -> list[int]:
-    """Returns an index into `VIEW_TOKENS` for each view of `study_pixels`, from DICOM headers or the names of files."""
-    found = []
-    for picture in _pictures(study)[: view_limit(most)]:
-        source = Path(picture) if isinstance(picture, str) else picture
-        facts = find_dicom_facts(source) if isinstance(source, Path | bytes) else None
-        name = view_of_path(str(source)) if isinstance(source, Path) else ""
-        found.append(view_token((facts.view if facts else "") or name))
-    return found
+def _projection(picture: Picture) -> int:
+    """Returns the index into `VIEW_TOKENS` of an image, from its DICOM header or the name of its file."""
+    source = Path(picture) if isinstance(picture, str) else picture
+    facts = find_dicom_facts(source) if isinstance(source, Path | bytes) else None
+    name = view_of_path(str(source)) if isinstance(source, Path) else ""
+    return view_token((facts.view if facts else "") or name)
 
 
 def _pictures(study: Study) -> Sequence[Picture]:
-    return study if isinstance(study, Sequence) and not isinstance(study, str | bytes) else [study]
+    pictures = study if isinstance(study, Sequence) and not isinstance(study, str | bytes) else [study]
+    if not pictures:
+        raise UsageError("a study has no images")
+    for picture in pictures:
+        if not isinstance(picture, bytes | Image):
+            require_path(picture, "an image that is neither bytes nor a PIL image")
+    return pictures
 
 
 def load_generator(

@@ -88,7 +88,8 @@ def assess(predictions: Predictions, options: Options | None = None) -> Assessme
     record["clinical"] = {name: _clinical(counts) for name, counts in counted.items()}
     for name, grid in record["clinical"].items():
         _add_intervals(grid, counted[name], dealt_counted.get(name, {}), options.resamples)
-    record["left_out"] = judge.left_out
+    few = bootstrap.few_studies(len(references))
+    record["left_out"] = judge.left_out | ({} if few is None else {"intervals": few})
     if options.merged:
         record["merged"] = dict(options.merged)
     cider = statistics[CIDER][:, 0]
@@ -138,7 +139,8 @@ class _Judge:
     def intervals(self, statistics: Mapping[str, Floats], resamples: int) -> dict[str, list[float]]:
         ends: dict[str, list[float]] = {}
         for one in self.scored:
-            if (counted := statistics.get(one.names[0])) is not None:
+            counted = statistics.get(one.names[0])
+            if counted is not None and not bootstrap.few_studies(len(counted)):
                 rows = bootstrap.intervals(counted, one.combine, resamples)
                 ends.update(zip(one.names, rows.tolist(), strict=True))
         return ends
@@ -169,8 +171,9 @@ def _clinical(counted: Counted) -> dict[str, Any]:
 def _add_intervals(grid: dict[str, Any], counted: Counted, dealt: Counted, resamples: int) -> None:
     """Adds the intervals of micro and macro F1, and the p values that they are above those of the shuffled reports."""
     for policy, rows in counted.items():
-        ends = bootstrap.intervals(rows, clinical.headline, resamples)
-        grid[policy]["intervals"] = dict(zip(clinical.HEADLINE, ends.tolist(), strict=True))
+        if not bootstrap.few_studies(len(rows)):
+            ends = bootstrap.intervals(rows, clinical.headline, resamples)
+            grid[policy]["intervals"] = dict(zip(clinical.HEADLINE, ends.tolist(), strict=True))
         if policy in dealt:
             p = bootstrap.p_scores_greater(rows, dealt[policy], clinical.headline)
             grid[policy]["p_above_dealt"] = dict(zip(clinical.HEADLINE, p.tolist(), strict=True))

@@ -10,16 +10,22 @@ a patient have a correlation of .1, p is below .05 in 18 percent of tests withou
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
 
+from emrrg_cli.console import counted
+
 RESAMPLES = 1_000
 TEST_RESAMPLES = 10_000
 SEED = 0
 LEVEL = 0.95
+
+# Studies that an interval needs. Of fewer, even the range of all values holds the median with less than 95 %
+# probability, 1 - 2 * 0.5^n, and a bootstrap of one or two gives intervals without width.
+LEAST_STUDIES = 6
 
 _ROWS = 500  # resamples in memory at a time
 _CELLS = 20_000_000  # counts in memory at a time: 500 resamples of 100,000 studies would need 1.2 GB
@@ -45,6 +51,18 @@ def interval(scores: Floats, studies: int | None = None) -> tuple[float, float]:
     """
     low, high = np.quantile(scores, _ends(studies))
     return float(low), float(high)
+
+
+def few_studies(studies: int) -> str | None:
+    """Returns why there are no intervals of so few studies, or None."""
+    return f"{counted(studies, 'study')}; intervals need {LEAST_STUDIES}" if studies < LEAST_STUDIES else None
+
+
+def intervals_of(drawn: Mapping[str, Floats], studies: int, *, are_widened: bool = False) -> dict[str, list[float]]:
+    """Returns the interval of each score of `studies` studies, given its resampled values; none of too few studies."""
+    if few_studies(studies):
+        return {}
+    return {name: list(interval(values, None if are_widened else studies)) for name, values in drawn.items()}
 
 
 def intervals(statistics: Floats, combine: Combine, resamples: int = RESAMPLES) -> Floats:

@@ -67,6 +67,7 @@ def compare(
     Returns:
         `rows`: for each contender its `name`, `studies`, `scores`, `intervals`, and `against_first` (differences, their
         95 % intervals and two-sided p values by paired bootstrap; absent for the first, None without common studies).
+        There are no intervals of less than `bootstrap.LEAST_STUDIES`.
         `settings`: names of the settings that differ between runs. `groups`: means and standard deviations of runs that
         differ only in their seed, tested against the group of the first run (`emrrg_cli.evaluation.seed_groups`).
         `remarks`: warnings for the user.
@@ -92,7 +93,9 @@ def compare(
         drawn = _combine(statistics, sums, studies)
         row: dict[str, Any] = {"name": name, "studies": studies}
         row["scores"] = {key: float(value) for key, value in combined.items()}
-        row["intervals"] = {key: list(bootstrap.interval(value, studies)) for key, value in drawn.items()}
+        row["intervals"] = bootstrap.intervals_of(drawn, studies)
+        if few := bootstrap.few_studies(studies):
+            remarks.append(f"{name} has {few}.")
         row["settings"] = {key: (one.settings or {}).get(key) for key in varying}
         same = list(one.predictions.study_ids) == list(contenders[0].predictions.study_ids)
         resampled.append(drawn if same else None)
@@ -174,7 +177,7 @@ def _test(
     return {
         "studies": len(common),
         "differences": {name: float(exact[1][name] - exact[0][name]) for name in exact[0]},
-        "intervals": {name: list(bootstrap.interval(gain)) for name, gain in gains.items()},
+        "intervals": bootstrap.intervals_of(gains, len(common), are_widened=True),
         "p": {name: bootstrap.p_two_sided(drawn[0][name], drawn[1][name], len(common)) for name in drawn[0]},
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -157,7 +158,8 @@ def _ids(table: Table, given: str | None) -> list[str]:
     places: dict[str, str] = {}
     for place, row in zip(table.places, table.records, strict=True):
         value = row.get(name)
-        if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
+        whole = isinstance(value, str | int) or (isinstance(value, float) and value.is_integer())
+        if isinstance(value, bool) or not whole or not str(value).strip():
             missing = f"no id in {name!r}"
             other = f"the id in {name!r} must be a text or a whole number, not {_shown(value)}"
             empty = value is None or not str(value).strip()
@@ -169,7 +171,9 @@ def _ids(table: Table, given: str | None) -> list[str]:
                 hint="List each study only once, or name another column with --id-column.",
             )
         places[study] = place
-    return list(places)
+    # As data frames write the numbers of a column with gaps. Where only some ids have it, it may be a part of them.
+    floats = all(re.fullmatch(r"[0-9]+\.0", study) for study in places)
+    return [study.removesuffix(".0") if floats else study for study in places]
 
 
 def _name(table: Table, what: str, given: str | None, names: Sequence[str]) -> str:

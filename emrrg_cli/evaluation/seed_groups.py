@@ -79,7 +79,7 @@ def seed_groups(
         gains = {name: bootstrap.widened(mean[name] - means[0][name], studies) for name in mean}
         group["against_first"] = {
             "differences": {name: group["mean"][name] - groups[0]["mean"][name] for name in gains},
-            "intervals": {name: list(bootstrap.interval(gain)) for name, gain in gains.items()},
+            "intervals": bootstrap.intervals_of(gains, studies, are_widened=True),
             "p": {name: bootstrap.p_two_sided(means[0][name], mean[name], studies) for name in gains},
         }
     return groups

@@ -6,7 +6,7 @@ from __future__ import annotations
 import io
 import math
 import struct
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -16,6 +16,7 @@ END = b"\xff\xd9"  # end of image (JPEG, JPEG-LS), end of codestream (JPEG 2000)
 # Start of frame: baseline, extended, progressive, lossless and their arithmetic forms; JPEG-LS.
 _FRAMES = (set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}) | {0xF7}
 _SCAN = b"\xff\xda"
+_MOST_SCANS = 100  # progressive images have about ten
 # Compressed data escape their own 0xff and hold restart markers; any other marker ends them.
 _WITHIN_SCAN = {0x00, *range(0xD0, 0xD8)}
 _J2K_SIZE = b"\xff\x4f\xff\x51"
@@ -39,6 +40,20 @@ class Frame(NamedTuple):
     bits: int
     kind: int
     signed: bool = False
+
+
+def too_many_scans(stream: IO[bytes]) -> str:
+    """Says how many scans a JPEG has if they are more than any encoder writes, else nothing. Leaves the stream.
+
+    Each scan of a few bytes costs as much time as the whole image.
+    """
+    place, last, scans = stream.tell(), b"", 0
+    stream.seek(0)
+    while block := stream.read(2**20):
+        scans += (last + block).count(_SCAN)
+        last = block[-1:]
+    stream.seek(place)
+    return f"{scans:,} scans, limit {_MOST_SCANS}" if scans > _MOST_SCANS else ""
 
 
 def frame_of(data: bytes) -> Frame | None:

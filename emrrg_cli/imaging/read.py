@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+from numbers import Real
 from pathlib import Path
 from typing import IO
 
 from PIL import Image
 
-from emrrg_cli.errors import require_path
+from emrrg_cli.errors import UsageError, require_path
 from emrrg_cli.imaging.base import (
     DICOM_SUFFIXES,
     MAX_PIXELS,
@@ -19,7 +20,7 @@ from emrrg_cli.imaging.base import (
     open_stream,
     too_many_pixels,
 )
-from emrrg_cli.imaging.jpeg import MAX_MENDED, mend
+from emrrg_cli.imaging.jpeg import MAX_MENDED, mend, too_many_scans
 from emrrg_cli.imaging.notes import add_notes
 from emrrg_cli.imaging.rare import rare_codec, read_rare, read_unidentified, unread_jpeg
 from emrrg_cli.imaging.raster import decode_image, open_header, to_grey
@@ -55,12 +56,16 @@ def read_image(source: Path | str | bytes | Image.Image, max_pixels: int = MAX_P
         A new image of mode `L`, `[h, w]`, 0 black to 255 white. `image_notes` returns the notes about it.
 
     Raises:
-        UsageError: `source` is none of these.
+        UsageError: `source` is none of these, or `max_pixels` is not a number above 0.
         ImageError: With a short reason: missing image, image path is a folder, not a regular file, no permission to
             read, cannot be opened, empty file, not an image, image format not supported, too many pixels, truncated
             image, broken image; of DICOM also file too large, no pixel data, multi-frame DICOM, DICOM compression not
             supported.
     """
+    if not isinstance(max_pixels, Real) or not max_pixels > 0:
+        raise UsageError(
+            f"max_pixels must be a number above 0, not {max_pixels!r}", hint="Leave it out for the default."
+        )
     return to_grey(load_image(source, max_pixels))
 
 
@@ -106,6 +111,8 @@ def _load(
         if (rare := read_unidentified(stream, where, size, max_pixels, error)) is not None:
             return rare
         raise refusal(error, head, size) from None
+    if image.format in ("JPEG", "MPO") and (scans := too_many_scans(stream)):
+        raise ImageError(where, "broken image", scans)
     if codec := rare_codec(image, head):
         if (pixels := image.width * image.height) > max_pixels:
             raise too_many_pixels(where, image.width, image.height, max_pixels)

@@ -39,10 +39,14 @@ def check_roots_exist(recipe: Settings, *, folders: bool = False, required: bool
             raise UsageError(f"{root}: no such folder", hint="Name a dataset directory or a folder of images.")
         if root is not None and not Path(root).is_dir() and not folders:
             raise UsageError(f"no such dataset directory: {root}", hint="Make one with `emrrg preprocess`.")
-        if root is not None and not folders and not any(any(Path(root).glob(p)) for p in _DATASET_FILES):
+        if root is not None and not folders and not _has_dataset(root):
             raise UsageError(
                 f"{root} is not a dataset directory: it has no data/*.parquet", hint="Make one with `emrrg preprocess`."
             )
+
+
+def _has_dataset(root: str) -> bool:
+    return any(any(Path(root).glob(pattern)) for pattern in _DATASET_FILES)
 
 
 def check_data(data: Mapping[str, Any]) -> None:
@@ -52,7 +56,8 @@ def check_data(data: Mapping[str, Any]) -> None:
         data: The section `data` of a recipe.
 
     Raises:
-        UsageError: `data.sets` names a directory twice, or a setting of the context has no effect.
+        UsageError: `data.sets` names a directory twice, or one inside another, or a setting of the context has no
+            effect.
     """
     names: dict[str, str] = {}
     for root in (one["root"] for one in data.get("sets") or []):
@@ -61,6 +66,13 @@ def check_data(data: Mapping[str, Any]) -> None:
             both = f"{root} twice" if first == root else f"one directory twice, as {first} and {root}"
             raise UsageError(f"data.sets names {both}", hint="Name each directory once.")
         names[real] = root
+    films = {real: root for real, root in names.items() if not _has_dataset(root)}  # read with their subfolders
+    for inner, root in films.items():
+        if (outer := next((films[str(one)] for one in Path(inner).parents if str(one) in films), None)) is not None:
+            raise UsageError(
+                f"data.sets names {outer} and {root}, which is inside it",
+                hint=f"{outer} has the films of both: name only one of them.",
+            )
     for name in ("context_dropout", "context_words"):
         value = data.get(name)
         # A dropout of 0 asks for nothing.

@@ -34,9 +34,8 @@ def comparison_rows(result: Mapping[str, Any], *, intervals: bool = True) -> lis
     for row in result["rows"]:
         cells = []
         for name, value in row["scores"].items():
-            low, high = row["intervals"][name]
-            interval = f" [{low:.3f}, {high:.3f}]" if intervals else ""
-            cells.append(f"{value:.3f}{_mark(row, name)}{interval}")
+            ends = row["intervals"].get(name) if intervals else None
+            cells.append(f"{value:.3f}{_mark(row, name)}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else ""))
         rows.append(_line(result, row, cells))
     return rows
 
@@ -116,10 +115,15 @@ def comparison_markdown(result: Mapping[str, Any]) -> str:
     for rows, note in tables:
         lines = [heads, ["---"] * len(heads), *rows]
         parts += [
-            "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines),
+            "\n".join("| " + " | ".join(map(_markdown, line)) + " |" for line in lines),
             note,
         ]
-    return "\n\n".join([*parts, *result["remarks"]]) + "\n"
+    return "\n\n".join([*parts, *(_markdown(printable(remark)) for remark in result["remarks"])]) + "\n"
+
+
+def _markdown(text: str) -> str:
+    # Names of files are of others: Markdown passes HTML on.
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
 
 
 def comparison_csv(result: Mapping[str, Any]) -> str:

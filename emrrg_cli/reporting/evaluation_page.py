@@ -106,11 +106,11 @@ def _scores(result: Mapping[str, Any]) -> dict[str, Any]:
     empty = [""] * (1 + len(controls))
     rows += [[f"{name} (merged)", _number(value), *empty] for name, value in result.get("merged", {}).items()]
     heads = ["score", "model", "95 % interval", *(CONTROLS.get(name, name) for name in controls)]
-    note = ""
+    note = f"No intervals: {few}. " if (few := result["left_out"].get("intervals")) else ""
     if "dealt" in controls:
         deals, few = controls["dealt"]["deals"], controls["dealt"].get("deals_of_slow_scores")
         slow = "" if few is None else f" (METEOR and BERTScore: of {few})"
-        note = (
+        note += (
             f"Shuffled reports: the same reports, assigned to other studies at random; mean of {deals} shuffles{slow}."
         )
     return {"title": "Language scores", "heads": heads, "rows": rows, "note": note}

@@ -60,6 +60,8 @@ def _scores(result: Mapping[str, Any], title: str) -> Table:
     heads = ["score", "value", "95 % interval", *(CONTROLS.get(name, name) for name in controls)]
     table = _table(title, heads, digits=6)
     table.columns[1].width = None  # as wide as the reason for a missing score
+    if few := reasons.get("intervals"):
+        table.caption = Text(f"No intervals: {few}.")
     if result["intervals"]:
         table.columns[2].width = max(len(_interval(ends)) for ends in result["intervals"].values())
     for name, value in result["scores"].items():

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -224,6 +225,15 @@ def test_an_error_is_one_message_and_an_exit_code(
     assert captured.out == ""
 
 
+def test_a_panic_of_a_library_is_one_message(raises: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    raises(type("PanicException", (BaseException,), {})("too many retries"))
+    assert main(["doctor"]) == 1
+    assert capsys.readouterr().err.startswith("unexpected error: PanicException: too many retries\n")
+    raises(GeneratorExit())
+    with pytest.raises(GeneratorExit):
+        main(["doctor"])
+
+
 def test_long_messages_keep_their_paths_whole(raises: Any, capsys: pytest.CaptureFixture[str]) -> None:
     path = "/".join(["directory"] * 40)
     raises(RunError(f"{path} is missing"))
@@ -261,6 +271,51 @@ def test_ctrl_c_at_a_question_is_an_interruption(raises: Any, capsys: pytest.Cap
     raises(typer.Abort())
     assert main(["doctor"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+_STOPPED_IN_IMPORT = """
+import sys
+from emrrg_cli import diagnosis
+from emrrg_cli.app import main
+sys.path.insert(0, sys.argv[1])
+diagnosis.diagnose = lambda: __import__("stopped")
+sys.exit(main(["doctor"]))
+"""
+_RAISED_IN_EXTENSION = """
+import os, signal
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except BaseException:
+    raise RecursionError
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is another signal there")
+def test_ctrl_c_in_an_import_ends_at_once(light_forked: Any, tmp_path: Path) -> None:
+    (tmp_path / "stopped.py").write_text(_RAISED_IN_EXTENSION)
+    (done,) = light_forked(str(tmp_path), code=_STOPPED_IN_IMPORT)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is another signal there")
+def test_ctrl_c_elsewhere_is_taken_as_before(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("emrrg_cli.diagnosis.diagnose", interrupt)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    caught: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))  # a caller's own handler stays
+    try:
+        main(["doctor"])
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert caught == [signal.SIGINT]
 
 
 def test_a_broken_pipe_other_than_stdout_is_an_error(raises: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -77,7 +77,7 @@ def test_data_may_be_elsewhere(
         (["train.lr=1"], 2, "was settled when the run was trained"),
         (["generation.num_beans=2"], 2, "did you mean generation.num_beams?"),
         (["--recipe", "tiny/finetune"], 2, "for `finetune`, not `evaluate`"),
-        (["--num-processes", "0"], 2, "--num-processes must be 1 or more"),
+        (["--num-processes", "0"], 2, "--num-processes must be a whole number, 1 or more"),
         (["data.section=findings"], 1, "data.section=findings"),
         (["evaluation.tokenizer=ptb"], 1, "the ptb tokenizer needs Java"),
     ],

@@ -72,7 +72,7 @@ def test_the_result_and_next_commands_are_on_stderr(started: list[Any], capsys: 
         (["default/evaluate"], "for `evaluate`, not `finetune`"),
         (["tiny/finetune", "train.learning_rate=1"], "did you mean train.lr?"),
         (["tiny/finetune", "train.lr=fast"], "train.lr"),
-        (["tiny/finetune", "--num-processes", "0"], "--num-processes must be 1 or more"),
+        (["tiny/finetune", "--num-processes", "0"], "--num-processes must be a whole number, 1 or more"),
         (["tiny/finetune", "--resume"], "there is no run to resume here"),
         (["tiny/finetune", "-o", "taken"], "already exists and is not empty"),
         (["tiny/finetune", "-o", "taken/file"], "taken/file already exists"),

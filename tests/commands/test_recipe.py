@@ -161,6 +161,18 @@ def test_a_data_set_that_is_named_twice_is_refused(
     assert main(["recipe", "validate", f"phantom/{stage}", "data.sets=[{root: a}, {root: b}]"]) == 0
 
 
+def test_a_folder_of_films_and_its_subfolder_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "films" / "sub").mkdir(parents=True)
+    (tmp_path / "films" / "set" / "data").mkdir(parents=True)
+    (tmp_path / "films" / "set" / "manifest.json").write_text("{}")
+    sets = "data.sets=[{root: films/sub}, {root: films}]"
+    for command in (["pretrain"], ["recipe", "validate"]):
+        assert main([*command, "phantom/pretrain", sets]) == 2
+        assert "data.sets names films and films/sub, which is inside it" in capsys.readouterr().err
+    for fine in ("{root: films/set}, {root: films}", "{root: films/sub}, {root: films2}"):
+        assert main(["recipe", "validate", "phantom/pretrain", f"data.sets=[{fine}]"]) == 0
+
+
 @pytest.mark.parametrize("setting", ["context_dropout=0.5", "context_words=9"])
 def test_settings_of_a_context_that_is_not_used(setting: str, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["phantom/finetune", f"data.{setting}"]

@@ -91,6 +91,22 @@ def test_wrong_usage_says_what_to_type(line: str, advice: str, capsys: pytest.Ca
     assert advice in shown.err
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("generate no.png --page -1", "--page must be a whole number, 0 or more, got -1"),
+        ("generate no.png --page=x", "--page must be a whole number, 0 or more, got x"),
+        ("generate no.png --num-processes 0", "--num-processes must be a whole number, 1 or more, got 0"),
+        ("data show no --examples 900", "--examples must be a whole number from 0 to 200, got 900"),
+        ("demo --count=", "--count must be a whole number, 10 or more, got nothing"),
+        ("generate no.png", "no.png: no such file or folder"),
+    ],
+)
+def test_a_wrong_value_is_told_first_and_in_words(line: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(line.split()) == 2
+    assert capsys.readouterr().err.startswith(f"error: {said}\n")
+
+
 def test_a_command_without_its_arguments_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["finetune"]) == 2
     shown = capsys.readouterr()

@@ -135,11 +135,56 @@ def test_sampling_is_repeatable(run_dir: Path, images: list[Path]) -> None:
 
 def test_images_that_cannot_be_read_are_named(generator: Generator, images: list[Path], tmp_path: Path) -> None:
     absent = tmp_path / "absent.png"
-    with pytest.raises(ImageError, match=r"absent\.png: missing image"):
-        generator.generate([images[0], absent])
     (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(ImageError, match=r"absent\.png: missing image"), pytest.warns(UserWarning, match=r"text\.png"):
+        generator.generate([[absent], [tmp_path / "text.png"]])
     with pytest.raises(ImageError, match=r"text\.png: not an image"):
-        generator.generate([[images[0], tmp_path / "text.png"]])
+        study_pixels([images[0], tmp_path / "text.png"], 32)
+
+
+def test_an_unreadable_image_costs_no_other_report(generator: Generator, images: list[Path], tmp_path: Path) -> None:
+    absent = tmp_path / "absent.png"
+    wanted = generator.generate(images)
+    with pytest.warns(UserWarning, match="missing image|not an image") as told:
+        found = generator.generate([absent, images[0], images[1], [absent, images[2]], b"no image"])
+    assert found == ["", *wanted, ""]
+    assert [str(one.message).split(": ", 1)[0] for one in told] == ["study 0", "study 3", "study 4"]
+    assert f"{absent}: missing image" in str(told[1].message)
+
+
+def test_images_are_read_batch_by_batch(generator: Generator, images: list[Path], tmp_path: Path) -> None:
+    written: list[str] = []
+    read_ahead: list[int] = []
+
+    def studies() -> Any:
+        for number in range(12):
+            read_ahead.append(number - len(written))
+            yield images[number % 3]
+
+    write = generator.writer.write
+
+    def counted(batches: Any) -> Any:
+        for done in write(batches):
+            written.extend(study.text for study in done)
+            yield done
+
+    generator.writer.write = counted  # type: ignore[method-assign]
+    try:
+        reports = generator.generate(studies())
+    finally:
+        generator.writer.write = write  # type: ignore[method-assign]
+    assert reports == generator.generate(images) * 4
+    assert max(read_ahead) < 6  # a batch has 2
+
+
+def test_a_wrong_study_is_found_before_the_first_report(generator: Generator, images: list[Path]) -> None:
+    read = []
+    studies: Any = [*images, 5]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("emrrg_cli.decoding.reports.read_image", read.append)
+        with pytest.raises(UsageError, match="neither bytes nor a PIL image must be a path, not int"):
+            generator.generate(studies)
+    assert read == []
 
 
 def test_other_inputs_than_a_list_of_studies_are_refused(generator: Generator, images: list[Path]) -> None:

@@ -15,6 +15,8 @@ from emrrg_cli.evaluation.assess import Options, assess
 from emrrg_cli.evaluation.language import score
 from emrrg_cli.evaluation.predictions import Predictions
 from emrrg_cli.labeling import label_reports
+from emrrg_cli.reporting.evaluation_page import _scores
+from emrrg_cli.reporting.evaluation_tables import evaluation_tables
 
 FINDINGS = (
     "the heart is enlarged .",
@@ -122,6 +124,16 @@ def test_scores_are_inside_their_intervals() -> None:
             assert low < value < high
     assert "METEOR" not in record["intervals"]
     assert record["left_out"] == {"METEOR": "not requested"}
+
+
+def test_a_few_studies_have_no_intervals() -> None:
+    record = assess(_predictions(_studies(0)[:5], _studies(3)[:5]), OPTIONS).record
+    assert record["intervals"] == {}
+    assert record["left_out"]["intervals"] == "5 studies; intervals need 6"
+    assert all("intervals" not in figures for figures in record["clinical"]["rules"].values())
+    (scores, *_) = evaluation_tables(record, "test", 100)
+    assert str(scores.caption) == "No intervals: 5 studies; intervals need 6."
+    assert _scores(record)["note"].startswith("No intervals: 5 studies; intervals need 6. ")
 
 
 def test_p_values_of_f1_need_reports_of_their_studies() -> None:

@@ -16,6 +16,7 @@ from emrrg_cli.errors import UsageError
 from emrrg_cli.evaluation.compare import Contender, compare, find_contender
 from emrrg_cli.evaluation.language import score
 from emrrg_cli.evaluation.predictions import Predictions
+from emrrg_cli.reporting.comparison_tables import comparison_csv, comparison_markdown
 from emrrg_cli.scoring.meteor import java_path
 
 WORDS = "the heart is enlarged no effusion left right pneumothorax . lungs are clear".split()  # noqa: SIM905
@@ -52,6 +53,28 @@ def test_a_real_difference_is_found_and_a_random_one_is_not() -> None:
     assert better["p"]["CIDEr"] < 0.01 < better["differences"]["CIDEr"]
     assert (same["p"]["CIDEr"], same["differences"]["CIDEr"]) == (1.0, 0.0)
     assert [row["name"] for row in result["rows"]] == ["a (1)", "b", "a (3)"]
+
+
+def test_a_few_studies_have_no_intervals() -> None:
+    few = [replace(one, predictions=one.predictions.at(range(2))) for one in (_contender("a", 0.3), _contender("b", 1))]
+    result = compare(few, resamples=100)
+    assert all(row["intervals"] == {} for row in result["rows"])
+    assert result["rows"][1]["against_first"]["intervals"] == {}
+    assert result["remarks"] == [f"{name} has 2 studies; intervals need 6." for name in "ab"]
+    assert "[" not in comparison_markdown(result)
+    assert "a,2,BLEU_1," in comparison_csv(result)
+
+
+def test_names_of_files_are_neither_html_nor_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [tmp_path / "<img src=x onerror=alert(1)>.jsonl", tmp_path / "a\x1b[31m|b.jsonl"]
+    for file in files:
+        file.write_text('{"id": "s", "hypothesis": "clear", "reference": "clear"}\n')
+    assert main(["compare", *map(str, files), "--output", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr()
+    written = (tmp_path / "out" / "compare.md").read_text()
+    assert "\x1b" not in shown.out + shown.err + written
+    assert "<img" not in written
+    assert "&lt;img src=x onerror=alert(1)> has 1 study; intervals need 6." in written
 
 
 def test_the_order_of_studies_does_not_matter() -> None:

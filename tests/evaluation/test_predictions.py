@@ -126,6 +126,17 @@ def test_a_list_of_records_and_ids_that_are_numbers(tmp_path: Path) -> None:
     assert _read(path) == ({"7": "b"}, {"7": "a"})
 
 
+def test_ids_that_a_data_frame_made_floats(tmp_path: Path) -> None:
+    written = _csv(tmp_path / "written.csv", [["id", "report"], ["12.0", "a"], ["7.0", "b"]])
+    truth = {"12": "c", "7": "d"}
+    assert _read(written, _write(tmp_path / "truth.json", truth)) == (truth, {"12": "a", "7": "b"})
+    numbers = "".join(json.dumps({"id": number, "report": text}) + "\n" for number, text in ((12.0, "c"), (7.0, "d")))
+    assert _read(written, _write(tmp_path / "truth.jsonl", numbers)) == (truth, {"12": "a", "7": "b"})
+    some = _csv(tmp_path / "some.csv", [["id", "report"], ["1.0", "a"], ["1.1", "b"]])  # 1.0 is no 1 here
+    with pytest.raises(UsageError, match=r"2 hypotheses without a reference \(1\.0, 1\.1\)"):
+        _read(some, _write(tmp_path / "other.json", {"1": "c", "1.10": "d"}))
+
+
 def test_empty_reports_are_kept_and_mentioned(tmp_path: Path) -> None:
     path = _csv(tmp_path / "p.csv", [["id", "hypothesis", "reference"], ["a", "", "x"], ["b", "y", " "]])
     found = read_predictions(path)
@@ -237,7 +248,7 @@ def test_a_header_that_pandas_wrote_is_not_a_report(tmp_path: Path) -> None:
         ("p.csv", 'id,hypothesis,reference\na,"x,y\nb,z,w\n', "a double quote is not closed"),
         ("p.csv", 'id,hypothesis,reference\na,"x" y,z\n', "is not a CSV file"),
         ("p.jsonl", '{"id": "a", "id": "b", "hypothesis": "x", "reference": "y"}', "the key 'id' occurs twice"),
-        ("p.jsonl", '{"id": 1.0, "hypothesis": "x", "reference": "y"}', r"not a decimal number \(1.0\)"),
+        ("p.jsonl", '{"id": 1.5, "hypothesis": "x", "reference": "y"}', r"not a decimal number \(1.5\)"),
         ("p.jsonl", '{"id": "a", "hypothesis": "x", "reference": "y"}\n{"id": "b", "reference": "z"}',
          "line 2: 'hypothesis' is missing"),
         ("p.json", {"a": {"model_prediction": "x"}, "b": "y", "c": {"model_prediction": "z"}}, "entry 'b' is none"),

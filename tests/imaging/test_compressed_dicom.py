@@ -17,6 +17,7 @@ from emrrg_cli.app import main
 from emrrg_cli.datasets.manifest import read_manifest
 from emrrg_cli.imaging.base import ImageError
 from emrrg_cli.imaging.dicom.facts import read_dicom_facts
+from emrrg_cli.imaging.dicom.rle import runs_exceed
 from emrrg_cli.imaging.notes import image_notes
 from emrrg_cli.imaging.read import read_image
 
@@ -143,6 +144,22 @@ def test_bits_above_the_stored_ones(make_dicom: MakeDicom, syntax: str, signed: 
 def _rle_row(row: Array) -> bytes:
     """PackBits in literal runs of 128 bytes."""
     return b"".join(bytes([127]) + row[at : at + 128].tobytes() for at in range(0, len(row), 128))
+
+
+@pytest.mark.parametrize("first", [2, 5])  # with empty segments before it
+def test_runs_beyond_the_image_are_not_decoded(make_dicom: MakeDicom, first: int) -> None:
+    header = np.zeros(16, "<u4")
+    header[:first] = [first - 1, *[64] * (first - 1)]
+    data = header.tobytes() + b"\x81\0" * (3 * 2**20)  # 6 MB that decode to 384 MB
+    with pytest.raises(ImageError, match=r"broken image .RLE data of more than 4,096 bytes for 4,096 pixels"):
+        read_image(_dicom(make_dicom, data, GREY, 8, RLE))
+
+
+def test_long_runs_of_a_large_image_are_read() -> None:
+    assert not runs_exceed(memoryview(b"\x81\0" * 1000 + b"\x80\3abcd"), 128_004)
+    assert not runs_exceed(memoryview(b"\x81\0" * 1001), 128_000)  # the fill of a last run
+    assert runs_exceed(memoryview(b"\x81\0" * 1002), 128_000)
+    assert runs_exceed(memoryview(b"\x7f" * 1000), 500)
 
 
 @pytest.mark.parametrize(("stored", "allocated"), [(8, 8), (8, 16), (12, 16), (16, 16)])

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import struct
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from emrrg_cli.imaging.base import ImageError
 from emrrg_cli.imaging.jpeg import without_metadata
+from emrrg_cli.imaging.read import read_image
 
 SECRET = b"Doe^Jane 1970-01-01"
 
@@ -75,6 +78,19 @@ def test_the_resolution_is_kept_and_thumbnails_are_removed() -> None:
     assert bare == data
     with Image.open(io.BytesIO(bare)) as image:
         assert image.info["dpi"] == (300, 300)
+
+
+@pytest.mark.parametrize("kept", ["JPEG", "DICOM"])
+def test_thousands_of_scans_are_not_decoded(kept: str, make_dicom: Callable[..., bytes]) -> None:
+    data = _jpeg(progressive=True)
+    last = data.rfind(b"\xff\xda")
+    many = data[:last] + data[last:-2] * 200 + b"\xff\xd9"
+    if kept == "DICOM":
+        layout = {"Rows": 70, "Columns": 90, "BitsAllocated": 8, "BitsStored": 8, "PixelRepresentation": 0}
+        many = make_dicom([many + b"\0" * (len(many) % 2)], syntax="1.2.840.10008.1.2.4.50", **layout)
+    with pytest.raises(ImageError, match=r"broken image .20\d scans, limit 100"):
+        read_image(many)
+    assert read_image(data).size == (90, 70)
 
 
 def test_metadata_of_a_damaged_jpeg_is_not_removed() -> None:

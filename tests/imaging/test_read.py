@@ -10,11 +10,13 @@ import struct
 import warnings
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFile, TiffImagePlugin
 
+from emrrg_cli.errors import UsageError
 from emrrg_cli.imaging.base import ImageError
 from emrrg_cli.imaging.notes import image_notes
 from emrrg_cli.imaging.raster import encode, fit_shorter_side, is_plain_jpeg, resize_square, to_grey
@@ -334,6 +336,13 @@ def test_the_size_is_checked_before_decoding() -> None:
     with pytest.raises(ImageError, match="too many pixels"):
         read_image(Image.new("L", (11, 10)), max_pixels=109)
     assert read_image(Image.new("L", (11, 10)), max_pixels=110).size == (11, 10)
+
+
+@pytest.mark.parametrize("limit", ["x", None, 0, -1, float("nan")])
+def test_a_limit_that_is_no_number_is_told_in_words(limit: Any) -> None:
+    with pytest.raises(UsageError, match="max_pixels must be a number above 0, not "):
+        read_image(Image.new("L", (2, 2)), max_pixels=limit)
+    assert read_image(Image.new("L", (2, 2)), max_pixels=1e6).size == (2, 2)  # type: ignore[arg-type]
 
 
 def test_pillows_limit_is_not_changed() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
+import struct
+from itertools import pairwise
 from typing import IO, Any
 
 import numpy as np
@@ -27,7 +30,8 @@ from emrrg_cli.imaging.dicom.file import (
 )
 from emrrg_cli.imaging.dicom.grey import Samples, grey
 from emrrg_cli.imaging.dicom.luts import palette_levels
-from emrrg_cli.imaging.jpeg import Frame, frame_of, has_end, mend
+from emrrg_cli.imaging.dicom.rle import runs_exceed
+from emrrg_cli.imaging.jpeg import Frame, frame_of, has_end, mend, too_many_scans
 from emrrg_cli.imaging.jpeg2000 import whole_codestream
 
 _NATIVE = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian)
@@ -35,6 +39,7 @@ _RLE = UID("1.2.840.10008.1.2.5")
 _JPEG = tuple(UID(f"1.2.840.10008.1.2.4.{number}") for number in (50, 51, 57, 70))
 _JPEG_LS = tuple(UID(f"1.2.840.10008.1.2.4.{number}") for number in (80, 81))
 _JPEG_2000 = tuple(UID(f"1.2.840.10008.1.2.4.{number}") for number in (90, 91, 201, 202, 203))
+_UNCHECKED = 4 * 2**20  # bytes of RLE, which hold at most 256 MB
 _BASELINE = (0xC0, 0xC1, 0xC2)  # frames that Pillow reads, if their samples have 8 bits
 
 
@@ -152,8 +157,11 @@ class PixelReader:
         if not data:
             raise self._error(TRUNCATED, "no compressed data")
         if syntax == _RLE:
+            self._check_runs(data)
             return self._by_pydicom(syntax, data, "pydicom"), None
         frame = self._frame(syntax, data)
+        if syntax in _JPEG and (detail := too_many_scans(io.BytesIO(data))):
+            raise self._error("broken image", detail)
         data = self._whole_data(syntax, data)
         if syntax in _JPEG and frame.bits == 8 and frame.kind in _BASELINE:
             return self._by_pydicom(_JPEG[0], data, "pillow", bits=8), frame
@@ -202,6 +210,14 @@ class PixelReader:
         layout.add_new(0x7FE00010, "OB", encapsulate([data]))
         layout["PixelData"].is_undefined_length = True
         return pixel_array(layout, decoding_plugin=plugin)
+
+    def _check_runs(self, data: bytes) -> None:
+        """Refuses a segment of RLE that is longer than its plane; pydicom would decode gigabytes of it."""
+        segments, *offsets = struct.unpack_from("<16I", data.ljust(64, b"\0"))
+        plane = self._rows * self._columns
+        for start, end in pairwise([*offsets[:segments], len(data)]):
+            if end - start > _UNCHECKED and runs_exceed(memoryview(data)[start:end], plane):
+                raise self._error("broken image", f"RLE data of more than {plane:,} bytes for {plane:,} pixels")
 
     def _frame(self, syntax: UID, data: bytes) -> Frame:
         """What the compressed data state, which has to be the size that the header states."""
