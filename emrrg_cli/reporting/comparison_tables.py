@@ -18,8 +18,8 @@ SIGNIFICANT = 0.05
 _MARK = "*: differs from the first, p < .05 by paired bootstrap over studies."
 NOTE = f"Brackets: 95 % interval. {_MARK}"
 _SEEDS_NOTE = (
-    "±: standard deviation over seeds; *: differs from the first, p < .05 by bootstrap over studies and Student's t over "
-    "seeds."
+    "±: standard deviation over seeds; *: differs from the first, p < .05 by bootstrap over studies and Student's t "
+    "over seeds."
 )
 _HEAD, _CELL = 22, 15  # characters of the first and the other columns in the terminal; longer settings are folded
 _NAMES = SCORE_LABELS | {
