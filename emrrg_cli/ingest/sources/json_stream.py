@@ -41,7 +41,8 @@ def open_json(path: Path) -> Iterator[JsonDocument]:
         with open_regular(path) as file:
             try:
                 yield JsonDocument(file)
-            except (ijson.JSONError, UnicodeDecodeError, ValueError) as error:
+            # SystemError: ijson, for a number of more digits than Python reads.
+            except (ijson.JSONError, UnicodeDecodeError, ValueError, SystemError) as error:
                 raise _explained(path, error) from None
     except FileNotFoundError:
         raise UsageError(f"no such annotation file: {path}") from None
@@ -165,6 +166,6 @@ def _explained(path: Path, error: Exception) -> RunError:
         return RunError(f"{path}: not UTF-8 text (byte {found.start})")
     except RecursionError:
         return RunError(f"{path}: not an annotation file: nested too deeply")
-    except ValueError as found:  # a number of thousands of digits
-        return RunError(f"{path}: not valid JSON: {found}")
+    except ValueError:
+        return RunError(f"{path}: not valid JSON: a number of thousands of digits")
     return RunError(f"{path}: not valid JSON: {str(error).splitlines()[0]}")

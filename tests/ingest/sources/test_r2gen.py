@@ -159,6 +159,7 @@ def test_lone_surrogates_become_replacement_characters(tmp_path: Path) -> None:
         ('{"train": [1], "val": [], "test": []}', r"train\[0\] is a number, not an object"),
         ('{"train": [], "val": [{"id": "x"}], "test": []}', r"val\[0\] has no 'report'"),
         ('{"train": [' + "[" * 100_000, "nested too deeply"),
+        ('{"train": [{"id": ' + "9" * 100_000 + "}]}", "a number of thousands of digits"),
         ('{"train": [], "val": [], "test": ' + "9" * 5000 + "}", "not valid JSON"),
     ],
 )
