@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from emrrg_cli.console import printable
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.files.atomic import atomic_write_text, read_directory
 from emrrg_cli.models.arm.encoder import PATCH_SIZE, ArmEncoder
@@ -62,9 +63,14 @@ class EncoderConfig:
         needed = ("patch_embed.weight", "pos_embed", "layers.0.mixer.A_log")
         if missing := [name for name in needed if name not in tensors]:
             raise RunError(f"not an encoder: {missing[0]} is missing")
+        # A tensor without values may claim any size, and a file with few values a model that fills all memory.
+        if empty := next((name for name, tensor in tensors.items() if not tensor.numel()), None):
+            raise RunError(f"not an encoder: {printable(empty)} is empty")
         weight, pos_embed, A_log = (tensors[name] for name in needed)
-        if pos_embed.dim() != 3 or A_log.dim() != 3:
-            raise RunError("not an encoder: pos_embed and A_log must have three axes each")
+        if weight.dim() != 4 or pos_embed.dim() != 3 or A_log.dim() != 3:
+            raise RunError("not an encoder: patch_embed.weight must have four axes, pos_embed and A_log three")
+        if not pos_embed.shape[2] == A_log.shape[1] == weight.shape[0]:
+            raise RunError("not an encoder: patch_embed.weight, pos_embed and A_log have different widths")
         class_token = "cls_token" in tensors
         patches = pos_embed.shape[1] - class_token
         grid = math.isqrt(patches)

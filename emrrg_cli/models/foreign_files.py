@@ -104,6 +104,10 @@ def _check_sizes(config: Any) -> None:
         for name in _LAYERS if isinstance(part, Mapping) else ():
             if isinstance(part.get(name), int | float) and part[name] > _MOST_LAYERS:
                 raise ValueError(f"config.json: {name} is {part[name]:,}, more than {_MOST_LAYERS:,}")
+        for name in part if isinstance(part, Mapping) else ():
+            # transformers downloads and runs code of the hub for `owner/name`, also where the caller names another.
+            if "attn_implementation" in str(name) and "/" in str(part[name]):
+                raise ValueError(f"config.json: {name} names code to download, which emrrg does not run")
 
 
 def _check_names(name: str, index: Any) -> None:

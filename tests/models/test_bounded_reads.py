@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from emrrg_cli.errors import EmrrgError
+from emrrg_cli.errors import EmrrgError, UsageError
 from emrrg_cli.evaluation.merged_scores import read_merged
+from emrrg_cli.models.arm.encoder import ArmEncoder
 from emrrg_cli.models.arm.pretrainer import _read as read_pretrainer
 from emrrg_cli.models.encoder_files import encoder_source
 from emrrg_cli.models.published.checkpoint import read_checkpoint
@@ -61,3 +64,20 @@ def test_deeply_nested_json_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("[" * 200_000)
     with pytest.raises(EmrrgError, match=name):
         _RECORDS[name](tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "told"),
+    [
+        ("patch_embed.weight", (20_000, 0, 16, 16), "patch_embed.weight is empty"),
+        ("pos_embed", (1, 100_000_001, 0), "pos_embed is empty"),
+        ("layers.0.mixer.A_log", (4, 0, 10**9), "layers.0.mixer.A_log is empty"),
+        ("patch_embed.weight", (), "must have four axes"),
+        ("pos_embed", (1, 17, 1), "have different widths"),
+    ],
+)
+def test_an_encoder_cannot_claim_any_size(name: str, shape: tuple[int, ...], told: str, tmp_path: Path) -> None:
+    tensors = ArmEncoder(32, 1, 64, 4).state_dict() | {name: torch.zeros(shape)}
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, tmp_path / "encoder.safetensors")
+    with pytest.raises(UsageError, match=told):
+        encoder_source(tmp_path / "encoder.safetensors")

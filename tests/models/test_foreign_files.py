@@ -81,6 +81,12 @@ def _many_layers(folder: Path) -> str:
     return "num_hidden_layers is 1,000,000,000, more than 2,000"
 
 
+def _code_of_the_hub(folder: Path) -> str:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"_attn_implementation": "somebody/kernel"}))
+    return "_attn_implementation names code to download"
+
+
 def _index_leads_out(folder: Path) -> str:
     index = {"metadata": {}, "weight_map": {"lm_head.weight": "/dev/zero"}}
     (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
@@ -109,8 +115,8 @@ def _deflated(content: Any, file: Path) -> None:
     plain.unlink()
 
 
-_DAMAGE = (_link_to_a_device, _pipe, _large_text, _large_header, _deep, _many_layers, _index_leads_out, _adapters,
-           _compressed)  # fmt: skip
+_DAMAGE = (_link_to_a_device, _pipe, _large_text, _large_header, _deep, _many_layers, _code_of_the_hub,
+           _index_leads_out, _adapters, _compressed)  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", _DAMAGE, ids=lambda damage: damage.__name__.strip("_"))

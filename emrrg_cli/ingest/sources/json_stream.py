@@ -167,5 +167,5 @@ def _explained(path: Path, error: Exception) -> RunError:
     except RecursionError:
         return RunError(f"{path}: not an annotation file: nested too deeply")
     except ValueError:
-        return RunError(f"{path}: not an annotation file: a number of thousands of digits")
+        return RunError(f"{path}: not valid JSON: a number of thousands of digits")
     return RunError(f"{path}: not valid JSON: {str(error).splitlines()[0]}")
