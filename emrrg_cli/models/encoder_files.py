@@ -162,6 +162,12 @@ def _read_file(file: Path) -> EncoderSource:
         config = EncoderConfig.of(tensors)
     except RunError as error:
         raise UsageError(f"{file}: {error.message}", hint="Name a file with the tensors of an encoder.") from error
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            what = (
+                "values that are not finite" if tensor.is_floating_point() else f"no weights but {tensor.dtype} values"
+            )
+            raise UsageError(f"{file}: {printable(name)} has {what}", hint="Name an encoder whose training succeeded.")
     others = {name: _OTHER for name in names if not name.startswith(prefix)}
     return EncoderSource(config, tensors, file, own, others, [])
 

@@ -149,7 +149,8 @@ class FilmDistance:
             found = cls(_read_part(tensors, "tokens"), _read_part(tensors, "looks"), read_limits(run_dir))
             return found if bytes(tensors["weights"].tolist()) == _weights_digest(run_dir) else None
         except (ValueError, KeyError, RuntimeError) as error:
-            raise RunError(f"{file}, the distances of training films, cannot be read: {error}") from error
+            reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else error
+            raise RunError(f"{file}, the distances of training films, cannot be read: {reason}") from error
 
 
 def _weights_digest(run_dir: Path) -> bytes:

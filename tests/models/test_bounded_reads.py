@@ -81,3 +81,17 @@ def test_an_encoder_cannot_claim_any_size(name: str, shape: tuple[int, ...], tol
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, tmp_path / "encoder.safetensors")
     with pytest.raises(UsageError, match=told):
         encoder_source(tmp_path / "encoder.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        (torch.full((1, 17, 32), float("nan")), "pos_embed has values that are not finite"),
+        (torch.ones((1, 17, 32), dtype=torch.int64), "pos_embed has no weights but torch.int64 values"),
+    ],
+)
+def test_weights_that_are_no_numbers_are_refused(values: torch.Tensor, told: str, tmp_path: Path) -> None:
+    tensors = ArmEncoder(32, 1, 64, 4).state_dict() | {"pos_embed": values}
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, tmp_path / "encoder.safetensors")
+    with pytest.raises(UsageError, match=told):
+        encoder_source(tmp_path / "encoder.safetensors")

@@ -141,6 +141,9 @@ def test_a_file_is_of_the_weights_it_was_measured_with(tiny_run: Path, tmp_path:
     assert FilmDistance.load(run) is None
     save_file({"texture.mean": torch.zeros(2)}, run / FILM_DISTANCE)  # of an earlier version
     assert FilmDistance.load(run) is None
+    save_file({"looks.mean": torch.zeros(2)}, run / FILM_DISTANCE)
+    with pytest.raises(RunError, match=r"cannot be read: tokens\.mean is missing"):
+        FilmDistance.load(run)
     (run / FILM_DISTANCE).write_bytes(b"damaged")
     with pytest.raises(RunError, match="not a readable safetensors file"):
         FilmDistance.load(run)
