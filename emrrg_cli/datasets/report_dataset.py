@@ -91,7 +91,7 @@ class ReportDataset(Dataset[Example]):
         seed: random seed for dropping context fields in training.
 
     Attributes:
-        reports, study_ids, contexts: values of the studies, in order.
+        reports, study_ids, patient_ids, contexts: values of the studies, in order; a patient may be None.
 
     Raises:
         UsageError: if the split has no column for a field of `settings.context`.
@@ -105,11 +105,13 @@ class ReportDataset(Dataset[Example]):
         self.settings, self.seed = settings, seed
         self._epoch: int | None = None  # of the training
         _check_context(split, settings)
-        columns = ("study_id", "findings", "impression", "report", "source", *settings.context)
+        patient = ["patient_id"] if "patient_id" in split.column_names else []
+        columns = ("study_id", *patient, "findings", "impression", "report", "source", *settings.context)
         texts = split.select_columns(list(columns))
         self.rows: list[int] = []
         self.reports: list[str] = []
         self.contexts: list[dict[ContextField, str]] = []
+        self.patient_ids: list[str | None] = []
         self.study_ids: list[str] = []  # read once, because every access reads the whole column
         for row, record in enumerate(texts):
             text = select_section(record, settings.section)
@@ -117,6 +119,7 @@ class ReportDataset(Dataset[Example]):
                 continue
             self.rows.append(row)
             self.study_ids.append(record["study_id"])
+            self.patient_ids.append(record.get("patient_id") or None)
             self.reports.append(clean_report(text, cleaning_for(record["source"] or "", settings.cleaning)))
             self.contexts.append(select_context(record, settings.context, settings.cleaning, settings.context_words))
             if settings.limit is not None and len(self.rows) == settings.limit:

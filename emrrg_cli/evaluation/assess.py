@@ -79,21 +79,23 @@ def assess(predictions: Predictions, options: Options | None = None) -> Assessme
     judge = _Judge(references, options)
     own = judge.pairs(hypotheses)
     statistics = judge.statistics(own)
+    patients = bootstrap.numbered(predictions.patients, len(references))
     labels = _read_labels(predictions, options)
     record: dict[str, Any] = {"scores": judge.scores(statistics)}  # equal to those of `score` to 1e-9
-    record["intervals"] = judge.intervals(statistics, options.resamples)
+    record["intervals"] = judge.intervals(statistics, options.resamples, patients)
     present = {name: (_present(ours), _present(theirs)) for name, (ours, theirs) in labels.items()}
     counted = {name: _count(*pair) for name, pair in present.items()}
     record["controls"], dealt_cider, dealt_counted = _controls(judge, hypotheses, present, options)
     record["clinical"] = {name: _clinical(counts) for name, counts in counted.items()}
     for name, grid in record["clinical"].items():
-        _add_intervals(grid, counted[name], dealt_counted.get(name, {}), options.resamples)
-    few = bootstrap.few_studies(len(references))
+        _add_intervals(grid, counted[name], dealt_counted.get(name, {}), options.resamples, patients)
+    record["patients"] = None if patients is None else bootstrap.independent(len(references), patients)
+    few = bootstrap.few_studies(len(references), patients)
     record["left_out"] = judge.left_out | ({} if few is None else {"intervals": few})
     if options.merged:
         record["merged"] = dict(options.merged)
     cider = statistics[CIDER][:, 0]
-    p = bootstrap.p_greater(cider - dealt_cider) if len(dealt_cider) else 1.0
+    p = bootstrap.p_greater(cider - dealt_cider, patients=patients) if len(dealt_cider) else 1.0
     record["image_matters"], record["image_p"] = bool(p < controls.ALPHA), p
     dealt = float(dealt_cider.mean()) if len(dealt_cider) else math.nan
     record["image"] = controls.image_sentence(record["image_matters"], p, float(cider.mean()), dealt, len(cider))
@@ -136,12 +138,14 @@ class _Judge:
             values.update(zip(one.names, row or [None] * len(one.names), strict=True))
         return values
 
-    def intervals(self, statistics: Mapping[str, Floats], resamples: int) -> dict[str, list[float]]:
+    def intervals(
+        self, statistics: Mapping[str, Floats], resamples: int, patients: bootstrap.Patients | None
+    ) -> dict[str, list[float]]:
         ends: dict[str, list[float]] = {}
         for one in self.scored:
             counted = statistics.get(one.names[0])
-            if counted is not None and not bootstrap.few_studies(len(counted)):
-                rows = bootstrap.intervals(counted, one.combine, resamples)
+            if counted is not None and not bootstrap.few_studies(len(counted), patients):
+                rows = bootstrap.intervals(counted, one.combine, resamples, patients=patients)
                 ends.update(zip(one.names, rows.tolist(), strict=True))
         return ends
 
@@ -168,14 +172,16 @@ def _clinical(counted: Counted) -> dict[str, Any]:
     return {policy: clinical.clinical_figures(rows.sum(axis=0), len(rows)) for policy, rows in counted.items()}
 
 
-def _add_intervals(grid: dict[str, Any], counted: Counted, dealt: Counted, resamples: int) -> None:
+def _add_intervals(
+    grid: dict[str, Any], counted: Counted, dealt: Counted, resamples: int, patients: bootstrap.Patients | None
+) -> None:
     """Adds the intervals of micro and macro F1, and the p values that they are above those of the shuffled reports."""
     for policy, rows in counted.items():
-        if not bootstrap.few_studies(len(rows)):
-            ends = bootstrap.intervals(rows, clinical.headline, resamples)
+        if not bootstrap.few_studies(len(rows), patients):
+            ends = bootstrap.intervals(rows, clinical.headline, resamples, patients=patients)
             grid[policy]["intervals"] = dict(zip(clinical.HEADLINE, ends.tolist(), strict=True))
         if policy in dealt:
-            p = bootstrap.p_scores_greater(rows, dealt[policy], clinical.headline)
+            p = bootstrap.p_scores_greater(rows, dealt[policy], clinical.headline, patients=patients)
             grid[policy]["p_above_dealt"] = dict(zip(clinical.HEADLINE, p.tolist(), strict=True))
 
 

@@ -78,6 +78,11 @@ def compare(
     if len(contenders) < 2:
         raise UsageError("compare needs at least two sets of reports", hint="emrrg compare RUN_A RUN_B")
     contenders = [one if one.settings is None else replace(one, settings=_flat(one.settings)) for one in contenders]
+    patients = {
+        study: patient
+        for one in contenders
+        for study, patient in zip(one.predictions.study_ids, one.predictions.patients, strict=False)
+    }
     contenders = [contenders[0], *(_in_order(one, contenders[0]) for one in contenders[1:])]
     counts = [_count(one, meteor) for one in contenders]
     settings = [one.settings for one in contenders]
@@ -89,18 +94,22 @@ def compare(
     for name, one, statistics in zip(names, contenders, counts, strict=True):
         studies = len(one.predictions)
         combined = _combine(statistics, {key: value.sum(axis=0) for key, value in statistics.items()}, studies)
-        sums = {key: bootstrap.resampled_sums(value, resamples) for key, value in statistics.items()}
+        own = _numbered(one, patients)
+        sums = {key: bootstrap.resampled_sums(value, resamples, patients=own) for key, value in statistics.items()}
         drawn = _combine(statistics, sums, studies)
         row: dict[str, Any] = {"name": name, "studies": studies}
+        row["patients"] = None if own is None else bootstrap.independent(studies, own)
         row["scores"] = {key: float(value) for key, value in combined.items()}
-        row["intervals"] = bootstrap.intervals_of(drawn, studies)
-        if few := bootstrap.few_studies(studies):
+        row["intervals"] = bootstrap.intervals_of(drawn, bootstrap.independent(studies, own))
+        if few := bootstrap.few_studies(studies, own):
             remarks.append(f"{name} has {few}.")
         row["settings"] = {key: (one.settings or {}).get(key) for key in varying}
         same = list(one.predictions.study_ids) == list(contenders[0].predictions.study_ids)
         resampled.append(drawn if same else None)
         if rows:
-            row["against_first"] = _test((contenders[0], one), (counts[0], statistics), meteor, resamples, remarks)
+            row["against_first"] = _test(
+                (contenders[0], one), (counts[0], statistics), patients, meteor, resamples, remarks
+            )
         rows.append(row)
     return {
         "rows": rows,
@@ -143,6 +152,7 @@ def _combine(statistics: Mapping[str, Floats], sums: Mapping[str, Floats], studi
 def _test(
     contenders: tuple[Contender, Contender],
     counts: tuple[Mapping[str, Floats], Mapping[str, Floats]],
+    patients: Mapping[str, str | None],
     meteor: bool,
     resamples: int,
     remarks: list[str],
@@ -165,21 +175,28 @@ def _test(
     if first.tokenizer != second.tokenizer:
         remarks.append(f"The tokenizers of {first.name} and {second.name} differ: their scores are not comparable.")
     drawn, exact = [], []
+    both = _numbered(replace(first, predictions=own), patients)
+    number = bootstrap.independent(len(common), both)
     for one, statistics, reports, places_of in zip(contenders, counts, (own, other), chosen, strict=True):
         if len(common) < len(one.predictions):  # CIDEr depends on all references
             rows = _count(replace(one, predictions=reports), meteor)
         else:
             rows = {key: value[places_of] for key, value in statistics.items()}
-        sums = {key: bootstrap.resampled_sums(value, resamples) for key, value in rows.items()}
+        sums = {key: bootstrap.resampled_sums(value, resamples, patients=both) for key, value in rows.items()}
         drawn.append(_combine(rows, sums, len(common)))
         exact.append(_combine(rows, {key: value.sum(axis=0) for key, value in rows.items()}, len(common)))
-    gains = {name: bootstrap.widened(drawn[1][name] - drawn[0][name], len(common)) for name in drawn[0]}
+    gains = {name: bootstrap.widened(drawn[1][name] - drawn[0][name], number) for name in drawn[0]}
     return {
         "studies": len(common),
         "differences": {name: float(exact[1][name] - exact[0][name]) for name in exact[0]},
-        "intervals": bootstrap.intervals_of(gains, len(common), are_widened=True),
-        "p": {name: bootstrap.p_two_sided(drawn[0][name], drawn[1][name], len(common)) for name in drawn[0]},
+        "intervals": bootstrap.intervals_of(gains, number, are_widened=True),
+        "p": {name: bootstrap.p_two_sided(drawn[0][name], drawn[1][name], number) for name in drawn[0]},
     }
+
+
+def _numbered(contender: Contender, patients: Mapping[str, str | None]) -> bootstrap.Patients | None:
+    ids = contender.predictions.study_ids
+    return bootstrap.numbered([patients.get(study) for study in ids], len(ids))
 
 
 def _in_order(contender: Contender, first: Contender) -> Contender:

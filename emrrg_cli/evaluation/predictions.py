@@ -26,6 +26,7 @@ from emrrg_cli.files.atomic import atomic_write_text
 from emrrg_cli.files.records import json_kind
 
 PREDICTIONS = "predictions.jsonl"
+PATIENT = "patient_id"
 _SECTIONS = ("section_findings", "section_impression", "findings", "impression")
 
 
@@ -44,13 +45,20 @@ class Columns:
 
 @dataclass(frozen=True)
 class Predictions:
-    """Generated reports and their references, one entry per study; `origin` names the source, `remarks` describe it."""
+    """Generated reports and their references, one entry per study.
+
+    Attributes:
+        patients: Patient of each study, None where it is not known; empty: none is known.
+        origin: Name of the source.
+        remarks: Sentences about it.
+    """
 
     study_ids: Sequence[str]
     references: Sequence[str]
     hypotheses: Sequence[str]
     origin: str = ""
     remarks: Sequence[str] = field(default_factory=list)
+    patients: Sequence[str | None] = ()
 
     def __len__(self) -> int:
         return len(self.study_ids)
@@ -60,7 +68,8 @@ class Predictions:
         ids, references, hypotheses = (
             [side[i] for i in places] for side in (self.study_ids, self.references, self.hypotheses)
         )
-        return Predictions(ids, references, hypotheses, self.origin, self.remarks)
+        patients = [self.patients[i] for i in places] if self.patients else ()
+        return Predictions(ids, references, hypotheses, self.origin, self.remarks, patients)
 
 
 def read_predictions(path: Path, references: Path | None = None, columns: Columns | None = None) -> Predictions:
@@ -107,7 +116,7 @@ def read_predictions(path: Path, references: Path | None = None, columns: Column
     reports, generated = ([unix_line_ends(texts[i]) for i in ids] for texts in (truth, hypotheses))
     if reports == generated:
         remarks.append("each hypothesis equals its reference")
-    return Predictions(ids, reports, generated, path.name, remarks)
+    return Predictions(ids, reports, generated, path.name, remarks, _patients(table))
 
 
 def save_predictions(file: Path, made: Predictions) -> None:
@@ -116,13 +125,21 @@ def save_predictions(file: Path, made: Predictions) -> None:
     Raises:
         RunError: The file cannot be written.
     """
-    rows = zip(made.study_ids, made.references, made.hypotheses, strict=True)
+    patients = made.patients or [None] * len(made)
+    rows = zip(made.study_ids, made.references, made.hypotheses, patients, strict=True)
     atomic_write_text(file, "".join(json.dumps(prediction_row(*row), ensure_ascii=False) + "\n" for row in rows))
 
 
-def prediction_row(study_id: str, reference: str, hypothesis: str) -> dict[str, str]:
+def prediction_row(study_id: str, reference: str, hypothesis: str, patient: str | None = None) -> dict[str, str]:
     """Returns the record of a study in a file of predictions."""
-    return {"study_id": study_id, "reference": reference, "hypothesis": hypothesis}
+    row = {"study_id": study_id, "reference": reference, "hypothesis": hypothesis}
+    return row if patient is None else row | {PATIENT: patient}
+
+
+def _patients(table: Table) -> list[str | None]:
+    values = [row.get(PATIENT) for row in table.records]
+    found = [str(value).strip() or None if isinstance(value, str | int) else None for value in values]
+    return found if any(found) else []
 
 
 def write_rexrank(path: Path, predictions: Predictions) -> None:

@@ -75,7 +75,7 @@ def seed_groups(
         if means[0] is None or mean is None:
             remarks.append(f"{group['name']}: not tested against {groups[0]['name']}, since the studies differ.")
             continue
-        studies = rows[0]["studies"]
+        studies = rows[0].get("patients") or rows[0]["studies"]  # independent ones
         gains = {name: bootstrap.widened(mean[name] - means[0][name], studies) for name in mean}
         group["against_first"] = {
             "differences": {name: group["mean"][name] - groups[0]["mean"][name] for name in gains},

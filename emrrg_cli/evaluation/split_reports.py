@@ -111,8 +111,7 @@ def write_predictions(
         RunError: The folder was deleted while reports were being written.
         Interrupted: After SIGINT or SIGTERM; the reports written so far are kept.
     """
-    study_ids = dataset.study_ids
-    stem = name.removesuffix(".jsonl")
+    study_ids, stem = dataset.study_ids, name.removesuffix(".jsonl")
     rank = f"-{accelerator.process_index}" if accelerator.num_processes > 1 else ""
     partial = folder / f"{stem}{rank}.jsonl.partial"
     partial.unlink(missing_ok=True)  # left by an earlier evaluation
@@ -144,13 +143,14 @@ def write_predictions(
             keep=keep,
         )
     require_folder()
+    made = Predictions(study_ids, references, hypotheses, patients=dataset.patient_ids)
     if sampled is not None:
         _save_samples(folder / SAMPLES, sampled, accelerator)
     if accelerator.is_main_process:
-        save_predictions(folder / name, Predictions(study_ids, references, hypotheses))
+        save_predictions(folder / name, made)
         for left in folder.glob(f"{stem}*.jsonl.partial"):
             left.unlink(missing_ok=True)
-    return Predictions(study_ids, references, hypotheses)
+    return made
 
 
 def _save_samples(file: Path, sampled: dict[int, dict[str, Any]], accelerator: Any) -> None:

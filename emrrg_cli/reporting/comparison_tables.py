@@ -15,12 +15,7 @@ from emrrg_cli.console import printable
 from emrrg_cli.vocabulary import SCORE_LABELS
 
 SIGNIFICANT = 0.05
-_MARK = "*: differs from the first, p < .05 by paired bootstrap over studies."
-NOTE = f"Brackets: 95 % interval. {_MARK}"
-_SEEDS_NOTE = (
-    "±: standard deviation over seeds; *: differs from the first, p < .05 by bootstrap over studies and Student's t "
-    "over seeds."
-)
+_BRACKETS = "Brackets: 95 % interval."
 _HEAD, _CELL = 22, 15  # characters of the first and the other columns in the terminal; longer settings are folded
 _NAMES = SCORE_LABELS | {
     "rules_F1_micro_14": "rules F1 of 14, micro",
@@ -51,6 +46,14 @@ def seed_rows(result: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+def _note(result: Mapping[str, Any], *, seeds: bool = False) -> str:
+    over = "patients" if any(row.get("patients") for row in result["rows"]) else "studies"
+    if seeds:
+        test = f"bootstrap over {over} and Student's t over seeds"
+        return f"±: standard deviation over seeds; *: differs from the first, p < .05 by {test}."
+    return f"*: differs from the first, p < .05 by paired bootstrap over {over}."
+
+
 def _heads(result: Mapping[str, Any]) -> list[str]:
     settings = (key.removeprefix("model.") for key in result["settings"])
     return ["reports", *settings, *(_NAMES.get(name, name) for name in result["rows"][0]["scores"])]
@@ -74,11 +77,11 @@ def comparison_table(result: Mapping[str, Any], width: int) -> Group:
     """
     heads = _heads(result)
     if result["groups"]:
-        rows, note = seed_rows(result), f"{_SEEDS_NOTE} --output writes each run and the intervals."
+        rows, note = seed_rows(result), f"{_note(result, seeds=True)} --output writes each run and the intervals."
     else:
-        rows, note = comparison_rows(result), NOTE
+        rows, note = comparison_rows(result), f"{_BRACKETS} {_note(result)}"
         if _needed(heads) + sum(map(_needed, rows)) + 1 > width:
-            rows, note = comparison_rows(result, intervals=False), f"{_MARK} --output writes the intervals."
+            rows, note = comparison_rows(result, intervals=False), f"{_note(result)} --output writes the intervals."
     parts: list[list[list[str]]] = [[]]
     left = room = width - 1 - _needed(heads, _HEAD)
     for row in rows:
@@ -108,9 +111,9 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
 
 def comparison_markdown(result: Mapping[str, Any]) -> str:
     """Returns a Markdown table of all runs, and one of the means over seeds."""
-    tables = [(comparison_rows(result), NOTE)]
+    tables = [(comparison_rows(result), f"{_BRACKETS} {_note(result)}")]
     if result["groups"]:
-        tables.insert(0, (seed_rows(result), _SEEDS_NOTE))
+        tables.insert(0, (seed_rows(result), _note(result, seeds=True)))
     heads = _heads(result)
     parts = []
     for rows, note in tables:

@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from emrrg_cli.console import counted
 from emrrg_cli.vocabulary import SCORE_LABELS
 
 CONTROLS = {
@@ -62,6 +63,8 @@ def _scores(result: Mapping[str, Any], title: str) -> Table:
     table.columns[1].width = None  # as wide as the reason for a missing score
     if few := reasons.get("intervals"):
         table.caption = Text(f"No intervals: {few}.")
+    elif patients := result.get("patients"):
+        table.caption = Text(f"Intervals and tests draw {counted(patients, 'patient')}, each with all studies.")
     if result["intervals"]:
         table.columns[2].width = max(len(_interval(ends)) for ends in result["intervals"].values())
     for name, value in result["scores"].items():
