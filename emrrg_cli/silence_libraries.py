@@ -23,6 +23,8 @@ def silence_libraries() -> None:
     # The penalty ignores the prompt, as in the paper.
     warnings.filterwarnings("ignore", message="Passing `repetition_penalty`")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch")
+    # A recipe is used on machines with fewer cores, and processes that wait for a disk may be more than the cores.
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
 
 
 @contextmanager
