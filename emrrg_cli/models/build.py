@@ -27,7 +27,7 @@ from emrrg_cli.models.findings_prompt import FindingsPrompt
 from emrrg_cli.models.hybrid_decoder import add_hybrid_layers, hybrid_parameters
 from emrrg_cli.models.llm import add_dropout, build_scratch_llm, llm_record, load_llm, load_tokenizer
 from emrrg_cli.models.report_generator import ReportGenerator
-from emrrg_cli.models.weights import fitting_tensors, load_weights
+from emrrg_cli.models.weights import fitting_tensors
 from emrrg_cli.recipe.common import EncoderSettings
 from emrrg_cli.recipe.finetuning import ModelSettings
 
@@ -219,9 +219,12 @@ def load_run_encoder(run_dir: Path, settings: ModelSettings) -> nn.Module:
 
 
 def _load_encoder(run_dir: Path, trained: Path, settings: ModelSettings) -> nn.Module:
-    encoder = build_encoder(settings.encoder, settings.scan)
     whole = trained / "encoder.safetensors"
-    load_weights(encoder, whole if whole.is_file() else run_dir / "encoder.safetensors")
+    with torch.device("meta"):  # shapes without memory: the recipe of a stranger may ask for an encoder of any size
+        shapes = build_encoder(settings.encoder, settings.scan).state_dict()
+    tensors = fitting_tensors(shapes, whole if whole.is_file() else run_dir / "encoder.safetensors")
+    encoder = build_encoder(settings.encoder, settings.scan)
+    encoder.load_state_dict(tensors)
     adapted: nn.Module = _with_adapters(encoder, "encoder", trained, settings)
     return adapted
 

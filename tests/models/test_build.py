@@ -395,6 +395,14 @@ def test_a_bridge_that_does_not_fit(make_run: Callable[..., Run]) -> None:
         run.load()
 
 
+def test_a_giant_encoder_takes_no_memory(make_run: Callable[..., Run]) -> None:
+    run = make_run()
+    giant = run.settings.encoder.model_copy(update={"d_model": 200_000, "depth": 64})  # 60 TB
+    run.settings = run.settings.model_copy(update={"encoder": giant})
+    with pytest.raises(RunError, match="the weights do not fit the model of the recipe"):
+        run.load()
+
+
 def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
     module, file = nn.Linear(3, 2), tmp_path / "weights.safetensors"
     good = {"weight": torch.ones(2, 3), "bias": torch.zeros(2)}
