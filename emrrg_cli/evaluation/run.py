@@ -145,7 +145,7 @@ def _evaluate(
         reference_labels=labels,
         tokenizer=recipe.evaluation.tokenizer,
     )
-    predictions = replace(predictions, patients=dataset.patient_ids)  # an earlier version did not save them
+    predictions = replace(predictions, patients=dataset.patient_ids)  # saved reports are read without them
     found = assess(predictions, how)
     kept = read_record(target / MADE_WITH, "the record of an evaluation", "Give --overwrite.") or {}
     seconds = float(kept.get("seconds", 0.0))

@@ -68,6 +68,7 @@ def seed_groups(
         return []
     groups = [_group([rows[i] for i in numbers], settings[numbers[0]]) for numbers in parts]
     means = [_mean([drawn[i] for i in numbers], [_seed(settings[i]) for i in numbers]) for numbers in parts]
+    studies = rows[0].get("patients") or rows[0]["studies"]  # independent ones
     for group, mean in zip(groups[1:], means[1:], strict=True):
         if len(group["members"]) == 1 or len(groups[0]["members"]) == 1:
             one = group if len(group["members"]) == 1 else groups[0]
@@ -75,7 +76,6 @@ def seed_groups(
         if means[0] is None or mean is None:
             remarks.append(f"{group['name']}: not tested against {groups[0]['name']}, since the studies differ.")
             continue
-        studies = rows[0].get("patients") or rows[0]["studies"]  # independent ones
         gains = {name: bootstrap.widened(mean[name] - means[0][name], studies) for name in mean}
         group["against_first"] = {
             "differences": {name: group["mean"][name] - groups[0]["mean"][name] for name in gains},

@@ -22,8 +22,9 @@ from typing import Any
 
 import yaml
 
+from emrrg_cli.evaluation import clinical
 from emrrg_cli.evaluation.language import score
-from emrrg_cli.labeling import positive_labels
+from emrrg_cli.labeling import label_reports
 from emrrg_cli.scoring.agreement import most_agreed
 from emrrg_cli.scoring.meteor import java_path
 from emrrg_cli.vocabulary import AGREEMENTS
@@ -51,9 +52,9 @@ def measured(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, 
     """Returns the figures of one line of the table."""
     found = score(references, hypotheses, meteor=java_path() is not None)
     figures = {name: value for name in SCORES if (value := found[name]) is not None}
-    truth, named = ([labels - {"No Finding"} for labels in positive_labels(side)] for side in (references, hypotheses))
-    both = sum(len(one & other) for one, other in zip(truth, named, strict=True))
-    figures["F1 of 13"] = 2 * both / max(1, sum(map(len, truth)) + sum(map(len, named)))
+    truth, named = (clinical.present(label_reports(side), "uncertain_negative") for side in (references, hypotheses))
+    f1 = clinical.headline(clinical.label_statistics(truth, named).sum(axis=0), len(references))
+    figures["F1 of 13"] = float(f1[clinical.HEADLINE.index("F1_micro_13")])
     figures["words"] = statistics.mean(len(text.split()) for text in hypotheses)
     return figures | {"different": float(len(set(hypotheses)))}
 
