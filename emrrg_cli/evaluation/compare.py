@@ -82,39 +82,33 @@ def compare(
         study: patient
         for one in contenders
         for study, patient in zip(one.predictions.study_ids, one.predictions.patients, strict=False)
+        if patient is not None
     }
     contenders = [contenders[0], *(_in_order(one, contenders[0]) for one in contenders[1:])]
-    counts = [_count(one, meteor) for one in contenders]
+    scored = [_score(one, _count(one, meteor), patients, resamples) for one in contenders]
     settings = [one.settings for one in contenders]
     varying = _varying([one if one is None else method_of(one) for one in settings])
     names = _distinct_names([one.name for one in contenders])
     remarks: list[str] = []
     rows: list[dict[str, Any]] = []
-    resampled: list[dict[str, Floats] | None] = []
-    for name, one, statistics in zip(names, contenders, counts, strict=True):
-        studies = len(one.predictions)
-        combined = _combine(statistics, {key: value.sum(axis=0) for key, value in statistics.items()}, studies)
-        own = _numbered(one, patients)
-        sums = {key: bootstrap.resampled_sums(value, resamples, patients=own) for key, value in statistics.items()}
-        drawn = _combine(statistics, sums, studies)
+    for name, one in zip(names, scored, strict=True):
+        studies = len(one.contender.predictions)
         row: dict[str, Any] = {"name": name, "studies": studies}
-        row["patients"] = None if own is None else bootstrap.independent(studies, own)
-        row["scores"] = {key: float(value) for key, value in combined.items()}
-        row["intervals"] = bootstrap.intervals_of(drawn, bootstrap.independent(studies, own))
-        if few := bootstrap.few_studies(studies, own):
+        row["patients"] = None if one.patients is None else one.independent
+        row["scores"] = {key: float(value) for key, value in one.exact.items()}
+        row["intervals"] = bootstrap.intervals_of(one.drawn, one.independent)
+        if few := bootstrap.few_studies(studies, one.patients):
             remarks.append(f"{name} has {few}.")
-        row["settings"] = {key: (one.settings or {}).get(key) for key in varying}
-        same = list(one.predictions.study_ids) == list(contenders[0].predictions.study_ids)
-        resampled.append(drawn if same else None)
+        row["settings"] = {key: (one.contender.settings or {}).get(key) for key in varying}
         if rows:
-            row["against_first"] = _test(
-                (contenders[0], one), (counts[0], statistics), patients, meteor, resamples, remarks
-            )
+            row["against_first"] = _test(scored[0], one, patients, meteor, resamples, remarks)
         rows.append(row)
+    first = list(contenders[0].predictions.study_ids)
+    drawn = [one.drawn if list(one.contender.predictions.study_ids) == first else None for one in scored]
     return {
         "rows": rows,
         "settings": varying,
-        "groups": seed_groups(rows, settings, resampled, remarks),
+        "groups": seed_groups(rows, settings, drawn, remarks),
         "remarks": list(dict.fromkeys(remarks)),
     }
 
@@ -149,54 +143,68 @@ def _combine(statistics: Mapping[str, Floats], sums: Mapping[str, Floats], studi
     return values | {name: headline[..., place] for place, name in enumerate(RULES)}
 
 
+@dataclass(frozen=True)
+class _Scored:
+    """A contender, its statistics `[n, k]`, its scores, and its scores `[resamples]` of drawn studies or patients."""
+
+    contender: Contender
+    statistics: Mapping[str, Floats]
+    patients: bootstrap.Patients | None
+    exact: Mapping[str, Floats]
+    drawn: dict[str, Floats]
+
+    @property
+    def independent(self) -> int:
+        return bootstrap.independent(len(self.contender.predictions), self.patients)
+
+
+def _score(
+    contender: Contender, statistics: Mapping[str, Floats], patients: Mapping[str, str], resamples: int
+) -> _Scored:
+    ids = contender.predictions.study_ids
+    own = bootstrap.numbered([patients.get(study) for study in ids], len(ids))
+    exact = _combine(statistics, {key: value.sum(axis=0) for key, value in statistics.items()}, len(ids))
+    sums = {key: bootstrap.resampled_sums(value, resamples, patients=own) for key, value in statistics.items()}
+    return _Scored(contender, statistics, own, exact, _combine(statistics, sums, len(ids)))
+
+
 def _test(
-    contenders: tuple[Contender, Contender],
-    counts: tuple[Mapping[str, Floats], Mapping[str, Floats]],
-    patients: Mapping[str, str | None],
-    meteor: bool,
-    resamples: int,
-    remarks: list[str],
+    first: _Scored, second: _Scored, patients: Mapping[str, str], meteor: bool, resamples: int, remarks: list[str]
 ) -> dict[str, Any] | None:
-    first, second = contenders
-    places = {study: place for place, study in enumerate(second.predictions.study_ids)}
-    common = [(i, places[study]) for i, study in enumerate(first.predictions.study_ids) if study in places]
+    names = (first.contender.name, second.contender.name)
+    places = {study: place for place, study in enumerate(second.contender.predictions.study_ids)}
+    common = [(i, places[study]) for i, study in enumerate(first.contender.predictions.study_ids) if study in places]
     if not common:
-        remarks.append(
-            f"{first.name} and {second.name} have no study in common, so they are not tested against each other."
-        )
+        remarks.append(f"{names[0]} and {names[1]} have no study in common, so they are not tested against each other.")
         return None
-    chosen = [list(side) for side in zip(*common, strict=True)]
-    own, other = (one.predictions.at(places) for one, places in zip(contenders, chosen, strict=True))
-    if len(common) < max(len(first.predictions), len(second.predictions)):
+    sides = [first, second]
+    if len(common) < max(len(one.contender.predictions) for one in sides):
         shared = counted(len(common), "study")
-        remarks.append(f"{first.name} and {second.name} have {shared} in common; only these are tested.")
-    if [text.split() for text in own.references] != [text.split() for text in other.references]:
-        remarks.append(f"The references of {first.name} and {second.name} differ, so their scores are not comparable.")
-    if first.tokenizer != second.tokenizer:
-        remarks.append(f"The tokenizers of {first.name} and {second.name} differ: their scores are not comparable.")
-    drawn, exact = [], []
-    both = _numbered(replace(first, predictions=own), patients)
-    number = bootstrap.independent(len(common), both)
-    for one, statistics, reports, places_of in zip(contenders, counts, (own, other), chosen, strict=True):
-        if len(common) < len(one.predictions):  # CIDEr depends on all references
-            rows = _count(replace(one, predictions=reports), meteor)
-        else:
-            rows = {key: value[places_of] for key, value in statistics.items()}
-        sums = {key: bootstrap.resampled_sums(value, resamples, patients=both) for key, value in rows.items()}
-        drawn.append(_combine(rows, sums, len(common)))
-        exact.append(_combine(rows, {key: value.sum(axis=0) for key, value in rows.items()}, len(common)))
-    gains = {name: bootstrap.widened(drawn[1][name] - drawn[0][name], number) for name in drawn[0]}
+        remarks.append(f"{names[0]} and {names[1]} have {shared} in common; only these are tested.")
+        chosen = [list(side) for side in zip(*common, strict=True)]
+        sides = [_part(one, own, patients, meteor, resamples) for one, own in zip(sides, chosen, strict=True)]
+    own, other = (one.contender for one in sides)
+    if [text.split() for text in own.predictions.references] != [text.split() for text in other.predictions.references]:
+        remarks.append(f"The references of {names[0]} and {names[1]} differ, so their scores are not comparable.")
+    if own.tokenizer != other.tokenizer:
+        remarks.append(f"The tokenizers of {names[0]} and {names[1]} differ: their scores are not comparable.")
+    (exact, drawn), (others, others_drawn) = ((one.exact, one.drawn) for one in sides)
+    number = sides[0].independent
+    gains = {name: bootstrap.widened(others_drawn[name] - drawn[name], number) for name in drawn}
     return {
         "studies": len(common),
-        "differences": {name: float(exact[1][name] - exact[0][name]) for name in exact[0]},
+        "differences": {name: float(others[name] - exact[name]) for name in exact},
         "intervals": bootstrap.intervals_of(gains, number, are_widened=True),
-        "p": {name: bootstrap.p_two_sided(drawn[0][name], drawn[1][name], number) for name in drawn[0]},
+        "p": {name: bootstrap.p_two_sided(drawn[name], others_drawn[name], number) for name in drawn},
     }
 
 
-def _numbered(contender: Contender, patients: Mapping[str, str | None]) -> bootstrap.Patients | None:
-    ids = contender.predictions.study_ids
-    return bootstrap.numbered([patients.get(study) for study in ids], len(ids))
+def _part(one: _Scored, places: Sequence[int], patients: Mapping[str, str], meteor: bool, resamples: int) -> _Scored:
+    """Scores a contender again on some of its studies."""
+    part = replace(one.contender, predictions=one.contender.predictions.at(places))
+    if len(places) < len(one.contender.predictions):  # CIDEr depends on all references
+        return _score(part, _count(part, meteor), patients, resamples)
+    return _score(part, {key: value[places] for key, value in one.statistics.items()}, patients, resamples)
 
 
 def _in_order(contender: Contender, first: Contender) -> Contender:

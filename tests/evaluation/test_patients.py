@@ -97,6 +97,9 @@ def test_compare_knows_patients_of_either_file() -> None:
     one, other = _predictions("a", None), _predictions("bb", patients)
     result = compare([Contender("a", one), Contender("b", other)], resamples=200)
     assert [row["patients"] for row in result["rows"]] == [10, 10]
+    unknown = Contender("c", replace(one, patients=[None] * 60))
+    third = compare([Contender("a", replace(one, patients=patients)), unknown], resamples=200)
+    assert [row["patients"] for row in third["rows"]] == [10, 10]  # a file that does not know them takes nothing away
     without = compare([Contender("a", one), Contender("b", replace(other, patients=()))], resamples=200)
     assert [row["patients"] for row in without["rows"]] == [None, None]
     assert result["rows"][1]["against_first"]["differences"] == without["rows"][1]["against_first"]["differences"]
