@@ -127,7 +127,7 @@ def test_a_signal_stops_all_and_keeps_what_is_written(varied_run: Path, films: P
         [sys.executable, "-m", "emrrg_cli", *command], stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     partial = tmp_path / "out" / "reports.jsonl.partial"
-    while not partial.exists() and process.poll() is None:
+    while not (partial.exists() and partial.stat().st_size) and process.poll() is None:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, printed = process.communicate(timeout=60)
@@ -135,7 +135,7 @@ def test_a_signal_stops_all_and_keeps_what_is_written(varied_run: Path, films: P
     assert "Traceback" not in printed
     rows = _rows(tmp_path / "out")
     assert 0 < len(rows) < 400
-    assert f"{len(rows)} reports saved in" in printed
+    assert f"{len(rows)} report{'s' if len(rows) > 1 else ''} saved in" in printed
     assert _has_ended(process.pid)
 
 
