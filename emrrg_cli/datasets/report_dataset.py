@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -51,7 +52,8 @@ class Batch:
     which sum to `n`; `contexts`: context of each study (empty: no study has any); `projections`: int64 `[n]`, indices
     into `VIEW_TOKENS` (None: all unknown); `labels`: int64 `[b, t]`, report tokens, padded with `IGNORE` (None for
     generation); `findings`: `[b, 23]` from `finding_targets` (None if no head learns them); `advantages`: `[b * n]`,
-    weights of the log-probabilities, if `labels` are `[b * n, t]` sampled reports, n per study.
+    weights of the log-probabilities, if `labels` are `[b * n, t]` sampled reports, n per study; `temperatures`:
+    `[b * n]`, those of these probabilities (None: 1).
     """
 
     indices: list[int]
@@ -64,6 +66,7 @@ class Batch:
     labels: Tensor | None = None
     findings: Tensor | None = None
     advantages: Tensor | None = None
+    temperatures: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """Returns the same batch with its tensors on `device`."""
@@ -74,11 +77,11 @@ class Batch:
         return self._mapped(Tensor.pin_memory)
 
     def _mapped(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        labels = None if self.labels is None else function(self.labels)
-        findings = None if self.findings is None else function(self.findings)
-        projections = None if self.projections is None else function(self.projections)
-        pixels, views = function(self.pixels), function(self.views)
-        return replace(self, pixels=pixels, views=views, projections=projections, labels=labels, findings=findings)
+        mapped = copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(mapped, name, function(value))
+        return mapped
 
 
 class ReportDataset(Dataset[Example]):

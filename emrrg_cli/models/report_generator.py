@@ -238,7 +238,7 @@ class ReportGenerator(nn.Module):
             logits_to_keep=labels.shape[1] + 1,  # the last prompt token predicts the first of the report
             **visual,
         ).logits[:, :-1]
-        loss = self._report_loss(logits.float(), labels, batch.advantages)
+        loss = self._report_loss(logits.float(), batch)
         if self.findings is not None and self.training and batch.findings is not None:
             loss = loss + self.report_tokens * self.findings.loss_sum(tokens, batch.views, batch.findings)
         return StageOutput(loss, real.sum())
@@ -248,14 +248,18 @@ class ReportGenerator(nn.Module):
         follows = self.findings_prompt is not None and self.findings_prompt.labels_in_training
         return batch.findings if follows and self.training and batch.advantages is None else None
 
-    def _report_loss(self, logits: Tensor, labels: Tensor, advantages: Tensor | None) -> Tensor:
-        # [r, t, vocabulary], [r, t] -> the sum over tokens; sampled reports are weighted by their advantages
-        flat, targets = logits.flatten(0, 1), labels.flatten()
-        if advantages is None:
+    def _report_loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        # [r, t, vocabulary] -> the sum over tokens; sampled reports are weighted by their advantages
+        assert batch.labels is not None
+        targets = batch.labels.flatten()
+        if batch.advantages is None:
             smoothing = self.label_smoothing if self.training else 0.0
+            flat = logits.flatten(0, 1)
             return F.cross_entropy(flat, targets, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing)
-        losses = F.cross_entropy(flat, targets, ignore_index=IGNORE, reduction="none").view(labels.shape)
-        return (losses.sum(dim=1) * advantages).sum()
+        if batch.temperatures is not None:
+            logits = logits / batch.temperatures[:, None, None]
+        losses = F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORE, reduction="none")
+        return (losses.view(batch.labels.shape).sum(dim=1) * batch.advantages).sum()
 
     @torch.no_grad()
     def generate(self, pixels: Tensor, views: Tensor, config: GenerationConfig, contexts: Contexts = ()) -> list[str]:

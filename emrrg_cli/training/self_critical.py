@@ -7,8 +7,8 @@ sample is its negative log-probability times its advantage: its score minus the 
 Most reports of a data set are similar, so one report can score well for all studies, and training on scores alone can
 end with that report for every study. `contrast` subtracts the score against the references of other studies.
 
-With a `temperature` T other than 1, samples come from the probabilities at T, and the loss has those at 1, as is usual:
-in small models with T = 0.7 the direction is nearly that of the exact gradient (cosine .99), the size about .7 of it.
+With a `temperature` other than 1, samples come from the probabilities at that temperature, and so does the loss: its
+gradient is that of the expected score of the sampled reports. Published code often has those at 1 in the loss.
 
 Source: self-critical sequence training (Rennie et al., arXiv 1612.00563), with the mean of the other samples as the
 baseline (Luo, arXiv 2003.09971); for reports, R2GenCMN+RL (Qin and Song, Findings of ACL 2022).
@@ -80,7 +80,8 @@ class Sampler:
     def sampled_batch(self, batch: Batch, others: Sequence[str] = ()) -> Batch:
         """Returns the batch with sampled reports as its labels, `samples` for each study, and their advantages.
 
-        With `cross_entropy`, the reference follows the samples of its study, with `cross_entropy` as its advantage.
+        With `cross_entropy`, the reference follows the samples of its study, with `cross_entropy` as its advantage and
+        a temperature of 1.
         With `contrast`, the rewards against other references are subtracted: those of the following studies of the
         batch, then `others`, the references of the other micro-batches of the step.
 
@@ -95,14 +96,21 @@ class Sampler:
         n = self.settings.samples
         rewards = self._rewards(batch.reports, [self.model.decode(row) for row in tokens], others)
         rows, weights = [torch.tensor(row) for row in tokens], advantages(rewards)
+        temperatures = torch.full_like(weights, self.settings.temperature)
         if self.settings.cross_entropy:  # the reference follows the samples of its study
             assert batch.labels is not None
             known = [row[row != IGNORE].cpu() for row in batch.labels]
             rows = [row for i, own in enumerate(known) for row in (*rows[n * i : n * (i + 1)], own)]
             weights = torch.nn.functional.pad(weights, (0, 1), value=self.settings.cross_entropy)
+            temperatures = torch.nn.functional.pad(temperatures, (0, 1), value=1.0)
         labels = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORE)
         device = self.accelerator.device
-        return replace(batch, labels=labels.to(device), advantages=weights.flatten().to(device))
+        return replace(
+            batch,
+            labels=labels.to(device),
+            advantages=weights.flatten().to(device),
+            temperatures=None if self.settings.temperature == 1.0 else temperatures.flatten().to(device),
+        )
 
     def _rewards(self, references: Sequence[str], reports: Sequence[str], others: Sequence[str] = ()) -> Tensor:
         # References of b studies and `samples` reports for each -> [b, samples]

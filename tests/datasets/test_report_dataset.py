@@ -150,11 +150,15 @@ def test_collation() -> None:
     assert collate([_example(0, 1)]).labels is None
 
 
-def test_a_batch_moves_with_its_tensors() -> None:
+def test_a_batch_moves_with_all_its_tensors() -> None:
     batch = collate([_example(0, 1, "a")], lambda text: [1])
+    further = ("projections", "findings", "advantages", "temperatures")
+    for name in further:
+        setattr(batch, name, torch.ones(1))
     moved = batch.to(torch.device("meta"))
-    assert moved.labels is not None
-    assert {moved.pixels.device.type, moved.views.device.type, moved.labels.device.type} == {"meta"}
+    tensors = {name: value for name, value in vars(moved).items() if isinstance(value, torch.Tensor)}
+    assert set(tensors) == {"pixels", "views", "labels", *further}
+    assert all(tensor.device.type == "meta" for tensor in tensors.values())
     assert moved.study_ids == batch.study_ids
     assert batch.pixels.device.type == "cpu"
     assert collate([_example(0, 1)]).to(torch.device("meta")).labels is None

@@ -84,13 +84,15 @@ def study(finetune: Any, tiny_dataset: Any) -> Any:
     return model, batch, data.reports, make_accelerator("fp32", 0)
 
 
-def _sampled(study: Any, samples: int = 3, cross_entropy: float = 0.0) -> Any:
+def _sampled(study: Any, samples: int = 3, cross_entropy: float = 0.0, temperature: float = 1.0) -> Any:
     from emrrg_cli.recipe.finetuning import SelfCriticalSettings
     from emrrg_cli.training.self_critical import Sampler
 
     model, batch, reports, accelerator = study
     torch.manual_seed(5)
-    settings = SelfCriticalSettings(samples=samples, max_new_tokens=12, cross_entropy=cross_entropy, contrast=0)
+    settings = SelfCriticalSettings(
+        samples=samples, temperature=temperature, max_new_tokens=12, cross_entropy=cross_entropy, contrast=0
+    )
     return Sampler(model, settings, Reward(reports, settings.rewards), accelerator).sampled_batch(batch)
 
 
@@ -123,6 +125,34 @@ def test_the_gradient_is_that_of_each_sample_times_its_advantage(study: Any) -> 
         expected += advantage * gradient
     assert torch.allclose(found, expected, atol=1e-5, rtol=1e-3)
     assert expected.abs().max() > 1e-4
+
+
+@pytest.mark.slow
+def test_the_gradient_is_that_of_the_expected_score(study: Any) -> None:
+    """For reports of one word, whose expected score at the temperature of the samples has a closed form."""
+    from dataclasses import replace
+
+    model, at = study[0], 0.7
+    scores = torch.randn(11, dtype=torch.float64)
+    words = torch.randn(11, dtype=torch.float64, requires_grad=True)
+    drawn = (words / at).softmax(dim=0)
+    expected_score = (drawn * scores).sum()
+    every = replace(  # each word as often as it is drawn
+        study[1],
+        labels=torch.arange(11)[:, None],
+        advantages=drawn.detach() * scores,
+        temperatures=torch.full((11,), at, dtype=torch.float64),
+    )
+    loss = model._report_loss(words.expand(11, 1, 11), every)
+    found, expected = (torch.autograd.grad(value, words)[0] for value in (loss, -expected_score))
+    assert torch.allclose(found, expected)
+
+
+@pytest.mark.slow
+def test_samples_have_their_temperature_and_the_reference_1(study: Any) -> None:
+    sampled = _sampled(study, cross_entropy=0.25, temperature=0.7)
+    assert sampled.temperatures.tolist() == pytest.approx([0.7, 0.7, 0.7, 1.0] * 2)
+    assert _sampled(study).temperatures is None
 
 
 def test_a_report_that_fits_all_studies_gains_nothing() -> None:
