@@ -46,7 +46,7 @@ def compare(
     from emrrg_cli.console import err, out
     from emrrg_cli.evaluation.compare import compare as run
     from emrrg_cli.evaluation.compare import find_contender
-    from emrrg_cli.evaluation.predictions import Columns
+    from emrrg_cli.evaluation.predictions import PREDICTIONS, Columns
     from emrrg_cli.files.atomic import atomic_write_text
     from emrrg_cli.files.output_paths import check_writable
     from emrrg_cli.reporting.comparison_tables import comparison_csv, comparison_markdown, comparison_table
@@ -57,7 +57,7 @@ def compare(
         if (output / "compare.json").exists() and not overwrite:
             raise UsageError(f"{output} already holds a comparison", hint="Give --overwrite, or another --output.")
     folders = [path.is_dir() for path in reports]
-    if not any(folders):
+    if not any(folder and not (path / PREDICTIONS).is_file() for folder, path in zip(folders, reports, strict=True)):
         refuse_given(context, ("split",), "without a run directory")
     if all(folders):
         refuse_given(context, OF_FILES, "without a prediction file")

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import stat
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from emrrg_cli.files.records import read_bounded
+from emrrg_cli.files.records import open_regular, read_bounded
 
 _LARGEST_HEADER = 8 * 2**20  # bytes: some 80,000 tensors
 _LARGEST_TEXT = 256 * 2**20  # bytes: the tokenizer of a large vocabulary has 35 MB
@@ -29,10 +28,7 @@ def check_header(file: Path) -> None:
     Raises:
         OSError: `strerror` gives the reason.
     """
-    handle = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with os.fdopen(handle, "rb") as opened:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", str(file))
+    with open_regular(file) as opened:
         if (size := int.from_bytes(opened.read(8), "little")) > _LARGEST_HEADER:
             raise OSError(errno.EFBIG, f"its header claims {size:,} bytes", str(file))
 

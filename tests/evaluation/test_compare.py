@@ -250,6 +250,12 @@ def test_options_without_effect_are_refused(tmp_path: Path, capsys: pytest.Captu
     file.write_text("id,hypothesis,reference\n1,x,y\n")
     assert main(["compare", str(file), str(file), "--split", "test"]) == 2
     assert "--split has no effect without a run directory" in capsys.readouterr().err
+    (evaluated := tmp_path / "evaluated").mkdir()
+    (evaluated / "predictions.jsonl").write_text('{"id": 1, "hypothesis": "x", "reference": "y"}\n')
+    assert main(["compare", str(evaluated), str(file), "--split", "validation"]) == 2
+    assert "--split has no effect without a run directory" in capsys.readouterr().err
+    assert main(["compare", str(evaluated), str(tmp_path), "--split", "validation"]) == 2
+    assert "has no predictions of the validation split" in capsys.readouterr().err
     assert main(["compare", str(tmp_path), str(tmp_path), "--id-column", "id"]) == 2
     assert "--id-column has no effect without a prediction file" in capsys.readouterr().err
     assert main(["compare", str(file), str(file), "--id-column", "id", "--json"]) == 0
