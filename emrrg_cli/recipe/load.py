@@ -254,5 +254,9 @@ def _refuse(ref: str, problems: Sequence[Problem]) -> None:
         count = f"{len(lines)} or more" if len(lines) >= MAX_PROBLEMS else str(len(lines))
         lines.insert(0, f"{count} problems in recipe {ref}:")
     unknown = any(problem.message == "unknown key" for problem in problems)
-    hint = "`emrrg recipe show NAME --resolved` prints every key there is, with its value." if unknown else None
+    hint = (
+        "`emrrg recipe show NAME --resolved` prints every key there is, with its value and meaning."
+        if unknown
+        else None
+    )
     raise UsageError("\n  ".join(lines), hint=hint)
