@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from emrrg_cli.console import counted
 from emrrg_cli.decoding.shards import Shard
 from emrrg_cli.decoding.stamps import any_changed
 from emrrg_cli.decoding.studies import StudyFiles, path_name
@@ -296,12 +297,18 @@ def merge_shards(folder: Path, *, overwrite: bool = False) -> int:
     if not shards:
         raise UsageError(f"{folder}: there are no finished shards", hint="Run `emrrg generate ... --shard i/N` first.")
     if len(counts) > 1:
-        raise UsageError(f"{folder}: there are shards of {' and '.join(map(str, sorted(counts)))}")
+        raise UsageError(
+            f"{folder}: the shards are of runs with different numbers of shards: {', '.join(map(str, sorted(counts)))}",
+            hint="Keep the files of one of these runs, and move those of the others away.",
+        )
     [count] = counts
     if missing := [index for index in range(count) if index not in shards]:
-        raise UsageError(f"{folder}: shard {missing[0]} is not finished ({len(missing)} missing)")
+        raise UsageError(
+            f"{folder}: {counted(len(missing), 'shard')} of {count} not finished: {', '.join(map(str, missing[:10]))}",
+            hint=f"Run it again: emrrg generate ... --shard {missing[0]}/{count}",
+        )
     if max(shards) >= count:
-        raise UsageError(f"{folder}: there is a shard {max(shards)} of {count}", hint="Shards count from 0.")
+        raise UsageError(f"{folder}: shard {max(shards)} of {count} cannot exist", hint="Shards count from 0.")
     records, fingerprints = RecordIndex(), set()
     for index in sorted(shards):
         before = len(records)
@@ -316,7 +323,10 @@ def merge_shards(folder: Path, *, overwrite: bool = False) -> int:
                 hint=f"Run this shard again: --shard {index}/{count}.",
             )
     if len(fingerprints) > 1:
-        raise UsageError(f"{folder}: the shards have different models or options")
+        raise UsageError(
+            f"{folder}: the shards were written by different models or with different options",
+            hint="Run all shards again with the same command, apart from --shard.",
+        )
     whole = folder / "reports.jsonl"
     if whole.exists() and not overwrite:
         for _, row in iterate_jsonl(whole):

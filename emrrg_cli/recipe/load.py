@@ -104,6 +104,8 @@ def load_run_recipe(
     file = run_dir / RUN_RECIPE
     if not file.is_file():
         hint = "Name the directory that `emrrg finetune` wrote."
+        if not run_dir.exists():
+            raise UsageError(f"no such run directory: {run_dir}", hint=hint)
         raise UsageError(f"{run_dir} is not a run directory: it has no {RUN_RECIPE}", hint=hint)
     run = _without_removed(read_layer(file), str(file))
     run_stage = _stage_of(str(file), [run])

@@ -558,6 +558,8 @@ def test_an_overlay_alone_is_checked_except_for_conflicts() -> None:
 def test_a_directory_without_a_recipe_is_no_run_directory(tmp_path: Path, run_dir: Path) -> None:
     with pytest.raises(UsageError, match=r"is not a run directory: it has no recipe\.yaml"):
         load_run_recipe(tmp_path, None, [], "evaluate")
+    with pytest.raises(UsageError, match=r"no such run directory: .*none"):
+        load_run_recipe(tmp_path / "none", None, [], "evaluate")
     with pytest.raises(UsageError, match=r"recipe default/generate is for `generate`, not `evaluate`"):
         load_run_recipe(run_dir, "default/generate", [], "evaluate")
     (run_dir / "recipe.yaml").write_text("stage: preprocess\n")
