@@ -19,9 +19,10 @@ from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.files.atomic import atomic_file
 from emrrg_cli.files.output_paths import directory_guard, refuse_links
 from emrrg_cli.files.records import append_jsonl, iterate_jsonl, jsonl_line
+from emrrg_cli.reporting.tables import DISCLAIMER
 
 Row = dict[str, Any]
-_COLUMNS = ["path", "report", "seconds", "notes", "study", "files"]
+_COLUMNS = ["path", "report", "seconds", "notes", "study", "files", "disclaimer"]
 _REPLACED = ("reports.csv", "page.html")
 _MOST_FILES = 1 << 20  # shards of a run
 _MOST_OPEN = 100  # of these files open at a time
@@ -265,7 +266,9 @@ def write_reports(reports: Path, rows: Iterable[Row], *, with_table: bool) -> in
         for row in rows:
             lines.write(jsonl_line(row))
             if table is not None:
-                table.writerow(row | {name: "; ".join(row[name]) for name in ("notes", "files") if name in row})
+                disclaimer = DISCLAIMER if "limits" not in row else f"{DISCLAIMER} Note: {row['limits']}."
+                joined = {name: "; ".join(row[name]) for name in ("notes", "files") if name in row}
+                table.writerow(row | joined | {"disclaimer": disclaimer})
             count += 1
     return count
 

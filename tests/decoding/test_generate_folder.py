@@ -159,6 +159,7 @@ def test_reports_and_skipped_files_are_written(tmp_path: Path, writer: Writer, r
     with (tmp_path / "out" / "reports.csv").open(newline="", encoding="utf-8") as file:
         table = list(csv.DictReader(file))
     assert [(row["path"], row["report"]) for row in table] == [(row["path"], row["report"]) for row in rows]
+    assert {row["disclaimer"] for row in table} == {"Research output: not for diagnosis."}
     skipped = {Path(row["path"]).name: row["reason"] for row in _rows(tmp_path / "out" / "skipped.jsonl")}
     assert skipped.keys() == {"fake.png", "empty.png", "cut.png", "gone.png"}
     assert skipped["fake.png"] == "not an image"
