@@ -48,7 +48,7 @@ def test_help_is_complete_at_80_columns(
     assert f"emrrg {' '.join(path)}" in example.replace("emrrg preprocess combined clip", "emrrg preprocess combined ")
 
 
-@pytest.mark.parametrize("path", [(), *{(path[0],) for path in COMMANDS if len(path) > 1}], ids=" ".join)
+@pytest.mark.parametrize("path", [(), *sorted({(path[0],) for path in COMMANDS if len(path) > 1})], ids=" ".join)
 def test_no_line_in_a_list_of_commands_is_cut(
     path: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
