@@ -74,13 +74,14 @@ def progress_bar(description: str, total: int, *, enabled: bool = True) -> Itera
 
     rate = TextColumn("{task.fields[rate]}")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate)
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=err, disable=not enabled) as progress:
+    times = (TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left"))
+    with Progress(*columns, *times, console=err, disable=not enabled) as progress:
         task = progress.add_task(description, total=total, rate="")
 
         def advance(count: int) -> None:
             progress.advance(task, count)
-            speed = progress.tasks[0].speed
-            progress.update(task, rate="" if speed is None else f"{speed:.2f}/s")
+            bar = progress.tasks[0]  # rich's own speed counts only the time between two items of a batch
+            progress.update(task, rate=f"{bar.completed / bar.elapsed:.2f}/s" if bar.elapsed else "")
 
         yield advance
 

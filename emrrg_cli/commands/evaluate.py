@@ -37,13 +37,21 @@ def evaluate(
     split: Annotated[str, typer.Option("--split", help="Split of the dataset directory.")] = "test",
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Directory for scores and predictions; default: inside the run."),
+        typer.Option(
+            "--output",
+            "-o",
+            help="Directory for scores and predictions; default: evaluation/SPLIT in the run, SPLIT-2 for other "
+            "settings; with --predictions none.",
+        ),
     ] = None,
     recipe: Annotated[
         str | None, typer.Option("--recipe", help="Evaluation recipe whose settings replace those of the run.")
     ] = None,
     train: Annotated[
-        Path | None, typer.Option("--train", help="Dataset directory with the training reports; of a run: --data.")
+        Path | None,
+        typer.Option(
+            "--train", help="Dataset directory with the training reports, for controls; default: --data, for FILE none."
+        ),
     ] = None,
     image_controls: Annotated[
         bool, typer.Option("--image-controls", help="Also write reports for blank films and films of other studies.")
@@ -89,7 +97,7 @@ def evaluate(
     """Write reports for a split and score them, or score a file.
 
     Scores are BLEU-1 to BLEU-4, ROUGE-L, METEOR (needs Java), CIDEr and the agreement of clinical findings. Controls
-    are scored too: the same reports shuffled between studies, and the most frequent training report.
+    are scored too: the same reports shuffled between studies, the most frequent and the most typical training report.
 
     Example: emrrg evaluate --model runs/iu --data data/iu_xray generation.num_beams=1
 

@@ -111,6 +111,10 @@ def generate(
     A model that was trained with data.context uses --context, then the columns indication, comparison, technique, age
     and sex of --table, then the DICOM headers (age, sex, reason for the study).
 
+    Each line of reports.jsonl is a study: its files, the report, findings (labels that rules read from the report),
+    sentences and word_confidence (the model's probabilities, 0 to 1), film_distance (above 1: unlike the training
+    films), notes and seconds. reports.csv has the most important columns.
+
     Example: emrrg generate films/ study.png --model runs/iu --output reports/ generation.num_beams=1
     """
     from emrrg_cli.console import counted, err, printable

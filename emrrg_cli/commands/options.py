@@ -17,7 +17,7 @@ OF_FILES = ("references", "id_column", "hypothesis_column", "reference_column") 
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Changes to settings of the recipe.", show_default=False),
+    typer.Argument(metavar="KEY=VALUE", help="Changes to settings: generation.num_beams=1.", show_default=False),
 ]
 TrainingOverrides = Annotated[
     list[str] | None,

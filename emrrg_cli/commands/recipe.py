@@ -60,7 +60,9 @@ def ls(
 def show(
     name: Name,
     overrides: TrainingOverrides = None,
-    resolved: Annotated[bool, typer.Option("--resolved", help="Print every setting with its value, as YAML.")] = False,
+    resolved: Annotated[
+        bool, typer.Option("--resolved", help="Print every setting with its value and meaning, as YAML.")
+    ] = False,
 ) -> None:
     """Print a recipe, or all of its settings with --resolved.
 
@@ -69,10 +71,12 @@ def show(
     Example: emrrg recipe show iu_xray/finetune train.epochs=5
     """
     if resolved or overrides:
-        from emrrg_cli.recipe.load import resolve_recipe
-        from emrrg_cli.recipe.yaml12 import dump
+        from emrrg_cli.recipe.explain import explained
+        from emrrg_cli.recipe.finetuning import FinetuneRecipe
+        from emrrg_cli.recipe.load import RECIPES, resolve_recipe
 
-        typer.echo(dump(resolve_recipe(name, overrides or [])), nl=False)
+        settings = resolve_recipe(name, overrides or [])
+        typer.echo(explained(settings, RECIPES.get(settings["stage"], FinetuneRecipe)), nl=False)
         return
     from emrrg_cli.recipe.library import find_recipe, read_text
 

@@ -95,7 +95,8 @@ def _train(
     """
     from emrrg_cli.console import err, out
     from emrrg_cli.files.locks import locked
-    from emrrg_cli.recipe.load import dump_recipe, load_recipe
+    from emrrg_cli.recipe.explain import explained
+    from emrrg_cli.recipe.load import load_recipe
     from emrrg_cli.recipe.paths import check_data, check_roots_exist, check_trackers_installed, check_weights_exist
     from emrrg_cli.training.launch import inside_launcher, is_first_process, processes_expected
     from emrrg_cli.training.run_dir import check_run_dir, default_run_dir
@@ -104,7 +105,7 @@ def _train(
     stage = STAGES[stage_name]
     settings = load_recipe(recipe, overrides or [], stage=stage.load_recipe_class())
     if print_recipe:
-        out.print(dump_recipe(settings), end="", markup=False, soft_wrap=True)
+        out.print(explained(settings.model_dump(), type(settings)), end="", markup=False, soft_wrap=True)
         return
     if not resume:  # a resumed run loads its own weights
         check_weights_exist(settings)

@@ -105,10 +105,15 @@ def open_dataset(root: str | Path) -> datasets.DatasetDict:
     finally:
         if not quiet:
             datasets.enable_progress_bars()
-    for split, rows in opened.items():
+    for split, rows in list(opened.items()):
         _check_columns(folder, split, rows.features)
         remember_folder(rows, folder)
-    return opened.cast_column("images", List(ImageFeature(decode=False)))
+        images = List(ImageFeature(decode=False))
+        if isinstance(rows.features["images"].feature, ImageFeature):
+            rows.info.features["images"] = images  # `cast_column` would write all data to the cache again
+        else:
+            opened[split] = rows.cast_column("images", images)
+    return opened
 
 
 def find_split(splits: Mapping[str, Any], name: str, root: str | Path) -> str:

@@ -44,12 +44,10 @@ def find_shards(folder: Path) -> dict[str, list[Path]]:
             raise RunError(f"{folder}: split {split} has shards of different runs: {file.name} does not fit the others")
     for split, total in totals.items():
         if missing := sorted(set(range(total)) - set(found[split])):
-            raise RunError(
-                f"{folder}: shard {missing[0]} of {total} of split {split} is missing", hint="Write it again."
-            )
+            raise RunError(f"{folder}: shard {missing[0]} of {total} of split {split} is missing", hint=_AGAIN)
     if not found:
         if (folder / MANIFEST).is_file():
-            raise RunError(f"{folder} has lost its Parquet files (data/*.parquet)", hint="Write it again.")
+            raise RunError(f"{folder} has lost its Parquet files (data/*.parquet)", hint=_AGAIN)
         raise UsageError(
             f"{folder} is not a dataset directory: it has no data/*.parquet",
             hint="`emrrg preprocess` makes one from raw data.",
@@ -85,7 +83,7 @@ def _check_manifest(folder: Path, shards: Mapping[str, list[Path]], manifest: Ma
             other = next((name for name, count in studies.items() if name != split and count == found), None)
             if other and found != studies.get(split):
                 raise RunError(
-                    f"{folder}: the files of split {split} have {found:,} studies, as {MANIFEST} says of {other}",
+                    f"{folder}: split {split} has {found:,} studies, the number of split {other} in {MANIFEST}",
                     hint=_AGAIN,
                 )
 
@@ -99,7 +97,9 @@ def _check_places(folder: Path, shards: Mapping[str, list[Path]], digests: Any) 
         name = f"data/{file.name}"
         place = places.get(shard_digest(file), name)
         if place != name:
-            raise RunError(f"{folder}: {name} has the content of {place}", hint=_AGAIN)
+            raise RunError(
+                f"{folder}: {name} has the content that {place} should have, according to {MANIFEST}", hint=_AGAIN
+            )
 
 
 def _count(shards: int) -> str:

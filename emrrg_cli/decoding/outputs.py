@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from emrrg_cli.console import counted
 from emrrg_cli.decoding.shards import Shard
 from emrrg_cli.decoding.stamps import any_changed
 from emrrg_cli.decoding.studies import StudyFiles, path_name
@@ -18,9 +19,10 @@ from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.files.atomic import atomic_file
 from emrrg_cli.files.output_paths import directory_guard, refuse_links
 from emrrg_cli.files.records import append_jsonl, iterate_jsonl, jsonl_line
+from emrrg_cli.reporting.tables import DISCLAIMER
 
 Row = dict[str, Any]
-_COLUMNS = ["path", "report", "seconds", "notes", "study", "files"]
+_COLUMNS = ["path", "report", "seconds", "notes", "study", "files", "disclaimer"]
 _REPLACED = ("reports.csv", "page.html")
 _MOST_FILES = 1 << 20  # shards of a run
 _MOST_OPEN = 100  # of these files open at a time
@@ -264,7 +266,9 @@ def write_reports(reports: Path, rows: Iterable[Row], *, with_table: bool) -> in
         for row in rows:
             lines.write(jsonl_line(row))
             if table is not None:
-                table.writerow(row | {name: "; ".join(row[name]) for name in ("notes", "files") if name in row})
+                disclaimer = DISCLAIMER if "limits" not in row else f"{DISCLAIMER} Note: {row['limits']}."
+                joined = {name: "; ".join(row[name]) for name in ("notes", "files") if name in row}
+                table.writerow(row | joined | {"disclaimer": disclaimer})
             count += 1
     return count
 
@@ -296,12 +300,18 @@ def merge_shards(folder: Path, *, overwrite: bool = False) -> int:
     if not shards:
         raise UsageError(f"{folder}: there are no finished shards", hint="Run `emrrg generate ... --shard i/N` first.")
     if len(counts) > 1:
-        raise UsageError(f"{folder}: there are shards of {' and '.join(map(str, sorted(counts)))}")
+        raise UsageError(
+            f"{folder}: the shards are of runs with different numbers of shards: {', '.join(map(str, sorted(counts)))}",
+            hint="Keep the files of one of these runs, and move those of the others away.",
+        )
     [count] = counts
     if missing := [index for index in range(count) if index not in shards]:
-        raise UsageError(f"{folder}: shard {missing[0]} is not finished ({len(missing)} missing)")
+        raise UsageError(
+            f"{folder}: {counted(len(missing), 'shard')} of {count} not finished: {', '.join(map(str, missing[:10]))}",
+            hint=f"Run it again: emrrg generate ... --shard {missing[0]}/{count}",
+        )
     if max(shards) >= count:
-        raise UsageError(f"{folder}: there is a shard {max(shards)} of {count}", hint="Shards count from 0.")
+        raise UsageError(f"{folder}: shard {max(shards)} of {count} cannot exist", hint="Shards count from 0.")
     records, fingerprints = RecordIndex(), set()
     for index in sorted(shards):
         before = len(records)
@@ -316,7 +326,10 @@ def merge_shards(folder: Path, *, overwrite: bool = False) -> int:
                 hint=f"Run this shard again: --shard {index}/{count}.",
             )
     if len(fingerprints) > 1:
-        raise UsageError(f"{folder}: the shards have different models or options")
+        raise UsageError(
+            f"{folder}: the shards were written by different models or with different options",
+            hint="Run all shards again with the same command, apart from --shard.",
+        )
     whole = folder / "reports.jsonl"
     if whole.exists() and not overwrite:
         for _, row in iterate_jsonl(whole):

@@ -51,7 +51,10 @@ class Shard:
             shard = cls(-1, 0)
         if not 0 <= shard.index < shard.count:
             told = ", ".join(f"{name}={os.environ[name]}" for name in (index, count, first, step) if name in os.environ)
-            raise UsageError(f"--shard auto: no shard follows from {told}", hint="Give the shard as i/N, such as 0/4.")
+            raise UsageError(
+                f"--shard auto: {told} is not a number of a shard and their count",
+                hint="Give the shard as i/N, such as 0/4.",
+            )
         return shard
 
     def part(self, studies: Sequence[StudyFiles]) -> list[StudyFiles]:

@@ -117,6 +117,13 @@ def find_studies(paths: Sequence[str], by: StudyBy = "auto", output: Path | None
             groups.setdefault(path_name(file.parent), []).append((file, facts))
         else:
             groups.setdefault(path_name(file), []).append((file, facts))
+    joined = [folder for folder, inside in of_folder.items() if by == "auto" and 1 < len(inside) <= MOST_FILES]
+    if joined:
+        err.print(
+            f"{printable(str(joined[0]))}: its {len(of_folder[joined[0]])} images are one study, and so are those of "
+            f"every subfolder with at most {MOST_FILES} images; --study-by file: a report for each image",
+            markup=False, soft_wrap=True,
+        )  # fmt: skip
     large = {path_name(folder) for folder, inside in of_folder.items() if by == "auto" and len(inside) > MOST_FILES}
     studies: list[StudyFiles] = []
     for name, members in groups.items():

@@ -262,7 +262,8 @@ def _target(
     """Returns the output directory: one that is free, or one whose reports can be reused."""
     if output is not None:
         if not overwrite and ((output / DATA).exists() or (_taken(output) and kept(output) is None)):
-            raise UsageError(f"{output} already holds an evaluation", hint="Give --overwrite, or another --output.")
+            what = "an evaluation" if (output / DATA).exists() else "reports of another or a stopped evaluation"
+            raise UsageError(f"{output} already holds {what}", hint="Give --overwrite, or another --output.")
         return output
     base = run_dir / "evaluation" / split
     target, number = base, 2

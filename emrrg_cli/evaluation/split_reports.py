@@ -28,6 +28,8 @@ from emrrg_cli.versions import installed_versions
 MADE_WITH = "made_with.json"
 SAMPLES = "samples.jsonl"
 
+_STOPPED = "stopped; {} saved in {}; a new evaluation starts at the first study"
+
 
 def data_settings(recipe: FinetuneRecipe) -> dict[str, Any]:
     """Returns the data settings that affect the reports."""
@@ -130,7 +132,7 @@ def write_predictions(
         kept += len(reports)
 
     with (
-        interrupted_by(message=lambda: f"stopped; {counted(kept, 'report')} saved in {partial}"),
+        interrupted_by(message=lambda: _STOPPED.format(counted(kept, "report"), partial)),
         progress_bar("writing reports", len(dataset), enabled=accelerator.is_main_process) as advance,
     ):
         hypotheses = write_split(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-from emrrg_cli.console import printable
+from emrrg_cli.console import counted, printable
 from emrrg_cli.datasets.directory import Column
 from emrrg_cli.datasets.report_text import unix_line_ends
 from emrrg_cli.vocabulary import Split
@@ -96,8 +96,7 @@ class Skipped:
 
     def counted(self) -> str:
         """`3 images`, `1 study`, `2,955 studies`."""
-        plural = {"study": "studies", "image": "images"}[self.unit]
-        return f"{self.count:,} {self.unit if self.count == 1 else plural}"
+        return counted(self.count, self.unit)
 
 
 @dataclass

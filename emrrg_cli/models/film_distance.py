@@ -20,7 +20,7 @@ from emrrg_cli.models.weights import load_tensors
 
 FILM_DISTANCE = "film_distance.safetensors"
 Films = tuple[Tensor, Tensor]  # as `describe` returns them
-UNLIKE = "unlike the films of the training"
+UNLIKE = "unlike the training films"
 LEAST = 10  # smallest number of held-out films for a threshold
 _USUAL = 0.99  # share of held-out films below the threshold
 _DEVIATIONS = 2.326  # the same share of a normal distribution, in standard deviations

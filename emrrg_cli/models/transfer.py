@@ -128,7 +128,10 @@ def _check_sizes(source: EncoderSource, config: EncoderConfig) -> None:
     values = {label: (getattr(found, name), getattr(config, name)) for label, name in labels.items()}
     if different := {label: pair for label, pair in values.items() if pair[0] != pair[1]}:
         listed = "; ".join(f"{label} {theirs}, the model has {ours}" for label, (theirs, ours) in different.items())
-        hint = "Set model.encoder (size, or d_model, depth and d_state) to the sizes of the source."
+        hint = (
+            f"Set its sizes: model.encoder.size=null model.encoder.d_model={found.d_model} "
+            f"model.encoder.depth={found.depth} model.encoder.d_state={found.d_state}"
+        )
         raise UsageError(f"{source.file}: this encoder is of another size: {listed}", hint=hint)
     if found.directions not in (1, config.directions):
         raise UsageError(

@@ -37,7 +37,10 @@ class DataSetSettings(Settings):
 
 class AlignDataSettings(Settings):
     root: str | None = Field(None, description="dataset directory written by `emrrg preprocess`")
-    sets: list[DataSetSettings] = Field(default_factory=list, description="several data sets; root is null then")
+    sets: list[DataSetSettings] = Field(
+        default_factory=list,
+        description="several data sets, each {root, weight, section, cleaning, labels_only}; root is null then",
+    )
     section: Section = Field("report", description="section that is used as the report")
     cleaning: Cleaning = Field(
         "auto", description="cleaning rule; auto: the rule that R2Gen used for the data set's source"
@@ -48,7 +51,7 @@ class AlignDataSettings(Settings):
         None, ge=1, description="number of studies of each split of a data set, from the first; null: all"
     )
     augment: AugmentSettings = Field(default_factory=AugmentSettings)
-    workers: int = Field(2, ge=0, description="processes that decode images")
+    workers: int = Field(2, ge=0, description="processes that decode images; 0: no others")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -83,11 +86,11 @@ class AlignDataSettings(Settings):
 class ScratchTextSettings(Settings):
     """A small BERT trained from random weights, with a BPE tokenizer trained on the training reports."""
 
-    hidden_size: int = Field(256, ge=16)
-    layers: int = Field(4, ge=1)
-    heads: int = Field(4, ge=1)
-    vocab_size: int = Field(2000, ge=300)
-    dropout: float = Field(0.1, ge=0, lt=1)
+    hidden_size: int = Field(256, ge=16, description="width; a multiple of heads")
+    layers: int = Field(4, ge=1, description="number of layers")
+    heads: int = Field(4, ge=1, description="attention heads of a layer")
+    vocab_size: int = Field(2000, ge=300, description="largest number of tokens in the tokenizer")
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout of each layer, in training")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -53,7 +53,7 @@ class DataSettings(Settings):
     )
     context: list[ContextField] = Field(
         default_factory=list,
-        description="fields in the prompt: any of indication, comparison, technique, age and sex",
+        description="fields of the study that are put into the prompt",
     )
     context_words: int = Field(40, ge=1, description="each context field is cut to this many words")
     context_dropout: float = Field(
@@ -67,7 +67,7 @@ class DataSettings(Settings):
     balance: float = Field(
         1.0, ge=1, description="how often a training epoch takes each study with a finding of the rules labeler"
     )
-    workers: int = Field(2, ge=0, description="processes that decode images")
+    workers: int = Field(2, ge=0, description="processes that decode images; 0: no others")
 
     @field_validator("context")
     @classmethod
@@ -80,7 +80,9 @@ class DataSettings(Settings):
 class EncoderSize(Settings):
     """Size of the vision encoder, which every stage has."""
 
-    size: Literal["base", "large", "huge"] | None = "base"
+    size: Literal["base", "large", "huge"] | None = Field(
+        "base", description="a published width and depth; null: d_model and depth"
+    )
     d_model: int | None = Field(None, ge=16, description="width; only if size is null")
     depth: int | None = Field(None, ge=1, description="number of blocks; only if size is null")
     d_state: int = Field(16, ge=1, description="SSM state size n")
@@ -143,27 +145,33 @@ FINDINGS_BALANCE: float = Field(
 class LoopSettings(Settings):
     """Training settings of every stage."""
 
-    epochs: int = Field(10, ge=1)
+    epochs: int = Field(10, ge=1, description="number of passes over the training data")
     max_steps: int | None = Field(
-        None, ge=1, description="length of the schedule in optimizer steps; training ends there"
+        None, ge=1, description="length of the schedule in optimizer steps; training ends there. null: set by epochs"
     )
     stop_after_steps: int | None = Field(
-        None, ge=1, description="stops, with a checkpoint, after this many steps; the schedule is unchanged"
+        None,
+        ge=1,
+        description="stops, with a checkpoint, after this many steps; the schedule is unchanged. null: never",
     )
     batch_size: int = Field(8, ge=1, description="examples per optimizer step, over all processes and micro-batches")
     micro_batch_size: int | None = Field(None, ge=1, description="examples per forward pass on one device; null: all")
-    lr: float = Field(1e-4, gt=0)
+    lr: float = Field(1e-4, gt=0, description="learning rate after the warm-up")
     lr_batch_size: int | None = Field(
         None, ge=1, description="batch size to which lr refers; lr is scaled by batch_size / this. null: no scaling"
     )
     lr_scale: LrScaleSettings = Field(default_factory=LrScaleSettings)
-    min_lr: float = Field(0.0, ge=0)
-    schedule: Literal["cosine", "constant"] = "cosine"
+    min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the cosine schedule")
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="learning rate after the warm-up")
     schedule_unit: Literal["step", "epoch"] = Field("step", description="how often the learning rate changes")
-    warmup_epochs: float = Field(0.0, ge=0)
-    weight_decay: float = Field(0.01, ge=0, description="not applied to biases, norms and other vectors")
-    betas: list[float] = Field(default_factory=lambda: [0.9, 0.999], min_length=2, max_length=2)
-    clip_norm: float | None = Field(1.0, gt=0)
+    warmup_epochs: float = Field(0.0, ge=0, description="epochs in which the learning rate rises from 0 to lr")
+    weight_decay: float = Field(
+        0.01, ge=0, description="weight decay of AdamW; not applied to biases, norms and other vectors"
+    )
+    betas: list[float] = Field(
+        default_factory=lambda: [0.9, 0.999], min_length=2, max_length=2, description="decays of AdamW's two averages"
+    )
+    clip_norm: float | None = Field(1.0, gt=0, description="largest norm of the gradient; null: no limit")
     ema: float | None = Field(
         None,
         gt=0,
@@ -173,18 +181,27 @@ class LoopSettings(Settings):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto", description="auto: bf16 on a GPU that supports it, else fp32"
     )
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(
+        False, description="computes activations again in the backward pass: less memory, more time"
+    )
     detect_non_finite: bool = Field(
         False, description="stops at the first encoder block with infinity or NaN; names the block and the direction"
     )
-    seed: int = Field(42, ge=0, lt=SEEDS)
+    seed: int = Field(42, ge=0, lt=SEEDS, description="random seed of initial weights, order and augmentation")
     checkpoint_every_steps: int | None = Field(
-        None, ge=1, description="null: at the end of an epoch, if checkpoints take less than 5 % of the time"
+        None,
+        ge=1,
+        description="optimizer steps between checkpoints; null: at the end of an epoch, if checkpoints take less than "
+        "5 % of the time",
     )
-    validate_every_epochs: int = Field(1, ge=1)
-    patience: int | None = Field(None, ge=1, description="validations without a better result before stopping")
+    validate_every_epochs: int = Field(1, ge=1, description="epochs between validations")
+    patience: int | None = Field(
+        None, ge=1, description="validations without a better result before stopping; null: no early stopping"
+    )
     log_every: int = Field(10, ge=1, description="optimizer steps between log entries")
-    trackers: list[Literal["tensorboard", "wandb"]] = Field(["tensorboard"])
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(
+        ["tensorboard"], description="where losses and scores are also logged; []: only in the run directory"
+    )
 
     @model_validator(mode="after")
     def _check_loop(self) -> Self:

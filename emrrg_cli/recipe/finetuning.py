@@ -45,9 +45,9 @@ class AdapterSettings(Settings):
         ["X"],
         description="projections that get LoRA on a frozen encoder; full: train the encoder; none: freeze it",
     )
-    rank: int = Field(16, ge=1)
+    rank: int = Field(16, ge=1, description="rank of the LoRA matrices")
     alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / rank")
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the LoRA matrices, in training")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -68,11 +68,11 @@ class AdapterSettings(Settings):
 class ScratchLLMSettings(Settings):
     """A small Llama trained from random weights, with a BPE tokenizer trained on the training reports."""
 
-    hidden_size: int = Field(256, ge=16)
-    layers: int = Field(4, ge=1)
-    heads: int = Field(4, ge=1)
-    kv_heads: int = Field(2, ge=1)
-    vocab_size: int = Field(2000, ge=300)
+    hidden_size: int = Field(256, ge=16, description="width; a multiple of 2 * heads")
+    layers: int = Field(4, ge=1, description="number of layers")
+    heads: int = Field(4, ge=1, description="attention heads of a layer; a multiple of kv_heads")
+    kv_heads: int = Field(2, ge=1, description="heads of keys and values (grouped-query attention)")
+    vocab_size: int = Field(2000, ge=300, description="largest number of tokens in the tokenizer")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout after attention and MLP of each layer, in training")
 
     @model_validator(mode="after")
@@ -87,7 +87,9 @@ class ScratchLLMSettings(Settings):
 class LLMSettings(Settings):
     name: str = Field("scratch", description="hub name, local directory, or scratch")
     revision: str | None = Field(None, description="hub revision; null: the default branch")
-    frozen: bool | None = Field(None, description="null: frozen, unless the LLM starts from scratch")
+    frozen: bool | None = Field(
+        None, description="whether the LLM's own weights stay fixed; null: true, unless it starts from scratch"
+    )
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="dtype of a frozen LLM's weights; auto: as train.precision. A trained LLM is always fp32"
     )
@@ -231,18 +233,22 @@ class TrainSettings(LoopSettings):
     """Training of stage 3; its validation also writes and scores reports."""
 
     validation_limit: int | None = Field(
-        None, ge=1, description="number of studies with generated reports in a validation"
+        None, ge=1, description="number of studies with generated reports in a validation; null: all"
     )
     findings_weight: float = FINDINGS_WEIGHT
     findings_balance: float = FINDINGS_BALANCE
     self_critical: SelfCriticalSettings | None = Field(
-        None, description="training on sampled reports by their scores; null: only cross-entropy"
+        None,
+        description="training on sampled reports by their scores; null: only cross-entropy, {}: its default settings",
     )
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="fraction of each target spread over the vocabulary, in training"
     )
     select: Literal["score", "loss"] = Field("score", description="criterion of the best checkpoint")
-    score_weights: dict[str, float] = Field(default_factory=lambda: {"BLEU_4": 0.8, "CIDEr": 0.2})
+    score_weights: dict[str, float] = Field(
+        default_factory=lambda: {"BLEU_4": 0.8, "CIDEr": 0.2},
+        description="scores that select: score adds, and their weights; any of " + ", ".join(SELECTION_SCORES),
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -255,22 +261,24 @@ class GenerationSettings(Settings):
         "auto", description="how reports are decoded; auto: our own engine if it supports the LLM"
     )
     batch_size: int = Field(8, ge=1, description="number of studies decoded at a time on one device")
-    num_beams: int = Field(3, ge=1)
-    min_new_tokens: int = Field(0, ge=0)
-    max_new_tokens: int = Field(120, ge=1)
-    repetition_penalty: float = Field(1.0, gt=0)
-    length_penalty: float = 1.0
+    num_beams: int = Field(3, ge=1, description="beams of the beam search; 1: none")
+    min_new_tokens: int = Field(0, ge=0, description="shortest report, in LLM tokens")
+    max_new_tokens: int = Field(120, ge=1, description="longest report, in LLM tokens")
+    repetition_penalty: float = Field(1.0, gt=0, description="above 1: repeated tokens become less likely")
+    length_penalty: float = Field(1.0, description="above 0: beam search prefers longer reports; below 0: shorter ones")
     beam_stop: Literal["running", "candidates"] = Field(
         "running",
         description="beam search stops when finished reports beat the running beams, or all candidates of the step, "
         "as in transformers 4.44 and the published scores",
     )
-    no_repeat_ngram_size: int = Field(0, ge=0)
-    do_sample: bool = False
-    temperature: float = Field(1.0, gt=0, description="with do_sample")
-    top_p: float = Field(1.0, gt=0, le=1, description="with do_sample")
-    top_k: int = Field(0, ge=0, description="with do_sample; 0: no limit")
-    seed: int = Field(0, ge=0, lt=SEEDS, description="with do_sample")
+    no_repeat_ngram_size: int = Field(0, ge=0, description="no sequence of this many tokens occurs twice; 0: no limit")
+    do_sample: bool = Field(False, description="draws tokens at random instead of taking the likeliest")
+    temperature: float = Field(1.0, gt=0, description="with do_sample: lower is less random")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="with do_sample: only the likeliest tokens, up to this sum of probabilities"
+    )
+    top_k: int = Field(0, ge=0, description="with do_sample: only this many likeliest tokens; 0: no limit")
+    seed: int = Field(0, ge=0, lt=SEEDS, description="with do_sample: random seed")
     consensus: int | None = Field(
         None,
         ge=2,
@@ -302,7 +310,9 @@ class EvaluationSettings(Settings):
     references: Literal["whole", "clipped"] = Field(
         "whole", description="clipped: references are cut to data.max_report_tokens, as in the released code"
     )
-    tokenizer: Tokenizer = Field("whitespace", description="ptb needs Java")
+    tokenizer: Tokenizer = Field(
+        "whitespace", description="how texts are split into words before they are scored; ptb needs Java"
+    )
     samples: bool = Field(False, description="also write the samples of generation.consensus, to samples.jsonl")
 
 
@@ -310,7 +320,9 @@ class FinetuneRecipe(Settings):
     """Stage 3: X-ray to report."""
 
     stage: Literal["finetune"]
-    protocol: Protocol = "ours"
+    protocol: Protocol = Field(
+        "ours", description="sets section, cleaning, reference clipping, backbone freezing and decoding together"
+    )
     output: str | None = Field(None, description="run directory; null: runs/<recipe>")
     data: DataSettings = Field(default_factory=DataSettings)
     model: ModelSettings = Field(default_factory=ModelSettings)

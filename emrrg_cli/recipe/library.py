@@ -75,6 +75,10 @@ def find_recipe(ref: str, *, relative_to: Path | None = None) -> Path:
         raise UsageError(f"recipe file {path} {problem}", hint=hint)
     if ref in names:
         return recipes_dir() / f"{ref}.yaml"
+    if "=" in ref:
+        raise UsageError(
+            f"the recipe is missing: {ref} is in its place", hint="Name a recipe first; `emrrg recipe ls` lists them."
+        )
     same_part = [name for name in names if ref in name.split("/")]
     nearest = get_close_matches(ref, names, n=3, cutoff=0.5) or same_part[:3]
     hint = f"Did you mean {' or '.join(nearest)}?" if nearest else "`emrrg recipe ls` lists them all."

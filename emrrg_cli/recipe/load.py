@@ -104,6 +104,8 @@ def load_run_recipe(
     file = run_dir / RUN_RECIPE
     if not file.is_file():
         hint = "Name the directory that `emrrg finetune` wrote."
+        if not run_dir.exists():
+            raise UsageError(f"no such run directory: {run_dir}", hint=hint)
         raise UsageError(f"{run_dir} is not a run directory: it has no {RUN_RECIPE}", hint=hint)
     run = _without_removed(read_layer(file), str(file))
     run_stage = _stage_of(str(file), [run])
@@ -254,5 +256,9 @@ def _refuse(ref: str, problems: Sequence[Problem]) -> None:
         count = f"{len(lines)} or more" if len(lines) >= MAX_PROBLEMS else str(len(lines))
         lines.insert(0, f"{count} problems in recipe {ref}:")
     unknown = any(problem.message == "unknown key" for problem in problems)
-    hint = "`emrrg recipe show NAME --resolved` prints every key there is, with its value." if unknown else None
+    hint = (
+        "`emrrg recipe show NAME --resolved` prints every key there is, with its value and meaning."
+        if unknown
+        else None
+    )
     raise UsageError("\n  ".join(lines), hint=hint)

@@ -20,7 +20,9 @@ class PretrainDataSettings(Settings):
     root: str | None = Field(
         None, description="dataset directory written by `emrrg preprocess`, or any folder of images"
     )
-    sets: list[ImageSetSettings] = Field(default_factory=list, description="several data sets; root is null then")
+    sets: list[ImageSetSettings] = Field(
+        default_factory=list, description="several data sets, each {root}; root is null then"
+    )
     held_out: list[str] = Field(
         default_factory=list,
         description="dataset directories whose validation and test studies must not be among the images, by study_id "
@@ -40,7 +42,7 @@ class PretrainDataSettings(Settings):
         description="fraction of a folder of images used for validation; a dataset directory has its own split",
     )
     limit: int | None = Field(None, ge=1, description="number of images of each split, from the first; null: all")
-    workers: int = Field(2, ge=0, description="processes that decode images")
+    workers: int = Field(2, ge=0, description="processes that decode images; 0: no others")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -131,7 +131,7 @@ def _reasons(name: str, entries: Mapping[str, Any] | None) -> Section:
     for reason, entry in (entries or {}).items():
         first = entry["examples"][0] if entry.get("examples") else {}
         example = printable(", ".join(dict.fromkeys(map(str, first.values()))))  # an id is often the path
-        rows[printable(reason)] = [f"{entry['count']:,} {entry['unit']}", example]
+        rows[printable(reason)] = [counted(entry["count"], entry["unit"]), example]
     return Section(name, ["reason", "count", "first"], rows)
 
 

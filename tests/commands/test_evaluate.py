@@ -96,9 +96,9 @@ def test_impossible_requests_are_one_message(
 def test_directories_that_are_not_runs_are_refused(
     tmp_path: Path, tiny_dataset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for directory in (tmp_path / "none", tiny_dataset):
+    for directory, told in ((tmp_path / "none", "no such run directory"), (tiny_dataset, "is not a run directory")):
         assert main(["evaluate", "--model", str(directory)]) == 2
-        assert "is not a run directory" in capsys.readouterr().err
+        assert told in capsys.readouterr().err
     assert main(["evaluate"]) == 2
 
 

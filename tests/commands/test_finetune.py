@@ -69,6 +69,7 @@ def test_the_result_and_next_commands_are_on_stderr(started: list[Any], capsys: 
     ("arguments", "told"),
     [
         (["nope"], "no shipped recipe is named nope"),
+        (["data.root=x"], "the recipe is missing: data.root=x is in its place"),
         (["default/evaluate"], "for `evaluate`, not `finetune`"),
         (["tiny/finetune", "train.learning_rate=1"], "did you mean train.lr?"),
         (["tiny/finetune", "train.lr=fast"], "train.lr"),

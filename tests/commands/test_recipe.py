@@ -66,12 +66,16 @@ def test_show_resolved_reads_back_as_the_same_recipe(capsys: pytest.CaptureFixtu
     assert shown == load_recipe("iu_xray/finetune-full", ["train.lr=5e-5", "model.adapter.targets=[X,Z]"])
     assert (shown.train.lr, shown.model.adapter.targets) == (5e-5, ["X", "Z"])
     assert main(["recipe", "show", "tiny/finetune", "--resolved"]) == 0
-    assert "weight_decay: 0.01\n" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "weight_decay: 0.01  # weight decay of AdamW; not applied to biases" in text
+    assert "(score | loss)" in text
 
 
 def test_show_of_an_overlay_shows_only_its_settings(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipe", "show", "default/generate", "generation.num_beams=1"]) == 0
-    assert capsys.readouterr().out == "stage: generate\ngeneration:\n  num_beams: 1\n"
+    assert (
+        capsys.readouterr().out == "stage: generate\ngeneration:\n  num_beams: 1  # beams of the beam search; 1: none\n"
+    )
 
 
 def test_cp_copies_and_the_copy_still_finds_its_parent(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from emrrg_cli import app as app_module
 from emrrg_cli.app import main
+from emrrg_cli.recipe.load import load_recipe
 
 
 def paths(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -45,6 +46,25 @@ def test_help_is_complete_at_80_columns(
     assert re.search(r"{[a-z]", shown) is None  # arguments are in capitals
     example = shown.partition("Example")[2]
     assert f"emrrg {' '.join(path)}" in example.replace("emrrg preprocess combined clip", "emrrg preprocess combined ")
+
+
+@pytest.mark.parametrize("path", [(), *sorted({(path[0],) for path in COMMANDS if len(path) > 1})], ids=" ".join)
+def test_no_line_in_a_list_of_commands_is_cut(
+    path: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "..." not in help_of(path, capsys, monkeypatch).partition("Commands:")[2]
+
+
+@pytest.mark.parametrize("source", ["folder", "phantom"])
+def test_help_of_preprocess_has_the_defaults_of_the_recipe(
+    source: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = " ".join(help_of(("preprocess", source), capsys, monkeypatch).split())
+    recipe = load_recipe("default/preprocess")
+    for name in ("section", "views", "min_words", "dedupe", "size", "format", "quality"):
+        told = shown.partition(f" --{name.replace('_', '-')} ")[2].partition(" --")[0]
+        assert f"default: {getattr(recipe, name)}" in told, name
+    assert f"for phantom {load_recipe('phantom/preprocess').size}" in shown
 
 
 @pytest.mark.parametrize("path", list(COMMANDS), ids=" ".join)

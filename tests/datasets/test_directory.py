@@ -306,8 +306,19 @@ def test_the_copy_is_announced_once(tmp_path: Path, capfd: pytest.CaptureFixture
     assert f"Arrow copy of {out} in " in printed.err
     assert "KB" in printed.err
     assert "Generating" not in printed.err
-    open_dataset(out)
+    rows = open_dataset(out)
     assert capfd.readouterr().err == ""
+    copies = [file for split in rows.values() for file in Path(split.cache_files[0]["filename"]).parent.glob("*.arrow")]
+    assert {file.name for file in copies} == {f"parquet-{split}.arrow" for split in rows}
+
+
+def test_images_without_metadata_of_datasets_are_read(tiny_dataset: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_dataset, tmp_path / "foreign")
+    (tmp_path / "foreign" / "manifest.json").unlink()
+    for file in (tmp_path / "foreign" / "data").iterdir():
+        table = pq.read_table(file).replace_schema_metadata(None)
+        pq.write_table(table, file)
+    assert open_dataset(tmp_path / "foreign")["test"][0] == open_dataset(tiny_dataset)["test"][0]
 
 
 def test_a_cache_that_cannot_be_written_is_named(

@@ -55,11 +55,11 @@ def test_a_listed_shard_that_is_missing(dataset: Path, read: Any) -> None:
 @pytest.mark.parametrize("other", ["test", "train"])
 def test_swapped_splits_are_noticed(dataset: Path, other: str) -> None:
     _swap(dataset, "validation", other)
-    with pytest.raises(RunError, match=r"data/.*parquet has the content of data/.*parquet"):
+    with pytest.raises(RunError, match=r"data/.*parquet has the content that data/.*parquet should have"):
         open_dataset(dataset)
     _without_digests(dataset)
     if other == "train":  # of another number of studies
-        with pytest.raises(RunError, match=r"manifest\.json says of validation"):
+        with pytest.raises(RunError, match=r"the number of split validation in manifest\.json"):
             open_dataset(dataset)
 
 

@@ -159,6 +159,7 @@ def test_reports_and_skipped_files_are_written(tmp_path: Path, writer: Writer, r
     with (tmp_path / "out" / "reports.csv").open(newline="", encoding="utf-8") as file:
         table = list(csv.DictReader(file))
     assert [(row["path"], row["report"]) for row in table] == [(row["path"], row["report"]) for row in rows]
+    assert {row["disclaimer"] for row in table} == {"Research output: not for diagnosis."}
     skipped = {Path(row["path"]).name: row["reason"] for row in _rows(tmp_path / "out" / "skipped.jsonl")}
     assert skipped.keys() == {"fake.png", "empty.png", "cut.png", "gone.png"}
     assert skipped["fake.png"] == "not an image"
@@ -504,7 +505,7 @@ def test_shards_together_are_one_run(tmp_path: Path, writer: Writer, recipe: Fin
         merge_shards(out)
     for index in (2, 0):
         run_generation(files, tmp_path / "run", recipe, out, shard=Shard(index, 3))
-    with pytest.raises(UsageError, match="shard 1 is not finished"):
+    with pytest.raises(UsageError, match=r"1 shard of 3 not finished: 1\n.*--shard 1/3"):
         merge_shards(out)
     run_generation(files, tmp_path / "run", recipe, out, shard=Shard(1, 3))
     assert sorted(path.name for path in out.iterdir()) == sorted(
@@ -527,7 +528,7 @@ def test_shards_together_are_one_run(tmp_path: Path, writer: Writer, recipe: Fin
         merge_shards(out)
     done.with_suffix(".jsonl").write_text(kept)
     (out / "reports-9-of-3.done").write_text(told)
-    with pytest.raises(UsageError, match="there is a shard 9 of 3"):
+    with pytest.raises(UsageError, match="shard 9 of 3 cannot exist"):
         merge_shards(out)
     (out / "reports-9-of-3.done").unlink()
     whole = (out / "reports.jsonl").read_text()
@@ -560,7 +561,7 @@ def test_shards_of_slurm_and_kubernetes(monkeypatch: pytest.MonkeyPatch) -> None
     assert Shard.parse("auto") == Shard(1, 3)
     for wrong in ("x", "4", "99"):
         monkeypatch.setenv("SLURM_ARRAY_TASK_ID", wrong)
-        with pytest.raises(UsageError, match=f"no shard follows from SLURM_ARRAY_TASK_ID={wrong}"):
+        with pytest.raises(UsageError, match=f"SLURM_ARRAY_TASK_ID={wrong}, .* is not a number of a shard"):
             Shard.parse("auto")
 
 
@@ -574,7 +575,7 @@ def _names(studies: list[StudyFiles], root: Path) -> list[tuple[str, list[str]]]
     ]
 
 
-def test_a_subfolder_is_a_study_unless_it_is_a_collection(tmp_path: Path) -> None:
+def test_a_subfolder_is_a_study_unless_it_is_a_collection(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a.png", "b.png", "s1/1.png", "s1/2.png", "deep/s2/1.png", *(f"many/{i}.png" for i in range(9))):
         _image(tmp_path / name)
     found = _names(find_studies([str(tmp_path)]), tmp_path)
@@ -584,6 +585,8 @@ def test_a_subfolder_is_a_study_unless_it_is_a_collection(tmp_path: Path) -> Non
     assert ("many/3.png", ["many/3.png"]) in found
     assert len(found) == 4 + 9
     assert len(find_studies([str(tmp_path)], "file")) == 14
+    assert "deep" not in (printed := capsys.readouterr().err)
+    assert printed.count("s1: its 2 images are one study, and so are those of every subfolder") == 1
     by_folder = dict(_names(find_studies([str(tmp_path)], "folder"), tmp_path))
     assert len(by_folder["many"]) == 9
     assert by_folder[str(tmp_path)] == ["a.png", "b.png"]

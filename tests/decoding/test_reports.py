@@ -221,9 +221,10 @@ def test_many_images_of_a_study_are_bounded_as_in_generate(
 
 
 def test_directories_that_are_not_runs_are_refused(run_dir: Path, tmp_path: Path) -> None:
-    for directory in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(UsageError, match=r"is not a run directory: it has no recipe\.yaml"):
-            load_generator(directory)
+    with pytest.raises(UsageError, match=r"is not a run directory: it has no recipe\.yaml"):
+        load_generator(tmp_path)
+    with pytest.raises(UsageError, match="no such run directory"):
+        load_generator(tmp_path / "absent")
     begun = tmp_path / "begun"
     shutil.copytree(run_dir, begun)
     shutil.rmtree(begun / "model")

@@ -190,7 +190,7 @@ def test_reports_of_other_studies_are_not_reused(evaluate: Any, tmp_path: Path) 
     for changed in wrong:
         file.write_text("".join(changed))
         (tmp_path / "out" / "scores.json").unlink(missing_ok=True)
-        with pytest.raises(UsageError, match="already holds an evaluation"):
+        with pytest.raises(UsageError, match="already holds reports of another"):
             evaluate()
     assert evaluate(overwrite=True)["predictions_reused"] is False
     assert file.read_text() == "".join(lines)
@@ -228,7 +228,7 @@ def test_reports_of_an_earlier_version_are_reused(evaluate: Any, tmp_path: Path)
     settings["generation"]["consensus_scores"] = {"BLEU_4": 1.0}  # not the default
     file.write_text(json.dumps(kept))
     (tmp_path / "out" / "scores.json").unlink()
-    with pytest.raises(UsageError, match="already holds an evaluation"):
+    with pytest.raises(UsageError, match="already holds reports of another"):
         evaluate()
 
 
@@ -279,12 +279,12 @@ def test_reports_are_kept_after_an_interruption(
         save(*arguments)
 
     monkeypatch.setattr(split_reports, "append_jsonl", interrupted)
-    with pytest.raises(Interrupted, match=r"2 reports saved in .*predictions\.jsonl\.partial") as caught:
+    with pytest.raises(Interrupted, match=r"2 reports saved in .*\.partial; a new evaluation starts at") as caught:
         evaluate("generation.batch_size=1")
     assert caught.value.exit_code == code
     written = (tmp_path / "out" / "predictions.jsonl.partial").read_text().splitlines()
     assert [json.loads(line) for line in written] == whole[:2]
-    with pytest.raises(UsageError, match="already holds an evaluation"):
+    with pytest.raises(UsageError, match="already holds reports of another or a stopped evaluation"):
         evaluate()
 
 

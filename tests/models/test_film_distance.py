@@ -118,7 +118,7 @@ def test_tokens_or_looks_make_a_film_unlike(part: int) -> None:
 
 def test_a_note_says_why_a_film_is_unlike() -> None:
     assert MeasuredDistance(1.0).note is None
-    note = "unlike the films of the training (distance 2.3, threshold 1.0)"
+    note = "unlike the training films (distance 2.3, threshold 1.0)"
     assert MeasuredDistance(2.34).note == note
     limited = MeasuredDistance(2.34, "this model knows drawings only").note
     assert limited is not None

@@ -350,5 +350,7 @@ def test_finetune_starts_from_stage_1_by_path(
     # Of another size: one message, and nothing left behind.
     options = ("model.encoder={d_model: 32, depth: 2, image_size: 32}", f"model.encoder.weights={run}")
     assert main(["finetune", "tiny/finetune", *tiny_overrides, *options, "-o", str(tmp_path / "wrong")]) == 2
-    assert "this encoder is of another size: width 16, the model has 32" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "this encoder is of another size: width 16, the model has 32" in told
+    assert "model.encoder.size=null model.encoder.d_model=16 model.encoder.depth=" in told
     assert not (tmp_path / "wrong").exists()

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
 from emrrg_cli.errors import UsageError
+from emrrg_cli.recipe.common import Settings
+from emrrg_cli.recipe.explain import explained
 from emrrg_cli.recipe.layers import Layer
 from emrrg_cli.recipe.library import recipe_names
 from emrrg_cli.recipe.load import (
@@ -20,6 +22,7 @@ from emrrg_cli.recipe.load import (
 )
 from emrrg_cli.recipe.overrides import parse_overrides
 from emrrg_cli.recipe.protocols import PROTOCOLS
+from emrrg_cli.recipe.suggest import is_section, members
 from emrrg_cli.recipe.yaml12 import dump, parse_layer
 from emrrg_cli.vocabulary import PUBLISHED_PROMPT
 
@@ -379,6 +382,39 @@ def test_every_shipped_recipe_is_valid(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in recipe_names() if "evaluate" not in name and "generate" not in name])
+def test_an_explained_recipe_reads_back_equal(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    (tmp_path / "explained.yaml").write_text(explained(recipe.model_dump(), type(recipe)))
+    assert load_recipe(str(tmp_path / "explained.yaml")) == recipe
+
+
+def test_an_explained_value_of_several_lines_reads_back(tmp_path: Path) -> None:
+    overrides = [
+        'model.prompt="one: \\n<ImageHere># no comment\\ntwo\\n"',
+        "train.self_critical={}",
+        f"data.root={'x ' * 120}#",
+    ]
+    for name, given in (("tiny/finetune", overrides), ("xray/align-base", [f"data.sets={[{'root': 'x' * 99}] * 3}"])):
+        recipe = load_recipe(name, given)
+        text = explained(recipe.model_dump(), type(recipe))
+        (tmp_path / "explained.yaml").write_text(text)
+        assert load_recipe(str(tmp_path / "explained.yaml")) == recipe
+
+
+@pytest.mark.parametrize("schema", RECIPES.values())
+def test_every_setting_of_a_recipe_says_what_it_means(schema: type[Settings]) -> None:
+    sections, unexplained = [schema], []
+    for section in sections:
+        for name, field in section.model_fields.items():
+            kinds = [(get_args(kind) or [kind])[-1] for kind in members(field.annotation)]
+            inner = [kind for kind in kinds if is_section(kind)]
+            sections += inner
+            if not inner and name != "stage" and not field.description:
+                unexplained.append(f"{section.__name__}.{name}")
+    assert not unexplained
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if "evaluate" not in name and "generate" not in name])
 def test_a_resolved_recipe_reads_back_equal(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name)
     (tmp_path / "resolved.yaml").write_text(dump_recipe(recipe))
@@ -522,6 +558,8 @@ def test_an_overlay_alone_is_checked_except_for_conflicts() -> None:
 def test_a_directory_without_a_recipe_is_no_run_directory(tmp_path: Path, run_dir: Path) -> None:
     with pytest.raises(UsageError, match=r"is not a run directory: it has no recipe\.yaml"):
         load_run_recipe(tmp_path, None, [], "evaluate")
+    with pytest.raises(UsageError, match=r"no such run directory: .*none"):
+        load_run_recipe(tmp_path / "none", None, [], "evaluate")
     with pytest.raises(UsageError, match=r"recipe default/generate is for `generate`, not `evaluate`"):
         load_run_recipe(run_dir, "default/generate", [], "evaluate")
     (run_dir / "recipe.yaml").write_text("stage: preprocess\n")

@@ -37,7 +37,10 @@ def odd() -> Summary:
         examples=[Example("a\x1b[31m<i>", "train", "phantom", [broken, broken], ["<b>PA", "unknown"], "")],
         manifest={
             "studies_skipped": 1,
-            "skipped": {"no image [x]": {"unit": "study", "count": 1, "examples": [{"id": "a", "path": "a<b"}]}},
+            "skipped": {
+                "no image [x]": {"unit": "study", "count": 1, "examples": [{"id": "a", "path": "a<b"}]},
+                "other": {"unit": "study", "count": 20, "examples": [{"id": "b"}]},
+            },
             "notes": {"inverted": {"unit": "image", "count": 2, "examples": []}},
             "remarks": ["Look & see."],
         },
@@ -80,6 +83,7 @@ def test_the_terminal_shows_the_same(odd: Summary) -> None:
         "[bold]edema",
         "no image [x]",
         "a, a<b",
+        "20 studies",
         "Look & see.",
         DISCLAIMER,
     ):

@@ -46,7 +46,7 @@ def test_generate_names_films_unlike_the_training(
     assert main(command) == 0
     assert "1 new report is for a film unlike the training films" in capsys.readouterr().err
     rows = [json.loads(line) for line in (tmp_path / "out" / "reports.jsonl").read_text().splitlines()]
-    for row, note in zip(rows, ([], ["unlike the films of the training"]), strict=True):
+    for row, note in zip(rows, ([], ["unlike the training films"]), strict=True):
         assert [text.partition(" (")[0] for text in row["notes"]] == note
         assert (row["film_distance"] > 1) == bool(note)
         assert row["report"]

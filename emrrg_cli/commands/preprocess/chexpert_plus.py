@@ -32,11 +32,11 @@ def chexpert_plus(
         ),
     ] = None,
 ) -> None:
-    """CheXpert Plus: df_chexpert_plus_240401.csv, PNGs/ (or PNG/, DICOM/) and chexbert_labels/ in ROOT.
+    """CheXpert Plus: its table, images and labels.
 
-    Rows of the same study are its views. The report is section_findings, unless --section selects another section.
-    The published annotation has its own split of 40,463, 5,780 and 11,562 studies; without it, patients are split at
-    random.
+    ROOT has df_chexpert_plus_240401.csv, PNGs/ (or PNG/, DICOM/) and chexbert_labels/. Rows of the same study are its
+    views. The report is section_findings, unless --section selects another section. The published annotation has its
+    own split of 40,463, 5,780 and 11,562 studies; without it, patients are split at random.
 
     Example: emrrg preprocess chexpert_plus cheXpert_plus/ data/chexpert_plus --annotation annotation.json
     """

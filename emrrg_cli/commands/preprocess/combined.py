@@ -32,10 +32,10 @@ def combined(
         ),
     ] = None,
 ) -> None:
-    """Several data sets in one R2Gen annotation file, such as the published file of stage 2.
+    """Several data sets in one annotation file of R2Gen's format.
 
-    Every image must be in one of the root folders. The name of the root becomes the study's source. Use the name
-    iu_xray for IU X-Ray, so that its reports are cleaned by its own rule.
+    The published file of stage 2 is one. Every image must be in one of the root folders. The name of the root becomes
+    the study's source. Use the name iu_xray for IU X-Ray, so that its reports are cleaned by its own rule.
 
     Example: emrrg preprocess combined clip_annotation.json data/stage2 --root iu_xray=iu/ --root mimic_cxr=mimic/
     --map /data/iu_xray/images=iu/images --map /data/mimic_cxr=mimic/files

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from emrrg_cli.commands.options import Json, Overrides
+from emrrg_cli.commands.options import Json
 from emrrg_cli.console import out as console
 
 if TYPE_CHECKING:
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 Root = Annotated[Path, typer.Argument(metavar="ROOT", help="Folder of the raw data.", show_default=False)]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Dataset directory to write.", show_default=False)]
-SourceName = Annotated[str | None, typer.Option("--source", metavar="NAME", help="Name of the data set.")]
+SourceName = Annotated[
+    str | None, typer.Option("--source", metavar="NAME", help="Name of the data set; default: folder.")
+]
 
 
 # Headings of the help.
@@ -31,11 +33,22 @@ _CHOICE, _IMAGES, _RUN = "Selection", "Images", "Run"
 class Options:
     """Options of every source; `with_options` adds them to a command."""
 
-    overrides: Overrides = None
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="Changes to the recipe, such as max_pixels=400000000; "
+            "`emrrg recipe show default/preprocess --resolved` lists them.",
+            show_default=False,
+        ),
+    ] = None
     recipe: Annotated[
         str | None,
         typer.Option(
-            "--recipe", metavar="NAME|PATH", help="Recipe with the settings to start from.", show_default=False
+            "--recipe",
+            metavar="NAME|PATH",
+            help="Recipe with the settings to start from; default: default/preprocess, for phantom phantom/preprocess.",
+            show_default=False,
         ),
     ] = None
     section: Annotated[
@@ -43,7 +56,8 @@ class Options:
         typer.Option(
             "--section",
             metavar="report|findings|impression|both",
-            help="Section used as the report; report: the default of the data set. Studies without it are skipped.",
+            help="Section used as the report; default: report, which is that of the data set. Studies without it are "
+            "skipped.",
             show_default=False,
             rich_help_panel=_CHOICE,
         ),
@@ -53,7 +67,7 @@ class Options:
         typer.Option(
             "--views",
             metavar="all|frontal|lateral",
-            help="Views to keep. Views with unknown projection are kept and counted.",
+            help="Views to keep; default: all. Views with unknown projection are kept and counted.",
             show_default=False,
             rich_help_panel=_CHOICE,
         ),
@@ -63,7 +77,7 @@ class Options:
         typer.Option(
             "--min-words",
             min=0,
-            help="Skip studies whose report has fewer words.",
+            help="Skip studies whose report has fewer words; default: 0.",
             show_default=False,
             rich_help_panel=_CHOICE,
         ),
@@ -73,7 +87,7 @@ class Options:
         typer.Option(
             "--dedupe",
             metavar="off|report|drop",
-            help="Exact and near duplicates of images: report them, or keep only one copy (drop).",
+            help="Exact and near duplicates of images: report them, or keep only one copy (drop); default: off.",
             show_default=False,
             rich_help_panel=_CHOICE,
         ),
@@ -83,12 +97,18 @@ class Options:
         typer.Option(
             "--limit",
             min=1,
-            help="Use only the first N studies of each split.",
+            help="Use only the first N studies of each split; default: all. Files may be sorted: the test split of "
+            "R2Gen's IU X-Ray begins with 100 normal studies.",
             show_default=False,
             rich_help_panel=_CHOICE,
         ),
     ] = None
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Random seed for the split.", rich_help_panel=_CHOICE)] = 0
+    seed: Annotated[
+        int,
+        typer.Option(
+            "--seed", min=0, help="Random seed: of a random split, for phantom of the films.", rich_help_panel=_CHOICE
+        ),
+    ] = 0
     allow_leakage: Annotated[
         bool,
         typer.Option("--allow-leakage", help="Allow patients that occur in several splits.", rich_help_panel=_CHOICE),
@@ -98,7 +118,7 @@ class Options:
         typer.Option(
             "--size",
             metavar="N|original",
-            help="Shorter side in pixels; smaller images are not enlarged.",
+            help="Shorter side in pixels; default: 512, for phantom 256. Smaller images are not enlarged.",
             show_default=False,
             rich_help_panel=_IMAGES,
         ),
@@ -106,12 +126,18 @@ class Options:
     image_format: Annotated[
         str | None,
         typer.Option(
-            "--format", metavar="jpeg|png", help="Format of the images.", show_default=False, rich_help_panel=_IMAGES
+            "--format",
+            metavar="jpeg|png",
+            help="Format of the images; default: jpeg.",
+            show_default=False,
+            rich_help_panel=_IMAGES,
         ),
     ] = None
     quality: Annotated[
         int | None,
-        typer.Option("--quality", help="JPEG quality, 1 to 100.", show_default=False, rich_help_panel=_IMAGES),
+        typer.Option(
+            "--quality", help="JPEG quality, 1 to 100; default: 95.", show_default=False, rich_help_panel=_IMAGES
+        ),
     ] = None
     dry_run: Annotated[
         bool,
@@ -146,7 +172,7 @@ class Options:
         typer.Option(
             "--backend",
             metavar="loky|threading|dask|NAME",
-            help="joblib backend: loky (processes on this machine), threading, sequential or dask.",
+            help="joblib backend: loky (processes on this machine; default), threading, sequential or dask.",
             show_default=False,
             rich_help_panel=_RUN,
         ),
@@ -156,7 +182,7 @@ class Options:
         typer.Option(
             "--scheduler",
             metavar="ADDRESS",
-            help="Address of a Dask scheduler.",
+            help="Address of a Dask scheduler, for --backend dask; default: one on this machine.",
             show_default=False,
             rich_help_panel=_RUN,
         ),

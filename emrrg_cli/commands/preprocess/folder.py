@@ -60,7 +60,7 @@ def folder(
     ] = None,
     source: SourceName = None,
 ) -> None:
-    """Any folder of images and DICOM files, with or without a table.
+    """A folder of images and DICOM files; a table is optional.
 
     Without a table, DICOM files are grouped into studies, and every other image becomes a study without a report. With
     a table, its rows name the images. Unusable files are skipped and listed with reasons.

@@ -48,7 +48,7 @@ def iu_xray(
         ),
     ] = None,
 ) -> None:
-    """IU X-Ray (Open-i): the XML release, the flat release, or R2Gen's layout.
+    """IU X-Ray (Open-i): XML or flat release, or R2Gen's layout.
 
     openi: NLMCXR_reports.tgz (packed) or its folder ecgen-radiology; unpacked images in NLMCXR_png. flat:
     indiana_reports.csv and indiana_projections.csv; images in images_normalized or images. r2gen: annotation.json and

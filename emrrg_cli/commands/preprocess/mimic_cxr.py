@@ -36,10 +36,11 @@ def mimic_cxr(
         Literal["chexpert", "negbio"], typer.Option("--labels", help="Labeler whose labels are used.")
     ] = "chexpert",
 ) -> None:
-    """MIMIC-CXR: MIMIC-CXR-JPG in ROOT, reports in mimic-cxr-reports (folder or zip) or mimic_cxr_sectioned.csv.
+    """MIMIC-CXR: MIMIC-CXR-JPG and its reports.
 
-    Uses the official split, views from the metadata, and labels. The report is the findings section, or the last
-    paragraph of a text without headings, unless --section selects another section.
+    MIMIC-CXR-JPG is in ROOT, reports are in mimic-cxr-reports (folder or zip) or mimic_cxr_sectioned.csv. Uses the
+    official split, views from the metadata, and labels. The report is the findings section, or the last paragraph of a
+    text without headings, unless --section selects another section.
 
     Example: emrrg preprocess mimic_cxr mimic-cxr-jpg/ data/mimic_cxr --reports mimic-cxr-reports.zip
     """

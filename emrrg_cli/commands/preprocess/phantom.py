@@ -20,10 +20,11 @@ def phantom(
         bool, typer.Option("--plain", help="Draw simpler frontal films, without structures that resemble findings.")
     ] = False,
 ) -> None:
-    """Synthetic chest radiographs with reports: no data, no licence, known labels.
+    """Synthetic chest radiographs with reports and known labels.
 
-    Films are drawn from random parameters; the same seed gives the same studies. Half of the studies with a PA film
-    also have a lateral film. No film shows a patient, and results on them say nothing about clinical use.
+    They need no data and no licence. Films are drawn from random parameters; the same seed gives the same studies. Half
+    of the studies with a PA film also have a lateral film. No film shows a patient, and results on them say nothing
+    about clinical use.
 
     Example: emrrg preprocess phantom data/phantom --count 2000 --seed 1
     """

@@ -18,9 +18,10 @@ def r2gen(
         typer.Option("--source", metavar="NAME", help="Name of the data set; iu_xray is detected by its study ids."),
     ] = None,
 ) -> None:
-    """R2Gen's layout: annotation.json (train, val, test), and images in the same folder or in images/.
+    """R2Gen's layout: annotation.json and images.
 
-    ROOT is the folder or the JSON file. Unusable studies are skipped and listed with reasons.
+    ROOT is the folder or the JSON file, which has the splits train, val and test. Images are in the same folder or in
+    images/. Unusable studies are skipped and listed with reasons.
 
     Example: emrrg preprocess r2gen iu_xray/ data/iu_xray size=512
     """
