@@ -44,7 +44,7 @@ def write_split(
     settings: GenerationSettings,
     accelerator: Any,
     *,
-    limit: int | None = None,
+    indices: Sequence[int] | None = None,
     workers: int = 0,
     advance: Callable[[int], None] = lambda n: None,
     keep: Callable[[Sequence[WrittenReport]], None] = lambda reports: None,
@@ -52,15 +52,16 @@ def write_split(
     """Writes a report for each study of a dataset, divided among all processes.
 
     Args:
-        limit: number of studies to use from the start.
+        indices: the studies; None: all.
         advance: called with the number of newly finished studies.
         keep: called with new reports of this process; their keys are indices of studies.
 
     Returns:
-        The reports of all studies in the order of the dataset, on every process.
+        The reports in the order of `indices`, on every process.
     """
-    length = len(dataset) if limit is None else min(limit, len(dataset))
-    batches = evaluation_batches(length, settings.batch_size, accelerator.process_index, accelerator.num_processes)
+    indices = range(len(dataset)) if indices is None else indices
+    mine = evaluation_batches(len(indices), settings.batch_size, accelerator.process_index, accelerator.num_processes)
+    batches = [[indices[place] for place in batch] for batch in mine]
     writer = Writer(model, settings, accelerator.device, autocast_without_cache(accelerator))
 
     def studies() -> Iterator[Studies]:
@@ -77,7 +78,7 @@ def write_split(
 
         written = gather_object(written)
     by_index = dict(written)
-    return [by_index[index] for index in range(length)]
+    return [by_index[index] for index in indices]
 
 
 class Generator:

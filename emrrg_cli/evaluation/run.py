@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +21,15 @@ from emrrg_cli.evaluation.language import require_java
 from emrrg_cli.evaluation.outputs import DATA, OWN_FILES, write_assessment
 from emrrg_cli.evaluation.predictions import Predictions
 from emrrg_cli.evaluation.protocol import describe_protocol, reference_reports
-from emrrg_cli.evaluation.split_reports import MADE_WITH, SAMPLES, kept_predictions, made_with, write_predictions
-from emrrg_cli.files.atomic import atomic_write_text
+from emrrg_cli.evaluation.split_reports import (
+    MADE_WITH,
+    begin_predictions,
+    end_predictions,
+    kept_predictions,
+    made_with,
+    was_stopped,
+    write_predictions,
+)
 from emrrg_cli.files.locks import locked
 from emrrg_cli.files.output_paths import check_writable, refuse_links
 from emrrg_cli.files.records import read_record
@@ -68,7 +73,7 @@ def run_evaluation(
     """Writes a report for each study of a split with merged adapters, and scores the reports.
 
     Reports are saved after every batch. All of them are in `predictions.jsonl` before scoring starts. Reports of an
-    earlier evaluation with the same model, data and settings are reused.
+    earlier evaluation with the same model, data and settings are reused, also if it was stopped.
 
     Args:
         recipe: The run's recipe, including changes made for the evaluation.
@@ -105,8 +110,11 @@ def run_evaluation(
     precision = inference_precision(recipe.train.precision, "cuda" if torch.cuda.is_available() else "cpu")
     record = made_with(recipe, run_dir, split, precision)
     dataset = ReportDataset(splits[split], recipe.data, recipe.model.encoder.image_size)
-    kept = partial(kept_predictions, record=record, study_ids=dataset.study_ids)
-    target = _target(run_dir, split, output, options.overwrite, kept)
+
+    def usable(folder: Path) -> bool:
+        return was_stopped(folder, record) or kept_predictions(folder, record, dataset.study_ids) is not None
+
+    target = _target(run_dir, split, output, options.overwrite, usable)
     # With several processes, only the main one locks the output.
     with locked(target) if _is_main() else nullcontext():
         return _evaluate(recipe, run_dir, splits, dataset, record, target, expected_processes, options)
@@ -162,7 +170,7 @@ def _evaluate(
         "protocol_line": describe_protocol(recipe),
         "settings": recipe.model_dump(mode="json"),
         "seconds": round(seconds, 3),
-        "reports_per_second": round(len(dataset) / seconds, 4) if seconds else None,
+        "reports_per_second": round(kept.get("written", len(dataset)) / seconds, 4) if seconds else None,
         "precision": precision,
         "predictions_reused": reused,
         "output": str(target),
@@ -188,14 +196,14 @@ def _write(
     references = reference_reports(model, dataset.reports, recipe)
     predictions = kept_predictions(target, record, dataset.study_ids)
     if predictions is None:
+        before = 0
         if accelerator.is_main_process:
-            for stale in (target / DATA, target / MADE_WITH, target / SAMPLES, *target.glob("predictions_*.jsonl")):
-                stale.unlink(missing_ok=True)  # these files belong to earlier predictions
+            before = begin_predictions(target, record, dataset.study_ids, references)
+        accelerator.wait_for_everyone()
         began = time.perf_counter()
         predictions = write_predictions(model, dataset, references, recipe, accelerator, folder=target)
         if accelerator.is_main_process:
-            kept_with = {"made_with": record, "seconds": time.perf_counter() - began}
-            atomic_write_text(target / MADE_WITH, json.dumps(kept_with, indent=2) + "\n")
+            end_predictions(target, record, time.perf_counter() - began, len(dataset) - before)
     others = {}
     if image_controls:
         films = FilmControls(model, dataset, references, recipe, accelerator)
@@ -257,17 +265,17 @@ def _target(
     split: str,
     output: Path | None,
     overwrite: bool,
-    kept: Callable[[Path], Predictions | None] = lambda folder: None,
+    usable: Callable[[Path], bool] = lambda folder: False,
 ) -> Path:
-    """Returns the output directory: one that is free, or one whose reports can be reused."""
+    """Returns the output directory: one that is free, or one whose reports can be used."""
     if output is not None:
-        if not overwrite and ((output / DATA).exists() or (_taken(output) and kept(output) is None)):
-            what = "an evaluation" if (output / DATA).exists() else "reports of another or a stopped evaluation"
+        if not overwrite and ((output / DATA).exists() or (_taken(output) and not usable(output))):
+            what = "an evaluation" if (output / DATA).exists() else "reports of another model, data or settings"
             raise UsageError(f"{output} already holds {what}", hint="Give --overwrite, or another --output.")
         return output
     base = run_dir / "evaluation" / split
     target, number = base, 2
-    while _taken(target) and kept(target) is None:
+    while _taken(target) and not usable(target):
         target, number = base.with_name(f"{split}-{number}"), number + 1
     return target
 

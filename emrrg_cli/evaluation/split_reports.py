@@ -1,7 +1,12 @@
-"""Writes a report for each study of a split. Reports are saved after every batch; later evaluations reuse them."""
+"""Writes a report for each study of a split. Reports are saved after every batch.
+
+Later evaluations reuse the reports of a whole split, and continue after those of a stopped evaluation.
+"""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,14 +15,15 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from emrrg_cli.console import counted, progress_bar
+from emrrg_cli.console import counted, err, progress_bar
 from emrrg_cli.datasets.report_dataset import Example, ReportDataset
 from emrrg_cli.datasets.shard_files import find_shards
 from emrrg_cli.decoding.reports import write_split
 from emrrg_cli.decoding.writer import WrittenReport
-from emrrg_cli.errors import EmrrgError
+from emrrg_cli.errors import EmrrgError, RunError, UsageError
+from emrrg_cli.evaluation.outputs import DATA
 from emrrg_cli.evaluation.predictions import PREDICTIONS, Predictions, prediction_row, save_predictions
-from emrrg_cli.files.atomic import atomic_write_bytes, whole_directory
+from emrrg_cli.files.atomic import atomic_write_bytes, atomic_write_text, whole_directory
 from emrrg_cli.files.output_paths import directory_guard
 from emrrg_cli.files.records import append_jsonl, jsonl_line, read_jsonl, read_record
 from emrrg_cli.models.report_generator import ReportGenerator
@@ -26,9 +32,10 @@ from emrrg_cli.signals import interrupted_by
 from emrrg_cli.versions import installed_versions
 
 MADE_WITH = "made_with.json"
+WRITING_WITH = "writing_with.json"  # until all reports are written
 SAMPLES = "samples.jsonl"
 
-_STOPPED = "stopped; {} saved in {}; a new evaluation starts at the first study"
+_STOPPED = "stopped; {} saved in {}; run the same command again to continue"
 
 
 def data_settings(recipe: FinetuneRecipe) -> dict[str, Any]:
@@ -79,10 +86,9 @@ def kept_predictions(
 
     Returns None if its record is different, or the file has not one report for each of these studies, in their order.
     """
+    if not _is_made_with(record, folder / MADE_WITH):
+        return None
     try:
-        kept = read_record(folder / MADE_WITH, "the record of an evaluation", "Give --overwrite.")
-        if kept is None or _with_defaults(kept.get("made_with")) != record:
-            return None
         rows = read_jsonl(folder / name)
     except EmrrgError:  # missing or damaged
         return None
@@ -91,6 +97,63 @@ def kept_predictions(
     if ids != list(study_ids) or not all(isinstance(text, str) for text in [*references, *hypotheses]):
         return None  # changed or cut off after it was written
     return Predictions(ids, references, hypotheses)
+
+
+def was_stopped(folder: Path, record: dict[str, Any]) -> bool:
+    """Whether an evaluation with this record was stopped in `folder`, so that it can be continued."""
+    return _is_made_with(record, folder / WRITING_WITH)
+
+
+def begin_predictions(folder: Path, record: dict[str, Any], study_ids: Sequence[str], references: Sequence[str]) -> int:
+    """Removes what other evaluations left in `folder`, unless this one was stopped there, and saves its record.
+
+    Returns:
+        The number of reports that are kept.
+    """
+    for stale in (folder / name for name in (DATA, MADE_WITH, SAMPLES)):
+        stale.unlink(missing_ok=True)  # these files belong to earlier predictions
+    if not was_stopped(folder, record):
+        for stale in (*folder.glob("predictions_*.jsonl"), *folder.glob("predictions*.jsonl.partial")):
+            stale.unlink(missing_ok=True)
+        atomic_write_text(folder / WRITING_WITH, json.dumps({"made_with": record}, indent=2) + "\n")
+    return len(_written_before(folder, PREDICTIONS, study_ids, references))
+
+
+def end_predictions(folder: Path, record: dict[str, Any], seconds: float, written: int) -> None:
+    """Saves the record of finished predictions, and in how many seconds how many of them were written."""
+    kept = {"made_with": record, "seconds": seconds, "written": written}
+    atomic_write_text(folder / MADE_WITH, json.dumps(kept, indent=2) + "\n")
+    (folder / WRITING_WITH).unlink(missing_ok=True)
+
+
+def _is_made_with(record: dict[str, Any], file: Path) -> bool:
+    try:
+        kept = read_record(file, "the record of an evaluation", "Give --overwrite.")
+    except EmrrgError:  # damaged
+        return False
+    return kept is not None and _with_defaults(kept.get("made_with")) == record
+
+
+def _written_before(folder: Path, name: str, study_ids: Sequence[str], references: Sequence[str]) -> dict[int, Any]:
+    """Returns the rows that a stopped evaluation saved, by index; it may have had another number of processes."""
+    places = {study: index for index, study in enumerate(study_ids)}
+    rows: dict[int, Any] = {}
+    for file in _partial_files(folder, name):
+        try:
+            saved = read_jsonl(file)
+        except UsageError as error:
+            raise RunError(str(error), hint="Remove this file; its reports are written again then.") from error
+        for row in saved:
+            index = places.get(str(row.get("study_id")), -1)
+            if index >= 0 and (row.get("reference"), type(row.get("hypothesis"))) == (references[index], str):
+                rows[index] = row
+    return rows
+
+
+def _partial_files(folder: Path, name: str) -> list[Path]:
+    stem = re.escape(name.removesuffix(".jsonl"))
+    files = sorted(folder.glob("*.jsonl.partial"))
+    return [file for file in files if re.fullmatch(rf"{stem}(-\d+)?\.jsonl\.partial", file.name)]
 
 
 def write_predictions(
@@ -106,51 +169,65 @@ def write_predictions(
 ) -> Predictions:
     """Generates reports and saves them in `name`; each process appends its own to a `.partial` file every batch.
 
+    Studies whose reports are in such files of a stopped evaluation keep them.
+
     Args:
         films: For a control, the dataset with its films replaced by others; None uses the study's own films.
 
     Raises:
         RunError: The folder was deleted while reports were being written.
+            Reports that a stopped evaluation saved are damaged.
         Interrupted: After SIGINT or SIGTERM; the reports written so far are kept.
     """
     study_ids, stem = dataset.study_ids, name.removesuffix(".jsonl")
     rank = f"-{accelerator.process_index}" if accelerator.num_processes > 1 else ""
     partial = folder / f"{stem}{rank}.jsonl.partial"
-    partial.unlink(missing_ok=True)  # left by an earlier evaluation
+    rows = _written_before(folder, name, study_ids, references) if accelerator.is_main_process else {}
+    if accelerator.num_processes > 1:  # whose disk may be another
+        from accelerate.utils import broadcast_object_list
+
+        [rows] = broadcast_object_list([rows])
+    rest = [index for index in range(len(dataset)) if index not in rows]
+    if rows and accelerator.is_main_process:
+        err.print(f"{counted(len(rows), 'report')} of the stopped evaluation are kept; {len(rest)} are left")
     folder.mkdir(parents=True, exist_ok=True)
     require_folder, kept = directory_guard(folder), 0
-    sampled: dict[int, dict[str, Any]] | None = {} if recipe.evaluation.samples and name == PREDICTIONS else None
+    sampled = dict(rows) if recipe.evaluation.samples and name == PREDICTIONS else None
 
     def keep(reports: Sequence[WrittenReport]) -> None:
         nonlocal kept
         require_folder()
         for one in reports:
-            row = prediction_row(study_ids[one.key], references[one.key], one.text)
-            append_jsonl(partial, row)
+            row: dict[str, Any] = {**prediction_row(study_ids[one.key], references[one.key], one.text)}
             if sampled is not None:
-                sampled[one.key] = row | {"samples": one.samples}
+                row["samples"] = one.samples
+                sampled[one.key] = row
+            append_jsonl(partial, row)
         kept += len(reports)
 
     with (
         interrupted_by(message=lambda: _STOPPED.format(counted(kept, "report"), partial)),
-        progress_bar("writing reports", len(dataset), enabled=accelerator.is_main_process) as advance,
+        progress_bar("writing reports", len(rest), enabled=accelerator.is_main_process) as advance,
     ):
-        hypotheses = write_split(
+        written = write_split(
             model,
             dataset if films is None else films,  # type: ignore[arg-type]
             recipe.generation,
             accelerator,
+            indices=rest,
             workers=recipe.data.workers,
             advance=advance,
             keep=keep,
         )
     require_folder()
+    texts = {index: row["hypothesis"] for index, row in rows.items()} | dict(zip(rest, written, strict=True))
+    hypotheses = [texts[index] for index in range(len(dataset))]
     made = Predictions(study_ids, references, hypotheses, patients=dataset.patient_ids)
     if sampled is not None:
         _save_samples(folder / SAMPLES, sampled, accelerator)
     if accelerator.is_main_process:
         save_predictions(folder / name, made)
-        for left in folder.glob(f"{stem}*.jsonl.partial"):
+        for left in _partial_files(folder, name):
             left.unlink(missing_ok=True)
     return made
 

@@ -106,7 +106,7 @@ class FinetuneStage:
                 self.validation,
                 self.recipe.generation,
                 self.accelerator,
-                limit=limit,
+                indices=range(count),
                 workers=self.recipe.data.workers,
                 advance=advance,
             )

@@ -287,8 +287,9 @@ def test_a_split_is_written_in_order(generator: Generator, tiny_dataset: Path, a
     assert len(set(reports)) > 8
     for other in (_settings(batch_size=1), _settings(batch_size=16)):
         assert write_split(generator.model, dataset, other, accelerator) == reports
-    assert write_split(generator.model, dataset, _settings(), accelerator, limit=4, workers=1) == reports[:4]
-    assert write_split(generator.model, dataset, _settings(), accelerator, limit=99) == reports
+    some = write_split(generator.model, dataset, _settings(), accelerator, indices=[9, 2], workers=1)
+    assert some == [reports[9], reports[2]]
+    assert write_split(generator.model, dataset, _settings(), accelerator, indices=[]) == []
 
 
 def _config() -> Any:
@@ -302,7 +303,7 @@ def test_a_split_is_shared_among_processes(
 ) -> None:
     """Two processes one after the other; what they gather comes in the order of the processes."""
     dataset = ReportDataset(open_dataset(tiny_dataset)["train"], generator.recipe.data, 48)
-    expected = write_split(generator.model, dataset, _settings(), accelerator, limit=7)
+    expected = write_split(generator.model, dataset, _settings(), accelerator, indices=range(7))
     parts: list[list[Any]] = []
 
     def gather(written: list[Any]) -> list[Any]:
@@ -317,7 +318,7 @@ def test_a_split_is_shared_among_processes(
         process = SimpleNamespace(
             process_index=rank, num_processes=2, device=torch.device("cpu"), autocast=accelerator.autocast
         )
-        return write_split(generator.model, dataset, _settings(), process, limit=7)
+        return write_split(generator.model, dataset, _settings(), process, indices=range(7))
 
     with pytest.raises(InterruptedError):
         run(0)

@@ -190,7 +190,7 @@ def test_reports_of_other_studies_are_not_reused(evaluate: Any, tmp_path: Path) 
     for changed in wrong:
         file.write_text("".join(changed))
         (tmp_path / "out" / "scores.json").unlink(missing_ok=True)
-        with pytest.raises(UsageError, match="already holds reports of another"):
+        with pytest.raises(UsageError, match="already holds reports of another model"):
             evaluate()
     assert evaluate(overwrite=True)["predictions_reused"] is False
     assert file.read_text() == "".join(lines)
@@ -228,7 +228,7 @@ def test_reports_of_an_earlier_version_are_reused(evaluate: Any, tmp_path: Path)
     settings["generation"]["consensus_scores"] = {"BLEU_4": 1.0}  # not the default
     file.write_text(json.dumps(kept))
     (tmp_path / "out" / "scores.json").unlink()
-    with pytest.raises(UsageError, match="already holds reports of another"):
+    with pytest.raises(UsageError, match="already holds reports of another model"):
         evaluate()
 
 
@@ -267,7 +267,12 @@ def test_study_ids_are_read_once(tiny_dataset: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_reports_are_kept_after_an_interruption(
-    evaluate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
+    evaluate: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+    code: int,
 ) -> None:
     whole = evaluate("generation.batch_size=1", name="whole")["predictions"]
     save, saved = split_reports.append_jsonl, []
@@ -279,13 +284,20 @@ def test_reports_are_kept_after_an_interruption(
         save(*arguments)
 
     monkeypatch.setattr(split_reports, "append_jsonl", interrupted)
-    with pytest.raises(Interrupted, match=r"2 reports saved in .*\.partial; a new evaluation starts at") as caught:
+    with pytest.raises(Interrupted, match=r"2 reports saved in .*\.partial; run the same command again") as caught:
         evaluate("generation.batch_size=1")
     assert caught.value.exit_code == code
     written = (tmp_path / "out" / "predictions.jsonl.partial").read_text().splitlines()
     assert [json.loads(line) for line in written] == whole[:2]
-    with pytest.raises(UsageError, match="already holds reports of another or a stopped evaluation"):
-        evaluate()
+    with pytest.raises(UsageError, match="already holds reports of another model, data or settings"):
+        evaluate("generation.max_new_tokens=7")
+    (tmp_path / "out" / "predictions.jsonl.partial").rename(tmp_path / "out" / "predictions-1.jsonl.partial")
+    capsys.readouterr()
+    assert evaluate("generation.batch_size=1")["predictions"] == whole  # with another number of processes
+    assert "2 reports of the stopped evaluation are kept; 2 are left" in capsys.readouterr().err
+    assert len(saved) == 3 + 2
+    names = {entry.name for entry in (tmp_path / "out").iterdir()}
+    assert names == {entry.name for entry in (tmp_path / "whole").iterdir()}
 
 
 def test_a_tokenizer_without_java_is_refused_before_loading(evaluate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
