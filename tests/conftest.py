@@ -96,7 +96,7 @@ def unsynced_files() -> Iterator[None]:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skips tests marked `gpu` where torch sees no GPU, and starts the random numbers of each test anew."""
-    _seed()
+    _seed(0)
     if item.get_closest_marker("gpu"):
         import torch
 
@@ -107,15 +107,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_call() -> None:
     """The same numbers also where another test has made the fixtures that a file or all tests share."""
-    _seed()
+    _seed(1)  # others than those of the fixtures, or a model and its input may be alike
 
 
-def _seed() -> None:
+def _seed(number: int) -> None:
     # Unseeded numbers are others in each run; those after a seed depend on the tests before, and so on the workers.
-    random.seed(0)
-    np.random.seed(0)
+    random.seed(number)
+    np.random.seed(number)
     if (torch := sys.modules.get("torch")) is not None and hasattr(torch, "manual_seed"):
-        torch.manual_seed(0)
+        torch.manual_seed(number)
 
 
 MakeOnce = Callable[[str, Callable[[Path], object]], Path]
