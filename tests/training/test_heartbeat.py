@@ -27,6 +27,7 @@ def waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Waits:
         def sleep(seconds: float) -> None:
             nonlocal now
             now += seconds
+            assert now < 5000, "waits for ever"
             pause(now)
 
         with monkeypatch.context() as patch:
