@@ -72,4 +72,4 @@ def print_page(page: Path, folder: Path) -> tuple[bytes, int]:
 def _run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     assert BROWSER is not None
     command = [BROWSER, *_QUIET, f"--user-data-dir={folder / 'profile'}", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)

@@ -7,8 +7,10 @@ import gc
 import io
 import json
 import os
+import random
 import shutil
 import signal
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -29,6 +31,10 @@ from tests.varied import varied_copy
 
 __all__ = ["fork_server", "forked", "light_fork_server", "light_forked"]
 
+# Before rich and typer are imported: what the program prints does not depend on the terminal or the CI system.
+for _name in ("COLUMNS", "LINES", "TERMINAL_WIDTH", "FORCE_COLOR", "NO_COLOR", "PY_COLORS", "TTY_COMPATIBLE",
+              "GITHUB_ACTIONS"):  # fmt: skip
+    os.environ.pop(_name, None)
 # Before `datasets` is imported: tests run offline and leave no Arrow copies in the user's cache.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Before torch is: on tensors this small threads cost more than they bring, twenty times so when the machine is busy.
@@ -89,12 +95,27 @@ def unsynced_files() -> Iterator[None]:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips tests marked `gpu` where torch sees no GPU."""
+    """Skips tests marked `gpu` where torch sees no GPU, and starts the random numbers of each test anew."""
+    _seed(0)
     if item.get_closest_marker("gpu"):
         import torch
 
         if not torch.cuda.is_available():
             pytest.skip("needs a GPU")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    """The same numbers also where another test has made the fixtures that a file or all tests share."""
+    _seed(1)  # others than those of the fixtures, or a model and its input may be alike
+
+
+def _seed(number: int) -> None:
+    # Unseeded numbers are others in each run; those after a seed depend on the tests before, and so on the workers.
+    random.seed(number)
+    np.random.seed(number)
+    if (torch := sys.modules.get("torch")) is not None and hasattr(torch, "manual_seed"):
+        torch.manual_seed(number)
 
 
 MakeOnce = Callable[[str, Callable[[Path], object]], Path]

@@ -17,7 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-TIMEOUT = 300  # seconds
+TIMEOUT = 900  # seconds; on a busy machine a start takes minutes
 IMPORTED = (
     "emrrg_cli.app",
     "emrrg_cli.decoding.processes",

@@ -79,8 +79,22 @@ def light_forked(light_fork_server: Server, tmp_path: Path) -> Forked:
 def run_forked(
     server: Server, folder: Path, *arguments: str, processes: int = 1, code: str = _EMRRG
 ) -> list[subprocess.CompletedProcess[str]]:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        port = listening.getsockname()[1]
+    with _reserved_port() as port:
+        return _run_forked(server, folder, arguments, processes, code, port)
+
+
+@contextmanager
+def _reserved_port() -> Iterator[int]:
+    """A port that nobody else gets meanwhile: it is bound, but not listened to, which the process of rank 0 may do."""
+    with socket.socket() as reserved:
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reserved.bind(("127.0.0.1", 0))
+        yield reserved.getsockname()[1]
+
+
+def _run_forked(
+    server: Server, folder: Path, arguments: tuple[str, ...], processes: int, code: str, port: int
+) -> list[subprocess.CompletedProcess[str]]:
     rows = []
     for rank in range(processes):
         group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}

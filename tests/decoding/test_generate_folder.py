@@ -682,5 +682,5 @@ def test_reading_ahead_ends_with_the_run(tmp_path: Path) -> None:
     readers = set(psutil.Process().children()) - before
     assert len(readers) == 2
     ahead.close()
-    _, alive = psutil.wait_procs(readers, timeout=20)
+    _, alive = psutil.wait_procs(readers, timeout=120)
     assert not alive

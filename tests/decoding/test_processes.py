@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -45,8 +44,8 @@ def _options(run: Path, output: Path) -> list[str]:
 
 
 def _has_ended(group: int) -> bool:
-    # Whether nobody is left of a group of processes, after a while.
-    for _ in range(500):
+    # Whether nobody is left of a group of processes, after a while: as long as a busy machine may need.
+    for _ in range(6000):
         try:
             os.killpg(group, 0)
         except ProcessLookupError:
@@ -118,23 +117,41 @@ def test_the_page_is_whole_with_unreadable_files(varied_run: Path, films: Path, 
     assert all(card["images"] and card["maps"] for card in cards)
 
 
+# Runs `emrrg`, and interrupts all of its processes as a terminal does: when it waits again, with the first reports
+# saved. However slow this machine is, that is long before the end.
+_INTERRUPTED = """
+import os
+import sys
+
+from emrrg_cli.app import main
+from emrrg_cli.decoding import processes
+
+wait, waited = processes.wait, []
+
+def interrupted(connections):
+    waited.append(connections)
+    if len(waited) == 2:
+        os.killpg(os.getpgrp(), signal.SIGINT)
+    return wait(connections)
+
+processes.wait = interrupted
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.slow
 def test_a_signal_stops_all_and_keeps_what_is_written(varied_run: Path, films: Path, tmp_path: Path) -> None:
     for index in range(9, 400):
         os.link(films / f"{index % 9}.png", films / f"{index}.png")
     command = ["generate", str(films), *_options(varied_run, tmp_path / "out"), "--num-processes", "2"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "emrrg_cli", *command], stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", _INTERRUPTED, *command], stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    partial = tmp_path / "out" / "reports.jsonl.partial"
-    while not (partial.exists() and partial.stat().st_size) and process.poll() is None:
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, printed = process.communicate(timeout=60)
+    _, printed = process.communicate(timeout=600)
     assert process.returncode == 130, printed
     assert "Traceback" not in printed
     rows = _rows(tmp_path / "out")
-    assert 0 < len(rows) < 400
+    assert 0 < len(rows) <= 4  # of one batch or two, as they come
     assert f"{len(rows)} report{'s' if len(rows) > 1 else ''} saved in" in printed
     assert _has_ended(process.pid)
 

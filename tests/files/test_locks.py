@@ -70,7 +70,7 @@ def test_a_lock_ends_with_its_process_and_leaves_no_file(tmp_path: Path) -> None
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_a_forked_child_does_not_hold_the_lock(tmp_path: Path) -> None:
     """Loading processes may outlive a killed run by some seconds; `--resume` must not wait for them."""
-    fork = "    import os, time\n    if os.fork():\n        time.sleep(60)\n    print("
+    fork = "    import os, time\n    if os.fork():\n        time.sleep(600)\n    print("
     command = [sys.executable, "-c", HOLDING.replace("    print(", fork), str(tmp_path / "out")]
     holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
     try:

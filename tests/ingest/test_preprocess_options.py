@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -265,6 +264,13 @@ def test_duplicates_are_dropped(tmp_path: Path) -> None:
 # Dry run and export.
 
 
+@pytest.fixture
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dry run decodes its whole sample, however slow the machine is."""
+    monkeypatch.setattr("emrrg_cli.ingest.preprocess._SAMPLE_SECONDS", 3600.0)
+
+
+@pytest.mark.usefixtures("unhurried")
 def test_dry_run(tmp_path: Path) -> None:
     root = tmp_path / "raw"
     studies = [_study(root, f"s{n}", "test" if n % 5 == 0 else "train", views=("PA", "LL")) for n in range(20)]
@@ -278,6 +284,15 @@ def test_dry_run(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [root]
 
 
+def test_a_dry_run_whose_time_is_up_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "raw"
+    monkeypatch.setattr("emrrg_cli.ingest.preprocess._SAMPLE_SECONDS", -1.0)
+    plan = dry_run(_Source(root, [_study(root, "a"), _study(root, "b")]), tmp_path / "out", _recipe())
+    assert plan["splits"] == {"train": {"studies": 2, "images": 2}}  # these are counted, not decoded
+    assert (plan["sample"]["studies"], plan["sample"]["bytes"]) == (0, 0)
+
+
+@pytest.mark.usefixtures("unhurried")
 def test_dry_run_from_the_command_line(tiny_r2gen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["preprocess", "r2gen", str(tiny_r2gen), str(tmp_path / "out"), "--dry-run"]
     assert main(arguments) == 0
@@ -490,6 +505,22 @@ def test_dask_that_is_not_installed(tiny_r2gen: Path, tmp_path: Path, monkeypatc
     assert "emrrg[dask]" in str(error.value)
 
 
+# Ends itself as `kill -9` does, while threads still decode: after its fifth shard.
+_KILLED = """
+import os, signal, sys
+from emrrg_cli.app import main
+from emrrg_cli.ingest import shards
+end_shard, ended = shards.SplitShards.end_shard, []
+def killed(split):
+    end_shard(split)
+    ended.append(split)
+    if len(ended) == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+shards.SplitShards.end_shard = killed
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.slow
 def test_a_killed_run_continues(
     many: tuple[Path, dict[str, bytes]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -497,14 +528,13 @@ def test_a_killed_run_continues(
     out, work = tmp_path / "out", tmp_path / ".out.partial"
     settings = ["--size", "64", "studies_per_shard=10", "--dedupe", "drop", "--workers", "2", "--backend", "threading"]
     arguments = ["preprocess", "r2gen", str(many[0]), str(out), *settings]
-    process = subprocess.Popen([sys.executable, "-m", "emrrg_cli", *arguments], stderr=subprocess.DEVNULL)
-    while process.poll() is None and len(list((work / "journal").glob("*.json"))) < 5:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    killed = subprocess.run([sys.executable, "-c", _KILLED, *arguments], stderr=subprocess.DEVNULL)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(list((work / "journal").glob("*.json"))) == 5
     assert not out.exists()
     assert main(arguments) == 0
-    assert "of 120 studies were finished by an earlier run; continuing after them" in " ".join(
+    # Five shards of ten studies, and three without a readable image.
+    assert "53 of 120 studies were finished by an earlier run; continuing after them" in " ".join(
         capfd.readouterr().err.split()
     )
     assert not work.exists()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +57,17 @@ HOSTILE = {
 }
 
 
+@contextmanager
+def _within_seconds() -> Iterator[None]:
+    """The block takes at most ten seconds of the processor: a busy machine changes nothing."""
+    began = time.process_time()
+    yield
+    assert time.process_time() - began < 10
+
+
 def _check(path: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    began = time.monotonic()
-    assert main(["finetune", str(path), "--print-recipe"]) == 2
-    assert time.monotonic() - began < 10
+    with _within_seconds():
+        assert main(["finetune", str(path), "--print-recipe"]) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith("error: ")
     assert "\x1b" not in printed.err
@@ -116,7 +124,7 @@ _VALUES = st.recursive(
 
 
 @pytest.mark.slow
-@settings(max_examples=300, deadline=10_000, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(data=st.data())
 def test_fuzzed_recipes_give_settings_or_one_error(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
     """Shipped recipes with keys replaced, added and dropped, or with bytes changed."""
@@ -146,5 +154,5 @@ def test_fuzzed_recipes_give_settings_or_one_error(tmp_path_factory: pytest.Temp
             raw[place : place + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=6))
         content = bytes(raw)
     path.write_bytes(content)
-    with suppress(UsageError):  # any other error fails the test
+    with _within_seconds(), suppress(UsageError):  # any other error fails the test
         load_recipe(str(path))

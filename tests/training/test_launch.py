@@ -62,6 +62,7 @@ LEAVING = """
 import gc
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from emrrg_cli.app import main
@@ -69,7 +70,10 @@ from emrrg_cli.app import main
 code = main(sys.argv[1:])
 import torch.distributed
 gc.collect()
-names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").glob("*")]
+names = []
+for task in Path("/proc/self/task").glob("*"):
+    with suppress(FileNotFoundError, ProcessLookupError):  # a thread that ends just now
+        names.append((task / "comm").read_text().strip())
 line = f"{code} {torch.distributed.is_initialized()} {sorted(name for name in names if 'gloo' in name)}"
 os.write(1, f"{line}\\n".encode())  # in one piece: both processes write here
 """

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,40 +18,44 @@ from emrrg_cli.training import launch
 from emrrg_cli.training.stop_request import SharedStop
 from tests.forks import LAUNCHER
 
-# 60 steps, with noise, so that a signal arrives long before the end. No validation and no checkpoint before it.
+# 20 steps, with noise. No validation and no checkpoint before the end.
 OPTIONS = ("model.encoder.depth=3", "model.encoder.drop_path=0.9", "train.trackers=[]", "train.select=loss",
-           "train.epochs=30", "train.validate_every_epochs=30", "train.checkpoint_every_steps=60")  # fmt: skip
+           "train.epochs=10", "train.validate_every_epochs=10", "train.checkpoint_every_steps=20")  # fmt: skip
 
 
-# Sends the launcher a signal once there is a new step.
-STOPPED = """
+# After some steps, the first process sends the launcher a signal, and each waits until the launcher has passed it on:
+# however slow they are, they get it in this step.
+SIGNALLED = """
 import os
 import signal
-import threading
 import time
-from pathlib import Path
 
-history = Path(sys.argv[sys.argv.index("--output") + 1], "history.jsonl")
+from emrrg_cli.training import loop
 
-def stop(size):
-    while history.stat().st_size == size:
-        time.sleep(0.01)
-    os.kill(os.getpid(), signal.SIGHUP)
+step = loop._Loop._optimizer_step
 
-threading.Thread(target=stop, args=(history.stat().st_size,), daemon=True).start()
-sys.exit(main(sys.argv[1:]))
+def signalled(self, *arguments):
+    if self.progress.step == {after}:
+        if os.environ["RANK"] == "0":
+            os.kill(os.getppid(), signal.{name})
+        end = time.monotonic() + 200
+        while not self.stop.number and time.monotonic() < end:
+            time.sleep(0.01)
+    return step(self, *arguments)
+
+loop._Loop._optimizer_step = signalled
 """
 
 
-def _stopped_after_a_step(*arguments: str, run: Path) -> subprocess.CompletedProcess[str]:
-    """Starts two processes from the command line, and sends SIGUSR1 once there is a step."""
+def _signalled(*arguments: str, folder: Path, after: int, name: str) -> subprocess.CompletedProcess[str]:
+    """Starts two processes from the command line, which Python itself prepares for the signal as they start."""
+    folder.mkdir()
+    code = SIGNALLED.format(after=after, name=name).replace("\n", "\n    ")
+    (folder / "sitecustomize.py").write_text(f"import os\nif 'RANK' in os.environ:\n    {code}")
+    paths = [str(folder), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     command = [sys.executable, "-m", "emrrg_cli", *arguments, "--num-processes", "2"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and not (run / "history.jsonl").exists():
-            time.sleep(0.01)
-        process.send_signal(signal.SIGUSR1)  # torch by itself would not pass it on
-        printed = process.communicate(timeout=300)
-        return subprocess.CompletedProcess(command, process.returncode, *printed)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
 
 
 @pytest.mark.slow
@@ -65,19 +68,20 @@ def test_signals_stop_two_processes_and_nothing_is_lost(
     command = ("finetune", "tiny/finetune", *tiny_overrides, *OPTIONS, "--output")
     undisturbed = forked(*command, str(whole.directory), processes=2)
     assert [process.returncode for process in undisturbed] == [0, 0], undisturbed
-    reached = 0
-    for name in ("SIGUSR1", "SIGHUP"):
-        if name == "SIGUSR1":
-            process = _stopped_after_a_step(*command, str(run), run=run)
+    for name, after in (("SIGUSR1", 2), ("SIGHUP", 9)):
+        if name == "SIGUSR1":  # torch by itself would not pass it on
+            process = _signalled(*command, str(run), folder=tmp_path / "site", after=after, name=name)
             assert process.stdout == ""
             assert "Warning" not in process.stderr
         else:
-            (process,) = forked(*command, str(run), "--resume", "--num-processes", "2", code=LAUNCHER + STOPPED)
+            code = LAUNCHER + SIGNALLED.format(after=after, name=name) + "sys.exit(main(sys.argv[1:]))"
+            (process,) = forked(*command, str(run), "--resume", "--num-processes", "2", code=code)
         assert process.returncode == 128 + signal.Signals[name], process.stderr
-        assert stopped.last_step() > reached, process.stderr
+        # One step tells it to the other process, the next one reads it. The second process may get it a step earlier,
+        # when the first one is already there.
         reached = stopped.last_step()
-        assert reached < 60
-        assert f"stopped at step {reached} of 60" in process.stderr
+        assert reached in (after + 2, after + 3), process.stderr
+        assert f"stopped at step {reached} of 20" in process.stderr
     rest = forked(*command, str(run), "--resume", processes=2)
     assert [process.returncode for process in rest] == [0, 0], rest
     for key in ("train/loss", "validation/loss"):
