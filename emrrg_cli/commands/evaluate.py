@@ -253,8 +253,7 @@ def _show(result: dict[str, Any], what: str, as_json: bool) -> None:
         java = "it needs Java (`emrrg doctor` shows details)"
         err.print(f"METEOR was skipped: {java if 'Java' in reason else reason}.", markup=False, soft_wrap=True)
     if result.get("seconds"):
-        rate = f"{result['seconds']:.1f} s, {result['reports_per_second']:.2f} per second"
-        err.print(f"{counted(result['studies'], 'report')} in {rate}.")
+        err.print(f"{result['reports_per_second']:.2f} reports per second, in {result['seconds']:.1f} s.")
     if result["output"]:
         err.print(f"Scores and predictions: {result['output']}", markup=False, soft_wrap=True)
     err.print(DISCLAIMER)

@@ -35,7 +35,7 @@ MADE_WITH = "made_with.json"
 WRITING_WITH = "writing_with.json"  # until all reports are written
 SAMPLES = "samples.jsonl"
 
-_STOPPED = "stopped; {} saved in {}; run the same command again to continue"
+_STOPPED = "stopped; {} saved in {}/; run the same command again to continue"
 
 
 def data_settings(recipe: FinetuneRecipe) -> dict[str, Any]:
@@ -150,6 +150,26 @@ def _written_before(folder: Path, name: str, study_ids: Sequence[str], reference
     return rows
 
 
+def _rows_kept(
+    folder: Path, name: str, study_ids: Sequence[str], references: Sequence[str], accelerator: Any
+) -> dict[int, Any]:
+    """Returns `_written_before` of the main process, on every process: others may have another disk."""
+    rows = _written_before(folder, name, study_ids, references) if accelerator.is_main_process else {}
+    if accelerator.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        [rows] = broadcast_object_list([rows])
+    if rows and accelerator.is_main_process:
+        left = len(study_ids) - len(rows)
+        err.print(f"{counted(len(rows), 'report')} of the stopped evaluation are kept; {left} are left")
+    return rows
+
+
+def _partial_file(folder: Path, name: str, accelerator: Any) -> Path:
+    rank = f"-{accelerator.process_index}" if accelerator.num_processes > 1 else ""
+    return folder / f"{name.removesuffix('.jsonl')}{rank}.jsonl.partial"
+
+
 def _partial_files(folder: Path, name: str) -> list[Path]:
     stem = re.escape(name.removesuffix(".jsonl"))
     files = sorted(folder.glob("*.jsonl.partial"))
@@ -175,38 +195,26 @@ def write_predictions(
         films: For a control, the dataset with its films replaced by others; None uses the study's own films.
 
     Raises:
-        RunError: The folder was deleted while reports were being written.
-            Reports that a stopped evaluation saved are damaged.
+        RunError: The folder was deleted while reports were being written, or those of a stopped evaluation are damaged.
         Interrupted: After SIGINT or SIGTERM; the reports written so far are kept.
     """
-    study_ids, stem = dataset.study_ids, name.removesuffix(".jsonl")
-    rank = f"-{accelerator.process_index}" if accelerator.num_processes > 1 else ""
-    partial = folder / f"{stem}{rank}.jsonl.partial"
-    rows = _written_before(folder, name, study_ids, references) if accelerator.is_main_process else {}
-    if accelerator.num_processes > 1:  # whose disk may be another
-        from accelerate.utils import broadcast_object_list
-
-        [rows] = broadcast_object_list([rows])
+    study_ids, partial = dataset.study_ids, _partial_file(folder, name, accelerator)
+    rows = _rows_kept(folder, name, study_ids, references, accelerator)
     rest = [index for index in range(len(dataset)) if index not in rows]
-    if rows and accelerator.is_main_process:
-        err.print(f"{counted(len(rows), 'report')} of the stopped evaluation are kept; {len(rest)} are left")
     folder.mkdir(parents=True, exist_ok=True)
-    require_folder, kept = directory_guard(folder), 0
-    sampled = dict(rows) if recipe.evaluation.samples and name == PREDICTIONS else None
+    require_folder = directory_guard(folder)
+    with_samples = recipe.evaluation.samples and name == PREDICTIONS
 
     def keep(reports: Sequence[WrittenReport]) -> None:
-        nonlocal kept
         require_folder()
         for one in reports:
-            row: dict[str, Any] = {**prediction_row(study_ids[one.key], references[one.key], one.text)}
-            if sampled is not None:
-                row["samples"] = one.samples
-                sampled[one.key] = row
+            row: dict[str, Any] = dict(prediction_row(study_ids[one.key], references[one.key], one.text))
+            row |= {"samples": one.samples} if with_samples else {}
             append_jsonl(partial, row)
-        kept += len(reports)
+            rows[one.key] = row
 
     with (
-        interrupted_by(message=lambda: _STOPPED.format(counted(kept, "report"), partial)),
+        interrupted_by(message=lambda: _STOPPED.format(counted(len(rows), "report"), folder)),
         progress_bar("writing reports", len(rest), enabled=accelerator.is_main_process) as advance,
     ):
         written = write_split(
@@ -220,11 +228,10 @@ def write_predictions(
             keep=keep,
         )
     require_folder()
+    if with_samples:
+        _save_samples(folder / SAMPLES, rows, accelerator)
     texts = {index: row["hypothesis"] for index, row in rows.items()} | dict(zip(rest, written, strict=True))
-    hypotheses = [texts[index] for index in range(len(dataset))]
-    made = Predictions(study_ids, references, hypotheses, patients=dataset.patient_ids)
-    if sampled is not None:
-        _save_samples(folder / SAMPLES, sampled, accelerator)
+    made = Predictions(study_ids, references, [texts[index] for index in sorted(texts)], patients=dataset.patient_ids)
     if accelerator.is_main_process:
         save_predictions(folder / name, made)
         for left in _partial_files(folder, name):

@@ -121,6 +121,7 @@ def test_the_page_is_whole_with_unreadable_files(varied_run: Path, films: Path, 
 # saved. However slow this machine is, that is long before the end.
 _INTERRUPTED = """
 import os
+import signal
 import sys
 
 from emrrg_cli.app import main

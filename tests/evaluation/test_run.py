@@ -284,7 +284,7 @@ def test_reports_are_kept_after_an_interruption(
         save(*arguments)
 
     monkeypatch.setattr(split_reports, "append_jsonl", interrupted)
-    with pytest.raises(Interrupted, match=r"2 reports saved in .*\.partial; run the same command again") as caught:
+    with pytest.raises(Interrupted, match=r"2 reports saved in .*out/; run the same command again") as caught:
         evaluate("generation.batch_size=1")
     assert caught.value.exit_code == code
     written = (tmp_path / "out" / "predictions.jsonl.partial").read_text().splitlines()
