@@ -208,10 +208,9 @@ def write_predictions(
     def keep(reports: Sequence[WrittenReport]) -> None:
         require_folder()
         for one in reports:
-            row: dict[str, Any] = dict(prediction_row(study_ids[one.key], references[one.key], one.text))
-            row |= {"samples": one.samples} if with_samples else {}
-            append_jsonl(partial, row)
-            rows[one.key] = row
+            row = prediction_row(study_ids[one.key], references[one.key], one.text)
+            append_jsonl(partial, saved := {**row, "samples": one.samples} if with_samples else {**row})
+            rows[one.key] = saved
 
     with (
         interrupted_by(message=lambda: _STOPPED.format(counted(len(rows), "report"), folder)),
