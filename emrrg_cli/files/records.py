@@ -90,7 +90,9 @@ def _row(path: Path, number: int, line: bytes, is_last: bool) -> dict[str, Any] 
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         if is_last:  # all complete lines end with a line break
-            err.print(f"[yellow]{escape(str(path))}:{number}: the last line is incomplete and is skipped[/]")
+            err.print(
+                f"[yellow]{escape(str(path))}:{number}: the last line is incomplete and is skipped[/]", soft_wrap=True
+            )
             return None
         raise UsageError(f"{path}:{number}: not JSON: {error}") from error
     if not isinstance(row, dict):
