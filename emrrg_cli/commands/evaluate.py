@@ -253,7 +253,8 @@ def _show(result: dict[str, Any], what: str, as_json: bool) -> None:
         java = "it needs Java (`emrrg doctor` shows details)"
         err.print(f"METEOR was skipped: {java if 'Java' in reason else reason}.", markup=False, soft_wrap=True)
     if result.get("seconds"):
-        err.print(f"{result['reports_per_second']:.2f} reports per second, in {result['seconds']:.1f} s.")
+        rate = f"{result['reports_per_second']:.2f} per second"
+        err.print(f"Reports were written in {result['seconds']:.1f} s, {rate}.")
     if result["output"]:
         err.print(f"Scores and predictions: {result['output']}", markup=False, soft_wrap=True)
     err.print(DISCLAIMER)

@@ -142,7 +142,7 @@ def _written_before(folder: Path, name: str, study_ids: Sequence[str], reference
         try:
             saved = read_jsonl(file)
         except UsageError as error:
-            raise RunError(str(error), hint="Remove this file; its reports are written again then.") from error
+            raise RunError(str(error), hint="Remove this file: its reports will be written again.") from error
         for row in saved:
             index = places.get(str(row.get("study_id")), -1)
             if index >= 0 and (row.get("reference"), type(row.get("hypothesis"))) == (references[index], str):
