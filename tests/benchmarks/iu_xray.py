@@ -54,14 +54,13 @@ COSTS = ("trained, millions", "minutes", "peak MiB")
 LORA = ("X", "Z", "dt", "B", "C", "in_proj", "x_proj", "dt_proj", "out_proj", "patch_embed")
 AUGMENT = ("rotate", "shift", "scale", "brightness", "contrast")
 ONCE = "train.validate_every_epochs=1000"  # the last epoch is always validated, and kept
-CROSS_ENTROPY = ("train.self_critical=null", "train.epochs=15")
+EARLIER_AGREEMENT = "generation.consensus_scores={BLEU_1: 1, ROUGE_1: 1.5, findings: 0.8}"
+CROSS_ENTROPY = ("train.self_critical=null", "train.epochs=15", EARLIER_AGREEMENT)  # as in the ablation so far
 NO_FINDINGS_PROMPT = (
     *("model.findings=false", "model.findings_prompt=false", "model.findings_prompt_labels=false"),
     "model.findings_threshold=null",
 )
 REWARDS = "train.self_critical.rewards={{BLEU_1: 0.5, BLEU_4: 1, ROUGE_L: 1, {}, CIDEr: {}, {}}}".format
-WORD_AGREEMENT = "generation.consensus_scores={BLEU_1: 1, BLEU_4: 1, word_recall: 0.5, findings: 0.8}"
-RECALL_3 = (REWARDS("ROUGE_1: 3", 8, "findings: 0.5"),)
 WORD_RECALL_3 = (REWARDS("word_recall: 3", 8, "findings: 0.75"),)
 FULL = ("model.adapter.targets=full", "train.lr_scale.encoder=0.2")
 BEAMS = (
@@ -142,14 +141,11 @@ ROWS = [
     changed("balance", "data.balance=2"),
     Row("recipe with indication", ("data.context=[indication]",)),
     *(
-        Row(f"recall {recall}", (REWARDS(f"ROUGE_1: {recall}", cider, "findings: 0.5"),))
-        for recall, cider in ((1, 4), (2, 6), (3, 8))
+        Row(f"recall {recall}", (REWARDS(f"ROUGE_1: {recall}", cider, f"findings: {findings}"),))
+        for recall, cider, findings in ((1, 4, 0.5), (2, 6, 0.5), (3, 8, 0.5), (4, 10, 0.75))
     ),
-    Row("recall 3, words agreed", (*RECALL_3, WORD_AGREEMENT)),
-    Row("recall 3, words agreed, indication", (*RECALL_3, WORD_AGREEMENT, "data.context=[indication]")),
-    Row("recall 3, words agreed, contrast 0.25", (*RECALL_3, WORD_AGREEMENT, "train.self_critical.contrast=0.25")),
-    Row("word recall 3", (*WORD_RECALL_3, WORD_AGREEMENT)),
-    Row("word recall 3, cross-entropy", (*WORD_RECALL_3, WORD_AGREEMENT, "train.self_critical.cross_entropy=0.43")),
+    Row("word recall 3", WORD_RECALL_3),
+    Row("word recall 3, cross-entropy", (*WORD_RECALL_3, "train.self_critical.cross_entropy=0.43")),
     Row("shorter", ("train.epochs=16",)),
     Row("findings by pairs", (REWARDS("ROUGE_1: 4", 10, "F1_rules: 0.75"),)),
     Row("more for findings", (REWARDS("ROUGE_1: 4", 10, "findings: 1.5"),)),
