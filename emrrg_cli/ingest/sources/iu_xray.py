@@ -153,7 +153,7 @@ class IuXraySource:
             if match is None:
                 raise RunError(
                     f"{annotation}: id {row.study_id!r} is not an id of IU X-Ray",
-                    hint="R2Gen's ids look like CXR2384_IM-0942.",
+                    hint="R2Gen's ids look like CXR2384_IM-0942, those of Open-i like CXR2384.",
                 )
             if splits.setdefault(match[1], row.split) != row.split:
                 raise RunError(

@@ -14,7 +14,8 @@ from emrrg_cli.ingest.study import ImageProblem, ImportLog, Study
 from emrrg_cli.vocabulary import UNKNOWN_VIEW
 
 # R2Gen's ids of IU X-Ray: patient, then study. One of the 2,955 ids has an extra number in the middle: CXR1_1_IM-0001.
-IU_ID = re.compile(r"CXR(\d+)(?:_\d+)?_IM-\d+.*", re.DOTALL)
+# Open-i's own ids, which we also write, have only the patient: CXR44.
+IU_ID = re.compile(r"CXR(\d+)(?:(?:_\d+)?_IM-\d+.*)?", re.DOTALL)
 
 
 class R2GenSource:
@@ -26,7 +27,8 @@ class R2GenSource:
 
     Args:
         root: The folder, or the JSON file itself.
-        source: Name of the data set. None: `iu_xray` if all ids look like `CXR2384_IM-0942`, otherwise `r2gen`.
+        source: Name of the data set. None: `iu_xray` if all ids look like `CXR2384_IM-0942`, or some of them and the
+            others like `CXR44`; otherwise `r2gen`.
         findings: Whether the reports are findings sections, as in R2Gen's own files.
         limit: Number of studies to read from the start of each split; None: all.
 
@@ -47,7 +49,10 @@ class R2GenSource:
         self.image_folders = (self.root, self.root / "images")
         self._rows = Annotation(self.annotation)
         self._limit, self._findings = limit, findings
-        self.name = source or ("iu_xray" if all(IU_ID.fullmatch(row.study_id) for row in self._rows) else "r2gen")
+        of_iu = all(IU_ID.fullmatch(row.study_id) for row in self._rows) and any(
+            "_" in row.study_id for row in self._rows
+        )
+        self.name = source or ("iu_xray" if of_iu else "r2gen")
 
     def __len__(self) -> int:
         return self._rows.count(self._limit)

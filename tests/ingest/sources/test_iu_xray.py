@@ -163,6 +163,19 @@ def test_r2gens_studies_with_the_rest_of_the_reports(openi: Any, tmp_path: Path,
         R2GenWithReports(iu_xray_source(openi.root), reports)
 
 
+def test_ids_without_a_study_match_the_reports(openi: Any, tmp_path: Path, read: Read) -> None:
+    root = _as_r2gen(tmp_path / "r2gen")
+    annotation = root / "annotation.json"
+    full, _ = read(R2GenWithReports(iu_xray_source(root), openi.root))
+    annotation.write_text(annotation.read_text().replace('"id": "CXR2_IM-0002"', '"id": "CXR2"'))
+    short, log = read(R2GenWithReports(iu_xray_source(root), openi.root))
+    assert short == [full[0], replace(full[1], study_id="CXR2"), *full[2:]]
+    assert short[1].extra["indication"]
+    assert log.remarks[0].endswith("context and labels: 1.")
+    studies, _ = read(iu_xray_source(openi.root, annotation=annotation))
+    assert [study.study_id for study in studies] == ["CXR1", "CXR2", "CXR3"]
+
+
 def test_r2gens_layout_with_reports_from_the_command_line(openi: Any, tmp_path: Path) -> None:
     root = _as_r2gen(tmp_path / "r2gen")
     out = tmp_path / "out"
