@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -108,6 +109,7 @@ class FolderSource:
         self.remarks: list[str] = []
         self._limit = limit
         self._drafts = Drafts()
+        self._unknown_splits: defaultdict[str, list[ImageProblem]] = defaultdict(list)
         if table is None:
             self._from_files()
         else:
@@ -219,6 +221,11 @@ class FolderSource:
             draft = self._draft(row, where, columns, texts)
             if draft is not None:
                 self._add(draft, where, merge=columns.study is not None)
+        for study_id, problems in self._unknown_splits.items():
+            if first := self._drafts.get(study_id):
+                first.problems += problems
+            else:
+                self._skip(problems[0].reason, study_id, problems[0].detail)
 
     def _draft(self, row: dict[str, Any], where: str, columns: Columns, texts: dict[str, str]) -> Draft | None:
         """Returns one row as a study, or None if the row cannot be used."""
@@ -235,7 +242,11 @@ class FolderSource:
             return None
         split = SPLIT_NAMES.get(cell(columns.split).lower()) if columns.split else None
         if columns.split and split is None:
-            self._skip("unknown split", study_id, detail=f"{where}: {cell(columns.split) or 'empty'}")
+            detail = f"{where}: {cell(columns.split) or 'empty'}"
+            if columns.study:  # other rows of the study may have a split
+                self._unknown_splits[study_id].append(ImageProblem(", ".join(paths), "unknown split", detail))
+            else:
+                self._skip("unknown split", study_id, detail)
             return None
         draft = Draft(study_id, cell(columns.patient) or None, split)
         draft.texts = {kind: cell(name) for kind, name in texts.items()}
@@ -263,7 +274,10 @@ class FolderSource:
         for kind in ("patient_id", "split", "texts"):
             if getattr(first, kind) != getattr(draft, kind):
                 what = {"patient_id": "patient", "split": "split", "texts": "text"}[kind]
-                self._skip("row differs from its study", draft.study_id, detail=f"{where}: another {what}")
+                first.problems += [
+                    ImageProblem(printable(Path(path).name), "row differs from its study", f"{where}: another {what}")
+                    for path in draft.images or [where]
+                ]
                 return
         for path, view in draft.images.items():
             if path in first.images:

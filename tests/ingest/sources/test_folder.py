@@ -22,7 +22,7 @@ from emrrg_cli.imaging.image_paths import find_images
 from emrrg_cli.ingest.preprocess import preprocess
 from emrrg_cli.ingest.sources.folder import Columns, FolderSource
 from emrrg_cli.ingest.sources.table import cell_list, cell_text, read_table
-from emrrg_cli.ingest.study import ImportLog, Study
+from emrrg_cli.ingest.study import ImageProblem, ImportLog, Study
 from emrrg_cli.recipe.preprocessing import PreprocessRecipe
 
 MakeDicom = Callable[..., bytes]
@@ -275,9 +275,21 @@ def test_rows_of_one_study_that_differ(films: Path) -> None:
     )
     columns = Columns(report="text", study="exam", patient="who")
     studies, log = _read(films, table=table, columns=columns)
-    assert _skipped(log) == {"row differs from its study": ["s", "s"]}
+    assert (log.read, log.skipped) == (1, {})
     assert [path.name for path in studies[0].image_paths] == ["a.png", "d.png"]
-    assert studies[0].problems[0].reason == "listed twice"
+    differs = "row differs from its study"
+    assert [(problem.path, problem.reason) for problem in studies[0].problems] == [
+        ("b.png", differs), ("c.png", differs), ("a.png", "listed twice"),
+    ]  # fmt: skip
+    assert studies[0].problems[1].detail == "table.csv:4: another patient"
+
+
+def test_rows_of_a_study_without_a_split_are_one_study(films: Path) -> None:
+    rows = "image,exam,fold\na.png,s,\nb.png,s,train\nc.png,t,x\nd.png,t,x\n"
+    studies, log = _read(films, table=_table(films, rows), columns=Columns(study="exam", split="fold"))
+    assert (log.read, _skipped(log)) == (2, {"unknown split": ["t"]})
+    assert [path.name for path in studies[0].image_paths] == ["b.png"]
+    assert studies[0].problems == (ImageProblem("a.png", "unknown split", "table.csv:2: empty"),)
 
 
 def test_paths_written_on_windows(films: Path) -> None:
