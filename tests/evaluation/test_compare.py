@@ -167,14 +167,18 @@ def test_an_evaluation_directory_has_the_name_of_its_run(tmp_path: Path) -> None
 
 def test_different_studies_and_references_are_reported() -> None:
     first = _contender("a", 0.5)
-    other = _contender("b", 0.5, ids=[f"t{i}" for i in range(len(TRUTH))])
-    result = compare([first, other], resamples=20)
-    assert result["rows"][1]["against_first"] is None
-    assert "no study in common" in result["remarks"][0]
     half = Predictions(*(list(side)[:30] for side in (first.predictions.study_ids, _texts(8), TRUTH)))
     result = compare([first, Contender("half", half, None)], resamples=20)
     assert result["rows"][1]["against_first"]["studies"] == 30
     assert [said.split(" ")[0] for said in result["remarks"]] == ["a", "The"]
+
+
+def test_sets_without_a_common_study_are_refused() -> None:
+    first = _contender("a", 0.5)
+    other = _contender("a", 0.5, ids=[f"t{i}" for i in range(len(TRUTH))])
+    message = r"^a \(1\) and a \(3\) have no study in common: their ids are such as s0 and t0"
+    with pytest.raises(UsageError, match=message):
+        compare([first, replace(first, name="b"), other], resamples=20)
 
 
 def test_studies_in_common_are_scored_by_their_own_references() -> None:
