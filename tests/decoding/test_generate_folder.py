@@ -156,7 +156,7 @@ def test_reports_and_skipped_files_are_written(tmp_path: Path, writer: Writer, r
     assert [Path(row["path"]).name for row in rows] == names
     assert [row["report"] for row in rows] == [f'grey "{grey}",\n(1, 32, 32)' for grey in (0, 100, 200)]
     assert all(Path(row["path"]).is_file() and row["seconds"] >= 0 for row in rows)
-    with (tmp_path / "out" / "reports.csv").open(newline="", encoding="utf-8") as file:
+    with (tmp_path / "out" / "reports.csv").open(newline="", encoding="utf-8-sig") as file:
         table = list(csv.DictReader(file))
     assert [(row["path"], row["report"]) for row in table] == [(row["path"], row["report"]) for row in rows]
     assert {row["disclaimer"] for row in table} == {"Research output: not for diagnosis."}

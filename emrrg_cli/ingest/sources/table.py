@@ -13,6 +13,7 @@ from typing import Any
 from emrrg_cli.console import printable
 from emrrg_cli.datasets.report_text import whole_characters
 from emrrg_cli.errors import RunError, UsageError
+from emrrg_cli.files.spreadsheets import plain_text
 from emrrg_cli.ingest.sources.text_files import csv_rows, find_encoding, json_rows, read_lines, reading, tsv_rows
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
@@ -113,7 +114,8 @@ def _rows_of(path: Path, encoding: str, *, header: bool = False) -> Iterator[tup
             yield from json_rows(path, read_lines(path, encoding))
             return
         rows = tsv_rows(path, encoding) if _kind(path) == ".tsv" else csv_rows(path, encoding)
-        yield from islice(rows, 0 if header else 1, None)
+        for number, cells in islice(rows, 0 if header else 1, None):
+            yield number, [plain_text(cell) for cell in cells]
 
 
 def cell_text(value: Any) -> str:
