@@ -561,7 +561,7 @@ def test_shards_of_slurm_and_kubernetes(monkeypatch: pytest.MonkeyPatch) -> None
     assert Shard.parse("auto") == Shard(1, 3)
     for wrong in ("x", "4", "99"):
         monkeypatch.setenv("SLURM_ARRAY_TASK_ID", wrong)
-        with pytest.raises(UsageError, match=f"SLURM_ARRAY_TASK_ID={wrong}, .* is not a number of a shard"):
+        with pytest.raises(UsageError, match=f"which shard this job is from SLURM_ARRAY_TASK_ID={wrong}, "):
             Shard.parse("auto")
 
 
