@@ -9,7 +9,6 @@ from pathlib import Path
 from emrrg_cli.errors import UsageError
 from emrrg_cli.ingest.sources.annotation import Annotation, AnnotationRow
 from emrrg_cli.ingest.sources.image_paths import locate
-from emrrg_cli.ingest.sources.seen_ids import SeenIds
 from emrrg_cli.ingest.study import ImageProblem, ImportLog, Study
 from emrrg_cli.vocabulary import UNKNOWN_VIEW
 
@@ -63,15 +62,11 @@ class R2GenSource:
         Repeated ids (the first is kept, so that no study is in both train and test) and empty reports are skipped and
         counted in `log`. Images that are missing or outside the root are listed in `Study.problems`.
         """
-        seen = SeenIds()
-        for row in self._rows.first(self._limit, log):
-            log.read += 1
-            if seen.skip(row.study_id, row.split, log):
-                continue
-            if not row.report.strip():
+        for row in self._rows.unique(self._limit, log):
+            if row.report.strip():
+                yield self._study(row)
+            else:
                 log.skip_study("empty report", row.study_id)
-                continue
-            yield self._study(row)
 
     def _study(self, row: AnnotationRow) -> Study:
         found = [locate(path, self.root, self.image_folders) for path in row.image_paths]
