@@ -47,7 +47,7 @@ def find_contender(path: Path, split: str, references: Path | None, columns: Col
     folder = next((one for one in folders if one.is_dir()), folders[0])
     file = folder / PREDICTIONS
     if not file.is_file():
-        hint = f"Evaluate it first: emrrg evaluate --model {shlex.quote(str(path))} --split {split}"
+        hint = f"Evaluate it first: emrrg evaluate --model {shlex.quote(str(path))} --split {shlex.quote(split)}"
         raise UsageError(f"{path} has no predictions of the {split} split ({file})", hint=hint)
     record = read_record(folder / "scores.json", "the scores of an evaluation", "Evaluate again.") or {}
     settings = _settings(Path(record.get("model", path)) / "recipe.yaml") | _flat(record.get("settings"))

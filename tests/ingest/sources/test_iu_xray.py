@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shlex
 import tarfile
 import tracemalloc
 from collections import Counter
@@ -210,9 +211,14 @@ def test_layouts_are_found_and_forced(openi: Any, tiny_r2gen: Path, tmp_path: Pa
 
 def test_packed_images_are_pointed_out(openi: Any) -> None:
     (openi.root / "NLMCXR_png").rename(openi.root / "elsewhere")
-    (openi.root / "NLMCXR_png.tgz").touch()
-    with pytest.raises(UsageError, match=r"NLMCXR_png\.tgz is still packed\n.*Unpack it: mkdir"):
-        iu_xray_source(openi.root)
+    root = openi.root.rename(openi.root.with_name("it's raw"))
+    (root / "NLMCXR_png.tgz").touch()
+    with pytest.raises(UsageError, match=r"NLMCXR_png\.tgz is still packed") as raised:
+        iu_xray_source(root)
+    assert raised.value.hint is not None
+    folder, archive = str(root / "NLMCXR_png"), str(root / "NLMCXR_png.tgz")
+    command = shlex.split(raised.value.hint.removeprefix("Unpack it: "))
+    assert command == ["mkdir", folder, "&&", "tar", "xzf", archive, "-C", folder]
 
 
 # Splits.
