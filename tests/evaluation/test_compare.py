@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -221,7 +222,7 @@ def test_runs_and_files_are_found(varied_run: Path, tmp_path: Path, capsys: pyte
     shutil.copytree(varied_run, run)
     with pytest.raises(UsageError, match="has no predictions of the test split") as caught:
         find_contender(run, "test", None)
-    assert caught.value.hint == f"Evaluate it first: emrrg evaluate --model {run} --split test"
+    assert caught.value.hint == f"Evaluate it first: emrrg evaluate --model {shlex.quote(str(run))} --split test"
     assert main(["evaluate", "-m", str(run), "--no-meteor", "--json"]) == 0
     other = tmp_path / "seed7"
     shutil.copytree(run, other)
