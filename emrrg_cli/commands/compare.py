@@ -50,12 +50,13 @@ def compare(
     from emrrg_cli.evaluation.predictions import PREDICTIONS, Columns
     from emrrg_cli.files.atomic import atomic_write_text
     from emrrg_cli.files.locks import locked
-    from emrrg_cli.files.output_paths import check_writable
+    from emrrg_cli.files.output_paths import check_writable, refuse_links
     from emrrg_cli.reporting.comparison_tables import comparison_csv, comparison_markdown, comparison_table
     from emrrg_cli.reporting.tables import DISCLAIMER
 
     if output is not None:
         check_writable(output)
+        refuse_links(output, ("compare.*",))
     folders = [path.is_dir() for path in reports]
     if not any(folder and not (path / PREDICTIONS).is_file() for folder, path in zip(folders, reports, strict=True)):
         refuse_given(context, ("split",), "without a run directory")

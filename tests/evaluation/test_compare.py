@@ -250,6 +250,15 @@ def test_runs_and_files_are_found(varied_run: Path, tmp_path: Path, capsys: pyte
     assert (tmp_path / "out" / "compare.csv").read_text().count("\n") == 1 + 5 * len(result["rows"][0]["scores"])
 
 
+def test_links_in_the_output_are_refused_before_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (out := tmp_path / "out").mkdir()
+    (file := tmp_path / "a.csv").write_text("id,hypothesis,reference\n1,x,y\n")
+    (out / "compare.csv").symlink_to(file)
+    assert main(["compare", str(file), str(file), "--output", str(out)]) == 1
+    assert "compare.csv is a link to" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["compare.csv"]
+
+
 def test_options_without_effect_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "a.csv"
     file.write_text("id,hypothesis,reference\n1,x,y\n")
