@@ -20,6 +20,7 @@ SUFFIXES = (".csv", ".tsv", ".jsonl")
 
 # Values that spreadsheets and data frames write for an empty cell.
 _EMPTY = {"nan", "na", "n/a", "null", "none", "<na>"}
+_MOST_NAMES = 50  # of columns in a message
 _LONGEST_EMPTY = max(map(len, _EMPTY))
 
 
@@ -208,4 +209,6 @@ class CsvFile:
 
 
 def _names(columns: Sequence[str]) -> str:
-    return ", ".join(printable(column) for column in columns) or "none"
+    # The first line of a file that is no table may have any length.
+    more = f", and {len(columns) - _MOST_NAMES:,} more" if len(columns) > _MOST_NAMES else ""
+    return (", ".join(f"{printable(column):.60}" for column in columns[:_MOST_NAMES]) or "none") + more

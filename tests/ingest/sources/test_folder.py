@@ -15,7 +15,7 @@ from PIL import Image
 
 from emrrg_cli.app import main
 from emrrg_cli.datasets.directory import open_dataset
-from emrrg_cli.datasets.splits import draw_splits, parse_fractions
+from emrrg_cli.datasets.splits import draw_splits, drawn_remark, parse_fractions
 from emrrg_cli.decoding.studies import table_studies
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.imaging.image_paths import find_images
@@ -331,6 +331,13 @@ def test_tables_that_cannot_be_used(films: Path, text: str, name: str, columns: 
         FolderSource(films, table=_table(films, text, name), columns=Columns(**columns))
 
 
+def test_a_message_names_only_some_of_many_columns(films: Path) -> None:
+    for header, end in (("x" * 10**6, f"its columns: {'x' * 60}"), ("a," * 999 + "b", "a, a, and 950 more")):
+        with pytest.raises(UsageError, match="no column 'image'") as raised:
+            FolderSource(films, table=_table(films, f"{header}\n{header}\n"), columns=Columns())
+        assert raised.value.message.endswith(end)
+
+
 def test_a_missing_table_is_refused(films: Path) -> None:
     with pytest.raises(UsageError, match="no such table"):
         read_table(films / "none.csv")
@@ -373,6 +380,13 @@ def test_fractions() -> None:
     for text in ("", "a", "0.5,0.4", "0.5,0.5,0.5", "2,-1", "0.25,0.25,0.25,0.25", "nan", "80,10,10"):
         with pytest.raises(UsageError, match="--split"):
             parse_fractions(text)
+
+
+def test_studies_without_a_patient_are_counted() -> None:
+    assert drawn_remark((1, 0, 0), 0, 1).endswith(
+        "100, 0, 0 percent; 1 study without a patient: each counts as one patient."
+    )
+    assert drawn_remark((1, 0, 0), 0) == "Split drawn by patient with seed 0: 100, 0, 0 percent."
 
 
 def test_patients_stay_together(films: Path) -> None:
