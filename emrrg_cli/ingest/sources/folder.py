@@ -16,7 +16,7 @@ from emrrg_cli.datasets.manifest import MANIFEST
 from emrrg_cli.datasets.splits import drawn_remark
 from emrrg_cli.errors import UsageError
 from emrrg_cli.imaging.base import RASTER_SUFFIXES
-from emrrg_cli.imaging.dicom.facts import DicomFacts, find_dicom_facts
+from emrrg_cli.imaging.dicom.facts import DicomFacts, find_dicom_facts, study_name
 from emrrg_cli.imaging.image_paths import files_below
 from emrrg_cli.imaging.views import view_name
 from emrrg_cli.ingest.sources.drafts import Draft, Drafts
@@ -62,8 +62,8 @@ class Columns:
 class FolderSource:
     """Images and DICOM files below a folder, as studies.
 
-    Without a table, every file whose name does not begin with a dot is tried. DICOM files are grouped by Study Instance
-    UID; any other file is a study, named by its path. There are no reports. With a table, the rows list the images
+    Without a table, every file whose name does not begin with a dot is tried. DICOM files are grouped by `study_name`;
+    any other file is a study, named by its path. There are no reports. With a table, the rows list the images
     (`listed_images`), and rows with the same `study` form one study. If no column gives the patient or the view of a
     DICOM file, they come from its header.
 
@@ -159,6 +159,7 @@ class FolderSource:
     # Without a table.
 
     def _from_files(self) -> None:
+        patients: dict[str, str] = {}
         for path in self._walk():
             name = printable(path.relative_to(self.root).as_posix())
             found = locate(str(path), self.root, (self.root,))
@@ -166,7 +167,7 @@ class FolderSource:
                 self._drafts.add(Draft(name, problems=[replace(found, path=name)]))
                 continue
             facts = find_dicom_facts(found)
-            study_id = printable(facts.study_uid) if facts and facts.study_uid else name
+            study_id = study_name(facts, patients) or name
             draft = self._drafts.get(study_id) or Draft(study_id, patient_id=_patient(facts))
             draft.images[str(found)] = view_name(facts.view if facts else "")
             self._drafts.add(draft)

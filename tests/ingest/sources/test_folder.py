@@ -16,7 +16,7 @@ from PIL import Image
 from emrrg_cli.app import main
 from emrrg_cli.datasets.directory import open_dataset
 from emrrg_cli.datasets.splits import draw_splits, drawn_remark, parse_fractions
-from emrrg_cli.decoding.studies import table_studies
+from emrrg_cli.decoding.studies import find_studies, table_studies
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.imaging.image_paths import find_images
 from emrrg_cli.ingest.preprocess import preprocess
@@ -84,6 +84,19 @@ def test_dicom_files_are_grouped_into_studies(films: Path, make_dicom: MakeDicom
     assert (by_id["1.2"].views, by_id["1.2"].patient_id) == (("PA", "LATERAL"), "P7")
     assert (by_id["1.3"].views, by_id["1.3"].split) == (("unknown",), by_id["1.2"].split)
     assert (by_id["4.dcm"].views, by_id["4.dcm"].patient_id) == (("PA",), None)
+
+
+def test_patients_with_one_study_uid_are_not_joined(films: Path, make_dicom: MakeDicom) -> None:
+    pixels = np.zeros((4, 4), np.uint8)
+    for name, patient in (("1", ""), ("2", "P1"), ("3", "P2"), ("4", ""), ("5", "P2")):
+        (films / name).write_bytes(make_dicom(pixels, StudyInstanceUID="1.2", PatientID=patient))
+    by_id = {study.study_id: study for study in _read(films)[0]}
+    assert [path.name for path in by_id["1.2"].image_paths] == ["1", "2", "4"]
+    assert [path.name for path in by_id["1.2 P2"].image_paths] == ["3", "5"]
+    assert by_id["1.2 P2"].patient_id == "P2"
+    found = {study.name: study.files for study in find_studies([str(films)])}
+    for study in ("1.2", "1.2 P2"):
+        assert found[study] == by_id[study].image_paths
 
 
 def test_what_preprocess_wrote_there_is_no_film(films: Path) -> None:
