@@ -177,10 +177,11 @@ def test_ids_without_a_study_match_the_reports(openi: Any, tmp_path: Path, read:
     assert [study.study_id for study in studies] == ["CXR1", "CXR2", "CXR3"]
 
 
-def test_r2gens_layout_with_reports_from_the_command_line(openi: Any, tmp_path: Path) -> None:
+def test_r2gens_layout_with_reports_from_the_command_line(openi: Any, tmp_path: Path, capsys: Any) -> None:
     root = _as_r2gen(tmp_path / "r2gen")
     out = tmp_path / "out"
     assert main(["preprocess", "iu_xray", str(root), str(out), "--reports", str(openi.flat)]) == 0
+    assert "iu_xray, layout r2gen: 4 studies read\n" in capsys.readouterr().out
     train = open_dataset(out)["train"]
     assert train["indication"] == ["Cough & fever."] * 3 + [None]
     assert train["views"][0] == ["unknown", "unknown"]  # the flat release has its images in another order
