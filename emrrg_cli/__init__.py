@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from emrrg_cli.datasets.report_text import clean_report
     from emrrg_cli.decoding.reporter import Reporter
     from emrrg_cli.decoding.reports import Generator, load_generator
+    from emrrg_cli.errors import EmrrgError, RunError, UsageError
     from emrrg_cli.evaluation.language import score
     from emrrg_cli.imaging.base import ImageError
     from emrrg_cli.imaging.read import read_image
@@ -28,9 +29,12 @@ if TYPE_CHECKING:
     from emrrg_cli.models.transfer import load_encoder
 
 __all__ = [
+    "EmrrgError",
     "Generator",
     "ImageError",
     "Reporter",
+    "RunError",
+    "UsageError",
     "clean_report",
     "label_report",
     "load_encoder",
@@ -41,9 +45,12 @@ __all__ = [
 ]
 
 _HOMES = {
+    "EmrrgError": "emrrg_cli.errors",
     "Generator": "emrrg_cli.decoding.reports",
     "ImageError": "emrrg_cli.imaging.base",
     "Reporter": "emrrg_cli.decoding.reporter",
+    "RunError": "emrrg_cli.errors",
+    "UsageError": "emrrg_cli.errors",
     "clean_report": "emrrg_cli.datasets.report_text",
     "label_report": "emrrg_cli.labeling.labeler",
     "load_encoder": "emrrg_cli.models.transfer",

@@ -42,32 +42,36 @@ def compare(
     Example: emrrg compare runs/lora_x runs/lora_z theirs.jsonl
     """
     import json
+    from contextlib import nullcontext
 
     from emrrg_cli.console import err, out
     from emrrg_cli.evaluation.compare import compare as run
     from emrrg_cli.evaluation.compare import find_contender
     from emrrg_cli.evaluation.predictions import PREDICTIONS, Columns
     from emrrg_cli.files.atomic import atomic_write_text
-    from emrrg_cli.files.output_paths import check_writable
+    from emrrg_cli.files.locks import locked
+    from emrrg_cli.files.output_paths import check_writable, refuse_links
     from emrrg_cli.reporting.comparison_tables import comparison_csv, comparison_markdown, comparison_table
     from emrrg_cli.reporting.tables import DISCLAIMER
 
     if output is not None:
         check_writable(output)
-        if (output / "compare.json").exists() and not overwrite:
-            raise UsageError(f"{output} already holds a comparison", hint="Give --overwrite, or another --output.")
+        refuse_links(output, ("compare.*",))
     folders = [path.is_dir() for path in reports]
     if not any(folder and not (path / PREDICTIONS).is_file() for folder, path in zip(folders, reports, strict=True)):
         refuse_given(context, ("split",), "without a run directory")
     if all(folders):
         refuse_given(context, OF_FILES, "without a prediction file")
     columns = Columns(id_column, hypothesis_column, reference_column)
-    found = [find_contender(path, split, references, columns) for path in reports]
-    result = {"note": DISCLAIMER, **run(found, meteor=meteor)}
-    if output is not None:
-        atomic_write_text(output / "compare.md", comparison_markdown(result))
-        atomic_write_text(output / "compare.csv", comparison_csv(result))
-        atomic_write_text(output / "compare.json", json.dumps(result, indent=2) + "\n")
+    with nullcontext() if output is None else locked(output):
+        if output is not None and (output / "compare.json").exists() and not overwrite:
+            raise UsageError(f"{output} already holds a comparison", hint="Give --overwrite, or another --output.")
+        found = [find_contender(path, split, references, columns) for path in reports]
+        result = {"note": DISCLAIMER, **run(found, meteor=meteor)}
+        if output is not None:
+            atomic_write_text(output / "compare.md", comparison_markdown(result))
+            atomic_write_text(output / "compare.csv", comparison_csv(result))
+            atomic_write_text(output / "compare.json", json.dumps(result, indent=2) + "\n")
     if as_json:
         out.print_json(data=result)
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 
+from emrrg_cli.console import counted
 from emrrg_cli.errors import UsageError
 from emrrg_cli.vocabulary import SPLITS, Split
 
@@ -41,7 +42,7 @@ def draw_splits(patients: Iterable[str], fractions: Sequence[float], seed: int) 
 
 def drawn_remark(fractions: Sequence[float], seed: int, alone: int = 0) -> str:
     """Returns the remark about a random split; `alone` is the number of studies whose patient is unknown."""
-    without = f"; each of {alone:,} studies without a patient counts as one patient" if alone else ""
+    without = f"; {counted(alone, 'study')} without a patient: each counts as one patient" if alone else ""
     parts = ", ".join(f"{100 * part:g}" for part in fractions)
     return f"Split drawn by patient with seed {seed}: {parts} percent{without}."
 

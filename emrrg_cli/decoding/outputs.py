@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import re
@@ -19,6 +18,7 @@ from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.files.atomic import atomic_file
 from emrrg_cli.files.output_paths import directory_guard, refuse_links
 from emrrg_cli.files.records import append_jsonl, iterate_jsonl, jsonl_line
+from emrrg_cli.files.spreadsheets import spreadsheet_writer
 from emrrg_cli.reporting.tables import DISCLAIMER
 
 Row = dict[str, Any]
@@ -257,18 +257,17 @@ def write_reports(reports: Path, rows: Iterable[Row], *, with_table: bool) -> in
     count = 0
     with ExitStack() as stack:
         lines = stack.enter_context(atomic_file(reports))
-        table: Any = None
+        write = None
         if with_table:
             file = stack.enter_context(atomic_file(reports.with_name("reports.csv")))
-            text = stack.enter_context(_text(file))
-            table = csv.DictWriter(text, _COLUMNS, lineterminator="\n", extrasaction="ignore")
-            table.writeheader()
+            write = spreadsheet_writer(stack.enter_context(_text(file)), _COLUMNS)
         for row in rows:
             lines.write(jsonl_line(row))
-            if table is not None:
+            if write is not None:
                 disclaimer = DISCLAIMER if "limits" not in row else f"{DISCLAIMER} Note: {row['limits']}."
                 joined = {name: "; ".join(row[name]) for name in ("notes", "files") if name in row}
-                table.writerow(row | joined | {"disclaimer": disclaimer})
+                cells = row | joined | {"disclaimer": disclaimer}
+                write(cells.get(name, "") for name in _COLUMNS)
             count += 1
     return count
 

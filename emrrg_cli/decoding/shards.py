@@ -52,7 +52,7 @@ class Shard:
         if not 0 <= shard.index < shard.count:
             told = ", ".join(f"{name}={os.environ[name]}" for name in (index, count, first, step) if name in os.environ)
             raise UsageError(
-                f"--shard auto: {told} is not a number of a shard and their count",
+                f"--shard auto cannot tell which shard this job is from {told}",
                 hint="Give the shard as i/N, such as 0/4.",
             )
         return shard

@@ -16,7 +16,7 @@ from PIL.Image import Image
 from emrrg_cli.console import counted, err, printable
 from emrrg_cli.errors import UsageError
 from emrrg_cli.imaging.base import DICOM_SUFFIXES, NOT_AN_IMAGE, RASTER_SUFFIXES, ImageError, open_stream
-from emrrg_cli.imaging.dicom.facts import DicomFacts, find_dicom_facts
+from emrrg_cli.imaging.dicom.facts import DicomFacts, find_dicom_facts, study_name
 from emrrg_cli.imaging.image_paths import find_images
 from emrrg_cli.imaging.raster import open_header
 from emrrg_cli.imaging.views import view_of_path
@@ -91,7 +91,7 @@ def find_studies(paths: Sequence[str], by: StudyBy = "auto", output: Path | None
     Args:
         paths: paths and patterns of the user.
         by: `file`: each file is a study. `folder`: the files directly in a folder are one study. `auto`: DICOM files
-            are grouped by Study Instance UID; other images in a subfolder of a named folder are one study if there are
+            are grouped by `study_name`; other images in a subfolder of a named folder are one study if there are
             at most 8; any other file is a study. A file that is not an image is never part of a study of several.
         output: folder of the reports; if it is in a folder that is searched, it is left out, or its files are.
 
@@ -107,11 +107,11 @@ def find_studies(paths: Sequence[str], by: StudyBy = "auto", output: Path | None
         return [StudyFiles.single(file) for file in files]
     groups: dict[str, list[tuple[Path, DicomFacts | None]]] = {}
     of_folder: dict[Path, list[Path]] = {}
+    patients: dict[str, str] = {}
     for file in files:
         facts = find_dicom_facts(file)
-        uid = printable(facts.study_uid) if facts and by == "auto" else ""
-        if uid:
-            groups.setdefault(uid, []).append((file, facts))
+        if study := study_name(facts, patients) if by == "auto" else "":
+            groups.setdefault(study, []).append((file, facts))
         elif (by == "folder" or _is_below(file, roots)) and (facts or _may_be_image(file)):
             of_folder.setdefault(file.parent, []).append(file)
             groups.setdefault(path_name(file.parent), []).append((file, facts))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from emrrg_cli.console import progress_bar
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.models.foreign_files import check_archive, check_model_directory
+from emrrg_cli.models.weights import not_finite
 from emrrg_cli.runtime import choose_device
 
 # The heads of the checkpoint, in order.
@@ -152,8 +153,8 @@ def _read(file: Path) -> dict[str, Tensor]:
         raise RunError(f"{file} is not a CheXbert checkpoint: it does not contain a dictionary of tensors", hint=_HINT)
     weights = {str(key).removeprefix("module."): value.float() for key, value in state.items()}
     weights = {key: value for key, value in weights.items() if not key.endswith("position_ids")}
-    if broken := [key for key, value in weights.items() if not torch.isfinite(value).all()]:
-        raise RunError(f"{file} is damaged: {broken[0]} contains NaN or infinity")
+    if (broken := not_finite(weights)) is not None:
+        raise RunError(f"{file} is damaged: {broken} contains NaN or infinity")
     return weights
 
 

@@ -47,7 +47,7 @@ def find_contender(path: Path, split: str, references: Path | None, columns: Col
     folder = next((one for one in folders if one.is_dir()), folders[0])
     file = folder / PREDICTIONS
     if not file.is_file():
-        hint = f"Evaluate it first: emrrg evaluate --model {shlex.quote(str(path))} --split {split}"
+        hint = f"Evaluate it first: emrrg evaluate --model {shlex.quote(str(path))} --split {shlex.quote(split)}"
         raise UsageError(f"{path} has no predictions of the {split} split ({file})", hint=hint)
     record = read_record(folder / "scores.json", "the scores of an evaluation", "Evaluate again.") or {}
     settings = _settings(Path(record.get("model", path)) / "recipe.yaml") | _flat(record.get("settings"))
@@ -66,17 +66,19 @@ def compare(
 
     Returns:
         `rows`: for each contender its `name`, `studies`, `scores`, `intervals`, and `against_first` (differences, their
-        95 % intervals and two-sided p values by paired bootstrap; absent for the first, None without common studies).
+        95 % intervals and two-sided p values by paired bootstrap; absent for the first).
         There are no intervals of less than `bootstrap.LEAST_STUDIES`.
         `settings`: names of the settings that differ between runs. `groups`: means and standard deviations of runs that
         differ only in their seed, tested against the group of the first run (`emrrg_cli.evaluation.seed_groups`).
         `remarks`: warnings for the user.
 
     Raises:
-        UsageError: Fewer than two contenders.
+        UsageError: Fewer than two contenders, or one has no study in common with the first.
     """
     if len(contenders) < 2:
         raise UsageError("compare needs at least two sets of reports", hint="emrrg compare RUN_A RUN_B")
+    names = _distinct_names([one.name for one in contenders])
+    _require_common_studies(contenders, names)
     contenders = [one if one.settings is None else replace(one, settings=_flat(one.settings)) for one in contenders]
     patients = {
         study: patient
@@ -88,7 +90,6 @@ def compare(
     scored = [_score(one, _count(one, meteor), patients, resamples) for one in contenders]
     settings = [one.settings for one in contenders]
     varying = _varying([one if one is None else method_of(one) for one in settings])
-    names = _distinct_names([one.name for one in contenders])
     remarks: list[str] = []
     rows: list[dict[str, Any]] = []
     for name, one in zip(names, scored, strict=True):
@@ -170,13 +171,10 @@ def _score(
 
 def _test(
     first: _Scored, second: _Scored, patients: Mapping[str, str], meteor: bool, resamples: int, remarks: list[str]
-) -> dict[str, Any] | None:
+) -> dict[str, Any]:
     names = (first.contender.name, second.contender.name)
     places = {study: place for place, study in enumerate(second.contender.predictions.study_ids)}
     common = [(i, places[study]) for i, study in enumerate(first.contender.predictions.study_ids) if study in places]
-    if not common:
-        remarks.append(f"{names[0]} and {names[1]} have no study in common, so they are not tested against each other.")
-        return None
     sides = [first, second]
     if len(common) < max(len(one.contender.predictions) for one in sides):
         shared = counted(len(common), "study")
@@ -205,6 +203,16 @@ def _part(one: _Scored, places: Sequence[int], patients: Mapping[str, str], mete
     if len(places) < len(one.contender.predictions):  # CIDEr depends on all references
         return _score(part, _count(part, meteor), patients, resamples)
     return _score(part, {key: value[places] for key, value in one.statistics.items()}, patients, resamples)
+
+
+def _require_common_studies(contenders: Sequence[Contender], names: Sequence[str]) -> None:
+    first = contenders[0].predictions.study_ids
+    for name, one in zip(names[1:], contenders[1:], strict=True):
+        if set(ids := one.predictions.study_ids).isdisjoint(first):
+            raise UsageError(
+                f"{names[0]} and {name} have no study in common: their ids are such as {first[0]} and {ids[0]}",
+                hint="Compare reports of the same split, with the same ids.",
+            )
 
 
 def _in_order(contender: Contender, first: Contender) -> Contender:

@@ -9,7 +9,7 @@ from typing import Any
 from emrrg_cli.datasets.directory import find_split, open_dataset
 from emrrg_cli.datasets.report_text import clean_report, cleaning_for, select_section
 from emrrg_cli.errors import UsageError
-from emrrg_cli.evaluation.assess import Options, assess
+from emrrg_cli.evaluation.assess import Assessment, Options, assess
 from emrrg_cli.evaluation.language import require_java
 from emrrg_cli.evaluation.outputs import DATA, OWN_FILES, write_assessment
 from emrrg_cli.evaluation.predictions import PREDICTIONS, Predictions, save_predictions
@@ -36,11 +36,20 @@ def evaluate_file(
         UsageError: There is nothing to score, or `output` already holds an evaluation.
     """
     require_java(options.tokenizer)
-    if output is not None:
-        check_writable(output)
-        refuse_links(output, OWN_FILES)
+    if output is None:
+        return _file_result(predictions, None, options)[0]
+    check_writable(output)
+    refuse_links(output, OWN_FILES)
+    with locked(output):
         if (output / DATA).exists() and not overwrite:
             raise UsageError(f"{output} already holds an evaluation", hint="Give --overwrite, or another --output.")
+        result, found = _file_result(predictions, output, options)
+        save_predictions(output / PREDICTIONS, predictions)  # `emrrg compare` reads them
+        return write_assessment(output, result, predictions, found)
+
+
+def _file_result(predictions: Predictions, output: Path | None, options: Options) -> tuple[dict[str, Any], Assessment]:
+    """Returns the content of `scores.json`, and the assessment that it is from."""
     found = assess(predictions, options)
     line = f"protocol file: texts unchanged, tokenizer {options.tokenizer}"
     result = {
@@ -52,11 +61,7 @@ def evaluate_file(
         "protocol_line": "; ".join([line, *predictions.remarks]),
         "output": None if output is None else str(output),
     }
-    if output is None:
-        return result
-    with locked(output):
-        save_predictions(output / PREDICTIONS, predictions)  # `emrrg compare` reads them
-        return write_assessment(output, result, predictions, found)
+    return result, found
 
 
 def training_reports(root: Path, predictions: Predictions) -> tuple[list[str], str]:

@@ -51,16 +51,18 @@ class FilmControls:
         found = {}
         for name, order in orders.items():
             file = f"predictions_{name}.jsonl"
-            written = kept_predictions(folder, record, self.dataset.study_ids, file) or write_predictions(
-                self.model,
-                self.dataset,
-                self.references,
-                self.recipe,
-                self.accelerator,
-                folder=folder,
-                name=file,
-                films=OtherFilms(self.dataset, order),
-            )
+            written = kept_predictions(folder, record, self.dataset.study_ids, file)
+            if written is None:
+                written, _ = write_predictions(
+                    self.model,
+                    self.dataset,
+                    self.references,
+                    self.recipe,
+                    self.accelerator,
+                    folder=folder,
+                    name=file,
+                    films=OtherFilms(self.dataset, order),
+                )
             found[name] = list(written.hypotheses)
         if train is not None and self.accelerator.is_main_process:
             closest = nearest(self.model, self.dataset, train, self.recipe, self.accelerator.device)

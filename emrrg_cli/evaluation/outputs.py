@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from emrrg_cli.evaluation.error_figures import study_rows
 from emrrg_cli.evaluation.predictions import Predictions
 from emrrg_cli.files.atomic import atomic_write_text
 from emrrg_cli.files.output_paths import directory_guard
+from emrrg_cli.files.spreadsheets import spreadsheet_writer
 from emrrg_cli.reporting.evaluation_page import draw_plots, write_evaluation_page
 
 if TYPE_CHECKING:
@@ -73,10 +73,9 @@ def write_assessment(
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
     stream = io.StringIO()
-    writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
+    write = spreadsheet_writer(stream, list(rows[0]))
     for row in rows:
-        writer.writerow({key: "; ".join(value) if isinstance(value, list) else value for key, value in row.items()})
+        write("; ".join(value) if isinstance(value, list) else value for value in row.values())
     return stream.getvalue()
 
 

@@ -15,6 +15,7 @@ from emrrg_cli.console import printable
 from emrrg_cli.datasets.report_text import unix_line_ends
 from emrrg_cli.errors import UsageError
 from emrrg_cli.files.records import json_kind
+from emrrg_cli.files.spreadsheets import plain_text
 from emrrg_cli.ingest.sources.text_files import find_encoding
 
 # Names of columns and keys in published files. The first name that the file contains is used.
@@ -106,7 +107,8 @@ def _read_csv(path: Path, text: str, names: Sequence[str]) -> Table:
     else:
         delimiter = "\t" if path.suffix.lower() == ".tsv" else _delimiter(text, known)
     try:
-        rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True) if row]
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        rows = [[plain_text(cell) for cell in row] for row in reader if row]
     except csv.Error as error:
         reason = "a double quote is not closed" if "unexpected end of data" in str(error) else str(error)
         raise UsageError(

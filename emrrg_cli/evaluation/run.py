@@ -196,14 +196,13 @@ def _write(
     references = reference_reports(model, dataset.reports, recipe)
     predictions = kept_predictions(target, record, dataset.study_ids)
     if predictions is None:
-        before = 0
         if accelerator.is_main_process:
-            before = begin_predictions(target, record, dataset.study_ids, references)
+            begin_predictions(target, record)
         accelerator.wait_for_everyone()
         began = time.perf_counter()
-        predictions = write_predictions(model, dataset, references, recipe, accelerator, folder=target)
+        predictions, written = write_predictions(model, dataset, references, recipe, accelerator, folder=target)
         if accelerator.is_main_process:
-            end_predictions(target, record, time.perf_counter() - began, len(dataset) - before)
+            end_predictions(target, record, time.perf_counter() - began, written)
     others = {}
     if image_controls:
         films = FilmControls(model, dataset, references, recipe, accelerator)

@@ -104,19 +104,14 @@ def was_stopped(folder: Path, record: dict[str, Any]) -> bool:
     return _is_made_with(record, folder / WRITING_WITH)
 
 
-def begin_predictions(folder: Path, record: dict[str, Any], study_ids: Sequence[str], references: Sequence[str]) -> int:
-    """Removes what other evaluations left in `folder`, unless this one was stopped there, and saves its record.
-
-    Returns:
-        The number of reports that are kept.
-    """
+def begin_predictions(folder: Path, record: dict[str, Any]) -> None:
+    """Removes what other evaluations left in `folder`, unless this one was stopped there, and saves its record."""
     for stale in (folder / name for name in (DATA, MADE_WITH, SAMPLES)):
         stale.unlink(missing_ok=True)  # these files belong to earlier predictions
     if not was_stopped(folder, record):
         for stale in (*folder.glob("predictions_*.jsonl"), *folder.glob("predictions*.jsonl.partial")):
             stale.unlink(missing_ok=True)
         atomic_write_text(folder / WRITING_WITH, json.dumps({"made_with": record}, indent=2) + "\n")
-    return len(_written_before(folder, PREDICTIONS, study_ids, references))
 
 
 def end_predictions(folder: Path, record: dict[str, Any], seconds: float, written: int) -> None:
@@ -186,10 +181,11 @@ def write_predictions(
     folder: Path,
     name: str = PREDICTIONS,
     films: Dataset[Example] | None = None,
-) -> Predictions:
-    """Generates reports and saves them in `name`; each process appends its own to a `.partial` file every batch.
+) -> tuple[Predictions, int]:
+    """Generates reports and saves them in `name`; returns all of them, and how many were written now.
 
-    Studies whose reports are in such files of a stopped evaluation keep them.
+    Each process appends its own to a `.partial` file every batch. Studies whose reports are in such files of a stopped
+    evaluation keep them.
 
     Args:
         films: For a control, the dataset with its films replaced by others; None uses the study's own films.
@@ -202,8 +198,7 @@ def write_predictions(
     rows = _rows_kept(folder, name, study_ids, references, accelerator)
     rest = [index for index in range(len(dataset)) if index not in rows]
     folder.mkdir(parents=True, exist_ok=True)
-    require_folder = directory_guard(folder)
-    with_samples = recipe.evaluation.samples and name == PREDICTIONS
+    require_folder, with_samples = directory_guard(folder), recipe.evaluation.samples and name == PREDICTIONS
 
     def keep(reports: Sequence[WrittenReport]) -> None:
         require_folder()
@@ -235,7 +230,7 @@ def write_predictions(
         save_predictions(folder / name, made)
         for left in _partial_files(folder, name):
             left.unlink(missing_ok=True)
-    return made
+    return made, len(rest)
 
 
 def _save_samples(file: Path, sampled: dict[int, dict[str, Any]], accelerator: Any) -> None:

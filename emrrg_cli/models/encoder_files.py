@@ -19,6 +19,7 @@ from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.files.atomic import atomic_write_text, read_directory
 from emrrg_cli.models.arm.encoder import PATCH_SIZE, ArmEncoder
 from emrrg_cli.models.foreign_files import check_header
+from emrrg_cli.models.weights import not_finite
 
 FORMAT = 1
 ENCODER_FILE = "encoder.safetensors"
@@ -162,12 +163,13 @@ def _read_file(file: Path) -> EncoderSource:
         config = EncoderConfig.of(tensors)
     except RunError as error:
         raise UsageError(f"{file}: {error.message}", hint="Name a file with the tensors of an encoder.") from error
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
-            what = (
-                "values that are not finite" if tensor.is_floating_point() else f"no weights but {tensor.dtype} values"
-            )
-            raise UsageError(f"{file}: {printable(name)} has {what}", hint="Name an encoder whose training succeeded.")
+    problems = {
+        name: f"no weights but {one.dtype} values" for name, one in tensors.items() if not one.is_floating_point()
+    }
+    if (name := not_finite(tensors)) is not None:
+        problems[name] = "values that are not finite"
+    for name, what in problems.items():
+        raise UsageError(f"{file}: {printable(name)} has {what}", hint="Name an encoder whose training succeeded.")
     others = {name: _OTHER for name in names if not name.startswith(prefix)}
     return EncoderSource(config, tensors, file, own, others, [])
 

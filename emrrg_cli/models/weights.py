@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from emrrg_cli.checksums import check_file
+from emrrg_cli.console import printable
 from emrrg_cli.errors import RunError
 from emrrg_cli.models.foreign_files import check_header
 
@@ -32,13 +33,18 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
     """Returns the tensors of a safetensors file for a model, by name.
 
     Raises:
-        RunError: As in `read_tensors`, or all values of a tensor are NaN.
+        RunError: As in `read_tensors`, or a value is not finite.
     """
     tensors = read_tensors(file)
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.numel() and bool(tensor.isnan().all()):
-            raise RunError(f"{file}: every value of {name} is NaN", hint="Put the file back from a copy.")
+    if (name := not_finite(tensors)) is not None:
+        hint = "Put the file back from a copy, or use a run whose training succeeded."
+        raise RunError(f"{file}: {printable(name)} has values that are not finite", hint=hint)
     return tensors
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Returns the name of the first tensor with a value that is NaN or infinite, or None."""
+    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
 
 
 def load_weights(module: nn.Module, file: Path) -> None:

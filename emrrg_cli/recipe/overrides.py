@@ -51,13 +51,15 @@ def require_texts(overrides: Sequence[str]) -> tuple[str, ...]:
 
 def _value(key: str, text: str) -> Any:
     try:
-        return parse_value(text, COMMAND_LINE)
+        value = parse_value(text, COMMAND_LINE)
     except UsageError as error:
         # The line number within one argument is not useful.
         reason = error.message.removeprefix(f"{COMMAND_LINE}:1: ").removeprefix(f"{COMMAND_LINE}: ")
         raise UsageError(
             f"{COMMAND_LINE}: {key}: {reason}", hint=f"Quote text with special characters: {key}='\"...\"'."
         ) from error
+    # In YAML, a # after a space begins a comment; a path may contain it.
+    return text.strip() if isinstance(value, str) and text.strip().startswith(value) else value
 
 
 def _put(values: dict[str, Any], keys: list[str], value: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from emrrg_cli.console import printable
+from emrrg_cli.files.spreadsheets import spreadsheet_writer
 from emrrg_cli.vocabulary import SCORE_LABELS
 
 SIGNIFICANT = 0.05
@@ -133,10 +133,9 @@ def _markdown(text: str) -> str:
 def comparison_csv(result: Mapping[str, Any]) -> str:
     """Returns CSV with one line per run, or group of seeds, and score: interval, difference and p value."""
     stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
     settings: Sequence[str] = result["settings"]
     values = ["value", "low", "high", "deviation", "difference", "difference_low", "difference_high", "p"]
-    writer.writerow(["reports", *settings, "studies", "score", *values])
+    write = spreadsheet_writer(stream, ["reports", *settings, "studies", "score", *values])
     for entry in (*result["rows"], *result["groups"]):
         tested = entry.get("against_first") or {"differences": {}, "intervals": {}, "p": {}}
         for name, value in (entry.get("scores") or entry["mean"]).items():
@@ -144,7 +143,7 @@ def comparison_csv(result: Mapping[str, Any]) -> str:
             gain = [tested["differences"].get(name, ""), *tested["intervals"].get(name, ["", ""])]
             numbers = [value, *interval, entry.get("deviation", {}).get(name, ""), *gain, tested["p"].get(name, "")]
             shown = [_setting(entry["settings"].get(key)) for key in settings]
-            writer.writerow([entry["name"], *shown, entry.get("studies", ""), name, *numbers])
+            write([entry["name"], *shown, entry.get("studies", ""), name, *numbers])
     return stream.getvalue()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import datasets
@@ -12,8 +13,11 @@ import pytest
 
 from emrrg_cli.app import main
 from emrrg_cli.datasets.report_text import clean_report
+from emrrg_cli.errors import RunError
+from emrrg_cli.evaluation import compare as comparing
 from emrrg_cli.evaluation import file_evaluation
 from emrrg_cli.evaluation.predictions import Predictions
+from emrrg_cli.files.locks import locked
 
 
 @pytest.fixture(autouse=True)
@@ -153,6 +157,27 @@ def test_the_evaluation_of_a_file_can_be_compared(tmp_path: Path, capsys: pytest
     first, second = json.loads(capsys.readouterr().out)["rows"]
     assert first["scores"] == second["scores"]
     assert first["scores"]["CIDEr"] == pytest.approx(scores["CIDEr"], abs=1e-9)
+
+
+def test_the_output_is_locked_during_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = _predictions(tmp_path), tmp_path / "out"
+    for module, name, arguments in (
+        (file_evaluation, "assess", ["evaluate", "--predictions", str(file)]),
+        (comparing, "compare", ["compare", str(file), str(file)]),
+    ):
+        work = getattr(module, name)
+
+        def at_work(*given: Any, work: Any = work, **options: Any) -> Any:
+            with pytest.raises(RunError, match="another process is writing"), locked(out):
+                pass
+            return work(*given, **options)
+
+        monkeypatch.setattr(module, name, at_work)
+        assert main([*arguments, "--output", str(out)]) == 0
+        assert main([*arguments, "--output", str(out)]) == 2
+        assert "already holds" in capsys.readouterr().err
 
 
 def test_a_file_is_shown_as_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

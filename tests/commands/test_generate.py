@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -121,7 +122,7 @@ def test_without_a_default_model_a_model_is_needed(images: Path, capsys: pytest.
     assert main(["generate", str(images)]) == 2
     told = capsys.readouterr().err
     assert "this installation has no default model" in told
-    assert f"emrrg generate {images} --model RUN" in told
+    assert f"emrrg generate {shlex.quote(str(images))} --model RUN" in told
 
 
 def test_the_default_model_states_its_limits_everywhere(

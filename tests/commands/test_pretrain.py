@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,7 @@ def test_from_a_folder_to_a_model_with_a_stop_between(
     assert main(["pretrain", str(run / "recipe.yaml"), "--resume", "train.stop_after_steps=null"]) == 0
     said = capsys.readouterr().err
     assert "4 (schedule ended)" in said
-    assert f"emrrg align RECIPE model.encoder.weights={run}" in said
+    assert f"emrrg align RECIPE model.encoder.weights={shlex.quote(str(run))}" in said
     output = emrrg_cli.load_pretrainer(run)(torch.randn(2, 3, 128, 128))
     assert output.prediction.shape == (2, 48, 768)
     assert output.loss.ndim == 0

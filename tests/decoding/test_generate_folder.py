@@ -156,7 +156,7 @@ def test_reports_and_skipped_files_are_written(tmp_path: Path, writer: Writer, r
     assert [Path(row["path"]).name for row in rows] == names
     assert [row["report"] for row in rows] == [f'grey "{grey}",\n(1, 32, 32)' for grey in (0, 100, 200)]
     assert all(Path(row["path"]).is_file() and row["seconds"] >= 0 for row in rows)
-    with (tmp_path / "out" / "reports.csv").open(newline="", encoding="utf-8") as file:
+    with (tmp_path / "out" / "reports.csv").open(newline="", encoding="utf-8-sig") as file:
         table = list(csv.DictReader(file))
     assert [(row["path"], row["report"]) for row in table] == [(row["path"], row["report"]) for row in rows]
     assert {row["disclaimer"] for row in table} == {"Research output: not for diagnosis."}
@@ -561,7 +561,7 @@ def test_shards_of_slurm_and_kubernetes(monkeypatch: pytest.MonkeyPatch) -> None
     assert Shard.parse("auto") == Shard(1, 3)
     for wrong in ("x", "4", "99"):
         monkeypatch.setenv("SLURM_ARRAY_TASK_ID", wrong)
-        with pytest.raises(UsageError, match=f"SLURM_ARRAY_TASK_ID={wrong}, .* is not a number of a shard"):
+        with pytest.raises(UsageError, match=f"which shard this job is from SLURM_ARRAY_TASK_ID={wrong}, "):
             Shard.parse("auto")
 
 

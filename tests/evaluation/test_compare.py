@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -167,14 +168,18 @@ def test_an_evaluation_directory_has_the_name_of_its_run(tmp_path: Path) -> None
 
 def test_different_studies_and_references_are_reported() -> None:
     first = _contender("a", 0.5)
-    other = _contender("b", 0.5, ids=[f"t{i}" for i in range(len(TRUTH))])
-    result = compare([first, other], resamples=20)
-    assert result["rows"][1]["against_first"] is None
-    assert "no study in common" in result["remarks"][0]
     half = Predictions(*(list(side)[:30] for side in (first.predictions.study_ids, _texts(8), TRUTH)))
     result = compare([first, Contender("half", half, None)], resamples=20)
     assert result["rows"][1]["against_first"]["studies"] == 30
     assert [said.split(" ")[0] for said in result["remarks"]] == ["a", "The"]
+
+
+def test_sets_without_a_common_study_are_refused() -> None:
+    first = _contender("a", 0.5)
+    other = _contender("a", 0.5, ids=[f"t{i}" for i in range(len(TRUTH))])
+    message = r"^a \(1\) and a \(3\) have no study in common: their ids are such as s0 and t0"
+    with pytest.raises(UsageError, match=message):
+        compare([first, replace(first, name="b"), other], resamples=20)
 
 
 def test_studies_in_common_are_scored_by_their_own_references() -> None:
@@ -217,7 +222,7 @@ def test_runs_and_files_are_found(varied_run: Path, tmp_path: Path, capsys: pyte
     shutil.copytree(varied_run, run)
     with pytest.raises(UsageError, match="has no predictions of the test split") as caught:
         find_contender(run, "test", None)
-    assert caught.value.hint == f"Evaluate it first: emrrg evaluate --model {run} --split test"
+    assert caught.value.hint == f"Evaluate it first: emrrg evaluate --model {shlex.quote(str(run))} --split test"
     assert main(["evaluate", "-m", str(run), "--no-meteor", "--json"]) == 0
     other = tmp_path / "seed7"
     shutil.copytree(run, other)
@@ -243,6 +248,15 @@ def test_runs_and_files_are_found(varied_run: Path, tmp_path: Path, capsys: pyte
     assert markdown.startswith("| reports | BLEU-1 |")
     assert "| run, seed7, mean of 2 seeds |" in markdown
     assert (tmp_path / "out" / "compare.csv").read_text().count("\n") == 1 + 5 * len(result["rows"][0]["scores"])
+
+
+def test_links_in_the_output_are_refused_before_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (out := tmp_path / "out").mkdir()
+    (file := tmp_path / "a.csv").write_text("id,hypothesis,reference\n1,x,y\n")
+    (out / "compare.csv").symlink_to(file)
+    assert main(["compare", str(file), str(file), "--output", str(out)]) == 1
+    assert "compare.csv is a link to" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["compare.csv"]
 
 
 def test_options_without_effect_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -293,7 +293,10 @@ def test_reports_are_kept_after_an_interruption(
         evaluate("generation.max_new_tokens=7")
     (tmp_path / "out" / "predictions.jsonl.partial").rename(tmp_path / "out" / "predictions-1.jsonl.partial")
     capsys.readouterr()
+    read, files = split_reports.read_jsonl, []
+    monkeypatch.setattr(split_reports, "read_jsonl", lambda file: files.append(file.name) or read(file))
     assert evaluate("generation.batch_size=1")["predictions"] == whole  # with another number of processes
+    assert files.count("predictions-1.jsonl.partial") == 1
     assert "2 reports of the stopped evaluation are kept; 2 are left" in capsys.readouterr().err
     assert len(saved) == 3 + 2
     names = {entry.name for entry in (tmp_path / "out").iterdir()}

@@ -162,6 +162,14 @@ def test_overrides_are_yaml_values_at_dotted_keys() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "value"),
+    [("/a b,c/run #2", "/a b,c/run #2"), ("'x' # y", "x"), ('"a #b"', "a #b"), ("1 # one", 1), ("a#b", "a#b")],
+)
+def test_a_path_with_a_number_sign_is_whole(text: str, value: object) -> None:
+    assert parse_overrides([f"a={text}"]).values == {"a": value}
+
+
+@pytest.mark.parametrize(
     ("overrides", "said"),
     [
         (["train.lr"], "not of the form key=value"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -85,7 +86,7 @@ def test_a_run_from_the_command_line(tiny_dataset: Path, tmp_path: Path, run_of:
     arguments = ["align", "phantom/align", f"data.root={tiny_dataset}", *TINY, "--output", str(run)]
     assert main(arguments) == 0
     told = capsys.readouterr().err
-    assert f"Next:  emrrg finetune RECIPE model.encoder.weights={run}" in told
+    assert f"Next:  emrrg finetune RECIPE model.encoder.weights={shlex.quote(str(run))}" in told
     assert {entry.name for entry in run.iterdir()} == {
         *("recipe.yaml", "environment.json", "history.jsonl", "curve.png", "tokenizer", "model", "checkpoints"),
         "checksums.json",
@@ -228,7 +229,7 @@ def test_equal_reports_in_validation_choose_no_model(align: Any, capsys: Any) ->
 
 
 def test_several_data_sets_are_mixed_by_their_weights(tiny_dataset: Path, align: Any, capsys: Any) -> None:
-    sets = f"[{{root: {tiny_dataset}, weight: 0.5}}, {{root: {tiny_dataset}, weight: 2, cleaning: none}}]"
+    sets = f"[{{root: '{tiny_dataset}', weight: 0.5}}, {{root: '{tiny_dataset}', weight: 2, cleaning: none}}]"
     run = align("run", "data.root=null", f"data.sets={sets}")
     assert [row["epoch"] for row in run.history if "train/loss" in row] == [step / 5 for step in range(1, 11)]
     told = capsys.readouterr().err
@@ -241,7 +242,7 @@ def test_several_data_sets_are_mixed_by_their_weights(tiny_dataset: Path, align:
 @pytest.mark.slow
 @pytest.mark.parametrize("size", ["null", "3"])
 def test_a_run_stopped_and_resumed_is_the_uninterrupted_one(align: Any, tiny_dataset: Path, size: str) -> None:
-    sets = f"data.sets=[{{root: {tiny_dataset}, weight: 0.75}}, {{root: {tiny_dataset}, weight: 0.5}}]"
+    sets = f"data.sets=[{{root: '{tiny_dataset}', weight: 0.75}}, {{root: '{tiny_dataset}', weight: 0.5}}]"
     options = (*NOISY, "data.root=null", sets, f"train.micro_batch_size={size}", "train.validate_every_epochs=2")
     whole = align("whole", *options)
     align("part", *options, "train.checkpoint_every_steps=1", "train.stop_after_steps=3")
@@ -347,7 +348,7 @@ def test_the_head_on_findings_is_trained_and_kept(align: Any) -> None:
 
 @pytest.mark.slow
 def test_films_with_labels_train_the_head_on_findings(align: Any, tiny_dataset: Path, labelled_dataset: Path) -> None:
-    both = f"data.sets=[{{root: {tiny_dataset}}}, {{root: {labelled_dataset}, labels_only: true}}]"
+    both = f"data.sets=[{{root: '{tiny_dataset}'}}, {{root: '{labelled_dataset}', labels_only: true}}]"
     options = ("data.root=null", "model.findings=true", "train.epochs=2", "train.batch_size=7")
     whole = align("whole", both, *options)
     assert whole.last_step() == 2 * ((16 + 12) // 7)
@@ -364,9 +365,9 @@ def test_films_with_labels_train_the_head_on_findings(align: Any, tiny_dataset: 
 
 
 def test_labels_only_needs_a_head_and_reports_beside_it(align: Any, tiny_dataset: Path, labelled_dataset: Path) -> None:
-    films = f"{{root: {labelled_dataset}, labels_only: true}}"
+    films = f"{{root: '{labelled_dataset}', labels_only: true}}"
     with pytest.raises(UsageError, match="labels_only, which needs the findings head"):
-        align("a", "data.root=null", f"data.sets=[{{root: {tiny_dataset}}}, {films}]", "model.findings=false")
+        align("a", "data.root=null", f"data.sets=[{{root: '{tiny_dataset}'}}, {films}]", "model.findings=false")
     with pytest.raises(UsageError, match="sets has only labels_only data sets"):
         align("b", "data.root=null", f"data.sets=[{films}]", "model.findings=true")
 
@@ -375,7 +376,7 @@ def test_labels_only_needs_a_head_and_reports_beside_it(align: Any, tiny_dataset
 def test_two_processes_share_films_with_labels(
     align: Any, in_two: Any, tiny_dataset: Path, labelled_dataset: Path
 ) -> None:
-    both = f"data.sets=[{{root: {tiny_dataset}}}, {{root: {labelled_dataset}, labels_only: true}}]"
+    both = f"data.sets=[{{root: '{tiny_dataset}'}}, {{root: '{labelled_dataset}', labels_only: true}}]"
     options = ("data.root=null", both, "model.findings=true", *ONE_STEP, "train.batch_size=10")
     alone = align("alone", *options)
     for name, chunks in (("both", ()), ("chunks", ("train.micro_batch_size=3",))):

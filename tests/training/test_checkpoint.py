@@ -297,12 +297,13 @@ def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path: Path, capsys: pyte
     assert capsys.readouterr().err.count("has no checksums (an earlier version wrote it)") == 1
 
 
-def test_a_tensor_of_nan_alone_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_one_value_that_is_not_finite_is_refused(tmp_path: Path, value: float) -> None:
     model, optimizer = _trained()
     with torch.no_grad():
-        model[0].bias.fill_(torch.nan)
+        model[0].bias[0] = value
     saved = save_checkpoint(tmp_path, model, optimizer, None, Progress(step=3), [rng_state()])
-    with pytest.raises(RunError, match=r"every value of 0\.bias is NaN"):
+    with pytest.raises(RunError, match=r"0\.bias has values that are not finite"):
         load_checkpoint(saved, *_trained(), None, 0)
 
 

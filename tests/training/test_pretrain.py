@@ -239,7 +239,7 @@ def test_a_run_starts_from_the_model_of_another(pretrain: Any, whole: Any, tmp_p
 def test_a_folder_and_a_dataset_are_trained_on_together(
     pretrain: Any, films: Path, tiny_dataset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sets = f"data.sets=[{{root: {films}}}, {{root: {tiny_dataset}}}]"
+    sets = f"data.sets=[{{root: '{films}'}}, {{root: '{tiny_dataset}'}}]"
     data = ("data.root=null", sets, "data.validation=0.2")
     whole = pretrain("whole", *data)
     (record,) = json.loads((whole.directory / "images.json").read_text())
@@ -263,7 +263,7 @@ def test_a_held_out_study_among_the_images_is_refused(
 ) -> None:
     from emrrg_cli.datasets.directory import open_dataset
 
-    held_out = (f"data.root={films}", "data.validation=0", f"data.held_out=[{tiny_dataset}]")
+    held_out = (f"data.root={films}", "data.validation=0", f"data.held_out=['{tiny_dataset}']")
     pretrain("clean", *held_out, "train.max_steps=1")
     target = films / place.format(study=open_dataset(tiny_dataset)["test"]["study_id"][0])
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -276,7 +276,7 @@ def test_a_held_out_study_among_the_images_is_refused(
 def test_a_dataset_may_train_beside_its_own_held_out_studies(pretrain: Any, tiny_dataset: Path) -> None:
     from emrrg_cli.datasets.directory import open_dataset
 
-    assert pretrain("run", f"data.held_out=[{tiny_dataset}]", "train.max_steps=1").last_step() == 1
+    assert pretrain("run", f"data.held_out=['{tiny_dataset}']", "train.max_steps=1").last_step() == 1
     held_out = held_out_ids([str(tiny_dataset)])
     study = open_dataset(tiny_dataset)["validation"]["study_id"][0]
     with pytest.raises(UsageError, match=f"1 of its images or studies .* the first is {study}"):

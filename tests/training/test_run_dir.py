@@ -177,7 +177,7 @@ def test_datasets_have_a_fingerprint_and_image_folders_none(tiny_dataset: Path, 
     (tmp_path / "films").mkdir()
     pretrain = load_recipe("phantom/pretrain", [f"data.root={tmp_path / 'films'}"])
     assert data_fingerprints(pretrain) == data_fingerprints(_recipe()) == {}
-    sets = f"data.sets=[{{root: {tiny_dataset}}}, {{root: {tiny_dataset}/../{tiny_dataset.name}, weight: 0.5}}]"
+    sets = f"data.sets=[{{root: '{tiny_dataset}'}}, {{root: '{tiny_dataset}/../{tiny_dataset.name}', weight: 0.5}}]"
     assert data_fingerprints(load_recipe("phantom/align", [sets])) == {str(tiny_dataset): fingerprint}
 
 

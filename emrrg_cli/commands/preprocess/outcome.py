@@ -18,11 +18,12 @@ def print_plan(plan: dict[str, Any], out: Path, title: str | None) -> None:
     Args:
         plan: Result of `dry_run`.
         out: Dataset directory that a real run would write.
-        title: Title of the table; None uses the source and its number of studies.
+        title: Line above the table; None uses the source and its number of studies.
     """
     sample = plan["sample"]
     studies = sum(count["studies"] for count in plan["splits"].values())
-    console.print(_summary(plan, title or _title(plan), "to be written", studies))
+    _line(title or _title(plan))  # that of a table is cut into lines of the table's width
+    console.print(_summary(plan, "to be written", studies))
     views = ", ".join(f"{count:,} {view}" for view, count in plan["views"].items())
     _line(f"Views: {views or 'none'}.")
     _print_skipped(plan, f"{counted(plan['studies_skipped'], 'study')} would be skipped", "To check")
@@ -47,7 +48,8 @@ def print_plan(plan: dict[str, Any], out: Path, title: str | None) -> None:
 
 def print_manifest(manifest: dict[str, Any], title: str | None) -> None:
     """Prints which studies were written and which were skipped; `title` as in `print_plan`."""
-    console.print(_summary(manifest, title or _title(manifest), "written", manifest["studies_written"]))
+    _line(title or _title(manifest))
+    console.print(_summary(manifest, "written", manifest["studies_written"]))
     _print_skipped(manifest, f"{counted(manifest['studies_skipped'], 'study')} skipped", "Written, but check")
 
 
@@ -71,8 +73,8 @@ def _print_skipped(manifest: dict[str, Any], skipped: str, noted: str) -> None:
 
 
 # Names are passed as Text, because they may contain rich markup.
-def _summary(manifest: dict[str, Any], title: str, last: str, studies: int) -> Table:
-    table = Table(title=Text(title), title_justify="left")
+def _summary(manifest: dict[str, Any], last: str, studies: int) -> Table:
+    table = Table()
     for name in ("split", "studies", "images"):
         table.add_column(name, justify="left" if name == "split" else "right")
     for split, count in manifest["splits"].items():

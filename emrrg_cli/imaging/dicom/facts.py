@@ -80,6 +80,22 @@ class DicomFacts:
         return tuple(printable(note) for note in notes)
 
 
+def study_name(facts: DicomFacts | None, patients: dict[str, str]) -> str:
+    """Returns the name of the study of a file: its Study Instance UID, which is empty if there is none.
+
+    Some anonymized files have one UID for all patients, who must not become one study: the name of all patients but the
+    first has their Patient ID too.
+
+    Args:
+        patients: the first patient of each UID; this function extends it.
+    """
+    if facts is None or not facts.study_uid:
+        return ""
+    uid, patient = printable(facts.study_uid), printable(facts.patient_id)
+    first = patients[uid] = patients.get(uid) or patient
+    return uid if patient in ("", first) else f"{uid} {patient}"
+
+
 def find_dicom_facts(source: Path | bytes) -> DicomFacts | None:
     """The facts of a file or its bytes; None for what is no DICOM or not readable, which decoding reports later."""
     try:

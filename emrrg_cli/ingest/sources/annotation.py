@@ -85,6 +85,20 @@ class Annotation:
             if limit is None or read[row.split] <= limit:
                 yield row
 
+    def unique(self, limit: int | None, log: ImportLog) -> Iterator[AnnotationRow]:
+        """Counts the rows of `first` as read, and yields them without those whose id was seen before.
+
+        A repeated study would be trained on twice, or be in both train and test. It is counted in `log`.
+        """
+        splits: dict[str, Split] = {}
+        for row in self.first(limit, log):
+            log.read += 1
+            if before := splits.get(row.study_id):
+                log.skip_study("id seen before", row.study_id, detail=f"in {row.split}, kept from {before}")
+            else:
+                splits[row.study_id] = row.split
+                yield row
+
     def count(self, limit: int | None = None) -> int:
         """Returns the number of rows that `first` counts or yields."""
         return len(self.skipped) + sum(rows if limit is None else min(rows, limit) for rows in self.counts.values())

@@ -12,9 +12,8 @@ from emrrg_cli.datasets.splits import drawn_remark
 from emrrg_cli.ingest.sources.annotation import Annotation, AnnotationRow
 from emrrg_cli.ingest.sources.chexpert_labels import COLUMNS, NOT_MENTIONED, label_columns
 from emrrg_cli.ingest.sources.chexpert_table import ChexpertTable, TableStudy, parse_path
-from emrrg_cli.ingest.sources.image_paths import find_image, require_folder
-from emrrg_cli.ingest.sources.seen_ids import SeenIds
-from emrrg_cli.ingest.sources.texts import lacks_text
+from emrrg_cli.ingest.sources.image_paths import find_image, require_folder, split_found
+from emrrg_cli.ingest.sources.texts import with_text
 from emrrg_cli.ingest.study import ImageProblem, ImportLog, Study
 from emrrg_cli.vocabulary import CONTEXT_FIELDS, UNKNOWN_VIEW, Section, Split
 
@@ -95,12 +94,11 @@ class ChexpertPlusSource:
         listed in `Study.problems`.
         """
         log.remarks += self.remarks
-        studies = self._listed(log) if self._annotation is None else self._annotated(self._annotation, log)
-        for study in studies:
-            if problem := lacks_text(study, self._section):
-                log.skip_study(problem, study.study_id)
-            else:
-                yield study
+        if self._annotation is None:
+            studies = self._listed(log)
+        else:
+            studies = map(self._annotated, self._annotation.unique(self._limit, log))
+        yield from with_text(studies, self._section, log)
 
     def _listed(self, log: ImportLog) -> Iterator[Study]:
         self._table.skip_rows(log)
@@ -109,51 +107,50 @@ class ChexpertPlusSource:
             yield self._study(split, listed)
 
     def _study(self, split: Split, listed: TableStudy) -> Study:
-        found = [(self._find(*_names(path), dicom), view) for path, dicom, view in listed.images]
+        images, views, problems = split_found(
+            (self._find(*_names(path), dicom), view) for path, dicom, view in listed.images
+        )
         return Study(
             study_id=listed.study_id,
             patient_id=listed.patient,
             split=split,
-            image_paths=tuple(image for image, _ in found if isinstance(image, Path)),
-            views=tuple(view for image, view in found if isinstance(image, Path)),
+            image_paths=images,
+            views=views,
             findings=listed.findings or None,
             impression=listed.impression or None,
             report=listed.findings or None,
             source=self.name,
             problems=(
-                *(image for image, _ in found if isinstance(image, ImageProblem)),
+                *problems,
                 *(ImageProblem(path, "listed twice", f"line {line}") for path, line in listed.twice),
             ),
             extra=_extra(listed),
         )
 
-    def _annotated(self, annotation: Annotation, log: ImportLog) -> Iterator[Study]:
-        seen = SeenIds()
-        for row in annotation.first(self._limit, log):
-            log.read += 1
-            if not seen.skip(row.study_id, row.split, log):
-                yield self._annotated_study(row)
-
-    def _annotated_study(self, row: AnnotationRow) -> Study:
-        images = [(path, parse_path(path)) for path in row.image_paths]
-        first = next((image for _, image in images if image), None)
+    def _annotated(self, row: AnnotationRow) -> Study:
+        listed_images = [(path, parse_path(path)) for path in row.image_paths]
+        first = next((image for _, image in listed_images if image), None)
         listed = self._table.study(first.study) if first else None
-        found = [(self._find(*_names(path), *_names(image.stem if image else "")), image) for path, image in images]
+        images, views, problems = split_found(
+            (
+                self._find(*_names(path), *_names(image.stem if image else "")),
+                self._table.view(image) if image else UNKNOWN_VIEW,
+            )
+            for path, image in listed_images
+        )
         report = row.report if row.report.strip() else None
         return Study(
             study_id=row.study_id,
             patient_id=row.patient_id or (first.patient if first else None),
             split=row.split,
-            image_paths=tuple(path for path, _ in found if isinstance(path, Path)),
-            views=tuple(
-                self._table.view(image) if image else UNKNOWN_VIEW for path, image in found if isinstance(path, Path)
-            ),
+            image_paths=images,
+            views=views,
             # The texts of the published annotation are findings.
             findings=(listed.findings if listed else "") or report,
             impression=(listed.impression if listed else "") or None,
             report=report,
             source=self.name,
-            problems=tuple(path for path, _ in found if isinstance(path, ImageProblem)),
+            problems=problems,
             extra=_extra(listed),
         )
 

@@ -11,7 +11,6 @@ from emrrg_cli.errors import UsageError
 from emrrg_cli.imaging.views import view_of_path
 from emrrg_cli.ingest.sources.annotation import Annotation, AnnotationRow
 from emrrg_cli.ingest.sources.image_paths import MISSING, OUTSIDE, locate
-from emrrg_cli.ingest.sources.seen_ids import SeenIds
 from emrrg_cli.ingest.study import ImageProblem, ImportLog, Study
 from emrrg_cli.vocabulary import UNKNOWN_VIEW
 
@@ -74,11 +73,13 @@ class CombinedSource:
         Repeated ids of a data set and empty reports are skipped and counted in `log`. Images that are missing or not
         inside a root are listed in `Study.problems`.
         """
-        seen = SeenIds()
+        seen: set[str] = set()
         for row in self._annotation.first(self._limit, log):
             log.read += 1
             study = self._study(row)
-            if seen.add(f"{study.source}/{row.study_id}", row.split):
+            number = len(seen)
+            seen.add(f"{study.source}/{row.study_id}")
+            if len(seen) == number:
                 log.skip_study("id seen before", row.study_id, detail=f"in {row.split}")
             elif not row.report.strip():
                 log.skip_study("empty report", row.study_id)

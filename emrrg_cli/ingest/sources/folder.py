@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -15,7 +16,7 @@ from emrrg_cli.datasets.manifest import MANIFEST
 from emrrg_cli.datasets.splits import drawn_remark
 from emrrg_cli.errors import UsageError
 from emrrg_cli.imaging.base import RASTER_SUFFIXES
-from emrrg_cli.imaging.dicom.facts import DicomFacts, find_dicom_facts
+from emrrg_cli.imaging.dicom.facts import DicomFacts, find_dicom_facts, study_name
 from emrrg_cli.imaging.image_paths import files_below
 from emrrg_cli.imaging.views import view_name
 from emrrg_cli.ingest.sources.drafts import Draft, Drafts
@@ -61,8 +62,8 @@ class Columns:
 class FolderSource:
     """Images and DICOM files below a folder, as studies.
 
-    Without a table, every file whose name does not begin with a dot is tried. DICOM files are grouped by Study Instance
-    UID; any other file is a study, named by its path. There are no reports. With a table, the rows list the images
+    Without a table, every file whose name does not begin with a dot is tried. DICOM files are grouped by `study_name`;
+    any other file is a study, named by its path. There are no reports. With a table, the rows list the images
     (`listed_images`), and rows with the same `study` form one study. If no column gives the patient or the view of a
     DICOM file, they come from its header.
 
@@ -108,6 +109,7 @@ class FolderSource:
         self.remarks: list[str] = []
         self._limit = limit
         self._drafts = Drafts()
+        self._unknown_splits: defaultdict[str, list[ImageProblem]] = defaultdict(list)
         if table is None:
             self._from_files()
         else:
@@ -157,6 +159,7 @@ class FolderSource:
     # Without a table.
 
     def _from_files(self) -> None:
+        patients: dict[str, str] = {}
         for path in self._walk():
             name = printable(path.relative_to(self.root).as_posix())
             found = locate(str(path), self.root, (self.root,))
@@ -164,7 +167,7 @@ class FolderSource:
                 self._drafts.add(Draft(name, problems=[replace(found, path=name)]))
                 continue
             facts = find_dicom_facts(found)
-            study_id = printable(facts.study_uid) if facts and facts.study_uid else name
+            study_id = study_name(facts, patients) or name
             draft = self._drafts.get(study_id) or Draft(study_id, patient_id=_patient(facts))
             draft.images[str(found)] = view_name(facts.view if facts else "")
             self._drafts.add(draft)
@@ -219,6 +222,11 @@ class FolderSource:
             draft = self._draft(row, where, columns, texts)
             if draft is not None:
                 self._add(draft, where, merge=columns.study is not None)
+        for study_id, problems in self._unknown_splits.items():
+            if first := self._drafts.get(study_id):
+                first.problems += problems
+            else:
+                self._skip(problems[0].reason, study_id, problems[0].detail)
 
     def _draft(self, row: dict[str, Any], where: str, columns: Columns, texts: dict[str, str]) -> Draft | None:
         """Returns one row as a study, or None if the row cannot be used."""
@@ -235,7 +243,11 @@ class FolderSource:
             return None
         split = SPLIT_NAMES.get(cell(columns.split).lower()) if columns.split else None
         if columns.split and split is None:
-            self._skip("unknown split", study_id, detail=f"{where}: {cell(columns.split) or 'empty'}")
+            detail = f"{where}: {cell(columns.split) or 'empty'}"
+            if columns.study:  # other rows of the study may have a split
+                self._unknown_splits[study_id].append(ImageProblem(", ".join(paths), "unknown split", detail))
+            else:
+                self._skip("unknown split", study_id, detail)
             return None
         draft = Draft(study_id, cell(columns.patient) or None, split)
         draft.texts = {kind: cell(name) for kind, name in texts.items()}
@@ -263,7 +275,10 @@ class FolderSource:
         for kind in ("patient_id", "split", "texts"):
             if getattr(first, kind) != getattr(draft, kind):
                 what = {"patient_id": "patient", "split": "split", "texts": "text"}[kind]
-                self._skip("row differs from its study", draft.study_id, detail=f"{where}: another {what}")
+                first.problems += [
+                    ImageProblem(printable(Path(path).name), "row differs from its study", f"{where}: another {what}")
+                    for path in draft.images or [where]
+                ]
                 return
         for path, view in draft.images.items():
             if path in first.images:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,18 @@ def _locate(path: str, root: Path, folders: tuple[Path, ...]) -> Path | ImagePro
     if present is not None:
         return present
     return outside or ImageProblem(path, MISSING)
+
+
+def split_found(
+    found: Iterable[tuple[Path | ImageProblem, str]],
+) -> tuple[tuple[Path, ...], tuple[str, ...], tuple[ImageProblem, ...]]:
+    """Splits the results of `locate` or `find_image`, each with a view, into images, their views, and problems."""
+    pairs = list(found)
+    return (
+        tuple(image for image, _ in pairs if isinstance(image, Path)),
+        tuple(view for image, view in pairs if isinstance(image, Path)),
+        tuple(image for image, _ in pairs if isinstance(image, ImageProblem)),
+    )
 
 
 def find_image(names: Sequence[str], root: Path, folders: tuple[Path, ...]) -> Path | ImageProblem:

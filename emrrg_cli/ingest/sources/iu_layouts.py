@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -184,9 +185,10 @@ def find_image_folders(root: Path, images: Path | None) -> tuple[Path, ...]:
         return _folders_of_images(images.resolve())
     known = [root.resolve() / name for name in _IMAGES if (root / name).is_dir()]
     if not known and (root / _IMAGE_ARCHIVE).is_file():
+        archive, folder = shlex.quote(str(root / _IMAGE_ARCHIVE)), shlex.quote(str(root / _IMAGES[0]))
         raise UsageError(
             f"{root / _IMAGE_ARCHIVE} is still packed",
-            hint=f"Unpack it: mkdir {root / _IMAGES[0]} && tar xzf {root / _IMAGE_ARCHIVE} -C {root / _IMAGES[0]}",
+            hint=f"Unpack it: mkdir {folder} && tar xzf {archive} -C {folder}",
         )
     return (*known, root.resolve())
 

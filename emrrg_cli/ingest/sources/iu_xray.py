@@ -11,7 +11,7 @@ from emrrg_cli.datasets.directory import Column
 from emrrg_cli.datasets.splits import draw_splits, drawn_remark
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.ingest.sources.annotation import UNREADABLE, Annotation
-from emrrg_cli.ingest.sources.image_paths import find_image
+from emrrg_cli.ingest.sources.image_paths import find_image, split_found
 from emrrg_cli.ingest.sources.iu_layouts import (
     Collection,
     Entry,
@@ -23,8 +23,8 @@ from emrrg_cli.ingest.sources.iu_layouts import (
 )
 from emrrg_cli.ingest.sources.openi import OpeniReport
 from emrrg_cli.ingest.sources.r2gen import IU_ID, R2GenSource
-from emrrg_cli.ingest.sources.texts import lacks_text
-from emrrg_cli.ingest.study import ImageProblem, ImportLog, Study
+from emrrg_cli.ingest.sources.texts import with_text
+from emrrg_cli.ingest.study import ImportLog, Study
 from emrrg_cli.vocabulary import SPLITS, UNKNOWN_VIEW, Section, Split
 
 NAME = "iu_xray"
@@ -108,29 +108,30 @@ class IuXraySource:
         for row in self._skipped:
             log.read += 1
             log.skip_study(**row)
+        yield from with_text(self._listed(log), self._section, log)
+
+    def _listed(self, log: ImportLog) -> Iterator[Study]:
         for split, entry in self._entries:
             log.read += 1
-            study = self._study(split, entry)
-            if problem := lacks_text(study, self._section):
-                log.skip_study(problem, study.study_id)
-            else:
-                yield study
+            yield self._study(split, entry)
 
     def _study(self, split: Split, entry: Entry) -> Study:
         report = entry.report
-        found = [find_image(names, self.root, self.image_folders) for names in entry.images]
-        images = [(image, view) for image, view in zip(found, entry.views, strict=True) if isinstance(image, Path)]
+        images, views, problems = split_found(
+            (find_image(names, self.root, self.image_folders), view)
+            for names, view in zip(entry.images, entry.views, strict=True)
+        )
         return Study(
             study_id=f"CXR{report.uid}",
             patient_id=report.uid,
             split=split,
-            image_paths=tuple(image for image, _ in images),
-            views=tuple(view for _, view in images),
+            image_paths=images,
+            views=views,
             findings=report.findings or None,
             impression=report.impression or None,
             report=report.findings or None,
             source=self.name,
-            problems=tuple(image for image in found if isinstance(image, ImageProblem)),
+            problems=problems,
             extra=_extra(report),
         )
 
@@ -153,7 +154,7 @@ class IuXraySource:
             if match is None:
                 raise RunError(
                     f"{annotation}: id {row.study_id!r} is not an id of IU X-Ray",
-                    hint="R2Gen's ids look like CXR2384_IM-0942.",
+                    hint="R2Gen's ids look like CXR2384_IM-0942, those of Open-i like CXR2384.",
                 )
             if splits.setdefault(match[1], row.split) != row.split:
                 raise RunError(

@@ -12,13 +12,12 @@ from emrrg_cli.datasets.directory import Column
 from emrrg_cli.errors import UsageError
 from emrrg_cli.ingest.sources.annotation import Annotation, AnnotationRow
 from emrrg_cli.ingest.sources.chexpert_labels import COLUMNS, label_columns
-from emrrg_cli.ingest.sources.image_paths import find_image, require_folder
+from emrrg_cli.ingest.sources.image_paths import find_image, require_folder, split_found
 from emrrg_cli.ingest.sources.mimic_note import Note
 from emrrg_cli.ingest.sources.mimic_reports import MimicReports, ReportError, open_reports
 from emrrg_cli.ingest.sources.mimic_tables import Labeler, MimicTables
-from emrrg_cli.ingest.sources.seen_ids import SeenIds
 from emrrg_cli.ingest.sources.table import whole_number
-from emrrg_cli.ingest.sources.texts import lacks_text
+from emrrg_cli.ingest.sources.texts import with_text
 from emrrg_cli.ingest.study import ImageProblem, ImportLog, Study
 from emrrg_cli.vocabulary import Section
 
@@ -95,12 +94,11 @@ class MimicCxrSource:
         counted in `log`. Missing images are listed in `Study.problems`.
         """
         log.remarks += self._tables.remarks
-        studies = self._listed(log) if self._annotation is None else self._annotated(self._annotation, log)
-        for study in studies:
-            if problem := lacks_text(study, self._section):
-                log.skip_study(problem, study.study_id)
-            else:
-                yield study
+        if self._annotation is None:
+            studies = self._listed(log)
+        else:
+            studies = map(self._annotated, self._annotation.unique(self._limit, log))
+        yield from with_text(studies, self._section, log)
 
     def _listed(self, log: ImportLog) -> Iterator[Study]:
         self._tables.skip_rows(log)
@@ -117,36 +115,32 @@ class MimicCxrSource:
                 log.skip_study("report missing", study_id, path=f"{folder}.txt")
                 continue
             found = [(self._find(*_names(f"{folder}/{dicom}")), view) for dicom, view in listed.images]
+            images, views, problems = split_found(found)
             yield Study(
                 study_id=study_id,
                 patient_id=str(listed.subject),
                 split=listed.split,
-                image_paths=tuple(image for image, _ in found if isinstance(image, Path)),
-                views=tuple(view for image, view in found if isinstance(image, Path)),
+                image_paths=images,
+                views=views,
                 findings=note.findings or None,
                 impression=note.impression or None,
                 report=note.findings or note.last_paragraph or None,
                 source=self.name,
                 problems=(
-                    *(image for image, _ in found if isinstance(image, ImageProblem)),
+                    *problems,
                     *(ImageProblem(f"{dicom}.jpg", "listed twice", f"line {line}") for dicom, line in listed.twice),
                 ),
                 extra=self._extra(listed.study, note),
             )
 
-    def _annotated(self, annotation: Annotation, log: ImportLog) -> Iterator[Study]:
-        seen = SeenIds()
-        for row in annotation.first(self._limit, log):
-            log.read += 1
-            if not seen.skip(row.study_id, row.split, log):
-                yield self._annotated_study(row)
-
-    def _annotated_study(self, row: AnnotationRow) -> Study:
+    def _annotated(self, row: AnnotationRow) -> Study:
         matches = [_IMAGE.fullmatch(path.replace("\\", "/")) for path in row.image_paths]
         # The path as it is; then, from a file of another machine or with images of another format, as in the release.
         named = [_names(match[1]) if match else () for match in matches]
-        found = [self._find(path, *names) for path, names in zip(row.image_paths, named, strict=True)]
-        views = [self._tables.view(match[4] if match else row.study_id) for match in matches]
+        images, views, problems = split_found(
+            (self._find(path, *names), self._tables.view(match[4] if match else row.study_id))
+            for path, names, match in zip(row.image_paths, named, matches, strict=True)
+        )
         first = next(filter(None, matches), None)
         study = whole_number(row.other.get("study_id", "")) or (int(first[3]) if first else None)
         subject = whole_number(row.patient_id or "") or (int(first[2]) if first else None)
@@ -161,14 +155,14 @@ class MimicCxrSource:
             study_id=row.study_id,
             patient_id=row.patient_id or (first[2] if first else None),
             split=row.split,
-            image_paths=tuple(image for image in found if isinstance(image, Path)),
-            views=tuple(view for image, view in zip(found, views, strict=True) if isinstance(image, Path)),
+            image_paths=images,
+            views=views,
             # R2Gen's texts are findings.
             findings=(note.findings if note else "") or report or None,
             impression=(note.impression if note else "") or None,
             report=report or None,
             source=self.name,
-            problems=tuple(image for image in found if isinstance(image, ImageProblem)),
+            problems=problems,
             extra=self._extra(study, note or Note()),
         )
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from emrrg_cli.errors import UsageError
 from emrrg_cli.ingest.sources.annotation import Annotation, AnnotationRow
 from emrrg_cli.ingest.sources.image_paths import locate
-from emrrg_cli.ingest.sources.seen_ids import SeenIds
 from emrrg_cli.ingest.study import ImageProblem, ImportLog, Study
 from emrrg_cli.vocabulary import UNKNOWN_VIEW
 
 # R2Gen's ids of IU X-Ray: patient, then study. One of the 2,955 ids has an extra number in the middle: CXR1_1_IM-0001.
-IU_ID = re.compile(r"CXR(\d+)(?:_\d+)?_IM-\d+.*", re.DOTALL)
+# Open-i's own ids, which we also write, have only the patient: CXR44.
+IU_ID = re.compile(r"CXR(\d+)(?:(?:_\d+)?_IM-\d+.*)?", re.DOTALL)
 
 
 class R2GenSource:
@@ -26,7 +26,8 @@ class R2GenSource:
 
     Args:
         root: The folder, or the JSON file itself.
-        source: Name of the data set. None: `iu_xray` if all ids look like `CXR2384_IM-0942`, otherwise `r2gen`.
+        source: Name of the data set. None: `iu_xray` if all ids look like `CXR2384_IM-0942`, or some of them and the
+            others like `CXR44`; otherwise `r2gen`.
         findings: Whether the reports are findings sections, as in R2Gen's own files.
         limit: Number of studies to read from the start of each split; None: all.
 
@@ -47,7 +48,10 @@ class R2GenSource:
         self.image_folders = (self.root, self.root / "images")
         self._rows = Annotation(self.annotation)
         self._limit, self._findings = limit, findings
-        self.name = source or ("iu_xray" if all(IU_ID.fullmatch(row.study_id) for row in self._rows) else "r2gen")
+        of_iu = all(IU_ID.fullmatch(row.study_id) for row in self._rows) and any(
+            "_" in row.study_id for row in self._rows
+        )
+        self.name = source or ("iu_xray" if of_iu else "r2gen")
 
     def __len__(self) -> int:
         return self._rows.count(self._limit)
@@ -58,15 +62,11 @@ class R2GenSource:
         Repeated ids (the first is kept, so that no study is in both train and test) and empty reports are skipped and
         counted in `log`. Images that are missing or outside the root are listed in `Study.problems`.
         """
-        seen = SeenIds()
-        for row in self._rows.first(self._limit, log):
-            log.read += 1
-            if seen.skip(row.study_id, row.split, log):
-                continue
-            if not row.report.strip():
+        for row in self._rows.unique(self._limit, log):
+            if row.report.strip():
+                yield self._study(row)
+            else:
                 log.skip_study("empty report", row.study_id)
-                continue
-            yield self._study(row)
 
     def _study(self, row: AnnotationRow) -> Study:
         found = [locate(path, self.root, self.image_folders) for path in row.image_paths]

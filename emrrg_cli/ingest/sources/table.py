@@ -13,12 +13,14 @@ from typing import Any
 from emrrg_cli.console import printable
 from emrrg_cli.datasets.report_text import whole_characters
 from emrrg_cli.errors import RunError, UsageError
+from emrrg_cli.files.spreadsheets import plain_text
 from emrrg_cli.ingest.sources.text_files import csv_rows, find_encoding, json_rows, read_lines, reading, tsv_rows
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 
 # Values that spreadsheets and data frames write for an empty cell.
 _EMPTY = {"nan", "na", "n/a", "null", "none", "<na>"}
+_MOST_NAMES = 50  # of columns in a message
 _LONGEST_EMPTY = max(map(len, _EMPTY))
 
 
@@ -113,7 +115,8 @@ def _rows_of(path: Path, encoding: str, *, header: bool = False) -> Iterator[tup
             yield from json_rows(path, read_lines(path, encoding))
             return
         rows = tsv_rows(path, encoding) if _kind(path) == ".tsv" else csv_rows(path, encoding)
-        yield from islice(rows, 0 if header else 1, None)
+        for number, cells in islice(rows, 0 if header else 1, None):
+            yield number, [plain_text(cell) for cell in cells]
 
 
 def cell_text(value: Any) -> str:
@@ -206,4 +209,6 @@ class CsvFile:
 
 
 def _names(columns: Sequence[str]) -> str:
-    return ", ".join(printable(column) for column in columns) or "none"
+    # The first line of a file that is no table may have any length.
+    more = f", and {len(columns) - _MOST_NAMES:,} more" if len(columns) > _MOST_NAMES else ""
+    return (", ".join(f"{printable(column):.60}" for column in columns[:_MOST_NAMES]) or "none") + more

@@ -1,16 +1,22 @@
-"""Checks whether a study of a data set with sections has the requested text."""
+"""Leaves out the studies of a data set with sections that lack the requested text."""
 
 from __future__ import annotations
 
-from emrrg_cli.ingest.study import Study
+from collections.abc import Iterable, Iterator
+
+from emrrg_cli.ingest.study import ImportLog, Study
 from emrrg_cli.vocabulary import Section
 
 
-def lacks_text(study: Study, section: Section) -> str | None:
-    """Returns why a study has no text for the section. None: it has text, or `select` reports the problem later.
+def with_text(studies: Iterable[Study], section: Section, log: ImportLog) -> Iterator[Study]:
+    """Yields the studies with text for the section; others are counted in `log`, here or later by `select`.
 
     Only the source defines `report`; it leaves `Study.report` empty if its rule finds no text.
     """
-    if not (study.report or study.findings or study.impression):
-        return "empty report"
-    return "no findings" if section == "report" and not study.report else None
+    for study in studies:
+        if not (study.report or study.findings or study.impression):
+            log.skip_study("empty report", study.study_id)
+        elif section == "report" and not study.report:
+            log.skip_study("no findings", study.study_id)
+        else:
+            yield study

@@ -10,7 +10,6 @@ import pytest
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.ingest.sources import json_stream as module
 from emrrg_cli.ingest.sources.annotation import Annotation
-from emrrg_cli.ingest.sources.seen_ids import SeenIds
 from emrrg_cli.ingest.study import ImportLog
 
 
@@ -101,8 +100,13 @@ def test_no_such_file(tmp_path: Path) -> None:
         Annotation(tmp_path)
 
 
-def test_seen_ids() -> None:
-    seen, log = SeenIds(), ImportLog()
-    assert [seen.skip(name, "train", log) for name in ("a", "b", "a")] == [False, False, True]
-    assert seen.add("b", "test") == "train"
-    assert log.skipped["id seen before"].examples == [{"id": "a", "detail": "in train, kept from train"}]
+def test_repeated_ids_are_counted_once(tmp_path: Path) -> None:
+    rows = {split: [{"id": name, "report": "", "image_path": []} for name in names]
+            for split, names in (("train", "aba"), ("val", ""), ("test", "bc"))}  # fmt: skip
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    log = ImportLog()
+    assert [row.study_id for row in Annotation(tmp_path / "a.json").unique(None, log)] == ["a", "b", "c"]
+    assert log.read == 5
+    assert log.skipped["id seen before"].examples == [
+        {"id": "a", "detail": "in train, kept from train"}, {"id": "b", "detail": "in test, kept from train"},
+    ]  # fmt: skip

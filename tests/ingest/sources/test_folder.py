@@ -15,14 +15,14 @@ from PIL import Image
 
 from emrrg_cli.app import main
 from emrrg_cli.datasets.directory import open_dataset
-from emrrg_cli.datasets.splits import draw_splits, parse_fractions
-from emrrg_cli.decoding.studies import table_studies
+from emrrg_cli.datasets.splits import draw_splits, drawn_remark, parse_fractions
+from emrrg_cli.decoding.studies import find_studies, table_studies
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.imaging.image_paths import find_images
 from emrrg_cli.ingest.preprocess import preprocess
 from emrrg_cli.ingest.sources.folder import Columns, FolderSource
 from emrrg_cli.ingest.sources.table import cell_list, cell_text, read_table
-from emrrg_cli.ingest.study import ImportLog, Study
+from emrrg_cli.ingest.study import ImageProblem, ImportLog, Study
 from emrrg_cli.recipe.preprocessing import PreprocessRecipe
 
 MakeDicom = Callable[..., bytes]
@@ -84,6 +84,19 @@ def test_dicom_files_are_grouped_into_studies(films: Path, make_dicom: MakeDicom
     assert (by_id["1.2"].views, by_id["1.2"].patient_id) == (("PA", "LATERAL"), "P7")
     assert (by_id["1.3"].views, by_id["1.3"].split) == (("unknown",), by_id["1.2"].split)
     assert (by_id["4.dcm"].views, by_id["4.dcm"].patient_id) == (("PA",), None)
+
+
+def test_patients_with_one_study_uid_are_not_joined(films: Path, make_dicom: MakeDicom) -> None:
+    pixels = np.zeros((4, 4), np.uint8)
+    for name, patient in (("1", ""), ("2", "P1"), ("3", "P2"), ("4", ""), ("5", "P2")):
+        (films / name).write_bytes(make_dicom(pixels, StudyInstanceUID="1.2", PatientID=patient))
+    by_id = {study.study_id: study for study in _read(films)[0]}
+    assert [path.name for path in by_id["1.2"].image_paths] == ["1", "2", "4"]
+    assert [path.name for path in by_id["1.2 P2"].image_paths] == ["3", "5"]
+    assert by_id["1.2 P2"].patient_id == "P2"
+    found = {study.name: study.files for study in find_studies([str(films)])}
+    for study in ("1.2", "1.2 P2"):
+        assert found[study] == by_id[study].image_paths
 
 
 def test_what_preprocess_wrote_there_is_no_film(films: Path) -> None:
@@ -275,9 +288,21 @@ def test_rows_of_one_study_that_differ(films: Path) -> None:
     )
     columns = Columns(report="text", study="exam", patient="who")
     studies, log = _read(films, table=table, columns=columns)
-    assert _skipped(log) == {"row differs from its study": ["s", "s"]}
+    assert (log.read, log.skipped) == (1, {})
     assert [path.name for path in studies[0].image_paths] == ["a.png", "d.png"]
-    assert studies[0].problems[0].reason == "listed twice"
+    differs = "row differs from its study"
+    assert [(problem.path, problem.reason) for problem in studies[0].problems] == [
+        ("b.png", differs), ("c.png", differs), ("a.png", "listed twice"),
+    ]  # fmt: skip
+    assert studies[0].problems[1].detail == "table.csv:4: another patient"
+
+
+def test_rows_of_a_study_without_a_split_are_one_study(films: Path) -> None:
+    rows = "image,exam,fold\na.png,s,\nb.png,s,train\nc.png,t,x\nd.png,t,x\n"
+    studies, log = _read(films, table=_table(films, rows), columns=Columns(study="exam", split="fold"))
+    assert (log.read, _skipped(log)) == (2, {"unknown split": ["t"]})
+    assert [path.name for path in studies[0].image_paths] == ["b.png"]
+    assert studies[0].problems == (ImageProblem("a.png", "unknown split", "table.csv:2: empty"),)
 
 
 def test_paths_written_on_windows(films: Path) -> None:
@@ -317,6 +342,13 @@ def test_dicom_in_a_table_has_its_patient_and_view(films: Path, make_dicom: Make
 def test_tables_that_cannot_be_used(films: Path, text: str, name: str, columns: dict[str, str], message: str) -> None:
     with pytest.raises((UsageError, RunError), match=message):
         FolderSource(films, table=_table(films, text, name), columns=Columns(**columns))
+
+
+def test_a_message_names_only_some_of_many_columns(films: Path) -> None:
+    for header, end in (("x" * 10**6, f"its columns: {'x' * 60}"), ("a," * 999 + "b", "a, a, and 950 more")):
+        with pytest.raises(UsageError, match="no column 'image'") as raised:
+            FolderSource(films, table=_table(films, f"{header}\n{header}\n"), columns=Columns())
+        assert raised.value.message.endswith(end)
 
 
 def test_a_missing_table_is_refused(films: Path) -> None:
@@ -361,6 +393,13 @@ def test_fractions() -> None:
     for text in ("", "a", "0.5,0.4", "0.5,0.5,0.5", "2,-1", "0.25,0.25,0.25,0.25", "nan", "80,10,10"):
         with pytest.raises(UsageError, match="--split"):
             parse_fractions(text)
+
+
+def test_studies_without_a_patient_are_counted() -> None:
+    assert drawn_remark((1, 0, 0), 0, 1).endswith(
+        "100, 0, 0 percent; 1 study without a patient: each counts as one patient."
+    )
+    assert drawn_remark((1, 0, 0), 0) == "Split drawn by patient with seed 0: 100, 0, 0 percent."
 
 
 def test_patients_stay_together(films: Path) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shlex
 import tarfile
 import tracemalloc
 from collections import Counter
@@ -163,10 +164,24 @@ def test_r2gens_studies_with_the_rest_of_the_reports(openi: Any, tmp_path: Path,
         R2GenWithReports(iu_xray_source(openi.root), reports)
 
 
-def test_r2gens_layout_with_reports_from_the_command_line(openi: Any, tmp_path: Path) -> None:
+def test_ids_without_a_study_match_the_reports(openi: Any, tmp_path: Path, read: Read) -> None:
+    root = _as_r2gen(tmp_path / "r2gen")
+    annotation = root / "annotation.json"
+    full, _ = read(R2GenWithReports(iu_xray_source(root), openi.root))
+    annotation.write_text(annotation.read_text().replace('"id": "CXR2_IM-0002"', '"id": "CXR2"'))
+    short, log = read(R2GenWithReports(iu_xray_source(root), openi.root))
+    assert short == [full[0], replace(full[1], study_id="CXR2"), *full[2:]]
+    assert short[1].extra["indication"]
+    assert log.remarks[0].endswith("context and labels: 1.")
+    studies, _ = read(iu_xray_source(openi.root, annotation=annotation))
+    assert [study.study_id for study in studies] == ["CXR1", "CXR2", "CXR3"]
+
+
+def test_r2gens_layout_with_reports_from_the_command_line(openi: Any, tmp_path: Path, capsys: Any) -> None:
     root = _as_r2gen(tmp_path / "r2gen")
     out = tmp_path / "out"
     assert main(["preprocess", "iu_xray", str(root), str(out), "--reports", str(openi.flat)]) == 0
+    assert "iu_xray, layout r2gen: 4 studies read\n" in capsys.readouterr().out
     train = open_dataset(out)["train"]
     assert train["indication"] == ["Cough & fever."] * 3 + [None]
     assert train["views"][0] == ["unknown", "unknown"]  # the flat release has its images in another order
@@ -197,9 +212,14 @@ def test_layouts_are_found_and_forced(openi: Any, tiny_r2gen: Path, tmp_path: Pa
 
 def test_packed_images_are_pointed_out(openi: Any) -> None:
     (openi.root / "NLMCXR_png").rename(openi.root / "elsewhere")
-    (openi.root / "NLMCXR_png.tgz").touch()
-    with pytest.raises(UsageError, match=r"NLMCXR_png\.tgz is still packed\n.*Unpack it: mkdir"):
-        iu_xray_source(openi.root)
+    root = openi.root.rename(openi.root.with_name("it's raw"))
+    (root / "NLMCXR_png.tgz").touch()
+    with pytest.raises(UsageError, match=r"NLMCXR_png\.tgz is still packed") as raised:
+        iu_xray_source(root)
+    assert raised.value.hint is not None
+    folder, archive = str(root / "NLMCXR_png"), str(root / "NLMCXR_png.tgz")
+    command = shlex.split(raised.value.hint.removeprefix("Unpack it: "))
+    assert command == ["mkdir", folder, "&&", "tar", "xzf", archive, "-C", folder]
 
 
 # Splits.
