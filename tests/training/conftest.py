@@ -49,8 +49,8 @@ class Run:
 
 
 @pytest.fixture(autouse=True)
-def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Writes a few bytes in place of pictures, which take a third of a tiny run or more; `tiny_run` has real ones."""
+def quick_pictures(quick_pictures: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also leaves out what comes before the plots are written, and the pictures of films."""
     from emrrg_cli.files.atomic import atomic_write_bytes
     from emrrg_cli.training import pretrain, run_setup
 
