@@ -1,4 +1,7 @@
-"""Turns off progress bars and advice of libraries: the commands show their own progress."""
+"""Turns off progress bars and advice of libraries: the commands show their own progress.
+
+Those of `datasets` are turned off where it is used: importing it takes seconds, and most commands need no data set.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,11 @@ from contextlib import contextmanager
 
 
 def silence_libraries() -> None:
-    """Call once in each command before a model or a data set is loaded."""
-    import datasets
+    """Call once in each command before a model is loaded."""
     import transformers
 
     # Tokenizers that have used threads must not be forked. The DataLoader's processes are parallel already.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it logs advice about CPU kernels

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -26,17 +26,21 @@ LONG_PARAMETERS = {
 }
 
 
+@cache
 def _files(folder: str) -> dict[str, str]:
     files = sorted((ROOT / folder).rglob("*.py"))
     assert files
     return {file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8") for file in files}
 
 
-def _functions(folder: str) -> Iterator[tuple[str, str, Function]]:
-    for path, text in _files(folder).items():
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, Function):
-                yield path, f"{path}:{node.name}", node
+@cache
+def _functions(folder: str) -> list[tuple[str, str, Function]]:
+    return [
+        (path, f"{path}:{node.name}", node)
+        for path, text in _files(folder).items()
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, Function)
+    ]
 
 
 def _is_command(path: str, function: Function) -> bool:

@@ -221,7 +221,7 @@ def _machine(device: str, requested: int | None) -> Machine:
 
 
 def _find_studies(paths: list[str], study_by: str, split: str | None, output: Path) -> list[StudyFiles]:
-    from emrrg_cli.datasets.directory import is_dataset_dir
+    from emrrg_cli.datasets.manifest import is_dataset_dir
     from emrrg_cli.decoding.studies import find_studies
     from emrrg_cli.errors import UsageError
 

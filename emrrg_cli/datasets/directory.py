@@ -19,7 +19,6 @@ from datasets import Features, List, Value
 from datasets import Image as ImageFeature
 
 from emrrg_cli.console import err, printable
-from emrrg_cli.datasets.manifest import MANIFEST
 from emrrg_cli.datasets.shard_files import find_shards
 from emrrg_cli.datasets.stored_images import remember_folder
 from emrrg_cli.errors import RunError, UsageError
@@ -47,15 +46,6 @@ def dataset_features(columns: Mapping[str, Column]) -> Features:
     """Returns `FEATURES` with the columns that only one source has."""
     kinds = {"text": Value("string"), "texts": List(Value("string"))}
     return Features({**FEATURES, **{name: kinds[column.kind] for name, column in columns.items()}})
-
-
-def is_dataset_dir(root: str | Path) -> bool:
-    """Whether a folder is a dataset directory and not a folder of images; false if it cannot be read."""
-    try:
-        folder = whole_directory(Path(root))
-        return (folder / MANIFEST).is_file() or any((folder / "data").glob("*.parquet"))
-    except (OSError, ValueError):  # the name is too long or not a path, or the folder is not readable
-        return False
 
 
 def open_dataset(root: str | Path) -> datasets.DatasetDict:

@@ -1,4 +1,4 @@
-"""Reads the manifest of a dataset directory: the record of `emrrg preprocess`."""
+"""Knows dataset directories by their files, and reads their manifest: the record of `emrrg preprocess`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,15 @@ from emrrg_cli.files.atomic import whole_directory
 MANIFEST = "manifest.json"
 
 _MAX_BYTES = 64 * 2**20
+
+
+def is_dataset_dir(root: str | Path) -> bool:
+    """Whether a folder is a dataset directory and not a folder of images; false if it cannot be read."""
+    try:
+        folder = whole_directory(Path(root))
+        return (folder / MANIFEST).is_file() or any((folder / "data").glob("*.parquet"))
+    except (OSError, ValueError):  # the name is too long or not a path, or the folder is not readable
+        return False
 
 
 def read_manifest(root: str | Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,9 +103,8 @@ def effective_weight(layer: nn.Module) -> Tensor:
 
 def is_adapted(module: nn.Module) -> bool:
     """Whether a tower has adapters."""
-    from peft import PeftModel
-
-    return isinstance(module, PeftModel)
+    peft = sys.modules.get("peft")  # importing it takes a second, and without it no tower has adapters
+    return peft is not None and isinstance(module, peft.PeftModel)
 
 
 def plain(module: nn.Module) -> Any:

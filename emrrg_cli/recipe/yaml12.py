@@ -29,7 +29,26 @@ _SCALARS: list[tuple[str, str, str]] = [
 
 
 class _Loader(yaml.SafeLoader):
+    """Refuses a document that is too deep or too long while it reads it, before that takes time and memory."""
+
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012  (PyYAML's own protocol)
+
+    def __init__(self, text: str, name: str) -> None:
+        super().__init__(text)
+        self._file, self._nodes, self._depth = name, 0, 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._nodes += 1
+        if self._nodes > MAX_VALUES:
+            raise UsageError(f"{self._file}: more than {MAX_VALUES:,} values")
+        event: yaml.Event = self.peek_event()  # type: ignore[no-untyped-call]
+        if self._depth == MAX_DEPTH and isinstance(event, yaml.CollectionStartEvent):
+            line = event.start_mark.line + 1 if event.start_mark else 0
+            raise UsageError(f"{self._file}:{line}: more than {MAX_DEPTH} sections or lists inside each other")
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
 
 class _Dumper(yaml.SafeDumper):
@@ -101,9 +120,7 @@ def dump(values: dict[str, Any]) -> str:
 
 def _compose(text: str, name: str) -> yaml.Node | None:
     try:
-        _check_nesting(text, name)
-        node: yaml.Node | None = yaml.compose(text, Loader=_Loader)
-        return node
+        return _Loader(text, name).get_single_node()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = name if mark is None else f"{name}:{mark.line + 1}"
@@ -116,18 +133,6 @@ def _compose(text: str, name: str) -> yaml.Node | None:
         raise UsageError(f"{name}: not valid YAML: {printable(str(error))}") from error
     except (RecursionError, ValueError) as error:
         raise UsageError(f"{name}: not valid YAML: {type(error).__name__}") from error
-
-
-def _check_nesting(text: str, name: str) -> None:
-    """Refuses a document that is too deep or too long before it is parsed, which takes time and memory."""
-    depth = 0
-    for count, event in enumerate(yaml.parse(text, Loader=_Loader)):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > MAX_DEPTH:
-            line = event.start_mark.line + 1 if event.start_mark else 0
-            raise UsageError(f"{name}:{line}: more than {MAX_DEPTH} sections or lists inside each other")
-        if count > MAX_VALUES:
-            raise UsageError(f"{name}: more than {MAX_VALUES:,} values")
 
 
 def _line(node: yaml.Node) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from emrrg_cli.console import printable
-from emrrg_cli.datasets.directory import is_dataset_dir, open_dataset
+from emrrg_cli.datasets.directory import open_dataset
 from emrrg_cli.datasets.image_dataset import (
     FolderImages,
     FolderSplit,
@@ -19,6 +19,7 @@ from emrrg_cli.datasets.image_dataset import (
     SplitImages,
     split_folder,
 )
+from emrrg_cli.datasets.manifest import is_dataset_dir
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.files.atomic import atomic_write_text
 from emrrg_cli.files.records import read_bounded

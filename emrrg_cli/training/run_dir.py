@@ -122,8 +122,8 @@ def data_fingerprints(recipe: Settings) -> dict[str, str]:
         UsageError: A directory does not exist.
         RunError: A directory cannot be read.
     """
-    from emrrg_cli.datasets.directory import is_dataset_dir
     from emrrg_cli.datasets.fingerprint import dataset_fingerprint
+    from emrrg_cli.datasets.manifest import is_dataset_dir
 
     data = with_absolute_paths(recipe).model_dump()["data"]
     roots = [one["root"] for one in (data, *data.get("sets", []))]

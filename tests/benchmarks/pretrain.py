@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from emrrg_cli.datasets.directory import is_dataset_dir, open_dataset
+from emrrg_cli.datasets.directory import open_dataset
 from emrrg_cli.datasets.image_dataset import (
     Augmentation,
     FolderImages,
@@ -31,6 +31,7 @@ from emrrg_cli.datasets.image_dataset import (
     split_folder,
 )
 from emrrg_cli.datasets.loading import load_batches
+from emrrg_cli.datasets.manifest import is_dataset_dir
 from emrrg_cli.recipe.load import load_recipe
 from emrrg_cli.runtime import choose_precision, make_accelerator
 from emrrg_cli.training.pretrain import PixelPretrainer, build_pretrainer

@@ -348,17 +348,38 @@ def test_a_full_stdout_is_one_message(arguments: list[str]) -> None:
     assert (done.returncode, done.stderr) == (1, said)
 
 
+_GENERATE = ["--output", "out", "--device", "cpu", "generation.num_beams=1", "generation.max_new_tokens=3"]
+# Runs `emrrg` in a folder with a stderr that is full.
+_STDERR_FULL = """
+import os
+import sys
+from emrrg_cli.app import main
+os.chdir(sys.argv[1])
+os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+sys.exit(main(sys.argv[2:]))
+"""
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-@pytest.mark.parametrize("stderr", ["2>/dev/full", "2>&-"])
-@pytest.mark.parametrize(("image", "code"), [("a.png", 0), ("none.png", 2)])
+@pytest.mark.parametrize(
+    ("stderr", "image", "code"), [("2>/dev/full", "none.png", 2), ("2>&-", "none.png", 2), ("2>&-", "a.png", 0)]
+)
 @pytest.mark.slow
 def test_messages_that_stderr_does_not_take(stderr: str, image: str, code: int, tmp_path: Path) -> None:
     Image.new("L", (30, 20)).save(tmp_path / "a.png")
-    options = "--output out --device cpu generation.num_beams=1 generation.max_new_tokens=3"
-    command = f"{sys.executable} -m emrrg_cli generate {image} {options} {stderr}"
+    command = f"{sys.executable} -m emrrg_cli generate {image} {' '.join(_GENERATE)} {stderr}"
     done = subprocess.run(["sh", "-c", command], cwd=tmp_path, timeout=600)
     assert done.returncode == code
     assert (tmp_path / "out" / "reports.jsonl").exists() == (code == 0)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.slow
+def test_reports_are_written_when_stderr_is_full(tmp_path: Path, forked: Any) -> None:
+    Image.new("L", (30, 20)).save(tmp_path / "a.png")
+    (done,) = forked(str(tmp_path), "generate", "a.png", *_GENERATE, code=_STDERR_FULL)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "out" / "reports.jsonl").exists()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a POSIX shell")

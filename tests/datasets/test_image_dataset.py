@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from emrrg_cli.datasets import image_dataset
-from emrrg_cli.datasets.directory import is_dataset_dir, open_dataset
+from emrrg_cli.datasets.directory import open_dataset
 from emrrg_cli.datasets.image_dataset import (
     Augmentation,
     FolderImages,
@@ -25,6 +25,7 @@ from emrrg_cli.datasets.image_dataset import (
     random_box,
     split_folder,
 )
+from emrrg_cli.datasets.manifest import is_dataset_dir
 from emrrg_cli.errors import RunError, UsageError
 from emrrg_cli.imaging.raster import resize_square
 from emrrg_cli.imaging.read import read_image

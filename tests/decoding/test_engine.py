@@ -179,14 +179,15 @@ def literal_beams(llm: Any, prompts: Prompts, settings: GenerationSettings, stud
     ended: list[tuple[float, list[int]]] = []
     done = False
     for length in range(1, settings.max_new_tokens + 1):
+        written = llm.get_input_embeddings()(torch.tensor([tokens for _, tokens in beams], dtype=torch.long))
+        logits = llm(
+            inputs_embeds=torch.cat([one.embeddings.expand(len(beams), -1, -1), written], 1),
+            visual_tokens=one.visual_tokens.expand(len(beams), -1, -1),
+            use_cache=False,
+        ).logits[:, -1]
         candidates = []
-        for score, tokens in beams:
-            written = llm.get_input_embeddings()(torch.tensor([tokens], dtype=torch.long))
-            logits = llm(
-                inputs_embeds=torch.cat([one.embeddings, written], 1), visual_tokens=one.visual_tokens, use_cache=False
-            ).logits[0, -1]
-            log_probabilities = (score + logits.log_softmax(-1)).tolist()
-            candidates += [(value, [*tokens, token]) for token, value in enumerate(log_probabilities)]
+        for (score, tokens), row in zip(beams, logits.log_softmax(-1), strict=True):
+            candidates += [(value, [*tokens, token]) for token, value in enumerate((score + row).tolist())]
         candidates = sorted(candidates, reverse=True)[: 2 * k]
         beams = []
         for rank, (score, tokens) in enumerate(candidates):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -31,10 +32,14 @@ from emrrg_cli.phantom.sampling import draw_case
 SIZE = 160
 
 
+@cache
+def _cases() -> list[Case]:
+    return [case for number in range(200) if (case := draw_case(generator(6, number))).lateral]
+
+
 def _case(index: int = 0, **findings: object) -> Case:
     """A drawn patient with two films and chosen findings."""
-    cases = (draw_case(generator(6, number)) for number in range(200))
-    case = [case for case in cases if case.lateral][index]
+    case = _cases()[index]
     return replace(case, distractors=Distractors(), findings=Findings(**({"ctr": 0.44} | findings)))  # type: ignore[arg-type]
 
 

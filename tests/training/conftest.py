@@ -5,10 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+
+def _tensors(file: Path) -> dict[str, Any]:
+    # Tests ask for one tensor after the other: a file is read once, until another one takes its place.
+    about = file.stat()
+    return dict(_read(file, about.st_ino, about.st_mtime_ns))
+
+
+@lru_cache(maxsize=16)
+def _read(file: Path, *version: int) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return load_file(file)
 
 
 @dataclass
@@ -32,25 +46,21 @@ class Run:
     @property
     def weights(self) -> dict[str, Any]:
         """Trained parameters at the last checkpoint."""
-        from safetensors.torch import load_file
-
-        return load_file(self.checkpoint / "trainable.safetensors")
+        return _tensors(self.checkpoint / "trainable.safetensors")
 
     @property
     def exported(self) -> dict[str, Any]:
         """Every tensor under `model/`, by file and name."""
-        from safetensors.torch import load_file
-
         files = sorted((self.directory / "model").rglob("*.safetensors"))
-        return {f"{file.name}:{name}": t for file in files for name, t in load_file(file).items()}
+        return {f"{file.name}:{name}": t for file in files for name, t in _tensors(file).items()}
 
     def last_step(self) -> int:
         return int(self.checkpoint.name.removeprefix("step-"))
 
 
 @pytest.fixture(autouse=True)
-def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Writes a few bytes in place of pictures, which take a third of a tiny run or more; `tiny_run` has real ones."""
+def quick_pictures(quick_pictures: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also leaves out what comes before the plots are written, and the pictures of films."""
     from emrrg_cli.files.atomic import atomic_write_bytes
     from emrrg_cli.training import pretrain, run_setup
 
