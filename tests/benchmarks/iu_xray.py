@@ -144,6 +144,7 @@ ROWS = [
         Row(f"recall {recall}", (REWARDS(f"ROUGE_1: {recall}", cider, f"findings: {findings}"),))
         for recall, cider, findings in ((1, 4, 0.5), (2, 6, 0.5), (3, 8, 0.5), (4, 10, 0.75))
     ),
+    Row("recall 3 with indication", (REWARDS("ROUGE_1: 3", 8, "findings: 0.5"), "data.context=[indication]")),
     Row("word recall 3", WORD_RECALL_3),
     Row("word recall 3, cross-entropy", (*WORD_RECALL_3, "train.self_critical.cross_entropy=0.43")),
     Row("shorter", ("train.epochs=16",)),
