@@ -211,7 +211,8 @@ class Chain:
         if self.options.samples and BEAMS[0] not in decoding:
             decoding = (*decoding, "evaluation.samples=true")
         arguments = ("evaluate", *decoding, "--model", str(self.work / run), "--split", split)
-        arguments += ("--output", str(place), "--overwrite", *(("--image-controls",) if split == "test" else ()))
+        controlled = split == "test" and seed in self.options.image_controls
+        arguments += ("--output", str(place), "--overwrite", *(("--image-controls",) if controlled else ()))
         return self._add(Job(f"{_file(row.name)}-{seed}-{split}", arguments, place, (run,), self._share))
 
     @property
@@ -375,6 +376,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--test", action="store_true", help="read the test split; needs --frozen")
     parser.add_argument("--frozen", metavar="COMMIT")
     parser.add_argument("--predict-test", metavar="ROWS", help="rows whose test reports are written, but not shown")
+    parser.add_argument(
+        "--image-controls",
+        type=int,
+        nargs="*",
+        metavar="SEED",
+        help="seeds whose test evaluation has image controls, which take three times as long; default: all",
+    )
     parser.add_argument("--samples", action="store_true", help="evaluations keep their samples, for agreement.py")
     parser.add_argument("--overrides", nargs="*", default=[], help="changes of every row, as in --add")
     parser.add_argument("--tiny", action="store_true")
@@ -411,8 +419,10 @@ def main() -> None:
         return
     if options.test:
         check_frozen(options.work, options.frozen)
-    chain = Chain(options)
     seeds = [int(seed) for seed in options.seeds.split(",")]
+    if options.image_controls is None:
+        options.image_controls = seeds
+    chain = Chain(options)
     shown, hidden, goals = "test" if options.test else "validation", divided(options.predict_test or ""), []
     for row in rows:
         splits = [shown, "test"] if row.name in hidden and not options.test else [shown]

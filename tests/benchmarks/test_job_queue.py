@@ -168,7 +168,7 @@ def test_jobs_leave_the_share_of_other_programs(tmp_path: Path) -> None:
 def test_rows_share_the_stages_before_their_change(tmp_path: Path) -> None:
     options = iu_xray.argparse.Namespace(
         data=str(tmp_path / "iu"), work=tmp_path / "w", tiny=False, each=2, films=[], reports=None,
-        recipe="iu_xray/finetune-small", overrides=[], more=[], samples=True,
+        recipe="iu_xray/finetune-small", overrides=[], more=[], samples=True, image_controls=[1],
     )  # fmt: skip
     chain = iu_xray.Chain(options)
     rows = [
@@ -196,3 +196,4 @@ def test_rows_share_the_stages_before_their_change(tmp_path: Path) -> None:
     assert "evaluation.samples=true" in chain.jobs["X-1-validation"].arguments
     assert chain.jobs["X-1-validation"].output == tmp_path / "w" / "X-1" / "evaluation" / "validation"
     assert "--image-controls" in chain.jobs[chain.goal(rows[0], 1, known, "test")].arguments
+    assert "--image-controls" not in chain.jobs[chain.goal(rows[0], 2, known, "test")].arguments
