@@ -1,4 +1,4 @@
-"""What all readers of images share: the error, opening a file, and the messages of C libraries."""
+"""Shared code of the image readers: the error, opening a file, and the messages of C libraries."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class ImageError(RunError):
 
     Attributes:
         where: The path as it was given, or `<bytes>` or `<image>`.
-        reason: One of a few fixed phrases, fit for counting.
-        detail: What is particular to this file; may be empty.
+        reason: One of a few fixed phrases, which can be counted.
+        detail: Details about this file; may be empty.
     """
 
     def __init__(self, where: str, reason: str, detail: str = "") -> None:
@@ -49,33 +49,33 @@ class ImageError(RunError):
 
 
 def too_many_pixels(where: str, width: int, height: int, limit: int) -> ImageError:
-    """The error for an image that is larger than is decoded."""
+    """Returns the error for an image with too many pixels."""
     return ImageError(where, "too many pixels", f"{width:,} x {height:,} = {width * height:,}, limit {limit:,}")
 
 
 def short_message(error: Exception) -> str:
-    """The first line of an error that says something, at most 200 characters."""
+    """Returns the first informative line of an error, at most 200 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # pydicom's errors are a heading and one line for each decoder.
+    # The errors of pydicom have a heading and one line for each decoder.
     chosen = lines[1] if len(lines) > 1 and lines[0].endswith(":") else (lines or [""])[0]
     return chosen[:200] or type(error).__name__
 
 
 def decoding_error(where: str, error: Exception) -> ImageError:
-    """The error for what a decoder raised: truncated image where it says so, else broken image."""
+    """Returns the error for an exception of a decoder: truncated image if it says so, else broken image."""
     detail = short_message(error)
     return ImageError(where, TRUNCATED if "truncated" in detail.lower() else "broken image", detail)
 
 
 @contextlib.contextmanager
 def open_stream(path: Path, where: str) -> Iterator[tuple[IO[bytes], int]]:
-    """A regular file, open, and its size in bytes.
+    """Opens a regular file; yields the stream and its size in bytes.
 
     Raises:
         ImageError: missing image, image path is a folder, not a regular file, no permission to read, cannot be opened.
     """
     try:
-        # Looked at first: opening a pipe, or reading some files of the system, would never return.
+        # Checked first: opening a pipe, or reading some system files, would never return.
         status = path.stat()
         mode = status.st_mode
         if stat.S_ISDIR(mode):
@@ -93,12 +93,12 @@ def open_stream(path: Path, where: str) -> Iterator[tuple[IO[bytes], int]]:
     with stream:
         try:
             yield stream, os.fstat(stream.fileno()).st_size
-        except OSError as error:  # a network share that comes and goes
+        except OSError as error:  # a network share that is not always reachable
             raise ImageError(where, "cannot be opened", error.strerror or str(error)) from None
 
 
 def is_dicom(stream: IO[bytes]) -> bool:
-    """Whether a stream begins with DICOM's preamble. It is left at its start."""
+    """Whether a stream begins with DICOM's preamble; afterwards the stream is at its start."""
     head = stream.read(132)
     stream.seek(0)
     return head[128:] == b"DICM"
@@ -106,7 +106,7 @@ def is_dicom(stream: IO[bytes]) -> bool:
 
 @contextlib.contextmanager
 def caught_stderr() -> Iterator[list[str]]:
-    """Keeps what C libraries print about broken data from the terminal; at the end of the block it is in the list."""
+    """Catches messages of C libraries about broken data; after the block, they are in the list."""
     messages: list[str] = []
     with _stderr_lock:
         try:
@@ -128,13 +128,13 @@ def caught_stderr() -> Iterator[list[str]]:
 def _scratch_file() -> IO[bytes]:
     try:
         return tempfile.TemporaryFile()
-    except OSError:  # a full disk is no reason not to read an image
+    except OSError:  # images must be readable on a full disk
         return Path(os.devnull).open("w+b")
 
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """The bytes of a JPEG or PNG file and the name it had, relative to the raw data's root."""
+    """The bytes of a JPEG or PNG file, and its path relative to the root of the raw data."""
 
     name: str
     data: bytes

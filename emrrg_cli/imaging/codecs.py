@@ -1,7 +1,7 @@
 """Decoders that run in a process of their own (`decoder_process`), because broken data can crash them.
 
-Each takes the bytes of a file or a codestream and returns an array. What it cannot read is an `ImageError` whose
-`where` is empty: the caller knows the file.
+Each converts the bytes of a file or a codestream to an array. If it cannot read them, it raises an `ImageError` with an
+empty `where`, because only the caller knows the file.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from PIL import Image
 from emrrg_cli.imaging.base import TRUNCATED, ImageError, short_message, too_many_pixels
 from emrrg_cli.imaging.samples import by_type, cmyk_to_rgb, grey_levels, luma
 
-_GREY_KINDS = (0, 1)  # of TIFF's PhotometricInterpretation: white is zero, black is zero
+_GREY_KINDS = (0, 1)  # PhotometricInterpretation of TIFF: white is zero, black is zero
 _RGB, _PALETTE, _CMYK = 2, 3, 5
-_ALPHA = (1, 2)  # of TIFF's ExtraSamples
+_ALPHA = (1, 2)  # ExtraSamples of TIFF
 
 
 def decode(codec: str, data: bytes, max_pixels: int) -> NDArray[Any]:
@@ -38,13 +38,13 @@ def decode(codec: str, data: bytes, max_pixels: int) -> NDArray[Any]:
     except ImageError:
         raise
     except MemoryError:
-        raise ImageError("", "broken image", "the decoder asks for more memory than such an image needs") from None
-    except Exception as error:  # decoders raise whatever they meet
+        raise ImageError("", "broken image", "the decoder needs more memory than such an image should") from None
+    except Exception as error:  # decoders raise errors of many types
         raise ImageError("", "broken image", short_message(error)) from None
 
 
 def _jpeg(data: bytes, max_pixels: int) -> NDArray[Any]:
-    """Any JPEG but JPEG-LS, in the precision of the data: uint8 or uint16, `[h, w]` or `[h, w, samples]`."""
+    """Decodes any JPEG except JPEG-LS, in its own precision: uint8 or uint16, `[h, w]` or `[h, w, samples]`."""
     from imagecodecs import jpeg_decode
 
     return np.asarray(jpeg_decode(data))
@@ -63,7 +63,7 @@ def _jpeg_2000(data: bytes, max_pixels: int) -> NDArray[Any]:
 
 
 def _pillow_jpeg_2000(data: bytes, max_pixels: int) -> NDArray[Any]:
-    """A JPEG 2000 file as Pillow reads it, as grey."""
+    """Decodes a JPEG 2000 file with Pillow, to grey."""
     image = Image.open(io.BytesIO(data), formats=("JPEG2000",))
     image.load()
     if image.mode.startswith("I"):
@@ -88,7 +88,7 @@ def _is_jpeg_ls(data: bytes) -> bool:
 
 def _grey_by_size(values: NDArray[Any]) -> NDArray[np.uint8]:
     if values.ndim == 3 and values.shape[2] not in (1, 3):
-        raise ImageError("", "broken image", f"JPEG of {values.shape[2]} components is not read")
+        raise ImageError("", "broken image", f"JPEG of {values.shape[2]} components is not supported")
     if values.ndim == 3 and values.shape[2] == 1:
         values = values[..., 0]
     bits = 8 if values.dtype.itemsize == 1 else max(9, int(values.max()).bit_length())
@@ -96,7 +96,7 @@ def _grey_by_size(values: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def _grey_png(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
-    """A PNG with transparency or 16 bits a sample."""
+    """Decodes a PNG with transparency or 16 bits per sample."""
     from imagecodecs import png_decode
 
     values = np.asarray(png_decode(data))
@@ -109,7 +109,7 @@ def _grey_png(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
 
 
 def _grey_tiff(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
-    """The first page of a TIFF, of the kinds that Pillow does not read rightly."""
+    """Decodes the first page of a TIFF that Pillow does not read correctly."""
     from tifffile import TiffFile
 
     with TiffFile(io.BytesIO(data)) as file:
@@ -120,16 +120,16 @@ def _grey_tiff(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
             shape = f"{page.imagewidth} x {page.imagelength} x {page.imagedepth}, {page.samplesperpixel} samples"
             raise ImageError("", "broken image", shape)
         if any(at + size > len(data) for at, size in zip(page.dataoffsets, page.databytecounts, strict=False)):
-            raise ImageError("", TRUNCATED, "parts of the image lie behind the end of the file")
+            raise ImageError("", TRUNCATED, "parts of the image are missing at the end of the file")
         kind = f"{page.bitspersample}-bit {_sample_name(page.sampleformat)}"
         try:
             values = page.asarray(maxworkers=1)
         except (ValueError, NotImplementedError, TypeError, KeyError) as error:
             raise ImageError("", "broken image", f"TIFF of {kind} samples: {short_message(error)}") from None
-        if values.dtype == bool:  # one bit a sample
+        if values.dtype == bool:  # one bit per sample
             values = values.astype(np.uint8)
         if values.dtype.kind not in "iuf":
-            raise ImageError("", "broken image", f"TIFF of {kind} samples is not read")
+            raise ImageError("", "broken image", f"TIFF of {kind} samples is not supported")
         values = values.reshape(_shape(page))
         if page.planarconfig == 2:
             values = np.moveaxis(values, 0, -1)
@@ -160,11 +160,11 @@ def _tiff_grey(page: Any, values: NDArray[Any], alpha: NDArray[Any] | None, kind
     if photometric == _CMYK and samples >= 4 and values.dtype.kind in "iu":
         return luma(cmyk_to_rgb(by_type(values[..., :4], bits)))
     raise ImageError("", "broken image", f"TIFF of {kind} samples, photometric interpretation {photometric}, "
-                     "is not read")  # fmt: skip
+                     "is not supported")  # fmt: skip
 
 
 def palette_levels(colours: NDArray[Any]) -> NDArray[np.uint8]:
-    """Grey levels of a palette `[n, 3]` of 16 bits; one without a value above 255 was written in 8 bits."""
+    """Returns the grey levels of a 16-bit palette `[n, 3]`; without values above 255, it was written in 8 bits."""
     return luma(colours if colours.max(initial=0) <= 255 else colours >> 8)
 
 

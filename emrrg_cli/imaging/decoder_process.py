@@ -1,4 +1,4 @@
-"""Decoding in a process of its own, so that a decoder that crashes, hangs or asks for too much costs one file.
+"""Decodes in a separate process: if a decoder crashes, hangs or needs too much memory, only one file is lost.
 
 The process starts with the first image that needs it (half a second at most), stays for the next ones, and ends with
 this process. Threads that decode at the same time get one each. It is started as a plain program, not by
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from emrrg_cli.imaging.base import ImageError
 
-# The time of a processor, so that a busy machine changes nothing; ten times as long by the clock.
+# CPU time, so that a busy machine does not matter; the limit by the clock is ten times as long.
 _SECONDS, _PIXELS_PER_SECOND = 10, 1_000_000
 _BY_THE_CLOCK = 10
 _MEMORY, _MEMORY_PER_PIXEL = 512 * 2**20, 64
@@ -40,18 +40,18 @@ _idle: list[_Decoder] = []
 
 
 def decode_apart(codec: str, data: bytes, where: str, pixels: int, max_pixels: int) -> NDArray[Any]:
-    """`codecs.decode` in another process.
+    """Runs `codecs.decode` in another process.
 
     Args:
         codec: One of `codecs.CODECS`.
         data: A file or a codestream.
-        where: For messages.
-        pixels: Width times height as the data state them, by which time and memory are limited.
+        where: Name of the file for messages.
+        pixels: Width times height according to the data; it limits time and memory.
         max_pixels: Largest width times height.
 
     Raises:
-        ImageError: As `codecs.decode`; broken image where the decoder crashed or did not finish; cannot be opened
-            where no process could be started.
+        ImageError: As `codecs.decode`; broken image if the decoder crashed or did not finish; cannot be opened if no
+            process could be started.
     """
     seconds = _SECONDS + pixels // _PIXELS_PER_SECOND
     request = {
@@ -69,13 +69,13 @@ def decode_apart(codec: str, data: bytes, where: str, pixels: int, max_pixels: i
         if isinstance(answer, dict):
             raise ImageError(where, answer["reason"], answer["detail"])
         detail = _ending(answer, decoder.timed_out, seconds)
-        # Ended by somebody else, such as a system that runs out of memory: that says nothing about the image.
+        # Ended from outside, for example because memory ran out: the image may be fine.
         if answer not in _FROM_OUTSIDE or decoder.timed_out:
             break
     raise ImageError(where, "broken image", detail)
 
 
-# On POSIX an exit status below 0 is a signal; 1 is an error of Python's, such as no memory for the data.
+# On POSIX, an exit status below 0 is a signal; 1 is a Python error, such as too little memory for the data.
 _FROM_OUTSIDE = (-9, -15)
 
 
@@ -93,7 +93,7 @@ class _Decoder:
     """One process, and the two pipes to it."""
 
     def __init__(self) -> None:
-        # Without `site`, and with as many threads as it needs: none.
+        # Without `site`, and without threads, which it does not need.
         environment = os.environ | dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", _START],
@@ -101,7 +101,7 @@ class _Decoder:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env=environment,
-            # Ctrl-C in a terminal goes to all processes of a session; this one ends with the one that asks it.
+            # Ctrl-C in a terminal goes to all processes of a session; this process ends with its parent.
             start_new_session=True,
             creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
         )
@@ -109,7 +109,7 @@ class _Decoder:
         self._send(json.dumps(sys.path).encode() + b"\n")
 
     def ask(self, request: dict[str, Any], data: bytes, seconds: float) -> NDArray[Any] | dict[str, Any] | int:
-        """An array, a refusal, or the status that the process ended with."""
+        """Returns an array, a refusal, or the exit status of the process if it has ended."""
         timer = threading.Timer(seconds, self._time_out)
         timer.daemon = True
         timer.start()
@@ -159,7 +159,7 @@ class _Decoder:
         return self._process.poll() is None
 
     def end(self, *, wait: bool = False) -> None:
-        """Ends the process; with `wait` it may take a moment to end by itself, so that its status is its own."""
+        """Ends the process; with `wait`, it first has a moment to end by itself, which keeps its own exit status."""
         if wait:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(5)
@@ -173,7 +173,7 @@ class _Decoder:
 
 @contextlib.contextmanager
 def _decoder(where: str) -> Iterator[_Decoder]:
-    """A decoder for one request: one that is idle, or a new one. What is interrupted is not used again."""
+    """Yields an idle or new decoder for one request; after an interruption, it is not used again."""
     while True:
         try:
             decoder = _idle.pop()
@@ -181,7 +181,7 @@ def _decoder(where: str) -> Iterator[_Decoder]:
             try:
                 decoder = _Decoder()
             except OSError as error:
-                detail = f"no process for the decoder: {error.strerror or error}"
+                detail = f"the decoder process cannot be started: {error.strerror or error}"
                 raise ImageError(where, "cannot be opened", detail) from None
         if decoder.running:
             break

@@ -1,4 +1,4 @@
-"""The other end of `decoder_process`: reads requests from stdin, writes arrays to stdout, ends when stdin does.
+"""The process that `decoder_process` starts: reads requests from stdin until it ends, writes arrays to stdout.
 
 A request is a line of JSON (`codec`, `size`, `max_pixels`, `seconds`, `memory`) and `size` bytes. An answer is a line
 of JSON and the bytes of an array: `dtype` and `shape`, or `reason` and `detail` and no bytes.
@@ -20,7 +20,7 @@ from emrrg_cli.imaging.codecs import decode
 def main() -> None:
     """Answers requests until there are no more."""
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what a C library prints is no answer
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the output of C libraries must not mix with the answers
     while line := requests.readline():
         request = json.loads(line)
         data = requests.read(request["size"])
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def _limit(seconds: int, memory: int) -> None:
-    """Ends this process when one image takes too much, where the system can (not on Windows)."""
+    """Ends this process if one image needs too much time or memory; not on Windows."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 

@@ -1,4 +1,4 @@
-"""Which files a user means by a few paths."""
+"""Finds the image files that a few paths name."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from emrrg_cli.errors import UsageError
 
 
 def find_images(paths: Iterable[str]) -> list[Path]:
-    """Files that may be images: files as named, and all files below folders, hidden ones left out, sorted.
+    """Returns files that may be images: named files, and all files below named folders, sorted, without hidden ones.
 
-    A file that is given twice, also by another spelling or a link, is taken once. Two files of a folder that are links
-    to the same file are two, because stores of large files keep equal images of different studies that way.
+    A file that is named twice, also by another spelling or a link, counts once. Two links in a folder to the same file
+    count twice, because stores of large files keep equal images of different studies that way.
 
-    What a file holds is not looked at here: one that is no image is reported when it is read. So is a folder below
-    the named ones that cannot be read.
+    Files are not opened here. A file that is not an image, or a folder that cannot be read, is reported when it is
+    read.
 
     Raises:
-        UsageError: for a path that does not exist, or when there is no file at all.
+        UsageError: for a path that does not exist, or if there is no file.
     """
     real_folder = cache(os.path.realpath)
     found: list[Path] = []
@@ -53,10 +53,10 @@ def find_images(paths: Iterable[str]) -> list[Path]:
 
 
 def files_below(folder: Path, unreadable: Callable[[OSError], None]) -> Iterator[Path]:
-    """All files, sorted, hidden ones left out. Links to folders elsewhere are followed, each of these once.
+    """Yields all files, sorted, without hidden ones. Links to other folders are followed, each folder once.
 
     Args:
-        folder: where to look.
+        folder: the folder to search.
         unreadable: called for a folder that cannot be listed.
     """
     root = folder.resolve()
@@ -67,7 +67,7 @@ def files_below(folder: Path, unreadable: Callable[[OSError], None]) -> Iterator
         for name in sorted(name for name in folders if not name.startswith(".")):
             if (here / name).is_symlink():
                 target = (here / name).resolve()
-                # What lies below is found under its own name; what was followed before may lead back.
+                # A target inside `folder` is found under its own name; following a target twice may never end.
                 if target.is_relative_to(root) or root.is_relative_to(target) or target in followed:
                     continue
                 followed.add(target)

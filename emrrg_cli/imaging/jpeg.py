@@ -1,5 +1,5 @@
-"""What the bytes of a JPEG, JPEG-LS or JPEG 2000 say before they are decoded; JPEGs that lost their last bytes; and
-JPEGs that are to say nothing but their pixels."""
+"""Reads facts from JPEG, JPEG-LS and JPEG 2000 data without decoding, completes truncated JPEGs, and removes the
+metadata of JPEGs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ END = b"\xff\xd9"  # end of image (JPEG, JPEG-LS), end of codestream (JPEG 2000)
 _FRAMES = (set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}) | {0xF7}
 _SCAN = b"\xff\xda"
 _MOST_SCANS = 100  # progressive images have about ten
-# Compressed data escape their own 0xff and hold restart markers; any other marker ends them.
+# Compressed data escape 0xff and contain restart markers; any other marker ends them.
 _WITHIN_SCAN = {0x00, *range(0xD0, 0xD8)}
 _J2K_SIZE = b"\xff\x4f\xff\x51"
 
@@ -27,11 +27,11 @@ _ROWS_NEEDED_REFINED = 0.7
 
 
 class Frame(NamedTuple):
-    """Width, height, samples a pixel and bits a sample as the compressed data state them.
+    """Width, height, samples per pixel and bits per sample according to the compressed data.
 
     Attributes:
         kind: Marker of the frame: 0xc0 to 0xcf for JPEG, 0xf7 for JPEG-LS, 0x51 for JPEG 2000.
-        signed: Whether samples are signed, which JPEG 2000 alone can say.
+        signed: Whether samples are signed; possible only in JPEG 2000.
     """
 
     width: int
@@ -43,9 +43,9 @@ class Frame(NamedTuple):
 
 
 def too_many_scans(stream: IO[bytes]) -> str:
-    """Says how many scans a JPEG has if they are more than any encoder writes, else nothing. Leaves the stream.
+    """Returns a sentence if a JPEG has more scans than encoders write, else "". Keeps the position of the stream.
 
-    Each scan of a few bytes costs as much time as the whole image.
+    A scan of a few bytes takes as much time as the whole image.
     """
     place, last, scans = stream.tell(), b"", 0
     stream.seek(0)
@@ -57,7 +57,7 @@ def too_many_scans(stream: IO[bytes]) -> str:
 
 
 def frame_of(data: bytes) -> Frame | None:
-    """The frame that compressed data declare, or None where they declare none that can be read."""
+    """Returns the frame that compressed data declare; None if there is none that can be read."""
     try:
         if (at := data.find(_J2K_SIZE, 0, 4096)) >= 0:
             right, bottom, left, top = struct.unpack_from(">4I", data, at + 8)
@@ -85,17 +85,17 @@ def _jpeg_frame(data: bytes) -> Frame | None:
 
 
 def without_metadata(data: bytes) -> bytes | None:
-    """A JPEG without what may tell whose it is, its compressed pixels untouched.
+    """Returns a JPEG without data that may identify a person; the compressed pixels are unchanged.
 
-    What goes: EXIF, XMP, IPTC, ICC profiles and all other application segments but JFIF (without its thumbnail) and
-    Adobe's (which says how colours are stored), comments, and whatever follows the end of the image. An orientation
-    in EXIF goes too, so the image should be upright.
+    Removed are EXIF, XMP, IPTC, ICC profiles and all other application segments except JFIF (without its thumbnail) and
+    Adobe's (how colours are stored), comments, and all data after the end of the image. The orientation in EXIF is
+    removed too, so the image should be upright.
 
     Args:
         data: The bytes of the file.
 
     Returns:
-        None where the data are no JPEG that can be followed from its start to its end.
+        The JPEG; None if the data are not a JPEG that can be parsed from start to end.
 
     Source: ITU-T T.81, annex B.
     """
@@ -128,7 +128,7 @@ def without_metadata(data: bytes) -> bytes | None:
 
 
 def _end_of_scan(data: bytes, at: int) -> int:
-    """Where the marker after a scan's data begins; -1 where there is none. Several times as fast as an expression."""
+    """Returns where the marker after a scan begins, else -1; several times as fast as a regular expression."""
     while (at := data.find(b"\xff", at)) >= 0:
         behind = at + 1
         while data[behind] == 0xFF:  # fill bytes
@@ -140,44 +140,44 @@ def _end_of_scan(data: bytes, at: int) -> int:
 
 
 def _bare(marker: int, segment: bytes) -> bytes:
-    """A segment as it is kept: whole, in part, or not at all (b"")."""
+    """Returns the part of a segment that is kept: all, some, or b""."""
     if marker == 0xE0 and segment[4:9] == b"JFIF\0" and len(segment) >= 18:
-        return segment[:2] + b"\x00\x10" + segment[4:16] + b"\x00\x00"  # a thumbnail of no rows and no columns
+        return segment[:2] + b"\x00\x10" + segment[4:16] + b"\x00\x00"  # a thumbnail without rows and columns
     if marker == 0xEE and segment[4:9] == b"Adobe":
         return segment
     return b"" if marker == 0xFE or 0xE0 <= marker <= 0xEF else segment
 
 
 def has_end(data: bytes) -> bool:
-    """Whether compressed data reach their end marker, which cannot stand within them; padding may follow."""
+    """Whether compressed data have their end marker, which cannot occur inside them; padding may follow."""
     return END in data[-64:]
 
 
 class Mended(NamedTuple):
-    """A JPEG with an end put to it, and the part of its rows (0 to 1) that were there."""
+    """A truncated JPEG with an added end, and the fraction of its rows (0 to 1) that it has."""
 
     data: bytes
     rows: float
 
     @property
     def note(self) -> str:
-        """For people."""
-        return f"truncated: {math.floor(100 * self.rows)} percent of its rows are there"
+        """A note for people."""
+        return f"truncated: {math.floor(100 * self.rows)} percent of its rows exist"
 
 
 def mend(data: bytes) -> Mended | None:
-    """Ends a JPEG that was cut off, if nearly all of it is there.
+    """Adds an end to a truncated JPEG if nearly all of it exists.
 
-    The decoder fills what is missing with the last brightness it knew. How much is missing shows by decoding twice,
-    once with an end and once with noise put to the data: the rows before the cut are the same in both. 95 percent of
-    them are asked for. Where only the last refinement of a progressive image was cut, the rows below the cut lack
-    nothing but the last bit of their coefficients, and 70 percent are enough.
+    The decoder fills missing rows with the last brightness. To find how much is missing, the data are decoded twice,
+    with an end and with noise after them: the rows before the cut are equal. 95 percent of the rows are required. If
+    only the last refinement of a progressive image was cut, the rows below the cut lack only the last bit of their
+    coefficients, and 70 percent are enough.
 
     Args:
         data: The bytes of the file; its size in pixels has been checked.
 
     Returns:
-        None where more is missing, and for what is no JPEG.
+        The JPEG; None if more is missing, or for other data.
     """
     if not data.startswith(b"\xff\xd8") or len(data) > MAX_MENDED:
         return None
@@ -187,7 +187,7 @@ def mend(data: bytes) -> Mended | None:
         last_frequency, precision = data[(at := scan + 5 + 2 * data[scan + 4] + 1)], data[at + 1]
     except (ValueError, IndexError):
         return None
-    if last_frequency != 63 or precision & 0x0F:  # a later scan, with coefficients or bits not seen so far, is missing
+    if last_frequency != 63 or precision & 0x0F:  # a later scan with further coefficients or bits is missing
         return None
     noise = np.random.default_rng(0).integers(0, 255, 8192, dtype=np.uint8).tobytes()  # 255 would be a marker
     try:

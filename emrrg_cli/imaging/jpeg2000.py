@@ -1,4 +1,4 @@
-"""JPEG 2000 codestreams: whether they are whole, and without what stands between their last tile-part and their end.
+"""Checks whether JPEG 2000 codestreams are complete, and removes data between their last tile-part and their end.
 
 Source: ITU-T T.800, annex A.
 """
@@ -15,17 +15,17 @@ _TILE_PART = b"\xff\x90"
 
 
 def whole_codestream(data: bytes) -> bytes | None:
-    """The codestream in `data`, ready for a decoder.
+    """Returns the codestream in `data`, ready for a decoder.
 
-    The lengths of the tile-parts lead from one to the next. What follows the last of them, up to the end of the
-    codestream, is no part of the image and is left out: comments that some makers write there stop decoders. An end
-    marker that is missing after the last tile-part is added.
+    The length of each tile-part gives the start of the next. Data between the last one and the end of the codestream
+    are not part of the image and are removed: some vendors write comments there, which decoders reject. A missing end
+    marker after the last tile-part is added.
 
     Args:
         data: A codestream, or a JP2 file; padding may follow.
 
     Returns:
-        None where part of the image is missing.
+        The codestream; None if a part of the image is missing.
     """
     start = max(data.find(_START, 0, 4096), 0)
     try:
@@ -34,12 +34,12 @@ def whole_codestream(data: bytes) -> bytes | None:
         end = None
     if end is not None:
         return data[start:end] + END
-    # Lengths that lead nowhere are the writer's error; the end marker says that nothing was cut off.
+    # The lengths are wrong, but the end marker shows that nothing was cut off.
     return data[start:] if has_end(data) else None
 
 
 def _end_of_tiles(data: bytes, start: int) -> int | None:
-    """Where the last tile-part ends; None where that is not known or a tile-part is missing."""
+    """Returns where the last tile-part ends; None if this is unknown or a tile-part is missing."""
     at = start + 2
     right, bottom, _, _, width, height, left, top = struct.unpack_from(">8I", data, at + 6)
     tiles = -(-(right - left) // width) * -(-(bottom - top) // height)

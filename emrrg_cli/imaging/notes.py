@@ -1,9 +1,8 @@
-"""What should be said about an image beside its pixels. Notes are flags for people: nothing is changed by them.
+"""Notes about images for people. Notes do not change how an image is read.
 
-A note is one of a few phrases, followed by a colon and what is particular to this image.
+A note is one of a few phrases, which may be followed by a colon and details of the image.
 
-They travel in `Image.info`, under a key that no file format writes, so that reading an image stays one function with
-one result.
+Notes are stored in `Image.info`, under a key that no file format writes, so that `read_image` returns only the image.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ _KEY = "emrrg_notes"
 
 INVERTED = "looks inverted: lungs brighter than the mediastinum"
 
-# In units of the standard deviation of the image. Of 1,700 public frontal films 2 go beyond it as they are, 9 in 10 do
-# so inverted; films with white lungs (oedema, consolidation on both sides) lie between.
+# In standard deviations of the image. Of 1,700 public frontal films, 2 exceed it, and after inversion 9 in 10 do; films
+# with white lungs (oedema, consolidation on both sides) are between.
 _BRIGHTER = 0.5
 
 
@@ -30,16 +29,16 @@ class _Remarks:
 
 
 def add_notes(image: Image.Image, *notes: str, frontal_chest: bool | None = None) -> None:
-    """Attaches notes to an image; `frontal_chest=False` says that it is known to show something else."""
+    """Attaches notes to an image; `frontal_chest=False` means that it shows something else."""
     before = _remarks(image.info)
     frontal = before.frontal_chest if frontal_chest is None else frontal_chest
     image.info[_KEY] = _Remarks(before.notes + notes, frontal)
 
 
 def image_notes(image: Image.Image) -> tuple[str, ...]:
-    """The notes about an image that `read_image`, or `load_image` and `to_grey`, returned.
+    """Returns the notes about an image from `read_image`, or from `load_image` and `to_grey`.
 
-    Beside those that reading left, a frontal film whose lungs are bright is noted: it was stored or tagged inverted.
+    A further note marks a frontal film with bright lungs: it was stored or tagged as inverted.
     """
     remarks = _remarks(image.info)
     inverted = remarks.frontal_chest and looks_inverted(image)
@@ -49,9 +48,9 @@ def image_notes(image: Image.Image) -> tuple[str, ...]:
 def looks_inverted(image: Image.Image) -> bool:
     """Whether both lung fields of a frontal chest film are brighter than the mediastinum between them.
 
-    Medians over fixed parts of the image are compared, so this holds for films that fill the frame.
+    Medians over fixed parts of the image are compared, so the film must fill the frame.
     """
-    if (factor := min(image.size) // 256) > 1:  # means of whole pixels cost a fifth
+    if (factor := min(image.size) // 256) > 1:  # on means of whole pixels, this takes a fifth of the time
         image = image.reduce(factor)
     small = np.asarray(image.convert("L").resize((64, 64), Image.Resampling.BOX), dtype=np.float64)
     mediastinum = np.median(small[22:48, 28:36])

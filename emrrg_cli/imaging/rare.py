@@ -1,6 +1,6 @@
-"""Files that Pillow does not read, or not rightly: TIFF, PNG and JPEG of rarer kinds, and JPEG 2000.
+"""Reads files that Pillow does not read correctly: rare kinds of TIFF, PNG and JPEG, and JPEG 2000.
 
-They are decoded in a process of their own (`decoder_process`), to grey at once.
+They are decoded to grey in a separate process (`decoder_process`).
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from emrrg_cli.imaging.decoder_process import decode_apart
 from emrrg_cli.imaging.jpeg import Frame, frame_of, has_end
 from emrrg_cli.imaging.jpeg2000 import whole_codestream
 
-# Bytes a pixel, with room for tags and profiles: larger files are refused before they are read.
+# Bytes per pixel, including tags and profiles: larger files are refused before they are read.
 _BYTES_PER_PIXEL, _BYTES_BESIDE = 40, 64 * 2**20
 
 _JPEG_KINDS = {
-    **dict.fromkeys((0xC5, 0xC6, 0xC7, 0xCD, 0xCE, 0xCF), "hierarchical JPEG is not read"),
-    0xCB: "lossless JPEG with arithmetic coding is not read",
+    **dict.fromkeys((0xC5, 0xC6, 0xC7, 0xCD, 0xCE, 0xCF), "hierarchical JPEG is not supported"),
+    0xCB: "lossless JPEG with arithmetic coding is not supported",
 }
 _TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PNG_START, _JPEG_START, _CODESTREAM_START = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"\xff\x4f\xff\x51"
 
 
 def rare_codec(image: Image.Image, head: bytes) -> str | None:
-    """The codec for a file whose header Pillow read, None where Pillow reads it rightly.
+    """Returns the codec for a file whose header Pillow has read; None if Pillow reads it correctly.
 
     Args:
-        image: As it was opened.
+        image: The opened image.
         head: The first bytes of the file.
     """
     if image.format == "JPEG2000":
-        return "grey-jpeg-2000"  # a decoder that broken data can crash
+        return "grey-jpeg-2000"  # broken data can crash this decoder
     if image.format == "PNG":
         depth, colour = head[24], head[25]
         transparent = "transparency" in image.info
@@ -43,7 +43,7 @@ def rare_codec(image: Image.Image, head: bytes) -> str | None:
 
 
 def _pillow_reads(image: Image.Image) -> bool:
-    """Whether Pillow gives the right values: of TIFF, unsigned samples of up to 8 bits, and most of 12 and 16."""
+    """Whether Pillow reads the right values: in TIFF, unsigned samples of up to 8 bits, and most of 12 and 16."""
     tags = getattr(image, "tag_v2", {})
     bits, formats = tags.get(258, (1,)), tags.get(339, (1,))
     samples, planar, photometric = tags.get(277, 1), tags.get(284, 1), tags.get(262, 1)
@@ -59,7 +59,7 @@ def _pillow_reads(image: Image.Image) -> bool:
 def read_unidentified(
     stream: IO[bytes], where: str, size: int, max_pixels: int, error: ImageError
 ) -> Image.Image | None:
-    """An image whose header Pillow refused with `error`; None where that is all there is to say.
+    """Reads an image whose header Pillow refused with `error`; None if nothing else can read it.
 
     Raises:
         ImageError: It cannot be read.
@@ -78,7 +78,7 @@ def read_unidentified(
 
 
 def unread_jpeg(stream: IO[bytes]) -> str | None:
-    """What kind of JPEG nobody reads this is; None: one that is read, or is damaged."""
+    """Returns why this kind of JPEG is not supported; None if it is, or if the file is damaged."""
     stream.seek(0)
     frame = frame_of(stream.read(2**20))
     return _unread(frame) if frame else None
@@ -87,7 +87,7 @@ def unread_jpeg(stream: IO[bytes]) -> str | None:
 def _unread(frame: Frame) -> str | None:
     if frame.kind in _JPEG_KINDS:
         return _JPEG_KINDS[frame.kind]
-    return None if frame.samples in (1, 3, 4) else f"JPEG of {frame.samples} components is not read"
+    return None if frame.samples in (1, 3, 4) else f"JPEG of {frame.samples} components is not supported"
 
 
 def _read_jpeg(frame: Frame, stream: IO[bytes], where: str, size: int, max_pixels: int) -> Image.Image:
@@ -99,18 +99,18 @@ def _read_jpeg(frame: Frame, stream: IO[bytes], where: str, size: int, max_pixel
 
 
 def read_rare(codec: str, stream: IO[bytes], where: str, size: int, max_pixels: int, pixels: int = 0) -> Image.Image:
-    """A whole file, decoded in a process of its own.
+    """Decodes a whole file in a separate process.
 
     Args:
-        codec: One of `codecs.CODECS` that give grey levels.
-        stream: Read from its start.
-        where: For messages.
-        size: Of the stream, in bytes.
+        codec: One of `codecs.CODECS`, with grey levels as its result.
+        stream: The file, read from its start.
+        where: Name of the file for messages.
+        size: Size of the stream in bytes.
         max_pixels: Largest width times height.
-        pixels: Width times height, where that is known.
+        pixels: Width times height, if known.
 
     Returns:
-        Mode `L`, upright.
+        An upright image of mode `L`.
 
     Raises:
         ImageError: It cannot be read.
@@ -131,5 +131,5 @@ def read_rare(codec: str, stream: IO[bytes], where: str, size: int, max_pixels: 
 
 
 def _pixels_at_most(size: int, max_pixels: int) -> int:
-    """A bound for limits of time and memory where the header has not been read."""
+    """Returns an upper bound of the pixels, for limits of time and memory if the header has not been read."""
     return min(max_pixels, 1000 * size)

@@ -1,4 +1,4 @@
-"""PNG, JPEG, TIFF and the other formats that Pillow decodes: their pixels, as 8-bit grey, and back to bytes."""
+"""Reads PNG, JPEG, TIFF and the other formats that Pillow decodes as 8-bit grey, and writes JPEG and PNG."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ _UPRIGHT = {
 _JPEG_MAX_SIDE = 65_500  # libjpeg's own limit
 
 
-_PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0  # of TIFF
+_PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0  # tag and value of TIFF
 
 
-_COMPLAINT = re.compile(r"[A-Za-z]\w*(\.\w+)?: \S")  # of libtiff; a progress bar may draw meanwhile
+_COMPLAINT = re.compile(r"[A-Za-z]\w*(\.\w+)?: \S")  # a message of libtiff; a progress bar may write to stderr too
 
 
-# Held while Pillow's global size limit is lifted to read a header; `max_pixels` takes its place.
+# Held while Pillow's global size limit is off to read a header; `max_pixels` is the limit instead.
 _header_lock = threading.Lock()
 
 
 def to_grey(image: Image.Image) -> Image.Image:
-    """The second half of `read_image`: upright, mode `L`. The argument is left as it is."""
+    """The second half of `read_image`: returns an upright image of mode `L`. The argument is unchanged."""
     turn = _UPRIGHT.get(_orientation(image))
     upright = image if turn is None else image.transpose(turn)
     mode = upright.mode
@@ -62,7 +62,7 @@ def to_grey(image: Image.Image) -> Image.Image:
         return upright.convert("L")  # a copy
     if mode.startswith("I") or mode == "F":
         grey = Image.fromarray(stretch(np.asarray(upright)))
-        # Pillow goes by the tag at 8 bits alone.
+        # Pillow uses the tag only for 8 bits.
         white_is_zero = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO
         return ImageOps.invert(grey) if white_is_zero else grey
     if mode == "LAB":
@@ -87,7 +87,7 @@ def is_plain_jpeg(image: Image.Image) -> bool:
 
 
 def resize_square(image: Image.Image, size: int) -> NDArray[np.uint8]:
-    """The model's input: bicubic to a square without keeping the aspect ratio (SPEC 3).
+    """Returns the input of the model: resized bicubically to a square, without keeping the aspect ratio.
 
     Args:
         image: Mode `L`, any size.
@@ -100,11 +100,11 @@ def resize_square(image: Image.Image, size: int) -> NDArray[np.uint8]:
 
 
 def fit_shorter_side(image: Image.Image, size: int) -> Image.Image:
-    """Reduction until the shorter side is `size` pixels, keeping the aspect ratio.
+    """Reduces an image until its shorter side has `size` pixels, keeping the aspect ratio.
 
     Means of whole pixels down to at least 1.5 times the size, then a Hamming filter: on films it differs from a bicubic
     reduction by half a grey level (51 dB and more), less than a JPEG of quality 95 does, in a third of the time.
-    A smaller image is returned as it is: enlarging adds bytes, not detail.
+    A smaller image is returned unchanged: enlarging adds bytes, not detail.
     """
     shorter = min(image.size)
     if shorter <= size:
@@ -114,12 +114,12 @@ def fit_shorter_side(image: Image.Image, size: int) -> Image.Image:
 
 
 def encode(image: Image.Image, format: ImageFormat, quality: int = 95) -> bytes:
-    """A grey image as the bytes of a file, without metadata.
+    """Encodes a grey image as a file without metadata.
 
     Args:
         image: Mode `L`.
         format: `jpeg` (baseline) or `png`.
-        quality: Of JPEG, 1 to 100.
+        quality: JPEG quality, 1 to 100.
 
     Raises:
         ImageError: A side is too long for JPEG.
@@ -135,14 +135,14 @@ def encode(image: Image.Image, format: ImageFormat, quality: int = 95) -> bytes:
 
 
 def open_header(stream: IO[bytes], where: str) -> Image.Image:
-    """Reads the header alone."""
+    """Reads only the header."""
     with _header_lock:
         pillow_limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
             return Image.open(stream, formats=_FORMATS)
         except UnidentifiedImageError:
             raise ImageError(where, NOT_AN_IMAGE) from None
-        except Exception as error:  # a broken header raises whatever its plug-in met
+        except Exception as error:  # a broken header raises errors of many types
             raise decoding_error(where, error) from None
         finally:
             Image.MAX_IMAGE_PIXELS = pillow_limit
@@ -167,7 +167,7 @@ def decode_image(image: Image.Image, where: str, max_pixels: int, enough: int | 
         else:
             image.load()
         if reduced:
-            image.format = None  # or its file could be taken for one that can be kept as it is
+            image.format = None  # otherwise its file could be kept unchanged
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error, ...
         raise decoding_error(where, error) from None
     return image
@@ -176,6 +176,6 @@ def decode_image(image: Image.Image, where: str, max_pixels: int, enough: int | 
 def _orientation(image: Image.Image) -> int:
     try:
         value = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # unreadable EXIF says nothing about the pixels
+    except Exception:  # the pixels may be fine if EXIF is unreadable
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1

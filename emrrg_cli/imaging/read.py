@@ -1,4 +1,4 @@
-"""Image files to 8-bit grey, and back to bytes. Imports no torch: decoding runs in many light processes."""
+"""Reads image files as 8-bit grey. Imports no torch, because decoding runs in many light processes."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ def read_image(source: Path | str | bytes | Image.Image, max_pixels: int = MAX_P
 
     The rules, in this order:
 
-    - PNG, JPEG, JPEG 2000, TIFF, BMP, WebP, GIF, PGM/PPM and DICOM are read, by content, whatever the file is called.
+    - PNG, JPEG, JPEG 2000, TIFF, BMP, WebP, GIF, PGM/PPM and DICOM are read; the content decides, not the name.
       A DICOM file without its preamble is known by its name (`.dcm`, `.dicom`, `.ima`).
-    - Width times height above `max_pixels` is refused from the header, before a pixel is decoded.
-    - DICOM has rules of its own: `read_dicom` and `dicom_grey`. MONOCHROME1 is inverted, windows are applied, several
+    - If width times height in the header is above `max_pixels`, the image is refused before decoding.
+    - DICOM has its own rules (`read_dicom`, `dicom.grey`): MONOCHROME1 is inverted, windows are applied, several
       frames are refused.
-    - Of any other file with several frames or pages the first is read.
-    - A JPEG that lacks its last bytes is read if 95 percent of its rows are there (`mend` says how that is known); the
-      others have the last brightness before the cut.
+    - Of other files with several frames or pages, the first is read.
+    - A JPEG without its last bytes is read if it has 95 percent of its rows (see `mend`); the other rows get the last
+      brightness before the cut.
     - The EXIF orientation is applied.
     - More than 8 bits of grey (integer or float) are stretched linearly: the smallest finite value becomes 0, the
-      largest 255. Files do not say how many of their 16 bits the detector used, so the range of the type would turn a
-      12-bit film almost black. A constant image becomes 0. (Colour with 16 bits a channel is read by its high bytes.)
-    - Palette and transparent colours are resolved; what is transparent shows black, as air does.
+      largest 255. Files do not say how many of their 16 bits the detector used, and with the range of the type, a
+      12-bit film would be almost black. A constant image becomes 0. (16-bit colour is read by its high bytes.)
+    - Palettes are converted to colours; transparent pixels become black, like air.
     - Colour, CMYK included, becomes luma (ITU-R 601: 0.299 R + 0.587 G + 0.114 B).
     - 1-bit images become 0 and 255.
 
@@ -57,9 +57,9 @@ def read_image(source: Path | str | bytes | Image.Image, max_pixels: int = MAX_P
 
     Raises:
         UsageError: `source` is none of these, or `max_pixels` is not a number above 0.
-        ImageError: With a short reason: missing image, image path is a folder, not a regular file, no permission to
+        ImageError: Its reason is one of: missing image, image path is a folder, not a regular file, no permission to
             read, cannot be opened, empty file, not an image, image format not supported, too many pixels, truncated
-            image, broken image; of DICOM also file too large, no pixel data, multi-frame DICOM, DICOM compression not
+            image, broken image; for DICOM also file too large, no pixel data, multi-frame DICOM, DICOM compression not
             supported.
     """
     if not isinstance(max_pixels, Real) or not max_pixels > 0:
@@ -72,13 +72,13 @@ def read_image(source: Path | str | bytes | Image.Image, max_pixels: int = MAX_P
 def load_image(
     source: Path | str | bytes | Image.Image, max_pixels: int = MAX_PIXELS, enough: int | None = None
 ) -> Image.Image:
-    """The first half of `read_image`: the first frame, decoded, in the file's own mode and orientation.
+    """The first half of `read_image`: returns the first frame, decoded, in the mode and orientation of the file.
 
     Args:
         source: As `read_image`.
         max_pixels: As `read_image`.
-        enough: Pixels that the shorter side needs; a JPEG of more is decoded as grey and at the smallest of 1/2, 1/4
-            and 1/8 of its size that has them, which costs less than to decode it whole. None: the whole size.
+        enough: Pixels that the shorter side needs; a larger JPEG is decoded faster, as grey at the smallest of 1/2, 1/4
+            and 1/8 of its size that has enough. None: the whole size.
 
     Raises:
         ImageError: As `read_image`.
@@ -95,7 +95,7 @@ def load_image(
 def _load(
     stream: IO[bytes], where: str, size: int, max_pixels: int, enough: int | None = None, *, named_dicom: bool = False
 ) -> Image.Image:
-    """Chooses the reader by the first bytes; a name counts only where they say nothing."""
+    """Chooses the reader by the first bytes, and by the name only if they do not decide."""
     if size == 0:
         raise ImageError(where, "empty file", "0 bytes")
     if is_dicom(stream):
@@ -127,14 +127,14 @@ def _load(
         stream.seek(0)
         if (mended := mend(stream.read(MAX_MENDED + 1))) is None:
             raise
-        # A copy has no format: its file must not be taken for one that can be kept as it is.
+        # A copy has no format, so that its file is not kept unchanged.
         image = decode_image(open_header(io.BytesIO(mended.data), where), where, max_pixels, enough).copy()
         add_notes(image, mended.note)
         return image
 
 
 def _load_dicom(stream: IO[bytes], where: str, size: int, max_pixels: int) -> Image.Image:
-    # Imported where it is needed: the workers of a training read nothing but JPEG and PNG.
+    # Imported on demand: the workers of a training read only JPEG and PNG.
     from emrrg_cli.imaging.dicom.read import read_dicom
 
     return read_dicom(stream, where, size, max_pixels)

@@ -1,4 +1,4 @@
-"""Samples of any depth to 8-bit grey: the rules of `read_image` for arrays that Pillow has no mode for."""
+"""Converts samples of any depth to 8-bit grey: the rules of `read_image` for arrays that Pillow does not support."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601
 
 
 def stretch(values: NDArray[Any], used: NDArray[np.bool_] | None = None) -> NDArray[np.uint8]:
-    """Linear from [min, max] to [0, 255], in float64, rounded to nearest. A constant array becomes 0.
+    """Maps [min, max] linearly to [0, 255], in float64, rounded to nearest. A constant array becomes 0.
 
     Args:
-        values: Numbers of any type and shape; what is not finite takes no part and becomes the nearest end.
+        values: Numbers of any type and shape; infinity and NaN are ignored and become the nearest end.
         used: The pixels whose smallest and largest value count; None: all.
     """
     values = values.astype(np.float64)
@@ -27,7 +27,7 @@ def stretch(values: NDArray[Any], used: NDArray[np.bool_] | None = None) -> NDAr
 
 
 def by_type(values: NDArray[Any], bits: int) -> NDArray[np.uint8]:
-    """Integers of `bits` bits by the whole range of their type: the high byte, or fewer bits spread to 8."""
+    """Converts integers of `bits` bits by the range of their type: the high byte, or fewer bits scaled to 8."""
     unsigned = values.astype(np.int64 if bits < 63 else np.uint64)
     if values.dtype.kind == "i":
         unsigned = (values.astype(np.int64) + 2 ** (bits - 1)) if bits < 64 else values.view(np.uint64) ^ (1 << 63)
@@ -37,23 +37,23 @@ def by_type(values: NDArray[Any], bits: int) -> NDArray[np.uint8]:
 
 
 def luma(colours: NDArray[Any]) -> NDArray[np.uint8]:
-    """Red, green and blue `[..., 3]`, 0 to 255, as grey `[...]`."""
+    """Converts red, green and blue `[..., 3]`, 0 to 255, to grey `[...]`."""
     return np.asarray(np.floor(colours[..., :3] @ _LUMA + 0.5).astype(np.uint8))
 
 
 def cmyk_to_rgb(colours: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Cyan, magenta, yellow and black `[..., 4]` as red, green and blue `[..., 3]`, without a colour profile."""
+    """Converts cyan, magenta, yellow and black `[..., 4]` to red, green, blue `[..., 3]`, without a colour profile."""
     inverse = 255 - colours.astype(np.uint16)
     return np.asarray((inverse[..., :3] * inverse[..., 3:4] // 255).astype(np.uint8))
 
 
 def grey_levels(values: NDArray[Any], bits: int, alpha: NDArray[Any] | None = None) -> NDArray[np.uint8]:
-    """Grey `[h, w]` or red, green and blue `[h, w, 3]` as `read_image` shows them.
+    """Converts grey `[h, w]` or red, green and blue `[h, w, 3]` to grey, as `read_image` does.
 
     Args:
         values: Integers or floats.
-        bits: Of an integer sample; above 8, grey is stretched and colour goes by its high bytes. Floats are stretched.
-        alpha: `[h, w]`, 0 transparent to the largest of its type; what is transparent becomes black.
+        bits: Bits of an integer sample. Above 8, grey is stretched and colour uses high bytes. Floats are stretched.
+        alpha: `[h, w]`, from 0 (transparent, becomes black) to the largest value of its type.
     """
     opaque = None if alpha is None else alpha > 0
     if values.dtype.kind == "f" or (bits > 8 and values.ndim == 2):

@@ -1,4 +1,4 @@
-"""What a file is by its first bytes, for files whose header no reader takes."""
+"""Names the kind of a file by its first bytes, for files that no reader accepts."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b
 
 
 def refusal(error: ImageError, head: bytes, size: int) -> ImageError:
-    """The error for a file whose header Pillow refused with `error`: a better one, where the first bytes say more.
+    """Returns the error for a file whose header Pillow refused with `error`: a clearer one if the first bytes allow it.
 
     Args:
-        error: Its `where` is kept.
-        head: The first bytes, 12 or more where there are so many.
-        size: Of the file, in bytes.
+        error: The error of Pillow; its `where` is kept.
+        head: The first bytes, at least 12 if the file has them.
+        size: Size of the file in bytes.
     """
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP" and size < 8 + int.from_bytes(head[4:8], "little"):
         return ImageError(error.where, TRUNCATED, "the file ends within its WebP data")

@@ -1,4 +1,4 @@
-"""The names of views, and the projection that each of them is: the only table of them."""
+"""The only table of the names of views and their projections."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import re
 from emrrg_cli.console import printable
 from emrrg_cli.vocabulary import LATERAL_VIEW, UNKNOWN_VIEW, VIEW_TOKENS, Projection
 
-# DICOM's terms of View Position (PS3.3 C.8.1.1), those of MIMIC-CXR, and words. The beam decides: in a decubitus film
-# on the left or right side it goes from front to back, so the picture is frontal; with the patient on the back or the
-# front it goes from side to side. `POSTERO` and `ANTERO` begin `postero-anterior` and its reverse.
+# Terms of DICOM's View Position (PS3.3 C.8.1.1) and of MIMIC-CXR, and words. The beam decides: in a decubitus film on
+# the left or right side, it goes from front to back, so the film is frontal; if the patient lies on the back or the
+# front, it goes from side to side. `POSTERO` and `ANTERO` begin `postero-anterior` and its reverse.
 _OBLIQUE = {"OBLIQUE", "OBL", "LAO", "RAO", "LPO", "RPO", "LLO", "RLO", "SWIMMERS", "SWIMMER"}
 _DECUBITUS_ON_A_SIDE = {"LLD", "RLD"}
 _FROM_THE_SIDE = {"DORSAL", "VENTRAL", "SUPINE", "PRONE", "CROSS", "TABLE", "XTABLE", "CROSSTABLE", "HORIZONTAL"}
@@ -22,11 +22,11 @@ _LATERAL = {"LATERAL", "LAT", "LL", "RL", "L", "LLAT", "RLAT", "XTABLE", "CROSST
 
 
 def projection(view: str) -> Projection:
-    """The projection that the name of a view stands for, whatever the order of its words.
+    """Returns the projection of a view by its name; the order of the words does not matter.
 
-    - Any word for oblique makes it oblique: `LAO`, `LEFT ANTERIOR OBLIQUE`, `RLO`.
+    - A name with any word for oblique is oblique: `LAO`, `LEFT ANTERIOR OBLIQUE`, `RLO`.
     - Decubitus (`LLD`, `LATERAL DECUBITUS`, `DECUB LEFT`) is frontal, unless it is dorsal, ventral or cross-table.
-    - Otherwise the first word that is known decides: `PA`, `AP AXIAL` frontal; `LL`, `XTABLE LATERAL` lateral.
+    - Otherwise the first known word decides: `PA`, `AP AXIAL` frontal; `LL`, `XTABLE LATERAL` lateral.
     - A name without such a word is `unknown`.
     """
     words = [word for word in re.split(r"[^A-Z]+", view.upper()) if word]
@@ -45,19 +45,19 @@ def projection(view: str) -> Projection:
 
 
 def view_token(view: str) -> int:
-    """Which of `VIEW_TOKENS` the name of a view stands for."""
+    """Returns the index into `VIEW_TOKENS` of a view by its name."""
     found = projection(view)
     return VIEW_TOKENS.index(found) if found in VIEW_TOKENS else 0
 
 
 def view_of_path(path: str) -> str:
-    """The view that the name of a file tells, as CheXpert's `view1_frontal.jpg` does; "" where it tells none."""
+    """Returns the view in the name of a file, such as CheXpert's `view1_frontal.jpg`; "" if it has none."""
     match = _IN_PATH.search(path.replace("\\", "/"))
     return view_name(match[1]) if match else ""
 
 
 def view_name(text: str) -> str:
-    """A view as datasets write it: upper case; `LATERAL` for all lateral views; `unknown` for an empty text.
+    """Returns a view as datasets store it: upper case; `LATERAL` for all lateral views; `unknown` for an empty text.
 
     Args:
         text: As a source or DICOM's View Position writes it: `PA`, `AP`, `LL`, `Lateral`, `Frontal`.

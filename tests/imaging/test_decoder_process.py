@@ -73,7 +73,7 @@ def _ask(what: str) -> np.ndarray:
     [
         ("abort", "the decoder crashed: SIGABRT"),
         ("loop", "the decoder did not finish within 1 seconds"),
-        ("memory", "the decoder asks for more memory than such an image needs"),
+        ("memory", "the decoder needs more memory than such an image should"),
     ],
 )
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of Linux")

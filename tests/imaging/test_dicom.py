@@ -343,7 +343,7 @@ def test_missing_elements_that_have_a_usual_value(make_dicom: MakeDicom) -> None
     drop = ("BitsStored", "HighBit", "PixelRepresentation", "SamplesPerPixel", "PhotometricInterpretation", "Modality")
     image = read_image(make_dicom(film, drop=drop))
     np.testing.assert_array_equal(np.asarray(image), film)
-    assert "no photometric interpretation: taken as MONOCHROME2" in image_notes(image)
+    assert "no photometric interpretation: read as MONOCHROME2" in image_notes(image)
 
 
 def test_without_a_transfer_syntax(make_dicom: MakeDicom) -> None:
@@ -366,9 +366,9 @@ def test_bits_stored_that_are_absent_follow_the_high_bit(make_dicom: MakeDicom) 
     ("pixels", "elements", "reason", "detail"),
     [
         (_film(8), {"NumberOfFrames": 12}, "multi-frame DICOM", "12 frames"),
-        (None, _SHAPE, "no pixel data", "the file ends before them, or they were taken out"),
+        (None, _SHAPE, "no pixel data", "the file ends before the pixels, or they were removed"),
         (None, _SHAPE | {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.88.11"}, "no pixel data", "Basic Text SR"),
-        (None, _SHAPE | {"FloatPixelData": bytes(4800)}, "no pixel data", "floating-point pixels are not read"),
+        (None, _SHAPE | {"FloatPixelData": bytes(4800)}, "no pixel data", "floating-point pixels are not supported"),
         (_film(8), {"drop": ("Rows",)}, "broken image", "no Rows"),
         (_film(8), {"drop": ("BitsAllocated",)}, "broken image", "no BitsAllocated"),
         (_film(8), {"Columns": 0}, "broken image", "0 x 30"),

@@ -151,7 +151,7 @@ def test_a_big_tiff_and_its_orientation() -> None:
 
 def test_a_tiff_that_is_not_read_says_which_kind() -> None:
     reason, detail = _refused(_tiff(SHARE.astype(np.complex64)))
-    assert (reason, detail) == ("broken image", "TIFF of 64-bit complex samples is not read")
+    assert (reason, detail) == ("broken image", "TIFF of 64-bit complex samples is not supported")
     data = _plain_tiff(bytes(32 * 256 * 2), 256, 32, 16, 32803)
     assert "photometric interpretation 32803" in _refused(data)[1]
 
@@ -279,6 +279,6 @@ def test_a_jpeg_that_is_not_read_says_which_kind() -> None:
     data = bytearray(buffer.getvalue())
     at = data.index(b"\xff\xc0")
     data[at + 1] = 0xC5
-    assert _refused(bytes(data)) == ("broken image", "hierarchical JPEG is not read")
+    assert _refused(bytes(data)) == ("broken image", "hierarchical JPEG is not supported")
     two = b"\xff\xd8\xff\xc0\0\x0e\x08\0\x20\1\0\2" + b"\1\x11\0" * 2 + b"\xff\xd9"
-    assert _refused(two) == ("broken image", "JPEG of 2 components is not read")
+    assert _refused(two) == ("broken image", "JPEG of 2 components is not supported")

@@ -1,4 +1,4 @@
-"""What a DICOM header says about its image, for people and for grouping files."""
+"""Facts from a DICOM header, for notes to people and for grouping files."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _RADIOGRAPHS = ("", "CR", "DX", "DR", "RG", "RF", "XA", "OT", "SC", "HC")
 
 @dataclass(frozen=True)
 class DicomFacts:
-    """What a header says about its image; empty where it does not.
+    """Facts from a header; empty if it does not have them.
 
     Attributes:
         study_uid: Study Instance UID, by which files are grouped.
         patient_id: Patient ID.
-        view: `PA`, `AP`, `LATERAL`, or what View Position says (`view_name`).
+        view: `PA`, `AP`, `LATERAL`, or another View Position (`view_name`).
         body_part: Body Part Examined, upper case.
         modality: `CR`, `DX`, ...
         photometric: Photometric Interpretation.
@@ -38,7 +38,7 @@ class DicomFacts:
         orientation: Patient Orientation of rows and columns, such as `L\\F`.
         age: Patient's Age, such as `045Y`.
         sex: Patient's Sex, such as `F`.
-        indication: Reason for the Requested Procedure or for the Study, or Admitting Diagnoses: the first there is.
+        indication: Reason for the Requested Procedure or for the Study, or Admitting Diagnoses: the first that exists.
     """
 
     study_uid: str
@@ -55,17 +55,17 @@ class DicomFacts:
 
     @property
     def is_chest(self) -> bool:
-        """False where the header names another part of the body."""
+        """False if the header names another part of the body."""
         return not self.body_part or any(word in self.body_part for word in _CHEST)
 
     @property
     def is_lateral(self) -> bool:
-        """Whether the view is a lateral one."""
+        """Whether the view is lateral."""
         return self.view == LATERAL_VIEW
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What people should know before they trust a report for this image."""
+        """Returns warnings for people who read a report on this image."""
         notes = []
         if not self.is_chest:
             notes.append(f"not chest: body part {self.body_part}")
@@ -74,7 +74,7 @@ class DicomFacts:
         if self.burned_in:
             notes.append("annotation burned into the pixels")
         row, _, column = self.orientation.partition("\\")
-        # A chest film hangs with the patient's left to the right of the reader, feet down.
+        # On a correct chest film, the patient's left is at the right, and the feet are below.
         if self.is_chest and column and (not column.startswith("F") or (row.startswith("R") and not self.is_lateral)):
             notes.append(f"may be turned or mirrored: patient orientation {self.orientation}")
         return tuple(printable(note) for note in notes)
@@ -97,7 +97,7 @@ def study_name(facts: DicomFacts | None, patients: dict[str, str]) -> str:
 
 
 def find_dicom_facts(source: Path | bytes) -> DicomFacts | None:
-    """The facts of a file or its bytes; None for what is no DICOM or not readable, which decoding reports later."""
+    """Returns the facts of a file or its bytes; None if it is not readable DICOM, which decoding reports later."""
     try:
         with _opened(source) as (stream, _):
             found = is_dicom(stream) or (isinstance(source, Path) and source.suffix.lower() in DICOM_SUFFIXES)
@@ -113,10 +113,10 @@ def _opened(source: Path | bytes) -> contextlib.AbstractContextManager[tuple[IO[
 
 
 def read_dicom_facts(source: Path | bytes) -> DicomFacts:
-    """Reads the header alone.
+    """Reads only the header.
 
     Raises:
-        ImageError: The file cannot be opened, is no DICOM, or its header is broken.
+        ImageError: The file cannot be opened, is not DICOM, or its header is broken.
     """
     where = "<bytes>" if isinstance(source, bytes) else str(source)
     with _opened(source) as (stream, size), no_warnings():
@@ -131,20 +131,20 @@ def read_dicom_facts(source: Path | bytes) -> DicomFacts:
 
 @contextlib.contextmanager
 def no_warnings() -> Iterator[None]:
-    """pydicom warns of every value against the standard; a file is read, or refused with a reason."""
+    """Hides warnings of pydicom about values that violate the standard: a file is read, or refused with a reason."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def facts_of(header: Dataset) -> DicomFacts:
-    """The facts of a header that has been read."""
+    """Returns the facts of a header that has been read."""
     view = text(header, "ViewPosition")
     request = first_value(header, "RequestAttributesSequence")
     request = request if isinstance(request, Dataset) else Dataset()
     try:
         orientation = "\\".join(str(value).upper() for value in header.get("PatientOrientation") or ())
-    except Exception:  # not readable: as if it were not there
+    except Exception:  # an unreadable value counts as missing
         orientation = ""
     return DicomFacts(
         study_uid=text(header, "StudyInstanceUID"),

@@ -1,6 +1,6 @@
-"""A DICOM file as a file: its header, read without its pixels, and the bytes of its pixels, as they are stored.
+"""Reads DICOM files: the header without the pixels, and the stored bytes of the pixels.
 
-Everything here is bounded by the size of the file, whatever lengths it claims.
+Memory is bounded by the size of the file, whatever lengths it claims.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ _ITEM, _DELIMITER = 0xFFFEE000, 0xFFFEE0DD
 
 @dataclass(frozen=True)
 class DicomFile:
-    """A header and where the pixels stand.
+    """A header and the position of the pixels.
 
     Attributes:
-        header: The elements that this package looks at.
-        syntax: Transfer syntax; None where the file does not say.
+        header: The elements that this package reads.
+        syntax: Transfer syntax; None if the file does not have one.
         implicit, little_endian: The encoding that the header was read by.
-        pixels_at: Offset of the pixel data's value; None where there is none.
-        length: Of that value, as claimed; None: undefined, the pixels are compressed.
+        pixels_at: Offset of the value of the pixel data; None if there is none.
+        length: Length of this value according to the file; None: undefined, the pixels are compressed.
         vr: Its value representation; OF without `pixels_at`: floating-point pixels, which are not read.
     """
 
@@ -87,25 +87,25 @@ class BoundedReader:
         return self._stream.tell()
 
     def close(self) -> None:
-        """The stream belongs to the caller."""
+        """Does nothing: the caller closes the stream."""
 
 
 def inflated(stream: IO[bytes], where: str, size: int, limit: int, *, cut: bool = False) -> tuple[IO[bytes], int]:
-    """The stream and its size; of a deflated DICOM file, one of the same content that is not deflated.
+    """Returns the stream and its size; for a deflated DICOM file, a stream of the inflated content.
 
     Args:
-        stream: At its start, where it is left.
-        where: For messages.
-        size: Of the stream.
+        stream: The file, at its start; its position is restored.
+        where: Name of the file for messages.
+        size: Size of the stream in bytes.
         limit: Bytes that a data set may inflate to.
         cut: Return the first `limit` bytes of a larger data set instead of refusing it.
 
     Raises:
         ImageError: file too large, truncated image, broken image.
 
-    Source: PS3.5 A.5; there should be no zlib header, and some writers have one.
+    Source: PS3.5 A.5. There should be no zlib header, but some programs write one.
     """
-    # The transfer syntax stands in the first group, within a few hundred bytes.
+    # The transfer syntax is in the first group, within a few hundred bytes.
     head = stream.read(65_536)
     stream.seek(0)
     if DeflatedExplicitVRLittleEndian.encode() not in head or head[128:132] != b"DICM":
@@ -132,7 +132,7 @@ def inflated(stream: IO[bytes], where: str, size: int, limit: int, *, cut: bool 
         raise ImageError(where, "file too large", f"deflated data of more than {limit:,} bytes")
     if len(data) <= limit and not ended:
         raise ImageError(where, TRUNCATED, "deflated data end too early")
-    # The same preamble, and a file meta group that says no more than that this is not deflated any longer.
+    # The same preamble, and a file meta group that only says that the data set is no longer deflated.
     meta = b"\x02\0\x10\0UI\x14\0" + ExplicitVRLittleEndian.encode().ljust(20, b"\0")
     group = b"\x02\0\0\0UL\x04\0" + len(meta).to_bytes(4, "little")
     content = head[:132] + group + meta + data
@@ -140,7 +140,7 @@ def inflated(stream: IO[bytes], where: str, size: int, limit: int, *, cut: bool 
 
 
 def _end_of_file_meta(head: bytes) -> int:
-    """Where the data set begins: after the elements of group 2, which are explicit and little-endian."""
+    """Returns where the data set begins: after the elements of group 2, which are explicit and little-endian."""
     at = 132
     while head[at : at + 2] == b"\x02\0":
         long_form = head[at + 4 : at + 6] in _LONG_FORM
@@ -150,14 +150,14 @@ def _end_of_file_meta(head: bytes) -> int:
 
 
 def _inflate(data: bytes, window: int, limit: int) -> tuple[bytes, bool]:
-    """At most a little more than `limit` bytes, and whether the data came to their end."""
+    """Returns at most a few more than `limit` bytes, and whether the data ended."""
     inflater = zlib.decompressobj(window)
     content = inflater.decompress(data, limit + 1)
     return content, inflater.eof
 
 
 def read_header(stream: IO[bytes], where: str, size: int) -> DicomFile:
-    """Reads the header, up to the pixels. A file without preamble is given the benefit of the doubt.
+    """Reads the header, up to the pixels. A file without preamble may still be DICOM, so it is tried.
 
     Raises:
         ImageError: not an image, broken image, truncated image.
@@ -166,12 +166,12 @@ def read_header(stream: IO[bytes], where: str, size: int) -> DicomFile:
     reader = BoundedReader(stream, size)
     try:
         header = pydicom.dcmread(reader, stop_before_pixels=True, force=True, specific_tags=list(_WANTED))
-    except Exception as error:  # a broken file raises whatever its parser met, RecursionError included
+    except Exception as error:  # a broken file raises errors of many types, also RecursionError
         if not has_preamble:
-            raise ImageError(where, NOT_AN_IMAGE, "no DICOM in spite of its name") from None
+            raise ImageError(where, NOT_AN_IMAGE, "not DICOM despite its name") from None
         raise ImageError(where, "broken image", short_message(error)) from None
     if not has_preamble and not any(keyword in header for keyword in _WANTED):
-        raise ImageError(where, NOT_AN_IMAGE, "no DICOM in spite of its name")
+        raise ImageError(where, NOT_AN_IMAGE, "not DICOM despite its name")
     syntax = text(getattr(header, "file_meta", Dataset()), "TransferSyntaxUID")
     implicit, little = header.original_encoding
     little_endian = syntax != ExplicitVRBigEndian if syntax else little is not False
@@ -182,7 +182,7 @@ def read_header(stream: IO[bytes], where: str, size: int) -> DicomFile:
 
 
 def _find_pixels(reader: BoundedReader, file: DicomFile) -> DicomFile:
-    """Reads the pixel data's own element header, at which pydicom stopped."""
+    """Reads the element header of the pixel data, where pydicom stopped."""
     order = "<" if file.little_endian else ">"
     start = reader.tell()
     head = reader.read(12)
@@ -191,7 +191,7 @@ def _find_pixels(reader: BoundedReader, file: DicomFile) -> DicomFile:
         return replace(file, vr="OF")
     if tag != (0x7FE0, 0x0010):
         return file
-    # By the bytes, since there are files that change over to implicit representations on the way.
+    # Decided by the bytes, because some files change to implicit representations in the middle.
     if head[4:6] in _LONG_FORM and len(head) == 12:
         length, at, vr = struct.unpack_from(order + "I", head, 8)[0], start + 12, head[4:6].decode()
     else:
@@ -201,20 +201,20 @@ def _find_pixels(reader: BoundedReader, file: DicomFile) -> DicomFile:
 
 
 def read_native(stream: IO[bytes], size: int, file: DicomFile, expected: int) -> bytes:
-    """The first `expected` bytes of uncompressed pixels, rounded up to whole words, or as many as there are."""
+    """Returns the first `expected` bytes of uncompressed pixels, rounded up to whole words, or all if fewer exist."""
     stream.seek(file.pixels_at or 0)
     claimed = expected if file.length is None else file.length
     return BoundedReader(stream, size).read(min(expected + expected % 2, claimed))
 
 
 def read_fragments(stream: IO[bytes], where: str, size: int, file: DicomFile, *, whole: bool) -> list[bytes]:
-    """The fragments of compressed pixels, without the offset table.
+    """Returns the fragments of compressed pixels, without the offset table.
 
-    There is to be an offset table, of four bytes or none for one frame; a first item that is longer and begins as
-    compressed data do is no table.
+    For one frame, the offset table has four bytes or none. A longer first item that begins like compressed data is no
+    table.
 
     Args:
-        whole: Refuse a last fragment that is cut short by the file's end; a missing fill byte is accepted.
+        whole: Whether to refuse a last fragment that the end of the file cuts; a missing fill byte is accepted.
 
     Raises:
         ImageError: broken image, truncated image.
@@ -222,7 +222,7 @@ def read_fragments(stream: IO[bytes], where: str, size: int, file: DicomFile, *,
     reader = BoundedReader(stream, size)
     reader.seek(file.pixels_at or 0)
     items: list[bytes] = []
-    while len(head := reader.read(8)) == 8:  # some writers leave the delimiter out at the end of the file
+    while len(head := reader.read(8)) == 8:  # some programs omit the delimiter at the end of the file
         group, element, length = struct.unpack("<HHI", head)
         tag = group << 16 | element
         if tag == _DELIMITER:
@@ -238,30 +238,30 @@ def read_fragments(stream: IO[bytes], where: str, size: int, file: DicomFile, *,
 def _begins_as_data(item: bytes) -> bool:
     if item.startswith((b"\xff\xd8\xff", b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  ")):
         return True
-    # RLE: the number of segments, then where they begin, the first right after this header of 64 bytes.
+    # RLE: the number of segments, then their offsets; the first begins after this header of 64 bytes.
     return len(item) >= 64 and 1 <= int.from_bytes(item[:4], "little") <= 15 and item[4:8] == b"\x40\0\0\0"
 
 
 def text(header: Dataset, keyword: str) -> str:
-    """The first value of an element as text; empty where it is absent or cannot be read."""
+    """Returns the first value of an element as text; "" if it is absent or cannot be read."""
     value = first_value(header, keyword)
     return "" if value is None else str(value).strip().strip("\0")
 
 
 def number(header: Dataset, keyword: str) -> float | None:
-    """The first value of an element as a finite number; None where it is none."""
+    """Returns the first value of an element as a finite number; None if it is not one."""
     try:
         value = float(first_value(header, keyword))
     except (TypeError, ValueError, OverflowError):
         return None
-    return value if abs(value) < 1e300 else None  # also sorts out NaN
+    return value if abs(value) < 1e300 else None  # also excludes NaN
 
 
 def first_value(header: Dataset, keyword: str) -> Any:
-    """The first value of an element, or None."""
+    """Returns the first value of an element, or None."""
     try:
         value = header.get(keyword)
-    except Exception:  # values are parsed when they are looked at, and raise whatever is wrong with them
+    except Exception:  # values are parsed on access, with errors of many types
         return None
     if isinstance(value, str | bytes) or not hasattr(value, "__getitem__"):
         return value

@@ -1,16 +1,16 @@
-"""From the stored values of a DICOM image to 8-bit grey: the rules of PS3.3, and what is done where they do not help.
+"""Converts the stored values of a DICOM image to 8-bit grey: the rules of PS3.3, and our rules where it has none.
 
-In this order, for images of one sample a pixel:
+In this order, for images with one sample per pixel:
 
-1. Padding: pixels of Pixel Padding Value (to Pixel Padding Range Limit) take no part in anything and end as black.
-2. Modality: the Modality LUT, else rescale slope and intercept, else nothing.
-3. Values of interest: the first VOI LUT, else the first window (LINEAR, LINEAR_EXACT or SIGMOID). One that leaves
-   nothing to see (99 percent of the pixels at one end) is ignored, with a note.
+1. Padding: pixels of Pixel Padding Value (to Pixel Padding Range Limit) are ignored and become black.
+2. Modality: the Modality LUT, else rescale slope and intercept, else no change.
+3. Values of interest: the first VOI LUT, else the first window (LINEAR, LINEAR_EXACT or SIGMOID). If it
+   hides the image (99 percent of the pixels at one end), it is ignored, with a note.
 4. Without them: up to 8 bits stored, the whole range of the type; more bits, linear between the 0.1 and the 99.9
-   percentile of the pixels, since markers and dead detector elements stand at the ends.
+   percentile of the pixels, because markers and dead detector elements are at the ends.
 5. MONOCHROME1 is inverted, so that air is dark.
 
-All of this depends on a pixel's value alone, so it is worked out once for each value and looked up for each pixel.
+All of this depends only on the value of a pixel, so it is computed once per value and looked up for each pixel.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Samples:
 
     Attributes:
         values: Integers, `[h, w]` or `[h, w, 3]`.
-        words: The same with the bits above and below the stored ones.
+        words: The same, with the bits above and below the stored ones.
         bits: Stored bits of a value.
         signed: Whether values are signed.
     """
@@ -72,8 +72,8 @@ def grey(samples: Samples, header: Dataset) -> tuple[NDArray[np.uint8], list[str
     """Applies the rules above.
 
     Args:
-        samples: Of one sample a pixel.
-        header: Of the file.
+        samples: One sample per pixel.
+        header: Header of the file.
 
     Returns:
         uint8 `[h, w]`, 0 black to 255 white, and notes for people.
@@ -98,10 +98,10 @@ def grey(samples: Samples, header: Dataset) -> tuple[NDArray[np.uint8], list[str
 
 
 def _padding(samples: Samples, header: Dataset) -> NDArray[np.bool_] | None:
-    """The pixels that are padding; None where there are none.
+    """Returns the pixels that are padding; None if there are none.
 
-    The value is to have the sign of the pixels (PS3.3 C.7.5.1.1.2). One that no pixel can have was written with the
-    other sign, or is that of whole words, and its bits are what counts.
+    The value should have the sign of the pixels (PS3.3 C.7.5.1.1.2). A value that no pixel can have was written with
+    the other sign or for whole words, so its bits are compared.
     """
     first = number(header, "PixelPaddingValue")
     if first is None:
@@ -144,7 +144,7 @@ def _look_up(values: NDArray[Any], histogram: _Histogram, table: NDArray[np.uint
     result = np.empty(flat.size, np.uint8)
     for start in range(0, flat.size, _BLOCK):
         levels = _level(flat[start : start + _BLOCK], histogram.low, histogram.step)
-        result[start : start + _BLOCK] = table[np.clip(levels, 0, len(table) - 1)]  # padding lies outside
+        result[start : start + _BLOCK] = table[np.clip(levels, 0, len(table) - 1)]  # padding is outside of the table
     return result.reshape(values.shape)
 
 
@@ -152,24 +152,24 @@ def _modality(values: Levels, header: Dataset, signed: bool) -> Levels:
     if (lut := first_lut(header, "ModalityLUTSequence", signed=signed)) is not None:
         return lut.apply(values)
     slope, intercept = number(header, "RescaleSlope"), number(header, "RescaleIntercept")
-    return values * (slope or 1.0) + (intercept or 0.0)  # a slope of 0 would leave nothing
+    return values * (slope or 1.0) + (intercept or 0.0)  # a slope of 0 would remove the image
 
 
 def _type_range(samples: Samples, header: Dataset) -> tuple[float, float]:
-    """The whole range of the stored type, after the modality's transform."""
+    """Returns the whole range of the stored type, after the transform of the modality."""
     ends = _modality(np.array([samples.low, samples.high], np.float64), header, samples.signed)
     return float(ends.min()), float(ends.max())
 
 
 def _negative(samples: Samples, header: Dataset) -> bool:
-    """Whether values may be negative where a VOI LUT is applied; those of a modality LUT never are (C.11.1.1)."""
+    """Whether the input of a VOI LUT may be negative; the output of a modality LUT never is (C.11.1.1)."""
     return _type_range(samples, header)[0] < 0
 
 
 def _values_of_interest(
     values: Levels, counts: NDArray[np.int64], header: Dataset, negative: bool
 ) -> tuple[Levels | None, list[str]]:
-    """Values as the file wants them shown, 0 to 1; None where it does not say, or says what cannot be used."""
+    """Returns the values as the file displays them, 0 to 1; None if it has no usable LUT or window, and notes."""
     lut = first_lut(header, "VOILUTSequence", signed=negative)
     what = "window" if lut is None else "VOI LUT"
     shown = _window(values, header) if lut is None else lut.apply(values) / lut.white
@@ -184,7 +184,7 @@ def _values_of_interest(
 
 
 def _window(values: Levels, header: Dataset) -> Levels | None:
-    """The first window by PS3.3 C.11.2.1.2; a width below 1, which LINEAR does not allow, is taken as LINEAR_EXACT."""
+    """Applies the first window (PS3.3 C.11.2.1.2); a width below 1, not allowed in LINEAR, counts as LINEAR_EXACT."""
     center, width = number(header, "WindowCenter"), number(header, "WindowWidth")
     if center is None or width is None or width <= 0:
         return None

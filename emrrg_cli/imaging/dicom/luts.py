@@ -1,4 +1,4 @@
-"""Look-up tables of DICOM: entries as they are meant, whatever their VR and byte order, and palettes.
+"""Look-up tables and palettes of DICOM: reads their entries in any VR and byte order.
 
 Sources: PS3.3 C.11.1.1 (modality LUT), C.11.2.1.1 (VOI LUT), C.7.6.3.1.5 and C.7.6.3.1.6 (palettes); PS3.5 7.3.
 """
@@ -31,19 +31,19 @@ class Lut:
     white: float
 
     def apply(self, values: Levels) -> Levels:
-        """The entry of each value."""
+        """Returns the entry of each value."""
         index = np.clip(np.floor(values - self.first), 0, len(self.entries) - 1).astype(np.int64)
         return self.entries[index]
 
 
 def first_lut(header: Dataset, keyword: str, *, signed: bool) -> Lut | None:
-    """The first item of a LUT sequence; None where there is none, or none that can be read.
+    """Returns the first item of a LUT sequence; None if there is none that can be read.
 
     Args:
-        header: Of the file.
-        keyword: Of the sequence.
-        signed: Whether the values that go into it may be negative. The first value of the descriptor has that sign,
-            whatever VR it is written in; the number of entries and of bits are unsigned, and so are the entries.
+        header: Header of the file.
+        keyword: Keyword of the sequence.
+        signed: Whether its input may be negative. The first value of the descriptor then is signed, whatever its VR;
+            the numbers of entries and of bits and the entries are unsigned.
     """
     item = first_value(header, keyword)
     if not isinstance(item, Dataset):
@@ -56,7 +56,7 @@ def first_lut(header: Dataset, keyword: str, *, signed: bool) -> Lut | None:
         return None
     if not len(entries):
         return None
-    # The descriptor's bits are often those of the type, with a table that never gets there.
+    # The bits of the descriptor are often those of the type, and the entries are much smaller.
     white = float(2**bits - 1) if 1 <= bits <= 16 else 65_535.0
     if entries.max() > white or entries.max() < white / 2:
         white = float(max(entries.max(), 1.0))
@@ -64,7 +64,7 @@ def first_lut(header: Dataset, keyword: str, *, signed: bool) -> Lut | None:
 
 
 def _descriptor(value: Any, big_endian: bool) -> tuple[int, int, int]:
-    """Number of entries, first value and bits, all as unsigned words."""
+    """Returns the number of entries, the first value and the bits, all as unsigned words."""
     length, first, bits = _words(value, big_endian)[:3].tolist()
     return length or _LEVELS, first, bits
 
@@ -74,7 +74,7 @@ def _with_sign(word: int, signed: bool) -> int:
 
 
 def _words(value: Any, big_endian: bool) -> NDArray[np.int64]:
-    """A value of words as unsigned numbers, whether its VR was bytes, unsigned or signed."""
+    """Returns words as unsigned numbers, whether their VR is bytes, unsigned or signed."""
     if isinstance(value, bytes):
         even = value[: len(value) // 2 * 2]
         return np.frombuffer(even, ">u2" if big_endian else "<u2").astype(np.int64)
@@ -82,22 +82,22 @@ def _words(value: Any, big_endian: bool) -> NDArray[np.int64]:
 
 
 def _entries(value: Any, length: int, big_endian: bool) -> NDArray[np.int64]:
-    """The first `length` entries; two in a word where the data are no longer than that."""
+    """Returns the first `length` entries; short data have two entries in a word."""
     words = _words(value, big_endian)
     if len(words) >= length or not isinstance(value, bytes):
         return words[:length]
-    # The first of two is in the low byte of a word, whichever way the words are stored.
+    # The first of two is in the low byte of a word, in either byte order.
     return np.frombuffer(words.astype("<u2").tobytes() + value[len(words) * 2 :], np.uint8)[:length].astype(np.int64)
 
 
 def palette_levels(header: Dataset, values: NDArray[Any]) -> NDArray[np.uint8]:
-    """The grey level of each value of a PALETTE COLOR image.
+    """Returns the grey level of each value of a PALETTE COLOR image.
 
-    Entries stand for 8 bits where the descriptor says so, or where no entry of the three colours exceeds 255; some
-    writers fill words all the same, with the value in the low byte, the high one or both.
+    Entries have 8 bits if the descriptor says so, or if no entry of the three colours exceeds 255. Some programs write
+    them as words, with the value in the low byte, the high byte or both.
 
     Raises:
-        Exception: There is no whole palette.
+        Exception: The palette is missing or incomplete.
     """
     big_endian = header.original_encoding[1] is False
     tables: list[NDArray[np.int64]] = []
@@ -120,7 +120,7 @@ def palette_levels(header: Dataset, values: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def _expanded(header: Dataset, colour: str, length: int, bits: int, big_endian: bool) -> NDArray[np.int64]:
-    """The entries of a segmented palette, by pydicom, which expects little-endian data of one colour each."""
+    """Returns the entries of a segmented palette from pydicom, which expects little-endian data of one colour."""
     item = Dataset()
     words = _words(header[f"Segmented{colour}PaletteColorLookupTableData"].value, big_endian)
     item.RedPaletteColorLookupTableDescriptor = [length % _LEVELS, 0, 8 if bits <= 8 else 16]

@@ -1,4 +1,4 @@
-"""The pixels of a DICOM file: stored values, as the header and the compressed data describe them."""
+"""Reads the pixels of a DICOM file: stored values, as the header and the compressed data describe them."""
 
 from __future__ import annotations
 
@@ -40,21 +40,21 @@ _JPEG = tuple(UID(f"1.2.840.10008.1.2.4.{number}") for number in (50, 51, 57, 70
 _JPEG_LS = tuple(UID(f"1.2.840.10008.1.2.4.{number}") for number in (80, 81))
 _JPEG_2000 = tuple(UID(f"1.2.840.10008.1.2.4.{number}") for number in (90, 91, 201, 202, 203))
 _UNCHECKED = 4 * 2**20  # bytes of RLE, which hold at most 256 MB
-_BASELINE = (0xC0, 0xC1, 0xC2)  # frames that Pillow reads, if their samples have 8 bits
+_BASELINE = (0xC0, 0xC1, 0xC2)  # markers of frames that Pillow reads if samples have 8 bits
 
 
 class PixelReader:
-    """Reads the one frame of a DICOM file.
+    """Reads the single frame of a DICOM file.
 
     Args:
         stream: The file.
-        where: For messages.
-        size: Of the stream, in bytes.
+        where: Name of the file for messages.
+        size: Size of the stream in bytes.
         file: Its header.
         max_pixels: Largest rows times columns.
 
     Attributes:
-        notes: For people; complete once the pixels are read.
+        notes: Notes for people; complete after the pixels are read.
 
     Raises:
         ImageError: The header does not describe an image that can be read.
@@ -67,11 +67,11 @@ class PixelReader:
         self._describe(file.header)
 
     def grey(self) -> NDArray[np.uint8]:
-        """The image, uint8 `[h, w]`, 0 black to 255 white.
+        """Returns the image, uint8 `[h, w]`, 0 black to 255 white.
 
         Raises:
             ImageError: It cannot be read.
-            Exception: Whatever a decoder raises.
+            Exception: A decoder failed.
         """
         header = self._file.header
         samples = self._samples(*self._decode())
@@ -81,7 +81,7 @@ class PixelReader:
         if values.ndim == 3:
             return self._colour(values, samples.bits)
         if not text(header, "PhotometricInterpretation"):
-            self.notes.append("no photometric interpretation: taken as MONOCHROME2")
+            self.notes.append("no photometric interpretation: read as MONOCHROME2")
         shown, notes = grey(samples, header)
         self.notes += notes
         return shown
@@ -89,7 +89,7 @@ class PixelReader:
     # The header.
 
     def _describe(self, header: Dataset) -> None:
-        """Takes what decoders go by from the header: checked, and complete where files leave things out."""
+        """Reads the description of the pixels from the header, checks it and completes missing values."""
         if self._file.pixels_at is None:
             raise self._error(NO_PIXELS, self._why_no_pixels(text(header, "SOPClassUID")))
         if (frames := self._whole("NumberOfFrames", 1)) > 1:
@@ -113,11 +113,11 @@ class PixelReader:
 
     def _why_no_pixels(self, kind: str) -> str:
         if self._file.vr == "OF":
-            return "floating-point pixels are not read"
+            return "floating-point pixels are not supported"
         # A UID has at most 64 characters; in a damaged file this may be anything.
         name = printable(UID(kind).name[:64])
         if not name or "Image Storage" in name:
-            return "the file ends before them, or they were taken out"
+            return "the file ends before the pixels, or they were removed"
         return f"DICOM file without an image: {name}"
 
     def _whole(self, keyword: str, otherwise: int | None = None) -> int:
@@ -132,8 +132,8 @@ class PixelReader:
         return ImageError(self._where, reason, detail)
 
     def _layout(self, bits: int | None = None) -> Dataset:
-        """The description for pydicom: whole words, unsigned, since it would take the lowest bits, wherever the
-        highest is; or `bits` as the compressed data have them."""
+        """Returns the description for pydicom: whole unsigned words, because pydicom always reads the lowest bits; or
+        with `bits` of the compressed data."""
         layout = Dataset()
         layout.Rows, layout.Columns = self._rows, self._columns
         layout.SamplesPerPixel = self._per_pixel
@@ -149,7 +149,7 @@ class PixelReader:
     # Decoding.
 
     def _decode(self) -> tuple[NDArray[Any], Frame | None]:
-        """Words as they are stored, `[h, w]` or `[h, w, 3]`, and the frame of compressed data that have one."""
+        """Returns the stored words, `[h, w]` or `[h, w, 3]`, and the frame of compressed data if they have one."""
         syntax = self._syntax()
         if syntax in _NATIVE:
             return self._native(syntax), None
@@ -171,7 +171,7 @@ class PixelReader:
         if values.shape != expected or values.dtype.kind not in "iu":
             raise self._error("broken image", f"decoded as {values.dtype} of shape {values.shape}")
         if values.ndim == 3 and self._photometric.startswith("YBR_FULL") and frame.kind not in _BASELINE:
-            values = values[..., 0]  # the luma; these decoders leave colours as they are
+            values = values[..., 0]  # the luma; these decoders do not convert colours
         return values, frame
 
     def _syntax(self) -> UID:
@@ -212,7 +212,7 @@ class PixelReader:
         return pixel_array(layout, decoding_plugin=plugin)
 
     def _check_runs(self, data: bytes) -> None:
-        """Refuses a segment of RLE that is longer than its plane; pydicom would decode gigabytes of it."""
+        """Refuses an RLE segment that is longer than its plane: pydicom could decode gigabytes."""
         segments, *offsets = struct.unpack_from("<16I", data.ljust(64, b"\0"))
         plane = self._rows * self._columns
         for start, end in pairwise([*offsets[:segments], len(data)]):
@@ -220,7 +220,7 @@ class PixelReader:
                 raise self._error("broken image", f"RLE data of more than {plane:,} bytes for {plane:,} pixels")
 
     def _frame(self, syntax: UID, data: bytes) -> Frame:
-        """What the compressed data state, which has to be the size that the header states."""
+        """Returns the frame of the compressed data; its size must be that of the header."""
         frame = frame_of(data)
         if frame is None:
             raise self._error("broken image", f"no {syntax.name} data")
@@ -231,7 +231,7 @@ class PixelReader:
         return frame
 
     def _whole_data(self, syntax: UID, data: bytes) -> bytes:
-        """The data up to their end; a JPEG that lacks its last rows is mended."""
+        """Returns the complete data; a JPEG without its last rows is completed."""
         if syntax in _JPEG_2000:
             whole = whole_codestream(data)
         elif has_end(data):
@@ -248,10 +248,10 @@ class PixelReader:
     # Values.
 
     def _samples(self, words: NDArray[Any], frame: Frame | None) -> Samples:
-        """The stored bits of each word, with their sign.
+        """Returns the stored bits of each word, with their sign.
 
-        Words hold other things beside the stored bits: overlays of old files, most often. Compressed data of fewer
-        bits than the header says, or more than it has room for, are taken as they are.
+        The other bits of a word are most often overlays of old files. Compressed data with fewer bits than the header
+        says, or more than its words have, are not changed.
         """
         bits = self._allocated if frame is None else frame.bits
         stored, shift = self._stored, self._high + 1 - self._stored
@@ -259,15 +259,15 @@ class PixelReader:
             self.notes.append(f"header says {stored} bits in {self._allocated}, compressed data {bits}")
             stored, shift = bits, 0
         elif frame is not None and bits <= self._high:
-            shift = 0  # compressed without the bits below
+            shift = 0  # compressed without the lower bits
         native = words.astype(words.dtype.newbyteorder("="), copy=False)
-        if native.dtype.kind == "i":  # JPEG 2000 has a sign of its own
+        if native.dtype.kind == "i":  # JPEG 2000 has its own sign
             if not self._signed or stored >= bits:
                 return Samples(native, native, stored, signed=True)
             native = native.view(native.dtype.str.replace("i", "u"))
         values = native
         if bits > 1 and (stored < 8 * native.itemsize or self._signed):
-            # Shifted to the top and back again: the second shift spreads the sign where there is one.
+            # Shifted up and down again: the second shift extends the sign of signed values.
             top = 8 * native.itemsize - stored - shift
             values = native << top
             if self._signed:

@@ -1,7 +1,7 @@
-"""DICOM radiographs to 8-bit grey images. `read_image` leads here by content.
+"""Reads DICOM radiographs as 8-bit grey images, for `read_image`.
 
-Which decoder reads what is fixed, so that the same file gives the same pixels everywhere: uncompressed and RLE by
-pydicom; JPEG baseline by Pillow; all other JPEG, JPEG-LS and JPEG 2000 by imagecodecs, in a process of its own.
+Each format has one decoder, so that a file gives the same pixels everywhere: uncompressed and RLE by
+pydicom; JPEG baseline by Pillow; all other JPEG, JPEG-LS and JPEG 2000 by imagecodecs, in a separate process.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from emrrg_cli.imaging.notes import add_notes
 
 
 def read_dicom(stream: IO[bytes], where: str, size: int, max_pixels: int) -> Image.Image:
-    """Reads the image of a DICOM file; `dicom.grey` says how values become grey.
+    """Reads the image of a DICOM file; `dicom.grey` describes how values become grey.
 
-    - One frame. Overlays beside the pixels are not drawn; what is burned in stays.
-    - Rows times columns is checked against `max_pixels` from the header, and the size that compressed data state
-      against rows and columns, before anything is decoded.
-    - Without a transfer syntax, uncompressed pixels are read by the encoding of the header.
-    - Compressed data describe themselves: where they contradict the header's bits, decoding goes by the data.
+    - One frame. Separate overlays are not drawn; text in the pixels stays.
+    - Before decoding, rows times columns in the header is checked against `max_pixels`, and the size in compressed data
+      against rows and columns.
+    - Without a transfer syntax, uncompressed pixels are read with the encoding of the header.
+    - If compressed data contradict the number of bits in the header, the data count.
     - Colour becomes luma.
-    - A JPEG that lacks its last rows is mended as an ordinary JPEG file is.
+    - A JPEG without its last rows is completed, like any JPEG file (`mend`).
 
     Args:
-        stream: At its start.
-        where: For messages.
-        size: Of the stream, in bytes.
+        stream: The file, at its start.
+        where: Name of the file for messages.
+        size: Size of the stream in bytes.
         max_pixels: As for `read_image`.
 
     Returns:
@@ -52,7 +52,7 @@ def read_dicom(stream: IO[bytes], where: str, size: int, max_pixels: int) -> Ima
             image = Image.fromarray(reader.grey())
         except ImageError:
             raise
-        except Exception as error:  # parsers and decoders raise whatever they meet
+        except Exception as error:  # parsers and decoders raise errors of many types
             raise ImageError(where, "broken image", short_message(error)) from None
     add_notes(image, *facts.notes, *reader.notes, frontal_chest=facts.is_chest and not facts.is_lateral)
     return image

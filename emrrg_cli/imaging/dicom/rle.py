@@ -1,10 +1,10 @@
-"""The lengths of run-length encoded data of DICOM, without decoding them."""
+"""Checks the length of run-length encoded DICOM data without decoding them."""
 
 from __future__ import annotations
 
 
 def runs_exceed(segment: memoryview, size: int) -> bool:
-    """Whether a segment decodes to more than `size` bytes; 128 more are accepted, since a last run may be too long.
+    """Whether a segment decodes to more than `size` bytes; 128 more are accepted, because the last run may be too long.
 
     Source: PS3.5 G.3.1.
     """
