@@ -8,11 +8,11 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-# Before torch is imported: its threads would keep a core busy while they wait for each other, and with other programs
-# on the machine a step of a small model takes ten times as long.
+# Set before torch is imported: otherwise its threads keep a core busy while they wait for each other. Beside other
+# programs, a step of a small model would take ten times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# Also before torch: on recent GPUs it prefers the attention of cuDNN, which compiles for some 30 ms on each new shape.
-# Ours change with every batch. The names are those of torch 2.9 and of 2.10 and newer.
+# Also before torch: on recent GPUs it prefers the attention of cuDNN, which compiles for some 30 ms on each new shape,
+# and shapes change with every batch. The first name is for torch 2.9, the second for 2.10 and newer.
 os.environ.setdefault("TORCH_CUDNN_SDPA_PREFERRED", "0")
 os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
 

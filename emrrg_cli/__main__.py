@@ -1,4 +1,4 @@
-"""`python -m emrrg_cli` is `emrrg`: what `accelerate launch -m` and torchrun start."""
+"""`python -m emrrg_cli` runs `emrrg`; `accelerate launch -m` and torchrun start it this way."""
 
 from __future__ import annotations
 

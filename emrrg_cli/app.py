@@ -39,7 +39,7 @@ from emrrg_cli.signals import interrupted_in_imports
 from emrrg_cli.training.launch import leave_processes, tell_launcher
 from emrrg_cli.versions import installed_versions
 
-# In the order of the work, which the help keeps. Typer would list groups after commands.
+# The help lists them in this order, that of the work; Typer would list groups after commands.
 COMMANDS: dict[str, Callable[..., None] | typer.Typer] = {
     "demo": demo,
     "preprocess": preprocess_app,
@@ -92,7 +92,7 @@ def options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
     debug: Annotated[
-        bool, typer.Option("--debug", help=f"Show the traceback of an error; works anywhere in the line, as {DEBUG}=1.")
+        bool, typer.Option("--debug", help=f"Show the traceback of an error; may stand anywhere. Same as {DEBUG}=1.")
     ] = False,
 ) -> None:
     """Chest X-ray report generation: a vision Mamba encoder, Partial LoRA and hybrid decoder layers."""
@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 done, 1 failed, 2 wrong usage or recipe, 130 interrupted.
 
     Args:
-        arguments: What follows `emrrg`; None takes the arguments of the process.
+        arguments: Arguments after `emrrg`; None: those of the process.
     """
     _open_closed_streams()
     with lossy_stderr(), interrupted_in_imports():

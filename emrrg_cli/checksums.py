@@ -28,7 +28,7 @@ def write_checksums(directory: Path, names: Iterable[str] | None = None) -> None
     """Writes `checksums.json` for files of a directory.
 
     Args:
-        names: Files and directories in it; those that are not there are left out. None: everything in it.
+        names: Files and directories in it; missing ones are ignored. None: everything in it.
 
     Raises:
         RunError: It cannot be written.
@@ -49,10 +49,10 @@ def write_checksums(directory: Path, names: Iterable[str] | None = None) -> None
 
 
 def check_directory(directory: Path) -> bool:
-    """Makes sure that every file that `checksums.json` lists is there and as it was written.
+    """Checks that every file in `checksums.json` exists and is unchanged.
 
     Returns:
-        False where the directory has no checksums, because an earlier version of the program wrote it.
+        False if the directory has no checksums, because an earlier version wrote it.
 
     Raises:
         RunError: A file is missing or differs, or the list cannot be read.
@@ -67,10 +67,10 @@ def check_directory(directory: Path) -> bool:
 
 
 def check_run(run_dir: Path, trained: Path) -> None:
-    """Makes sure that the files of a run are as they were written; says where they cannot be checked.
+    """Checks that the files of a run are unchanged; prints which directories cannot be checked.
 
     Args:
-        trained: its `model/`, which has a list of its own; or `run_dir` itself.
+        trained: Its `model/`, which has its own list, or `run_dir` itself.
 
     Raises:
         RunError: A file is missing or differs, or a list cannot be read.
@@ -80,7 +80,7 @@ def check_run(run_dir: Path, trained: Path) -> None:
         warn_unchecked(run_dir)
         return
     for place in listed:
-        # A conversion has one list for all.
+        # A converted checkpoint has one list for all files.
         covered = listed[place] or any(name.startswith("model/") for name in _read(run_dir) or ())
         if not covered:
             err.print(
@@ -91,7 +91,7 @@ def check_run(run_dir: Path, trained: Path) -> None:
 
 
 def warn_unchecked(place: Path) -> None:
-    """Says that a directory is read unchecked."""
+    """Warns that the files of a directory cannot be checked."""
     err.print(
         f"{place} has no checksums (an earlier version wrote it): damage would not be noticed",
         markup=False,
@@ -100,10 +100,10 @@ def warn_unchecked(place: Path) -> None:
 
 
 def check_file(file: Path) -> bool:
-    """Makes sure that a file is as it was written, by the nearest `checksums.json` above it that lists it.
+    """Checks that a file is unchanged, by the nearest `checksums.json` above it that lists it.
 
     Returns:
-        False where none lists it.
+        False if none lists it.
 
     Raises:
         RunError: It differs.
@@ -126,8 +126,8 @@ def _read(directory: Path) -> dict[str, str] | None:
     return record
 
 
-# What this process has checked: path, inode, size, time of the last change, SHA-256. A directory and then each of its
-# files are asked for when a run is loaded.
+# Files that this process has checked: path, inode, size, time of the last change, SHA-256. Loading a run checks a
+# directory and then each of its files, which must not be hashed twice.
 _checked: set[tuple[str, int, int, int, str]] = set()
 
 
@@ -139,7 +139,7 @@ def _check(file: Path, expected: str) -> None:
     if key in _checked:
         return
     if _sha256(file) != expected:
-        raise RunError(f"{file} is damaged: its SHA-256 is not the one it was written with", hint=_HINT)
+        raise RunError(f"{file} is damaged: its SHA-256 is not the recorded one", hint=_HINT)
     _checked.add(key)
 
 

@@ -24,7 +24,7 @@ err = _PlainConsole(stderr=True, highlight=False)
 
 @contextmanager
 def lossy_stderr() -> Iterator[None]:
-    """Drops what stderr does not take: a full disk or a closed pipe there must not end the work."""
+    """Drops output that stderr does not accept: a full disk or a closed pipe there must not end the work."""
     before = sys.stderr
     sys.stderr = cast(TextIO, _Lossy(before))
     try:

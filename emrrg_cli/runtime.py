@@ -30,7 +30,7 @@ def choose_precision(requested: str, device_type: str | None = None) -> str:
 
 
 def inference_precision(requested: str, device_type: str) -> str:
-    """The precision to write reports in: that of the training on a GPU, fp32 elsewhere, where half is slower."""
+    """Returns the precision for writing reports: as in training on a GPU, else fp32, since 16 bits are slower there."""
     return choose_precision(requested, device_type) if device_type == "cuda" else "fp32"
 
 
@@ -44,17 +44,17 @@ def make_accelerator(precision: str, expected_processes: int, trackers: Sequence
 
     Args:
         precision: `bf16`, `fp16` or `fp32`.
-        expected_processes: the number asked for; 0 when nobody asked.
+        expected_processes: the requested number; 0: none was requested.
         trackers: those of `make_trackers`; `start_trackers` starts them.
 
     Raises:
-        RunError: when the number of processes is not the one asked for.
+        RunError: if the number of processes is not the requested one.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    # Its functions have the process group of the moment as a default: imported later, by transformers, they would keep
-    # it, and so its threads, until the interpreter is torn down around them.
+    # Default arguments of this module store the process group that exists at its import. If transformers imported it
+    # later, they would keep the group and its threads alive until the interpreter ends.
     if torch.distributed.is_available():
         import_module("torch.distributed.nn")
 
@@ -69,7 +69,7 @@ def make_accelerator(precision: str, expected_processes: int, trackers: Sequence
     )
     if expected_processes and accelerator.num_processes != expected_processes:
         raise RunError(
-            f"{expected_processes} processes were asked for, {accelerator.num_processes} are there",
+            f"{expected_processes} processes were requested, but {accelerator.num_processes} started",
             hint="On a CPU, `accelerate launch` may start one process only: use --num-processes or torchrun.",
         )
     return accelerator
@@ -101,11 +101,11 @@ def fit_threads(model: torch.nn.Module, *, writing: bool = False) -> int:
 
 
 def slowdown_advice(seconds_per_step: float, busy: float) -> str | None:
-    """One line for steps that crawl because other programs use the processor; None where they do not.
+    """Returns advice if other programs slow down the steps; None if they do not.
 
     Args:
-        seconds_per_step: Of late.
-        busy: Seconds of the processor that this process used in a second, over all threads.
+        seconds_per_step: Mean over recent steps.
+        busy: CPU seconds that this process used per second, over all threads.
     """
     load, cores = psutil.getloadavg()[0], os.cpu_count() or 1
     if torch.cuda.is_available() or seconds_per_step < 2 or busy > 0.7 or load < 1.5 * cores:
@@ -117,10 +117,10 @@ def slowdown_advice(seconds_per_step: float, busy: float) -> str | None:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of a name; `auto` is a GPU where there is one.
+    """Returns the device of a name; `auto` is a GPU if there is one.
 
     Raises:
-        UsageError: for a device that is unknown or not there.
+        UsageError: for a device that is unknown or does not exist.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

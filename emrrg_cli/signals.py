@@ -28,7 +28,7 @@ def interrupted_by(*signals: signal.Signals, message: Callable[[], str]) -> Iter
     """In the block, each signal of `stop_signals` raises `Interrupted` with what `message` returns at that moment.
 
     Args:
-        signals: Others that do so too; for callers from before `stop_signals`.
+        signals: Further signals that do so.
 
     Raises:
         Interrupted: with exit code 128 + the signal's number.
@@ -37,7 +37,7 @@ def interrupted_by(*signals: signal.Signals, message: Callable[[], str]) -> Iter
     def stop(number: int, frame: FrameType | None) -> None:
         raise Interrupted(message(), exit_code=128 + number)
 
-    if threading.current_thread() is not threading.main_thread():  # where Python takes no signals
+    if threading.current_thread() is not threading.main_thread():  # Python receives signals only in the main thread
         yield
         return
     before = {number: signal.signal(number, stop) for number in {*stop_signals(), *signals}}
@@ -66,7 +66,7 @@ def interrupted_in_imports() -> Iterator[None]:
         raise KeyboardInterrupt
 
     own = threading.current_thread() is threading.main_thread()
-    if not own or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # that of a caller stays
+    if not own or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # keep the handler of a caller
         yield
         return
     signal.signal(signal.SIGINT, stop)

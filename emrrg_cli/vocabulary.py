@@ -62,11 +62,11 @@ CIDER = "CIDEr"
 METEOR = "METEOR"
 # Agreement of findings by the rules labeler, micro F1.
 F1_RULES = "F1_rules"
-# As people write them, where that differs.
+# Names for display, if they differ.
 SCORE_LABELS = {name: name.replace("_", "-") for name in (*BLEU_NAMES, ROUGE_L)}
-# What may reward a sampled report, and what may choose the best model.
+# Scores that may reward a sampled report or select the best model.
 ROUGE_1 = "ROUGE_1"  # recall: the share of the reference's words that the report has
-WORD_RECALL = "word_recall"  # the same of its different words: a second "there is" earns nothing
+WORD_RECALL = "word_recall"  # recall of different words: a second "there is" adds nothing
 FINDINGS = "findings"  # correct findings, minus a small part for each one; see `scoring.reward`
 REWARDS = (*BLEU_NAMES, ROUGE_1, WORD_RECALL, ROUGE_L, CIDER, F1_RULES, FINDINGS)
 AGREEMENTS = (*BLEU_NAMES, ROUGE_1, WORD_RECALL, F1_RULES, FINDINGS)  # between sampled reports
@@ -80,6 +80,6 @@ PUBLISHED_PROMPT = (
     "Generate a comprehensive and detailed diagnosis report for this chest xray image. \nAssistant:"
 )
 
-# Of the colours of ImageNet, on values from 0 to 1.
+# Mean and standard deviation of the colours of ImageNet, for values from 0 to 1.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

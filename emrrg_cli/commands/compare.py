@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from emrrg_cli.commands.options import OF_FILES, HypothesisColumn, IdColumn, Json, ReferenceColumn, refuse_given
+from emrrg_cli.commands.options import FILE_OPTIONS, HypothesisColumn, IdColumn, Json, ReferenceColumn, refuse_given
 from emrrg_cli.errors import UsageError
 
 
@@ -35,8 +35,8 @@ def compare(
 
     Scores have 95 % intervals, and each entry is tested against the first.
 
-    Runs that differ only in their seed, also in that of their earlier stages (align-1, align-2), are shown by their
-    mean and standard deviation, and tested over studies and seeds. Settings that differ between runs become columns,
+    Runs that differ only in seeds, their own or those of earlier stages (align-1, align-2), are shown as mean and
+    standard deviation, and tested over studies and seeds. Settings that differ between runs become columns,
     as in an ablation table.
 
     Example: emrrg compare runs/lora_x runs/lora_z theirs.jsonl
@@ -61,7 +61,7 @@ def compare(
     if not any(folder and not (path / PREDICTIONS).is_file() for folder, path in zip(folders, reports, strict=True)):
         refuse_given(context, ("split",), "without a run directory")
     if all(folders):
-        refuse_given(context, OF_FILES, "without a prediction file")
+        refuse_given(context, FILE_OPTIONS, "without a prediction file")
     columns = Columns(id_column, hypothesis_column, reference_column)
     with nullcontext() if output is None else locked(output):
         if output is not None and (output / "compare.json").exists() and not overwrite:

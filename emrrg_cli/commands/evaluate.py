@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from emrrg_cli.commands.options import (
+    FILE_OPTIONS,
     FILES_PANEL,
-    OF_FILES,
     HypothesisColumn,
     IdColumn,
     Json,
@@ -50,7 +50,7 @@ def evaluate(
     train: Annotated[
         Path | None,
         typer.Option(
-            "--train", help="Dataset directory with the training reports, for controls; default: --data, for FILE none."
+            "--train", help="Dataset directory with the training reports, for controls; default: --data; none for FILE."
         ),
     ] = None,
     image_controls: Annotated[
@@ -110,7 +110,7 @@ def evaluate(
             hint=f"`emrrg evaluate --model {shlex.quote(run)}` or `emrrg evaluate --predictions FILE`.",
         )
     refuse_given(
-        context, _OF_RUNS if model is None else OF_FILES, "with --predictions" if model is None else "with --model"
+        context, _OF_RUNS if model is None else FILE_OPTIONS, "with --predictions" if model is None else "with --model"
     )
     if rexrank is not None and rexrank.exists() and not overwrite:
         raise UsageError(f"{rexrank} exists already", hint="Give --overwrite, or another --write-rexrank.")

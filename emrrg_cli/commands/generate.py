@@ -114,7 +114,7 @@ def generate(
     Each line of reports.jsonl is a study: its files, the report, findings (labels that rules read from the report),
     sentences and word_confidence (the model's probabilities, 0 to 1), film_distance (above 1: unlike the training
     films), notes and seconds. reports.csv has the most important columns, for spreadsheets: the file begins with a
-    byte order mark, and texts that would be formulas with an apostrophe.
+    byte order mark, and an apostrophe precedes texts that would be formulas.
 
     Example: emrrg generate films/ study.png --model runs/iu --output reports/ generation.num_beams=1
     """

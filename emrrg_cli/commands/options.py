@@ -13,7 +13,8 @@ from emrrg_cli.console import printable
 from emrrg_cli.errors import UsageError
 
 FILES_PANEL = "Prediction files"
-OF_FILES = ("references", "id_column", "hypothesis_column", "reference_column")  # parameters that only these have
+# Options that only prediction files have.
+FILE_OPTIONS = ("references", "id_column", "hypothesis_column", "reference_column")
 
 Overrides = Annotated[
     list[str] | None,

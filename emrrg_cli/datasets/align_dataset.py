@@ -147,7 +147,7 @@ class PairDataset(Dataset[Example]):
         return replace(self.parts[number][index - first], index=index)
 
     def finding_targets(self) -> Tensor:
-        """Returns the targets of all studies, `[studies, 14]`, from labels or reports."""
+        """Returns the targets of all studies, `[studies, 23]`, from labels or reports."""
         parts = [
             part.targets if isinstance(part, LabelledFilms) else finding_targets(part.reports) for part in self.parts
         ]

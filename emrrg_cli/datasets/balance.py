@@ -49,5 +49,5 @@ class BalancedStudies(Dataset[Example]):
         """Draws the studies of an epoch in order: int64 `[epoch_length]`."""
         whole, rest = divmod(self._taken, max(1, len(self.abnormal)))
         again = self.abnormal[torch.randperm(len(self.abnormal), generator=generator)[:rest]]
-        every = torch.cat([self.normal, self.abnormal.repeat(whole), again])
-        return every[torch.randperm(len(every), generator=generator)]
+        chosen = torch.cat([self.normal, self.abnormal.repeat(whole), again])
+        return chosen[torch.randperm(len(chosen), generator=generator)]

@@ -41,7 +41,7 @@ def load_batches(
         num_workers=workers,
         pin_memory=pin_memory,
         worker_init_fn=_leave_signals_to_parent,
-        # Started processes would import torch first, one after another, and this is the default in some processes.
+        # Spawned processes, the default in some processes, would first import torch, one after another.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
     # Workers are seeded from a separate generator, so that the training state does not change.

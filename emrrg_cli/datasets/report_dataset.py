@@ -31,7 +31,7 @@ IGNORE = -100  # label of a position without loss
 class Example:
     """One study as input of the model: `pixels` is uint8 `[views, size, size]`, grey; `context` goes into the prompt.
 
-    `projections` are indices into `VIEW_TOKENS`, one per view; empty if unknown. `findings` `[14]` are targets of the
+    `projections` are indices into `VIEW_TOKENS`, one per view; empty if unknown. `findings` `[23]` are targets of the
     findings head from labels; None: they are read from the report.
     """
 
@@ -51,9 +51,9 @@ class Batch:
     `pixels`: uint8 `[n, size, size]`, the views of all studies in sequence; `views`: int64 `[b]`, views of each study,
     which sum to `n`; `contexts`: context of each study (empty: no study has any); `projections`: int64 `[n]`, indices
     into `VIEW_TOKENS` (None: all unknown); `labels`: int64 `[b, t]`, report tokens, padded with `IGNORE` (None for
-    generation); `findings`: `[b, 23]` from `finding_targets` (None if no head learns them); `advantages`: `[b * n]`,
-    weights of the log-probabilities, if `labels` are `[b * n, t]` sampled reports, n per study; `temperatures`:
-    `[b * n]`, those of these probabilities (None: 1).
+    generation); `findings`: `[b, 23]` from `finding_targets` (None if no head learns them); `advantages`: `[b * k]`,
+    weights of the log-probabilities, if `labels` are `[b * k, t]` sampled reports, k per study; `temperatures`:
+    `[b * k]`, temperatures of these probabilities (None: 1).
     """
 
     indices: list[int]

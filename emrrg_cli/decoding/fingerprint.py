@@ -23,7 +23,7 @@ def fingerprint_of(run_dir: Path, recipe: FinetuneRecipe) -> str:
         RunError: A weight file cannot be read, or is not a regular file.
     """
     digest = hashlib.sha256()
-    # Without defaults, so that a new setting of a later version does not change the hash.
+    # Defaults are left out, so that a new setting in a later version does not change the hash.
     named = {"model", "generation", "protocol"}
     options = recipe.model_dump(mode="json", include=named, exclude_defaults=True)
     if recipe.data.max_views is not None:

@@ -42,7 +42,7 @@ class Written:
     reports: int = 0  # number of records, including earlier ones
     of_call: int = 0  # number of records of the studies of this call
     written: int = 0  # number of records that this call wrote
-    changed: int = 0  # number of records of earlier runs that are not kept, because their studies have other files now
+    changed: int = 0  # number of records of earlier runs that are not kept, because the files of the studies changed
     skipped: int = 0  # number of skipped files
     first_skipped: list[tuple[str, str]] = field(default_factory=list)  # path and reason
     noted: int = 0  # number of new records with notes
@@ -87,7 +87,7 @@ def run_generation(
 
     Each record is saved at once in `reports.jsonl.partial`, which becomes `reports.jsonl` at the end, also after an
     interruption. Studies that an earlier run with the same model and options has written are skipped, unless their
-    files are other ones now. With `overwrite`, earlier reports are replaced only after the new run completes.
+    files have changed. With `overwrite`, earlier reports are replaced only after the new run completes.
 
     Args:
         studies: studies with contexts for the prompt (`with_contexts`).

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Of SplitMix64 (Steele, Lea and Flood 2014), as signed 64-bit integers.
+# Constants of SplitMix64 (Steele, Lea and Flood 2014), as signed 64-bit integers.
 _STEP, _MIX_1, _MIX_2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
 
 

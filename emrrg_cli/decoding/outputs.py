@@ -79,7 +79,7 @@ class Output:
             overwrite: whether earlier reports are replaced.
 
         Returns:
-            Number of records that are left out, because their studies have other files now.
+            Number of records that are left out, because the files of their studies have changed.
 
         Raises:
             UsageError: there are reports of another model, other options, another context or another grouping of the
@@ -135,7 +135,7 @@ class Output:
         return bool(own) and all(own)
 
     def _refuse_regrouped(self, name: str, files: Iterable[str], studies: Sequence[StudyFiles]) -> None:
-        # Both reports would be kept, the one of the old study and that of the new one with the same images.
+        # Otherwise the reports of the old study and of the new study with the same images would both be kept.
         if self._owners is None:
             self._owners = {path_name(file): study.name for study in studies for file in study.files}
         if file := next((file for file in files if file in self._owners), None):
@@ -147,7 +147,7 @@ class Output:
 
     @property
     def is_whole(self) -> bool:
-        """Whether nothing is left to write from the records that were found."""
+        """Whether the records that were found are already in their final files."""
         lacking = self.shard is None and len(self.records) > 0 and not (self.folder / "reports.csv").exists()
         return not (self.partial.exists() or lacking)
 
@@ -231,7 +231,7 @@ class RecordIndex:
         self._places[study] = begin * _MOST_FILES + self._files.index(file)
 
     def rows(self, order: Iterable[str]) -> Iterator[Row]:
-        """Yields the records: first of studies that `order` does not name, then the others in that order."""
+        """Yields the records: first those of studies that are not in `order`, then the others in that order."""
         named = dict.fromkeys(order)
         with ExitStack() as stack:
             opened: dict[int, BinaryIO] = {}
@@ -318,10 +318,10 @@ def merge_shards(folder: Path, *, overwrite: bool = False) -> int:
         for begin, row in iterate_jsonl(shards[index]) if shards[index].exists() else ():
             records.add(str(row["study"]), shards[index], begin)
             fingerprints.add(row.get("fingerprint"))
-        told = re.match(r"([\d,]+) report", shards[index].with_suffix(".done").read_text())
-        if told and int(told[1].replace(",", "")) != len(records) - before:
+        recorded = re.match(r"([\d,]+) report", shards[index].with_suffix(".done").read_text())
+        if recorded and int(recorded[1].replace(",", "")) != len(records) - before:
             raise UsageError(
-                f"{shards[index]} has {len(records) - before} reports, but the shard wrote {told[1]}",
+                f"{shards[index]} has {len(records) - before} reports, but the shard wrote {recorded[1]}",
                 hint=f"Run this shard again: --shard {index}/{count}.",
             )
     if len(fingerprints) > 1:

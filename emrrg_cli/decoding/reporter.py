@@ -146,14 +146,14 @@ def _studies(batch: Mapping[str, Any]) -> list[StudyFiles]:
     if count > 1:
         raise UsageError(f"study {twice} occurs twice in the batch", hint="Give its views as a list in one row.")
     names = [name or _name(views) for name, views in zip(given, images, strict=True)]
-    told = {field: _column(batch, field) for field in CONTEXT_FIELDS if field in batch}
-    if wrong := next((field for field, column in told.items() if len(column) != len(images)), None):
-        raise UsageError(f"the batch has {len(images)} images and {len(told[wrong])} values of {wrong}")
+    contexts = {field: _column(batch, field) for field in CONTEXT_FIELDS if field in batch}
+    if wrong := next((field for field, column in contexts.items() if len(column) != len(images)), None):
+        raise UsageError(f"the batch has {len(images)} images and {len(contexts[wrong])} values of {wrong}")
     studies = []
     for row, (name, views) in enumerate(zip(names, images, strict=True)):
         films = [_Given(view, f"{name}/{place}") for place, view in enumerate(views)]
         # None, and NaN, into which tables turn None, count as missing.
-        context = {field: text for field, column in told.items() if (text := cell_text(column[row]))}
+        context = {field: text for field, column in contexts.items() if (text := cell_text(column[row]))}
         studies.append(StudyFiles.of(name, [(film, film.facts()) for film in films], context))
     return studies
 

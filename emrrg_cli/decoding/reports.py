@@ -107,8 +107,8 @@ class Generator:
         Args:
             studies: a list, column or generator with an image or a list of images (the views of one study) for each
                 study, as paths, bytes or PIL images. As in `emrrg generate`, the first `data.max_views` images of a
-                study are used, or 16 with a warning, and a model with `model.view_tokens` gets the projections that
-                DICOM headers and names such as `view1_frontal.jpg` tell.
+                study are used, or 16 with a warning, and a model with `model.view_tokens` gets the projections
+                from DICOM headers and from names such as `view1_frontal.jpg`.
             context: context of each study, such as `{"indication": "cough", "age": 45}`, with fields of the run's
                 `data.context`; None: no context.
 
@@ -209,10 +209,10 @@ class Generator:
                 read = {number: study for number, study in some if len(study[0])}
                 if read:
                     views = torch.tensor([len(pixels) for pixels, _ in read.values()])
-                    told = torch.tensor([place for _, places in read.values() for place in places])
+                    projections = torch.tensor([place for _, places in read.values() for place in places])
                     known = [contexts[number] for number in read] if contexts else ()
                     pixels = torch.cat([pixels for pixels, _ in read.values()])
-                    yield Studies([*read], [*read], pixels, views, known, told)
+                    yield Studies([*read], [*read], pixels, views, known, projections)
 
         for done in self.writer.write(batches()):
             for study in done:
@@ -225,7 +225,7 @@ def study_pixels(study: Study, size: int, most: int | None = None) -> torch.Tens
 
     Raises:
         ImageError: for an image that cannot be read.
-        UsageError: for a study without images, or an image that is none.
+        UsageError: for a study without images, or a value that is not an image.
     """
     return _read_views(study, size, most, None)[0]
 
@@ -236,7 +236,7 @@ def _read_views(
     # Views and their indices into `VIEW_TOKENS`. `skip` is called for each image that cannot be read and is left out.
     pictures = _pictures(study)
     read: list[NDArray[np.uint8]] = []
-    told: list[int] = []
+    projections: list[int] = []
     for picture in pictures:
         if len(read) == view_limit(most):
             if most is None:
@@ -250,8 +250,8 @@ def _read_views(
                 raise
             skip(error)
         else:
-            told.append(_projection(picture))
-    return torch.from_numpy(np.stack(read) if read else np.zeros((0, size, size), np.uint8)), told
+            projections.append(_projection(picture))
+    return torch.from_numpy(np.stack(read) if read else np.zeros((0, size, size), np.uint8)), projections
 
 
 def _projection(picture: Picture) -> int:

@@ -50,9 +50,10 @@ class Shard:
         except (ValueError, ZeroDivisionError):
             shard = cls(-1, 0)
         if not 0 <= shard.index < shard.count:
-            told = ", ".join(f"{name}={os.environ[name]}" for name in (index, count, first, step) if name in os.environ)
+            names = [name for name in (index, count, first, step) if name in os.environ]
+            variables = ", ".join(f"{name}={os.environ[name]}" for name in names)
             raise UsageError(
-                f"--shard auto cannot tell which shard this job is from {told}",
+                f"--shard auto cannot tell which shard this job is from {variables}",
                 hint="Give the shard as i/N, such as 0/4.",
             )
         return shard

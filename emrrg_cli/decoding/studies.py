@@ -92,8 +92,8 @@ def find_studies(paths: Sequence[str], by: StudyBy = "auto", output: Path | None
         paths: paths and patterns of the user.
         by: `file`: each file is a study. `folder`: the files directly in a folder are one study. `auto`: DICOM files
             are grouped by `study_name`; other images in a subfolder of a named folder are one study if there are
-            at most 8; any other file is a study. A file that is not an image is never part of a study of several.
-        output: folder of the reports; if it is in a folder that is searched, it is left out, or its files are.
+            at most 8; any other file is a study. A file that is not an image is never grouped with others.
+        output: folder of the reports; it is not searched. If it is a named folder, only its report files are skipped.
 
     Raises:
         UsageError: for a path that does not exist, or if there is no file.

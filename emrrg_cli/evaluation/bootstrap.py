@@ -24,8 +24,8 @@ TEST_RESAMPLES = 10_000
 SEED = 0
 LEVEL = 0.95
 
-# Studies that an interval needs. Of fewer, even the range of all values holds the median with less than 95 %
-# probability, 1 - 2 * 0.5^n, and a bootstrap of one or two gives intervals without width.
+# Smallest number of studies for an interval. With fewer, even the range of all values contains the median with less
+# than 95 % probability, 1 - 2 * 0.5^n; a bootstrap of one study gives intervals without width.
 LEAST_STUDIES = 6
 
 _ROWS = 500  # resamples in memory at a time
@@ -40,7 +40,7 @@ def numbered(patients: Sequence[str | None], studies: int) -> Patients | None:
     """Returns the number of each study's patient; None if no patient has two studies.
 
     Args:
-        patients: of each study; empty: not known. A study whose patient is None counts as one patient.
+        patients: Patient of each study; empty: none is known. Each study without one counts as a patient of its own.
     """
     numbers: dict[object, int] = {}
     found = [numbers.setdefault(i if one is None else one, len(numbers)) for i, one in enumerate(patients)]
@@ -73,20 +73,20 @@ def interval(scores: Floats, studies: int | None = None) -> tuple[float, float]:
 
     Args:
         studies: Their number. For few, the interval holds more of the scores (see `widened`): with 10 studies, it holds
-            the mean in 95 % of experiments, and the middle 95 % do in 90 %. None: the scores are `widened`.
+            the mean in 95 % of experiments, and the middle 95 % do in 90 %. None: the scores are already `widened`.
     """
     low, high = np.quantile(scores, _ends(studies))
     return float(low), float(high)
 
 
 def few_studies(studies: int, patients: Patients | None = None) -> str | None:
-    """Returns why there are no intervals of so few studies, or patients, or None."""
+    """Returns why studies or patients are too few for intervals; None if they are enough."""
     number, what = independent(studies, patients), "study" if patients is None else "patient"
     return f"{counted(number, what)}; intervals need {LEAST_STUDIES}" if number < LEAST_STUDIES else None
 
 
 def intervals_of(drawn: Mapping[str, Floats], studies: int, *, are_widened: bool = False) -> dict[str, list[float]]:
-    """Returns the interval of each score, given its resampled values; none of too few studies or patients."""
+    """Returns the interval of each score, given its resampled values; empty if there are too few studies."""
     if few_studies(studies):
         return {}
     return {name: list(interval(values, None if are_widened else studies)) for name, values in drawn.items()}

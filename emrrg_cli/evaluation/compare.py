@@ -67,7 +67,7 @@ def compare(
     Returns:
         `rows`: for each contender its `name`, `studies`, `scores`, `intervals`, and `against_first` (differences, their
         95 % intervals and two-sided p values by paired bootstrap; absent for the first).
-        There are no intervals of less than `bootstrap.LEAST_STUDIES`.
+        There are no intervals for fewer studies or patients than `bootstrap.LEAST_STUDIES`.
         `settings`: names of the settings that differ between runs. `groups`: means and standard deviations of runs that
         differ only in their seed, tested against the group of the first run (`emrrg_cli.evaluation.seed_groups`).
         `remarks`: warnings for the user.

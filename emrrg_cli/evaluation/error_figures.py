@@ -86,14 +86,14 @@ def _contradictions(
     texts: Sequence[str], references: Sequence[str], truth: Sequence[Labels], found: Sequence[Labels]
 ) -> dict[str, float]:
     contradicted = [contradicted_labels(text) for text in texts]
-    here, told = (
-        [{name for name in ABNORMAL if labels.get(name) == "positive"} for labels in some] for some in (truth, found)
+    present, reported = (
+        [{name for name in ABNORMAL if labels.get(name) == "positive"} for labels in side] for side in (truth, found)
     )
-    credible = [one - other for one, other in zip(told, contradicted, strict=True)]
+    credible = [one - other for one, other in zip(reported, contradicted, strict=True)]
     return {
         "hypotheses": _share(map(bool, contradicted)),
         "references": _share(bool(contradicted_labels(text)) for text in references),
-        "micro_f1_without": finding_scores(here, credible)["micro"]["f1"],
+        "micro_f1_without": finding_scores(present, credible)["micro"]["f1"],
     }
 
 

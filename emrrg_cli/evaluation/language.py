@@ -149,7 +149,7 @@ def _without_java(truth: list[list[str]], written: list[str]) -> dict[str, float
 
 
 def _rouge_l(truth: list[list[str]], written: list[str]) -> float:
-    """Returns pycocoevalcap's ROUGE-L, whose table of two texts of a million characters needs a terabyte.
+    """Returns pycocoevalcap's ROUGE-L, without its table, a terabyte for two texts of a million characters.
 
     Two empty texts have 0, not 1. The best precision and the best recall may be those of different references.
     """

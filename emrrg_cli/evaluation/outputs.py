@@ -26,7 +26,7 @@ PAGE = "page.html"
 OWN_FILES = ("*.json", "*.jsonl*", "*.csv", "*.png", PAGE)  # glob patterns of all files that an evaluation writes
 # Maximum number of studies with films on the page, side in pixels, JPEG quality: about 10 kB per film.
 _FILMS, _SIDE, _QUALITY = 600, 320, 75
-_STUDIES = 10_000  # on the page: with 100,000 it has 42 MB, and browsers stop to answer
+_STUDIES = 10_000  # on the page: with 100,000 it has 42 MB, and browsers stop responding
 
 
 def write_assessment(

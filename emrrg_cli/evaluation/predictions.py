@@ -188,7 +188,7 @@ def _ids(table: Table, given: str | None) -> list[str]:
                 hint="List each study only once, or name another column with --id-column.",
             )
         places[study] = place
-    # As data frames write the numbers of a column with gaps. Where only some ids have it, it may be a part of them.
+    # Data frames write whole numbers of a column with gaps as 1.0. If only some ids end in .0, it may belong to them.
     floats = all(re.fullmatch(r"[0-9]+\.0", study) for study in places)
     return [study.removesuffix(".0") if floats else study for study in places]
 

@@ -70,7 +70,7 @@ def _report_settings(recipe: FinetuneRecipe) -> dict[str, Any]:
 
 
 def _with_defaults(record: Any) -> Any:
-    # Reports of a version that did not have a setting are those of its default.
+    # A version without a setting wrote reports as with its default.
     default = _report_settings(FinetuneRecipe(stage="finetune"))
     try:
         generation = default["generation"] | record["settings"]["generation"]
@@ -148,7 +148,7 @@ def _written_before(folder: Path, name: str, study_ids: Sequence[str], reference
 def _rows_kept(
     folder: Path, name: str, study_ids: Sequence[str], references: Sequence[str], accelerator: Any
 ) -> dict[int, Any]:
-    """Returns `_written_before` of the main process, on every process: others may have another disk."""
+    """Returns `_written_before` of the main process, on every process: the others may use another disk."""
     rows = _written_before(folder, name, study_ids, references) if accelerator.is_main_process else {}
     if accelerator.num_processes > 1:
         from accelerate.utils import broadcast_object_list

@@ -2,7 +2,7 @@
 
 They are targets of the findings head and words of the prompt (`model.findings_set: extended`), not scores. In the
 training reports of IU X-Ray they are as frequent as the 14: degenerative changes in 18 % of the reports, granulomas in
-13 %, changes of the aorta in 10 %, hyperinflation in 8 %. Reports name them almost only when they are there.
+13 %, changes of the aorta in 10 %, hyperinflation in 8 %. Reports rarely name them if they are absent.
 """
 
 from __future__ import annotations

@@ -60,8 +60,8 @@ def positive_labels(texts: Iterable[str]) -> list[set[str]]:
 def contradicted_labels(text: str) -> set[str]:
     """Returns the observations that a report affirms and denies ("Cardiomegaly. Normal heart").
 
-    In one sentence that is a contradiction only if the sentence tells no places apart ("Left effusion, no right one").
-    Correct reports do this too if their sentences are about different sides or parts; in IU X-Ray 5 percent, nearly
+    Within one sentence, this counts only if the sentence does not distinguish places ("Left effusion, no right one").
+    Correct reports do this too if their sentences are about different sides or parts: 5 percent in IU X-Ray, nearly
     always for lung opacity ("Opacity in the right base. The left lung is clear.").
     """
     affirmed: set[str] = set()

@@ -63,7 +63,7 @@ class FindingsPrompt:
     def consistent(self, present: Tensor) -> Tensor:
         """Returns `present`, bool `[..., findings]`, but "No Finding" is present exactly if no other finding is.
 
-        So it is in the labels. A prompt with both, which training never shows, leads to contradictory reports.
+        The labels have the same rule. A prompt with both never occurs in training and leads to contradictory reports.
         """
         if self._no_finding is not None:
             others = torch.tensor(self._others).to(present.device)

@@ -76,16 +76,16 @@ def _logits(llm: Any, visual: Tensor) -> Tensor:
 @contextmanager
 def _only(llm: Any, layers: nn.ModuleList, chosen: list[int]) -> Iterator[None]:
     # A 7B model would take a minute on a CPU; four of its layers take a second.
-    every = dict(layers._modules)
+    all_layers = dict(layers._modules)
     modes = {module: module.training for module in llm.modules()}
     count = llm.config.num_hidden_layers
     llm.eval()
     try:
-        layers._modules = {str(place): every[str(index)] for place, index in enumerate(chosen)}
+        layers._modules = {str(place): all_layers[str(index)] for place, index in enumerate(chosen)}
         llm.config.num_hidden_layers = len(chosen)
         yield
     finally:
-        layers._modules = every
+        layers._modules = all_layers
         llm.config.num_hidden_layers = count
         for module, mode in modes.items():
             module.training = mode

@@ -164,15 +164,15 @@ class ReportGenerator(nn.Module):
         """Returns the result of `visual_tokens` from the encoder's tokens `[n, l + 1, d]`."""
         pooled = pool_patches(tokens) if self.visual_prompt == "pooled" else tokens
         if self.views == "average":
-            prompt, every = self.bridge(average_views(pooled, views)), None
+            prompt, full = self.bridge(average_views(pooled, views)), None
             if pooled is not tokens:
-                every = self.bridge(average_views(tokens, views))
-            return prompt, prompt if every is None else every, None, None
+                full = self.bridge(average_views(tokens, views))
+            return prompt, prompt if full is None else full, None, None
         prompt, prompt_mask = concatenate_views(self.bridge(pooled), views)
         if pooled is tokens:
             return prompt, prompt, prompt_mask, prompt_mask
-        every, every_mask = concatenate_views(self.bridge(tokens), views)
-        return prompt, every, prompt_mask, every_mask
+        full, full_mask = concatenate_views(self.bridge(tokens), views)
+        return prompt, full, prompt_mask, full_mask
 
     def prompt(
         self, pixels: Tensor, views: Tensor, contexts: Contexts = (), projections: Tensor | None = None
@@ -190,7 +190,7 @@ class ReportGenerator(nn.Module):
         self, tokens: Tensor, views: Tensor, contexts: Contexts = (), findings: Tensor | None = None
     ) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
         """Returns the prompts from the tokens of `encode`; `findings` `[b, findings]` replace the head's output."""
-        visual, every, visual_mask, every_mask = self.join_views(tokens, views)
+        visual, full, visual_mask, full_mask = self.join_views(tokens, views)
         embed = self.llm.get_input_embeddings()
         b, device = len(visual), visual.device
         # Made on the CPU and copied: with `device=`, the host would wait until the device has finished its work.
@@ -208,7 +208,7 @@ class ReportGenerator(nn.Module):
         embeddings = torch.cat([part.to(before.dtype) for part, _ in parts], dim=1)
         masks = [torch.ones(part.shape[:2], device=device) if real is None else real for part, real in parts]
         mask = torch.cat([real.long() for real in masks], dim=1)
-        arguments = {"visual_tokens": every, "visual_mask": every_mask} if self.hybrid else {}
+        arguments = {"visual_tokens": full, "visual_mask": full_mask} if self.hybrid else {}
         return embeddings, mask, arguments
 
     # -- objective and generation -------------------------------------------------------------------------------

@@ -107,8 +107,8 @@ class _Trial:
         self.device: torch.device = accelerator.device
         settings = recipe.model
         self.depth, self.layers = settings.encoder.width_and_depth[1], config.num_hidden_layers
-        every = settings.hybrid.every
-        hybrids = 0 if every is None else math.ceil(self.layers / every)
+        interval = settings.hybrid.every
+        hybrids = 0 if interval is None else math.ceil(self.layers / interval)
         # Blocks and layers that the whole model has in addition to those of the smallest step.
         self.missing = {
             "encoder block": self.depth - 1,
@@ -264,10 +264,10 @@ class _Trial:
         of_hybrids = self.further.get("hybrid decoder layer", 0) + min(1, hybrids)
         of_plain = self.further.get("decoder layer", 0) + (not hybrids)
         # If there are hybrid and plain layers, they alternate.
-        every = None if not hybrids else 2 if of_plain else 1
-        layers = max(2 * of_hybrids - 1, 2 * of_plain) if every == 2 else of_hybrids + of_plain
+        interval = None if not hybrids else 2 if of_plain else 1
+        layers = max(2 * of_hybrids - 1, 2 * of_plain) if interval == 2 else of_hybrids + of_plain
         small = settings.model_copy(
-            update={"encoder": encoder_settings, "hybrid": settings.hybrid.model_copy(update={"every": every})}
+            update={"encoder": encoder_settings, "hybrid": settings.hybrid.model_copy(update={"every": interval})}
         )
         config = copy.deepcopy(self.config)
         config.num_hidden_layers = layers

@@ -51,7 +51,7 @@ class AlignDataSettings(Settings):
         None, ge=1, description="number of studies of each split of a data set, from the first; null: all"
     )
     augment: AugmentSettings = Field(default_factory=AugmentSettings)
-    workers: int = Field(2, ge=0, description="processes that decode images; 0: no others")
+    workers: int = Field(2, ge=0, description="processes that decode images; 0: the training process itself")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -128,7 +128,7 @@ class AlignTrainSettings(LoopSettings):
     batch_size: int = Field(
         48,
         ge=2,
-        description="pairs per optimizer step, over all processes and micro-batches; the others are negatives of each",
+        description="pairs per optimizer step, over processes and micro-batches; all others are negatives of a pair",
     )
     micro_batch_size: int | None = Field(
         None, ge=1, description="pairs in memory at a time on one device, by gradient caching; null: all"

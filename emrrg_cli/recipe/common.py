@@ -67,7 +67,7 @@ class DataSettings(Settings):
     balance: float = Field(
         1.0, ge=1, description="how often a training epoch takes each study with a finding of the rules labeler"
     )
-    workers: int = Field(2, ge=0, description="processes that decode images; 0: no others")
+    workers: int = Field(2, ge=0, description="processes that decode images; 0: the training process itself")
 
     @field_validator("context")
     @classmethod

@@ -56,7 +56,7 @@ def merge(layers: Iterable[Layer]) -> dict[str, Any]:
 
 
 def lay_over(below: dict[str, Any], above: dict[str, Any]) -> None:
-    """Changes `below` by the settings of `above`."""
+    """Overwrites settings of `below` with those of `above`."""
     for key, value in above.items():
         if isinstance(value, dict) and isinstance(below.get(key), dict) and key not in MAPPINGS:
             lay_over(below[key], value)

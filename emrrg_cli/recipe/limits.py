@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 MAX_BYTES = 2**20  # of a recipe file
-MAX_VALUES = 20_000  # keys and values of a recipe, with every use of an alias
+MAX_VALUES = 20_000  # keys and values of a recipe, counting every use of an alias
 MAX_DEPTH = 16  # sections and lists inside each other
 MAX_DIGITS = 30  # of a number
 MAX_TEXT = 20_000  # characters of one value

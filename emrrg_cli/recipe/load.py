@@ -202,9 +202,9 @@ def _cleaning(layers: Sequence[Layer]) -> str | None:
 
 
 def _overlay(stage: str, layers: Sequence[Layer], run: Layer | None = None) -> tuple[list[Layer], list[Problem]]:
-    """Layers fit to lie over a run's recipe, and the settings among them that a run has already settled."""
+    """Returns layers for a run's recipe, without the settings that the run has fixed, which become problems."""
     fit, problems = [], []
-    message = f"was settled when the run was trained; `{stage}` cannot change it"
+    message = f"was fixed when the run was trained; `{stage}` cannot change it"
     for index, layer in enumerate(layers):
         values, settled = _divide(layer.values)
         for path in settled:
@@ -216,7 +216,7 @@ def _overlay(stage: str, layers: Sequence[Layer], run: Layer | None = None) -> t
 
 
 def _divide(values: Mapping[str, Any], section: KeyPath = ()) -> tuple[dict[str, Any], list[KeyPath]]:
-    """The settings that may replace those of a run, and the keys of those that may not."""
+    """Returns the settings that may replace those of a run, and the keys of those that may not."""
     free: dict[str, Any] = {}
     settled: list[KeyPath] = []
     for key, value in values.items():
@@ -226,7 +226,7 @@ def _divide(values: Mapping[str, Any], section: KeyPath = ()) -> tuple[dict[str,
             free[key], inner = _divide(value, path)
             settled += inner
         elif unsettled or annotation_at(FinetuneRecipe, path) is None:
-            free[key] = value  # what is unknown or no section is left for the schema to refuse
+            free[key] = value  # the schema refuses unknown keys, and values in place of sections
         else:
             settled.append(path)
     return free, settled

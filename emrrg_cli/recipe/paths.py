@@ -75,7 +75,7 @@ def check_data(data: Mapping[str, Any]) -> None:
             )
     for name in ("context_dropout", "context_words"):
         value = data.get(name)
-        # A dropout of 0 asks for nothing.
+        # A dropout of 0 changes nothing, so it is accepted.
         if value and not data.get("context") and value != DataSettings.model_fields[name].default:
             raise UsageError(f"data.{name}={value} has no effect without data.context", hint="Leave it out.")
 

@@ -42,7 +42,7 @@ class PretrainDataSettings(Settings):
         description="fraction of a folder of images used for validation; a dataset directory has its own split",
     )
     limit: int | None = Field(None, ge=1, description="number of images of each split, from the first; null: all")
-    workers: int = Field(2, ge=0, description="processes that decode images; 0: no others")
+    workers: int = Field(2, ge=0, description="processes that decode images; 0: the training process itself")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

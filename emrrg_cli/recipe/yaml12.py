@@ -156,7 +156,7 @@ class _Reader:
     def read(self, node: yaml.Node, path: KeyPath) -> Any:
         self._count += 1
         if self._count > MAX_VALUES:  # aliases of aliases
-            raise UsageError(f"{self.name}: more than {MAX_VALUES:,} values, with every use of an alias")
+            raise UsageError(f"{self.name}: more than {MAX_VALUES:,} values, counting every use of an alias")
         if len(self._open) > MAX_DEPTH:
             raise UsageError(f"{self.name}:{_line(node)}: more than {MAX_DEPTH} sections or lists inside each other")
         if isinstance(node, yaml.ScalarNode):

@@ -126,7 +126,7 @@ def comparison_markdown(result: Mapping[str, Any]) -> str:
 
 
 def _markdown(text: str) -> str:
-    # Names of files are of others: Markdown passes HTML on.
+    # Names of files may contain HTML, which Markdown keeps.
     return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
 
 

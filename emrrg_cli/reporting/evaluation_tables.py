@@ -29,7 +29,7 @@ AVERAGES = {
 }
 
 
-# Below this width, the weaker of the two reports for everybody is left out of tables with more than five controls.
+# In narrower terminals, tables with more than five controls leave out the weaker of the two controls with one report.
 _WIDE = 98
 
 
@@ -120,9 +120,9 @@ def clinical_note(grid: Mapping[str, Any]) -> str:
         if intervals := figures.get("intervals"):
             above = {name: f", p = {p:.4f}" for name, p in figures.get("p_above_dealt", {}).items()}
             named = ((*name.split("_"), _interval(ends) + above.get(name, "")) for name, ends in intervals.items())
-            shown = "; ".join(f"{labels}, {average}: {told}" for _, average, labels, told in named)  # F1_micro_14
-            of = "95 % intervals of F1" + (", and p that it is above that of the shuffled reports" if above else "")
-            notes.append(f"{of}, uncertain as {POLICY[policy]}: {shown}.")
+            shown = "; ".join(f"{labels}, {average}: {ends}" for _, average, labels, ends in named)  # F1_micro_14
+            title = "95 % intervals of F1" + (", and p that it is above that of the shuffled reports" if above else "")
+            notes.append(f"{title}, uncertain as {POLICY[policy]}: {shown}.")
     return " ".join(notes)
 
 

@@ -83,12 +83,14 @@ def terminal(summary: Summary) -> RenderableType:
 
 def _splits(summary: Summary) -> Section:
     heads = ["studies", "images", "patients", "without report", "without patient"]
-    every = {
+    by_split = {
         split: (one.studies, one.images, one.patients, one.without_report, one.without_patient)
         for split, one in summary.splits.items()
     }
-    shown = [number for number in range(len(heads)) if number < 2 or any(counts[number] for counts in every.values())]
-    rows = {split: [f"{counts[number]:,}" for number in shown] for split, counts in every.items()}
+    shown = [
+        number for number in range(len(heads)) if number < 2 or any(counts[number] for counts in by_split.values())
+    ]
+    rows = {split: [f"{counts[number]:,}" for number in shown] for split, counts in by_split.items()}
     return Section("Splits", ["split", *(heads[number] for number in shown)], rows)
 
 

@@ -1,4 +1,4 @@
-"""The report that agrees best with all others: minimum Bayes risk decoding chooses so among samples.
+"""Chooses the report that agrees best with all others: minimum Bayes risk decoding among samples.
 
 The likeliest report of a study is not the one with the best expected score. If the samples are taken as the possible
 references, the expected score of each of them can be computed, and the best one is kept.
@@ -39,7 +39,7 @@ def most_agreed(texts: Sequence[str], scores: Mapping[str, float]) -> int:
 
 
 def _of_words(texts: Sequence[str], scores: Mapping[str, float]) -> Floats:
-    """Returns the weighted sum of BLEU and recall, `[n, n]`: of the text of a row, against that of a column."""
+    """Returns the weighted sum of BLEU and recall, `[n, n]`; rows are hypotheses, columns references."""
     matches = Corpus(()).matches(texts)
     lengths = np.array([len(text.split()) for text in texts], np.float64)
     possible = np.maximum(0, lengths[:, None] - np.arange(ORDERS))  # [n, 4]
@@ -63,7 +63,7 @@ def _word_recall(texts: Sequence[str]) -> Floats:
 
 
 def _of_findings(texts: Sequence[str], scores: Mapping[str, float]) -> Floats:
-    """Returns the weighted sum of the scores of findings, `[n, n]`, as `scoring.reward` has them."""
+    """Returns the weighted sum of the scores of findings, `[n, n]`, as in `scoring.reward`."""
     there = _table(positive_labels(texts))
     credible = there - there * _table([contradicted_labels(text) for text in texts])
     sums = there.sum(axis=1)

@@ -1,7 +1,7 @@
 """What two texts of a pair have in common: n-grams and the longest common subsequence, for many pairs quickly.
 
 BLEU, ROUGE-L and CIDEr are computed from these numbers for controls and intervals, which need tens of thousands of
-pairs. They equal pycocoevalcap's to 1e-9, with one reference a study.
+pairs. With one reference per study, they equal pycocoevalcap's scores to 1e-9.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Pairs:
         matches: `[n, 4]`, n-grams in common, each as often as both have it.
         products: `[n, 4]`, scalar products of CIDEr's vectors, hypothesis clipped to the reference.
         norms, reference_norms: `[n, 4]`, lengths of CIDEr's vectors.
-        tokens, reference_tokens: `[n]`, parts between single spaces, of which two spaces in sequence have an empty one.
+        tokens, reference_tokens: `[n]`, parts between single spaces; between two spaces, there is an empty part.
         subsequences: `[n]`, parts of the longest common subsequence; 0 if one text has no words.
     """
 
@@ -54,11 +54,11 @@ class _Text:
     counts: tuple[dict[int, int], ...]  # number of an n-gram -> how often, for n = 1..4
     norms: tuple[float, ...]
     tokens: list[int]  # parts between single spaces, as ROUGE-L of pycocoevalcap takes them
-    positions: dict[int, int]  # token -> bits of the places where it stands
+    positions: dict[int, int]  # token -> bits of its positions
 
 
 class Corpus:
-    """References, whose n-grams decide once how rare each n-gram is, and any texts that are compared with them."""
+    """References, which define how rare each n-gram is, and the texts that are compared with them."""
 
     def __init__(self, references: Sequence[str]) -> None:
         self._words: dict[str, int] = {}
@@ -70,12 +70,12 @@ class Corpus:
             for counts in self._count(self._split(text)):
                 frequencies.update(counts.keys())
         studies = math.log(len(references)) if references else 0.0
-        # An n-gram of no reference weighs as if one reference had it.
+        # An n-gram that no reference has is weighted as if one had it.
         self._unseen = studies**2
         self._weights = [(studies - math.log(max(1, frequencies[number]))) ** 2 for number in range(len(self._ngrams))]
 
     def compare(self, references: Sequence[str], hypotheses: Sequence[str]) -> Pairs:
-        """Compares each hypothesis with the reference at its place."""
+        """Compares each hypothesis with the reference at the same index."""
         pairs = [(self._text(truth), self._text(text)) for truth, text in zip(references, hypotheses, strict=True)]
         common = np.array([self._common(*pair) for pair in pairs], np.float64).reshape(len(pairs), 2 * ORDERS)
         return Pairs(
@@ -93,7 +93,7 @@ class Corpus:
         )
 
     def matches(self, texts: Sequence[str]) -> Floats:
-        """Counts the n-grams that each pair of the texts has in common, `[n, n, 4]`, as `Pairs.matches` has them."""
+        """Counts the n-grams that each pair of the texts has in common, `[n, n, 4]`, as in `Pairs.matches`."""
         counted = [self._text(text).counts for text in texts]
         return np.stack([_common_of_all([counts[order] for counts in counted]) for order in range(ORDERS)], axis=-1)
 
@@ -144,7 +144,7 @@ def _common_of_all(counted: Sequence[Mapping[int, int]]) -> Floats:
     counts = np.zeros((len(counted), len(columns)), np.float32)
     for place, row in enumerate(counted):
         counts[place, [columns[gram] for gram in row]] = list(row.values())
-    # The smaller of two counts is the number of k up to which both reach: a sum of products.
+    # min(a, b) is the number of k from 1 with a >= k and b >= k: a sum of products.
     common = np.zeros((len(counted), len(counted)), np.float64)
     for k in range(1, int(counts.max(initial=0)) + 1):
         reached = (counts[:, (counts >= k).any(axis=0)] >= k).astype(np.float32)
@@ -153,7 +153,7 @@ def _common_of_all(counted: Sequence[Mapping[int, int]]) -> Floats:
 
 
 def _longest_common(truth: _Text, text: _Text) -> int:
-    """Length of the longest common subsequence, a column of the table at a time in the bits of one integer.
+    """Returns the length of the longest common subsequence; the bits of an integer hold a column of the table.
 
     Source: Hyyrö, "Bit-parallel LCS-length computation revisited" (2004).
     """

@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 
 MISSING = "no Java found on PATH or under JAVA_HOME"
 
-# Whatever the locale of the machine is: UTF-8, and a decimal point, since METEOR reads numbers back by the locale.
+# UTF-8 and a decimal point on every machine, because METEOR parses numbers by the locale.
 _LOCALE_OPTIONS = ("-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8", "-Duser.language=en", "-Duser.country=US")
 _METEOR_JAR = "meteor/meteor-1.5.jar"
 _METEOR_PARAPHRASES = "meteor/data/paraphrase-en.gz"
 _PTB_JAR = "tokenizer/stanford-corenlp-3.4.1.jar"
-# Start-up reads a 60 MB table (seconds); a report then takes milliseconds. Both limits leave a slow machine ample room.
+# The start takes seconds (a 60 MB table is read), a report milliseconds. Both limits are enough for a slow machine.
 _START_LIMIT_S = 180.0
 _LIMIT_PER_TEXT_S = 0.25
 
@@ -40,11 +40,11 @@ _COUNTS = 23
 
 
 class JavaFailure(Exception):
-    """A Java tool is missing or did not answer; the message is the reason, in half a sentence."""
+    """A Java tool is missing or did not answer; the message is the reason, without a full stop."""
 
 
 def java_path() -> str | None:
-    """Path of the Java launcher: that of `JAVA_HOME` if set and present, else the one on `PATH`; None without Java."""
+    """Returns the path of Java: in `JAVA_HOME` if it exists there, else on `PATH`; None without Java."""
     home = os.environ.get("JAVA_HOME")
     if home and (found := shutil.which("java", path=str(Path(home) / "bin"))):
         return found
@@ -52,25 +52,25 @@ def java_path() -> str | None:
 
 
 def meteor(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> float:
-    """METEOR 1.5 of a corpus, English, normalised text, as pycocoevalcap computes it.
+    """Returns METEOR 1.5 of a corpus of English text, normalised, as pycocoevalcap computes it.
 
     Args:
         references: At least one reference for each hypothesis.
         hypotheses: One text for each item.
 
     Raises:
-        JavaFailure: No Java, no jar, a crash, an answer that is no number, or the time limit.
+        JavaFailure: Java or a jar is missing, Java crashes, its answer is not a number, or it takes too long.
 
     Source: Denkowski and Lavie, "Meteor Universal" (2014).
     """
     with _meteor_process(len(hypotheses)) as ask:
         lines = [_pair(ask, texts, hypothesis) for texts, hypothesis in zip(references, hypotheses, strict=True)]
-        # One score for each item, then that of the corpus, which is no mean of the others.
+        # One score for each item, then the score of the corpus, which is not their mean.
         return _number(ask(" ||| ".join(["EVAL", *lines]), len(hypotheses) + 1)[-1])
 
 
 def statistics(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> NDArray[np.float64]:
-    """What METEOR counts in each pair, `[n, 23]`; `combine` makes scores of sums. Pairs that repeat are counted once.
+    """Returns METEOR's counts for each pair, `[n, 23]`; `combine` computes scores from sums. Equal pairs run once.
 
     Raises:
         JavaFailure: As `meteor`.
@@ -80,16 +80,16 @@ def statistics(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -
     with _meteor_process(len(distinct)) as ask:
         counted = {pair: [float(value) for value in _pair(ask, *pair).split()] for pair in distinct}
     if any(len(counts) != _COUNTS for counts in counted.values()):
-        raise JavaFailure("METEOR answered with other counts than version 1.5 does")
+        raise JavaFailure("METEOR's answer does not have the counts of version 1.5")
     counts = np.array([counted[pair] for pair in pairs], np.float64).reshape(len(pairs), _COUNTS)
-    # In a corpus, METEOR counts no chunk for a pair of equal texts.
+    # In a corpus, METEOR counts no chunks for a pair of equal texts.
     equal = (counts[:, 20] == 1) & (counts[:, 21] == counts[:, 0]) & (counts[:, 22] == counts[:, 1])
     counts[equal, 20] = 0
     return counts
 
 
 def combine(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    """METEOR of a corpus `[...]` from sums `[..., 23]` of its pairs' counts, with the parameters of English.
+    """Returns METEOR of a corpus `[...]` from sums `[..., 23]` of the counts of its pairs, with English parameters.
 
     The counts: length and function words of both sides, for each of four matchers the matched content and function
     words of both sides, chunks, and matched words of both sides.
@@ -110,7 +110,7 @@ def combine(sums: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _meteor_process(pairs: int) -> contextlib.AbstractContextManager[_Ask]:
     jar = _bundled(_METEOR_JAR)
-    _bundled(_METEOR_PARAPHRASES)  # the jar looks for it beside itself, and scores differently without it
+    _bundled(_METEOR_PARAPHRASES)  # the jar reads this file beside it, and scores differently without it
     command = [_java(), *_LOCALE_OPTIONS, "-XX:+UseSerialGC", "-Xmx2G", "-jar", str(jar)]
     command += ["-", "-", "-stdio", "-l", "en", "-norm"]
     return _conversation(command, cwd=jar.parent, limit_s=_limit(pairs))
@@ -122,12 +122,12 @@ def _pair(ask: _Ask, texts: Sequence[str], hypothesis: str) -> str:
 
 
 def ptb_tokenize(texts: Sequence[str]) -> list[str]:
-    """Texts as the Penn Treebank tokenizer splits them, lower-cased and without punctuation.
+    """Returns texts as the Penn Treebank tokenizer splits them, lower-cased and without punctuation.
 
-    Brackets stay, as `-lrb-` and `-rrb-`: pycocoevalcap lists them in upper case only, and published scores have them.
+    Brackets stay as `-lrb-` and `-rrb-`, as in published scores: pycocoevalcap removes only the upper-case forms.
 
     Raises:
-        JavaFailure: No Java, no jar, a crash, or the time limit.
+        JavaFailure: Java or a jar is missing, Java crashes, or it takes too long.
     """
     from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS
 
@@ -159,7 +159,7 @@ def _java() -> str:
 
 
 def _bundled(name: str) -> Path:
-    """A file inside the installed pycocoevalcap package."""
+    """Returns a file of the installed pycocoevalcap package."""
     spec = importlib.util.find_spec("pycocoevalcap")
     if spec is None or not spec.submodule_search_locations:
         raise JavaFailure("the package pycocoevalcap is not installed")
@@ -174,7 +174,7 @@ def _limit(texts: int) -> float:
 
 
 def _one_field(text: str) -> str:
-    """Text that METEOR reads as one field of one line: no line break of any kind, no field separator."""
+    """Returns the text without line breaks and field separators, so that METEOR reads it as one field of a line."""
     return " ".join(re.sub(r"\|{3,}", " ", text).split())
 
 
@@ -187,7 +187,7 @@ def _number(text: str) -> float:
         value = float(text)
     except ValueError:
         raise JavaFailure(f"METEOR answered {text[:80]!r} where a number was expected") from None
-    # Nothing to match on either side is 0 / 0 there; such an item counts as no match.
+    # If neither side has words to match, METEOR computes 0 / 0; such an item counts as no match.
     return 0.0 if value != value else value
 
 
@@ -214,7 +214,7 @@ class _Ask:
 
 @contextlib.contextmanager
 def _conversation(command: list[str], *, cwd: Path, limit_s: float) -> Iterator[_Ask]:
-    """Start a process that answers lines with lines; it is gone when the block ends, however it ends."""
+    """Starts a process that answers each line with lines, and ends it after the block, also after an error."""
     # Errors go to a file: an unread pipe blocks the process once it is full.
     with tempfile.TemporaryFile() as errors:
         try:
@@ -250,7 +250,7 @@ def _conversation(command: list[str], *, cwd: Path, limit_s: float) -> Iterator[
 
 
 def _reason(stderr: bytes, code: int | None) -> str:
-    """The first line of Java's complaint that says something, with the exit status."""
+    """Returns the first informative line of Java's error output, with the exit status."""
     lines = (line.strip() for line in stderr.decode("utf-8", "replace").splitlines())
     messages = [line for line in lines if line and not line.startswith(("Picked up ", "at "))]
     status = "Java stopped" if code is None else f"Java stopped with status {code}"

@@ -22,14 +22,14 @@ class Reward:
     """The weighted sum of scores of each report against its reference; CIDEr counts as a part of 10.
 
     CIDEr's n-grams are weighted by how rare they are in the training reports. `ROUGE_1` is recall of words,
-    `word_recall` that of different words, which pays nothing for a sentence that is written twice. `F1_rules` is the F1
+    `word_recall` is recall of different words, so that a repeated sentence gains nothing. `F1_rules` is the F1
     of the positive labels of the pair, including "No Finding". `findings` is the number of correct positive labels
     without "No Finding", minus `FINDING_PRICE` for each label of the report. A finding that the report also denies is
     never correct: otherwise "Cardiomegaly. Normal heart." would earn the finding and the words of a normal report.
 
     Args:
         corpus: the training reports.
-        weights: by the names of the scores.
+        weights: weight of each score, by name.
     """
 
     def __init__(self, corpus: Sequence[str], weights: Mapping[str, float]) -> None:
@@ -43,7 +43,7 @@ class Reward:
             contrast: the references are those of other studies; `findings` counts 0, because its price already makes a
                 report that fits every study worthless.
         """
-        if self._compared > _REMEMBERED:  # it remembers every text that it has seen
+        if self._compared > _REMEMBERED:  # it keeps all texts that it has compared
             self._corpus, self._compared = Corpus(self._texts), 0
         self._compared += len(hypotheses)
         pairs = self._corpus.compare(references, hypotheses)

@@ -20,7 +20,7 @@ class Score(Protocol):
 
     Attributes:
         names: Keys in results.
-        slow: Milliseconds a pair or more, so that few deals of the control are scored.
+        slow: Takes milliseconds or more per pair, so only a few shuffles of the control are scored.
     """
 
     @property
@@ -30,16 +30,16 @@ class Score(Protocol):
     def slow(self) -> bool: ...
 
     def statistics(self, pairs: Pairs) -> Floats:
-        """`[n, k]`, one row a pair. Raises `Unavailable` where something that the score needs is missing."""
+        """Returns `[n, k]`, one row per pair; raises `Unavailable` if something that the score needs is missing."""
         ...
 
     def combine(self, sums: Floats, studies: int) -> Floats:
-        """Scores `[..., len(names)]` from sums `[..., k]` over so many studies."""
+        """Returns scores `[..., len(names)]` from sums `[..., k]` over this number of studies."""
         ...
 
 
 class Unavailable(Exception):
-    """A score cannot be computed here; the message is the reason, in half a sentence."""
+    """A score cannot be computed here; the message is the reason, without a full stop."""
 
 
 class Bleu:
@@ -56,7 +56,7 @@ class Bleu:
 
     def combine(self, sums: Floats, studies: int) -> Floats:
         matches, possible = sums[..., :ORDERS], sums[..., ORDERS : 2 * ORDERS]
-        # The small numbers are pycocoevalcap's, against division by zero.
+        # pycocoevalcap adds these small numbers to avoid a division by zero.
         precision = np.cumprod((matches + 1e-15) / (possible + 1e-9), axis=-1) ** (1 / np.arange(1, ORDERS + 1))
         ratio = (sums[..., -2] + 1e-15) / (sums[..., -1] + 1e-9)
         with np.errstate(over="ignore"):
@@ -74,11 +74,11 @@ class RougeL:
         return self.values(*self.ratios(pairs))[:, None]
 
     def ratios(self, pairs: Pairs) -> tuple[Floats, Floats]:
-        """Precision and recall of each pair, `[n]`."""
+        """Returns precision and recall of each pair, each `[n]`."""
         return pairs.subsequences / pairs.tokens, pairs.subsequences / pairs.reference_tokens
 
     def values(self, precision: Floats, recall: Floats) -> Floats:
-        """The F value of each precision and recall, `[n]`."""
+        """Returns the F value of each precision and recall, `[n]`."""
         weight = 1.2**2
         divisor = recall + weight * precision
         return np.divide((1 + weight) * precision * recall, divisor, np.zeros_like(divisor), where=divisor > 0)
@@ -96,7 +96,7 @@ class Cider:
     def statistics(self, pairs: Pairs) -> Floats:
         norms = pairs.norms * pairs.reference_norms
         cosines = np.divide(pairs.products, norms, np.zeros_like(norms), where=norms > 0)
-        # pycocoevalcap takes the number of bigrams for the length of a text.
+        # pycocoevalcap uses the number of bigrams as the length of a text.
         bigrams, reference_bigrams = (np.maximum(0, n - 1) for n in (pairs.lengths, pairs.reference_lengths))
         penalty = np.exp(-((bigrams - reference_bigrams) ** 2) / (2 * 6.0**2))
         return np.asarray(10 * cosines.mean(axis=1) * penalty, np.float64)[:, None]
@@ -143,7 +143,7 @@ class BertScore:
             raise Unavailable(f"BERTScore needs the package bert-score: pip install bert-score ({error})") from error
         try:
             _, _, f1 = score(list(pairs.hypotheses), list(pairs.references), model_type=self.model, verbose=False)
-        except Exception as error:  # the package's own, of whatever kind, cost one score and not the others
+        except Exception as error:  # any error of the package affects only this score
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise Unavailable(f"bert-score failed with {self.model}: {reason[:200]}") from error
         return np.asarray(f1.tolist(), np.float64)[:, None]

@@ -8,7 +8,7 @@ Most reports of a data set are similar, so one report can score well for all stu
 end with that report for every study. `contrast` subtracts the score against the references of other studies.
 
 With a `temperature` other than 1, samples come from the probabilities at that temperature, and so does the loss: its
-gradient is that of the expected score of the sampled reports. Published code often has those at 1 in the loss.
+gradient is that of the expected score of the sampled reports. Published code often uses temperature 1 in the loss.
 
 Source: self-critical sequence training (Rennie et al., arXiv 1612.00563), with the mean of the other samples as the
 baseline (Luo, arXiv 2003.09971); for reports, R2GenCMN+RL (Qin and Song, Findings of ACL 2022).
@@ -121,11 +121,11 @@ class Sampler:
             return torch.tensor(self.reward(repeated, reports, contrast=contrast)).view(-1, n)
 
         found = rewards(references)
-        every = [*references, *others]
-        shifts = range(1, min(_OTHERS, len(every) - 1) + 1)
+        pool = [*references, *others]
+        shifts = range(1, min(_OTHERS, len(pool) - 1) + 1)
         if self.settings.contrast and shifts:
             b = len(references)
-            against = [rewards([*every[shift:], *every[:shift]][:b], contrast=True) for shift in shifts]
+            against = [rewards([*pool[shift:], *pool[:shift]][:b], contrast=True) for shift in shifts]
             found = found - self.settings.contrast * torch.stack(against).mean(dim=0)
         return found
 

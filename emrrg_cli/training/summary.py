@@ -39,7 +39,7 @@ class Summary:
             shown = f"score {score:.4f}, " if score else ""
             rows["best validation"] = f"{shown}loss {-negative_loss:.4f}, step {self.best_step}"
         if self.samples_per_second is not None:
-            rows["samples a second"] = f"{self.samples_per_second:.2f}"
+            rows["samples per second"] = f"{self.samples_per_second:.2f}"
         if self.peak_memory_mib is not None:
             rows["peak GPU memory"] = f"{self.peak_memory_mib:,.0f} MiB"
         for name, value in rows.items():

@@ -78,7 +78,7 @@ def test_data_may_be_elsewhere(
         (["--split", "tset"], 2, "no split named tset\nIts splits are: train, validation, test."),
         (["--data", "nowhere"], 2, "no such dataset directory: nowhere"),
         (["test"], 2, "test: not of the form key=value"),
-        (["train.lr=1"], 2, "was settled when the run was trained"),
+        (["train.lr=1"], 2, "was fixed when the run was trained"),
         (["generation.num_beans=2"], 2, "did you mean generation.num_beams?"),
         (["--recipe", "tiny/finetune"], 2, "for `finetune`, not `evaluate`"),
         (["--num-processes", "0"], 2, "--num-processes must be a whole number, 1 or more"),

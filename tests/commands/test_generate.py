@@ -79,7 +79,7 @@ def test_many_skipped_files_are_counted(tiny_run: Path, tmp_path: Path, capsys: 
         (["empty"], "no files in empty"),
         (["generation.num_beams=2"], "no images: give at least one image or folder"),
         (["a.png", "generation.num_beans=2"], "did you mean generation.num_beams?"),
-        (["a.png", "train.lr=1"], "was settled when the run was trained"),
+        (["a.png", "train.lr=1"], "was fixed when the run was trained"),
         (["a.png", "--device", "abacus"], "unknown device 'abacus'"),
         (["a.png", "--recipe", "default/evaluate"], "for `evaluate`, not `generate`"),
         (["a.png", "--output", "a.png"], "a.png is a file"),

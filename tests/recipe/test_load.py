@@ -520,7 +520,7 @@ def test_a_protocol_in_an_overlay_leaves_the_model_as_trained(run_dir: Path) -> 
 
 
 def test_an_overlay_cannot_change_training_or_conflict(run_dir: Path) -> None:
-    with pytest.raises(UsageError, match=r"command line: train: was settled when the run was trained; `evaluate`"):
+    with pytest.raises(UsageError, match=r"command line: train: was fixed when the run was trained; `evaluate`"):
         load_run_recipe(run_dir, None, ["train.lr=1"], "evaluate")
     with pytest.raises(
         UsageError, match=r"command line: generation: min_new_tokens 90 is larger than max_new_tokens 70"
@@ -540,7 +540,7 @@ def test_an_overlay_changes_only_llm_place_and_computation(run_dir: Path, write:
         load_run_recipe(
             run_dir, write(f"stage: generate\n{overlay}"), ["model.adapter={rank: 2}", "model.viws=concat"], "generate"
         )
-    said = "was settled when the run was trained; `generate` cannot change it"
+    said = "was fixed when the run was trained; `generate` cannot change it"
     assert [line.strip() for line in caught.value.message.splitlines()[1:]] == [
         f"r.yaml:3: model.visual_prompt: {said}",
         f"r.yaml:6: model.llm.quantization: {said}",
@@ -558,7 +558,7 @@ def test_an_overlay_alone_is_checked_except_for_conflicts() -> None:
         "generation": {"min_new_tokens": 200},
     }
     assert problems("default/evaluate", "output=x", "generation.num_beams=a") == [
-        "command line: output: was settled when the run was trained; `evaluate` cannot change it",
+        "command line: output: was fixed when the run was trained; `evaluate` cannot change it",
         'command line: generation.num_beams: expected a whole number, got the text "a"',
     ]
 

@@ -45,7 +45,7 @@ def test_a_frozen_llm_has_the_dtype_of_training_by_default() -> None:
 
 def test_the_number_of_processes_is_checked() -> None:
     assert make_accelerator("fp32", 1).num_processes == make_accelerator("fp32", 0).num_processes == 1
-    with pytest.raises(RunError, match="3 processes were asked for, 1 are there"):
+    with pytest.raises(RunError, match="3 processes were requested, but 1 started"):
         make_accelerator("fp32", 3)
 
 

@@ -184,7 +184,7 @@ def test_a_different_number_of_processes_is_refused(
     monkeypatch.setenv("WORLD_SIZE", "1")
     arguments = ["finetune", "tiny/finetune", *tiny_overrides, "--output", str(tmp_path / "run")]
     assert main([*arguments, "--num-processes", "2"]) == 1
-    assert "error: 2 processes were asked for, 1 are there" in capsys.readouterr().err.splitlines()
+    assert "error: 2 processes were requested, but 1 started" in capsys.readouterr().err.splitlines()
     assert not (tmp_path / "run").exists()
 
 

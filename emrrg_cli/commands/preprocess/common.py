@@ -56,7 +56,7 @@ class Options:
         typer.Option(
             "--section",
             metavar="report|findings|impression|both",
-            help="Section used as the report; default: report, which is that of the data set. Studies without it are "
+            help="Section used as the report; default: report, the rule of the data set. Studies without it are "
             "skipped.",
             show_default=False,
             rich_help_panel=_CHOICE,
@@ -106,7 +106,7 @@ class Options:
     seed: Annotated[
         int,
         typer.Option(
-            "--seed", min=0, help="Random seed: of a random split, for phantom of the films.", rich_help_panel=_CHOICE
+            "--seed", min=0, help="Random seed of a random split, or of the films of phantom.", rich_help_panel=_CHOICE
         ),
     ] = 0
     allow_leakage: Annotated[
@@ -317,7 +317,7 @@ def _check_outputs(source: StudySource, out: Path, options: Options) -> None:
     from emrrg_cli.ingest.dataset_writer import is_finishing
     from emrrg_cli.reporting.summary_page import check_summary
 
-    check_writable(out.resolve().parent)  # the work directory is beside the dataset directory, where a link leads
+    check_writable(out.resolve().parent)  # OUT may be a link; the work directory is beside its target
     if options.export_annotation is not None:
         replace = options.overwrite or is_finishing(out)  # the file may come from an unfinished run
         check_annotation(options.export_annotation, out=out, raw=source.root, overwrite=replace)

@@ -132,11 +132,11 @@ class Mixer(nn.Module):
         return self._stack([of for pair in adapted for of in pair if of is not None])
 
     @staticmethod
-    def _stack(of: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _stack(weights: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         # Five tensors for each direction: the weights of dt, B, C and dt_proj, and the bias of dt_proj.
-        rows = [weight for i, weight in enumerate(of) if i % 5 < 3]
-        projection = torch.cat(rows).view(len(of) // 5, -1, rows[0].shape[1])
-        return projection, torch.stack(list(of[3::5])), torch.stack(list(of[4::5]))
+        rows = [weight for i, weight in enumerate(weights) if i % 5 < 3]
+        projection = torch.cat(rows).view(len(weights) // 5, -1, rows[0].shape[1])
+        return projection, torch.stack(list(weights[3::5])), torch.stack(list(weights[4::5]))
 
     def forward(self, x: Tensor, order: Tensor) -> Tensor:
         """Mixes tokens along every direction.

@@ -231,9 +231,9 @@ class ArmPretrainer(nn.Module):
         The first cluster, which is not in `patches`, is copied from `onto` (images `[b, 3, h, w]`), or 0.
         """
         b, size, grid = len(patches), self.encoder.image_size, self.encoder.grid
-        every = patches.new_zeros(b, grid**2, PIXELS) if onto is None else patch_pixels(onto).to(patches.dtype)
-        every[:, self.order[PATCHES_PER_CLUSTER:]] = patches
-        x = every.view(b, grid, grid, PATCH_SIZE, PATCH_SIZE, 3)
+        pasted = patches.new_zeros(b, grid**2, PIXELS) if onto is None else patch_pixels(onto).to(patches.dtype)
+        pasted[:, self.order[PATCHES_PER_CLUSTER:]] = patches
+        x = pasted.view(b, grid, grid, PATCH_SIZE, PATCH_SIZE, 3)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(b, 3, size, size)
 
 

@@ -74,13 +74,13 @@ def export_checkpoint(directory: Path, allow: Sequence[str] = ()) -> tuple[Stage
             clusters = EncoderConfig.of(_encoder_of(ours)).grid ** 2 // CLUSTER**2
             published["mask"] = block_causal_mask(clusters - 1)
         return stage, Checkpoint(published, "model", {}, []), dropped
-    every = {parallel + name: tensor for name, tensor in published.items()}
+    found = {parallel + name: tensor for name, tensor in published.items()}
     if (file := directory / LEFT_OUT).is_file():
-        every |= read_tensors(file)
-    if missing := [name for name in names if name not in every]:
+        found |= read_tensors(file)
+    if missing := [name for name in names if name not in found]:
         raise RunError(f"{directory}: {missing[0]} of {record['file']} is missing")
     # Stacked tensors have the widest of their dtypes; the conversion back to the original dtypes is exact.
-    tensors = {name: every[name].to(getattr(torch, dtype)).reshape(shape) for name, (dtype, *shape) in names.items()}
+    tensors = {name: found[name].to(getattr(torch, dtype)).reshape(shape) for name, (dtype, *shape) in names.items()}
     return stage, Checkpoint(tensors, record["container"], record["kept"], []), dropped
 
 

@@ -65,7 +65,7 @@ def directional_scan_triton(
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, z = x.to(dtype), z.to(dtype)
-    weights = [of.contiguous() for of in (conv_weight, conv_bias, projection, dt_weight, dt_bias, A_log, D)]
+    weights = [weight.contiguous() for weight in (conv_weight, conv_bias, projection, dt_weight, dt_bias, A_log, D)]
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, z, *weights))
     out: Tensor
     if torch.compiler.is_compiling():

@@ -1,12 +1,12 @@
-"""Triton kernels of the directional scan. `triton_engine` calls them in order and says what each tensor is.
+"""Triton kernels of the directional scan. `triton_engine` calls them in order and describes each tensor.
 
 Tensors of one direction are kept in the order in which that direction visits the tokens, `[K, b, l, d]`: only the
 convolution and the sum over directions look at the index map. One program scans a few channels over all tokens, with
-the state in registers; the tokens of a published image (197) are far too few for a parallel scan to pay.
+the state in registers; the tokens of a published image (197) are too few for a parallel scan to be faster.
 
-`N` (the SSM state size) must be a power of two. All arithmetic is fp32 whatever the type of the tensors, but for matrix
-products: that of `dt_forward` takes operands of the tensors' own type, and those by which the backward scan forms sums
-take tf32 where the tensors have 16 bits (three products, which give fp32, where they have 32).
+`N` (the SSM state size) must be a power of two. All arithmetic is fp32, except in matrix products: `dt_forward`
+multiplies in the dtype of the tensors; the sums of the backward scan use tf32 for 16-bit tensors, and for 32-bit
+tensors three tf32 products, which give fp32.
 """
 
 from emrrg_cli.models.scan.kernels.backward import finish_BC, scan_backward

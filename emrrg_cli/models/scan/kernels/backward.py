@@ -36,7 +36,7 @@ def _finished(first, C: tl.constexpr, CHUNK: tl.constexpr):
 
 @triton.jit
 def _packed(pointer, first, width, N: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr):
-    # How to read a row of bf16: two values as one int32, which takes half the registers until they are used.
+    # Reads a row of bf16 as int32, two values in one, which needs half the registers until they are used.
     if PACKED:
         S: tl.constexpr = min(N, _S)
         pairs = tl.arange(0, C // _Q)[None, None, :, None] * (_Q // 2) + tl.arange(0, _Q // 2)[None, None, None, :]
@@ -134,21 +134,21 @@ def scan_backward(
     K: tl.constexpr, N: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, EVERY: tl.constexpr, ROWS: tl.constexpr,
     PARAMETERS: tl.constexpr, ATOMIC: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of `scan_forward`; that to `dt` before bias and softplus replaces `dt`.
+    """Gradient of `scan_forward`; the gradient of `dt` before bias and softplus replaces `dt`.
 
-    The states are computed again: from the saved one, `EVERY` tokens at a time, keeping one every `CHUNK` tokens in
-    `scratch`, then chunk by chunk from the last to the first, a chunk's states held in registers. Steps past the last
-    token have `dt = 0`, which leaves state and sums as they are.
+    The states are computed again: first from a saved state, `EVERY` tokens at a time, storing one state per `CHUNK`
+    tokens in `scratch`; then chunk by chunk from the last to the first, with the states of a chunk in registers. Steps
+    past the last token have `dt = 0`, which does not change state and sums.
 
-    Sums over states (to `u`, `dt`) and over channels (to B, C) are gathered by matrix products into the column of their
-    token, and a chunk's are finished and written at once.
+    Matrix products collect the sums over states (gradients of `u`, `dt`) and over channels (of B, C) in the column of
+    their token; the sums of a chunk are finished and written together.
 
     grad_y: `[b, l, d]` in row order; grad_u: as u; scratch: `[programs, EVERY // CHUNK - 1, n * C]`; grad_BC: `[K, b,
     l, R, S, 2]` fp32, states as in a tile, added to atomically, or `[channel blocks, K, b, l, R, S, 2]`, written;
-    small: `[b, ROWS, K, d]` fp32, added to: the first n rows are the gradient to A_log, then come those to D and to
-    dt's bias. zero: 0.0, added to `dt` where the decays are needed a second time: the compiler would keep the first
-    ones, which takes more registers than there are. Grid: as many programs as run at a time, one warp each, which
-    share the channel blocks of `rows` = K * b rows, so that `scratch` stays in the cache.
+    small: `[b, ROWS, K, d]` fp32, added to: the first n rows are the gradient of A_log, then those of D and of the bias
+    of dt. zero: 0.0, added to `dt` when the decays are computed a second time; otherwise the compiler would keep the
+    first ones, which needs too many registers. Grid: as many programs as run at a time, one warp each, which share the
+    channel blocks of `rows` = K * b rows, so that `scratch` stays in the cache.
     """
     blocks = tl.cdiv(width, C)
     dtype: tl.constexpr = u.dtype.element_ty

@@ -1,4 +1,4 @@
-"""What several kernels of the directional scan need."""
+"""Parts shared by the kernels of the directional scan."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def sigmoid(x):
-    root = tl.rsqrt(1.0 + tl.exp2(x * -LOG2E))  # one instruction, where a division takes five
+    root = tl.rsqrt(1.0 + tl.exp2(x * -LOG2E))  # one instruction; a division takes five
     return root * root
 
 
 @triton.jit
 def add(pointer, value, on):
-    # To what parts of the batch before this one have left there; a place belongs to one program.
+    # Adds to the sums of earlier parts of the batch; only one program writes to a place.
     tl.store(pointer, tl.load(pointer, mask=on, other=0.0) + value, mask=on)
 
 

@@ -29,8 +29,8 @@ def _taps(weight, at, ok, W: tl.constexpr):
 
 @triton.jit
 def _direction(row, x, order, weight, bias, u, batch, length, width, W: tl.constexpr, C: tl.constexpr):
-    # Where a program works: the direction, its channels and which of them there are; x, order and u of its study and
-    # direction; of the convolution the bias and the taps.
+    # The part of a program: the direction, its channels and whether they exist; x, order and u of its study and
+    # direction; bias and taps of the convolution.
     k = row // batch
     d = tl.program_id(0) * C + tl.arange(0, C)
     ok = d < width
@@ -42,7 +42,7 @@ def _direction(row, x, order, weight, bias, u, batch, length, width, W: tl.const
 
 @triton.jit
 def _convolved(seen, step: tl.constexpr, shift, taps, W: tl.constexpr):
-    # The convolution's result at a step, [C], of the tokens seen, which begin W - 1 before the first.
+    # The convolution at a step, [C]; `seen` begins W - 1 tokens before the first step.
     pre = shift
     for tap in tl.static_range(W):
         pre += seen[step + tap] * taps[tap]

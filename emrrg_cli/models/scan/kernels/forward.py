@@ -13,11 +13,11 @@ def scan_forward(
     u, dt, BC, A_log, D, states, batch, length, width,
     N: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, EVERY: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
-    """The recurrence; `y` replaces `dt`. Grid: channels, K * b; one warp, a thread of which has a channel's states.
+    """The recurrence; `y` replaces `dt`. Grid: channels, K * b; one warp; a thread has the states of a channel.
 
     u, dt: `[K, b, l, d]`; BC: `[K, b, l, 2, n]`; A_log: `[K, d, n]`; D: `[K, d]`; states: `[b, K, (l - 1) // EVERY, d,
-    n]` fp32, the state before tokens EVERY, 2 EVERY, ... The next tokens are read before these are written, or every
-    step would wait for memory: u and dt a chunk ahead, B and C, which many programs share, one token.
+    n]` fp32, the state before tokens EVERY, 2 EVERY, ... The next tokens are read before the current ones are
+    written, so that steps do not wait for memory: u and dt a chunk ahead; B and C, which many programs share, a token.
     """
     row = tl.program_id(1)
     k = row // batch

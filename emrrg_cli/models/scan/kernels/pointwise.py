@@ -1,4 +1,4 @@
-"""What stands before and after the recurrence: dt, and the sum over directions with its gate."""
+"""The steps before and after the recurrence: dt, and the sum over directions with its gate."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from emrrg_cli.models.scan.kernels.common import LOG2E, sigmoid
 @triton.jit
 def _softplus(x):
     # max(x, 0) + log1p(e) with e = exp(-|x|); log1p(e) / e by least relative error on [0, 1], 2e-7. `tl.log2` takes
-    # three times the instructions, and loses what small e have to say.
+    # three times the instructions and is inaccurate for small e.
     e = tl.exp2(tl.abs(x) * -LOG2E)
     tail = 0.1774524 + e * (-0.107681699 + e * (0.0440896228 + e * -0.00853920635))
     log = e * (0.999999821 + e * (-0.499974042 + e * (0.332754791 + e * (-0.244954631 + e * tail))))
