@@ -62,7 +62,7 @@ class _Lossy:
 
 @contextmanager
 def progress_bar(description: str, total: int, *, enabled: bool = True) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr with count, rate and time left; yields a function that adds finished items."""
+    """Shows a bar on stderr with count, rate and time left; yields a function that adds finished items."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -87,17 +87,17 @@ def progress_bar(description: str, total: int, *, enabled: bool = True) -> Itera
 
 
 def counted(count: int, unit: str) -> str:
-    """A count with its unit: `1 study`, `2,955 studies`."""
+    """Returns a count with its unit: `1 study`, `2,955 studies`."""
     plural = {"study": "studies", "hypothesis": "hypotheses"}.get(unit, f"{unit}s")
     return f"{count:,} {unit if count == 1 else plural}"
 
 
 def printable_lines(text: str) -> str:
-    """`printable` of each line."""
+    """Applies `printable` to each line."""
     return "\n".join(map(printable, text.split("\n")))
 
 
 def printable(text: str) -> str:
-    """`text` with control characters and lone surrogates as escapes, so that terminals and UTF-8 files can hold it."""
+    """Returns a text with control characters and lone surrogates as escapes, for terminals and UTF-8 files."""
     text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

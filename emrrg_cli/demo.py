@@ -41,7 +41,7 @@ def read_result(data: Path, reports: Mapping[str, str]) -> DemoResult:
     """Compares the findings in reports for a test split of synthetic films with the known ones.
 
     Two controls ignore the image: the model's own reports shuffled between films, and the most frequent report of
-    the training split, or of the test split where there is no other, for every film.
+    the training split (or, without one, of the test split) for every film.
 
     Args:
         reports: Report of each study.
@@ -108,7 +108,7 @@ def write_demo_page(
 
 
 def compared(row: Row, truth: set[str], reference: str) -> Row:
-    """A record of `generate` with what the page needs to compare it with the truth; see `write_gallery`."""
+    """Returns a record of `generate` with the fields that compare it with the truth; see `write_gallery`."""
     report, found = row["report"], read_labels(row["report"])
     tags = [(name, "good" if name in truth else "bad") for name in sorted(found)]
     tags += [(name, "missed") for name in sorted(truth - found)]
@@ -122,6 +122,6 @@ def compared(row: Row, truth: set[str], reference: str) -> Row:
 
 
 def _tag(sentence: str, others: set[str], alone: str) -> str:
-    """`alone` for a sentence that states a finding that the others lack, `good` for one that they have."""
+    """Returns `alone` if a sentence states a finding that the others lack, `good` if it states one that they have."""
     stated = read_labels(sentence)
     return alone if stated - others else "good" if stated else ""

@@ -28,7 +28,7 @@ _GIB = 2**30
 
 
 def diagnose() -> dict[str, Any]:
-    """Everything that `emrrg doctor` shows, by topic; a topic whose check fails holds `{"problem": reason}`."""
+    """Returns what `emrrg doctor` shows, by topic; a topic whose check fails has `{"problem": reason}`."""
     checks: dict[str, Callable[[], dict[str, Any]]] = {
         "versions": versions,
         "devices": devices,
@@ -41,12 +41,12 @@ def diagnose() -> dict[str, Any]:
 
 
 def versions() -> dict[str, Any]:
-    """Version of Python and of each package; None where a package is not installed."""
+    """Returns the versions of Python and of each package; None if a package is not installed."""
     return {"python": platform.python_version(), **installed_versions(PACKAGES)}
 
 
 def devices() -> dict[str, Any]:
-    """GPUs (name, memory in GiB, whether bf16 is native), what torch was built for, cores and RAM in GiB.
+    """Returns GPUs (name, memory in GiB, whether bf16 is native), the build of torch, cores and RAM in GiB.
 
     `bf16` is True if every GPU supports it, which `train.precision: auto` requires; None without a GPU.
     """
@@ -76,7 +76,7 @@ def devices() -> dict[str, Any]:
 
 
 def scan() -> dict[str, Any]:
-    """Every engine of the selective scan with `ok` or why it cannot run, and the one that `model.scan: auto` takes."""
+    """Returns each scan engine with `ok` or why it cannot run, and the one that `model.scan: auto` chooses."""
     import torch
 
     from emrrg_cli.models.scan import available_engines, choose_engine
@@ -86,7 +86,7 @@ def scan() -> dict[str, Any]:
 
 
 def java() -> dict[str, Any]:
-    """Path and version of Java, which METEOR and the PTB tokenizer need; None where there is none."""
+    """Returns path and version of Java, which METEOR and the PTB tokenizer need; None if there is none."""
     from emrrg_cli.scoring.meteor import java_path
 
     path = java_path()
@@ -101,7 +101,7 @@ def java() -> dict[str, Any]:
 
 
 def disk() -> dict[str, Any]:
-    """Free space in GiB at the Hugging Face cache and in the working directory."""
+    """Returns the free space in GiB at the Hugging Face cache and in the working directory."""
     from huggingface_hub.constants import HF_HOME
 
     places = {"hf_cache": Path(HF_HOME), "working_directory": Path.cwd()}

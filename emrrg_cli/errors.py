@@ -10,7 +10,7 @@ class EmrrgError(Exception):
 
     Args:
         message: What is wrong, in one sentence, naming the file, key or row.
-        hint: What the user can do next; printed on a line of its own.
+        hint: What the user can do next; printed on its own line.
     """
 
     exit_code = 1

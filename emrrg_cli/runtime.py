@@ -1,4 +1,4 @@
-"""What the program runs on: device, precision and `accelerate.Accelerator`."""
+"""Chooses device and precision, and makes the `accelerate.Accelerator`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_precision(requested: str, device_type: str | None = None) -> str:
-    """`bf16`, `fp16` or `fp32`; `auto` is bf16 on a GPU that has it, else fp32.
+    """Returns `bf16`, `fp16` or `fp32`; `auto` is bf16 on a GPU that supports it, else fp32.
 
     Raises:
         UsageError: for fp16 without a GPU.
@@ -35,17 +35,17 @@ def inference_precision(requested: str, device_type: str) -> str:
 
 
 def llm_dtype(requested: str, precision: str) -> torch.dtype:
-    """The dtype of a frozen LLM's weights: as requested, or that of the precision."""
+    """Returns the dtype of a frozen LLM's weights: the requested one; for `auto` that of the precision."""
     return DTYPES[precision if requested == "auto" else requested]
 
 
 def make_accelerator(precision: str, expected_processes: int, trackers: Sequence[Any] = ()) -> Any:
-    """`accelerate.Accelerator` for this process.
+    """Returns the `accelerate.Accelerator` of this process.
 
     Args:
         precision: `bf16`, `fp16` or `fp32`.
         expected_processes: the requested number; 0: none was requested.
-        trackers: those of `make_trackers`; `start_trackers` starts them.
+        trackers: from `make_trackers`; `start_trackers` starts them.
 
     Raises:
         RunError: if the number of processes is not the requested one.
@@ -76,14 +76,14 @@ def make_accelerator(precision: str, expected_processes: int, trackers: Sequence
 
 
 def fit_threads(model: torch.nn.Module, *, writing: bool = False) -> int:
-    """Sets the threads of torch to what the model can use and other programs leave free; returns their number.
+    """Sets torch to as many threads as the model can use and other programs leave free; returns their number.
 
-    A number that the user set (`OMP_NUM_THREADS`) stays. On a GPU nothing is changed.
+    A number set by the user (`OMP_NUM_THREADS`) is kept. On a GPU nothing changes.
 
     Args:
-        model: With fewer than five million parameters, more than four threads wait for each other.
-        writing: Reports are written, and nothing is trained. A model below ten million parameters gets one thread: a
-            step is so short that threads mostly wait for each other, above all beside another busy program.
+        model: With fewer than five million parameters, it gets at most four threads, because more wait for each other.
+        writing: Whether reports are written, without training. A model below ten million parameters then gets one
+            thread: steps are so short that threads mostly wait for each other, above all beside another busy program.
     """
     if "OMP_NUM_THREADS" in os.environ or torch.cuda.is_available():
         return torch.get_num_threads()
@@ -95,7 +95,7 @@ def fit_threads(model: torch.nn.Module, *, writing: bool = False) -> int:
     useful = min(cores, 4) if parameters < 5_000_000 else cores
     if writing and parameters < 10_000_000:
         useful = 1
-    # A quarter of the cores even on a busy machine: the others may be done soon.
+    # At least a quarter of the cores on a busy machine: other programs may end soon.
     torch.set_num_threads(max(1, min(useful, max(free, cores // 4))))
     return torch.get_num_threads()
 

@@ -1,4 +1,4 @@
-"""The signals that ask the program to stop, as exceptions that say where the finished work is.
+"""Turns the signals that ask the program to stop into exceptions that name the place of the finished work.
 
 SIGINT (Ctrl-C, exit code 130), SIGTERM (143), and where the system has them SIGHUP (a lost terminal, 129) and SIGUSR1
 (Slurm's warning before the time is up, 138).
@@ -17,7 +17,7 @@ from emrrg_cli.errors import Interrupted
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
-    """The signals that ask the program to stop, without those that it was started to ignore, as `nohup` does."""
+    """Returns the signals that ask the program to stop, except those that it ignores from its start (`nohup`)."""
     names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
     found = [signal.Signals[name] for name in names if hasattr(signal, name)]
     return tuple(number for number in found if signal.getsignal(number) is not signal.SIG_IGN)

@@ -1,6 +1,6 @@
 """Turns off progress bars and advice of libraries: the commands show their own progress.
 
-Those of `datasets` are turned off where it is used: importing it takes seconds, and most commands need no data set.
+`open_dataset` turns off those of `datasets`: importing it takes seconds, and most commands do not need it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 
 def silence_libraries() -> None:
-    """Call once in each command before a model is loaded."""
+    """Turns them off; each command calls this once before it loads a model."""
     import transformers
 
     # Tokenizers that have used threads must not be forked. The DataLoader's processes are parallel already.
@@ -24,7 +24,7 @@ def silence_libraries() -> None:
     # The penalty ignores the prompt, as in the paper.
     warnings.filterwarnings("ignore", message="Passing `repetition_penalty`")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch")
-    # A recipe is used on machines with fewer cores, and processes that wait for a disk may be more than the cores.
+    # Recipes also run on machines with few cores, and more processes than cores make sense if they wait for a disk.
     warnings.filterwarnings("ignore", message="This DataLoader will create")
 
 

@@ -1,4 +1,4 @@
-"""Versions of what is installed, from its metadata: importing a package may take seconds, or need a GPU."""
+"""Versions of installed packages, from their metadata: importing a package may take seconds, or need a GPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from importlib import metadata
 
 
 def installed_versions(packages: Iterable[str]) -> dict[str, str | None]:
-    """Version by distribution name; None where it is not installed, as `emrrg` itself is not in a bare checkout."""
+    """Returns versions by distribution name; None if it is not installed, such as `emrrg` in a bare checkout."""
     found: dict[str, str | None] = {}
     for package in packages:
         try:

@@ -1,6 +1,6 @@
 """Words that several parts of the program share, each defined here alone.
 
-Names of LoRA's targets, scan engines, scores, splits, sections and cleaning rules stand in recipes, commands and files.
+Recipes, commands and files use the names of LoRA's targets, scan engines, scores, splits, sections and cleaning rules.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ImageFormat = Literal["jpeg", "png"]
 Section = Literal["report", "findings", "impression", "both"]
 SECTIONS: tuple[Section, ...] = get_args(Section)
 
-# What is known before a film is read.
+# Clinical context that is known before a film is read.
 ContextField = Literal["indication", "comparison", "technique", "age", "sex"]
 CONTEXT_FIELDS: tuple[ContextField, ...] = get_args(ContextField)
 
@@ -72,7 +72,7 @@ REWARDS = (*BLEU_NAMES, ROUGE_1, WORD_RECALL, ROUGE_L, CIDER, F1_RULES, FINDINGS
 AGREEMENTS = (*BLEU_NAMES, ROUGE_1, WORD_RECALL, F1_RULES, FINDINGS)  # between sampled reports
 SELECTION_SCORES = (*BLEU_NAMES, ROUGE_L, METEOR, CIDER, F1_RULES)
 
-# Where the visual tokens and the context stand in a prompt, and the published prompt (EMRRG, arXiv 2510.16776).
+# Places of the visual tokens and the context in a prompt, and the published prompt (EMRRG, arXiv 2510.16776).
 IMAGE_PLACE = "<ImageHere>"
 CONTEXT_PLACE = "<ContextHere>"
 PUBLISHED_PROMPT = (

@@ -40,7 +40,7 @@ def numbered(patients: Sequence[str | None], studies: int) -> Patients | None:
     """Returns the number of each study's patient; None if no patient has two studies.
 
     Args:
-        patients: Patient of each study; empty: none is known. Each study without one counts as a patient of its own.
+        patients: Patient of each study; empty: none is known. Each study without one counts as its own patient.
     """
     numbers: dict[object, int] = {}
     found = [numbers.setdefault(i if one is None else one, len(numbers)) for i, one in enumerate(patients)]

@@ -67,12 +67,12 @@ def error_figures(
 def compare_findings(truth: Labels, found: Labels) -> dict[str, list[str]]:
     """Returns the findings in both texts (`agreed`), only in the report (`invented`), or only in the reference
     (`missed`)."""
-    here = [name for name in ABNORMAL if truth.get(name) in _COUNTED]
+    present = [name for name in ABNORMAL if truth.get(name) in _COUNTED]
     reported = [name for name in ABNORMAL if found.get(name) in _COUNTED]
     return {
-        "agreed": [name for name in here if name in reported],
-        "invented": [name for name in reported if name not in here],
-        "missed": [name for name in here if name not in reported],
+        "agreed": [name for name in present if name in reported],
+        "invented": [name for name in reported if name not in present],
+        "missed": [name for name in present if name not in reported],
     }
 
 

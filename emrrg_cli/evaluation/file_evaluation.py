@@ -67,7 +67,7 @@ def _file_result(predictions: Predictions, output: Path | None, options: Options
 def training_reports(root: Path, predictions: Predictions) -> tuple[list[str], str]:
     """Returns the training reports of a dataset directory in the form of the references, and a sentence on that form.
 
-    If studies of the directory are among the predictions, section and cleaning are those that give their references.
+    If studies of the directory are among the predictions, the section and cleaning that give their references are used.
     Otherwise the reports are whole, and cleaned if the references contain no capital letters, as in R2Gen's files.
 
     Raises:

@@ -48,7 +48,7 @@ class Predictions:
     """Generated reports and their references, one entry per study.
 
     Attributes:
-        patients: Patient of each study, None where it is not known; empty: none is known.
+        patients: Patient of each study, None if unknown; empty: none is known.
         origin: Name of the source.
         remarks: Sentences about it.
     """

@@ -38,7 +38,7 @@ def locked(output: Path) -> Iterator[None]:
     lock = FileLock(place, timeout=0)
     with name_write_errors(place), contextlib.suppress(NotImplementedError):  # a file system without locks
         place.parent.mkdir(parents=True, exist_ok=True)
-        place.touch()  # its error is clear; that of the lock is the same as that of a lock in use
+        place.touch()  # gives a clear error; the error of the lock would look like a lock in use
         try:
             lock.acquire()
             place.write_text(f"process {os.getpid()} on {host_name()}", encoding="utf-8")

@@ -76,5 +76,5 @@ class FindingsHead(nn.Module):
             most: The largest weight, at least 1. With 1 there are no weights, so that the outputs are probabilities.
         """
         targets = targets[:, : len(self.balance)]
-        there, absent = (targets == 1).sum(dim=0), (targets == 0).sum(dim=0)
-        self.balance.copy_((absent / there.clamp(min=1)).clamp(1 / most, most))
+        present, absent = (targets == 1).sum(dim=0), (targets == 0).sum(dim=0)
+        self.balance.copy_((absent / present.clamp(min=1)).clamp(1 / most, most))

@@ -50,14 +50,14 @@ class FindingsPrompt:
             labels: `[b, findings]`, used instead of the logits: 1 for a present finding, 0 for an absent one, NaN for
                 an uncertain one, which gets the mean of yes and no.
         """
-        there = logits.detach().sigmoid()
+        probability = logits.detach().sigmoid()
         if labels is not None:
-            there = labels.nan_to_num(0.5)
+            probability = labels.nan_to_num(0.5)
         elif self.threshold is not None:
-            there = self.consistent(there >= self.threshold).to(there.dtype)
-        yes, no, *names = (embed(torch.tensor(ids).to(there.device)) for ids in self.words)
-        states = there[..., None] * yes.mean(dim=0) + (1 - there[..., None]) * no.mean(dim=0)
-        parts = [(name.expand(len(there), -1, -1), states[:, k : k + 1]) for k, name in enumerate(names)]
+            probability = self.consistent(probability >= self.threshold).to(probability.dtype)
+        yes, no, *names = (embed(torch.tensor(ids).to(probability.device)) for ids in self.words)
+        states = probability[..., None] * yes.mean(dim=0) + (1 - probability[..., None]) * no.mean(dim=0)
+        parts = [(name.expand(len(probability), -1, -1), states[:, k : k + 1]) for k, name in enumerate(names)]
         return torch.cat([part for pair in parts for part in pair], dim=1)
 
     def consistent(self, present: Tensor) -> Tensor:

@@ -43,10 +43,10 @@ class TransferReport:
 
     def lines(self, *, verbose: bool = False) -> list[str]:
         """Returns the report as text: one line of counts and the notes; with `verbose` also one line per tensor."""
-        counts = f"{counted(len(self.used), 'tensor')} used, {len(self.dropped)} dropped, {len(self.made)} made"
+        counts = f"{counted(len(self.used), 'tensor')} used, {len(self.dropped)} dropped, {len(self.made)} initialised"
         lines = [f"encoder from {self.source}: {counts}{'' if verbose else ' (--verbose names them)'}", *self.notes]
         if verbose:
-            for label, tensors in (("used", self.used), ("dropped", self.dropped), ("made", self.made)):
+            for label, tensors in (("used", self.used), ("dropped", self.dropped), ("new", self.made)):
                 lines += [f"  {label:7}  {name}{f'  {how}' if how else ''}" for name, how in tensors.items()]
         return lines
 

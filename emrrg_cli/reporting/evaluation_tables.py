@@ -121,7 +121,7 @@ def clinical_note(grid: Mapping[str, Any]) -> str:
             above = {name: f", p = {p:.4f}" for name, p in figures.get("p_above_dealt", {}).items()}
             named = ((*name.split("_"), _interval(ends) + above.get(name, "")) for name, ends in intervals.items())
             shown = "; ".join(f"{labels}, {average}: {ends}" for _, average, labels, ends in named)  # F1_micro_14
-            title = "95 % intervals of F1" + (", and p that it is above that of the shuffled reports" if above else "")
+            title = "95 % intervals of F1" + (", and p that F1 is above that of the shuffled reports" if above else "")
             notes.append(f"{title}, uncertain as {POLICY[policy]}: {shown}.")
     return " ".join(notes)
 

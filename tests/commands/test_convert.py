@@ -39,7 +39,7 @@ def test_a_round_trip(published: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert printed.out == ""
     first, *_, last = printed.err.splitlines()
     assert first.startswith(f"{published}: the encoder of stages 2 and 3, width 16, depth 2, state 4, 32 px: ")
-    assert first.endswith("0 left out, 0 made (--verbose names them)")
+    assert first.endswith("0 left out, 0 initialised (--verbose names them)")
     assert last == f"Next:  emrrg finetune RECIPE model.encoder.weights={shlex.quote(str(tmp_path / 'out'))}"
     ours, again = (load_file(tmp_path / name / "encoder.safetensors") for name in ("ours", "out"))
     assert ours.keys() == again.keys()

@@ -109,7 +109,7 @@ def test_every_tensor_is_accounted_for(pretrainer: Path) -> None:
     changed = {name for name in after if not torch.equal(after[name], before[name])}
     assert changed == set(after) - set(report.made)
     lines = report.lines(verbose=True)
-    assert lines[0].endswith(f"{len(source) - 2} tensors used, 2 dropped, 3 made")
+    assert lines[0].endswith(f"{len(source) - 2} tensors used, 2 dropped, 3 initialised")
     for name in [*source, *report.made]:
         assert any(line.split()[1] == name for line in lines[1:])
     assert report.lines()[0].endswith("(--verbose names them)")
@@ -337,7 +337,7 @@ def test_finetune_starts_from_stage_1_by_path(
     run = tmp_path / "run"
     assert main(["finetune", "tiny/finetune", *tiny_overrides, *options, "-o", str(run), "--verbose"]) == 0
     told = capsys.readouterr().err
-    assert "47 tensors used, 1 dropped, 3 made" in told
+    assert "47 tensors used, 1 dropped, 3 initialised" in told
     assert "dropped  ar_token" in told
     frozen = load_file(run / "encoder.safetensors")
     assert torch.equal(frozen["layers.1.mixer.X.weight"], state["encoder.layers.1.mixer.X.weight"])

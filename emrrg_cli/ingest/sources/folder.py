@@ -294,7 +294,7 @@ class FolderSource:
 
 
 def _is_output(folder: Path) -> bool:
-    """Whether we wrote this folder: a dataset directory, or a page about one, whose contact sheet is no film."""
+    """Whether emrrg wrote this folder: a dataset directory, or its summary, whose contact sheet is not a film."""
     return any((folder / one).exists() and (folder / two).exists() for one, two in ((MANIFEST, "data"), (DATA, PAGE)))
 
 

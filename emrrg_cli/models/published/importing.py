@@ -34,7 +34,7 @@ class Imported:
         ours: Tensors by our names (`emrrg_cli.models.published.layout`), in the dtypes of the file.
         used: Published tensors that are used, with the names that they have in our layout.
         left_out: Published tensors that our layout does not have, with the reason.
-        made: Published tensors that are missing in the file and were allowed to be; ours have initial values.
+        made: Published tensors that are missing in the file, as allowed; ours have initial values.
         notes: Messages for the user.
     """
 
@@ -57,7 +57,9 @@ class Imported:
         what = LABELS[self.stage]
         if (config := self.config) is not None:
             what += f", width {config.d_model}, depth {config.depth}, state {config.d_state}, {config.image_size} px"
-        counts = f"{counted(len(self.used), 'tensor')} used, {len(self.left_out)} left out, {len(self.made)} made"
+        counts = (
+            f"{counted(len(self.used), 'tensor')} used, {len(self.left_out)} left out, {len(self.made)} initialised"
+        )
         lines = [f"{self.file}: {what}: {counts}{'' if verbose else ' (--verbose names them)'}"]
         beside = [*(f"{name} {value}" for name, value in self.checkpoint.kept.items())]
         beside += [f"{name} (dropped)" for name in self.checkpoint.dropped]
@@ -66,7 +68,7 @@ class Imported:
         if verbose:
             lines += [f"  used      {name} -> {', '.join(ours)}" for name, ours in self.used.items()]
             lines += [f"  left out  {name}: {reason}" for name, reason in self.left_out.items()]
-            lines += [f"  made      {name}: as initialised" for name in self.made]
+            lines += [f"  new       {name}: initial values" for name in self.made]
         return lines
 
 

@@ -137,7 +137,7 @@ def test_stage_1(make_state: Make, save_published: Save, tmp_path: Path) -> None
     assert emrrg_cli.load_encoder(tmp_path / "out")(torch.randn(1, 3, 128, 128)).shape == (1, 65, 48)
     # Every tensor and everything beside the model has its line.
     lines = outcome.lines
-    assert f"{len(state) - 1} tensors used, 1 left out, 0 made" in lines[0]
+    assert f"{len(state) - 1} tensors used, 1 left out, 0 initialised" in lines[0]
     assert "stage 1 (pretrain), width 48, depth 6, state 8, 128 px" in lines[0]
     assert lines[1] == "other content of the file: epoch 7, args (dropped), optimizer (dropped)"
     used = [line.split()[1] for line in lines if line.startswith("  used ")]
@@ -369,7 +369,7 @@ def test_unfit_tensors_are_named_unless_allowed(
         convert_to_ours(file, tmp_path / "out", allow=["another", "visual_encoder.layers.7*"])
     lines = convert_to_ours(file, tmp_path / "out", allow=[pattern], verbose=True).lines
     counts = lines[0].split(": ")[-1]
-    assert "0 left out, 0 made" not in counts
+    assert "0 left out, 0 initialised" not in counts
     if stage == "1":
         assert torch.isfinite(load_pretrainer(tmp_path / "out")(torch.randn(1, 3, 128, 128)).loss)
     else:
