@@ -7,6 +7,7 @@ from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow.compute
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -180,6 +181,26 @@ def read_views(record: Mapping[str, Any], split: Any, most: int | None, size: in
     except ImageError as error:
         raise RunError(f"{where}: {error}") from error
     return torch.stack([torch.from_numpy(resize_square(view, size)) for view in views])
+
+
+def require_images(dataset: Any) -> None:
+    """Checks that each study has an image, without reading any: a training run would notice only at the study's turn.
+
+    Args:
+        dataset: a `ReportDataset` or `LabelledFilms` over a whole split.
+
+    Raises:
+        RunError: a study has no images.
+    """
+    split = dataset.split
+    counts = pyarrow.compute.list_value_length(split.data["images"]).to_pylist()
+    for row in dataset.rows:
+        if not counts[row]:
+            study = printable(str(split[row]["study_id"]))
+            raise RunError(
+                f"{dataset.settings.root}: study {study} of the {split.split} split has no images",
+                hint="Write the directory again with `emrrg preprocess`, or remove this study from it.",
+            )
 
 
 def projections_of(views: Sequence[str | None] | None, images: int) -> tuple[int, ...]:

@@ -32,7 +32,7 @@ from emrrg_cli.silence_libraries import silence_libraries
 from emrrg_cli.training.checkpoint import trained_bytes
 from emrrg_cli.training.launch import is_first_process
 from emrrg_cli.training.progress import TrainingDisplay
-from emrrg_cli.training.run_setup import Session, open_session
+from emrrg_cli.training.run_setup import Session, check_studies, open_session
 from emrrg_cli.training.summary import Summary
 
 
@@ -204,14 +204,7 @@ def open_pairs(
             continue
         parts.append((LabelledFilms if labelled else ReportDataset)(splits[split], one, image_size))
         weights.append(weight if weighted else 1.0)
-        if parts[-1].without_text and is_first_process():
-            lacking = "no labels" if labelled else f"no text for data.section={one.section}"
-            err.print(
-                f"{one.root}: {parts[-1].without_text:,} of {len(splits[split]):,} {split} studies have {lacking} and "
-                "are left out",
-                markup=False,
-                soft_wrap=True,
-            )
+        check_studies(parts[-1])
     return PairDataset(parts, weights) if parts else None
 
 

@@ -11,9 +11,11 @@ from typing import Any
 
 from safetensors import safe_open
 
+from emrrg_cli.console import counted
 from emrrg_cli.datasets.balance import BalancedStudies
 from emrrg_cli.datasets.context import context_sentence
 from emrrg_cli.datasets.directory import open_dataset
+from emrrg_cli.datasets.epochs import epoch_length
 from emrrg_cli.datasets.finding_targets import finding_targets
 from emrrg_cli.datasets.report_dataset import IGNORE, Batch, Example, ReportDataset, collate
 from emrrg_cli.decoding.reports import write_split
@@ -45,7 +47,8 @@ from emrrg_cli.silence_libraries import silence_libraries
 from emrrg_cli.training.checkpoint import trained_bytes
 from emrrg_cli.training.measure_films import measure_film_distance
 from emrrg_cli.training.progress import TrainingDisplay
-from emrrg_cli.training.run_setup import Session, open_session, validation_loss
+from emrrg_cli.training.run_setup import Session, check_studies, open_session, validation_loss
+from emrrg_cli.training.schedule import schedule_length
 from emrrg_cli.training.selection import MIN_BLEU_4
 from emrrg_cli.training.self_critical import Sampler
 from emrrg_cli.training.summary import Summary
@@ -186,6 +189,9 @@ def run_finetune(
     size = recipe.model.encoder.image_size
     training = ReportDataset(splits["train"], recipe.data, size, recipe.train.seed)
     validation = ReportDataset(splits["validation"], recipe.data, size) if "validation" in splits else None
+    for dataset in (training, validation):
+        if dataset is not None:
+            check_studies(dataset)
     if recipe.model.view_tokens and not resume and not training.knows_views:
         raise UsageError(
             f"model.view_tokens: {recipe.data.root} does not say whether its films are frontal or lateral",
@@ -248,6 +254,12 @@ def _train(
         stage.sampler = Sampler(model, settings, Reward(training.reports, settings.rewards), accelerator)
     balance = recipe.data.balance
     shown = training if balance == 1 else BalancedStudies(training, balance)
+    steps = epoch_length(shown) // recipe.train.batch_size
+    if settings is not None and settings.after_epochs * steps >= (total := schedule_length(steps, recipe.train)):
+        session.tell(
+            f"train.self_critical begins after {counted(settings.after_epochs, 'epoch')}, and training ends after "
+            f"{total / steps:g}: it has only cross-entropy. Set train.self_critical.after_epochs lower for both."
+        )
     return session.train(stage, shown, stage.collate, workers=recipe.data.workers)
 
 

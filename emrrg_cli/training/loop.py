@@ -278,12 +278,9 @@ class _Loop:
         )
         return stop_signal
 
-    def _log_step(self, loss: float, lr: float, norm: Tensor | None) -> None:
+    def _log_step(self, loss: float, lr: float, norm: Tensor) -> None:
         self.last_loss = loss
-        row = {"train/loss": loss, "train/lr": lr}
-        if norm is not None:
-            row["train/grad_norm"] = float(norm)
-        self.history.add(self.progress.step, row)
+        self.history.add(self.progress.step, {"train/loss": loss, "train/lr": lr, "train/grad_norm": float(norm)})
 
     def _validate(self) -> None:
         """Validates, and exports the model if it is the best one so far."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -34,16 +35,15 @@ def accumulate_gradients(model: Any, batches: Sequence[Any], items: float | Tens
     return loss_sum
 
 
-def update_weights(model: Any, optimizer: Any, clip_norm: float | None, accelerator: Any) -> Tensor | None:
+def update_weights(model: Any, optimizer: Any, clip_norm: float | None, accelerator: Any) -> Tensor:
     """Clips the gradients, updates the weights and clears the gradients.
 
     Returns:
-        The norm of the gradients before clipping; None if `clip_norm` is None.
+        The norm of the gradients before clipping. It is computed without `clip_norm` too, because only it shows a
+        gradient that is not finite, which breaks the weights.
     """
-    norm = None
-    if clip_norm is not None:
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        norm = accelerator.clip_grad_norm_(trainable, clip_norm)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    norm: Tensor = accelerator.clip_grad_norm_(trainable, math.inf if clip_norm is None else clip_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
@@ -63,10 +63,10 @@ class FiniteCheck:
         # The first bad step, 0 if there is none. It is kept on the GPU: reading it waits for the GPU.
         self._first_bad_step = torch.zeros((), device=accelerator.device)
 
-    def add(self, step: int, loss_sum: Tensor, norm: Tensor | None) -> None:
+    def add(self, step: int, loss_sum: Tensor, norm: Tensor) -> None:
         """Checks the loss and the gradient norm of a step, without waiting for the GPU."""
         finite = loss_sum.isfinite()
-        if norm is not None and self._accelerator.scaler is None:  # a scaler skips such steps
+        if self._accelerator.scaler is None:  # a scaler skips such steps
             finite = finite & torch.as_tensor(norm).isfinite()
         self._first_bad_step = torch.where(finite | (self._first_bad_step > 0), self._first_bad_step, float(step))
 

@@ -14,8 +14,11 @@ import torch
 from torch.utils.data import Dataset
 
 from emrrg_cli.checksums import CHECKSUMS, check_directory, write_checksums
+from emrrg_cli.console import err
 from emrrg_cli.datasets.epochs import check_batch, epoch_length, evaluation_batches
+from emrrg_cli.datasets.labelled_films import LabelledFilms
 from emrrg_cli.datasets.loading import load_batches
+from emrrg_cli.datasets.report_dataset import ReportDataset, require_images
 from emrrg_cli.errors import EmrrgError, UsageError
 from emrrg_cli.files.atomic import atomic_write_text
 from emrrg_cli.files.locks import locked
@@ -29,7 +32,7 @@ from emrrg_cli.reporting.plots import plot_curves
 from emrrg_cli.runtime import choose_precision, fit_threads, make_accelerator
 from emrrg_cli.training.checkpoint import require_checkpoint
 from emrrg_cli.training.environment import ENVIRONMENT, make_trackers, record_environment, start_trackers
-from emrrg_cli.training.launch import inside_launcher
+from emrrg_cli.training.launch import inside_launcher, is_first_process
 from emrrg_cli.training.loop import train
 from emrrg_cli.training.progress import TrainingDisplay
 from emrrg_cli.training.run_dir import data_fingerprints
@@ -66,6 +69,11 @@ class Session:
             UsageError: The data set is too small. The message has a batch size that fits.
         """
         check_batch(self.settings.batch_size, self.accelerator.num_processes, epoch_length(dataset))
+
+    def tell(self, message: str) -> None:
+        """Prints a message once, however many processes train."""
+        if self.accelerator.is_main_process:
+            err.print(message, markup=False, soft_wrap=True)
 
     def train(
         self, stage: Stage, dataset: Dataset[Any], collate: Callable[[Sequence[Any]], Any], *, workers: int
@@ -147,6 +155,24 @@ def open_session(
 
         set_seed(settings.seed)
         yield Session(run_dir, settings, accelerator, precision, engine, resume)
+
+
+def check_studies(dataset: ReportDataset | LabelledFilms) -> None:
+    """Prints how many studies of a split are not used because they lack the text or the labels to learn.
+
+    Raises:
+        RunError: One of the others has no images.
+    """
+    require_images(dataset)
+    if dataset.without_text and is_first_process():
+        settings, split = dataset.settings, dataset.split
+        lacking = "labels" if isinstance(dataset, LabelledFilms) else f"text for data.section={settings.section}"
+        err.print(
+            f"{settings.root}: {dataset.without_text:,} of {len(split):,} {split.split} studies have no {lacking} and "
+            "are left out",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 @contextmanager

@@ -34,7 +34,9 @@ class Summary:
         """Returns the summary as a table for the terminal."""
         table = Table(show_header=False, title=f"run {run_dir}", title_justify="left")
         rows = {"steps": f"{self.steps} ({self.reason})"}
-        if self.best is not None:
+        if self.best is None:
+            rows["best validation"] = "none: the result is the model of the last step"
+        else:
             score, negative_loss = self.best
             shown = f"score {score:.4f}, " if score else ""
             rows["best validation"] = f"{shown}loss {-negative_loss:.4f}, step {self.best_step}"

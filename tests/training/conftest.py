@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -81,6 +82,24 @@ def finetune(tiny_overrides: tuple[str, ...], tmp_path: Path) -> Callable[..., R
         return Run(tmp_path / name, summary)
 
     return run
+
+
+@pytest.fixture
+def with_column(tiny_dataset: Path, tmp_path: Path) -> Callable[[str, Callable[[list[Any]], list[Any]]], Path]:
+    """`with_column(name, change)`: a copy of `tiny_dataset` with other values in a column of its training split."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def copy(name: str, change: Callable[[list[Any]], list[Any]]) -> Path:
+        root = Path(shutil.copytree(tiny_dataset, tmp_path / "copy"))
+        (shard,) = root.glob("data/train-*.parquet")
+        table = pq.read_table(shard)
+        place = table.schema.get_field_index(name)
+        field = table.schema.field(place)
+        pq.write_table(table.set_column(place, field, pa.array(change(table[name].to_pylist()), field.type)), shard)
+        return root
+
+    return copy
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import signal
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 from emrrg_cli.app import main
 from emrrg_cli.errors import RunError, UsageError
@@ -175,12 +177,32 @@ def test_without_a_validation_split_the_last_model_is_the_result(
 ) -> None:
     run = finetune("run", without_split("validation"), "train.epochs=1", "train.select=score")
     assert run.summary.best_step is None
+    console = Console(width=200, file=io.StringIO())
+    console.print(run.summary.table(run.directory))
+    assert "none: the result is the model of the last step" in console.file.getvalue()  # type: ignore[attr-defined]
     assert not run.series("validation/loss")
     assert not torch.equal(
         run.exported["bridge.safetensors:bridge.proj.weight"],
         finetune("more", "train.epochs=2").exported["bridge.safetensors:bridge.proj.weight"],
     )
     assert torch.equal(run.exported["bridge.safetensors:bridge.proj.weight"], run.weights["bridge.proj.weight"])
+
+
+def test_studies_without_text_are_told(finetune: Any, with_column: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    copy = with_column("report", lambda reports: [None, " ", "", *reports[3:]])
+    finetune("run", f"data.root={copy}", "train.max_steps=1")
+    told = " ".join(capfd.readouterr().err.split())
+    assert f"{copy}: 3 of 16 train studies have no text for data.section=report and are left out" in told
+
+
+@pytest.mark.parametrize("nothing", [None, []])
+def test_a_study_without_images_is_told_before_training(
+    finetune: Any, with_column: Any, tmp_path: Path, nothing: list[Any] | None
+) -> None:
+    copy = with_column("images", lambda images: [*images[:-1], nothing])
+    with pytest.raises(RunError, match=rf"{copy}: study \S+ of the train split has no images"):
+        finetune("run", f"data.root={copy}", "train.max_steps=1")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_exported_model_is_that_of_the_best_step(finetune: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from emrrg_cli.recipe.finetuning import TrainSettings
 from emrrg_cli.runtime import make_accelerator
 from emrrg_cli.training import run_checkpoints
 from emrrg_cli.training.loop import train
+from emrrg_cli.training.optimizer_step import update_weights
 
 # Two steps an epoch. The rate of the first two blocks is 0 by the paper's formula, that of the third is half of this.
 NOISY = ("model.encoder.depth=3", "model.encoder.drop_path=0.9", "train.epochs=3")
@@ -172,8 +173,13 @@ def test_gradients_are_clipped_or_unchanged(fit: Any, tmp_path: Path) -> None:
     fit(Stage(), epochs=1, log_every=1, clip_norm=0.5)
     # d/dw mean (w - 1)^2 = -2 at w = 0: the norm is told as it was before clipping.
     assert read_jsonl(tmp_path / "history.jsonl")[0]["train/grad_norm"] == pytest.approx(2.0)
-    fit(Stage(), epochs=1, log_every=1, clip_norm=None)
-    assert "train/grad_norm" not in read_jsonl(tmp_path / "history.jsonl")[-1]
+    clipped, unchanged = (Stage().model.weight for _ in range(2))
+    for weight, most in ((clipped, 0.5), (unchanged, None)):
+        weight.grad = torch.full((1,), 4e5)
+        weights = nn.ParameterList([weight])
+        norm = update_weights(weights, torch.optim.SGD(weights, lr=1.0), most, make_accelerator("fp32", 0))
+        assert norm == pytest.approx(4e5)
+    assert (clipped.item(), unchanged.item()) == (pytest.approx(-0.5), -4e5)
 
 
 def test_a_stage_sees_all_micro_batches_before_the_model(fit: Any) -> None:
@@ -553,7 +559,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_unsaved(fit: Any, tmp_path: Path
     assert math.isfinite(rest.model.weight.item())
 
 
-def test_a_gradient_that_is_not_finite_ends_the_run_too(fit: Any) -> None:
+@pytest.mark.parametrize("clip_norm", [1.0, None])
+def test_a_gradient_that_is_not_finite_ends_the_run_too(fit: Any, clip_norm: float | None) -> None:
     class Root(Line):
         def forward(self, batch: Batch) -> StageOutput:
             self.seen.append(list(batch))
@@ -562,7 +569,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_too(fit: Any) -> None:
     stage = Stage()
     stage.model = Root()
     with pytest.raises(RunError, match="gradient is not finite at step 1"):
-        fit(stage, examples=24)
+        fit(stage, examples=24, clip_norm=clip_norm)
 
 
 class Seen(Line):

@@ -208,6 +208,13 @@ def test_contrast_needs_two_studies_in_a_step(finetune: Any) -> None:
         finetune("one", "train.batch_size=1", settings)
 
 
+def test_self_critical_training_that_never_begins_is_told(finetune: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    settings = "train.self_critical={after_epochs: 2, samples: 2, max_new_tokens: 6}"
+    finetune("never", "train.epochs=3", "train.max_steps=3", settings)
+    told = " ".join(capfd.readouterr().err.split())
+    assert "train.self_critical begins after 2 epochs, and training ends after 1.5" in told
+
+
 @pytest.mark.slow
 def test_the_reference_can_be_learned_beside_the_samples(study: Any) -> None:
     from emrrg_cli.datasets.report_dataset import IGNORE
