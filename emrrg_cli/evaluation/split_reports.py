@@ -171,6 +171,11 @@ def _partial_files(folder: Path, name: str) -> list[Path]:
     return [file for file in files if re.fullmatch(rf"{stem}(-\d+)?\.jsonl\.partial", file.name)]
 
 
+def _saved_row(one: WrittenReport, study_id: str, reference: str, with_samples: bool) -> dict[str, Any]:
+    row: dict[str, Any] = {**prediction_row(study_id, reference, one.text)}
+    return row | {"samples": one.samples} if with_samples else row
+
+
 def write_predictions(
     model: ReportGenerator,
     dataset: ReportDataset,
@@ -203,9 +208,9 @@ def write_predictions(
     def keep(reports: Sequence[WrittenReport]) -> None:
         require_folder()
         for one in reports:
-            row = prediction_row(study_ids[one.key], references[one.key], one.text)
-            append_jsonl(partial, saved := {**row, "samples": one.samples} if with_samples else {**row})
-            rows[one.key] = saved
+            row = _saved_row(one, study_ids[one.key], references[one.key], with_samples)
+            append_jsonl(partial, row)
+            rows[one.key] = row
 
     with (
         interrupted_by(message=lambda: _STOPPED.format(counted(len(rows), "report"), folder)),

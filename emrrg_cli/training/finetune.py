@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from emrrg_cli.console import counted
+from emrrg_cli.console import err
 from emrrg_cli.datasets.balance import BalancedStudies
 from emrrg_cli.datasets.context import context_sentence
 from emrrg_cli.datasets.directory import open_dataset
@@ -48,7 +48,7 @@ from emrrg_cli.training.checkpoint import trained_bytes
 from emrrg_cli.training.measure_films import measure_film_distance
 from emrrg_cli.training.progress import TrainingDisplay
 from emrrg_cli.training.run_setup import Session, check_studies, open_session, validation_loss
-from emrrg_cli.training.schedule import schedule_length
+from emrrg_cli.training.schedule import self_critical_note
 from emrrg_cli.training.selection import MIN_BLEU_4
 from emrrg_cli.training.self_critical import Sampler
 from emrrg_cli.training.summary import Summary
@@ -254,12 +254,9 @@ def _train(
         stage.sampler = Sampler(model, settings, Reward(training.reports, settings.rewards), accelerator)
     balance = recipe.data.balance
     shown = training if balance == 1 else BalancedStudies(training, balance)
-    steps = epoch_length(shown) // recipe.train.batch_size
-    if settings is not None and settings.after_epochs * steps >= (total := schedule_length(steps, recipe.train)):
-        session.tell(
-            f"train.self_critical begins after {counted(settings.after_epochs, 'epoch')}, and training ends after "
-            f"{total / steps:g}: it has only cross-entropy. Set train.self_critical.after_epochs lower for both."
-        )
+    note = self_critical_note(epoch_length(shown) // recipe.train.batch_size, recipe.train)
+    if note is not None and accelerator.is_main_process:
+        err.print(note, markup=False, soft_wrap=True)
     return session.train(stage, shown, stage.collate, workers=recipe.data.workers)
 
 

@@ -70,11 +70,6 @@ class Session:
         """
         check_batch(self.settings.batch_size, self.accelerator.num_processes, epoch_length(dataset))
 
-    def tell(self, message: str) -> None:
-        """Prints a message once, however many processes train."""
-        if self.accelerator.is_main_process:
-            err.print(message, markup=False, soft_wrap=True)
-
     def train(
         self, stage: Stage, dataset: Dataset[Any], collate: Callable[[Sequence[Any]], Any], *, workers: int
     ) -> Summary:

@@ -10,6 +10,7 @@ from torch import nn
 
 from emrrg_cli.console import counted
 from emrrg_cli.recipe.common import LoopSettings
+from emrrg_cli.recipe.finetuning import TrainSettings
 
 
 def build_optimizer(model: nn.Module, settings: LoopSettings) -> torch.optim.AdamW:
@@ -60,6 +61,17 @@ def warmup_note(steps_per_epoch: int, settings: LoopSettings) -> str | None:
     return (
         f"train.warmup_epochs={settings.warmup_epochs:g} is {counted(warmup, 'step')}, but training has {total:,}: "
         f"the learning rate ends at {last:.2g} and does not reach {settings.peak_lr:.2g}"
+    )
+
+
+def self_critical_note(steps_per_epoch: int, settings: TrainSettings) -> str | None:
+    """Returns a note if training ends before its self-critical part begins."""
+    begin, total = settings.self_critical, schedule_length(steps_per_epoch, settings)
+    if begin is None or begin.after_epochs * steps_per_epoch < total:
+        return None
+    return (
+        f"train.self_critical begins after {counted(begin.after_epochs, 'epoch')}, and training ends after "
+        f"{total / steps_per_epoch:g}: it has only cross-entropy. Set train.self_critical.after_epochs lower for both."
     )
 
 

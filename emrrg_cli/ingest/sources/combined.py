@@ -77,9 +77,10 @@ class CombinedSource:
         for row in self._annotation.first(self._limit, log):
             log.read += 1
             study = self._study(row)
-            number = len(seen)
-            seen.add(f"{study.source}/{row.study_id}")
-            if len(seen) == number:
+            name = f"{study.source}/{row.study_id}"
+            repeated = name in seen
+            seen.add(name)
+            if repeated:
                 log.skip_study("id seen before", row.study_id, detail=f"in {row.split}")
             elif not row.report.strip():
                 log.skip_study("empty report", row.study_id)
